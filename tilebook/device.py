@@ -1,0 +1,198 @@
+"""What GPU this is, and a catalogue of GPU models for those that are not here."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from tilebook.op import UsageError
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU model: what a verdict is made for. Sizes in bytes, rates in bytes/s and dense bf16 FLOP/s.
+
+    `name`, `arch` and `sm_count` identify it; the rest are the limits that spaces and the performance model read.
+    """
+
+    name: str
+    arch: str  # "sm_90", "gfx942"
+    sm_count: int
+    memory: int
+    bandwidth: float
+    flops: float
+    l2: int
+    shared_per_block: int
+    shared_per_sm: int
+    registers_per_sm: int = 65536
+    threads_per_sm: int = 2048
+    warp_size: int = 32
+
+    @property
+    def backend(self) -> str:
+        """Triton's name of the backend: "cuda" or "hip"."""
+        return "cuda" if self.arch.startswith("sm_") else "hip"
+
+    @property
+    def capability(self) -> int:
+        """90 for sm_90; 0 for GPUs that are not NVIDIA's."""
+        return int(self.arch.removeprefix("sm_")) if self.backend == "cuda" else 0
+
+
+_GB, _MB, _TERA = 10**9, 1 << 20, 1e12
+
+# Datasheets for memory, bandwidth and the dense bf16 rate with fp32 accumulation; the CUDA programming guide's table of
+# compute capabilities for the per-block and per-SM limits.
+CATALOGUE: Mapping[str, Device] = {
+    device.name: device
+    for device in (
+        Device("NVIDIA A100", "sm_80", 108, 80 * _GB, 2.04e12, 312 * _TERA, 40 * _MB, 166_912, 167_936),
+        Device("NVIDIA H100", "sm_90", 132, 80 * _GB, 3.35e12, 989 * _TERA, 50 * _MB, 232_448, 233_472),
+        Device("NVIDIA H200", "sm_90", 132, 141 * _GB, 4.8e12, 989 * _TERA, 60 * _MB, 232_448, 233_472),
+        Device("NVIDIA B200", "sm_100", 148, 180 * _GB, 8.0e12, 2250 * _TERA, 126 * _MB, 232_448, 233_472),
+        Device("NVIDIA L4", "sm_89", 58, 24 * _GB, 0.3e12, 121 * _TERA, 48 * _MB, 101_376, 102_400, 65536, 1536),
+        Device(
+            "NVIDIA GeForce RTX 4090",
+            "sm_89",
+            128,
+            24 * _GB,
+            1.008e12,
+            165 * _TERA,
+            72 * _MB,
+            101_376,
+            102_400,
+            65536,
+            1536,
+        ),
+        Device(
+            "NVIDIA GeForce RTX 5090",
+            "sm_120",
+            170,
+            32 * _GB,
+            1.792e12,
+            210 * _TERA,
+            96 * _MB,
+            101_376,
+            102_400,
+            65536,
+            1536,
+        ),
+        Device(
+            "AMD Instinct MI300X",
+            "gfx942",
+            304,
+            192 * _GB,
+            5.3e12,
+            1307 * _TERA,
+            256 * _MB,
+            65_536,
+            65_536,
+            131_072,
+            2048,
+            64,
+        ),
+    )
+}
+
+
+def find(name: str) -> Device:
+    """The catalogue's GPU whose name contains `name` ("H200", "rtx 4090"). Raises UsageError with the known names."""
+    wanted = " ".join(name.lower().split())
+    found = [device for device in CATALOGUE.values() if wanted and wanted in device.name.lower()]
+    exact = [device for device in found if wanted == device.name.lower()]
+    if len(exact or found) != 1:
+        problem = "is ambiguous" if found else "is not in the catalogue"
+        raise UsageError(f"GPU {name!r} {problem}; known: {', '.join(CATALOGUE)}")
+    return (exact or found)[0]
+
+
+@functools.cache
+def current(index: int = 0) -> Device:
+    """The GPU with this CUDA index. Limits are the driver's; rates come from the catalogue, else from an estimate."""
+    properties: Any = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch, shared = properties.gcnArchName.split(":")[0], 65_536
+        per_sm = shared
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+        shared, per_sm = properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
+    known = _similar(properties.name)
+    # An unknown model: 4096 dense bf16 flops per SM and cycle at 1.5 GHz, and an A100's bandwidth per SM.
+    base = known or Device(
+        properties.name,
+        arch,
+        properties.multi_processor_count,
+        properties.total_memory,
+        19e9 * properties.multi_processor_count,
+        4096 * 1.5e9 * properties.multi_processor_count,
+        properties.L2_cache_size,
+        shared,
+        per_sm,
+    )
+    return replace(
+        base,
+        name=properties.name,
+        arch=arch,
+        sm_count=properties.multi_processor_count,
+        memory=properties.total_memory,
+        l2=properties.L2_cache_size,
+        shared_per_block=shared,
+        shared_per_sm=per_sm,
+        threads_per_sm=properties.max_threads_per_multi_processor,
+        warp_size=getattr(properties, "warp_size", 32),
+    )
+
+
+def _similar(name: str) -> Device | None:
+    matches = [device for device in CATALOGUE.values() if device.name in name]
+    return matches[0] if len(matches) == 1 else None
+
+
+def present() -> bool:
+    """Is there a GPU in this machine that PyTorch can use?"""
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def environment() -> Mapping[str, str]:
+    """Versions that a measurement depends on, softly: a verdict measured under others is stale, not wrong."""
+    versions: dict[str, str] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for package in ("triton", "tilebook"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            module: Any = sys.modules.get(package)
+            versions[package] = getattr(module, "__version__", "unknown")
+    versions["cuda"] = torch.version.cuda or "none"
+    versions["ptxas"] = _ptxas()
+    if present():
+        versions["driver"] = _driver()
+        cudnn: Any = torch.backends.cudnn
+        if cudnn.is_available():
+            versions["cudnn"] = str(cudnn.version())
+    return versions
+
+
+def _ptxas() -> str:
+    try:
+        from triton import knobs
+
+        return str(knobs.nvidia.ptxas.version)
+    except Exception:
+        return "unknown"
+
+
+def _driver() -> str:
+    """The kernel driver's version, read where Linux shows it: asking nvidia-smi takes a second."""
+    try:
+        with open("/proc/driver/nvidia/version") as lines:
+            words = lines.readline().split()
+        return next(word for word in words if word[0].isdigit() and "." in word)
+    except (OSError, StopIteration):
+        return "unknown"

@@ -1,0 +1,62 @@
+"""A digest of what a function does: its source and that of every kernel and helper it reaches, comments left out."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def _unwrap(value: Any) -> Any:
+    """The Python function behind a Triton kernel (compiled or interpreted) or a decorated function."""
+    while not inspect.isfunction(value) and inspect.isfunction(getattr(value, "fn", None)):
+        value = value.fn
+    return inspect.unwrap(value) if inspect.isfunction(value) else value
+
+
+def _tree(function: Any) -> ast.FunctionDef:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    # What a decorator says of the implementation (its space above all) is not what the function computes.
+    tree.decorator_list = []
+    return tree
+
+
+def _globals(function: Any, tree: ast.FunctionDef) -> Iterator[tuple[str, Any]]:
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for name in sorted(names & function.__globals__.keys()):
+        yield name, function.__globals__[name]
+
+
+def digest(function: Callable[..., Any]) -> str:
+    """SHA-256 in hex over the syntax trees of `function` and of all it reaches inside its own package's kernels.
+
+    Module constants that it reads count by value. Equal after reformatting, after edits of comments and docstrings,
+    and under Triton's interpreter.
+    """
+    texts: dict[str, str] = {}
+    package = function.__module__.rsplit(".", 1)[0]
+    waiting = [_unwrap(function)]
+    while waiting:
+        current = waiting.pop()
+        name = f"{current.__module__}.{current.__qualname__}"
+        if name in texts:
+            continue
+        tree = _tree(current)
+        texts[name] = ast.dump(tree)
+        for label, value in _globals(current, tree):
+            reached = _unwrap(value)
+            if inspect.isfunction(reached):
+                if reached.__module__.startswith(package):
+                    waiting.append(reached)
+            elif isinstance(value, int | float | str | bool):
+                texts[f"{current.__module__}.{label}"] = repr(value)
+            elif isinstance(getattr(value, "value", None), int | float | str | bool):  # tl.constexpr
+                texts[f"{current.__module__}.{label}"] = repr(value.value)
+    return hashlib.sha256("\n".join(f"{name}\n{text}" for name, text in sorted(texts.items())).encode()).hexdigest()
