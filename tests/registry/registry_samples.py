@@ -1,0 +1,80 @@
+"""Records to test with; every call with other arguments gives another record."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from tilebook.registry import Device, Environment, Failure, Miss, Status, Trial, Verdict, VerdictStatus, canonical
+
+H200 = Device("NVIDIA H200", "sm_90", 132)
+A100 = Device("NVIDIA A100-SXM4-80GB", "sm_80", 108)
+SOFTWARE = Environment({"driver": "580.65.06", "triton": "3.6.0", "torch": "2.13.0+cu130"})
+KERNEL = "0123456789abcdef"
+START = datetime(2026, 11, 21, 12, 0, 0, 123456, tzinfo=UTC)
+
+
+def problem(rows: int = 128) -> str:
+    return canonical({"rows": rows, "dtype": "bf16", "causal": True})
+
+
+def trial(number: int = 0, **changes: Any) -> Trial:
+    base = Trial(
+        op="rms_norm_fwd",
+        problem=problem(),
+        device=H200,
+        environment=SOFTWARE,
+        kernel=KERNEL,
+        implementation="triton",
+        config={"BLOCK_M": 64, "num_warps": 4, "use_tma": True, "order": "row-major"},
+        status=Status.OK,
+        time_ms=0.1 + number / 3,
+        samples_ms=(0.1, 0.2 + number / 7, 1e-9),
+        facts={"shared_bytes": 49152, "compile_s": 0.35, "nested": {"spills": [0, 1, None]}},
+        created_at=START + timedelta(seconds=number),
+    )
+    return replace(base, **changes)
+
+
+def broken_trial(**changes: Any) -> Trial:
+    return trial(
+        status=Status.FAILED,
+        failure=Failure.COMPILE_ERROR,
+        reason="line 1\n\tü \x00\x1b[31mred",
+        time_ms=None,
+        samples_ms=(),
+        **changes,
+    )
+
+
+def verdict(**changes: Any) -> Verdict:
+    base = Verdict(
+        op="rms_norm_fwd",
+        problem=problem(),
+        device=H200,
+        environment=SOFTWARE,
+        kernel=KERNEL,
+        status=VerdictStatus.MEASURED,
+        implementation="triton",
+        config={"BLOCK_M": 128, "num_warps": 8},
+        time_ms=0.1,
+        default_time_ms=0.123,
+        speedup=1.23,
+        speedup_low=1.2,
+        speedup_high=1.26,
+        evidence={"finalists": [{"name": "triton", "samples_ms": [0.1, 0.11, 0.1]}]},
+        created_at=START,
+    )
+    return replace(base, **changes)
+
+
+def predicted(**changes: Any) -> Verdict:
+    return verdict(
+        status=VerdictStatus.PREDICTED, speedup=None, speedup_low=None, speedup_high=None, evidence={}, **changes
+    )
+
+
+def miss(rows: int = 128, calls: int = 1, time_ms: float = 1.0, **changes: Any) -> Miss:
+    base = Miss("rms_norm_fwd", problem(rows), H200, calls, time_ms, START)
+    return replace(base, **changes)

@@ -1,0 +1,197 @@
+"""What every backend promises; the promises are in the docstring of Registry."""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from registry_samples import A100, KERNEL, SOFTWARE, START, broken_trial, miss, predicted, problem, trial, verdict
+from sqlalchemy import create_engine, text
+
+from tilebook.registry import Environment, Registry, RegistryError, Trial, VerdictStatus
+from tilebook.registry.backend import Target, make_engine
+from tilebook.registry.models import Base
+from tilebook.registry.schema import SCHEMA_VERSION, VERSION_TABLE
+
+
+class TestContract:
+    def test_records_read_back_equal(self, registry: Registry) -> None:
+        trials = [trial(0), trial(1, device=A100), broken_trial(), trial(2, kernel="ff" * 32)]
+        registry.record(trials, verdict())
+        assert registry.trials() == trials
+        assert registry.verdicts() == [verdict()]
+        assert registry.trials()[2].failure == "compile_error"
+        assert registry.corrupt == 0
+
+    def test_a_reader_sees_what_a_writer_recorded(self, registry: Registry, target: str) -> None:
+        registry.record([trial()], verdict())
+        with Registry.open(target) as reader:
+            assert (reader.trials(), reader.verdicts()) == ([trial()], [verdict()])
+            with pytest.raises(RegistryError, match="reading only"):
+                reader.record([trial()])
+
+    def test_filters_combine(self, registry: Registry) -> None:
+        trials = [trial(0), trial(1, device=A100), trial(2, op="mlp_fwd"), trial(3, problem=problem(7))]
+        registry.record(trials)
+        assert registry.trials(op="rms_norm_fwd", device=trials[0].device) == [trials[0], trials[3]]
+        assert registry.trials(problem=problem(7)) == [trials[3]]
+        assert registry.trials(kernel=KERNEL, op="mlp_fwd") == [trials[2]]
+        assert registry.trials(kernel="0" * 8) == []
+        assert registry.trials(device=replace(A100, sm_count=107)) == []
+
+    def test_recording_a_trial_again_changes_nothing(self, registry: Registry) -> None:
+        registry.record([trial(0), trial(0), trial(1)])
+        registry.record([trial(1)])
+        assert registry.trials() == [trial(0), trial(1)]
+
+    def test_a_verdict_replaces_that_of_its_key_only(self, registry: Registry) -> None:
+        registry.record(verdict=verdict())
+        registry.record(verdict=verdict(kernel="ee" * 8))
+        newer = verdict(environment=Environment({"triton": "3.9.0"}), config={"BLOCK_M": 32})
+        registry.record(verdict=newer)
+        assert registry.verdicts() == [newer, verdict(kernel="ee" * 8)]
+
+    @pytest.mark.parametrize("status", [VerdictStatus.MEASURED, VerdictStatus.DEFAULT])
+    def test_a_prediction_never_replaces_a_measurement(self, registry: Registry, status: VerdictStatus) -> None:
+        registry.record(verdict=predicted())
+        registry.record(verdict=verdict(status=status))
+        registry.record(verdict=predicted(config={"BLOCK_M": 1}))
+        assert registry.verdicts() == [verdict(status=status)]
+
+    def test_an_unstorable_record_leaves_no_part_of_its_transaction(self, registry: Registry) -> None:
+        with pytest.raises(AttributeError):
+            registry.merge([trial()], [verdict(), None])  # type: ignore[list-item]
+        assert (registry.trials(), registry.verdicts()) == ([], [])
+
+    def test_an_imported_trial_becomes_local_when_it_is_recorded(self, registry: Registry) -> None:
+        registry.merge([trial(0), trial(1)], origin="imported")
+        registry.record([trial(1), trial(2)])
+        registry.merge([trial(2)], origin="imported")
+        assert registry.trials(origin="local") == [trial(1), trial(2)]
+        assert len(registry.trials()) == 3
+
+    def test_misses_add_up_and_come_heaviest_first(self, registry: Registry) -> None:
+        registry.count_misses([miss(1, calls=5, time_ms=1.0), miss(2, calls=2, time_ms=100.0), miss(3, device=A100)])
+        later = START + timedelta(days=1)
+        registry.count_misses([miss(1, calls=7, time_ms=2.0, last_seen=later)])
+        assert registry.misses(device=miss().device) == [
+            miss(2, calls=2, time_ms=100.0),
+            miss(1, calls=12, time_ms=2.0, last_seen=later),
+        ]
+        assert registry.misses(device=A100) == [miss(3, device=A100)]
+
+    def test_extreme_numbers_survive(self, registry: Registry) -> None:
+        samples = (0.1 + 0.2, 5e-324, 1.7976931348623157e308, 0.0, 1 / 3)
+        record = trial(samples_ms=samples, time_ms=1 / 3, facts={"low": -(2**63), "high": 2**63 - 1, "zero": -0.0})
+        registry.record([record])
+        assert registry.trials()[0].sha256 == record.sha256
+
+    def test_more_trials_than_a_statement_has_parameters(self, registry: Registry) -> None:
+        trials = [trial(number) for number in range(1200)]
+        registry.record(trials[:700])
+        registry.record(trials)
+        assert registry.trials() == trials
+
+    def test_eight_processes_create_and_write_at_once(self, target: str) -> None:
+        fork = multiprocessing.get_context("fork")
+        barrier = fork.Barrier(8)
+        workers = [fork.Process(target=_create_and_write, args=(target, barrier, number)) for number in range(8)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+        assert [worker.exitcode for worker in workers] == [0] * 8
+        with Registry.open(target) as registry:
+            assert len(registry.trials()) == 8
+            assert registry.misses()[0].calls == 8
+
+    def test_the_migrated_schema_is_that_of_the_models(self, registry: Registry) -> None:
+        engine = make_engine(Target.parse(registry.target), write=False)
+        with engine.connect() as connection:
+            context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+            assert compare_metadata(context, Base.metadata) == []
+
+    def test_a_newer_schema_is_refused_by_readers_and_writers(self, registry: Registry, target: str) -> None:
+        _execute(
+            target, f"UPDATE {VERSION_TABLE} SET version_num = '0002'", f"PRAGMA user_version={SCHEMA_VERSION + 1}"
+        )
+        for write in (False, True):
+            with pytest.raises(RegistryError, match="newer"):
+                Registry.open(target, write=write)
+        with pytest.raises(RegistryError, match="newer"):
+            registry.record([trial()])
+
+    def test_an_older_schema_is_refused_by_readers(
+        self, registry: Registry, target: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tilebook.registry.schema.SCHEMA_VERSION", SCHEMA_VERSION + 1)
+        with pytest.raises(RegistryError, match=r"older.*opening it for writing"):
+            Registry.open(target)
+
+    def test_a_damaged_row_is_left_out_counted_and_logged(
+        self, registry: Registry, target: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        registry.record([trial(0), trial(1)], verdict())
+        _execute(target, "UPDATE trial SET time_ms = time_ms * 2 WHERE id = 1", "UPDATE trial SET id = id WHERE id = 1")
+        assert registry.trials() == [trial(1)]
+        assert registry.corrupt == 1
+        assert "1 damaged row" in caplog.text
+        _execute(target, "UPDATE verdict SET trusted = NOT trusted", "UPDATE verdict SET id = id")
+        assert (registry.verdicts(), registry.corrupt) == ([], 1)
+        registry.record(verdict=predicted())
+        assert (registry.verdicts(), registry.corrupt) == ([predicted()], 0)
+
+    def test_a_damaged_environment_is_mended_by_the_next_writer(self, registry: Registry, target: str) -> None:
+        registry.record([trial(0)])
+        _execute(target, "UPDATE environment SET versions = '{}'", "UPDATE device SET id = id")
+        assert registry.trials() == []
+        registry.record([trial(1)])
+        assert registry.trials() == [trial(0), trial(1)]
+
+    def test_a_closed_registry_says_so(self, registry: Registry) -> None:
+        registry.close()
+        registry.close()
+        with pytest.raises(RegistryError, match="closed"):
+            registry.trials()
+
+
+def test_a_password_is_in_no_message() -> None:
+    url = "postgresql://somebody:sesame@127.0.0.1:1/none"
+    with pytest.raises(RegistryError) as caught:
+        Registry.open(url)
+    assert "sesame" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["mysql://x/y", "sqlite://", "sqlite:///file:x?mode=ro", "http://x", "", "a b://["])
+def test_an_address_that_is_no_registry_is_refused(target: str) -> None:
+    with pytest.raises(RegistryError):
+        Registry.open(target)
+
+
+def _create_and_write(target: str, barrier: object, number: int) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    with Registry.open(target, write=True) as registry:
+        registry.record([trial(number, environment=SOFTWARE)])
+        registry.count_misses([miss()])
+
+
+def _execute(target: str, statement: str, sqlite_too: str) -> None:
+    """Changes a registry behind its back; the second statement is for SQLite's second record of the same fact."""
+    if target.startswith("postgresql"):
+        engine = create_engine(target.replace("postgresql:", "postgresql+psycopg:"))
+    else:
+        engine = create_engine(f"sqlite:///{target}")
+    with engine.begin() as connection:
+        connection.execute(text(statement))
+        if connection.dialect.name == "sqlite":
+            connection.execute(text(sqlite_too))
+    engine.dispose()
+
+
+def test_a_trial_is_a_value() -> None:
+    assert Trial(**{name: getattr(trial(), name) for name in Trial.__dataclass_fields__}) == trial()

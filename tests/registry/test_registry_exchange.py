@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from registry_samples import A100, START, broken_trial, predicted, problem, trial, verdict
+
+from tilebook.registry import Registry, RegistryError, Verdict, VerdictStatus, export, load
+from tilebook.registry.exchange import import_rule
+
+ALLOWED = {"rms_norm_fwd": frozenset({"BLOCK_M", "num_warps", "use_tma", "order"})}
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Iterator[Registry]:
+    with Registry.open(tmp_path / "second.db", write=True) as registry:
+        yield registry
+
+
+def exported(registry: Registry) -> str:
+    stream = io.StringIO()
+    export(registry, stream)
+    return stream.getvalue()
+
+
+def signed(*records: Any, **header: Any) -> str:
+    """A file whose digests are right whatever its records say: strings are lines, dicts become lines."""
+    lines = [record if isinstance(record, str) else json.dumps(seal(record)) for record in records]
+    body = "".join(line + "\n" for line in lines)
+    head = {"format": "tilebook-registry", "version": 1, "records": len(lines)}
+    head["sha256"] = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({**head, **header}) + "\n" + body
+
+
+def seal(record: dict[str, Any]) -> dict[str, Any]:
+    content = {name: value for name, value in record.items() if name not in ("type", "sha256")}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), **record}
+
+
+def a_trial(**changes: Any) -> dict[str, Any]:
+    return {"type": "trial", **trial().content(), **changes}
+
+
+def a_verdict(**changes: Any) -> dict[str, Any]:
+    return {"type": "verdict", **verdict().portable(), **changes}
+
+
+def test_export_import_export_gives_the_same_bytes(registry: Registry, second: Registry) -> None:
+    trials = [trial(3), broken_trial(), trial(1, device=A100), trial(2, op="mlp_fwd")]
+    registry.merge(trials, [verdict(), predicted(problem=problem(7)), verdict(device=A100)])
+    first = exported(registry)
+    report = load(second, io.StringIO(first), allowed=None)
+    assert (report.trials, report.verdicts, report.skipped, report.replaced) == (4, 3, [], [])
+    assert exported(second) == first
+    again = load(second, io.StringIO(first), allowed=None)
+    assert (again.trials, again.verdicts, again.unchanged, again.skipped) == (0, 0, 7, [])
+    home = load(registry, io.StringIO(first), allowed=None, trust=True)
+    assert (home.trials, home.verdicts, home.unchanged, home.skipped) == (0, 0, 7, [])
+    assert exported(second) == exported(registry) == first
+
+
+def test_an_imported_verdict_is_untrusted_unless_the_user_says_so(registry: Registry) -> None:
+    text = signed(a_verdict(), a_trial())
+    load(registry, io.StringIO(text), allowed=ALLOWED)
+    assert registry.verdicts() == [verdict(origin="imported", trusted=False)]
+    assert registry.trials(origin="local") == []
+    load(registry, io.StringIO(text), allowed=ALLOWED, trust=True)
+    assert registry.verdicts() == [verdict(origin="imported", trusted=True)]
+
+
+def test_unknown_ops_and_config_keys_are_skipped_with_a_reason(second: Registry) -> None:
+    text = signed(a_trial(op="unheard_of"), a_trial(config={"BLOCK_Q": 1}), a_verdict())
+    report = load(second, io.StringIO(text), allowed=ALLOWED)
+    assert (report.trials, report.verdicts) == (0, 1)
+    assert report.skipped == ["line 2: unknown op unheard_of", "line 3: rms_norm_fwd has no config key ['BLOCK_Q']"]
+
+
+DEEP = "[" * 200_000
+FILES: dict[str, str] = {
+    "empty file": "",
+    "not JSON": "hello\n",
+    "another format": '{"format":"x"}\n',
+    "header is a list": "[]\n",
+    "another version": signed(version=2),
+    "version is a flag": signed(version=True),
+    "unknown header field": signed(extra=1),
+    "too few records": signed(a_trial(), records=2),
+    "too many records": signed(a_trial(), records=0),
+    "record count is a float": signed(a_trial(), records=1.0),
+    "wrong file digest": signed(a_trial(), sha256="0" * 64),
+}
+LINES: dict[str, str | dict[str, Any]] = {
+    "unknown field": a_trial(extra=1),
+    "wrong record digest": a_trial(sha256="0" * 64),
+    "no record digest": json.dumps(a_trial()),
+    "unknown type": a_trial(type="miss"),
+    "type is a list": a_trial(type=[]),
+    "blank line": "",
+    "record is a list": "[1]",
+    "nested too deep to parse": '{"type":' + DEEP,
+    "nested facts": a_trial(facts={"a": json.loads("[" * 20 + "]" * 20)}),
+    "deep problem": a_trial(problem="[" * 1900),
+    "a key twice": json.dumps(seal(a_trial()))[:-1] + ',"op":"mlp_fwd"}',
+    "a key twice, deeper": '{"type":"trial","config":{"a":1,"a":2}}',
+    "NaN": json.dumps(seal(a_trial(time_ms=float("nan")))),
+    "infinite by overflow": json.dumps(seal(a_trial())).replace('"time_ms": 0.1', '"time_ms": 1e999'),
+    "huge integer": '{"type":"trial","time_ms":' + "9" * 5000 + "}",
+    "a verdict that says it is trusted": a_verdict(trusted=True),
+    "missing field": {k: v for k, v in a_trial().items() if k != "reason"},
+    "time is an integer": a_trial(time_ms=1),
+    "time is negative": a_trial(time_ms=-1.0),
+    "time is a string": a_trial(time_ms="1.0"),
+    "sample is a flag": a_trial(samples_ms=[True]),
+    "samples are a string": a_trial(samples_ms="123"),
+    "too many samples": a_trial(samples_ms=[0.1] * 10_001),
+    "SM count is a flag": a_trial(device={"name": "X", "arch": "sm_90", "sm_count": True}),
+    "SM count is a float": a_trial(device={"name": "X", "arch": "sm_90", "sm_count": 1.0}),
+    "device has another field": a_trial(device={**A100.content(), "id": 1}),
+    "device name with an escape": a_trial(device={**A100.content(), "name": "\x1b[31m"}),
+    "device name with a line break": a_trial(device={**A100.content(), "name": "a\nb"}),
+    "long device name": a_trial(device={**A100.content(), "name": "x" * 129}),
+    "environment is a list": a_trial(environment=[]),
+    "version is a number": a_trial(environment={"triton": 3}),
+    "op with a path": a_trial(op="../x"),
+    "kernel is not hex": a_trial(kernel="zz" * 8),
+    "config value is a float": a_trial(config={"BLOCK_M": 1.5}),
+    "config value is null": a_trial(config={"BLOCK_M": None}),
+    "config value is a path": a_trial(config={"BLOCK_M": "/tmp/x"}),
+    "config value is too large": a_trial(config={"BLOCK_M": 2**31 + 1}),
+    "config replaces the code": a_trial(config={"ir_override": "x.ttgir"}),
+    "config key is not a name": a_trial(config={"a b": 1}),
+    "reason with a control character": a_trial(reason="\x07"),
+    "reason with a right-to-left override": a_trial(reason="\u202e"),
+    "long reason": a_trial(reason="x" * 4001),
+    "reason is null": a_trial(reason=None),
+    "status unknown": a_trial(status="fine"),
+    "status is a list": a_trial(status=[]),
+    "failure of a passed trial": a_trial(failure="slow"),
+    "naive time stamp": a_trial(created_at="2026-11-21T12:00:00.000000"),
+    "other time zone": a_trial(created_at="2026-11-21T12:00:00.000000+01:00"),
+    "time stamp in other digits": a_trial(created_at="٢٠٢٦-11-21T12:00:00.000000+00:00"),
+    "impossible date": a_trial(created_at="2026-02-30T12:00:00.000000+00:00"),
+    "problem not canonical": a_trial(problem='{"a": 1}'),
+    "problem is a list": a_trial(problem="[]"),
+    "interval upside down": a_verdict(speedup_low=2.0, speedup_high=1.0),
+    "long line": a_trial(reason="x" * (2 * 1024 * 1024)),
+    "lone surrogate": '{"type":"\\ud800"}',
+    "not JSON": "{]",
+}
+
+
+def _refuses(registry: Registry, text: str) -> None:
+    with pytest.raises(RegistryError, match=r"^line \d+ of the import: ") as caught:
+        load(registry, io.StringIO(text), allowed=None)
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isprintable()
+    assert (registry.trials(), registry.verdicts()) == ([], [])
+
+
+@pytest.mark.parametrize("text", FILES.values(), ids=FILES.keys())
+def test_a_malformed_file_changes_nothing(shared: Registry, text: str) -> None:
+    _refuses(shared, text)
+
+
+@pytest.mark.parametrize("record", LINES.values(), ids=LINES.keys())
+def test_a_hostile_record_changes_nothing_even_behind_good_ones(shared: Registry, record: Any) -> None:
+    _refuses(shared, signed(record))
+    _refuses(shared, signed(a_trial(), a_verdict(), record))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with Registry.open(tmp_path_factory.mktemp("hostile") / "registry.db", write=True) as registry:
+        yield registry
+
+
+def test_a_file_that_is_too_large_or_not_utf8_changes_nothing(shared: Registry) -> None:
+    with pytest.raises(RegistryError, match="too large"):
+        load(shared, io.StringIO(signed(*(a_trial(reason=str(n)) for n in range(50)))), allowed=None, max_total=5000)
+    with pytest.raises(RegistryError, match="UTF-8"):
+        load(shared, io.TextIOWrapper(io.BytesIO(b'{"\xff\xfe'), "utf-8"), allowed=None)
+    assert shared.trials() == []
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from([a_trial(), a_verdict()]), st.data())
+def test_a_field_of_junk_is_refused_or_kept_exactly(tmp_path_factory: Any, record: dict[str, Any], data: Any) -> None:
+    field = data.draw(st.sampled_from(sorted(record)))
+    changed = {**record, field: data.draw(junk)}
+    with Registry.open(_junk_registry(tmp_path_factory), write=True) as registry:
+        before = registry.trials() + registry.verdicts()
+        try:
+            report = load(registry, io.StringIO(signed(changed)), allowed=None)
+        except RegistryError:
+            assert registry.trials() + registry.verdicts() == before
+        else:
+            assert report.trials + report.verdicts + report.unchanged + len(report.skipped) == 1
+        assert registry.corrupt == 0
+
+
+_place: list[Path] = []
+
+
+def _junk_registry(factory: pytest.TempPathFactory) -> Path:
+    if not _place:
+        _place.append(factory.mktemp("junk") / "registry.db")
+    return _place[0]
+
+
+IMPORTED = verdict(origin="imported", trusted=False)
+WIDER = replace(IMPORTED, speedup_low=1.0, speedup_high=1.4)
+CONFLICTS: list[tuple[str, Verdict, Verdict, bool]] = [
+    ("a local measurement stands", verdict(config={}), IMPORTED, False),
+    ("a local default stands", verdict(status=VerdictStatus.DEFAULT), IMPORTED, False),
+    ("a local measurement stands against a tighter one", replace(WIDER, origin="local"), IMPORTED, False),
+    ("a measurement replaces a local prediction", predicted(), IMPORTED, True),
+    ("a measurement replaces an imported prediction", predicted(origin="imported", trusted=False), IMPORTED, True),
+    ("a prediction replaces no measurement", IMPORTED, predicted(origin="imported", trusted=True), False),
+    ("a local prediction stands against another", predicted(), predicted(origin="imported", config={}), False),
+    ("the tighter interval stands", IMPORTED, WIDER, False),
+    ("the tighter interval replaces", WIDER, IMPORTED, True),
+    ("no interval is the widest", replace(IMPORTED, speedup_low=None), WIDER, True),
+    ("more samples replace", replace(IMPORTED, evidence={"s": [1]}), IMPORTED, True),
+    ("fewer samples do not", IMPORTED, replace(IMPORTED, evidence={"s": [1, 2]}), False),
+    ("trust goes before the interval", replace(WIDER, trusted=True), IMPORTED, False),
+    ("the same verdict, now trusted", IMPORTED, replace(IMPORTED, trusted=True), True),
+    (
+        "the newer prediction",
+        predicted(origin="imported"),
+        predicted(origin="imported", created_at=START + timedelta(days=1)),
+        True,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("existing", "new", "replaced"), [row[1:] for row in CONFLICTS], ids=[row[0] for row in CONFLICTS]
+)
+def test_conflicts_are_resolved_by_evidence(existing: Verdict, new: Verdict, replaced: bool) -> None:
+    choice = import_rule(existing, new)
+    assert choice.replace is replaced
+    assert choice.why
+
+
+def test_the_report_says_what_became_of_each_conflict(registry: Registry) -> None:
+    registry.merge(verdicts=[verdict(config={}), predicted(problem=problem(7))])
+    text = signed(a_verdict(), a_verdict(problem=problem(7)))
+    report = load(registry, io.StringIO(text), allowed=ALLOWED)
+    assert report.verdicts == 1
+    assert [line.rpartition(": ")[2] for line in report.skipped] == ["the local verdict stands"]
+    assert [line.rpartition(": ")[2] for line in report.replaced] == ["an imported measurement replaces a prediction"]

@@ -1,0 +1,291 @@
+"""What is particular to files: strangers' files, locks, damage, dead writers, places that cannot be written."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from registry_samples import A100, miss, predicted, problem, trial, verdict
+
+import tilebook.registry
+from tilebook.registry import Registry, RegistryError, Status, ship
+from tilebook.registry.backend import connect_sqlite
+
+REPOSITORY = Path(tilebook.registry.__file__).parents[2]
+
+
+def _fill(path: Path, trials: int = 20) -> None:
+    with Registry.open(path, write=True) as registry:
+        registry.record([trial(number) for number in range(trials)], verdict())
+        registry.count_misses([miss()])
+
+
+def _sqlite(path: Path, *statements: str) -> None:
+    connection = sqlite3.connect(path, isolation_level=None)
+    for statement in statements:
+        connection.execute(statement)
+    connection.close()
+
+
+def _foreign_text(path: Path) -> None:
+    path.write_bytes(b"# someone's notes, longer than a header\n" * 10)
+
+
+def _foreign_short(path: Path) -> None:
+    path.write_bytes(b"SQLite format 3\0")
+
+
+def _foreign_database(path: Path) -> None:
+    _sqlite(path, "CREATE TABLE studies (id INTEGER)", "INSERT INTO studies VALUES (1)")
+
+
+def _foreign_wal_database(path: Path) -> None:
+    _sqlite(path, "PRAGMA journal_mode=WAL", "CREATE TABLE trial (id INTEGER)")
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("make", [_foreign_text, _foreign_short, _foreign_database, _foreign_wal_database])
+def test_a_foreign_file_is_refused_and_untouched(path: Path, make: object, write: bool) -> None:
+    make(path)  # type: ignore[operator]
+    before = (path.read_bytes(), path.stat().st_mtime_ns, os.listdir(path.parent))
+    with pytest.raises(RegistryError, match=r"foreign|not a tilebook registry") as caught:
+        Registry.open(path, write=write)
+    assert "\n" not in str(caught.value)
+    assert (path.read_bytes(), path.stat().st_mtime_ns, os.listdir(path.parent)) == before
+    with Registry.open(path.with_name("other.db"), write=True) as other, pytest.raises(RegistryError):
+        ship(other, path)
+    assert path.read_bytes() == before[0]
+
+
+def test_a_reader_needs_a_registry_and_makes_none(path: Path) -> None:
+    with pytest.raises(RegistryError, match="there is no registry"):
+        Registry.open(path)
+    with pytest.raises(RegistryError, match="there is no registry"):
+        Registry.open(path.parent / "missing" / "registry.db")
+    path.touch()
+    with pytest.raises(RegistryError, match="there is no registry"):
+        Registry.open(path)
+    assert os.listdir(path.parent) == ["registry.db"]
+    with pytest.raises(RegistryError, match="cannot read"):
+        Registry.open(path.parent)
+
+
+def test_a_reader_leaves_the_directory_as_it_was(path: Path) -> None:
+    _fill(path)
+    before = (os.listdir(path.parent), path.read_bytes(), path.stat().st_mtime_ns)
+    with Registry.open(path) as reader:
+        reader.trials(), reader.verdicts(), reader.misses()
+        assert os.listdir(path.parent) == ["registry.db"]
+    assert (os.listdir(path.parent), path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+def test_a_reader_imports_no_alembic(path: Path) -> None:
+    _fill(path)
+    code = (
+        "import sys; from tilebook.registry import Registry; Registry.open(sys.argv[1]).verdicts();"
+        "sys.exit(sorted({'alembic', 'torch', 'triton', 'psycopg'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, path], check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+
+def test_a_registry_without_a_schema_number_is_refused_for_reading_and_mended_by_a_writer(path: Path) -> None:
+    _fill(path)
+    _sqlite(path, "PRAGMA user_version=0")
+    with pytest.raises(RegistryError, match="not a tilebook registry"):
+        Registry.open(path)
+    Registry.open(path, write=True).close()
+    with Registry.open(path) as reader:
+        assert len(reader.trials()) == 20
+
+
+def test_a_wal_registry_is_refused_for_reading_and_converted_by_a_writer(path: Path) -> None:
+    _fill(path)
+    _sqlite(path, "PRAGMA journal_mode=WAL")
+    with pytest.raises(RegistryError, match="WAL"):
+        Registry.open(path)
+    assert os.listdir(path.parent) == ["registry.db"]
+    Registry.open(path, write=True).close()
+    with Registry.open(path) as reader:
+        assert len(reader.trials()) == 20
+
+
+@pytest.mark.parametrize("kind", ["VIEW", "TRIGGER"])
+def test_what_is_not_a_table_is_not_read(path: Path, kind: str) -> None:
+    _fill(path)
+    if kind == "VIEW":
+        endless = "WITH RECURSIVE n(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n) SELECT max(id) AS id FROM n"
+        _sqlite(path, "PRAGMA foreign_keys=OFF", "DROP TABLE verdict", f"CREATE VIEW verdict AS {endless}")
+    else:
+        _sqlite(path, "CREATE TRIGGER t AFTER INSERT ON trial BEGIN DELETE FROM verdict; END")
+    for write in (False, True):
+        with pytest.raises(RegistryError, match="corrupt"):
+            Registry.open(path, write=write)
+
+
+def test_a_locked_registry_is_one_clear_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fill(path)
+    monkeypatch.setattr("tilebook.registry.backend.WRITER_WAIT_S", 0.1)
+    monkeypatch.setattr("tilebook.registry.backend.READER_WAIT_S", 0.1)
+    registry = Registry.open(path, write=True)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert len(Registry.open(path).trials()) == 20, "readers do not wait for a writer that has not begun to commit"
+    with pytest.raises(RegistryError, match="locked"):
+        registry.record([trial(99)])
+    other.execute("ROLLBACK")
+    other.execute("BEGIN EXCLUSIVE")
+    for write in (False, True):
+        with pytest.raises(RegistryError, match="locked"):
+            Registry.open(path, write=write)
+    other.close()
+    registry.record([trial(99)])
+
+
+def test_writes_are_synchronous_and_the_schema_is_distrusted(path: Path) -> None:
+    _fill(path)
+    connection = connect_sqlite(path, "rw")
+    pragmas = ("synchronous", "foreign_keys", "trusted_schema", "cell_size_check", "mmap_size", "journal_mode")
+    assert [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas] == [2, 1, 0, 1, 0, "delete"]
+    connection.close()
+
+
+def test_a_flipped_bit_never_changes_an_answer(path: Path) -> None:
+    _fill(path)
+    good = path.read_bytes()
+    known = {trial(number).sha256 for number in range(20)} | {verdict().sha256, miss().sha256}
+    dice = random.Random(20261121)
+    noticed = 0
+    for _ in range(300):
+        place, bit = dice.randrange(len(good)), dice.randrange(8)
+        bad = bytearray(good)
+        bad[place] ^= 1 << bit
+        path.write_bytes(bad)
+        try:
+            with Registry.open(path) as reader:
+                found = [*reader.trials()]
+                noticed += bool(reader.corrupt)
+                found_more = [*reader.verdicts(), *reader.misses()]
+        except RegistryError as error:
+            noticed += "\n" not in str(error)
+            continue
+        assert {record.sha256 for record in (*found, *found_more)} <= known, (place, bit)
+    assert noticed > 30
+
+
+def test_a_truncated_file_is_corrupt_not_a_crash(path: Path) -> None:
+    _fill(path)
+    good = path.read_bytes()
+    for size in (99, 100, 4096, len(good) // 2, len(good) - 4096):
+        path.write_bytes(good[:size])
+        with pytest.raises(RegistryError), Registry.open(path) as reader:
+            reader.trials(), reader.verdicts(), reader.misses()
+    path.write_bytes(good[:-1])  # SQLite reads the missing end of a page as zeros: one value changes
+    with Registry.open(path) as reader:
+        assert len(reader.trials()) == 20 - reader.corrupt == 19
+
+
+def _write_until_killed(path: Path, pipe: Connection, start: int) -> None:
+    with Registry.open(path, write=True) as registry:
+        for number in range(start, start + 1_000_000):
+            registry.record([trial(number)])
+            pipe.send(number)
+
+
+def test_a_killed_writer_loses_no_committed_trial(path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    dice = random.Random(7)
+    committed: set[int] = set()
+    for life in range(20):
+        ours, theirs = fork.Pipe(duplex=False)
+        worker = fork.Process(target=_write_until_killed, args=(path, theirs, life * 1_000_000))
+        worker.start()
+        theirs.close()
+        committed.add(ours.recv())
+        time.sleep(dice.random() * 0.05)
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+        try:
+            while True:
+                committed.add(ours.recv())
+        except EOFError:
+            pass
+    with Registry.open(path, write=True) as registry:
+        kept = {found.sha256 for found in registry.trials()}
+        assert registry.corrupt == 0
+    assert {trial(number).sha256 for number in committed} <= kept
+    assert len(kept) <= len(committed) + 20, "at most the one trial in flight at each death is there unannounced"
+
+
+def test_a_death_in_mid_write_is_named_to_readers_and_mended_by_a_writer(path: Path) -> None:
+    _fill(path)
+    worker = os.fork()
+    if worker == 0:
+        connection = connect_sqlite(path, "rw")
+        connection.execute("PRAGMA cache_size=1")  # spills changed pages into the file before the commit
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("UPDATE trial SET reason = hex(randomblob(2000))")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(worker, 0)
+    assert path.with_name("registry.db-journal").exists()
+    with pytest.raises(RegistryError, match="open it once for writing"):
+        Registry.open(path)
+    Registry.open(path, write=True).close()
+    with Registry.open(path) as reader:
+        assert len(reader.trials()) == 20
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A directory that another user can reach, which pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="tb-public-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+def test_a_shipped_registry_opens_from_a_read_only_directory(public_folder: Path, path: Path) -> None:
+    with Registry.open(path, write=True) as registry:
+        registry.record([trial(), trial(1, status=Status.REJECTED, failure="slow"), trial(2, device=A100)], verdict())
+        registry.record(verdict=predicted(problem=problem(7), trusted=False))
+        place = public_folder / "registry.db"
+        assert ship(registry, place) == 1
+        assert Registry.open(place).trials() == []
+        assert ship(registry, place, trials=True) == 1
+    with Registry.open(place) as shipped:
+        assert shipped.trials() == [trial()]
+        assert shipped.verdicts() == [verdict(origin="shipped")]
+    assert os.listdir(public_folder) == ["registry.db"]
+    public_folder.chmod(0o555)
+    reader, writer = os.pipe()
+    other = os.fork()
+    if other == 0:
+        # Root may write anywhere, so the one who reads is somebody else.
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        try:
+            outcome = f"{len(Registry.open(place).verdicts())} verdict; "
+            Registry.open(place, write=True).record([trial()])
+        except BaseException as error:
+            outcome += f"{type(error).__name__}: {error}"
+        os.write(writer, outcome.encode())
+        os._exit(0)
+    os.waitpid(other, 0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        assert pipe.read().startswith("1 verdict; RegistryError: cannot open registry")
+    public_folder.chmod(0o755)
+    assert os.listdir(public_folder) == ["registry.db"]

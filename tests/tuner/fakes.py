@@ -1,0 +1,78 @@
+"""A compiler and a GPU that answer from a formula, for tests of the session."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from toy import make_op
+
+from tilebook import device as devices
+from tilebook.op import Config
+from tilebook.registry import Failure, Layers, Registry
+from tilebook.tuner.compile import Binary, Compiled
+from tilebook.tuner.progress import Run
+from tilebook.tuner.session import Options, Session
+from tilebook.tuner.worker import Attempt, Candidate
+
+GPU = devices.find("H200")
+ENVIRONMENT = {"triton": "3.6.0", "torch": "2.11.0"}
+
+
+class FakePool:
+    """Compiles at once; `twins` maps configs to the key of the code they share, `broken` to a failure."""
+
+    workers = 2
+
+    def __init__(self, broken: Callable[[Config], str | None] = lambda c: None, code=lambda c: c.key) -> None:
+        self.broken, self.code, self.submitted = broken, code, []
+
+    def submit(self, op, implementation, problem, config):
+        config = Config(config)
+        self.submitted.append(config)
+        future: Future[Compiled] = Future()
+        binary = Binary("k", self.code(config), 64, 1024, 64, 0, 4, 1)
+        failure = self.broken(config)
+        future.set_result(Compiled((binary,), 0.01, failure, failure or ""))
+        return future
+
+
+class FakeRunner:
+    """Times by `time_ms(candidate)` with multiplicative noise; a returned Failure stands for one."""
+
+    def __init__(self, time_ms: Callable[[Candidate], float | Failure], noise: float = 0.003, seed: int = 0) -> None:
+        self._time_ms, self._noise, self._random = time_ms, noise, random.Random(seed)
+        self.attempted: list[Candidate] = []
+
+    def prepare(self, op, problem) -> None: ...
+
+    def _sample(self, candidate: Candidate) -> float:
+        value = self._time_ms(candidate)
+        assert isinstance(value, float)
+        return value * self._random.lognormvariate(0, self._noise)
+
+    def attempt(self, candidate, incumbent_ms):
+        self.attempted.append(candidate)
+        value = self._time_ms(candidate)
+        if isinstance(value, Failure):
+            return Attempt(value, f"injected {value}")
+        samples = tuple(self._sample(candidate) for _ in range(15))
+        return Attempt(None, "", sorted(samples)[7], samples)
+
+    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int):
+        return [[self._sample(c) for _ in range(rounds)] for c in candidates]
+
+    def close(self) -> None: ...
+
+
+def tune(path, runner, pool=None, problems=None, op=None, run=None, **options):
+    """Tunes toy problems into the registry at `path`; returns (states, registry opened for reading)."""
+    op = op or make_op()
+    problems = problems or [op.problem(64, 64)]
+    layers = Layers([("explicit", str(path))])
+    run = run or Run(len(problems), runner is not None)
+    with layers.writer() as registry:
+        session = Session(GPU, ENVIRONMENT, registry, layers, pool or FakePool(), runner, Options(**options), run)
+        states = session.tune_all([(op, problem) for problem in problems])
+    return states, Registry.open(path)

@@ -1,0 +1,78 @@
+"""The search proposes feasible configs once each, and finds good ones sooner than chance."""
+
+import statistics
+
+import pytest
+from toy import SPACE, Scaling
+
+from tilebook import device as devices
+from tilebook.op import Config, UsageError
+from tilebook.tuner.search import Search, sampler
+
+GPU = devices.find("H200")
+PROBLEM = Scaling(1024, 1024)
+FEASIBLE = SPACE.feasible(PROBLEM, GPU)
+
+
+def _time(config: Config) -> float:
+    """A smooth valley over the axes with its floor at BLOCK=128, num_warps=4, num_stages=3."""
+    block, warps = config.number("BLOCK").bit_length() - 8, config.number("num_warps").bit_length() - 3
+    return 1.0 + 0.2 * block**2 + 0.3 * warps**2 + 0.05 * (config.number("num_stages") - 3) ** 2
+
+
+def _run(method: str, n: int, seed: int) -> float:
+    search = Search(SPACE, FEASIBLE, [], method, seed)
+    for _ in range(n):
+        for config in search.ask(1):
+            search.tell(config, _time(config))
+    return search.best[1]
+
+
+def test_seeds_come_first_and_infeasible_seeds_are_left_out():
+    seeds = [Config(BLOCK=128, num_warps=4, num_stages=3), Config(BLOCK=512, num_warps=16, num_stages=1), FEASIBLE[0]]
+    assert Search(SPACE, FEASIBLE, seeds).ask(2) == [seeds[0], seeds[2]]
+
+
+@pytest.mark.parametrize("method", ["tpe", "random", "grid", "cmaes"])
+def test_every_feasible_config_is_proposed_exactly_once(method):
+    if method == "cmaes":
+        pytest.importorskip("cmaes")
+    search, seen = Search(SPACE, FEASIBLE, [], method, 3), []
+    while not search.exhausted:
+        batch = search.ask(7)
+        seen += batch
+        for config in batch:
+            search.tell(config, _time(config))
+    assert sorted(seen, key=lambda c: c.key) == sorted(FEASIBLE, key=lambda c: c.key)
+
+
+def test_tpe_beats_random_on_a_smooth_valley():
+    tpe = statistics.median(_run("tpe", 30, seed) for seed in range(7))
+    random = statistics.median(_run("random", 30, seed) for seed in range(7))
+    assert tpe <= random
+
+
+def test_same_seed_gives_the_same_proposals():
+    assert Search(SPACE, FEASIBLE, [], "tpe", 5).ask(20) == Search(SPACE, FEASIBLE, [], "tpe", 5).ask(20)
+
+
+def test_configs_that_do_not_run_are_told_and_never_best():
+    search = Search(SPACE, FEASIBLE, [], "tpe", 0)
+    first, second = search.ask(2)
+    search.tell(first, None)
+    search.tell(second, 2.0)
+    assert search.best == (second, 2.0)
+
+
+def test_polish_returns_the_unseen_feasible_neighbours():
+    centre = Config(BLOCK=128, num_warps=4, num_stages=3)
+    search = Search(SPACE, FEASIBLE, [centre])
+    search.tell(*search.ask(1), 1.0)
+    near = search.polish(centre)
+    assert len(near) == 6
+    assert search.polish(centre) == []
+
+
+def test_unknown_sampler_is_a_usage_error_that_names_the_known_ones():
+    with pytest.raises(UsageError, match="tpe"):
+        sampler("genius", 0)

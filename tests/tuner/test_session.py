@@ -1,0 +1,188 @@
+"""A whole tuning run against a compiler and a GPU that answer from a formula, into a real registry."""
+
+import time
+
+import pytest
+from fakes import FakePool, FakeRunner, tune
+from toy import SPACE, Scaling, make_op
+
+from tilebook.op import Config
+from tilebook.registry import Failure, Status, VerdictStatus
+from tilebook.tuner.progress import Run
+from tilebook.tuner.worker import Candidate
+
+BEST = Config(BLOCK=128, num_warps=4, num_stages=3)
+
+
+def valley(candidate: Candidate) -> float:
+    """The default (16, 1, 1) takes 3.45 ms, the best config 1 ms, PyTorch 2 ms."""
+    if candidate.implementation == "torch":
+        return 2.0
+    config = candidate.config
+    block, warps = config.number("BLOCK").bit_length() - 8, config.number("num_warps").bit_length() - 3
+    return 1.0 + 0.2 * block**2 + 0.3 * warps**2 + 0.05 * (config.number("num_stages") - 3) ** 2
+
+
+def flat(candidate: Candidate) -> float:
+    return 1.0 if candidate.implementation == "triton" else 2.0
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "registry.db"
+
+
+def test_finds_the_best_config_and_stores_the_evidence(path):
+    states, registry = tune(path, FakeRunner(valley))
+    (verdict,) = registry.verdicts()
+    assert verdict.status is VerdictStatus.MEASURED
+    assert (verdict.implementation, Config(verdict.config)) == ("triton", BEST)
+    assert verdict.speedup == pytest.approx(valley(Candidate("triton", SPACE.default(None, None))), rel=0.02)
+    assert verdict.speedup_low <= verdict.speedup <= verdict.speedup_high
+    names = {each["implementation"] for each in verdict.evidence["candidates"]}
+    assert names == {"triton", "torch"}
+    assert all(len(each["samples_ms"]) == 30 for each in verdict.evidence["candidates"])
+    trials = registry.trials()
+    assert len(trials) == states[0].tried
+    assert all(trial.status is Status.OK and len(trial.samples_ms) == 15 for trial in trials)
+
+
+def test_an_implementation_that_is_not_ours_can_win(path):
+    _, registry = tune(path, FakeRunner(lambda c: 0.5 if c.implementation == "torch" else valley(c)))
+    (verdict,) = registry.verdicts()
+    assert (verdict.implementation, dict(verdict.config)) == ("torch", {})
+    assert verdict.ranking()[1][0] == "triton"
+
+
+def test_equal_candidates_leave_the_default_standing(path):
+    for seed in range(5):
+        _, registry = tune(path, FakeRunner(flat, seed=seed), force=True, seed=seed, trials=20)
+        (verdict,) = registry.verdicts()
+        assert verdict.status is VerdictStatus.DEFAULT
+        assert Config(verdict.config) == SPACE.default(None, None)
+        assert verdict.speedup == verdict.speedup_low == 1.0
+
+
+def test_wrong_and_broken_candidates_are_classified_and_never_win(path):
+    classes = [
+        Failure.WRONG_ANSWER,
+        Failure.RUN_ERROR,
+        Failure.RUN_TIMEOUT,
+        Failure.WORKER_DIED,
+        Failure.NOT_REPEATABLE,
+    ]
+
+    def risky(candidate):
+        config = candidate.config
+        if candidate.implementation == "torch":
+            return 9.0
+        if config.number("num_warps") >= 2:
+            return classes[config.number("BLOCK").bit_length() % len(classes)]
+        return valley(candidate)
+
+    states, registry = tune(path, FakeRunner(risky))
+    (verdict,) = registry.verdicts()
+    assert verdict.config["num_warps"] == 1
+    failed = [trial for trial in registry.trials() if trial.status is Status.FAILED]
+    assert {trial.failure for trial in failed} <= set(classes)
+    assert len(failed) == sum(states[0].rejected.values())
+    assert verdict.evidence["rejected"] == {f.value: n for f, n in sorted(states[0].rejected.items())}
+
+
+def test_what_does_not_compile_is_rejected_with_its_class(path):
+    pool = FakePool(broken=lambda c: "spills" if c.number("BLOCK") >= 128 else None)
+    _, registry = tune(path, FakeRunner(valley), pool)
+    rejected = [trial for trial in registry.trials() if trial.failure is Failure.SPILLS]
+    assert rejected
+    assert all(trial.status is Status.REJECTED for trial in rejected)
+    assert registry.verdicts()[0].config["BLOCK"] < 128
+
+
+def test_identical_machine_code_is_measured_once(path):
+    runner = FakeRunner(flat)
+    pool = FakePool(code=lambda c: str(c["BLOCK"]))
+    states, _ = tune(path, runner, pool)
+    measured = [c for c in runner.attempted if c.implementation == "triton"]
+    assert len(measured) == len({c.config["BLOCK"] for c in measured})
+    assert states[0].rejected[Failure.DUPLICATE_BINARY] > 0
+
+
+def test_a_default_that_fails_is_an_error_and_no_verdict(path):
+    default = SPACE.default(None, None)
+    runner = FakeRunner(lambda c: Failure.WRONG_ANSWER if c.config == default else valley(c))
+    states, registry = tune(path, runner)
+    assert "default" in states[0].error
+    assert registry.verdicts() == []
+
+
+class _Killed(BaseException):
+    pass
+
+
+def test_a_run_cut_short_resumes_without_measuring_anything_twice(path):
+    class Mortal(FakeRunner):
+        def attempt(self, candidate, incumbent_ms):
+            if len(self.attempted) == 12:
+                raise _Killed
+            return super().attempt(candidate, incumbent_ms)
+
+    first, second = Mortal(valley), FakeRunner(valley)
+    with pytest.raises(_Killed):
+        tune(path, first)
+    states, registry = tune(path, second)
+    ours = [{c for c in runner.attempted if c.implementation == "triton"} for runner in (first, second)]
+    assert not ours[0] & ours[1]
+    assert states[0].reused == len(ours[0])
+    assert Config(registry.verdicts()[0].config) == BEST
+
+
+def test_a_finished_problem_is_skipped_unless_forced(path):
+    tune(path, FakeRunner(valley))
+    again = FakeRunner(valley)
+    states, _ = tune(path, again)
+    assert states[0].skipped
+    assert again.attempted == []
+    forced = FakeRunner(valley)
+    tune(path, forced, force=True)
+    assert forced.attempted
+
+
+def test_trials_limit_the_candidates_before_the_polish(path):
+    pool = FakePool()
+    tune(path, FakeRunner(flat), pool, trials=10)
+    near_default = len(list(SPACE.neighbours(SPACE.default(None, None))))
+    assert 10 <= len(pool.submitted) <= 10 + 2 * 3 * 3 + near_default
+
+
+def test_deadline_ends_the_search_with_a_verdict(path):
+    runner = FakeRunner(valley)
+    states, registry = tune(path, runner, run=Run(1, True, deadline=time.monotonic()))
+    assert states[0].tried <= 10
+    assert len(registry.verdicts()) == 1
+
+
+def test_winner_of_the_nearest_problem_is_tried_right_after_the_default(path):
+    tune(path, FakeRunner(valley), problems=[Scaling(64, 64)])
+    runner = FakeRunner(valley)
+    tune(path, runner, problems=[Scaling(128, 64)])
+    ours = [c.config for c in runner.attempted if c.implementation == "triton"]
+    assert ours[1] == BEST
+
+
+def test_without_a_gpu_every_feasible_config_is_compiled_and_nothing_is_claimed(path):
+    pool, op = FakePool(), make_op()
+    states, registry = tune(path, None, pool, op=op)
+    feasible = SPACE.feasible(Scaling(64, 64), None)
+    assert len(pool.submitted) == len(feasible) == states[0].compiled
+    (verdict,) = registry.verdicts()
+    assert verdict.status is VerdictStatus.PREDICTED
+    assert (verdict.time_ms, verdict.speedup, verdict.default_time_ms) == (None, None, None)
+    assert all(trial.time_ms is None and not trial.samples_ms for trial in registry.trials())
+
+
+def test_a_measurement_replaces_a_prediction_but_not_the_reverse(path):
+    tune(path, None)
+    tune(path, FakeRunner(valley))
+    states, registry = tune(path, None)
+    assert states[0].skipped
+    assert registry.verdicts()[0].status is VerdictStatus.MEASURED

@@ -1,0 +1,177 @@
+"""Wrong answers of every kind are refused; right ones pass."""
+
+import itertools
+
+import pytest
+import torch
+from toy import Scaling, make_op
+
+from tilebook.op import Config
+from tilebook.tuner.verify import Case, NotRepeatable, Poisoned, Wrong, error, verify
+
+CONFIG = Config(BLOCK=16, num_warps=1, num_stages=1)
+PROBLEM = Scaling(8, 48)
+
+
+def _cases(op, problem=PROBLEM):
+    return [Case.make(op, p, "cpu", seed) for seed, p in enumerate([problem, problem, *problem.neighbours()])]
+
+
+def _verify(function, deterministic=True):
+    op = make_op(function, deterministic)
+    return verify(op.tunable, CONFIG, _cases(op))
+
+
+def _fresh(x):
+    y = torch.empty_like(x)
+    y.copy_(x.float() * 3)
+    return y
+
+
+def test_right_implementation_passes():
+    errors = _verify(None)
+    assert len(errors) == 4
+    assert all(e.max <= 0.1 for case in errors for e in case)
+
+
+def _no_write(x, *, config):
+    return torch.empty_like(x)
+
+
+def _half_write(x, *, config):
+    y = torch.empty_like(x)
+    y[: len(x) // 2].copy_(x[: len(x) // 2].float() * 3)
+    return y
+
+
+_kept = {}
+
+
+def _stale(x, *, config):
+    """Hands out the buffer of the first call for ever."""
+    if x.shape not in _kept:
+        _kept[x.shape] = x.float().mul(3).to(x.dtype)
+    return _kept[x.shape]
+
+
+def _accumulate(x, *, config):
+    y = torch.empty_like(x)
+    y += x * 3
+    return y
+
+
+def _ragged_only(x, *, config):
+    y = _fresh(x)
+    if len(x) % 8:
+        y[-1] = 0
+    return y
+
+
+def _large_only(x, *, config):
+    y = _fresh(x)
+    if len(x) > 8 and len(x) % 8 == 0:
+        y[-1] = 0
+    return y
+
+
+def _past_the_end(x, *, config):
+    y = torch.empty_like(x)
+    torch.as_strided(y, (y.numel() + 1,), (1,), y.storage_offset())[:] = 7
+    y.copy_(x.float() * 3)
+    return y
+
+
+def _before_the_start(x, *, config):
+    y = _fresh(x)
+    torch.as_strided(y, (1,), (1,), y.storage_offset() - 1)[:] = 7
+    return y
+
+
+def _mutates(x, *, config):
+    y = _fresh(x)
+    x[0, 0] += 1
+    return y
+
+
+def _reads_outside(x, *, config):
+    y = _fresh(x)
+    y[0, 0] += torch.as_strided(x, (1,), (1,), x.storage_offset() - 1)[0]
+    return y
+
+
+def _transposed_rows(x, *, config):
+    return _fresh(x).flip(0)
+
+
+def _two_outputs(x, *, config):
+    return _fresh(x), _fresh(x)
+
+
+def _wrong_shape(x, *, config):
+    return _fresh(x)[:-1]
+
+
+def _inaccurate(x, *, config):
+    return (_fresh(x).float() * 1.02).to(x.dtype)
+
+
+def _nan(x, *, config):
+    y = _fresh(x)
+    y[0, 0] = float("nan")
+    return y
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _no_write,
+        _half_write,
+        _stale,
+        _accumulate,
+        _ragged_only,
+        _large_only,
+        _past_the_end,
+        _before_the_start,
+        _mutates,
+        _reads_outside,
+        _transposed_rows,
+        _two_outputs,
+        _wrong_shape,
+        _inaccurate,
+        _nan,
+    ],
+    ids=lambda f: f.__name__.strip("_"),
+)
+def test_wrong_implementation_is_refused(function):
+    with pytest.raises(Wrong):
+        _verify(function)
+
+
+def test_differing_bits_are_refused_only_where_determinism_is_declared():
+    calls = itertools.count()
+
+    def noisy(x, *, config):
+        """Every fifth run differs in the last bits: the repeat, after the four cases."""
+        return (x.float() * 3 + (1e-2 if next(calls) % 5 == 4 else 0)).to(x.dtype)
+
+    with pytest.raises(NotRepeatable):
+        _verify(noisy)
+    _verify(noisy, deterministic=False)
+
+
+def test_poisoned_allocations_keep_shape_strides_and_alignment():
+    with Poisoned() as guard:
+        made = torch.empty_strided((4, 6), (1, 4), dtype=torch.bfloat16)
+        counts = torch.empty(5, dtype=torch.int32)
+    assert made.stride() == (1, 4)
+    assert made.isnan().all()
+    assert made.data_ptr() % 16 == 0
+    assert (counts == 0x5A).all()
+    assert guard.guards_intact()
+
+
+def test_error_counts_nan_as_infinite_unless_the_truth_has_it():
+    nan = torch.tensor([float("nan"), 1.0])
+    assert error(nan, torch.tensor([1.0, 1.0])).max == float("inf")
+    assert error(nan, nan).max == 0.0
+    assert error(torch.tensor([1.5]), torch.tensor([1.0])).rms == pytest.approx(0.5)

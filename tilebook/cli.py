@@ -1,0 +1,249 @@
+"""The command line: parses, calls, prints. Data goes to stdout, progress and errors to stderr.
+
+Exit status: 0 done; 1 a registry or file could not be used, or a problem could not be tuned; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from tilebook.op import Op, Problem
+
+_REGISTRY = click.option(
+    "--registry", metavar="PATH", help="Registry file or SQLAlchemy URL (default: $TILEBOOK_REGISTRY, else the user's)."
+)
+_FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
+
+
+class _Tidy(click.Group):
+    """A group whose expected errors are one line on stderr, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from tilebook.op import UsageError
+        from tilebook.registry import RegistryError
+
+        try:
+            return super().invoke(ctx)
+        except UsageError as wrong:
+            _fail(str(wrong), 2)
+        except (RegistryError, OSError) as broken:
+            _fail(str(broken), 1)
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    click.echo(f"tilebook: {' '.join(text.split())}", err=True)
+    raise SystemExit(status)
+
+
+@click.group(cls=_Tidy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tilebook")
+def main() -> None:
+    """Finds the fastest correct way to run attention and MLPs on a GPU, keeps it, and serves it to model code."""
+
+
+class _Seconds(click.ParamType):
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip().lower()
+        unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+        try:
+            seconds = float(text[:-1]) * unit if unit else float(text)
+        except ValueError:
+            self.fail(f"{value!r} is not a duration such as 180s, 5m or 1h", param, ctx)
+        if not 0 < seconds < float("inf"):
+            self.fail(f"{value!r} is not a duration above zero", param, ctx)
+        return seconds
+
+
+@main.command()
+@click.argument("families", nargs=-1, metavar="[FAMILY]...")
+@click.option("--suite", metavar="NAME", help="A named list of problems: quick, seeds, fa … (default: quick).")
+@click.option(
+    "--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64,causal; repeatable."
+)
+@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
+@click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
+@click.option("--gpu", metavar="NAME", help="Tune for this GPU model without one, from the catalogue.")
+@click.option(
+    "--budget", type=_Seconds(), metavar="TIME", help="Stop after this time (180s, 5m), shared by the problems."
+)
+@click.option("--trials", type=click.IntRange(min=1), help="Candidates per problem (default: until nothing is gained).")
+@click.option(
+    "--search", "method", default="tpe", show_default=True, help="tpe, random, grid, or another Optuna sampler."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Compiler processes (default: one per core).")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--force", is_flag=True, help="Tune again what has a verdict already.")
+@_REGISTRY
+@_FORMAT
+def tune(
+    families: tuple[str, ...],
+    suite: str | None,
+    shapes: tuple[str, ...],
+    dtype: str,
+    direction: str,
+    gpu: str | None,
+    budget: float | None,
+    trials: int | None,
+    method: str,
+    workers: int | None,
+    seed: int,
+    force: bool,
+    registry: str | None,
+    format_: str,
+) -> None:
+    """Searches the fastest correct configs for problems on a GPU and keeps trials and verdicts in the registry.
+
+    On a machine with a GPU every candidate is verified, then timed. With --gpu NAME, and no such GPU here, candidates
+    are compiled for that model and ranked by a performance model; their verdicts are marked predicted.
+
+    The same command resumes a run that was interrupted.
+    """
+    from tilebook.tuner.run import tune_problems
+
+    problems = _problems(families, suite, shapes, dtype, direction)
+    states, rows = tune_problems(
+        problems,
+        gpu=gpu,
+        registry=registry,
+        budget_s=budget,
+        trials=trials,
+        method=method,
+        workers=workers,
+        seed=seed,
+        force=force,
+    )
+    _print(rows, format_, tuned=True)
+    for state in states:
+        if state.error:
+            click.echo(f"tilebook: {state.op} {state.label}: {state.error}", err=True)
+    if any(state.error for state in states):
+        raise SystemExit(1)
+
+
+def _problems(
+    families: Sequence[str], suite: str | None, shapes: Sequence[str], dtype: str, direction: str
+) -> list[tuple[Op[Any], Problem]]:
+    from tilebook import op as ops
+
+    known = ops.families()
+    for family in families:
+        if family not in known:
+            raise ops.UsageError(f"no kernel family {family!r}; there are {', '.join(sorted(known))}")
+    if suite and shapes:
+        raise ops.UsageError("give --suite or --shape, not both")
+    chosen = [op for name, members in known.items() if not families or name in families for op in members]
+    chosen = [op for op in chosen if direction in ("both", op.direction)]
+    if shapes:
+        if len(families) != 1:
+            raise ops.UsageError("--shape needs exactly one family, such as: tilebook tune attention --shape …")
+        return [(op, op.problem.parse(shape, dtype)) for shape in shapes for op in chosen]
+    suites = ops.suites(chosen)
+    name = suite or "quick"
+    if name not in suites:
+        everywhere = sorted(ops.suites(ops.ops().values()))
+        raise ops.UsageError(f"no suite {name!r} here; there are {', '.join(everywhere)}")
+    return list(suites[name])
+
+
+@main.command()
+@click.option("--op", metavar="OP", help="Only this op.")
+@click.option("--gpu", metavar="NAME", help="Only GPUs whose name contains this.")
+@_REGISTRY
+@_FORMAT
+def show(op: str | None, gpu: str | None, registry: str | None, format_: str) -> None:
+    """Prints the verdicts of all layers: what dispatch would serve, from where, and how sure it is."""
+    from tilebook import op as ops
+    from tilebook.registry import Layers, RegistryError
+    from tilebook.report.rows import row
+
+    name = ops.get(op).name if op else None
+    layers = Layers.default(registry)
+    found = layers.verdicts(op=name)
+    if registry and layers.problems:
+        raise RegistryError(layers.problems[0])
+    for problem in layers.problems:
+        click.echo(f"tilebook: {problem}", err=True)
+    wanted = [(layer, v) for layer, v in found if not gpu or gpu.lower() in v.device.name.lower()]
+    _print([row(verdict, layer) for layer, verdict in wanted], format_)
+
+
+@main.command()
+@click.argument("op")
+@click.option("--shape", required=True, metavar="SHAPE", help="The problem, such as B8,H6,S196,D64,causal.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+@click.option("--gpu", metavar="NAME", help="For this GPU model (default: the one here).")
+@_REGISTRY
+@_FORMAT
+def explain(op: str, shape: str, dtype: str, gpu: str | None, registry: str | None, format_: str) -> None:
+    """Says what dispatch would run for one problem, from which layer, why, and how stale the evidence is."""
+    from tilebook import op as ops
+    from tilebook.report.explain import explain as describe
+
+    found = ops.get(op)
+    text, data = describe(found, found.problem.parse(shape, dtype), gpu, registry)
+    click.echo(json.dumps(data, indent=2) if format_ == "json" else text)
+
+
+@main.command("export")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@_REGISTRY
+def export_(file: Path, registry: str | None) -> None:
+    """Writes a registry to FILE as JSON Lines, to be passed on and imported elsewhere."""
+    from tilebook import registry as store
+
+    layers = store.Layers.default(registry)
+    with store.Registry.open(layers.layers[0][1]) as source:
+        partial = file.with_name(f".{file.name}.partial")
+        try:
+            with partial.open("w", encoding="utf-8") as stream:
+                count = store.export(source, stream)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+    click.echo(f"{count} records written to {file}", err=True)
+
+
+@main.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--trust", is_flag=True, help="Serve the imported verdicts without verifying them here first.")
+@_REGISTRY
+def import_(file: Path, trust: bool, registry: str | None) -> None:
+    """Merges FILE into the registry. What it says is not served until it is verified here, or with --trust."""
+    from tilebook import op as ops
+    from tilebook import registry as store
+
+    allowed = {
+        name: frozenset(axis for each in op.implementations.values() if each.space for axis in each.space.axes)
+        for name, op in ops.ops().items()
+    }
+    layers = store.Layers.default(registry)
+    with file.open(encoding="utf-8", newline="\n") as stream, layers.writer() as target:
+        try:
+            report = store.load(target, stream, allowed=allowed, trust=trust)
+        except UnicodeDecodeError:
+            raise store.RegistryError(f"{file} is not UTF-8 text") from None
+    for line in report.skipped:
+        click.echo(f"tilebook: skipped: {line}", err=True)
+    click.echo(f"{report.trials} trials and {report.verdicts} verdicts imported", err=True)
+
+
+def _print(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False) -> None:
+    if format_ == "json":
+        click.echo(json.dumps(list(rows), indent=2))
+        return
+    from tilebook.report.rows import table
+
+    table(rows, sys.stdout, tuned=tuned)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""dq, dk and dv from do, with the softmax recomputed from q, k and the log-sum-exp (FlashAttention-2, Dao 2023).
+
+With s = scale · q kᵀ, p = exp(s - lse), dp = do vᵀ and delta = Σ o do of each row:
+ds = p (dp - delta), dv = pᵀ do, dk = scale · dsᵀ q, dq = scale · ds k. Two kernels, each with the sum it makes in
+registers, so that nothing is added up in memory and the result is the same every time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from tilebook.device import Device
+from tilebook.kernels.attention import eager, peers
+from tilebook.kernels.attention.backward_kernels import attention_bwd_dkdv, attention_bwd_dq
+from tilebook.kernels.attention.forward import supports
+from tilebook.kernels.attention.problem import BackwardProblem
+from tilebook.kernels.attention.tiles import (
+    addressable,
+    crowded,
+    describable,
+    describe,
+    like,
+    oversized,
+    rows_and_tiles,
+    too_large,
+)
+from tilebook.launch import launch
+from tilebook.op import Config, Cost, Space, define
+
+
+@define("attention_bwd", BackwardProblem, direction="bwd")
+def attention_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attention_fwd`: dq like q, dk and dv like k and v, summed over the query heads that share them."""
+    return eager.backward(do, q, k, v, causal, scale)
+
+
+@dataclass(frozen=True)
+class _Half:
+    """One of the two kernels: which way it goes, and the names of its axes end with `axis`."""
+
+    axis: str
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    @property
+    def swept(self) -> int:
+        """Rows or columns of one step of its loop."""
+        return self.rows if self.axis == "1" else self.columns
+
+    @property
+    def held(self) -> int:
+        """Columns or rows that a program holds sums for."""
+        return self.columns if self.axis == "1" else self.rows
+
+    @property
+    def sums(self) -> int:
+        """Accumulators: dk and dv, or dq."""
+        return 2 if self.axis == "1" else 1
+
+
+def _halves(config: Config) -> tuple[_Half, _Half]:
+    """The dk/dv kernel and the dq kernel."""
+    dkdv, dq = (
+        _Half(axis, *(config.number(f"{name}{axis}") for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")))
+        for axis in "12"
+    )
+    return dkdv, dq
+
+
+def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | None:
+    heads, descriptors = config.number("HEADS"), config["DESCRIPTORS"]
+    if descriptors and device.capability < 90:
+        return "tensor descriptors need sm_90 or later"
+    if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads_kv):
+        return "taking turns between heads only balances causal masks, over as many heads as there are"
+    width = problem.head_dim
+    for half in _halves(config):
+        if device.backend == "hip" and half.stages > 2:
+            return "more than 2 stages do not pay on AMD GPUs"
+        if oversized(half.rows, problem.seq_q, 32) or oversized(half.columns, problem.seq_k, 32):
+            return "a block is larger than the sequence"
+        if half.held < 16 * half.warps and half.held > 32:
+            return f"{half.warps} warps need a block of at least {16 * half.warps}"
+        reason = too_large(_shared(problem, half, device), device) or crowded(
+            half.held * (half.sums * width + 2 * half.swept), half.warps, device
+        )
+        if reason:
+            return reason
+    return None
+
+
+def _shared(problem: BackwardProblem, half: _Half, device: Device) -> int:
+    """Bytes of shared memory: the two tiles a program keeps, and a ring of the two it sweeps."""
+    width = problem.head_dim * problem.torch_dtype.itemsize
+    return 2 * width * (half.held + half.swept * half.stages)
+
+
+def _default(problem: BackwardProblem, device: Device) -> Config:
+    """128 held against 64 swept, by 8 warps; smaller where sequences are short or shared memory is."""
+    small = device.shared_per_block < 160_000 or problem.head_dim > 128
+    wide = 64 if small else 128
+    narrow = 32 if problem.head_dim > 128 or (small and problem.head_dim > 64) else 64
+    most_q, most_k = (max(32, triton.next_power_of_2(n)) for n in (problem.seq_q, problem.seq_k))
+
+    def half(axis: str, held: int, swept: int) -> dict[str, int]:
+        block = {"1": "BLOCK_N", "2": "BLOCK_M"}[axis], {"1": "BLOCK_M", "2": "BLOCK_N"}[axis]
+        return {
+            f"{block[0]}{axis}": held,
+            f"{block[1]}{axis}": swept,
+            f"num_warps{axis}": 8 if held == 128 else 4,
+            f"num_stages{axis}": 1 if device.shared_per_block < 100_000 else 2,
+        }
+
+    return Config(
+        half("1", min(wide, most_k), min(narrow, most_q))
+        | half("2", min(wide, most_q), min(narrow, most_k))
+        | {"HEADS": 1, "DESCRIPTORS": 0}
+    )
+
+
+def _work(problem: BackwardProblem, config: Config) -> Cost:
+    """Four products in the dk/dv kernel and three in the dq kernel, in whole blocks; each sweeps two tensors."""
+    width, heads = problem.head_dim * problem.torch_dtype.itemsize, problem.batch * problem.heads
+    flops = read = 0.0
+    for half, products in zip(_halves(config), (4, 3), strict=True):
+        # By blocks of rows for both: the pairs of blocks that a mask leaves do not depend on who sweeps whom.
+        blocks = rows_and_tiles(problem.seq_q, problem.seq_k, half.rows, half.columns, problem.causal)
+        tiles = sum(visited for _, visited in blocks)
+        flops += 2.0 * products * heads * tiles * half.rows * half.columns * problem.head_dim
+        read += 2.0 * heads * tiles * half.swept * width
+    return Cost(flops, read + problem.cost().bytes + 2 * 4 * problem.queries)
+
+
+SPACE = Space(
+    axes={
+        "BLOCK_M1": (32, 64, 128),
+        "BLOCK_N1": (32, 64, 128),
+        "num_warps1": (4, 8),
+        "num_stages1": (1, 2, 3),
+        "BLOCK_M2": (32, 64, 128),
+        "BLOCK_N2": (32, 64, 128),
+        "num_warps2": (4, 8),
+        "num_stages2": (1, 2, 3),
+        "HEADS": (1, 4),
+        "DESCRIPTORS": (0, 1),
+    },
+    reject=_reject,
+    default=_default,
+    work=_work,
+)
+
+
+@attention_bwd.implementation("triton", space=SPACE, supports=supports)
+def _triton(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+    *,
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    do, q, k, v, o = (addressable(x) for x in (do, q, k, v, o))
+    lse = lse.contiguous()
+    (batch, heads, n_q, width), (heads_kv, n_k) = q.shape, k.shape[1:3]
+    dq, dk, dv, delta = like(q), like(k), like(v), torch.empty_like(lse)
+    dkdv, rows = _halves(config)
+    descriptors = bool(config["DESCRIPTORS"]) and describable(do, q, k, v)
+
+    def loaded(half: _Half) -> tuple[Any, ...]:
+        """q, k, v and do as that kernel loads them."""
+        if not descriptors:
+            return q, k, v, do
+        return describe(q, half.rows), describe(k, half.columns), describe(v, half.columns), describe(do, half.rows)
+
+    def meta(half: _Half) -> dict[str, Any]:
+        return {
+            "CAUSAL": causal,
+            "D": width,
+            "BLOCK_M": half.rows,
+            "BLOCK_N": half.columns,
+            "HEADS": config["HEADS"],
+            "DESCRIPTORS": descriptors,
+            "num_warps": half.warps,
+            "num_stages": half.stages,
+        }
+
+    # dq first: that kernel also makes the delta that the other one reads.
+    launch(
+        attention_bwd_dq,
+        (triton.cdiv(n_q, rows.rows) * batch * heads,),
+        *loaded(rows),
+        o,
+        lse,
+        delta,
+        dq,
+        *(step for x in (q, k, v, do, o, dq) for step in x.stride()[:3]),
+        batch * heads,
+        heads,
+        heads // heads_kv,
+        n_q,
+        n_k,
+        scale,
+        **meta(rows),
+    )
+    launch(
+        attention_bwd_dkdv,
+        (triton.cdiv(n_k, dkdv.columns) * batch * heads_kv,),
+        *loaded(dkdv),
+        lse,
+        delta,
+        dk,
+        dv,
+        *(step for x in (q, k, v, do, dk, dv) for step in x.stride()[:3]),
+        batch * heads_kv,
+        heads_kv,
+        heads // heads_kv,
+        n_q,
+        n_k,
+        scale,
+        **meta(dkdv),
+    )
+    return dq, dk, dv
+
+
+@attention_bwd.implementation("torch")
+def _torch(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return peers.torch_backward(do, q, k, v, o, lse, causal, scale)
+
+
+@attention_bwd.implementation("cudnn", available=peers.cudnn_available, supports=peers.cudnn_supports)
+def _cudnn(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return peers.cudnn_backward(do, q, k, v, o, lse, causal, scale)

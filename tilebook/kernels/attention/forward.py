@@ -1,0 +1,282 @@
+"""o = softmax(scale · q kᵀ) v and the log-sum-exp of every row, in one pass over k and v (FlashAttention-2, Dao 2023)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tilebook.device import Device
+from tilebook.kernels.attention import eager, peers
+from tilebook.kernels.attention.problem import ForwardProblem
+from tilebook.kernels.attention.tiles import (
+    LN2,
+    LOG2E,
+    addressable,
+    crowded,
+    describable,
+    describe,
+    like,
+    load_tile,
+    oversized,
+    place,
+    rows_and_tiles,
+    store_tile,
+    too_large,
+)
+from tilebook.launch import launch
+from tilebook.op import Config, Cost, Space, define, powers_of_two
+
+HEAD_DIMS = powers_of_two(16, 256)
+"""Head dimensions that our kernels have tiles for."""
+
+
+@define("attention_fwd", ForwardProblem)
+def attention_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (B, H, Sq, D), k and v (B, Hkv, Sk, D) → o (B, H, Sq, D), lse (B, H, Sq) in fp32, natural log. scale > 0."""
+    return eager.forward(q, k, v, causal, scale)
+
+
+def supports(problem: ForwardProblem) -> bool:
+    return problem.dtype in ("bf16", "fp16") and problem.head_dim in HEAD_DIMS
+
+
+def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
+    rows, columns, warps, stages, heads, descriptors = (
+        config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "HEADS", "DESCRIPTORS")
+    )
+    if descriptors and device.capability < 90:
+        return "tensor descriptors need sm_90 or later"
+    if device.backend == "hip" and stages > 2:
+        return "more than 2 stages do not pay on AMD GPUs"
+    if oversized(rows, problem.seq_q, 64) or oversized(columns, problem.seq_k, 32):
+        return "a block is larger than the sequence"
+    if rows < 16 * warps:
+        return f"{warps} warps need a BLOCK_M of at least {16 * warps}"
+    if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads):
+        return "taking turns between heads only balances causal masks, over as many heads as there are"
+    width = problem.head_dim
+    return too_large(_shared(problem, config, device), device) or crowded(rows * width + rows * columns, warps, device)
+
+
+def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
+    """Bytes of shared memory: q, and a ring of k and v tiles, of which AMD's pipeline holds one less in registers."""
+    width = problem.head_dim * problem.torch_dtype.itemsize
+    stages = config.number("num_stages")
+    if device.backend == "hip":
+        return 2 * config.number("BLOCK_N") * width * max(1, stages - 1)
+    return config.number("BLOCK_M") * width + 2 * config.number("BLOCK_N") * width * stages
+
+
+def _default(problem: ForwardProblem, device: Device) -> Config:
+    """128 rows against 64 columns, the shape FlashAttention-2 settled on; fewer rows where the sequence is short."""
+    rows = 64 if problem.seq_q <= 64 or problem.head_dim > 128 else 128
+    columns = min(64, max(32, triton.next_power_of_2(problem.seq_k)))
+    if problem.head_dim > 128:
+        columns = 32
+    return Config(
+        BLOCK_M=rows,
+        BLOCK_N=columns,
+        num_warps=8 if rows == 128 and problem.head_dim > 64 else 4,
+        num_stages=2 if device.shared_per_block < 160_000 else 3,
+        HEADS=1,
+        DESCRIPTORS=0,
+    )
+
+
+def _work(problem: ForwardProblem, config: Config) -> Cost:
+    """Every block of rows reads q once, and k and v up to its last unmasked column, in whole blocks."""
+    rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
+    blocks = rows_and_tiles(problem.seq_q, problem.seq_k, rows, columns, problem.causal)
+    tiles, heads = sum(visited for _, visited in blocks), problem.batch * problem.heads
+    width = problem.head_dim * problem.torch_dtype.itemsize
+    read = len(blocks) * rows * width + 2 * tiles * columns * width
+    return Cost(4.0 * heads * tiles * rows * columns * problem.head_dim, heads * read + problem.queries * (width + 4))
+
+
+SPACE = Space(
+    axes={
+        "BLOCK_M": (64, 128, 256),
+        "BLOCK_N": (32, 64, 128, 256),
+        "num_warps": (4, 8, 16),
+        "num_stages": (1, 2, 3, 4),
+        "HEADS": (1, 2, 4, 8),
+        "DESCRIPTORS": (0, 1),
+    },
+    reject=_reject,
+    default=_default,
+    work=_work,
+)
+
+
+@triton.jit
+def _attend(
+    acc,
+    weight,
+    peak,
+    q,
+    k,
+    v,
+    batch,
+    kv_head,
+    first,
+    last,
+    row,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    n_k,
+    scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Columns `first` … `last`, in whole blocks: the running Σ p v, Σ p and maximum of each row, in powers of two."""
+    for column in tl.range(first, last, BLOCK_N):
+        column = tl.multiple_of(column, BLOCK_N)
+        k_tile = load_tile(
+            k, batch, kv_head, column, stride_kb, stride_kh, stride_ks, n_k, BLOCK_N, D, MASKED, DESCRIPTORS
+        )
+        s = tl.dot(q, tl.trans(k_tile))
+        if MASKED:
+            columns = column + tl.arange(0, BLOCK_N)
+            keep = columns[None, :] < n_k
+            if CAUSAL:
+                keep &= (row + tl.arange(0, BLOCK_M))[:, None] >= columns[None, :]
+            s = tl.where(keep, s, -float("inf"))
+        # Column 0 is visited first and no mask hides it, so the maximum is finite from then on.
+        higher = tl.maximum(peak, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - higher[:, None])
+        decay = tl.exp2(peak - higher)
+        total = tl.sum(p, 1)
+        acc = acc * decay[:, None]
+        v_tile = load_tile(
+            v, batch, kv_head, column, stride_vb, stride_vh, stride_vs, n_k, BLOCK_N, D, MASKED, DESCRIPTORS
+        )
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
+        weight = weight * decay + total
+        peak = higher
+    return acc, weight, peak
+
+
+@triton.jit(do_not_specialize=["n_pairs", "n_heads", "group", "n_q", "n_k"])
+def _attention_fwd(
+    q,
+    k,
+    v,
+    o,
+    lse,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    n_pairs,
+    n_heads,
+    group,
+    n_q,
+    n_k,
+    scale,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    n_blocks = tl.cdiv(n_q, BLOCK_M)
+    block, pair = place(tl.program_id(0), n_blocks, n_pairs, HEADS)
+    if CAUSAL:
+        block = n_blocks - 1 - block  # the last rows see the most columns: start with them
+    batch, head = pair // n_heads, pair % n_heads
+    kv_head = head // group
+    row = block * BLOCK_M
+
+    q_tile = load_tile(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, True, DESCRIPTORS)
+    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    weight = tl.zeros([BLOCK_M], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+
+    last = n_k
+    whole = n_k // BLOCK_N * BLOCK_N  # columns before this one need no mask
+    if CAUSAL:
+        last = tl.minimum(row + BLOCK_M, n_k)
+        whole = tl.minimum(row + 1, n_k) // BLOCK_N * BLOCK_N
+    scale_log2 = scale * LOG2E
+    acc, weight, peak = _attend(
+        acc, weight, peak, q_tile, k, v, batch, kv_head, 0, whole, row,
+        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_k, scale_log2,
+        False, CAUSAL, D, BLOCK_M, BLOCK_N, DESCRIPTORS,
+    )  # fmt: skip
+    acc, weight, peak = _attend(
+        acc, weight, peak, q_tile, k, v, batch, kv_head, whole, last, row,
+        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_k, scale_log2,
+        True, CAUSAL, D, BLOCK_M, BLOCK_N, DESCRIPTORS,
+    )  # fmt: skip
+
+    store_tile(o, acc / weight[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D)
+    rows = row + tl.arange(0, BLOCK_M)
+    tl.store(lse + pair.to(tl.int64) * n_q + rows, (peak + tl.log2(weight)) * LN2, mask=rows < n_q)
+
+
+@attention_fwd.implementation("triton", space=SPACE, supports=supports)
+def _triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, *, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = addressable(q), addressable(k), addressable(v)
+    (batch, heads, n_q, width), (heads_kv, n_k) = q.shape, k.shape[1:3]
+    o, lse = like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
+    descriptors = bool(config["DESCRIPTORS"]) and describable(q, k, v)
+    launch(
+        _attention_fwd,
+        (triton.cdiv(n_q, rows) * batch * heads,),
+        *((describe(q, rows), describe(k, columns), describe(v, columns)) if descriptors else (q, k, v)),
+        o,
+        lse,
+        *(step for x in (q, k, v, o) for step in x.stride()[:3]),
+        batch * heads,
+        heads,
+        heads // heads_kv,
+        n_q,
+        n_k,
+        scale,
+        CAUSAL=causal,
+        D=width,
+        BLOCK_M=rows,
+        BLOCK_N=columns,
+        HEADS=config["HEADS"],
+        DESCRIPTORS=descriptors,
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    return o, lse
+
+
+@attention_fwd.implementation("torch")
+def _torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return peers.torch_forward(q, k, v, causal, scale)
+
+
+@attention_fwd.implementation("cudnn", available=peers.cudnn_available, supports=peers.cudnn_supports)
+def _cudnn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return peers.cudnn_forward(q, k, v, causal, scale)

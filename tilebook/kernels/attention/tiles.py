@@ -1,0 +1,128 @@
+"""What the attention kernels share: which tile a program works on, how tiles are loaded, and what fits on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tilebook.device import Device
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def place(program, n_blocks, n_pairs, HEADS: tl.constexpr):
+    """(block, pair) of a program; `HEADS` heads at a time take turns, each with its blocks in order.
+
+    One head at a time keeps its tensors in L2. Several spread the heavy blocks of a causal mask over the whole of a
+    group, so that fewer programs are left waiting for the last heavy one.
+    """
+    group = program // (HEADS * n_blocks)
+    first = group * HEADS
+    some = tl.minimum(n_pairs - first, HEADS)
+    within = program - first * n_blocks
+    return within // some, first + within % some
+
+
+@triton.jit
+def offset(batch, head, stride_b, stride_h):
+    """Of a head's first element; 64 bits wide, as tensors may hold more than 2³¹ elements."""
+    return batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+
+
+@triton.jit
+def load_tile(
+    source,
+    batch,
+    head,
+    row,
+    stride_b,
+    stride_h,
+    stride_s,
+    n_rows,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Rows `row` … `row + ROWS` of one head, [ROWS, D]; `MASKED` where some may lie past `n_rows`: those are zero.
+
+    `source` is a tensor descriptor, whose hardware sees to rows out of range by itself, or a pointer.
+    """
+    if DESCRIPTORS:
+        tile = source.load([batch, head, row, 0]).reshape(ROWS, D)
+    else:
+        # The row goes into the 64-bit base, so that addresses inside a tile need 32 bits.
+        base = source + offset(batch, head, stride_b, stride_h) + row.to(tl.int64) * stride_s
+        rows = tl.arange(0, ROWS)
+        inside = rows[:, None] * stride_s + tl.arange(0, D)[None, :]
+        if MASKED:
+            tile = tl.load(base + inside, mask=rows[:, None] < n_rows - row, other=0.0)
+        else:
+            tile = tl.load(base + inside)
+    return tile
+
+
+@triton.jit
+def store_tile(out, tile, batch, head, row, stride_b, stride_h, stride_s, n_rows, ROWS: tl.constexpr, D: tl.constexpr):
+    """Writes those rows of a [ROWS, D] tile that lie before `n_rows`, rounded to the dtype of `out`."""
+    base = out + offset(batch, head, stride_b, stride_h) + row.to(tl.int64) * stride_s
+    rows = tl.arange(0, ROWS)
+    inside = rows[:, None] * stride_s + tl.arange(0, D)[None, :]
+    tl.store(base + inside, tile.to(out.dtype.element_ty), mask=rows[:, None] < n_rows - row)
+
+
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied only if the kernels cannot address it: rows contiguous, and a tile's rows within 2³¹ elements."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 23 else x.contiguous()
+
+
+def like(x: torch.Tensor) -> torch.Tensor:
+    """An empty tensor with the shape and the order of axes of `x`, its last axis contiguous."""
+    made = torch.empty_like(x)
+    return made if made.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def describable(*tensors: torch.Tensor) -> bool:
+    """Can tensor descriptors address them? The hardware wants 16-byte steps, and no axis of step 0."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(step > 0 and step * x.itemsize % 16 == 0 for step in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def describe(x: torch.Tensor, rows: int) -> Any:
+    """A host-side descriptor whose blocks are `rows` rows of one head."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[-1]])
+
+
+def too_large(shared: int, device: Device) -> str | None:
+    """Why a kernel that needs `shared` bytes of shared memory cannot run, or None."""
+    if shared <= device.shared_per_block:
+        return None
+    return f"needs ~{shared >> 10} KiB shared memory, the GPU has {device.shared_per_block >> 10}"
+
+
+def crowded(elements: int, warps: int, device: Device) -> str | None:
+    """Why fp32 accumulators of so many elements do not fit into the registers of so many warps, or None."""
+    # 255 registers a thread, of which a few must stay for addresses; AMD's threads have 512.
+    registers, limit = elements // (device.warp_size * warps), 224 if device.backend == "cuda" else 448
+    return f"needs ~{registers} registers a thread for accumulators alone" if registers > limit else None
+
+
+def oversized(block: int, length: int, smallest: int) -> bool:
+    """Is a block more than the sequence needs, where a smaller one exists?"""
+    return block > max(smallest, triton.next_power_of_2(length))
+
+
+def rows_and_tiles(n_rows: int, n_columns: int, rows: int, columns: int, causal: bool) -> Sequence[tuple[int, int]]:
+    """For each block of rows its first row and how many blocks of columns it visits."""
+    return [
+        (row, -(-(min(row + rows, n_columns) if causal else n_columns) // columns)) for row in range(0, n_rows, rows)
+    ]

@@ -1,0 +1,132 @@
+"""The problems of the MLP ops: one matrix product each, (M, K) times (K, N), with what its epilogue moves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from tilebook import op
+from tilebook.op import Cost
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+
+
+@dataclass(frozen=True)
+class Problem(op.Problem):
+    """`rows` tokens of `width` features, `inner` features between the two layers."""
+
+    EXACT = frozenset({"width", "inner"})
+
+    dtype: str
+    rows: int = op.size("M")
+    width: int = op.size("H")
+    inner: int = op.size("I")
+    activation: str = op.choice(*ACTIVATIONS)
+
+    @property
+    def gemm(self) -> tuple[int, int, int]:
+        """(M, N, K) of the product that the op's kernel computes."""
+        return self.rows, self.inner, self.width
+
+    def cost(self) -> Cost:
+        m, n, k = self.gemm
+        itemsize = self.torch_dtype.itemsize
+        return Cost(2.0 * m * n * k, float(itemsize * (m * k + n * k + n + self.tiles_moved * m * n)))
+
+    @property
+    def tiles_moved(self) -> int:
+        """How many (M, N) tensors the epilogue reads or writes."""
+        return 1
+
+    def neighbours(self) -> Sequence[Self]:
+        # The same widths, hence the same binary: another one would have to be compiled for the check alone.
+        return [dataclasses.replace(self, rows=rows) for rows in (333, 1) if rows != self.rows]
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        texts = (
+            ("M64,H64,I128", "bf16"),
+            ("M1,H24,I40", "fp16"),
+            ("M17,H40,I24,relu", "bf16"),
+            ("M100,H64,I96,gelu_tanh", "fp16"),
+            ("M100,H24,I136,gelu_tanh", "bf16"),
+            ("M65,H136,I72", "fp16"),
+            ("M33,H19,I45", "bf16"),
+            ("M130,H128,I64,relu", "fp16"),
+        )
+        return [cls.parse(text, dtype) for text, dtype in texts]
+
+    @classmethod
+    def suites(cls) -> Mapping[str, Sequence[Self]]:
+        cct, distilbert = (cls.parse(text, "bf16") for text in ("M1568,H384,I1152", "M4096,H768,I3072"))
+        return {"quick": [cct], "seeds": [cct, distilbert]}
+
+    def _random(self, device: torch.device | str, seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        """Normal tensors; a matrix of weights (after the first shape) keeps the scale of what it multiplies."""
+        device = torch.device(device)
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+        scales = [1.0] + [shape[-1] ** -0.5 if len(shape) == 2 else 0.5 for shape in shapes[1:]]
+        return [
+            (torch.randn(shape, device=device, generator=generator) * scale).to(self.torch_dtype)
+            for shape, scale in zip(shapes, scales, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class UpProblem(Problem):
+    """x (M, H) → h (M, I)."""
+
+    @classmethod
+    def of(cls, x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, activation: str, save: bool) -> UpProblem:
+        return cls(op.dtype_name(x.dtype), x.shape[0], w1.shape[1], w1.shape[0], activation)
+
+    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        m, n, k = self.gemm
+        return (*self._random(device, seed, (m, k), (n, k), (n,)), self.activation, True)
+
+    @property
+    def tiles_moved(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True)
+class DownProblem(Problem):
+    """h (M, I) → y (M, H)."""
+
+    def __post_init__(self) -> None:
+        # No activation takes part in this product: whatever the block's is, one verdict serves.
+        object.__setattr__(self, "activation", ACTIVATIONS[0])
+
+    @classmethod
+    def of(cls, h: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> DownProblem:
+        return cls(op.dtype_name(h.dtype), h.shape[0], w2.shape[0], w2.shape[1])
+
+    @property
+    def gemm(self) -> tuple[int, int, int]:
+        return self.rows, self.width, self.inner
+
+    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        m, n, k = self.gemm
+        return tuple(self._random(device, seed, (m, k), (n, k), (n,)))
+
+
+@dataclass(frozen=True)
+class BackwardProblem(Problem):
+    """dy (M, H) → dz (M, I)."""
+
+    @classmethod
+    def of(cls, dy: torch.Tensor, w2: torch.Tensor, z: torch.Tensor, activation: str) -> BackwardProblem:
+        return cls(op.dtype_name(dy.dtype), dy.shape[0], w2.shape[0], w2.shape[1], activation)
+
+    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        m, n, k = self.gemm
+        dy, w2, z = self._random(device, seed, (m, k), (k, n), (m, n))
+        return dy, w2, z * n**0.5, self.activation
+
+    @property
+    def tiles_moved(self) -> int:
+        return 3

@@ -1,0 +1,93 @@
+"""The configs of the MLP kernels: one product with three epilogues, hence one space."""
+
+from __future__ import annotations
+
+import triton
+
+from tilebook.device import Device
+from tilebook.kernels.mlp.problem import Problem
+from tilebook.op import Config, Cost, Space
+
+
+def _reject(problem: Problem, config: Config, device: Device) -> str | None:
+    m, n, k = problem.gemm
+    block_m, block_n, block_k = (config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    warps, stages, descriptors = (config.number(axis) for axis in ("num_warps", "num_stages", "DESCRIPTORS"))
+    hopper = device.capability >= 90 and device.capability < 120
+    shared = 2 * stages * block_k * (block_m + block_n)
+    accumulators = block_m * block_n // (device.warp_size * warps)
+    if shared > device.shared_per_block:
+        return f"{shared} bytes of tiles in flight, of {device.shared_per_block} shared memory"
+    if accumulators >= 256:
+        return f"{accumulators} accumulators a thread spill"
+    if accumulators * device.warp_size < 32 * 32:
+        return f"{accumulators} accumulators a thread do not keep the tensor cores busy"
+    for block, axis, extent in ((block_m, "M", m), (block_n, "N", n), (block_k, "K", k)):
+        if block > max(64, triton.next_power_of_2(extent)):
+            return f"a block of {block} along {axis} = {extent} is mostly padding"
+    if config["GROUP_M"] != 1 and m <= block_m:
+        return "one row of tiles needs no grouping"
+    if hopper and block_k < 64:
+        return "BLOCK_K below 64 leaves half of a 128-byte shared memory line empty"
+    if device.backend == "hip" and stages > 2:
+        return "more than two stages do not pay where loads go through registers"
+    if descriptors and device.capability < 90:
+        return f"{device.arch} has no tensor descriptors"
+    if descriptors and (problem.width % 8 or problem.inner % 8):
+        return "rows are not multiples of 16 bytes, which tensor descriptors need"
+    return None
+
+
+def _default(problem: Problem, device: Device) -> Config:
+    """The largest of three tiles that still gives every SM one, fed as deep as the shared memory allows."""
+    m, n, _ = problem.gemm
+    block_m, block_n = 64, 64
+    for tile in ((128, 128), (64, 128)):
+        if (
+            triton.cdiv(m, tile[0]) * triton.cdiv(n, tile[1]) >= device.sm_count
+            and n > tile[1] // 2  # a tile more than half empty does twice the work
+        ):
+            block_m, block_n = tile
+            break
+    if device.backend == "hip":
+        block_k, stages = 32, 2
+    elif device.shared_per_block >= 3 * 2 * 64 * (block_m + block_n) and device.capability >= 90:
+        block_k, stages = 64, 3
+    else:
+        block_k, stages = 32, 4
+    return Config(
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP_M=8 if m > block_m else 1,
+        num_warps=8 if block_m * block_n == 128 * 128 else 4,
+        num_stages=stages,
+        DESCRIPTORS=0,
+    )
+
+
+def _work(problem: Problem, config: Config) -> Cost:
+    """Padded tiles; each reads its rows of both operands anew, so what L2 serves counts as bytes too."""
+    m, n, k = problem.gemm
+    block_m, block_n, block_k = (config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+    depth = triton.cdiv(k, block_k) * block_k
+    moved = tiles * (block_m + block_n) * depth + problem.tiles_moved * m * n + n
+    return Cost(2.0 * tiles * block_m * block_n * depth, float(moved * problem.torch_dtype.itemsize))
+
+
+SPACE = Space(
+    axes={
+        "BLOCK_M": (64, 128, 256),
+        "BLOCK_N": (64, 128, 256),
+        "BLOCK_K": (32, 64, 128),
+        "GROUP_M": (1, 8),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4, 5),
+        # 0: pointers; 1: tensor descriptors (TMA) for the operands; 2: for what the epilogue reads and writes too.
+        "DESCRIPTORS": (0, 1, 2),
+    },
+    reject=_reject,
+    default=_default,
+    work=_work,
+)

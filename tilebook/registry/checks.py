@@ -1,0 +1,184 @@
+"""What a record's fields may hold: one set of limits for records made here and for records read from a stranger's file.
+
+Every function returns the value in its normal form or raises ValueError; messages quote at most 60 characters, escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TypeAlias
+
+Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
+ConfigValue: TypeAlias = int | str | bool
+
+MAX_TEXT = 4_000  # characters of a reason, or of any string inside facts and evidence
+MAX_PROBLEM = 2_000  # characters; the key is indexed, and a PostgreSQL index entry ends at 2,700 bytes
+MAX_JSON = 512 * 1024  # characters of one record's facts or evidence
+MAX_DEPTH = 12
+MAX_SAMPLES = 10_000
+MAX_CONFIG = 64
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]{0,63}\Z")
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
+_CHOICE = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
+_DIGEST = re.compile(r"[0-9a-f]{8,64}\Z")
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00\Z")
+# C0 and C1 controls, line separators, bidirectional overrides (they reorder what a terminal shows) and lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LINE_BREAK = re.compile(r"[\n\t]")
+
+# Triton reads this one as a path to replacement code, so no record may carry it, whatever an allow-list says.
+_FORBIDDEN_KEYS = frozenset({"ir_override"})
+
+
+def canonical(value: Json) -> str:
+    """The one text of a JSON value: sorted keys, no spaces, ASCII, no NaN or infinity (ValueError)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def quoted(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def name(value: object, what: str) -> str:
+    if type(value) is not str or not _NAME.match(value):
+        raise ValueError(f"{what} is not a plain name: {quoted(value)}")
+    return value
+
+
+def digest(value: object, what: str) -> str:
+    if type(value) is not str or not _DIGEST.match(value):
+        raise ValueError(f"{what} is not a hex digest: {quoted(value)}")
+    return value
+
+
+def label(value: object, what: str) -> str:
+    """One printable line of 1 to 128 characters: a GPU's name, a version."""
+    if type(value) is not str or not 1 <= len(value) <= 128 or _UNPRINTABLE.search(value) or _LINE_BREAK.search(value):
+        raise ValueError(f"{what} is not one short printable line: {quoted(value)}")
+    return value
+
+
+def text(value: object, what: str) -> str:
+    """Free text, made printable and cut in the middle: a compiler's first and last words both matter."""
+    if type(value) is not str:
+        raise ValueError(f"{what} is not a string: {quoted(value)}")
+    value = _UNPRINTABLE.sub("\ufffd", value)
+    if len(value) <= MAX_TEXT:
+        return value
+    half = MAX_TEXT // 2 - 5
+    return f"{value[:half]} [...] {value[-half:]}"
+
+
+def integer(value: object, what: str, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{what} is not an integer from {low} to {high}: {quoted(value)}")
+    return value
+
+
+def number(value: object, what: str) -> float:
+    """A finite float, zero or more. SQLite has no negative zero, so neither have records."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError(f"{what} is not a number: {quoted(value)}")
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result) or result < 0:
+        raise ValueError(f"{what} is not finite, or below zero: {quoted(value)}")
+    return result + 0.0
+
+
+def optional_number(value: object, what: str) -> float | None:
+    return None if value is None else number(value, what)
+
+
+def config(value: object) -> dict[str, ConfigValue]:
+    if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
+        raise ValueError(f"config is not a mapping of at most {MAX_CONFIG} keys")
+    for key, item in value.items():
+        if type(key) is not str or not _KEY.match(key) or key in _FORBIDDEN_KEYS:
+            raise ValueError(f"config key is not allowed: {quoted(key)}")
+        if type(item) is bool:
+            continue
+        if type(item) is int:
+            integer(item, f"config {key}", -(2**31), 2**31)
+        elif type(item) is not str or not _CHOICE.match(item):
+            raise ValueError(f"config {key} is not an integer, a flag or a short plain string: {quoted(item)}")
+    return dict(value)
+
+
+def versions(value: object) -> dict[str, str]:
+    if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
+        raise ValueError(f"environment is not a mapping of at most {MAX_CONFIG} versions")
+    return {name(key, "environment key"): label(item, f"version of {key}") for key, item in value.items()}
+
+
+def json_object(value: object, what: str) -> dict[str, Json]:
+    """A copy with plain dicts and lists, so that what was recorded equals what is read back."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} is not a mapping: {quoted(value)}")
+    result = {_json_key(key, what): _json(item, what, 1) for key, item in value.items()}
+    if len(canonical(result)) > MAX_JSON:
+        raise ValueError(f"{what} is longer than {MAX_JSON} characters")
+    return result
+
+
+def _json_key(value: object, what: str) -> str:
+    return label(value, f"a key of {what}")
+
+
+def _json(value: object, what: str, depth: int) -> Json:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{what} nests deeper than {MAX_DEPTH}")
+    if value is None or type(value) is bool:
+        return value
+    if isinstance(value, str):
+        return text(str(value), what)
+    if type(value) is int:
+        return integer(value, what, -(2**63), 2**63 - 1)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{what} holds a number that is not finite")
+        return float(value)
+    if isinstance(value, Mapping):
+        return {_json_key(key, what): _json(item, what, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item, what, depth + 1) for item in value]
+    raise ValueError(f"{what} holds a {type(value).__name__}, which JSON has not")
+
+
+def problem(value: object) -> str:
+    """The canonical JSON text of a problem; compared byte by byte, so any other spelling is refused."""
+    if type(value) is not str or len(value) > MAX_PROBLEM:
+        raise ValueError(f"problem is not a text of at most {MAX_PROBLEM} characters: {quoted(value)}")
+    try:
+        parsed = json.loads(value)
+        same = type(parsed) is dict and canonical(parsed) == value
+    except (ValueError, RecursionError):
+        same = False
+    if not same:
+        raise ValueError(f"problem is not canonical JSON: {quoted(value)}")
+    json_object(parsed, "problem")
+    return value
+
+
+def utc(value: object, what: str) -> datetime:
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise ValueError(f"{what} is not a time with a time zone: {quoted(value)}")
+    return value.astimezone(UTC)
+
+
+def time_text(value: datetime) -> str:
+    return value.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def parse_time(value: object, what: str) -> datetime:
+    if type(value) is not str or not _TIME.match(value):
+        raise ValueError(f"{what} is not written like 2026-01-31T12:00:00.000000+00:00: {quoted(value)}")
+    return datetime.fromisoformat(value)

@@ -1,0 +1,67 @@
+"""JSON content back to records, exactly: what is decoded must encode to the very same canonical text.
+
+That one comparison refuses unknown and missing fields, `1` or `true` where `1.0` belongs, a second spelling of a time,
+and text that a record would have had to clean. It serves rows of the database and lines of a stranger's file alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tilebook.registry.checks import canonical, parse_time, quoted
+from tilebook.registry.records import Device, Environment, Miss, Trial, Verdict
+
+
+def trial_from(data: object) -> Trial:
+    """Raises ValueError."""
+    fields = _fields(data, "trial", Trial)
+    fields["device"] = _device(fields["device"])
+    fields["environment"] = Environment(fields["environment"])
+    if type(fields["samples_ms"]) is not list:
+        raise ValueError(f"samples_ms is not a list: {quoted(fields['samples_ms'])}")
+    fields["samples_ms"] = tuple(fields["samples_ms"])
+    fields["created_at"] = parse_time(fields["created_at"], "created_at")
+    trial = Trial(**fields)
+    _same(data, trial.content(), "trial")
+    return trial
+
+
+def verdict_from(data: object, *, origin: str, trusted: bool) -> Verdict:
+    """`data` is a verdict's portable content; raises ValueError."""
+    fields = _fields(data, "verdict", Verdict, without=("origin", "trusted"))
+    fields["device"] = _device(fields["device"])
+    fields["environment"] = Environment(fields["environment"])
+    fields["created_at"] = parse_time(fields["created_at"], "created_at")
+    verdict = Verdict(**fields, origin=origin, trusted=trusted)
+    _same(data, verdict.portable(), "verdict")
+    return verdict
+
+
+def miss_from(data: object) -> Miss:
+    """Raises ValueError."""
+    fields = _fields(data, "miss", Miss)
+    fields["device"] = _device(fields["device"])
+    fields["last_seen"] = parse_time(fields["last_seen"], "last_seen")
+    miss = Miss(**fields)
+    _same(data, miss.content(), "miss")
+    return miss
+
+
+def _device(data: object) -> Device:
+    return Device(**_fields(data, "device", Device))
+
+
+def _fields(data: object, what: str, record: type[Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"the {what} is not an object: {quoted(data)}")
+    wanted = {name for name in record.__dataclass_fields__ if name not in without}
+    if wanted != data.keys():
+        missing, unknown = sorted(wanted - data.keys()), sorted(map(str, data.keys() - wanted))
+        raise ValueError(f"the {what}'s fields are wrong: missing {quoted(missing)}, unknown {quoted(unknown)}")
+    return dict(data)
+
+
+def _same(data: object, content: object, what: str) -> None:
+    if canonical(data) != canonical(content):  # type: ignore[arg-type]
+        raise ValueError(f"the {what} is not in its normal form")

@@ -1,0 +1,231 @@
+"""The exchange format: JSON Lines, a header and one self-describing record a line.
+
+    {"format":"tilebook-registry","records":2,"sha256":"...","version":1}
+    {"type":"verdict","op":"attention_fwd",...,"sha256":"..."}
+    {"type":"trial",...,"sha256":"..."}
+
+The header's digest is over the record lines as written, each with its newline; a record's is over its content. A file
+comes from a stranger: all of it is checked before any of it is written, and nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from tilebook.registry.backend import RegistryError
+from tilebook.registry.checks import Json, canonical, quoted
+from tilebook.registry.codec import trial_from, verdict_from
+from tilebook.registry.records import Trial, Verdict, VerdictStatus
+from tilebook.registry.store import Choice, Registry
+
+FORMAT = "tilebook-registry"
+VERSION = 1
+MAX_LINE = 2 * 1024 * 1024  # characters; a record's own limits keep its line below this
+MAX_TOTAL = 256 * 1024 * 1024  # characters
+
+
+@dataclass
+class ImportReport:
+    """What an import did. `trials` and `verdicts` count what was written; `unchanged` what was already here.
+
+    `skipped` and `replaced` have one line each for a record left out, or for a verdict that took another's place.
+    """
+
+    trials: int = 0
+    verdicts: int = 0
+    unchanged: int = 0
+    skipped: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+
+
+def export(registry: Registry, stream: TextIO) -> int:
+    """Writes every intact verdict and trial, in an order of their content, and returns how many.
+
+    The same records give the same bytes, whichever registry holds them. Misses stay: they say what a user runs.
+    """
+    lines = [_line("verdict", verdict.portable()) for verdict in registry.verdicts()]
+    trials = [(t.op, t.problem, t.created_at, _line("trial", t.content())) for t in registry.trials()]
+    lines += [line for *_, line in sorted(trials)]
+    whole = hashlib.sha256()
+    for line in lines:
+        whole.update(line.encode())
+    header: dict[str, Json] = {"format": FORMAT, "version": VERSION, "records": len(lines), "sha256": whole.hexdigest()}
+    stream.write(canonical(header) + "\n")
+    stream.writelines(lines)
+    return len(lines)
+
+
+def load(
+    registry: Registry,
+    stream: TextIO,
+    *,
+    allowed: Mapping[str, frozenset[str]] | None,
+    trust: bool = False,
+    max_total: int = MAX_TOTAL,
+) -> ImportReport:
+    """Imports an exported file in one transaction, or raises RegistryError and changes nothing.
+
+    `allowed` maps each known op to its permitted config keys; a record with another op or key is skipped. None lifts
+    that limit and is for files one wrote oneself. Verdicts arrive with origin "imported" and trusted as `trust` says.
+    Conflicts are resolved by evidence, see `import_rule`. `max_total` limits the characters read.
+    """
+    report = ImportReport()
+    trials: list[Trial] = []
+    verdicts: list[Verdict] = []
+    for number, data in _records(stream, max_total):
+        try:
+            record = _decode(data, trust)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _malformed(number, str(error)) from error
+        refusal = _refusal(record, allowed)
+        if refusal:
+            report.skipped.append(f"line {number}: {refusal}")
+        elif isinstance(record, Trial):
+            trials.append(record)
+        else:
+            verdicts.append(record)
+    merged = registry.merge(trials, verdicts, rule=import_rule, origin="imported")
+    report.trials, report.verdicts = merged.trials, merged.verdicts
+    report.unchanged = merged.unchanged + len(trials) - merged.trials
+    report.skipped += merged.kept
+    report.replaced = merged.replaced
+    return report
+
+
+def import_rule(existing: Verdict, new: Verdict) -> Choice:
+    """Between a verdict that is here and an imported one: what was measured here, then evidence, then what was here.
+
+    The interval that a stranger claims counts only among verdicts of equal trust.
+    """
+    if existing.portable() == new.portable():
+        return Choice(new.trusted and not existing.trusted, "the same verdict")
+    if existing.measured and not new.measured:
+        return Choice(False, "a prediction does not replace a measurement")
+    if existing.origin != "imported":
+        if new.measured and not existing.measured:
+            return Choice(True, "an imported measurement replaces a prediction")
+        return Choice(False, f"the {existing.origin} verdict stands")
+    if existing.trusted != new.trusted:
+        return Choice(new.trusted, "the trusted one of two imported verdicts stands")
+    if new.measured and not existing.measured:
+        return Choice(True, "an imported measurement replaces a prediction")
+    if existing.status is VerdictStatus.PREDICTED:
+        return Choice(new.created_at > existing.created_at, "the newer of two imported predictions stands")
+    old_width, new_width = _width(existing), _width(new)
+    if old_width != new_width:
+        return Choice(new_width < old_width, "the tighter of two imported intervals stands")
+    return Choice(_samples(new.evidence) > _samples(existing.evidence), "of two imported verdicts, more samples stand")
+
+
+def _width(verdict: Verdict) -> float:
+    if verdict.speedup_low is None or verdict.speedup_high is None:
+        return float("inf")
+    return verdict.speedup_high - verdict.speedup_low
+
+
+def _samples(evidence: Any) -> int:
+    """How many numbers stand in lists: evidence has its samples there, whatever the lists are called."""
+    if isinstance(evidence, Mapping):
+        return sum(map(_samples, evidence.values()))
+    if isinstance(evidence, list):
+        return sum(1 if type(item) in (int, float) else _samples(item) for item in evidence)
+    return 0
+
+
+def _line(kind: str, content: Mapping[str, Any]) -> str:
+    return canonical({**content, "type": kind, "sha256": _sha256(content)}) + "\n"
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(content).encode()).hexdigest()
+
+
+def _malformed(number: int, why: str) -> RegistryError:
+    return RegistryError(f"line {number} of the import: {why}")
+
+
+def _records(stream: TextIO, max_total: int) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Yields (line number, object); the header's promises are checked when the last line has been seen."""
+    head = _parse(1, _read_line(stream, 1, max_total))
+    if head.get("format") != FORMAT:
+        raise _malformed(1, "this is not a tilebook export")
+    if type(head.get("version")) is not int or head["version"] != VERSION:
+        raise _malformed(1, f"export version {quoted(head.get('version'))} is not {VERSION}")
+    if head.keys() != {"format", "version", "records", "sha256"} or type(head["records"]) is not int:
+        raise _malformed(1, "the header's fields are wrong")
+    whole = hashlib.sha256()
+    left, number = max_total, 1
+    while line := _read_line(stream, number + 1, left):
+        number += 1
+        left -= len(line)
+        if number - 1 > head["records"]:
+            raise _malformed(number, f"the header promised {head['records']} records, and there are more")
+        whole.update(line.rstrip("\r\n").encode() + b"\n")
+        yield number, _parse(number, line)
+    if number - 1 != head["records"]:
+        raise _malformed(number, f"the header promised {head['records']} records, and there are {number - 1}")
+    if whole.hexdigest() != head["sha256"]:
+        raise _malformed(1, "the digest of the records is wrong")
+
+
+def _read_line(stream: TextIO, number: int, left: int) -> str:
+    try:
+        line = stream.readline(MAX_LINE + 1)
+        line.encode()
+    except UnicodeError as error:
+        raise _malformed(number, "the text is not UTF-8") from error
+    if len(line) > MAX_LINE:
+        raise _malformed(number, f"longer than {MAX_LINE} characters")
+    if len(line) > left:
+        raise _malformed(number, "the file is too large")
+    return line
+
+
+def _parse(number: int, line: str) -> dict[str, Any]:
+    try:
+        data = json.loads(line, object_pairs_hook=_object, parse_constant=_constant)
+    except RecursionError as error:
+        raise _malformed(number, "nested too deep") from error
+    except ValueError as error:
+        raise _malformed(number, f"not JSON: {error}") from error
+    if type(data) is not dict:
+        raise _malformed(number, "not a JSON object")
+    return data
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is there twice")
+    return result
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _decode(data: dict[str, Any], trust: bool) -> Trial | Verdict:
+    kind, claimed = data.pop("type", None), data.pop("sha256", None)
+    record: Trial | Verdict
+    if kind == "trial":
+        record = trial_from(data)
+    elif kind == "verdict":
+        record = verdict_from(data, origin="imported", trusted=trust)
+    else:
+        raise ValueError(f"unknown record type {quoted(kind)}")
+    if claimed != _sha256(data):
+        raise ValueError("the record's digest is wrong")
+    return record
+
+
+def _refusal(record: Trial | Verdict, allowed: Mapping[str, frozenset[str]] | None) -> str:
+    if allowed is None:
+        return ""
+    if record.op not in allowed:
+        return f"unknown op {record.op}"
+    unknown = sorted(record.config.keys() - allowed[record.op])
+    return f"{record.op} has no config key {quoted(unknown)}" if unknown else ""

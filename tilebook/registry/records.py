@@ -1,0 +1,322 @@
+"""The records a registry holds. They check themselves: one that exists can be stored, exported and read back.
+
+A wrong value raises ValueError. Free text is made printable and cut to length instead: a compiler's message is kept
+however ugly it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from tilebook.registry import checks
+from tilebook.registry.checks import ConfigValue, Json, canonical
+
+__all__ = [
+    "ConfigValue",
+    "Device",
+    "Environment",
+    "Failure",
+    "Json",
+    "Miss",
+    "Status",
+    "Trial",
+    "Verdict",
+    "VerdictStatus",
+    "canonical",
+]
+
+
+class Status(StrEnum):
+    """How a trial ended: it passed, it was turned away by a rule, or it broke."""
+
+    OK = "ok"
+    REJECTED = "rejected"
+    FAILED = "failed"
+
+
+class Failure(StrEnum):
+    """The class of a trial's failure or rejection; `Trial.reason` has the words."""
+
+    INFEASIBLE = "infeasible"
+    COMPILE_ERROR = "compile_error"
+    COMPILE_TIMEOUT = "compile_timeout"
+    OUT_OF_RESOURCES = "out_of_resources"
+    SPILLS = "spills"
+    DUPLICATE_BINARY = "duplicate_binary"
+    WRONG_ANSWER = "wrong_answer"
+    NOT_REPEATABLE = "not_repeatable"
+    RUN_ERROR = "run_error"
+    RUN_TIMEOUT = "run_timeout"
+    WORKER_DIED = "worker_died"
+    SLOW = "slow"
+    UNAVAILABLE = "unavailable"
+
+
+class VerdictStatus(StrEnum):
+    """MEASURED: a candidate beat the default. DEFAULT: measured, and the default won. PREDICTED: never run."""
+
+    MEASURED = "measured"
+    PREDICTED = "predicted"
+    DEFAULT = "default"
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _digest(content: Json) -> str:
+    return hashlib.sha256(canonical(content).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU model, the hard key of everything measured on it: ("NVIDIA H200", "sm_90", 132)."""
+
+    name: str
+    arch: str
+    sm_count: int
+
+    def __post_init__(self) -> None:
+        checks.label(self.name, "device name")
+        checks.name(self.arch, "device arch")
+        checks.integer(self.sm_count, "device sm_count", 1, 100_000)
+
+    def content(self) -> dict[str, Json]:
+        return {"name": self.name, "arch": self.arch, "sm_count": self.sm_count}
+
+    @property
+    def sha256(self) -> str:
+        return _digest(self.content())
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The software a measurement was made with: {"driver": "580.65.06", "triton": "3.6.0", ...}, the soft key."""
+
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", checks.versions(self.versions))
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def content(self) -> dict[str, Json]:
+        return dict(self.versions)
+
+    @property
+    def sha256(self) -> str:
+        return _digest(self.content())
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits that two machines share exactly when every version is the same."""
+        return self.sha256
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate (implementation and config) on one problem, device and environment.
+
+    `problem` is canonical JSON text, `kernel` the hex digest of the kernel's source, times are milliseconds.
+    `failure` is None exactly when `status` is OK.
+    """
+
+    op: str
+    problem: str
+    device: Device
+    environment: Environment
+    kernel: str
+    implementation: str
+    config: Mapping[str, ConfigValue]
+    status: Status
+    failure: Failure | None = None
+    reason: str = ""
+    time_ms: float | None = None
+    samples_ms: tuple[float, ...] = ()
+    facts: Mapping[str, Json] = field(default_factory=dict)
+    created_at: datetime = field(default_factory=_now)
+
+    def __post_init__(self) -> None:
+        _check_key(self.op, self.problem, self.device, self.environment, self.kernel)
+        checks.name(self.implementation, "implementation")
+        put = object.__setattr__  # the dataclass is frozen for its users, not for its own normal form
+        put(self, "config", checks.config(self.config))
+        put(self, "status", Status(self.status))
+        put(self, "failure", None if self.failure is None else Failure(self.failure))
+        if (self.failure is None) != (self.status is Status.OK):
+            raise ValueError(f"a trial of status {self.status} cannot have failure {self.failure}")
+        put(self, "reason", checks.text(self.reason, "reason"))
+        put(self, "time_ms", checks.optional_number(self.time_ms, "time_ms"))
+        if len(self.samples_ms) > checks.MAX_SAMPLES:
+            raise ValueError(f"more than {checks.MAX_SAMPLES} samples")
+        put(self, "samples_ms", tuple(checks.number(sample, "a sample") for sample in self.samples_ms))
+        put(self, "facts", checks.json_object(self.facts, "facts"))
+        put(self, "created_at", checks.utc(self.created_at, "created_at"))
+
+    def content(self) -> dict[str, Json]:
+        return {
+            "op": self.op,
+            "problem": self.problem,
+            "device": self.device.content(),
+            "environment": self.environment.content(),
+            "kernel": self.kernel,
+            "implementation": self.implementation,
+            "config": dict(self.config),
+            "status": self.status.value,
+            "failure": None if self.failure is None else self.failure.value,
+            "reason": self.reason,
+            "time_ms": self.time_ms,
+            "samples_ms": list(self.samples_ms),
+            "facts": dict(self.facts),
+            "created_at": checks.time_text(self.created_at),
+        }
+
+    @property
+    def sha256(self) -> str:
+        return _digest(self.content())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What dispatch serves for a problem on a device, with the evidence.
+
+    `speedup` is default time over winner time, `speedup_low` and `speedup_high` its 95 % interval. `origin` says who
+    put it here ("local", "imported", "shipped"); only a `trusted` verdict may be served.
+    """
+
+    op: str
+    problem: str
+    device: Device
+    environment: Environment
+    kernel: str
+    status: VerdictStatus
+    implementation: str
+    config: Mapping[str, ConfigValue]
+    time_ms: float | None = None
+    default_time_ms: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    evidence: Mapping[str, Json] = field(default_factory=dict)
+    origin: str = "local"
+    trusted: bool = True
+    created_at: datetime = field(default_factory=_now)
+
+    def __post_init__(self) -> None:
+        _check_key(self.op, self.problem, self.device, self.environment, self.kernel)
+        checks.name(self.implementation, "implementation")
+        checks.name(self.origin, "origin")
+        if type(self.trusted) is not bool:
+            raise ValueError(f"trusted is not a flag: {checks.quoted(self.trusted)}")
+        put = object.__setattr__
+        put(self, "config", checks.config(self.config))
+        put(self, "status", VerdictStatus(self.status))
+        for name in ("time_ms", "default_time_ms", "speedup", "speedup_low", "speedup_high"):
+            put(self, name, checks.optional_number(getattr(self, name), name))
+        if self.speedup_low is not None and self.speedup_high is not None and self.speedup_low > self.speedup_high:
+            raise ValueError(f"the speedup's interval is upside down: {self.speedup_low} to {self.speedup_high}")
+        put(self, "evidence", checks.json_object(self.evidence, "evidence"))
+        put(self, "created_at", checks.utc(self.created_at, "created_at"))
+
+    @property
+    def measured(self) -> bool:
+        """Whether a GPU was asked: the status is MEASURED or DEFAULT."""
+        return self.status is not VerdictStatus.PREDICTED
+
+    def ranking(self) -> list[tuple[str, dict[str, ConfigValue]]]:
+        """The winner, then the other finalists of the evidence, fastest first; what to fall back on, in order."""
+        ranked = [(self.implementation, dict(self.config))]
+        listed = self.evidence.get("candidates")
+        finalists = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+        for each in sorted(finalists, key=_evidence_ms):
+            implementation, config = each.get("implementation"), each.get("config")
+            if isinstance(implementation, str) and isinstance(config, dict):
+                try:
+                    pair = (implementation, checks.config(config))
+                except ValueError:  # evidence is free-form: what is not a config is nothing to fall back on
+                    continue
+                if pair not in ranked:
+                    ranked.append(pair)
+        return ranked
+
+    def portable(self) -> dict[str, Json]:
+        """The content another machine can use: all but `origin` and `trusted`, which every registry decides itself."""
+        return {
+            "op": self.op,
+            "problem": self.problem,
+            "device": self.device.content(),
+            "environment": self.environment.content(),
+            "kernel": self.kernel,
+            "status": self.status.value,
+            "implementation": self.implementation,
+            "config": dict(self.config),
+            "time_ms": self.time_ms,
+            "default_time_ms": self.default_time_ms,
+            "speedup": self.speedup,
+            "speedup_low": self.speedup_low,
+            "speedup_high": self.speedup_high,
+            "evidence": dict(self.evidence),
+            "created_at": checks.time_text(self.created_at),
+        }
+
+    def content(self) -> dict[str, Json]:
+        return {**self.portable(), "origin": self.origin, "trusted": self.trusted}
+
+    @property
+    def sha256(self) -> str:
+        return _digest(self.content())
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A problem that model code asked for and no verdict covers; `time_ms` is the estimated GPU time of one call."""
+
+    op: str
+    problem: str
+    device: Device
+    calls: int
+    time_ms: float
+    last_seen: datetime = field(default_factory=_now)
+
+    def __post_init__(self) -> None:
+        checks.name(self.op, "op")
+        checks.problem(self.problem)
+        if not isinstance(self.device, Device):
+            raise ValueError(f"device is not a Device: {checks.quoted(self.device)}")
+        checks.integer(self.calls, "calls", 1, 2**62)
+        object.__setattr__(self, "time_ms", checks.number(self.time_ms, "time_ms"))
+        object.__setattr__(self, "last_seen", checks.utc(self.last_seen, "last_seen"))
+
+    def content(self) -> dict[str, Json]:
+        return {
+            "op": self.op,
+            "problem": self.problem,
+            "device": self.device.content(),
+            "calls": self.calls,
+            "time_ms": self.time_ms,
+            "last_seen": checks.time_text(self.last_seen),
+        }
+
+    @property
+    def sha256(self) -> str:
+        return _digest(self.content())
+
+
+def _check_key(op: str, problem: str, device: Device, environment: Environment, kernel: str) -> None:
+    checks.name(op, "op")
+    checks.problem(problem)
+    if not isinstance(device, Device):
+        raise ValueError(f"device is not a Device: {checks.quoted(device)}")
+    if not isinstance(environment, Environment):
+        raise ValueError(f"environment is not an Environment: {checks.quoted(environment)}")
+    checks.digest(kernel, "kernel")
+
+
+def _evidence_ms(candidate: Mapping[str, Json]) -> float:
+    time_ms = candidate.get("time_ms", candidate.get("predicted_ms"))
+    return float(time_ms) if isinstance(time_ms, int | float) else float("inf")

@@ -1,0 +1,192 @@
+"""Records to rows and back. A row comes back as a record only when its digest is that of the record it spells."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tilebook.registry.checks import canonical, time_text
+from tilebook.registry.codec import miss_from, trial_from, verdict_from
+from tilebook.registry.models import (
+    Base,
+    DeviceRow,
+    EnvironmentRow,
+    KernelRow,
+    MissRow,
+    ProblemRow,
+    TrialRow,
+    VerdictRow,
+)
+from tilebook.registry.records import Device, Environment, Miss, Trial, Verdict
+
+_Row = TypeVar("_Row", bound=Base)
+
+
+class Keys:
+    """Finds or adds the small rows that records share; lives as long as one write transaction."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._ids: dict[tuple[object, ...], int] = {}
+
+    def device(self, device: Device) -> int:
+        return self._id(DeviceRow, name=device.name, arch=device.arch, sm_count=device.sm_count)
+
+    def problem(self, op: str, key: str) -> int:
+        return self._id(ProblemRow, op=op, key=key)
+
+    def kernel(self, op: str, digest: str) -> int:
+        return self._id(KernelRow, op=op, digest=digest)
+
+    def environment(self, environment: Environment) -> int:
+        memo = (EnvironmentRow, environment.digest)
+        if memo not in self._ids:
+            versions = canonical(environment.content())
+            row = self._session.execute(
+                select(EnvironmentRow).filter_by(digest=environment.digest)
+            ).scalar_one_or_none()
+            if row is None:
+                row = EnvironmentRow(digest=environment.digest, versions=versions)
+                self._session.add(row)
+            row.versions = versions  # a damaged text is mended by whoever holds the right one
+            self._session.flush()
+            self._ids[memo] = row.id
+        return self._ids[memo]
+
+    def of(self, record: Trial | Verdict) -> dict[str, int]:
+        return {
+            "problem_id": self.problem(record.op, record.problem),
+            "device_id": self.device(record.device),
+            "environment_id": self.environment(record.environment),
+            "kernel_id": self.kernel(record.op, record.kernel),
+        }
+
+    def _id(self, model: type[_Row], **columns: str | int) -> int:
+        memo = (model, *columns.values())
+        if memo not in self._ids:
+            row = self._session.execute(select(model).filter_by(**columns)).scalar_one_or_none()
+            if row is None:
+                row = model(**columns)
+                self._session.add(row)
+                self._session.flush()
+            self._ids[memo] = row.id  # type: ignore[attr-defined]
+        return self._ids[memo]
+
+
+def trial_columns(trial: Trial, keys: Keys, origin: str) -> dict[str, Any]:
+    return {
+        **keys.of(trial),
+        "sha256": trial.sha256,
+        "origin": origin,
+        "implementation": trial.implementation,
+        "config": canonical(trial.config),
+        "status": trial.status.value,
+        "failure": None if trial.failure is None else trial.failure.value,
+        "reason": trial.reason,
+        "time_ms": trial.time_ms,
+        "samples_ms": canonical(trial.samples_ms),
+        "facts": canonical(trial.facts),
+        "created_at": trial.created_at,
+    }
+
+
+def verdict_columns(verdict: Verdict, keys: Keys) -> dict[str, Any]:
+    return {
+        **keys.of(verdict),
+        "sha256": verdict.sha256,
+        "status": verdict.status.value,
+        "implementation": verdict.implementation,
+        "config": canonical(verdict.config),
+        "time_ms": verdict.time_ms,
+        "default_time_ms": verdict.default_time_ms,
+        "speedup": verdict.speedup,
+        "speedup_low": verdict.speedup_low,
+        "speedup_high": verdict.speedup_high,
+        "evidence": canonical(verdict.evidence),
+        "origin": verdict.origin,
+        "trusted": verdict.trusted,
+        "created_at": verdict.created_at,
+    }
+
+
+def trial_of(row: TrialRow) -> Trial | None:
+    """None where the row is damaged."""
+    try:
+        trial = trial_from(
+            {
+                **_shared(row),
+                "failure": row.failure,
+                "reason": row.reason,
+                "samples_ms": json.loads(row.samples_ms),
+                "facts": json.loads(row.facts),
+            }
+        )
+    except _DAMAGE:
+        return None
+    return trial if trial.sha256 == row.sha256 else None
+
+
+def verdict_of(row: VerdictRow) -> Verdict | None:
+    """None where the row is damaged."""
+    try:
+        verdict = verdict_from(
+            {
+                **_shared(row),
+                "default_time_ms": row.default_time_ms,
+                "speedup": row.speedup,
+                "speedup_low": row.speedup_low,
+                "speedup_high": row.speedup_high,
+                "evidence": json.loads(row.evidence),
+            },
+            origin=row.origin,
+            trusted=row.trusted,
+        )
+    except _DAMAGE:
+        return None
+    return verdict if verdict.sha256 == row.sha256 else None
+
+
+def miss_of(row: MissRow) -> Miss | None:
+    """None where the row is damaged."""
+    try:
+        miss = miss_from(
+            {
+                "op": row.problem.op,
+                "problem": row.problem.key,
+                "device": _device(row.device),
+                "calls": row.calls,
+                "time_ms": row.time_ms,
+                "last_seen": time_text(row.last_seen),
+            }
+        )
+    except _DAMAGE:
+        return None
+    return miss if miss.sha256 == row.sha256 else None
+
+
+# What bad values make of decoding: wrong types and texts, JSON that nests without end, a row whose partner is gone.
+_DAMAGE = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def _device(row: DeviceRow) -> dict[str, Any]:
+    return {"name": row.name, "arch": row.arch, "sm_count": row.sm_count}
+
+
+def _shared(row: TrialRow | VerdictRow) -> dict[str, Any]:
+    if row.problem.op != row.kernel.op:
+        raise ValueError("the problem and the kernel belong to different ops")
+    return {
+        "op": row.problem.op,
+        "problem": row.problem.key,
+        "device": _device(row.device),
+        "environment": json.loads(row.environment.versions),
+        "kernel": row.kernel.digest,
+        "implementation": row.implementation,
+        "config": json.loads(row.config),
+        "status": row.status,
+        "time_ms": row.time_ms,
+        "created_at": time_text(row.created_at),
+    }

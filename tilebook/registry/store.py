@@ -1,0 +1,305 @@
+"""One registry: a database that keeps trials, verdicts and misses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+
+from sqlalchemy import Engine, Select, insert, select, update
+from sqlalchemy.orm import Session, contains_eager
+
+from tilebook.registry import schema
+from tilebook.registry.backend import RegistryError, Target, connect_sqlite, explained, sniff
+from tilebook.registry.models import DeviceRow, KernelRow, MissRow, ProblemRow, TrialRow, VerdictRow
+from tilebook.registry.records import Device, Miss, Status, Trial, Verdict
+from tilebook.registry.rows import Keys, miss_of, trial_columns, trial_of, verdict_columns, verdict_of
+
+log = logging.getLogger("tilebook.registry")
+
+_Row = TypeVar("_Row", TrialRow, VerdictRow, MissRow)
+_Record = TypeVar("_Record", Trial, Verdict, Miss)
+
+
+class Choice(NamedTuple):
+    """Whether a new verdict takes an existing one's place, and why."""
+
+    replace: bool
+    why: str
+
+
+Rule = Callable[[Verdict, Verdict], Choice]  # (existing, new)
+
+
+@dataclass
+class Merged:
+    """What one `merge` did; `replaced` and `kept` hold one line per verdict that met another."""
+
+    trials: int = 0
+    verdicts: int = 0
+    unchanged: int = 0
+    replaced: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
+def local_rule(existing: Verdict, new: Verdict) -> Choice:
+    """The newest word counts, but a prediction never overwrites a measurement."""
+    if existing.measured and not new.measured:
+        return Choice(False, "a prediction does not replace a measurement")
+    return Choice(True, "newer")
+
+
+class Registry:
+    """One layer of the registry: one SQLite file or PostgreSQL database.
+
+    Guarantees, on both backends:
+
+    - A write is one transaction: after `record`, `count_misses` or `merge` returns, all of it survives the death of the
+      process (and of the machine, as far as its disk tells the truth); before, none of it is seen by anybody.
+    - Writers wait for one another, up to 30 s; any number of processes may create, open and write one registry at once.
+    - Recording the same trial again changes nothing. There is at most one verdict for each (op, problem, device,
+      kernel), and a prediction never replaces a measurement.
+    - What is read equals what was recorded. A row whose SHA-256 does not match is left out, counted in `corrupt` and
+      logged.
+    - A registry opened for reading is never changed: no file is created beside it, no schema is upgraded. A file that
+      is not a tilebook registry is not modified in either mode.
+    - Every failure of the store itself is a RegistryError with one line that names the registry.
+
+    Connections are opened for each operation, so an instance may be used from several threads and after a fork.
+    """
+
+    def __init__(self, target: Target, engine: Engine, writable: bool, raw: str) -> None:
+        self._target = target
+        self._engine: Engine | None = engine
+        self.target = raw
+        self.label = target.label
+        self.writable = writable
+        self.corrupt = 0
+
+    @classmethod
+    def open(cls, target: str | Path, *, write: bool = False) -> Self:
+        """Opens a path or SQLAlchemy URL; `write` creates the parent directory, the file and the newest schema.
+
+        Raises RegistryError: missing, unreadable, foreign, corrupt, locked, of a newer schema, or (for reading) older.
+        """
+        parsed = Target.parse(target)
+        with explained(parsed):
+            engine = schema.open_writer(parsed) if write else schema.open_reader(parsed)
+        return cls(parsed, engine, write, str(target))
+
+    def record(self, trials: Iterable[Trial] = (), verdict: Verdict | None = None) -> None:
+        """Stores trials and a verdict in one transaction; the verdict replaces one of the same key (see above)."""
+        self.merge(trials, () if verdict is None else (verdict,))
+
+    def merge(
+        self,
+        trials: Iterable[Trial] = (),
+        verdicts: Iterable[Verdict] = (),
+        *,
+        rule: Rule = local_rule,
+        origin: str = "local",
+    ) -> Merged:
+        """`record` for many verdicts: `rule` decides each conflict, in the same transaction; `origin` marks trials."""
+        trials, verdicts = list(trials), list(verdicts)
+        merged = Merged()
+        if trials or verdicts:
+            with self._write() as session:
+                keys = Keys(session)
+                merged.trials = _add_trials(session, keys, trials, origin)
+                for verdict in verdicts:
+                    _add_verdict(session, keys, verdict, rule, merged)
+        return merged
+
+    def count_misses(self, misses: Iterable[Miss]) -> None:
+        """Adds calls to the ledger; the estimate of the time of a call and `last_seen` are the newest."""
+        misses = list(misses)
+        if not misses:
+            return
+        with self._write() as session:
+            keys = Keys(session)
+            for miss in misses:
+                ids = {"problem_id": keys.problem(miss.op, miss.problem), "device_id": keys.device(miss.device)}
+                row = session.execute(select(MissRow).filter_by(**ids)).scalar_one_or_none()
+                known = None if row is None else miss_of(row)
+                if known is not None:
+                    newest = miss if miss.last_seen >= known.last_seen else known
+                    miss = replace(newest, calls=min(known.calls + miss.calls, 2**62))
+                if row is None:
+                    row = MissRow(**ids)
+                    session.add(row)
+                row.sha256, row.calls, row.time_ms, row.last_seen = (
+                    miss.sha256,
+                    miss.calls,
+                    miss.time_ms,
+                    miss.last_seen,
+                )
+                session.flush()
+
+    def trials(
+        self,
+        *,
+        op: str | None = None,
+        problem: str | None = None,
+        device: Device | None = None,
+        kernel: str | None = None,
+        origin: str | None = None,
+    ) -> list[Trial]:
+        """The trials that match, oldest first. `origin` "local" leaves out those that only an import vouches for."""
+        query = _select(TrialRow, op, problem, device, kernel).order_by(TrialRow.id)
+        if origin is not None:
+            query = query.where(TrialRow.origin == origin)
+        return self._read(query, trial_of)
+
+    def verdicts(
+        self,
+        *,
+        op: str | None = None,
+        problem: str | None = None,
+        device: Device | None = None,
+        kernel: str | None = None,
+    ) -> list[Verdict]:
+        """The verdicts that match, in the order of their keys."""
+        found = self._read(_select(VerdictRow, op, problem, device, kernel), verdict_of)
+        return sorted(found, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
+
+    def misses(self, *, device: Device | None = None) -> list[Miss]:
+        """The ledger, heaviest first: calls times the GPU time of a call."""
+        found = self._read(_select(MissRow, None, None, device, None), miss_of)
+        return sorted(found, key=lambda miss: (-miss.calls * miss.time_ms, miss.op, miss.problem, miss.device.name))
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.dispose()
+        self._engine = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Registry {self.label} ({'read and write' if self.writable else 'read only'})>"
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        if self._engine is None:
+            raise RegistryError(f"registry {self.label} is closed")
+        with explained(self._target), Session(self._engine) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def _write(self) -> Iterator[Session]:
+        if not self.writable:
+            raise RegistryError(f"registry {self.label} is open for reading only")
+        with self._session() as session:
+            # A newer tilebook may have upgraded the schema since this one opened it.
+            schema.check(schema.version(session.connection()), self._target)
+            yield session
+
+    def _read(self, query: Select[_Row], decode: Callable[[_Row], _Record | None]) -> list[_Record]:
+        with self._session() as session:
+            found = [decode(row) for row in session.execute(query).scalars()]
+        intact = [record for record in found if record is not None]
+        self.corrupt = len(found) - len(intact)
+        if self.corrupt:
+            log.warning("registry %s: left out %d damaged rows", self.label, self.corrupt)
+        return intact
+
+
+def _select(
+    model: type[_Row], op: str | None, problem: str | None, device: Device | None, kernel: str | None
+) -> Select[_Row]:
+    # Outer joins: a row whose partner cannot be found is damaged, and must be counted rather than vanish.
+    query = select(model).outerjoin(model.problem).outerjoin(model.device)
+    query = query.options(contains_eager(model.problem), contains_eager(model.device))
+    if not issubclass(model, MissRow):
+        query = query.outerjoin(model.environment).outerjoin(model.kernel)
+        query = query.options(contains_eager(model.environment), contains_eager(model.kernel))
+    if op is not None:
+        query = query.where(ProblemRow.op == op)
+    if problem is not None:
+        query = query.where(ProblemRow.key == problem)
+    if device is not None:
+        query = query.where(
+            DeviceRow.name == device.name, DeviceRow.arch == device.arch, DeviceRow.sm_count == device.sm_count
+        )
+    if kernel is not None:
+        query = query.where(KernelRow.digest == kernel)
+    return query
+
+
+def _add_trials(session: Session, keys: Keys, trials: Sequence[Trial], origin: str) -> int:
+    new: dict[str, dict[str, Any]] = {}
+    for trial in trials:
+        columns = trial_columns(trial, keys, origin)
+        new[columns["sha256"]] = columns
+    known: set[str] = set()
+    hashes = list(new)
+    for start in range(0, len(hashes), 500):  # databases limit the parameters of a statement
+        part = hashes[start : start + 500]
+        known.update(session.execute(select(TrialRow.sha256).where(TrialRow.sha256.in_(part))).scalars())
+        if origin == "local":
+            imported = TrialRow.sha256.in_(part), TrialRow.origin != origin
+            session.execute(update(TrialRow).where(*imported).values(origin=origin))
+    rows = [columns for sha256, columns in new.items() if sha256 not in known]
+    if rows:
+        session.execute(insert(TrialRow), rows)
+    return len(rows)
+
+
+def _add_verdict(session: Session, keys: Keys, verdict: Verdict, rule: Rule, merged: Merged) -> None:
+    columns = verdict_columns(verdict, keys)
+    place = {name: columns[name] for name in ("problem_id", "device_id", "kernel_id")}
+    row = session.execute(select(VerdictRow).filter_by(**place)).scalar_one_or_none()
+    existing = None if row is None else verdict_of(row)
+    if existing is not None:
+        choice = rule(existing, verdict)
+        same = existing.portable() == verdict.portable()
+        if existing.sha256 == verdict.sha256 or (same and not choice.replace):
+            merged.unchanged += 1
+            return
+        line = f"{verdict.op} {verdict.problem} on {verdict.device.name}: {choice.why}"
+        (merged.replaced if choice.replace else merged.kept).append(line)
+        if not choice.replace:
+            return
+    if row is None:
+        row = VerdictRow()
+        session.add(row)
+    for name, value in columns.items():
+        setattr(row, name, value)
+    session.flush()
+    merged.verdicts += 1
+
+
+def ship(source: Registry, path: str | Path, *, trials: bool = False) -> int:
+    """Writes the registry that a package ships: trusted verdicts, and the passed trials behind them when asked.
+
+    The file is compact and in rollback-journal mode, so it opens from a read-only directory; it appears whole or not
+    at all. Returns the number of verdicts. Raises RegistryError, also when `path` holds something else than a registry.
+    """
+    place = Path(path).absolute()
+    target = Target.parse(place)
+    sniff(target)
+    verdicts = [replace(verdict, origin="shipped") for verdict in source.verdicts() if verdict.trusted]
+    keys = {(v.op, v.problem, v.device, v.kernel) for v in verdicts}
+    kept = [t for t in source.trials() if t.status is Status.OK and (t.op, t.problem, t.device, t.kernel) in keys]
+    with explained(target):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".tilebook-ship-") as folder:
+            draft = Path(folder) / place.name
+            with Registry.open(draft, write=True) as registry:
+                registry.merge(kept if trials else (), verdicts, origin="shipped")
+            with closing(connect_sqlite(draft, "rw")) as connection:
+                connection.execute("VACUUM")
+            draft.chmod(0o644)
+            os.replace(draft, place)
+    return len(verdicts)

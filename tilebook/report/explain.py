@@ -1,0 +1,70 @@
+"""Why dispatch would run what it would run for one problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilebook import device as devices
+from tilebook.dispatch import Snapshot
+from tilebook.op import Op, Problem, UsageError
+from tilebook.report.rows import row, stale
+
+
+def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
+    """A text for people and the same as data. Raises UsageError where there is no GPU here and none was named."""
+    if gpu is None and not devices.present():
+        raise UsageError("there is no GPU here: name one with --gpu")
+    device = devices.find(gpu) if gpu is not None else devices.current()
+    snapshot = Snapshot(device, registry)
+    choice = snapshot.choose(op, problem)
+    cost = problem.cost()
+    floor_ms = 1e3 * max(cost.flops / device.flops, cost.bytes / device.bandwidth)
+    verdict = choice.verdict
+    changed = stale(verdict) if verdict is not None else []
+    data: dict[str, Any] = {
+        "op": op.name,
+        "problem": problem.label,
+        "device": device.name,
+        "source": choice.source,
+        "implementation": choice.implementation.name,
+        "config": dict(choice.config) if choice.config is not None else {},
+        "kernel": op.digest,
+        "floor_ms": floor_ms,
+        "verdict": row(verdict, choice.layer) if verdict is not None else None,
+        "environment": dict(verdict.environment.versions) if verdict is not None else None,
+        "changed": changed,
+    }
+    lines = [
+        f"{op.name} {problem.label} on {device.name}",
+        f"  runs     {choice.implementation.name} {choice.config or ''}".rstrip(),
+        f"  because  {_reason(choice.source, data['verdict'])}",
+        f"  floor    {floor_ms:.4g} ms ({cost.flops / 1e9:.3g} GFLOP, {cost.bytes / 1e6:.3g} MB)",
+    ]
+    if verdict is not None:
+        lines.append(f"  measured {_evidence(data['verdict'])}")
+        lines.append(f"  with     {', '.join(f'{k} {v}' for k, v in sorted(verdict.environment.versions.items()))}")
+        lines.append(f"  stale    {'yes: ' + ', '.join(changed) if changed else 'no'}")
+    return "\n".join(lines), data
+
+
+def _reason(source: str, verdict: dict[str, Any] | None) -> str:
+    if source == "exact" and verdict is not None:
+        return f"layer {verdict['layer']} has a {verdict['status']} verdict for exactly this problem"
+    if source == "nearest" and verdict is not None:
+        return f"the nearest verdict is for {verdict['problem']} ({verdict['status']}, layer {verdict['layer']})"
+    if source == "default":
+        return "no verdict is near: the space's default config"
+    return "our kernel does not support this problem: PyTorch's implementation"
+
+
+def _evidence(verdict: dict[str, Any]) -> str:
+    if verdict["status"] == "predicted":
+        default_ms = verdict["predicted_default_ms"] or 0.0
+        return f"never; predicted ~{verdict['predicted_ms']:.4g} ms, default ~{default_ms:.4g} ms"
+    ratio = (
+        f"{verdict['speedup']:.3f}x [{verdict['speedup_low']:.3f}, {verdict['speedup_high']:.3f}] the default config"
+    )
+    others = "".join(f"; {name} {ms:.4g} ms" for name, ms in verdict["others"].items())
+    return (
+        f"{verdict['time_ms']:.4g} ms, {ratio} ({verdict['default_time_ms']:.4g} ms){others}; {verdict['measured_at']}"
+    )

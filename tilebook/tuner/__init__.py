@@ -1,0 +1,1 @@
+"""The tuner: compiles, verifies, measures and searches; `session.tune` is its entry."""

@@ -1,0 +1,97 @@
+"""How long a candidate takes: CUDA-graph samples over inputs rotated through several times the L2 cache."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+SAMPLE_MS = 1.0
+"""A sample replays enough launches to last about this long, so that the event clock's step does not matter."""
+
+ROTATION = 3
+"""Inputs are rotated through at least this many times the size of the L2 cache."""
+
+_MOST_COPIES = 64
+_MOST_LAUNCHES = 200
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One candidate, captured as a CUDA graph of several launches; `sample()` is ms a launch."""
+
+    graph: torch.cuda.CUDAGraph
+    launches: int
+
+    def sample(self) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / self.launches
+
+    def samples(self, n: int) -> list[float]:
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
+        for start, end in pairs:
+            start.record()
+            self.graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / self.launches for start, end in pairs]
+
+
+class Bench:
+    """Times candidates on copies of one problem's inputs."""
+
+    def __init__(self, inputs: tuple[Any, ...], l2_bytes: int) -> None:
+        size = sum(a.numel() * a.element_size() for a in inputs if isinstance(a, torch.Tensor))
+        copies = min(_MOST_COPIES, max(1, math.ceil(ROTATION * l2_bytes / max(size, 1))))
+        self.inputs = [tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in inputs) for _ in range(copies)]
+        self._stream = torch.cuda.Stream()
+
+    def quick(self, call: Call, launches: int = 3) -> float:
+        """Median ms of a few eager launches: enough to drop what is far off. Includes host cost when that is larger."""
+        pairs = []
+        for index in range(launches):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call(*self.inputs[index % len(self.inputs)])
+            end.record()
+            pairs.append((start, end))
+        torch.cuda.synchronize()
+        return sorted(start.elapsed_time(end) for start, end in pairs)[launches // 2]
+
+    def capture(self, call: Call, estimate_ms: float) -> Sampler:
+        """Captures enough launches for one sample. `call` must have run before: nothing may compile during capture."""
+        wanted = math.ceil(SAMPLE_MS / max(estimate_ms, 1e-4))
+        launches = max(1, min(_MOST_LAUNCHES, max(wanted, len(self.inputs) if wanted > 1 else 1)))
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            graph.capture_begin()
+            try:
+                for index in range(launches):
+                    call(*self.inputs[index % len(self.inputs)])
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize()
+        sampler = Sampler(graph, launches)
+        sampler.samples(2)  # the first replay uploads the graph
+        return sampler
+
+
+def interleave(samplers: Sequence[Sampler], rounds: int, seed: int) -> list[list[float]]:
+    """One sample of each candidate a round, in a new random order each round: drift and neighbours cancel in ratios."""
+    order = random.Random(seed)
+    samples: list[list[float]] = [[] for _ in samplers]
+    for _ in range(rounds):
+        for index in order.sample(range(len(samplers)), len(samplers)):
+            samples[index].append(samplers[index].sample())
+    return samples
