@@ -85,6 +85,13 @@ def test_unknown_ops_and_config_keys_are_skipped_with_a_reason(second: Registry)
     assert report.skipped == ["line 2: unknown op unheard_of", "line 3: rms_norm_fwd has no config key ['BLOCK_Q']"]
 
 
+def test_the_configs_in_the_evidence_are_held_to_the_same_list(second: Registry) -> None:
+    finalist = {"implementation": "triton", "config": {"BLOCK_Q": 1}, "time_ms": 0.1}
+    report = load(second, io.StringIO(signed(a_verdict(evidence={"candidates": [finalist]}))), allowed=ALLOWED)
+    assert report.skipped == ["line 2: rms_norm_fwd has no config key ['BLOCK_Q']"]
+    assert second.verdicts() == []
+
+
 DEEP = "[" * 200_000
 FILES: dict[str, str] = {
     "empty file": "",

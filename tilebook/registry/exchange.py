@@ -227,5 +227,7 @@ def _refusal(record: Trial | Verdict, allowed: Mapping[str, frozenset[str]] | No
         return ""
     if record.op not in allowed:
         return f"unknown op {record.op}"
-    unknown = sorted(record.config.keys() - allowed[record.op])
+    # A verdict's finalists are what dispatch falls back on, so their configs are held to the same list.
+    configs = [config for _, config in record.ranking()] if isinstance(record, Verdict) else [record.config]
+    unknown = sorted({key for config in configs for key in config} - allowed[record.op])
     return f"{record.op} has no config key {quoted(unknown)}" if unknown else ""

@@ -174,7 +174,7 @@ class Session:
             "device": self.device,
             "kernel": tuning.op.digest,
         }
-        for trial in self._registry.trials(**wanted):  # type: ignore[arg-type]
+        for trial in self._registry.trials(origin="local", **wanted):  # type: ignore[arg-type]
             config = Config(trial.config)
             usable = trial.implementation == tuning.op.tunable.name and trial.environment == self.environment
             if not usable or not space.contains(config) or ("predicted_ms" in trial.facts) != (self._runner is None):

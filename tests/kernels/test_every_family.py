@@ -1,0 +1,88 @@
+"""What holds for every kernel family; a new one is tested here by being there."""
+
+import inspect
+
+import pytest
+import torch
+
+import tilebook
+from tilebook import device as devices
+from tilebook import op as ops
+from tilebook.op import Problem, UsageError
+from tilebook.tuner.verify import Case, verify
+
+OPS = list(ops.ops().values())
+EXAMPLES = [(op, problem) for op in OPS for problem in op.problem.examples()]
+SUITES = [(op, problem) for op in OPS for problems in op.problem.suites().values() for problem in problems]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the kernels themselves")
+
+
+def _id(value):
+    return value.name if isinstance(value, ops.Op) else value.label if isinstance(value, Problem) else str(value)
+
+
+@interpreted
+@pytest.mark.parametrize(("op", "problem"), EXAMPLES, ids=_id)
+def test_default_config_is_right(op, problem):
+    config = op.tunable.space.default(problem, devices.find("H200"))
+    verify(op.tunable, config, [Case.make(op, problem, "cpu", 0)], repeats=0)
+
+
+@pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("op", OPS, ids=_id)
+def test_default_config_is_feasible_on_every_gpu(op, gpu):
+    space = op.tunable.space
+    for problem in [*op.problem.examples(), *(p for suite in op.problem.suites().values() for p in suite)]:
+        config = space.default(problem, gpu)
+        assert space.contains(config)
+        assert space.reject(problem, config, gpu) is None, problem.label
+
+
+@pytest.mark.parametrize(("op", "problem"), [*EXAMPLES, *SUITES], ids=_id)
+def test_problem_survives_its_key_and_its_label(op, problem):
+    kind = op.problem
+    assert kind.from_key(problem.key) == problem
+    assert kind.parse(problem.label, problem.dtype) == problem
+    assert problem.distance(problem) == 0
+
+
+@pytest.mark.parametrize(("op", "problem"), EXAMPLES[::4], ids=_id)
+def test_inputs_pose_the_problem_they_were_made_for(op, problem):
+    assert op.problem.of(*problem.inputs("cpu", 0)) == problem
+
+
+@pytest.mark.parametrize("op", OPS, ids=_id)
+def test_inputs_and_launchers_work_without_data(op):
+    problem = op.problem.examples()[0]
+    assert all(x.device.type == "meta" for x in problem.inputs("meta", 0) if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize(("op", "problem"), SUITES, ids=_id)
+def test_floor_of_a_suite_problem_is_positive_and_work_is_not_below_it(op, problem):
+    cost, space = problem.cost(), op.tunable.space
+    assert cost.flops > 0
+    assert cost.bytes > 0
+    if space.work is not None:
+        gpu = devices.find("H200")
+        assert space.work(problem, space.default(problem, gpu)).flops >= 0.99 * cost.flops
+
+
+@pytest.mark.parametrize("op", OPS, ids=_id)
+def test_digest_is_stable_and_yardstick_exists(op):
+    assert len(op.digest) == 64
+    assert "torch" in op.implementations
+
+
+def test_every_public_function_is_offered_and_documented():
+    names = [name for name in dir(tilebook) if inspect.isfunction(getattr(tilebook, name)) and not name.startswith("_")]
+    assert {"attention", "mlp"} <= set(names)
+    for name in names:
+        text = inspect.getdoc(getattr(tilebook, name)) or ""
+        assert "Raises:" in text, name
+
+
+@pytest.mark.parametrize("text", ["", "B1", "Q7", "B1,B2", "B0,H1,S1,D16", "M1,H1,I1,swish", "B1;H1"])
+@pytest.mark.parametrize("op", OPS, ids=_id)
+def test_malformed_shapes_are_usage_errors(op, text):
+    with pytest.raises(UsageError):
+        op.problem.parse(text, "bf16")
