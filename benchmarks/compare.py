@@ -59,7 +59,7 @@ def compare(op: Op[Any], problem: Problem, snapshot: Snapshot, rounds: int) -> d
 
         try:
             run(*bench.inputs[0])
-            samplers.append(bench.capture(run, bench.quick(run)))
+            samplers.append(bench.capture(run, bench.estimate(run)))
             kept.append(name)
         except Exception as broken:
             print(f"  {op.name} {problem.label}: {name}: {type(broken).__name__}: {broken}"[:300], flush=True)

@@ -162,7 +162,7 @@ def present() -> bool:
 @functools.cache
 def environment() -> Mapping[str, str]:
     """Versions that a measurement depends on, softly: a verdict measured under others is stale, not wrong."""
-    versions: dict[str, str] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    versions: dict[str, str] = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
     for package in ("triton", "tilebook"):
         try:
             versions[package] = metadata.version(package)

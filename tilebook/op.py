@@ -33,6 +33,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
+def generator(device: torch.device | str, seed: int) -> torch.Generator | None:
+    """The source of a problem's random inputs; None on the meta device, which has shapes but no numbers."""
+    return None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
+
+
 class UsageError(ValueError):
     """A name, shape or option that the user got wrong; its text is one clear line."""
 

@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 
+from tilebook.tuner.stats import median
+
 SAMPLE_MS = 1.0
 """A sample replays enough launches to last about this long, so that the event clock's step does not matter."""
 
 ROTATION = 3
 """Inputs are rotated through at least this many times the size of the L2 cache."""
 
+_GLANCES = 3
+_HOST_MS = 1.0  # an eager launch that takes longer than this is the GPU's work, not the host's
 _MOST_COPIES = 64
 _MOST_LAUNCHES = 200
 
@@ -56,22 +60,25 @@ class Bench:
         self.inputs = [tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in inputs) for _ in range(copies)]
         self._stream = torch.cuda.Stream()
 
-    def quick(self, call: Call, launches: int = 3) -> float:
-        """Median ms of a few eager launches: enough to drop what is far off. Includes host cost when that is larger."""
-        pairs = []
-        for index in range(launches):
+    def estimate(self, call: Call) -> float:
+        """A first idea of ms a launch, from three samples. `call` must have run before."""
+        eager = []
+        for index in range(_GLANCES):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             call(*self.inputs[index % len(self.inputs)])
             end.record()
-            pairs.append((start, end))
-        torch.cuda.synchronize()
-        return sorted(start.elapsed_time(end) for start, end in pairs)[launches // 2]
+            end.synchronize()
+            eager.append(start.elapsed_time(end))
+        # Host cost is part of an eager time; where it may be most of it, a small graph tells them apart.
+        return min(eager) if min(eager) > _HOST_MS else median(self._graph(call, _GLANCES).samples(_GLANCES))
 
     def capture(self, call: Call, estimate_ms: float) -> Sampler:
         """Captures enough launches for one sample. `call` must have run before: nothing may compile during capture."""
         wanted = math.ceil(SAMPLE_MS / max(estimate_ms, 1e-4))
-        launches = max(1, min(_MOST_LAUNCHES, max(wanted, len(self.inputs) if wanted > 1 else 1)))
+        return self._graph(call, max(1, min(_MOST_LAUNCHES, max(wanted, len(self.inputs) if wanted > 1 else 1))))
+
+    def _graph(self, call: Call, launches: int) -> Sampler:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.no_grad(), torch.cuda.stream(self._stream):

@@ -19,6 +19,7 @@ class ProblemState:
     infeasible: int
     limit: int
     compiled: int = 0
+    passed: int = 0
     verified: int = 0
     timed: int = 0
     reused: int = 0
@@ -37,7 +38,7 @@ class ProblemState:
 
     @property
     def tried(self) -> int:
-        return self.timed + sum(self.rejected.values()) + self.reused
+        return self.passed + sum(self.rejected.values()) + self.reused
 
     @property
     def elapsed_s(self) -> float:

@@ -290,6 +290,7 @@ class Session:
         state = tuning.state
         if attempt.failure is None:
             status = Status.OK
+            state.passed += 1
             state.verified += attempt.time_ms is not None
             if attempt.time_ms is not None:
                 state.timed += 1

@@ -25,7 +25,6 @@ PREPARE_S, ATTEMPT_S, CONFIRM_S, PROBE_S = 180.0, 90.0, 180.0, 20.0
 SAMPLES = 15
 SEEDS = (0, 1)
 _FAR = 2.0  # dropped after the first rung when this many times slower than the incumbent
-_HOST_MS = 0.15  # eager launches shorter than this measure the host, and cannot be dropped by it
 
 
 @dataclass(frozen=True)
@@ -213,12 +212,12 @@ class _Server:
                 return reply(Failure.OUT_OF_RESOURCES, str(broken))
             raise
         facts = {"errors": [[[e.max, e.rms] for e in case] for case in errors]}
-        estimate = self._bench.quick(run)
+        estimate = self._bench.estimate(run)
         incumbent = message["incumbent_ms"]
-        if incumbent is not None and estimate > max(_FAR * incumbent, _HOST_MS):
+        if incumbent is not None and estimate > _FAR * incumbent:
             text = f"{estimate / incumbent:.1f} times slower than the best so far"
             return reply(Failure.SLOW, text, time_ms=estimate, facts=facts)
-        samples = self._bench.capture(run, min(estimate, incumbent or estimate)).samples(SAMPLES)
+        samples = self._bench.capture(run, estimate).samples(SAMPLES)
         return reply(None, time_ms=median(samples), samples_ms=samples, facts=facts)
 
     def _confirm(self, message: Mapping[str, Any]) -> Json:
@@ -232,7 +231,7 @@ class _Server:
                 return _implementation(*inputs, config=_config)
 
             run(*self._cases[0].inputs)
-            samplers.append(self._bench.capture(run, self._bench.quick(run)))
+            samplers.append(self._bench.capture(run, self._bench.estimate(run)))
         series: Json = [list(samples) for samples in interleave(samplers, message["rounds"], message["seed"])]
         return {"samples_ms": series}
 

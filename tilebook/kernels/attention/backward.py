@@ -94,8 +94,9 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
             return "more than 2 stages do not pay on AMD GPUs"
         if oversized(half.rows, problem.seq_q, 32) or oversized(half.columns, problem.seq_k, 32):
             return "a block is larger than the sequence"
-        if half.held < 16 * half.warps and half.held > 32:
-            return f"{half.warps} warps need a block of at least {16 * half.warps}"
+        # Half of what one tile a warp would take: warps may share rows here, where nothing is reduced along a row.
+        if half.held < 8 * half.warps:
+            return f"{half.warps} warps need a block of at least {8 * half.warps}"
         reason = too_large(_shared(problem, half, device), device) or crowded(
             half.held * (half.sums * width + 2 * half.swept), half.warps, device
         )
@@ -122,7 +123,7 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
         return {
             f"{block[0]}{axis}": held,
             f"{block[1]}{axis}": swept,
-            f"num_warps{axis}": 8 if held == 128 else 4,
+            f"num_warps{axis}": 8 if held == 128 or (held == 64 and problem.head_dim > 128) else 4,
             f"num_stages{axis}": 1 if device.shared_per_block < 100_000 else 2,
         }
 
@@ -241,7 +242,7 @@ def _triton(
     return dq, dk, dv
 
 
-@attention_bwd.implementation("torch")
+@attention_bwd.implementation("torch", deterministic=False)
 def _torch(
     do: torch.Tensor,
     q: torch.Tensor,
@@ -255,7 +256,9 @@ def _torch(
     return peers.torch_backward(do, q, k, v, o, lse, causal, scale)
 
 
-@attention_bwd.implementation("cudnn", available=peers.cudnn_available, supports=peers.cudnn_supports)
+@attention_bwd.implementation(
+    "cudnn", available=peers.cudnn_available, supports=peers.cudnn_supports, deterministic=False
+)
 def _cudnn(
     do: torch.Tensor,
     q: torch.Tensor,

@@ -21,7 +21,7 @@ def _column_step(
     batch,
     head,
     pair,
-    row,
+    block,
     column,
     stride_qb,
     stride_qh,
@@ -39,6 +39,7 @@ def _column_step(
     DESCRIPTORS: tl.constexpr,
 ):
     """Adds one block of rows to dk (without the scale) and dv. Scores stand transposed, [BLOCK_N, BLOCK_M]."""
+    row = tl.multiple_of(block * BLOCK_M, BLOCK_M)
     q_tile = load_tile(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, MASKED, DESCRIPTORS)
     st = tl.dot(k_tile, tl.trans(q_tile))
     rows = row + tl.arange(0, BLOCK_M)
@@ -122,18 +123,19 @@ def attention_bwd_dkdv(
     ragged = tl.maximum(n_q // BLOCK_M, clear)
     n_masked = clear - first + n_blocks - ragged
     scale_log2 = scale * LOG2E
-    for head in range(kv_head * group, (kv_head + 1) * group):
+    for member in range(0, group):
+        head = kv_head * group + member
         pair = batch * (n_heads_kv * group) + head
         for index in tl.range(0, n_masked):
             at = tl.where(index < clear - first, first + index, ragged + index - (clear - first))
             dk, dv = _column_step(
-                dk, dv, k_tile, v_tile, q, do, lse, delta, batch, head, pair, at * BLOCK_M, column,
+                dk, dv, k_tile, v_tile, q, do, lse, delta, batch, head, pair, at, column,
                 stride_qb, stride_qh, stride_qs, stride_db, stride_dh, stride_ds, n_q, scale_log2,
                 True, CAUSAL, D, BLOCK_M, BLOCK_N, DESCRIPTORS,
             )  # fmt: skip
         for at in tl.range(clear, ragged):
             dk, dv = _column_step(
-                dk, dv, k_tile, v_tile, q, do, lse, delta, batch, head, pair, at * BLOCK_M, column,
+                dk, dv, k_tile, v_tile, q, do, lse, delta, batch, head, pair, at, column,
                 stride_qb, stride_qh, stride_qs, stride_db, stride_dh, stride_ds, n_q, scale_log2,
                 False, CAUSAL, D, BLOCK_M, BLOCK_N, DESCRIPTORS,
             )  # fmt: skip

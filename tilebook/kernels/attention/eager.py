@@ -1,4 +1,4 @@
-"""Attention in eager PyTorch, in pieces small enough for any sequence length: the reference that kernels are judged by."""
+"""Attention in eager PyTorch, piece by piece for any sequence length: the reference that kernels are judged by."""
 
 from __future__ import annotations
 

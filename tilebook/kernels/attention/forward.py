@@ -1,4 +1,4 @@
-"""o = softmax(scale · q kᵀ) v and the log-sum-exp of every row, in one pass over k and v (FlashAttention-2, Dao 2023)."""
+"""o = softmax(scale · q kᵀ) v and each row's log-sum-exp, in one pass over k and v (FlashAttention-2, Dao 2023)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from tilebook.op import Cost, Problem, UsageError, dtype_name, flag, size
+from tilebook.op import Cost, Problem, UsageError, dtype_name, flag, generator, size
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,10 @@ class ForwardProblem(Problem):
         return cls(batch, heads, k.shape[1], seq_q, k.shape[2], head_dim, dtype_name(q.dtype), causal)
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
-        generator = torch.Generator(device).manual_seed(seed)
+        source = generator(device, seed)
         query, key = self._shapes()
         q, k, v = (
-            torch.randn(shape, generator=generator, device=device, dtype=self.torch_dtype)
-            for shape in (query, key, key)
+            torch.randn(shape, generator=source, device=device, dtype=self.torch_dtype) for shape in (query, key, key)
         )
         return q, k, v, self.causal, self.head_dim**-0.5
 
@@ -136,8 +135,8 @@ class BackwardProblem(ForwardProblem):
 
         q, k, v, causal, scale = super().inputs(device, seed)
         o, lse = torch_forward(q, k, v, causal, scale)
-        generator = torch.Generator(device).manual_seed(seed + 1)
-        do = torch.randn(q.shape, generator=generator, device=device, dtype=q.dtype)
+        source = generator(device, seed + 1)
+        do = torch.randn(q.shape, generator=source, device=device, dtype=q.dtype)
         return do, q, k, v, o, lse, causal, scale
 
     def cost(self) -> Cost:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilebook import dispatch, op
-from tilebook.kernels.mlp.kernels import _act_bwd_kernel, _down_fwd, _up_fwd
+from tilebook.kernels.mlp.kernels import act_bwd_kernel, down_fwd_kernel, up_fwd_kernel
 from tilebook.kernels.mlp.problem import ACTIVATIONS, BackwardProblem, DownProblem, UpProblem
 from tilebook.kernels.mlp.space import SPACE
 from tilebook.launch import launch
@@ -88,12 +88,14 @@ def _start(
     descriptors = config.number("DESCRIPTORS")
     if descriptors and not all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (a, b, *tiles)):
         descriptors = 0
+    # Columns that the epilogue works on at a time: 32 values a thread keep its intermediates in registers.
+    part = 32 * 32 * config.number("num_warps") // block_m
     left, right, outputs = a, b, tiles
     if descriptors:
         left = _described(a, block_m, block_k)
         right = _described(b, block_k, block_n) if b_is_kn else _described(b, block_n, block_k)
     if descriptors == 2:
-        outputs = tuple(_described(t, block_m, block_n) for t in tiles)
+        outputs = tuple(_described(t, block_m, min(part, block_n)) for t in tiles)
     launch(
         kernel,
         (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
@@ -109,6 +111,7 @@ def _start(
         EVEN_N=n % block_n == 0,
         EVEN_K=k % block_k == 0,
         **{**config, "DESCRIPTORS": descriptors},
+        PART=part,
         **constants,
     )
 
@@ -125,14 +128,14 @@ def _triton_up(
     z = torch.empty_like(h) if save else x.new_empty(0)
     # What is not saved is not written, but the kernel takes a tensor for it all the same.
     outputs = (h, z if save else h)
-    _start(_up_fwd, config, _rows(x), _rows(w1), False, (b1,), outputs, ACTIVATION=activation, SAVE=save)
+    _start(up_fwd_kernel, config, _rows(x), _rows(w1), False, (b1,), outputs, ACTIVATION=activation, SAVE=save)
     return h, z
 
 
 @mlp_down_fwd.implementation("triton", space=SPACE, supports=lambda problem: problem.dtype in ("bf16", "fp16"))
 def _triton_down(h: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor, *, config: Config) -> tuple[torch.Tensor]:
     y = h.new_empty(h.shape[0], w2.shape[0])
-    _start(_down_fwd, config, _rows(h), _rows(w2), False, (b2,), (y,))
+    _start(down_fwd_kernel, config, _rows(h), _rows(w2), False, (b2,), (y,))
     return (y,)
 
 
@@ -141,7 +144,7 @@ def _triton_bwd(
     dy: torch.Tensor, w2: torch.Tensor, z: torch.Tensor, activation: str, *, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dz, h = torch.empty_like(z), torch.empty_like(z)
-    _start(_act_bwd_kernel, config, _rows(dy), _rows(w2), True, (), (z, dz, h), ACTIVATION=activation)
+    _start(act_bwd_kernel, config, _rows(dy), _rows(w2), True, (), (z, dz, h), ACTIVATION=activation)
     return dz, h
 
 
@@ -187,7 +190,7 @@ class _MLP(torch.autograd.Function):
         return dispatch.run(mlp_down_fwd, h, w2, b2)[0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dx = dw1 = db1 = dw2 = None
         need_x, need_w1, need_b1, need_w2, need_b2, _ = ctx.needs_input_grad
@@ -238,7 +241,8 @@ def mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if torch.is_autocast_enabled(x.device.type):
-        x, w1, b1, w2, b2 = (_autocast(each) for each in (x, w1, b1, w2, b2))
+        x, w1, w2 = _autocast(x), _autocast(w1), _autocast(w2)
+        b1, b2 = (None if bias is None else _autocast(bias) for bias in (b1, b2))
     _check(x, w1, b1, w2, b2)
     if b1 is None or b2 is None or x.numel() == 0 or w1.numel() == 0:
         return F.linear(_act(F.linear(x, w1, b1), activation), w2, b2)
@@ -246,7 +250,7 @@ def mlp(
     if not dispatch.serves(mlp_up_fwd, flat, w1, b1, activation, True):
         return F.linear(_act(F.linear(x, w1, b1), activation), w2, b2)
     if torch.is_grad_enabled():
-        y: torch.Tensor = _MLP.apply(flat, w1, b1, w2, b2, activation)
+        y: torch.Tensor = _MLP.apply(flat, w1, b1, w2, b2, activation)  # type: ignore[no-untyped-call]
     else:
         h, _ = dispatch.run(mlp_up_fwd, flat, w1, b1, activation, False)
         (y,) = dispatch.run(mlp_down_fwd, h, w2, b2)
@@ -279,8 +283,8 @@ def _shape(tensor: torch.Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _autocast(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """What autocast makes of an operand of a product: everything but fp64 takes its dtype."""
-    if tensor is None or tensor.dtype == torch.float64:
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """What autocast makes of an operand of a product: all floating point but fp64 takes its dtype."""
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))

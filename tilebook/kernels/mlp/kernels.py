@@ -64,14 +64,18 @@ def _offsets(m0, n0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _store(
-    out, tile, m0, n0, M, N, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+def _store(out, tile, m0, n0, M, N, DESCRIPTORS: tl.constexpr):
     if DESCRIPTORS == 2:
         out.store([m0, n0], tile)
     else:
-        offsets, inside = _offsets(m0, n0, M, N, BLOCK_M, BLOCK_N)
+        offsets, inside = _offsets(m0, n0, M, N, tile.shape[0], tile.shape[1])
         tl.store(out + offsets, tile, mask=inside)
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile; no data moves as long as warps divide the rows alone."""
+    return tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -125,56 +129,94 @@ def _activate_bwd(z, dh, ACTIVATION: tl.constexpr):
     return dz, h
 
 
+# Epilogues, PART columns at a time: a whole tile of fp32 intermediates beside the accumulators would spill.
+
+
+@triton.jit
+def _up_epilogue(
+    acc, b1, h, z, m0, n0, M, N,
+    ACTIVATION: tl.constexpr, SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    if acc.shape[1] > PART:
+        left, right = _halves(acc)
+        _up_epilogue(left, b1, h, z, m0, n0, M, N, ACTIVATION, SAVE, DESCRIPTORS, PART)
+        _up_epilogue(right, b1, h, z, m0, n0 + left.shape[1], M, N, ACTIVATION, SAVE, DESCRIPTORS, PART)
+    else:
+        # act is taken of the rounded z, so that the backward, which knows no other, recomputes the same h.
+        rounded = (acc + _bias(b1, n0, N, acc.shape[1])).to(b1.dtype.element_ty)
+        if SAVE:
+            _store(z, rounded, m0, n0, M, N, DESCRIPTORS)
+        active = _activate(rounded.to(tl.float32), ACTIVATION)
+        _store(h, active.to(b1.dtype.element_ty), m0, n0, M, N, DESCRIPTORS)
+
+
+@triton.jit
+def _down_epilogue(acc, b2, y, m0, n0, M, N, DESCRIPTORS: tl.constexpr, PART: tl.constexpr):
+    if acc.shape[1] > PART:
+        left, right = _halves(acc)
+        _down_epilogue(left, b2, y, m0, n0, M, N, DESCRIPTORS, PART)
+        _down_epilogue(right, b2, y, m0, n0 + left.shape[1], M, N, DESCRIPTORS, PART)
+    else:
+        tile = acc + _bias(b2, n0, N, acc.shape[1])
+        _store(y, tile.to(b2.dtype.element_ty), m0, n0, M, N, DESCRIPTORS)
+
+
+@triton.jit
+def _act_bwd_epilogue(
+    dh, z, dz, h, m0, n0, M, N, ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, PART: tl.constexpr
+):
+    if dh.shape[1] > PART:
+        left, right = _halves(dh)
+        _act_bwd_epilogue(left, z, dz, h, m0, n0, M, N, ACTIVATION, DESCRIPTORS, PART)
+        _act_bwd_epilogue(right, z, dz, h, m0, n0 + left.shape[1], M, N, ACTIVATION, DESCRIPTORS, PART)
+    else:
+        if DESCRIPTORS == 2:
+            saved = z.load([m0, n0])
+        else:
+            offsets, inside = _offsets(m0, n0, M, N, dh.shape[0], dh.shape[1])
+            saved = tl.load(z + offsets, mask=inside, other=0.0)
+        grad, active = _activate_bwd(saved.to(tl.float32), dh, ACTIVATION)
+        _store(dz, grad.to(saved.dtype), m0, n0, M, N, DESCRIPTORS)
+        _store(h, active.to(saved.dtype), m0, n0, M, N, DESCRIPTORS)
+
+
 @triton.jit(do_not_specialize=["M"])
-def _up_fwd(
+def up_fwd_kernel(
     x, w1, b1, h, z, ldx, ldw, M, N, K,
     ACTIVATION: tl.constexpr, SAVE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = _product(
         x, w1, ldx, ldw, m0, n0, M, N, K, False, EVEN_N, EVEN_K, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
-    # The activation is taken of the rounded z, so that the backward, which knows no other, recomputes the same h.
-    rounded = (acc + _bias(b1, n0, N, BLOCK_N)).to(b1.dtype.element_ty)
-    if SAVE:
-        _store(z, rounded, m0, n0, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
-    active = _activate(rounded.to(tl.float32), ACTIVATION).to(b1.dtype.element_ty)
-    _store(h, active, m0, n0, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+    _up_epilogue(acc, b1, h, z, m0, n0, M, N, ACTIVATION, SAVE, DESCRIPTORS, PART)
 
 
 @triton.jit(do_not_specialize=["M"])
-def _down_fwd(
+def down_fwd_kernel(
     h, w2, b2, y, ldh, ldw, M, N, K,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = _product(
         h, w2, ldh, ldw, m0, n0, M, N, K, False, EVEN_N, EVEN_K, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
-    tile = (acc + _bias(b2, n0, N, BLOCK_N)).to(b2.dtype.element_ty)
-    _store(y, tile, m0, n0, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+    _down_epilogue(acc, b2, y, m0, n0, M, N, DESCRIPTORS, PART)
 
 
 @triton.jit(do_not_specialize=["M"])
-def _act_bwd_kernel(
+def act_bwd_kernel(
     dy, w2, z, dz, h, lddy, ldw, M, N, K,
     ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     dh = _product(
         dy, w2, lddy, ldw, m0, n0, M, N, K, True, EVEN_N, EVEN_K, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
-    if DESCRIPTORS == 2:
-        saved = z.load([m0, n0])
-    else:
-        offsets, inside = _offsets(m0, n0, M, N, BLOCK_M, BLOCK_N)
-        saved = tl.load(z + offsets, mask=inside, other=0.0)
-    grad, active = _activate_bwd(saved.to(tl.float32), dh, ACTIVATION)
-    _store(dz, grad.to(saved.dtype), m0, n0, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
-    _store(h, active.to(saved.dtype), m0, n0, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+    _act_bwd_epilogue(dh, z, dz, h, m0, n0, M, N, ACTIVATION, DESCRIPTORS, PART)

@@ -13,8 +13,9 @@ def _reject(problem: Problem, config: Config, device: Device) -> str | None:
     m, n, k = problem.gemm
     block_m, block_n, block_k = (config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     warps, stages, descriptors = (config.number(axis) for axis in ("num_warps", "num_stages", "DESCRIPTORS"))
-    hopper = device.capability >= 90 and device.capability < 120
-    shared = 2 * stages * block_k * (block_m + block_n)
+    # wgmma and its successor read tiles where they land; older instructions keep the one in use in registers.
+    in_flight = stages if device.capability >= 90 else stages - 1
+    shared = problem.torch_dtype.itemsize * in_flight * block_k * (block_m + block_n)
     accumulators = block_m * block_n // (device.warp_size * warps)
     if shared > device.shared_per_block:
         return f"{shared} bytes of tiles in flight, of {device.shared_per_block} shared memory"
@@ -27,7 +28,7 @@ def _reject(problem: Problem, config: Config, device: Device) -> str | None:
             return f"a block of {block} along {axis} = {extent} is mostly padding"
     if config["GROUP_M"] != 1 and m <= block_m:
         return "one row of tiles needs no grouping"
-    if hopper and block_k < 64:
+    if 90 <= device.capability < 120 and block_k < 64:
         return "BLOCK_K below 64 leaves half of a 128-byte shared memory line empty"
     if device.backend == "hip" and stages > 2:
         return "more than two stages do not pay where loads go through registers"
@@ -41,14 +42,15 @@ def _reject(problem: Problem, config: Config, device: Device) -> str | None:
 def _default(problem: Problem, device: Device) -> Config:
     """The largest of three tiles that still gives every SM one, fed as deep as the shared memory allows."""
     m, n, _ = problem.gemm
-    block_m, block_n = 64, 64
-    for tile in ((128, 128), (64, 128)):
-        if (
-            triton.cdiv(m, tile[0]) * triton.cdiv(n, tile[1]) >= device.sm_count
-            and n > tile[1] // 2  # a tile more than half empty does twice the work
-        ):
-            block_m, block_n = tile
+    for block_m, block_n in ((128, 128), (64, 128), (64, 64)):
+        tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+        # A tile more than half empty does twice the work.
+        if tiles >= device.sm_count and n > block_n // 2:
             break
+    # The host encodes a descriptor in microseconds, which only a longer kernel hides.
+    described = (
+        device.capability >= 90 and tiles >= 2 * device.sm_count and not (problem.width % 8 or problem.inner % 8)
+    )
     if device.backend == "hip":
         block_k, stages = 32, 2
     elif device.shared_per_block >= 3 * 2 * 64 * (block_m + block_n) and device.capability >= 90:
@@ -62,7 +64,7 @@ def _default(problem: Problem, device: Device) -> Config:
         GROUP_M=8 if m > block_m else 1,
         num_warps=8 if block_m * block_n == 128 * 128 else 4,
         num_stages=stages,
-        DESCRIPTORS=0,
+        DESCRIPTORS=int(described),
     )
 
 

@@ -1,0 +1,248 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tilebook
+from tilebook import device as devices
+from tilebook import dispatch, op
+from tilebook.tuner.verify import Case, error, floors, verify
+
+OPS = [op.get(name) for name in ("mlp_up_fwd", "mlp_down_fwd", "mlp_act_bwd")]
+H200 = devices.find("H200")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the kernels themselves")
+
+CONFIGS = [
+    op.Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=group, num_warps=4, num_stages=stages, DESCRIPTORS=descriptors)
+    for m, n, k, group, stages, descriptors in (
+        (64, 64, 64, 1, 3, 1),
+        (64, 128, 64, 8, 4, 2),
+        (128, 64, 32, 8, 2, 0),
+        (128, 256, 128, 1, 2, 2),
+    )
+]
+
+
+def activate(z, activation):
+    return F.relu(z) if activation == "relu" else F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def eager(x, w1, b1, w2, b2, activation="gelu"):
+    return F.linear(activate(F.linear(x, w1, b1), activation), w2, b2)
+
+
+def block(rows=(40,), width=48, inner=72, dtype=torch.float32, seed=0):
+    """x, w1, b1, w2, b2 as leaves that ask for gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((*rows, width), (inner, width), (inner,), (width, inner), (width,))
+    scales = (1.0, width**-0.5, 0.5, inner**-0.5, 0.5)
+    made = [torch.randn(shape, generator=generator) * scale for shape, scale in zip(shapes, scales, strict=True)]
+    return [tensor.to(dtype).requires_grad_() for tensor in made]
+
+
+def gradients(function, tensors, dy, **options):
+    y = function(*tensors, **options)
+    return y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+@pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)
+def test_other_configs_are_right_too(each, config):
+    for problem in each.problem.examples():
+        verify(each.tunable, config, [Case.make(each, problem, "cpu", 1)], repeats=0)
+
+
+@pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)
+def test_space_is_worth_searching_on_every_gpu(gpu):
+    for each in OPS:
+        for problem in each.problem.suites()["seeds"]:
+            assert 30 <= len(each.tunable.space.feasible(problem, gpu)) <= 600
+
+
+def test_a_config_says_why_it_is_rejected():
+    (problem,) = OPS[0].problem.suites()["quick"]
+    space = OPS[0].tunable.space
+    base = space.default(problem, H200)
+    odd = OPS[0].problem.parse("M100,H45,I45", "bf16")
+    assert "shared memory" in space.reject(problem, base.replace(BLOCK_N=256, BLOCK_K=128, num_stages=5), H200)
+    assert "spill" in space.reject(problem, base.replace(BLOCK_M=256, BLOCK_N=256, num_stages=2), H200)
+    assert "descriptors" in space.reject(problem, base.replace(DESCRIPTORS=1), devices.find("A100"))
+    assert "16 bytes" in space.reject(odd, space.default(odd, H200).replace(DESCRIPTORS=1), H200)
+
+
+def test_down_projection_shares_its_verdict_between_activations():
+    kind = op.get("mlp_down_fwd").problem
+    assert kind.parse("M8,H16,I32,relu", "bf16") == kind.parse("M8,H16,I32", "bf16")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_on_the_cpu_it_is_pytorch_bit_for_bit(dtype, activation):
+    tensors = block((3, 5), dtype=dtype)
+    dy = torch.randn(3, 5, 48)
+    ours = gradients(tilebook.mlp, tensors, dy, activation=activation)
+    theirs = gradients(eager, tensors, dy, activation=activation)
+    for mine, right in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, right)
+
+
+def test_missing_biases_and_empty_inputs_run_as_pytorch():
+    x, w1, b1, w2, b2 = block()
+    assert torch.equal(tilebook.mlp(x, w1, None, w2, None), eager(x, w1, None, w2, None))
+    with dispatch.use("triton"):
+        assert tilebook.mlp(x[:0], w1, b1, w2, b2).shape == (0, 48)
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize(("rows", "dtype"), [((2, 33), torch.bfloat16), ((1,), torch.float16), ((), torch.bfloat16)])
+def test_kernels_and_their_gradients_err_at_most_twice_as_much_as_pytorch(rows, dtype, activation):
+    tensors = block(rows, dtype=dtype)
+    dy = torch.randn(*rows, 48, generator=torch.Generator().manual_seed(7)).to(dtype)
+    with dispatch.use("triton"):
+        ours = gradients(tilebook.mlp, tensors, dy, activation=activation)
+    theirs = gradients(eager, tensors, dy, activation=activation)
+    truth = gradients(eager, [t.detach().float().requires_grad_() for t in tensors], dy, activation=activation)
+    for name, mine, plain, right in zip(("y", "x", "w1", "b1", "w2", "b2"), ours, theirs, truth, strict=True):
+        assert mine.shape == plain.shape
+        assert mine.dtype == plain.dtype
+        floor, seen, allowed = floors(right, dtype, dtype), error(mine, right), error(plain, right)
+        assert seen.max <= 2 * allowed.max + floor.max, name
+        assert seen.rms <= 2 * allowed.rms + floor.rms, name
+
+
+@interpreted
+@pytest.mark.parametrize("wanted", range(5))
+def test_a_gradient_asked_for_alone_is_the_same(wanted):
+    tensors = block(dtype=torch.bfloat16)
+    dy = torch.randn(40, 48)
+    with dispatch.use("triton"):
+        _, *every = gradients(tilebook.mlp, tensors, dy)
+        for index, tensor in enumerate(tensors):
+            tensor.requires_grad_(index == wanted)
+        tilebook.mlp(*tensors).backward(dy.bfloat16())
+    # Only the activation that the gradient of w2 alone asks PyTorch for may round differently.
+    torch.testing.assert_close(tensors[wanted].grad, every[wanted], rtol=2**-6, atol=2**-6)
+    assert sum(tensor.grad is not None for tensor in tensors) == 1
+
+
+@interpreted
+def test_forward_keeps_the_pre_activation_and_nothing_else():
+    tensors = block(dtype=torch.bfloat16)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with dispatch.use("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tilebook.mlp(*tensors)
+    own = {tensor.data_ptr() for tensor in tensors}
+    assert sum(size for pointer, size in kept.items() if pointer not in own) == 40 * 72 * 2
+
+
+@interpreted
+@pytest.mark.parametrize("descriptors", [0, 2])
+def test_views_are_read_in_place_and_nothing_beside_them(descriptors):
+    x, w1, b1, w2, b2 = block(dtype=torch.bfloat16)
+    config = CONFIGS[0].replace(DESCRIPTORS=descriptors)
+    for offset in (0, 8, 3):  # at 3 rows are not aligned, and descriptors must step aside
+        wide = torch.full((41, 48 + 16), float("nan"), dtype=torch.bfloat16)
+        view = wide[:40, offset : offset + 48]
+        view.copy_(x.detach())
+        with dispatch.use("triton", config), torch.no_grad():
+            assert torch.equal(tilebook.mlp(view, w1, b1, w2, b2), tilebook.mlp(x, w1, b1, w2, b2))
+
+
+@interpreted
+def test_transposed_inputs_and_expanded_gradients_give_the_same():
+    x, w1, b1, w2, b2 = block(dtype=torch.bfloat16)
+    with dispatch.use("triton"):
+        y = tilebook.mlp(x.t().contiguous().t(), w1.t().contiguous().t(), b1, w2, b2)
+        assert torch.equal(y, tilebook.mlp(x, w1, b1, w2, b2))
+        (expanded,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        (dense,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(expanded, dense)
+
+
+@interpreted
+def test_backward_recomputes_the_activation_bit_for_bit():
+    for activation in ("gelu", "gelu_tanh", "relu"):
+        for dtype in (torch.bfloat16, torch.float16):
+            x, w1, b1, w2, _ = (tensor.detach() for tensor in block(dtype=dtype))
+            with dispatch.use("triton"):
+                h, z = dispatch.run(op.get("mlp_up_fwd"), x, w1, b1, activation, True)
+                dy = torch.ones(40, 48, dtype=dtype)
+                _, again = dispatch.run(op.get("mlp_act_bwd"), dy, w2, z, activation)
+                (alone, none) = dispatch.run(op.get("mlp_up_fwd"), x, w1, b1, activation, False)
+            assert torch.equal(h, again)
+            assert torch.equal(h, alone)
+            assert none.numel() == 0
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_activations_hold_at_the_ends_of_the_range(activation):
+    big = torch.finfo(torch.bfloat16).max
+    z = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 4.9, -4.9, 5.1, -5.1, 12.0, -12.0, 1e4, -1e4, big, -big, -1.0, 1.0]])
+    x = z.bfloat16()
+    eye = torch.eye(16, dtype=torch.bfloat16)
+    # The bias carries the values: what a product with 0 adds to them is nothing.
+    with dispatch.use("triton"):
+        (h, kept) = dispatch.run(op.get("mlp_up_fwd"), torch.zeros_like(x), eye, x[0], activation, True)
+        dz, again = dispatch.run(op.get("mlp_act_bwd"), torch.ones_like(x), eye, kept, activation)
+    assert torch.equal(h, again)
+    right = z.bfloat16().double().requires_grad_()
+    truth = activate(right, activation)
+    truth.sum().backward()
+    torch.testing.assert_close(h.double(), truth.detach(), rtol=2**-7, atol=2e-6)
+    moderate = right.abs() < 1e6  # beyond, PyTorch's own derivative of tanh GELU is 0 · infinity
+    torch.testing.assert_close(dz.double()[moderate], right.grad[moderate], rtol=2**-7, atol=1e-4)
+
+
+def test_autocast_casts_as_linear_does():
+    tensors = block()
+    dy = torch.randn(40, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = gradients(eager, tensors, dy)
+        ours = gradients(tilebook.mlp, tensors, dy)
+    for mine, right in zip(ours, theirs, strict=True):
+        assert mine.dtype == right.dtype
+        assert torch.equal(mine, right)
+
+
+@interpreted
+def test_under_autocast_the_kernels_serve_fp32_parameters():
+    tensors = block()
+    with torch.autocast("cpu", dtype=torch.bfloat16), dispatch.use("triton"):
+        y = tilebook.mlp(*tensors)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(tensor.grad.dtype == torch.float32 for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "swish"}, "activation must be one of gelu, gelu_tanh, relu, not 'swish'"),
+        ({"x": torch.zeros(())}, "expected x"),
+        ({"w1": torch.zeros(72)}, "expected x"),
+        ({"x": torch.zeros(40, 47)}, r"w1 \(72, 48\) asks for x \(…, 48\)"),
+        ({"w2": torch.zeros(72, 48)}, r"and w2 \(48, 72\), not \(40, 48\) and \(72, 48\)"),
+        ({"b1": torch.zeros(48)}, r"b1 must have shape \(72,\)"),
+        ({"b2": torch.zeros(1, 48)}, r"b2 must have shape \(48,\)"),
+        ({"w2": torch.zeros(48, 72, dtype=torch.float16)}, "w2 is torch.float16 on cpu, but x is torch.float32 on cpu"),
+        ({"b1": torch.zeros(72, device="meta")}, "b1 is torch.float32 on meta"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_bad_inputs_are_named(change, message):
+    arguments = dict(zip(("x", "w1", "b1", "w2", "b2"), block(), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        tilebook.mlp(**arguments)
+
+
+def test_integers_are_refused():
+    with pytest.raises(ValueError, match="floating point"):
+        tilebook.mlp(*(tensor.detach().to(torch.int32) for tensor in block()))
