@@ -48,7 +48,7 @@ def main() -> None:
     """Finds the fastest correct way to run attention and MLPs on a GPU, keeps it, and serves it to model code."""
 
 
-class _Seconds(click.ParamType):
+class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:

@@ -22,11 +22,15 @@ from tilebook import device as devices
 from tilebook import registry as store
 from tilebook.device import Device
 from tilebook.op import Config, Implementation, Op, Problem
+from tilebook.replay import Plan, record
 
 Source = Literal["exact", "nearest", "default", "fallback"]
 
 FARTHEST = 8.0
 """A verdict serves problems up to this distance: a factor of 256 in one dimension, or less in several."""
+
+# The first call may compile, and what is called once is not worth a plan.
+_RECORDED_CALL = 2
 
 # An implementation of ours reaches about this share of the roofline: enough to weigh one miss against another.
 _TYPICAL_EFFICIENCY = 0.5
@@ -34,7 +38,7 @@ _TYPICAL_EFFICIENCY = 0.5
 
 @dataclass(slots=True)
 class Choice:
-    """What runs for one problem, and why. `calls` counts how often it did."""
+    """What runs for one problem, and why. `calls` counts how often it did; `plan` repeats it at least cost."""
 
     implementation: Implementation
     config: Config | None
@@ -44,8 +48,15 @@ class Choice:
     layer: str = ""
     verdict: store.Verdict | None = None
     calls: int = 0
+    plan: Plan | None = None
 
     def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        if self.calls == _RECORDED_CALL and self.implementation.space is not None and args[0].is_cuda:
+            outputs, self.plan = record(self._run, args)
+            return outputs
+        return self._run(*args)
+
+    def _run(self, *args: Any) -> tuple[torch.Tensor, ...]:
         return self.implementation(*args, config=self.config)
 
 
@@ -165,7 +176,9 @@ def run(op: Op[Any], *args: Any) -> tuple[torch.Tensor, ...]:
     choice = _choice(op, args)
     choice.calls += 1
     try:
-        return choice.implementation(*args, config=choice.config)
+        if choice.plan is not None:
+            return choice.plan(args)
+        return choice(*args)
     except torch.OutOfMemoryError:
         raise
     except Exception as broken:
@@ -176,7 +189,7 @@ def _key(op: Op[Any], args: Sequence[Any]) -> tuple[Any, ...]:
     key: list[Any] = [op.name, args[0].device]
     for each in args:
         if isinstance(each, torch.Tensor):
-            key += (each.shape, each.dtype)
+            key += (each.shape, each.stride(), each.dtype, each.data_ptr() % 16 == 0)
         else:
             key.append(each)
     return tuple(key)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 Launch = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
-_intercept: Launch | None = None
+
+class _Thread(threading.local):
+    intercept: Launch | None = None
+
+
+_thread = _Thread()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -17,18 +23,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     Every launcher goes through here, so that a launcher run on meta tensors tells the compiler which kernels, with
     which arguments, a config needs: see `intercepted`.
     """
-    if _intercept is None:
+    if _thread.intercept is None:
         kernel[grid](*args, **meta)
     else:
-        _intercept(kernel, grid, args, meta)
+        _thread.intercept(kernel, grid, args, meta)
 
 
 @contextmanager
 def intercepted(by: Launch) -> Iterator[None]:
-    """Inside the block, launches call `by(kernel, grid, args, meta)` instead of running."""
-    global _intercept
-    previous, _intercept = _intercept, by
+    """Inside the block, launches of this thread call `by(kernel, grid, args, meta)` instead of running."""
+    previous, _thread.intercept = _thread.intercept, by
     try:
         yield
     finally:
-        _intercept = previous
+        _thread.intercept = previous

@@ -115,6 +115,11 @@ def test_what_does_not_compile_says_why_in_one_line(compile_one: Compile, kind: 
     assert compiled.fingerprint == ""
 
 
+def test_a_failed_compiler_pass_is_explained_by_what_it_wrote_to_stderr(compile_one: Compile) -> None:
+    compiled = compile_one("failed pass")
+    assert (compiled.failure, compiled.reason) == ("compile_error", "operand #0 does not dominate this use")
+
+
 def test_a_crash_costs_one_candidate(h200: CompilePool) -> None:
     crash = h200.submit("toy", "ours", problem(), config("crash"))
     others = [h200.submit("toy", "ours", problem(), config("scale", warps=warps)) for warps in (1, 2, 8)]

@@ -94,6 +94,9 @@ def run(x: torch.Tensor, *, config: Config) -> torch.Tensor:
             time.sleep(600)
         case "crash":
             os.abort()
+        case "failed pass":  # as MLIR does it: the diagnostic, then a long reproducer, then an empty-handed exception
+            print("kernel.py:3:4: error: operand #0 does not dominate this use\n" + "%0 = arith\n" * 10_000)
+            raise RuntimeError("PassManager::run failed")
         case "raise":
             raise ValueError("the launcher objects")
     return y

@@ -31,7 +31,7 @@ Json = dict[str, Any]
 _TICK_S = 0.2  # how often a silent child is checked for having died behind an inherited, still open pipe
 _GRACE_S = 2.0  # for a child to leave by itself once its stdin is closed
 _REAP_S = 10.0  # for a SIGKILLed child to vanish; one that hangs in a GPU driver may never do so
-_KEPT_STDERR = 16_384
+_KEPT_STDERR = 1 << 18  # Triton prints the whole program below the one line that says what is wrong with it
 _SHOWN_STDERR = 2_048
 _MAX_REPLY = 64 << 20
 

@@ -190,7 +190,7 @@ def _with_diagnostic(compiled: Compiled, stderr: str) -> Compiled:
     if compiled.failure != "compile_error" or "PassManager::run failed" not in compiled.reason:
         return compiled
     found = re.search(r"error: *(.+)", stderr)
-    return dataclasses.replace(compiled, reason=f"{found[1].strip()[:_MAX_REASON]}") if found else compiled
+    return dataclasses.replace(compiled, reason=found[1].strip()[:_MAX_REASON]) if found else compiled
 
 
 # From here on: the compile process.

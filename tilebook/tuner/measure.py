@@ -26,6 +26,11 @@ _MOST_LAUNCHES = 200
 Call = Callable[..., Any]
 
 
+def _events() -> tuple[Any, Any]:
+    make: Any = torch.cuda.Event
+    return make(enable_timing=True), make(enable_timing=True)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """One candidate, captured as a CUDA graph of several launches; `sample()` is ms a launch."""
@@ -34,15 +39,15 @@ class Sampler:
     launches: int
 
     def sample(self) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = _events()
         start.record()
         self.graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / self.launches
+        return float(start.elapsed_time(end)) / self.launches
 
     def samples(self, n: int) -> list[float]:
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
+        pairs = [_events() for _ in range(n)]
         for start, end in pairs:
             start.record()
             self.graph.replay()
@@ -58,13 +63,14 @@ class Bench:
         size = sum(a.numel() * a.element_size() for a in inputs if isinstance(a, torch.Tensor))
         copies = min(_MOST_COPIES, max(1, math.ceil(ROTATION * l2_bytes / max(size, 1))))
         self.inputs = [tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in inputs) for _ in range(copies)]
-        self._stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream
+        self._stream = stream()
 
     def estimate(self, call: Call) -> float:
         """A first idea of ms a launch, from three samples. `call` must have run before."""
         eager = []
         for index in range(_GLANCES):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = _events()
             start.record()
             call(*self.inputs[index % len(self.inputs)])
             end.record()

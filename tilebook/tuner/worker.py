@@ -161,12 +161,12 @@ class _Server:
         self._cases: list[Any] = []
         self._bench: Any = None
 
-    def handle(self, message: Any) -> Json:
+    def handle(self, message: dict[str, Any]) -> dict[str, Any]:
         action = {"prepare": self._prepare, "attempt": self._attempt, "confirm": self._confirm, "probe": self._probe}
-        reply: Json = action[message["do"]](message)
+        reply: dict[str, Any] = action[message["do"]](message)
         return reply
 
-    def _prepare(self, message: Mapping[str, Any]) -> Json:
+    def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
         from tilebook.tuner.measure import Bench
         from tilebook.tuner.verify import Case
 
@@ -189,7 +189,7 @@ class _Server:
         config = Config(message["config"]) if implementation.space is not None else None
         return implementation, config
 
-    def _attempt(self, message: Mapping[str, Any]) -> Json:
+    def _attempt(self, message: Mapping[str, Any]) -> dict[str, Any]:
         from tilebook.tuner.stats import median
         from tilebook.tuner.verify import NotRepeatable, Wrong, verify
 
@@ -198,7 +198,7 @@ class _Server:
         def run(*inputs: Any) -> Any:
             return implementation(*inputs, config=config)
 
-        def reply(failure: Failure | None, reason: str = "", **more: Any) -> Json:
+        def reply(failure: Failure | None, reason: str = "", **more: Any) -> dict[str, Any]:
             return {"failure": failure, "reason": reason, "time_ms": None, "samples_ms": [], "facts": {}, **more}
 
         try:
@@ -220,7 +220,7 @@ class _Server:
         samples = self._bench.capture(run, estimate).samples(SAMPLES)
         return reply(None, time_ms=median(samples), samples_ms=samples, facts=facts)
 
-    def _confirm(self, message: Mapping[str, Any]) -> Json:
+    def _confirm(self, message: Mapping[str, Any]) -> dict[str, Any]:
         from tilebook.tuner.measure import interleave
 
         samplers = []
@@ -232,10 +232,10 @@ class _Server:
 
             run(*self._cases[0].inputs)
             samplers.append(self._bench.capture(run, self._bench.estimate(run)))
-        series: Json = [list(samples) for samples in interleave(samplers, message["rounds"], message["seed"])]
+        series = [list(samples) for samples in interleave(samplers, message["rounds"], message["seed"])]
         return {"samples_ms": series}
 
-    def _probe(self, message: Mapping[str, Any]) -> Json:
+    def _probe(self, message: Mapping[str, Any]) -> dict[str, Any]:
         del message
         x = torch.arange(256, dtype=torch.float32, device="cuda").reshape(16, 16)
         return {"healthy": bool((x @ torch.eye(16, device="cuda") == x).all().item())}

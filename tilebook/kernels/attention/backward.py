@@ -20,6 +20,7 @@ from tilebook.kernels.attention.forward import supports
 from tilebook.kernels.attention.problem import BackwardProblem
 from tilebook.kernels.attention.tiles import (
     addressable,
+    asynchronous,
     crowded,
     describable,
     describe,
@@ -97,8 +98,9 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
         # Half of what one tile a warp would take: warps may share rows here, where nothing is reduced along a row.
         if half.held < 8 * half.warps:
             return f"{half.warps} warps need a block of at least {8 * half.warps}"
+        operands = 0 if asynchronous(device) else width  # two held tiles, two halves in a register
         reason = too_large(_shared(problem, half, device), device) or crowded(
-            half.held * (half.sums * width + 2 * half.swept), half.warps, device
+            half.held * (half.sums * width + 2 * half.swept + operands), half.warps, device
         )
         if reason:
             return reason
@@ -106,32 +108,41 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
 
 
 def _shared(problem: BackwardProblem, half: _Half, device: Device) -> int:
-    """Bytes of shared memory: the two tiles a program keeps, and a ring of the two it sweeps."""
+    """Bytes of shared memory, as compiled kernels report them or a little more: two held tiles, a ring of two swept."""
     width = problem.head_dim * problem.torch_dtype.itemsize
-    return 2 * width * (half.held + half.swept * half.stages)
+    if device.backend == "hip":  # held tiles live in registers, and the newest of the ring is on its way there
+        return width * (max(half.held, half.swept) + 2 * half.swept * (half.stages - 1))
+    if not asynchronous(device):  # one of the held tiles moves on to registers, once all are loaded
+        return max(width * (half.held + 2 * half.swept * half.stages), 2 * width * (half.held + half.swept) + 4096)
+    scores = half.held * half.swept * problem.torch_dtype.itemsize if device.capability >= 100 else 0
+    return 2 * width * (half.held + half.swept * half.stages) + 2 * 4 * half.swept * half.stages + scores
 
 
 def _default(problem: BackwardProblem, device: Device) -> Config:
-    """128 held against 64 swept, by 8 warps; smaller where sequences are short or shared memory is."""
-    small = device.shared_per_block < 160_000 or problem.head_dim > 128
-    wide = 64 if small else 128
-    narrow = 32 if problem.head_dim > 128 or (small and problem.head_dim > 64) else 64
-    most_q, most_k = (max(32, triton.next_power_of_2(n)) for n in (problem.seq_q, problem.seq_k))
+    """Of each half the first that fits of a few good shapes: 128 held where that gives every SM a block, else less."""
+    pairs = {"1": problem.batch * problem.heads_kv, "2": problem.batch * problem.heads}
+    lengths = {"1": problem.seq_k, "2": problem.seq_q}
+    rest = {"HEADS": 1, "DESCRIPTORS": int(device.capability >= 90)}
 
-    def half(axis: str, held: int, swept: int) -> dict[str, int]:
-        block = {"1": "BLOCK_N", "2": "BLOCK_M"}[axis], {"1": "BLOCK_M", "2": "BLOCK_N"}[axis]
-        return {
-            f"{block[0]}{axis}": held,
-            f"{block[1]}{axis}": swept,
-            f"num_warps{axis}": 8 if held == 128 or (held == 64 and problem.head_dim > 128) else 4,
-            f"num_stages{axis}": 1 if device.shared_per_block < 100_000 else 2,
-        }
+    def shapes(axis: str) -> list[tuple[int, int, int, int]]:
+        """Held, swept, warps, stages."""
+        small = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 4, 2), (32, 32, 4, 1)]
+        enough = triton.cdiv(lengths[axis], 128) * pairs[axis] >= device.sm_count
+        return [(128, 64, 8, 2), *small] if enough and asynchronous(device) else small
 
-    return Config(
-        half("1", min(wide, most_k), min(narrow, most_q))
-        | half("2", min(wide, most_q), min(narrow, most_k))
-        | {"HEADS": 1, "DESCRIPTORS": 0}
-    )
+    def half(axis: str, held: int, swept: int, warps: int, stages: int) -> dict[str, int]:
+        rows, columns = (swept, held) if axis == "1" else (held, swept)
+        blocks = {f"BLOCK_M{axis}": rows, f"BLOCK_N{axis}": columns}
+        return blocks | {f"num_warps{axis}": warps, f"num_stages{axis}": stages}
+
+    # The halves are judged apart: each beside the smallest shape of the other, which always fits.
+    chosen: dict[str, int] = {}
+    for axis, other in ("12", "21"):
+        beside = half(other, *shapes(other)[-1]) | rest
+        options = [half(axis, *shape) for shape in shapes(axis)]
+        fits = (each for each in options if _reject(problem, Config(each | beside), device) is None)
+        chosen |= next(fits, options[-1])
+    return Config({axis: (chosen | rest)[axis] for axis in SPACE.axes})
 
 
 def _work(problem: BackwardProblem, config: Config) -> Cost:

@@ -13,6 +13,7 @@ from tilebook.kernels.attention.tiles import (
     LN2,
     LOG2E,
     addressable,
+    asynchronous,
     crowded,
     describable,
     describe,
@@ -57,33 +58,35 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
         return f"{warps} warps need a BLOCK_M of at least {16 * warps}"
     if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
-    width = problem.head_dim
-    return too_large(_shared(problem, config, device), device) or crowded(rows * width + rows * columns, warps, device)
+    operand = 0 if asynchronous(device) else rows * problem.head_dim // 2  # q as two halves in a register
+    return too_large(_shared(problem, config, device), device) or crowded(
+        rows * problem.head_dim + rows * columns + operand, warps, device
+    )
 
 
 def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
-    """Bytes of shared memory: q, and a ring of k and v tiles, of which AMD's pipeline holds one less in registers."""
-    width = problem.head_dim * problem.torch_dtype.itemsize
-    stages = config.number("num_stages")
-    if device.backend == "hip":
-        return 2 * config.number("BLOCK_N") * width * max(1, stages - 1)
-    return config.number("BLOCK_M") * width + 2 * config.number("BLOCK_N") * width * stages
+    """Bytes of shared memory, as compiled kernels report them or a little more: q, and a ring of k and v tiles."""
+    rows, columns, stages = (config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_stages"))
+    if device.backend == "hip":  # the newest tile of AMD's ring is on its way in registers
+        lines = max(rows, columns) + 2 * columns * (stages - 1)
+    elif asynchronous(device):
+        lines = rows + 2 * columns * stages
+    else:  # q moves on to registers, and its place is used again
+        lines = max(rows, 2 * columns * stages)
+    return lines * problem.head_dim * problem.torch_dtype.itemsize
 
 
 def _default(problem: ForwardProblem, device: Device) -> Config:
-    """128 rows against 64 columns, the shape FlashAttention-2 settled on; fewer rows where the sequence is short."""
-    rows = 64 if problem.seq_q <= 64 or problem.head_dim > 128 else 128
-    columns = min(64, max(32, triton.next_power_of_2(problem.seq_k)))
-    if problem.head_dim > 128:
-        columns = 32
-    return Config(
-        BLOCK_M=rows,
-        BLOCK_N=columns,
-        num_warps=8 if rows == 128 and problem.head_dim > 64 else 4,
-        num_stages=2 if device.shared_per_block < 160_000 else 3,
-        HEADS=1,
-        DESCRIPTORS=0,
-    )
+    """The first that fits of a few good shapes: 128 rows where that gives every SM a block, else 64."""
+    modern, width = asynchronous(device), problem.head_dim
+    shapes = [(64, 64, 4, 3 if modern else 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)]
+    if triton.cdiv(problem.seq_q, 128) * problem.batch * problem.heads >= device.sm_count:
+        large = (128, 64, 4, 3) if width <= 64 else (128, 128 if width == 128 and modern else 64, 8, 2)
+        shapes.insert(0, large)
+    axes = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
+    rest = {"HEADS": 1, "DESCRIPTORS": int(device.capability >= 90)}
+    configs = [Config(dict(zip(axes, shape, strict=True)) | rest) for shape in shapes]
+    return next((each for each in configs if _reject(problem, each, device) is None), configs[-1])
 
 
 def _work(problem: ForwardProblem, config: Config) -> Cost:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -69,7 +71,7 @@ def _sum(x: torch.Tensor, heads_kv: int) -> torch.Tensor:
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None) -> torch.Tensor:
     """`F.scaled_dot_product_attention`, grouped where the head counts differ."""
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
 
 
@@ -97,8 +99,8 @@ def torch_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if not _flash_applies(q, k, causal):
         with torch.enable_grad():
-            leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-            dq, dk, dv = torch.autograd.grad(sdpa(*leaves, causal, scale), leaves, do)
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            dq, dk, dv = torch.autograd.grad(sdpa(q, k, v, causal, scale), (q, k, v), do)
         return dq, dk, dv
     heads, heads_kv = q.shape[1], k.shape[1]
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # not read: there is no dropout

@@ -24,7 +24,7 @@ class ForwardProblem(Problem):
     seq_q: int = size("S")
     seq_k: int = size("Sk", like="seq_q")
     head_dim: int = size("D")
-    dtype: str
+    dtype: str = "bf16"
     causal: bool = flag()
 
     @classmethod

@@ -102,6 +102,11 @@ def describe(x: torch.Tensor, rows: int) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[-1]])
 
 
+def asynchronous(device: Device) -> bool:
+    """Do tensor cores read tiles straight from shared memory (wgmma, tcgen05)? Elsewhere they pass through registers."""
+    return 90 <= device.capability < 120
+
+
 def too_large(shared: int, device: Device) -> str | None:
     """Why a kernel that needs `shared` bytes of shared memory cannot run, or None."""
     if shared <= device.shared_per_block:
@@ -110,15 +115,18 @@ def too_large(shared: int, device: Device) -> str | None:
 
 
 def crowded(elements: int, warps: int, device: Device) -> str | None:
-    """Why fp32 accumulators of so many elements do not fit into the registers of so many warps, or None."""
-    # 255 registers a thread, of which a few must stay for addresses; AMD's threads have 512.
-    registers, limit = elements // (device.warp_size * warps), 224 if device.backend == "cuda" else 448
-    return f"needs ~{registers} registers a thread for accumulators alone" if registers > limit else None
+    """Why so many fp32 numbers do not fit into the registers of so many warps, or None."""
+    threads = device.warp_size * warps
+    # An eighth stays for addresses. NVIDIA's threads have 255 registers at most, AMD's 512.
+    limit = min(256 if device.backend == "cuda" else 512, device.registers_per_sm // threads) * 7 // 8
+    return (
+        f"needs ~{elements // threads} registers a thread for its tiles alone" if elements > limit * threads else None
+    )
 
 
 def oversized(block: int, length: int, smallest: int) -> bool:
     """Is a block more than the sequence needs, where a smaller one exists?"""
-    return block > max(smallest, triton.next_power_of_2(length))
+    return block > max(smallest, int(triton.next_power_of_2(length)))
 
 
 def rows_and_tiles(n_rows: int, n_columns: int, rows: int, columns: int, causal: bool) -> Sequence[tuple[int, int]]:

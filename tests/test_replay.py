@@ -1,0 +1,113 @@
+"""A recorded call does the same again with other tensors, and only where that is safe."""
+
+import pytest
+import torch
+
+from tilebook.launch import launch
+from tilebook.replay import record
+
+
+class Compiled:
+    asm = ()
+
+    def __init__(self, function, starts):
+        self.function, self.starts = function, starts
+
+    def __getitem__(self, grid):
+        def runner(*args):
+            self.starts.append(grid)
+            self.function(*args)
+
+        return runner
+
+
+class Kernel:
+    """Stands for a Triton kernel y = scale · x; counts how often it goes through the JIT."""
+
+    arg_names = ("x", "y", "scale", "BLOCK")
+
+    def __init__(self, compiled=True):
+        self.jit, self.starts, self.compiled = 0, [], compiled
+
+    @staticmethod
+    def compute(x, y, scale, block):
+        assert block == 16
+        y.copy_(x * scale)
+
+    def __getitem__(self, grid):
+        def run(x, y, scale, *, BLOCK, num_warps):
+            self.jit += 1
+            self.compute(x.as_subclass(torch.Tensor), y, scale, BLOCK)
+            return Compiled(self.compute, self.starts) if self.compiled else None
+
+        return run
+
+
+class Quiet(Kernel):
+    """Its arithmetic is the GPU's, out of PyTorch's sight."""
+
+    @staticmethod
+    def compute(x, y, scale, block):
+        with torch._C.DisableTorchFunction():
+            Kernel.compute(x, y, scale, block)
+
+
+def launcher(kernel, scale=2.0):
+    def call(x):
+        half, y = torch.empty_like(x), x.new_empty(x.shape)
+        launch(kernel, (4,), x, half, scale, BLOCK=16, num_warps=4)
+        launch(kernel, (4,), half, y, scale, BLOCK=16, num_warps=4)
+        return (y,)
+
+    return call
+
+
+def test_plan_repeats_the_launches_on_new_tensors_without_the_jit():
+    kernel, x = Quiet(), torch.randn(8, 8)
+    (y,), plan = record(launcher(kernel), (x,))
+    assert torch.equal(y, 4 * x)
+    assert plan is not None
+    fresh = torch.randn(8, 8)
+    (again,) = plan((fresh,))
+    assert torch.equal(again, 4 * fresh)
+    assert again.data_ptr() != y.data_ptr()
+    assert kernel.jit == 2
+    assert kernel.starts == [(4, 1, 1), (4, 1, 1)]
+
+
+def _zeroes(x):
+    y = torch.zeros_like(x)
+    launch(Quiet(), (1,), x, y, 2.0, BLOCK=16, num_warps=4)
+    return (y,)
+
+
+def _post_processes(x):
+    y = torch.empty_like(x)
+    launch(Quiet(), (1,), x, y, 2.0, BLOCK=16, num_warps=4)
+    return (y + 1,)
+
+
+def _fills_in_place(x):
+    y = torch.empty_like(x)
+    y[0] = 0
+    launch(Quiet(), (1,), x, y, 2.0, BLOCK=16, num_warps=4)
+    return (y,)
+
+
+def _passes_a_view(x):
+    y = torch.empty_like(x)
+    launch(Quiet(), (1,), x.t(), y, 2.0, BLOCK=16, num_warps=4)
+    return (y,)
+
+
+def _launches_nothing(x):
+    return (torch.empty_like(x),)
+
+
+@pytest.mark.parametrize(
+    "function", [_zeroes, _post_processes, _fills_in_place, _passes_a_view, _launches_nothing, launcher(Quiet(False))]
+)
+def test_a_launcher_that_does_more_than_allocate_and_launch_gets_no_plan(function):
+    outputs, plan = record(function, (torch.randn(8, 8),))
+    assert plan is None
+    assert len(outputs) == 1
