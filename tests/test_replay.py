@@ -8,17 +8,26 @@ from tilebook.replay import record
 
 
 class Compiled:
-    asm = ()
+    asm, function, packed_metadata = (), 7, "metadata"
 
     def __init__(self, function, starts):
-        self.function, self.starts = function, starts
+        self.compute, self.starts = function, starts
 
-    def __getitem__(self, grid):
-        def runner(*args):
-            self.starts.append(grid)
-            self.function(*args)
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        assert (stream, function, metadata) == ("stream", 7, "metadata")
+        self.starts.append((x, y, z))
+        self.compute(*args)
 
-        return runner
+
+class Driver:
+    class active:  # noqa: N801
+        get_current_device = staticmethod(lambda: -1)
+        get_current_stream = staticmethod(lambda device: "stream")
+
+
+@pytest.fixture(autouse=True)
+def _driver(monkeypatch):
+    monkeypatch.setattr("triton.runtime.driver", Driver)
 
 
 class Kernel:

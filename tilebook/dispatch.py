@@ -24,7 +24,8 @@ from tilebook.device import Device
 from tilebook.op import Config, Implementation, Op, Problem
 from tilebook.replay import Plan, record
 
-Source = Literal["exact", "nearest", "default", "fallback"]
+Outputs = tuple[torch.Tensor, ...]
+Source = Literal["exact", "nearest", "default", "fallback", "forced"]
 
 FARTHEST = 8.0
 """A verdict serves problems up to this distance: a factor of 256 in one dimension, or less in several."""
@@ -50,13 +51,25 @@ class Choice:
     calls: int = 0
     plan: Plan | None = None
 
-    def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        if self.calls == _RECORDED_CALL and self.implementation.space is not None and args[0].is_cuda:
-            outputs, self.plan = record(self._run, args)
-            return outputs
-        return self._run(*args)
+    def __call__(self, *args: Any) -> Outputs:
+        """One call of the op. A choice that raises is replaced, for this call and the following ones."""
+        self.calls += 1
+        if self.plan is not None:
+            return self.plan(args)
+        try:
+            if self.calls == _RECORDED_CALL and self.implementation.space is not None and args[0].is_cuda:
+                outputs, self.plan = record(self._run, args)
+                return outputs
+            return self._run(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as broken:
+            return _replace(self, args, broken)
 
-    def _run(self, *args: Any) -> tuple[torch.Tensor, ...]:
+    def _run(self, *args: Any) -> Outputs:
+        if args[0].is_cuda:
+            with torch.cuda.device(args[0].device):  # Triton starts kernels on the current GPU
+                return self.implementation(*args, config=self.config)
         return self.implementation(*args, config=self.config)
 
 
@@ -161,35 +174,36 @@ def reload() -> None:
         _warned.clear()
 
 
-def serves(op: Op[Any], *args: Any) -> bool:
-    """Can a kernel run this call? If not, the family's public function runs PyTorch's own implementation."""
-    if _forced is None:
-        return args[0].is_cuda and _choice(op, args).source != "fallback"
-    forced = op.implementations.get(_forced[0])
-    return forced is not None and forced.supports(op.problem.of(*args))
+def known(op: Op[Any], *args: Any) -> Choice | None:
+    """The choice for a call like one made before, in about a microsecond an argument; else None.
+
+    Such a call needs no checks: its shapes, strides, dtypes and other arguments passed them the first time.
+    """
+    return _memo.get(_key(op, args)) if _forced is None and args[0].is_cuda else None
 
 
-def run(op: Op[Any], *args: Any) -> tuple[torch.Tensor, ...]:
-    """One call of the op with the implementation and config chosen for it."""
-    if _forced is not None and _forced[0] in op.implementations:
-        return _run_forced(op, args)
+def find(op: Op[Any], *args: Any) -> Choice | None:
+    """What runs this call, or None where no kernel can: the family's public function then runs PyTorch's own."""
+    if _forced is not None:
+        return _force(op, args)
+    if not args[0].is_cuda:
+        return None
     choice = _choice(op, args)
-    choice.calls += 1
-    try:
-        if choice.plan is not None:
-            return choice.plan(args)
-        return choice(*args)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as broken:
-        return _replace(op, args, choice, broken)
+    return None if choice.source == "fallback" else choice
+
+
+def run(op: Op[Any], *args: Any) -> Outputs:
+    """One call of the op with the implementation and config chosen for it; PyTorch's where no kernel can run it."""
+    choice = _force(op, args) if _forced is not None else None
+    return (choice or _choice(op, args))(*args)
 
 
 def _key(op: Op[Any], args: Sequence[Any]) -> tuple[Any, ...]:
-    key: list[Any] = [op.name, args[0].device]
+    """All that a choice and its plan depend on: whose call, on which GPU, and what the arguments are like."""
+    key: list[Any] = [op, args[0].get_device()]
     for each in args:
         if isinstance(each, torch.Tensor):
-            key += (each.shape, each.stride(), each.dtype, each.data_ptr() % 16 == 0)
+            key += (each.shape, each.stride(), each.dtype, each.data_ptr() & 15)
         else:
             key.append(each)
     return tuple(key)
@@ -225,25 +239,30 @@ def choose(op: Op[Any], problem: Problem, device: torch.device) -> Choice:
         return default(op, problem, gpu)
 
 
-def _run_forced(op: Op[Any], args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+def _force(op: Op[Any], args: Sequence[Any]) -> Choice | None:
+    """The choice that `use` asks for, if the op has it and it can run this."""
     assert _forced is not None
     name, config = _forced
-    chosen = op.implementations[name]
-    if chosen.space is None or (config is not None and not chosen.space.contains(config)):
+    implementation, problem = op.implementations.get(name), op.problem.of(*args)
+    if implementation is None or not implementation.supports(problem):
+        return None
+    space = implementation.space
+    if space is None or (config is not None and not space.contains(config)):
         config = None
-    if chosen.space is not None and config is None:
-        gpu = devices.current(args[0].device.index or 0) if args[0].is_cuda else devices.find("H200")
-        config = chosen.space.default(op.problem.of(*args), gpu)
-    return chosen(*args, config=config)
+    if space is not None and config is None:
+        gpu = devices.current(args[0].get_device()) if args[0].is_cuda else devices.find("H200")
+        config = space.default(problem, gpu)
+    return Choice(implementation, config, "forced", problem)
 
 
-def _replace(op: Op[Any], args: Sequence[Any], broken: Choice, error: Exception) -> tuple[torch.Tensor, ...]:
+def _replace(broken: Choice, args: Sequence[Any], error: Exception) -> Outputs:
     """A choice that raised is put aside: the default config serves from now on, then PyTorch; their errors are real."""
+    op = broken.implementation.op
     plain = Choice(op.implementations["torch"], None, "fallback", broken.problem, broken.gpu)
     spare = default(op, broken.problem, broken.gpu) if broken.gpu is not None else plain
     if (spare.implementation, spare.config) == (broken.implementation, broken.config):
         spare = plain
-    if broken.implementation is plain.implementation:
+    if broken.implementation is plain.implementation or broken.source == "forced":
         raise error
     _warn_once(
         f"{op.name} {broken.problem.label}",
@@ -251,7 +270,7 @@ def _replace(op: Op[Any], args: Sequence[Any], broken: Choice, error: Exception)
         f"{spare.implementation.name} serves instead",
     )
     _memo[_key(op, args)] = spare
-    return run(op, *args)
+    return spare(*args)
 
 
 def _warn_once(key: str, text: str) -> None:
@@ -263,7 +282,7 @@ def _warn_once(key: str, text: str) -> None:
 def misses() -> list[store.Miss]:
     """The problems that this process asked for and no verdict covers, heaviest first."""
     found = []
-    for (name, *_), choice in list(_memo.items()):
+    for choice in list(_memo.values()):
         if choice.gpu is None or choice.source == "exact" or not choice.calls:
             continue
         cost, gpu = choice.problem.cost(), choice.gpu
@@ -271,7 +290,7 @@ def misses() -> list[store.Miss]:
         where = store.Device(gpu.name, gpu.arch, gpu.sm_count)
         time_ms = 1e3 * floor_s / _TYPICAL_EFFICIENCY
         if math.isfinite(time_ms):
-            found.append(store.Miss(name, choice.problem.key, where, choice.calls, time_ms))
+            found.append(store.Miss(choice.implementation.op.name, choice.problem.key, where, choice.calls, time_ms))
     return sorted(found, key=lambda miss: -miss.calls * miss.time_ms)
 
 

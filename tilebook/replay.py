@@ -7,6 +7,7 @@ starting a compiled kernel does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,23 +50,31 @@ class _Watch(TorchFunctionMode):
 class Plan:
     """The allocations and launches of one call, to be repeated with other tensors of the same description."""
 
-    __slots__ = ("_launches", "_makers", "_outputs")
+    __slots__ = ("_current_gpu", "_gpu", "_launches", "_makers", "_outputs", "_stream")
 
-    def __init__(self, makers: Sequence[Any], launches: Sequence[Any], outputs: Sequence[int]) -> None:
-        self._makers, self._launches, self._outputs = makers, launches, outputs
+    def __init__(self, gpu: int, makers: Sequence[Any], launches: Sequence[Any], outputs: Sequence[int]) -> None:
+        from triton.runtime import driver
+
+        self._gpu, self._makers, self._launches, self._outputs = gpu, makers, launches, outputs
+        self._current_gpu, self._stream = driver.active.get_current_device, driver.active.get_current_stream
 
     def __call__(self, args: Sequence[Any]) -> Outputs:
-        slots = list(args)
-        empty = torch.empty_strided
-        for size, stride, dtype, device in self._makers:
-            slots.append(empty(size, stride, dtype=dtype, device=device))
-        for runner, template, tensors, descriptors in self._launches:
+        if self._current_gpu() != self._gpu:
+            with torch.cuda.device(self._gpu):
+                return self._repeat(args)
+        return self._repeat(args)
+
+    def _repeat(self, args: Sequence[Any]) -> Outputs:
+        slots = [*args, *[make() for make in self._makers]]
+        stream = self._stream(self._gpu)
+        for start, (x, y, z), function, metadata, template, tensors, descriptors in self._launches:
             full = template.copy()
             for position, slot in tensors:
                 full[position] = slots[slot]
             for position, slot, describe in descriptors:
                 full[position] = describe(slots[slot])
-            runner(*full)
+            # What Triton's own launch comes down to once it has found the compiled kernel; the Nones are its hooks.
+            start(x, y, z, stream, function, metadata, None, None, None, *full)
         return tuple([slots[slot] for slot in self._outputs])
 
 
@@ -120,6 +129,17 @@ def _plan(watch: _Watch, started: Sequence[Any], args: Sequence[Any], outputs: O
             else:
                 continue
             template[position] = None
-        launches.append((compiled[(*grid, 1, 1)[:3]], template, tensors, descriptors))
-    makers = [(x.shape, x.stride(), x.dtype, x.device) for x in watch.made]
-    return Plan(makers, launches, [slot_of(output) for output in outputs])
+        size = (*grid, 1, 1)[:3]
+        launches.append(
+            (compiled.run, size, compiled.function, compiled.packed_metadata, template, tensors, descriptors)
+        )
+    makers = [_maker(x) for x in watch.made]
+    return Plan(args[0].get_device(), makers, launches, [slot_of(output) for output in outputs])
+
+
+def _maker(made: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Allocates another one. Of PyTorch's ways `empty_like` costs least, here of an element that stands for all."""
+    if made.is_contiguous():
+        model = torch.empty((), dtype=made.dtype, device=made.device).expand(made.shape)
+        return functools.partial(torch.empty_like, model, memory_format=torch.contiguous_format)
+    return functools.partial(torch.empty_strided, made.shape, made.stride(), dtype=made.dtype, device=made.device)

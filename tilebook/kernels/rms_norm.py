@@ -126,7 +126,8 @@ def _block(problem: Problem, config: Config) -> int:
     return min(config.number("BLOCK"), width)
 
 
-def _reject(problem: Problem, config: Config, device: Device, most: int) -> str | None:
+def _reject(problem: Problem, config: Config, device: Device, registers: int) -> str | None:
+    """`registers`: how many each element takes."""
     block, rows, warps = _block(problem, config), config.number("ROWS"), config.number("num_warps")
     threads = warps * device.warp_size
     if threads > 1024:
@@ -135,6 +136,7 @@ def _reject(problem: Problem, config: Config, device: Device, most: int) -> str 
         return "a smaller BLOCK holds the row"
     if rows > 1 and rows > triton.next_power_of_2(problem.rows):
         return "more rows than there are"
+    most = min(device.registers_per_sm // threads, 256) // registers
     if rows * block > most * threads:
         return f"{rows * block // threads} elements a thread, of {most} that registers hold"
     if warps > 1 and rows * block < 16 // problem.torch_dtype.itemsize * threads:
@@ -143,20 +145,21 @@ def _reject(problem: Problem, config: Config, device: Device, most: int) -> str 
 
 
 def _reject_fwd(problem: Problem, config: Config, device: Device) -> str | None:
-    return _reject(problem, config, device, 64)
+    return _reject(problem, config, device, 2)
 
 
 def _reject_bwd(problem: Problem, config: Config, device: Device) -> str | None:
-    if config["PER_SM"] != 1 and config.number("PER_SM") * config.number("num_warps") * device.warp_size > 2048:
+    threads = config.number("num_warps") * device.warp_size
+    if config["PER_SM"] != 1 and config.number("PER_SM") * threads > device.threads_per_sm:
         return "more programs than an SM can hold at once"
-    return _reject(problem, config, device, 32)
+    return _reject(problem, config, device, 4)
 
 
 def _default_fwd(problem: Problem, device: Device) -> Config:
-    """Rows until a program has 1024 elements, or a row of up to 8192; 16 elements a thread."""
+    """As many rows as have 1024 elements, else one row, 16384 columns at a time; 16 elements a thread."""
     width = triton.next_power_of_2(problem.width)
     rows = max(1, min(16, 1024 // width, triton.next_power_of_2(problem.rows)))
-    block = max(1024, min(8192, width))
+    block = max(1024, min(16384, width))
     warps = max(1, rows * min(block, width) // (16 * device.warp_size))
     return Config(ROWS=rows, BLOCK=block, num_warps=warps)
 
@@ -221,9 +224,8 @@ def fwd_kernel(
             values = _load(x, r, c, stride_x, inside)
             gain = tl.load(weight + c, mask=c < width, other=0.0).to(tl.float32)
             tl.store(y + r * width + c, (values * scale * gain).to(y.dtype.element_ty), mask=inside)
-    # One value a row, so of every row's columns the first stores it.
-    r, c, _ = _place(row, 0, rows, width, ROWS, 1)
-    tl.store(rstd + r + c, scale, mask=r < rows)
+    own, _, _ = _place(row, 0, rows, width, ROWS, 1)
+    tl.store(rstd + own, scale, mask=own < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -237,14 +239,14 @@ def bwd_kernel(
     if WHOLE:
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         columns = tl.arange(0, BLOCK)[None, :]
-        gain = tl.load(weight + columns, mask=columns < width, other=0.0).to(tl.float32)
         for row in range(mine * ROWS, rows, step):
             r, c, inside = _place(row, 0, rows, width, ROWS, BLOCK)
             scale = tl.load(rstd + r, mask=r < rows, other=0.0)
             normal = _load(x, r, c, stride_x, inside) * scale
             upper = _load(dy, r, c, stride_dy, inside)
             total += upper * normal
-            upper *= gain
+            # Here and not above: it waits in the L1 cache, and registers are what is short.
+            upper *= tl.load(weight + columns, mask=columns < width, other=0.0).to(tl.float32)
             mean = (tl.sum(upper * normal, 1) / width)[:, None]
             tl.store(dx + r * width + c, (scale * (upper - normal * mean)).to(dx.dtype.element_ty), mask=inside)
         share = partial + mine.to(tl.int64) * width + tl.arange(0, BLOCK)
@@ -256,9 +258,10 @@ def bwd_kernel(
                 r, c, inside = _place(row, first, rows, width, ROWS, BLOCK)
                 gain = tl.load(weight + c, mask=c < width, other=0.0).to(tl.float32)
                 products += _load(dy, r, c, stride_dy, inside) * gain * _load(x, r, c, stride_x, inside)
-            r, c, _ = _place(row, 0, rows, width, ROWS, 1)
-            scale = tl.load(rstd + r, mask=r < rows, other=0.0)
+            own, _, _ = _place(row, 0, rows, width, ROWS, 1)
+            scale = tl.load(rstd + own, mask=own < rows, other=0.0)
             mean = tl.sum(products, 1)[:, None] * scale / width
+            known = tl.where(row == mine * ROWS, 0, width)  # in the first turn there are no shares to add to
             for first in range(0, width, BLOCK):
                 r, c, inside = _place(row, first, rows, width, ROWS, BLOCK)
                 gain = tl.load(weight + c, mask=c < width, other=0.0).to(tl.float32)
@@ -267,7 +270,7 @@ def bwd_kernel(
                 # The share of dweight waits in the L2 cache: registers hold a BLOCK of it only.
                 columns = first + tl.arange(0, BLOCK)
                 share = partial + mine.to(tl.int64) * width + columns
-                so_far = tl.load(share, mask=(columns < width) & (row != mine * ROWS), other=0.0)
+                so_far = tl.load(share, mask=columns < known, other=0.0)
                 tl.store(share, so_far + tl.sum(upper * normal, 0), mask=columns < width)
                 upper *= gain
                 tl.store(dx + r * width + c, (scale * (upper - normal * mean)).to(dx.dtype.element_ty), mask=inside)
@@ -357,8 +360,10 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y, rstd = dispatch.run(rms_norm_fwd, x, weight, eps)
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, choice: dispatch.Choice
+    ) -> torch.Tensor:  # fmt: skip
+        y, rstd = choice(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -366,7 +371,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dx, dweight = dispatch.run(rms_norm_bwd, dy, *ctx.saved_tensors)
-        return dx, dweight, None
+        return dx, dweight, None, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -386,17 +391,25 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     Raises:
         ValueError: a weight that does not fit x in shape or device, or tensors that are not floating point.
     """
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.ndim and x.numel() else x
+    choice = dispatch.known(rms_norm_fwd, flat, weight, eps)
+    if choice is None or choice.source == "fallback":
+        _check(x, weight)
+        usual = x.numel() and weight.dtype != torch.float64 and not torch.compiler.is_compiling()
+        choice = dispatch.find(rms_norm_fwd, flat, weight, eps) if usual else None
+        if choice is None:
+            return _plain(x, weight, eps)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        y: torch.Tensor = _RMSNorm.apply(flat, weight, eps, choice)
+    else:
+        y = choice(flat, weight, eps)[0]
+    return y if x.ndim == 2 else y.view(x.shape)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
     if x.ndim < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(f"expected x (…, N) and weight (N,), not {tuple(x.shape)} and {tuple(weight.shape)}")
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}, but x on {x.device}")
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise ValueError(f"x and weight must be floating point, not {x.dtype} and {weight.dtype}")
-    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x
-    if not x.numel() or weight.dtype == torch.float64 or not dispatch.serves(rms_norm_fwd, flat, weight, eps):
-        return _plain(x, weight, eps)
-    if torch.is_grad_enabled():
-        y: torch.Tensor = _RMSNorm.apply(flat, weight, eps)  # type: ignore[no-untyped-call]
-    else:
-        y = dispatch.run(rms_norm_fwd, flat, weight, eps)[0]
-    return y.view(x.shape)

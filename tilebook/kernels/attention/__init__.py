@@ -18,9 +18,15 @@ __all__ = ["attention"]
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        causal: bool,
+        scale: float,
+        choice: dispatch.Choice,
     ) -> torch.Tensor:
-        o, lse = dispatch.run(attention_fwd, q, k, v, causal, scale)
+        o, lse = choice(q, k, v, causal, scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.causal, ctx.scale = causal, scale
         return o
@@ -31,7 +37,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         if do.stride(-1) != 1:  # a gradient expanded from a sum, say
             do = do.contiguous()
-        return *dispatch.run(attention_bwd, do, q, k, v, o, lse, ctx.causal, ctx.scale), None, None
+        return *dispatch.run(attention_bwd, do, q, k, v, o, lse, ctx.causal, ctx.scale), None, None, None
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -79,19 +85,18 @@ def attention(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    _check(q, k, v)
-    factor = q.shape[-1] ** -0.5 if scale is None and q.shape[-1] else scale
-    arguments = q, k, v, causal, factor
-    if (
-        not q.numel()
-        or not k.numel()
-        or factor is None
-        or not factor > 0
-        or not dispatch.serves(attention_fwd, *arguments)
-    ):
-        return sdpa(q, k, v, causal, scale)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    factor = scale
+    if factor is None:
+        factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
+    choice = dispatch.known(attention_fwd, q, k, v, causal, factor)
+    if choice is None or choice.source == "fallback":
+        _check(q, k, v)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        usual = q.numel() and k.numel() and factor > 0 and not torch.compiler.is_compiling()
+        choice = dispatch.find(attention_fwd, q, k, v, causal, factor) if usual else None
+        if choice is None:
+            return sdpa(q, k, v, causal, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        o: torch.Tensor = _Attention.apply(q, k, v, causal, factor)
+        o: torch.Tensor = _Attention.apply(q, k, v, causal, factor, choice)
         return o
-    return dispatch.run(attention_fwd, q, k, v, causal, factor)[0]
+    return choice(q, k, v, causal, factor)[0]

@@ -93,7 +93,10 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
     for half in _halves(config):
         if device.backend == "hip" and half.stages > 2:
             return "more than 2 stages do not pay on AMD GPUs"
-        if oversized(half.rows, problem.seq_q, 32) or oversized(half.columns, problem.seq_k, 32):
+        if asynchronous(device) and half.held < 64:
+            return "tensor cores that read shared memory take blocks of at least 64"
+        longest, other = (problem.seq_k, problem.seq_q)[:: 1 if half.axis == "1" else -1]
+        if oversized(half.held, longest, 64) or oversized(half.swept, other, 32):
             return "a block is larger than the sequence"
         # Half of what one tile a warp would take: warps may share rows here, where nothing is reduced along a row.
         if half.held < 8 * half.warps:
@@ -110,12 +113,14 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
 def _shared(problem: BackwardProblem, half: _Half, device: Device) -> int:
     """Bytes of shared memory, as compiled kernels report them or a little more: two held tiles, a ring of two swept."""
     width = problem.head_dim * problem.torch_dtype.itemsize
+    scores = half.held * half.swept * problem.torch_dtype.itemsize  # where they pass through shared memory
     if device.backend == "hip":  # held tiles live in registers, and the newest of the ring is on its way there
-        return width * (max(half.held, half.swept) + 2 * half.swept * (half.stages - 1))
+        return max(width * max(half.held, half.swept), scores) + 2 * width * half.swept * (half.stages - 1)
     if not asynchronous(device):  # one of the held tiles moves on to registers, once all are loaded
         return max(width * (half.held + 2 * half.swept * half.stages), 2 * width * (half.held + half.swept) + 4096)
-    scores = half.held * half.swept * problem.torch_dtype.itemsize if device.capability >= 100 else 0
-    return 2 * width * (half.held + half.swept * half.stages) + 2 * 4 * half.swept * half.stages + scores
+    deeper = device.capability >= 100 and half.stages > 1  # tcgen05 lets go of a tile one step later
+    ring = half.swept * (half.stages + deeper)
+    return 2 * (width * (half.held + ring) + 4 * ring)
 
 
 def _default(problem: BackwardProblem, device: Device) -> Config:
@@ -126,9 +131,11 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
 
     def shapes(axis: str) -> list[tuple[int, int, int, int]]:
         """Held, swept, warps, stages."""
-        small = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 4, 2), (32, 32, 4, 1)]
+        small = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1)]
+        if not asynchronous(device):
+            return [*small, (32, 32, 4, 2), (32, 32, 4, 1)]
         enough = triton.cdiv(lengths[axis], 128) * pairs[axis] >= device.sm_count
-        return [(128, 64, 8, 2), *small] if enough and asynchronous(device) else small
+        return [(128, 64, 8, 2), *small] if enough else small
 
     def half(axis: str, held: int, swept: int, warps: int, stages: int) -> dict[str, int]:
         rows, columns = (swept, held) if axis == "1" else (held, swept)

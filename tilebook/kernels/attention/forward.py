@@ -67,21 +67,24 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
 def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
     """Bytes of shared memory, as compiled kernels report them or a little more: q, and a ring of k and v tiles."""
     rows, columns, stages = (config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_stages"))
+    ring = columns * (2 * stages if stages > 1 else 1)  # unpipelined, k is done with when v comes
+    itemsize = problem.torch_dtype.itemsize
+    width, scores = problem.head_dim * itemsize, rows * columns * itemsize
     if device.backend == "hip":  # the newest tile of AMD's ring is on its way in registers
-        lines = max(rows, columns) + 2 * columns * (stages - 1)
-    elif asynchronous(device):
-        lines = rows + 2 * columns * stages
-    else:  # q moves on to registers, and its place is used again
-        lines = max(rows, 2 * columns * stages)
-    return lines * problem.head_dim * problem.torch_dtype.itemsize
+        return max(rows * width, columns * width, scores) + 2 * columns * width * (stages - 1)
+    if not asynchronous(device):  # q moves on to registers, and its place is used again
+        return max(rows + min(2, stages) * columns, ring) * width + scores
+    barriers = 1024 if config["DESCRIPTORS"] else 0
+    return (rows + ring) * width + barriers
 
 
 def _default(problem: ForwardProblem, device: Device) -> Config:
     """The first that fits of a few good shapes: 128 rows where that gives every SM a block, else 64."""
     modern, width = asynchronous(device), problem.head_dim
-    shapes = [(64, 64, 4, 3 if modern else 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)]
+    stages = 3 if modern else 2
+    shapes = [(64, 64, 4, stages), (64, 32, 4, 2), (64, 32, 4, 1)]
     if triton.cdiv(problem.seq_q, 128) * problem.batch * problem.heads >= device.sm_count:
-        large = (128, 64, 4, 3) if width <= 64 else (128, 128 if width == 128 and modern else 64, 8, 2)
+        large = (128, 64, 4, stages) if width <= 64 else (128, 128 if width == 128 and modern else 64, 8, 2)
         shapes.insert(0, large)
     axes = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
     rest = {"HEADS": 1, "DESCRIPTORS": int(device.capability >= 90)}

@@ -103,7 +103,7 @@ def describe(x: torch.Tensor, rows: int) -> Any:
 
 
 def asynchronous(device: Device) -> bool:
-    """Do tensor cores read tiles straight from shared memory (wgmma, tcgen05)? Elsewhere they pass through registers."""
+    """Do tensor cores read tiles from shared memory (wgmma, tcgen05)? Elsewhere tiles pass through registers."""
     return 90 <= device.capability < 120
 
 

@@ -181,9 +181,10 @@ class _MLP(torch.autograd.Function):
         w2: torch.Tensor,
         b2: torch.Tensor,
         activation: str,
+        choice: dispatch.Choice,
     ) -> torch.Tensor:
         save = any(ctx.needs_input_grad[:4])
-        h, z = dispatch.run(mlp_up_fwd, x, w1, b1, activation, save)
+        h, z = choice(x, w1, b1, activation, save) if save else dispatch.run(mlp_up_fwd, x, w1, b1, activation, False)
         ctx.activation = activation
         if save:
             ctx.save_for_backward(x, z, w1, w2)
@@ -193,7 +194,7 @@ class _MLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dx = dw1 = db1 = dw2 = None
-        need_x, need_w1, need_b1, need_w2, need_b2, _ = ctx.needs_input_grad
+        need_x, need_w1, need_b1, need_w2, need_b2, *_ = ctx.needs_input_grad
         if need_x or need_w1 or need_b1 or need_w2:
             x, z, w1, w2 = ctx.saved_tensors
             if need_x or need_w1 or need_b1:
@@ -204,7 +205,7 @@ class _MLP(torch.autograd.Function):
             else:
                 h = _act(z, ctx.activation)
             dw2 = torch.mm(dy.t(), h) if need_w2 else None
-        return dx, dw1, db1, dw2, dy.sum(0) if need_b2 else None, None
+        return dx, dw1, db1, dw2, dy.sum(0) if need_b2 else None, None, None
 
 
 def mlp(
@@ -243,18 +244,20 @@ def mlp(
     if torch.is_autocast_enabled(x.device.type):
         x, w1, w2 = _autocast(x), _autocast(w1), _autocast(w2)
         b1, b2 = (None if bias is None else _autocast(bias) for bias in (b1, b2))
-    _check(x, w1, b1, w2, b2)
-    if b1 is None or b2 is None or x.numel() == 0 or w1.numel() == 0:
-        return F.linear(_act(F.linear(x, w1, b1), activation), w2, b2)
-    flat = x.reshape(-1, x.shape[-1])
-    if not dispatch.serves(mlp_up_fwd, flat, w1, b1, activation, True):
-        return F.linear(_act(F.linear(x, w1, b1), activation), w2, b2)
-    if torch.is_grad_enabled():
-        y: torch.Tensor = _MLP.apply(flat, w1, b1, w2, b2, activation)  # type: ignore[no-untyped-call]
+    training = torch.is_grad_enabled()
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.ndim else x
+    choice = dispatch.known(mlp_up_fwd, flat, w1, b1, activation, training)
+    if choice is None or choice.source == "fallback" or not _fits(w2, b2, w1):
+        _check(x, w1, b1, w2, b2)
+        usual = b1 is not None and b2 is not None and x.numel() and w1.numel() and not torch.compiler.is_compiling()
+        choice = dispatch.find(mlp_up_fwd, flat, w1, b1, activation, training) if usual else None
+        if choice is None:
+            return F.linear(_act(F.linear(x, w1, b1), activation), w2, b2)
+    if training:
+        y: torch.Tensor = _MLP.apply(flat, w1, b1, w2, b2, activation, choice)
     else:
-        h, _ = dispatch.run(mlp_up_fwd, flat, w1, b1, activation, False)
-        (y,) = dispatch.run(mlp_down_fwd, h, w2, b2)
-    return y.view(*x.shape[:-1], y.shape[1])
+        (y,) = dispatch.run(mlp_down_fwd, choice(flat, w1, b1, activation, False)[0], w2, b2)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def _check(
@@ -277,6 +280,18 @@ def _check(
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, not {x.dtype}")
+
+
+def _fits(w2: torch.Tensor, b2: torch.Tensor | None, w1: torch.Tensor) -> bool:
+    """Does the second layer go with the first, which has been seen before?"""
+    inner, width = w1.shape
+    return (
+        b2 is not None
+        and w2.shape == (width, inner)
+        and b2.shape == (width,)
+        and w2.dtype == b2.dtype == w1.dtype
+        and w2.device == b2.device == w1.device
+    )
 
 
 def _shape(tensor: torch.Tensor) -> str:
