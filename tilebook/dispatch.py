@@ -203,7 +203,8 @@ def _key(op: Op[Any], args: Sequence[Any]) -> tuple[Any, ...]:
     key: list[Any] = [op, args[0].get_device()]
     for each in args:
         if isinstance(each, torch.Tensor):
-            key += (each.shape, each.stride(), each.dtype, each.data_ptr() & 15)
+            strides = None if each.is_contiguous() else each.stride()
+            key += (each.shape, strides, each.dtype, each.data_ptr() & 15)
         else:
             key.append(each)
     return tuple(key)

@@ -79,9 +79,16 @@ class Plan:
 
 
 def _describer(descriptor: Any) -> Callable[[torch.Tensor], Any]:
-    kind, shape, strides = type(descriptor), descriptor.shape, descriptor.strides
-    block, padding = descriptor.block_shape, getattr(descriptor, "padding", "zero")
-    return lambda base: kind(base, shape, strides, block, padding)
+    """Makes the same descriptor of another tensor, without checking again what held for the first."""
+    kind, fields = type(descriptor), {name: value for name, value in vars(descriptor).items() if name != "base"}
+
+    def describe(base: torch.Tensor) -> Any:
+        made = object.__new__(kind)
+        made.__dict__.update(fields)
+        made.base = base
+        return made
+
+    return describe
 
 
 def record(call: Callable[..., Outputs], args: Sequence[Any]) -> tuple[Outputs, Plan | None]:

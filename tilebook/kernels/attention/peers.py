@@ -25,6 +25,7 @@ def cudnn_supports(problem: ForwardProblem | BackwardProblem) -> bool:
         and problem.head_dim <= 128
         and problem.head_dim % 8 == 0
         and problem.heads == problem.heads_kv
+        and problem.seq_q * problem.seq_k > 1
         # Its causal mask is aligned to the other corner where the lengths differ.
         and (not problem.causal or problem.seq_q == problem.seq_k)
     )
