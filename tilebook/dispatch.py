@@ -67,8 +67,9 @@ class Choice:
             return _replace(self, args, broken)
 
     def _run(self, *args: Any) -> Outputs:
-        if args[0].is_cuda:
-            with torch.cuda.device(args[0].device):  # Triton starts kernels on the current GPU
+        first = args[0]
+        if self.config is not None and first.is_cuda and torch.cuda.current_device() != first.get_device():
+            with torch.cuda.device(first.device):  # Triton starts kernels on the current GPU, PyTorch on the tensor's
                 return self.implementation(*args, config=self.config)
         return self.implementation(*args, config=self.config)
 
@@ -286,10 +287,9 @@ def misses() -> list[store.Miss]:
     for choice in list(_memo.values()):
         if choice.gpu is None or choice.source == "exact" or not choice.calls:
             continue
-        cost, gpu = choice.problem.cost(), choice.gpu
-        floor_s = max(cost.flops / gpu.flops, cost.bytes / gpu.bandwidth)
+        gpu = choice.gpu
         where = store.Device(gpu.name, gpu.arch, gpu.sm_count)
-        time_ms = 1e3 * floor_s / _TYPICAL_EFFICIENCY
+        time_ms = 1e3 * choice.problem.floor_s(gpu) / _TYPICAL_EFFICIENCY
         if math.isfinite(time_ms):
             found.append(store.Miss(choice.implementation.op.name, choice.problem.key, where, choice.calls, time_ms))
     return sorted(found, key=lambda miss: -miss.calls * miss.time_ms)

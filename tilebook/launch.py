@@ -7,6 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+HOST_DESCRIPTORS_S = 25e-6
+"""Calls with a floor below this do not use host-side tensor descriptors.
+
+Making those of one launch costs the host 20–30 µs (measured with Triton 3.6): a GPU that is done sooner would wait for
+them, whatever the kernel gains.
+"""
+
 Launch = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
 

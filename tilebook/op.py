@@ -177,6 +177,11 @@ class Problem:
     def cost(self) -> Cost:
         raise NotImplementedError
 
+    def floor_s(self, device: Device) -> float:
+        """Seconds that any implementation needs at least on this GPU, by its datasheet."""
+        cost = self.cost()
+        return max(cost.flops / device.flops, cost.bytes / device.bandwidth)
+
     def neighbours(self) -> Sequence[Self]:
         """Ragged and larger problems that a candidate must get right too before it may serve this one."""
         return ()

@@ -18,7 +18,7 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
     snapshot = Snapshot(device, registry)
     choice = snapshot.choose(op, problem)
     cost = problem.cost()
-    floor_ms = 1e3 * max(cost.flops / device.flops, cost.bytes / device.bandwidth)
+    floor_ms = 1e3 * problem.floor_s(device)
     verdict = choice.verdict
     changed = stale(verdict) if verdict is not None else []
     data: dict[str, Any] = {

@@ -94,7 +94,7 @@ class Session:
         state = ProblemState(op.name, problem.label, len(feasible), len(space) - len(feasible), limit)
         self._run.begin(state)
         try:
-            standing = self._standing(op, problem)
+            standing = self._standing(op, problem, feasible)
             if standing is not None and not self._options.force:
                 state.verdict, state.skipped = standing, True
                 return
@@ -103,7 +103,7 @@ class Session:
             ordered = self._by_roofline(op, problem, feasible)
             search = Search(space, ordered, seeds, method, self._options.seed)
             tuning = _Tuning(op, problem, default, search, state)
-            self._reuse(tuning)
+            self._reuse(tuning, feasible)
             if self._runner is None:
                 self._explore(tuning, limit, deadline)
                 state.verdict = self._predict(tuning)
@@ -121,10 +121,12 @@ class Session:
 
     # What is known already
 
-    def _standing(self, op: Op[Any], problem: Problem) -> Verdict | None:
+    def _standing(self, op: Op[Any], problem: Problem, feasible: Sequence[Config]) -> Verdict | None:
         """A verdict that makes this problem's tuning superfluous: same kernel and, where measured, same environment."""
         found = self._registry.verdicts(op=op.name, problem=problem.key, device=self.device, kernel=op.digest)
         for verdict in found:
+            if verdict.implementation == op.tunable.name and Config(verdict.config) not in feasible:
+                continue  # the space has changed its mind since
             if verdict.measured:
                 return verdict if verdict.environment == self.environment or self._runner is None else None
             if self._runner is None and verdict.environment == self.environment:
@@ -162,12 +164,11 @@ class Session:
 
         return sorted(feasible, key=lambda config: floor_s(work(problem, config)))
 
-    def _reuse(self, tuning: _Tuning) -> None:
+    def _reuse(self, tuning: _Tuning, feasible: Sequence[Config]) -> None:
         """Takes over the trials of a run that was cut short: same kernel, same environment."""
         if self._options.force:
             return
-        space = tuning.op.tunable.space
-        assert space is not None
+        known = frozenset(feasible)
         wanted = {
             "op": tuning.op.name,
             "problem": tuning.problem.key,
@@ -177,7 +178,7 @@ class Session:
         for trial in self._registry.trials(origin="local", **wanted):  # type: ignore[arg-type]
             config = Config(trial.config)
             usable = trial.implementation == tuning.op.tunable.name and trial.environment == self.environment
-            if not usable or not space.contains(config) or ("predicted_ms" in trial.facts) != (self._runner is None):
+            if not usable or config not in known or ("predicted_ms" in trial.facts) != (self._runner is None):
                 continue
             tuning.state.reused += 1
             compiled = trial.facts.get("compiled")

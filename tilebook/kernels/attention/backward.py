@@ -29,7 +29,7 @@ from tilebook.kernels.attention.tiles import (
     rows_and_tiles,
     too_large,
 )
-from tilebook.launch import launch
+from tilebook.launch import HOST_DESCRIPTORS_S, launch
 from tilebook.op import Config, Cost, Space, define
 
 
@@ -87,6 +87,8 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
     heads, descriptors = config.number("HEADS"), config["DESCRIPTORS"]
     if descriptors and device.capability < 90:
         return "tensor descriptors need sm_90 or later"
+    if descriptors and problem.floor_s(device) < HOST_DESCRIPTORS_S:
+        return "the GPU would wait for the host to make its tensor descriptors"
     if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads_kv):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
     width = problem.head_dim
@@ -127,7 +129,8 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     """Of each half the first that fits of a few good shapes: 128 held where that gives every SM a block, else less."""
     pairs = {"1": problem.batch * problem.heads_kv, "2": problem.batch * problem.heads}
     lengths = {"1": problem.seq_k, "2": problem.seq_q}
-    rest = {"HEADS": 1, "DESCRIPTORS": int(device.capability >= 90)}
+    descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S
+    rest = {"HEADS": 1, "DESCRIPTORS": int(descriptors)}
 
     def shapes(axis: str) -> list[tuple[int, int, int, int]]:
         """Held, swept, warps, stages."""

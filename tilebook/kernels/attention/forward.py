@@ -25,7 +25,7 @@ from tilebook.kernels.attention.tiles import (
     store_tile,
     too_large,
 )
-from tilebook.launch import launch
+from tilebook.launch import HOST_DESCRIPTORS_S, launch
 from tilebook.op import Config, Cost, Space, define, powers_of_two
 
 HEAD_DIMS = powers_of_two(16, 256)
@@ -50,6 +50,8 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
     )
     if descriptors and device.capability < 90:
         return "tensor descriptors need sm_90 or later"
+    if descriptors and problem.floor_s(device) < HOST_DESCRIPTORS_S:
+        return "the GPU would wait for the host to make its tensor descriptors"
     if device.backend == "hip" and stages > 2:
         return "more than 2 stages do not pay on AMD GPUs"
     if oversized(rows, problem.seq_q, 64) or oversized(columns, problem.seq_k, 32):
@@ -87,7 +89,8 @@ def _default(problem: ForwardProblem, device: Device) -> Config:
         large = (128, 64, 4, stages) if width <= 64 else (128, 128 if width == 128 and modern else 64, 8, 2)
         shapes.insert(0, large)
     axes = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
-    rest = {"HEADS": 1, "DESCRIPTORS": int(device.capability >= 90)}
+    descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S
+    rest = {"HEADS": 1, "DESCRIPTORS": int(descriptors)}
     configs = [Config(dict(zip(axes, shape, strict=True)) | rest) for shape in shapes]
     return next((each for each in configs if _reject(problem, each, device) is None), configs[-1])
 

@@ -6,6 +6,7 @@ import triton
 
 from tilebook.device import Device
 from tilebook.kernels.mlp.problem import Problem
+from tilebook.launch import HOST_DESCRIPTORS_S
 from tilebook.op import Config, Cost, Space
 
 
@@ -36,6 +37,8 @@ def _reject(problem: Problem, config: Config, device: Device) -> str | None:
         return f"{device.arch} has no tensor descriptors"
     if descriptors and (problem.width % 8 or problem.inner % 8):
         return "rows are not multiples of 16 bytes, which tensor descriptors need"
+    if descriptors and problem.floor_s(device) < HOST_DESCRIPTORS_S:
+        return "the GPU would wait for the host to make its tensor descriptors"
     return None
 
 
@@ -47,10 +50,9 @@ def _default(problem: Problem, device: Device) -> Config:
         # A tile more than half empty does twice the work.
         if tiles >= device.sm_count and n > block_n // 2:
             break
-    # The host encodes a descriptor in microseconds, which only a longer kernel hides.
-    described = (
-        device.capability >= 90 and tiles >= 2 * device.sm_count and not (problem.width % 8 or problem.inner % 8)
-    )
+    described = device.capability >= 90 and tiles >= 2 * device.sm_count
+    described = described and not (problem.width % 8 or problem.inner % 8)
+    described = described and problem.floor_s(device) >= HOST_DESCRIPTORS_S
     if device.backend == "hip":
         block_k, stages = 32, 2
     elif device.shared_per_block >= 3 * 2 * 64 * (block_m + block_n) and device.capability >= 90:
