@@ -27,8 +27,10 @@ from tilebook.tuner.stats import median, speedup
 
 
 def commit() -> str:
+    """What is measured: the checkout's commit, or where the tree travelled without one, the commit noted beside it."""
     found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    noted = Path("COMMIT")
+    return found.stdout.strip() or (noted.read_text().strip() if noted.exists() else "unknown")
 
 
 def contenders(op: Op[Any], problem: Problem, snapshot: Snapshot) -> dict[str, tuple[Implementation, Config | None]]:

@@ -78,8 +78,12 @@ def test_a_faster_gpu_is_faster() -> None:
     assert time_ms(gpu="H200") < time_ms(gpu="A100") < time_ms(gpu="L4")
 
 
-def test_fewer_loads_in_flight_are_slower() -> None:
-    assert time_ms(stages=3) < time_ms(stages=1)
+def test_fewer_loads_in_flight_are_slower_where_loads_bound() -> None:
+    through_l2 = Cost(1e9, 1e11)
+    assert time_ms(through_l2, stages=3) < time_ms(through_l2, stages=1)
+
+
+def test_fewer_resident_programs_are_slower() -> None:
     assert time_ms(shared=65_536) < time_ms(shared=200_000)
 
 
