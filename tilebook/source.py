@@ -28,6 +28,23 @@ def _tree(function: Any) -> ast.FunctionDef:
     return tree
 
 
+def _text(node: Any) -> str:
+    """A syntax tree as text, alike in every version of Python: without fields that are empty or that some lack."""
+    if isinstance(node, ast.JoinedStr):  # some versions put empty pieces between the parts of an f-string
+        parts = [v for v in node.values if not (isinstance(v, ast.Constant) and v.value == "")]
+        return f"JoinedStr(values={_text(parts)})"
+    if isinstance(node, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(node) if name not in _OPTIONAL)
+        inside = ",".join(f"{name}={_text(value)}" for name, value in fields if value is not None and value != [])
+        return f"{type(node).__name__}({inside})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_text, node))}]"
+    return repr(node)
+
+
+_OPTIONAL = frozenset({"ctx", "kind", "type_comment", "type_params"})
+
+
 def _globals(function: Any, tree: ast.FunctionDef) -> Iterator[tuple[str, Any]]:
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for name in sorted(names & function.__globals__.keys()):
@@ -49,7 +66,7 @@ def digest(function: Callable[..., Any]) -> str:
         if name in texts:
             continue
         tree = _tree(current)
-        texts[name] = ast.dump(tree)
+        texts[name] = _text(tree)
         for label, value in _globals(current, tree):
             reached = _unwrap(value)
             if inspect.isfunction(reached):

@@ -11,8 +11,8 @@ from tilebook.registry import Verdict
 
 
 def stale(verdict: Verdict) -> list[str]:
-    """The versions that differ between the verdict's environment and this one; what is absent here cannot differ."""
-    here = devices.environment()
+    """The versions that differ between the verdict's environment and this one; none where no GPU is here to serve."""
+    here = devices.environment() if devices.present() else {}
     return [
         f"{name} {version} → {here[name]}"
         for name, version in sorted(verdict.environment.versions.items())
