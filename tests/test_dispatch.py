@@ -141,6 +141,19 @@ def test_on_the_cpu_pytorch_runs():
     assert torch.equal(tilebook.attention(q, q, q), torch.nn.functional.scaled_dot_product_attention(q, q, q))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_compile_traces_pytorchs_own_code_without_a_break(training):
+    q, w = torch.randn(1, 2, 8, 16, requires_grad=training), torch.randn(16)
+    up, down = torch.randn(32, 16), torch.randn(16, 32)
+
+    def model(q):
+        x = tilebook.rms_norm(tilebook.attention(q, q, q, causal=True), w)
+        return tilebook.mlp(x, up, up[:, 0], down, w)
+
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q), model(q))
+
+
 def test_a_choice_that_raises_is_replaced_after_one_warning(monkeypatch):
     args = OP.problem.parse("B1,H1,S32,D16", "bf16").inputs("cpu", 0)
     calls = []

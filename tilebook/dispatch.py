@@ -180,11 +180,17 @@ def known(op: Op[Any], *args: Any) -> Choice | None:
 
     Such a call needs no checks: its shapes, strides, dtypes and other arguments passed them the first time.
     """
-    return _memo.get(_key(op, args)) if _forced is None and args[0].is_cuda else None
+    usual = _forced is None and args[0].is_cuda and not torch.compiler.is_compiling()
+    return _memo.get(_key(op, args)) if usual else None
 
 
 def find(op: Op[Any], *args: Any) -> Choice | None:
-    """What runs this call, or None where no kernel can: the family's public function then runs PyTorch's own."""
+    """What runs this call, or None where no kernel can: the family's public function then runs PyTorch's own.
+
+    So it does under `torch.compile`, which has kernels of its own and could not look into ours.
+    """
+    if torch.compiler.is_compiling():
+        return None
     if _forced is not None:
         return _force(op, args)
     if not args[0].is_cuda:

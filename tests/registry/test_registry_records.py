@@ -10,6 +10,13 @@ from registry_samples import H200, broken_trial, problem, trial, verdict
 from tilebook.registry import Environment, Miss, canonical
 
 
+class Opaque:
+    """Nothing that JSON knows; its text is the same in every process, as the ids of parallel tests must be."""
+
+    def __repr__(self) -> str:
+        return "Opaque()"
+
+
 def test_canonical_is_one_text_for_one_value() -> None:
     assert canonical({"b": [1, 2.0, True], "a": "ü"}) == '{"a":"\\u00fc","b":[1,2.0,true]}'
     with pytest.raises(ValueError, match="JSON compliant"):
@@ -24,7 +31,7 @@ def test_canonical_is_one_text_for_one_value() -> None:
         {"time_ms": float("nan")},
         {"samples_ms": (float("inf"),)},
         {"facts": {"x": float("nan")}},
-        {"facts": {"x": object()}},
+        {"facts": {"x": Opaque()}},
         {"config": {"ir_override": "x"}},
         {"config": {"num_warps": 4.0}},
         {"config": {"path": "/etc/passwd"}},

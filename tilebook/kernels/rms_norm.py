@@ -406,7 +406,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     choice = dispatch.known(rms_norm_fwd, flat, weight, eps)
     if choice is None or choice.source == "fallback":
         _check(x, weight)
-        usual = x.numel() and weight.dtype != torch.float64 and not torch.compiler.is_compiling()
+        usual = x.numel() and weight.dtype != torch.float64
         choice = dispatch.find(rms_norm_fwd, flat, weight, eps) if usual else None
         if choice is None:
             return _plain(x, weight, eps)

@@ -92,7 +92,7 @@ def attention(
     if choice is None or choice.source == "fallback":
         _check(q, k, v)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        usual = q.numel() and k.numel() and factor > 0 and not torch.compiler.is_compiling()
+        usual = q.numel() and k.numel() and factor > 0
         choice = dispatch.find(attention_fwd, q, k, v, causal, factor) if usual else None
         if choice is None:
             return sdpa(q, k, v, causal, scale)
