@@ -199,6 +199,16 @@ def test_misses_are_counted_and_weighed_and_verdicts_are_not(choose):
     assert miss.time_ms > 0
 
 
+def test_memory_of_choices_is_bounded(monkeypatch):
+    monkeypatch.setattr(dispatch, "_MOST_CHOICES", 3)
+    try:
+        for seq in range(1, 9):
+            dispatch.run(OP, *OP.problem.parse(f"B1,H1,S{seq},D16", "bf16").inputs("cpu", 0))
+        assert len(dispatch._memo) == 3
+    finally:
+        dispatch.reload()
+
+
 def test_importing_tilebook_is_light():
     import subprocess
     import sys

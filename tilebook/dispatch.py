@@ -30,6 +30,9 @@ Source = Literal["exact", "nearest", "default", "fallback", "forced"]
 FARTHEST = 8.0
 """A verdict serves problems up to this distance: a factor of 256 in one dimension, or less in several."""
 
+# Choices kept in memory; a program whose shapes never repeat must not grow for ever.
+_MOST_CHOICES = 10_000
+
 # The first call may compile, and what is called once is not worth a plan.
 _RECORDED_CALL = 2
 
@@ -224,6 +227,8 @@ def _choice(op: Op[Any], args: Sequence[Any]) -> Choice:
         choice = choose(op, op.problem.of(*args), args[0].device)
         # A choice made blind, because a graph was being captured, is not kept.
         if choice.gpu is None or choice.gpu in [s.gpu for s in _snapshots.values()]:
+            while len(_memo) >= _MOST_CHOICES:
+                _memo.pop(next(iter(_memo)), None)
             _memo[key] = choice
     return choice
 

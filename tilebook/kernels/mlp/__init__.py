@@ -161,7 +161,7 @@ def _torch_up(
 
 @mlp_down_fwd.implementation("torch")
 def _torch_down(h: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> tuple[torch.Tensor]:
-    return (torch.addmm(b2, h, w2.t()),)
+    return (F.linear(h, w2, b2),)
 
 
 @mlp_act_bwd.implementation("torch")
