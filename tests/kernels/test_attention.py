@@ -250,7 +250,8 @@ def test_configs_that_cannot_run_say_why():
         assert reason is not None
         assert any(word in reason for word in text.split("|")), reason
     short = FORWARD.parse("B1,H1,S1,D64", "bf16")
-    assert "larger than the sequence" in space.reject(short, good, H200)
+    assert "larger than the sequence" in space.reject(short, good.replace(DESCRIPTORS=0), H200)
+    assert "wait for the host" in space.reject(short, good, H200)
     assert space.feasible(short, H200)
 
 
