@@ -1,5 +1,6 @@
 """A whole tuning run against a compiler and a GPU that answer from a formula, into a real registry."""
 
+import dataclasses
 import time
 
 import pytest
@@ -7,7 +8,7 @@ from fakes import FakePool, FakeRunner, tune
 from toy import SPACE, Scaling, make_op
 
 from tilebook.op import Config
-from tilebook.registry import Failure, Status, VerdictStatus
+from tilebook.registry import Failure, Registry, Status, VerdictStatus
 from tilebook.tuner.progress import Run
 from tilebook.tuner.worker import Candidate
 
@@ -145,6 +146,16 @@ def test_a_finished_problem_is_skipped_unless_forced(path):
     forced = FakeRunner(valley)
     tune(path, forced, force=True)
     assert forced.attempted
+
+
+def test_an_imported_verdict_that_is_not_trusted_is_tuned_anew_and_replaced(path):
+    tune(path, FakeRunner(valley))
+    with Registry.open(path, write=True) as registry:
+        (theirs,) = registry.verdicts()
+        registry.record((), dataclasses.replace(theirs, origin="imported", trusted=False))
+    states, registry = tune(path, FakeRunner(valley))
+    assert not states[0].skipped
+    assert registry.verdicts()[0].trusted
 
 
 def test_trials_limit_the_candidates_before_the_polish(path):

@@ -129,6 +129,8 @@ class Session:
         """A verdict that makes this problem's tuning superfluous: same kernel and, where measured, same environment."""
         found = self._registry.verdicts(op=op.name, problem=problem.key, device=self.device, kernel=op.digest)
         for verdict in found:
+            if not verdict.trusted:
+                continue  # somebody else's word
             if verdict.implementation == op.tunable.name and Config(verdict.config) not in feasible:
                 continue  # the space has changed its mind since
             if verdict.measured:
