@@ -118,6 +118,20 @@ def test_killed_run_resumes_with_its_trials(run):
         assert len(registry.verdicts()) == 2
 
 
+def test_ctrl_c_ends_in_one_line_and_leaves_no_process(run):
+    command = ["tune", "mlp", "--shape", "M4096,H64,I64", "--direction", "fwd", "--gpu", "H200"]
+    process = run(*command, "--registry", run.registry, wait=False)
+    deadline = time.monotonic() + 120
+    while not run.registry.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].startswith("tilebook: interrupted")
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [

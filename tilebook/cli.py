@@ -1,6 +1,6 @@
 """The command line: parses, calls, prints. Data goes to stdout, progress and errors to stderr.
 
-Exit status: 0 done; 1 a registry or file could not be used, or a problem could not be tuned; 2 wrong usage.
+Exit status: 0 done; 1 a registry or file could not be used, or a problem could not be tuned; 2 wrong usage; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class _Tidy(click.Group):
             _fail(str(wrong), 2)
         except (RegistryError, OSError) as broken:
             _fail(str(broken), 1)
+        except KeyboardInterrupt:
+            _fail("interrupted; what was done is kept, and the same command goes on from there", 130)
 
 
 def _fail(text: str, status: int) -> NoReturn:
