@@ -93,7 +93,7 @@ def test_tune_show_explain_export_import_from_end_to_end(run, tmp_path):
 
 
 def test_killed_run_resumes_with_its_trials(run):
-    command = ["tune", "mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", "H200", "--trials", "60"]
+    command = ["tune", "mlp", "--shape", "M512,H256,I512", "--direction", "fwd", "--gpu", "H200", "--trials", "16"]
     process = run(*command, "--registry", run.registry, "--workers", "2", wait=False)
     deadline = time.monotonic() + 120
     stored = 0

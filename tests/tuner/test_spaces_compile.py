@@ -28,7 +28,7 @@ def test_defaults_compile_and_samples_compile_or_say_why_not(name):
     gpu, day = devices.find(name), datetime.datetime.now(datetime.UTC).timetuple().tm_yday
     with CompilePool(gpu, workers=1) as pool:
         pending = []
-        for op in ops.ops().values():
+        for op in OPS:
             problem, space = problem_of(op), op.tunable.space
             feasible = space.feasible(problem, gpu)
             default = space.default(problem, gpu)
