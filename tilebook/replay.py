@@ -93,13 +93,13 @@ def _describer(descriptor: Any) -> Callable[[torch.Tensor], Any]:
 
 def record(call: Callable[..., Outputs], args: Sequence[Any]) -> tuple[Outputs, Plan | None]:
     """Runs `call(*args)` and returns its outputs, with a plan that repeats it, or None where it cannot be repeated."""
-    started: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
+    started: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
 
     def start(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], meta: dict[str, Any]) -> None:
         # The plain launch returns what it compiled; in the interpreter there is no such thing.
         compiled = kernel[grid](*given, **meta)
         names = getattr(kernel, "arg_names", ())
-        started.append((compiled, grid, (*given, *(meta[name] for name in names[len(given) :])), meta))
+        started.append((compiled, grid, (*given, *(meta[name] for name in names[len(given) :]))))
 
     watch = _Watch()
     with watch, intercepted(start):
@@ -124,7 +124,7 @@ def _plan(watch: _Watch, started: Sequence[Any], args: Sequence[Any], outputs: O
         return slots[id(tensor)]
 
     launches = []
-    for compiled, grid, full, _ in started:
+    for compiled, grid, full in started:
         if compiled is None or not hasattr(compiled, "asm"):
             raise _Unrepeatable
         template, tensors, descriptors = list(full), [], []

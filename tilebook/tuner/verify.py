@@ -37,8 +37,6 @@ class Error:
 class Wrong(Exception):
     """The candidate's answer is wrong, or it touched what it must not; the text says where."""
 
-    repeatable = True
-
 
 class NotRepeatable(Wrong):
     """Two runs on the same inputs differ, though the implementation is declared deterministic."""
