@@ -175,6 +175,46 @@ def test_a_choice_that_raises_is_replaced_after_one_warning(monkeypatch):
     assert len(calls) == 1
 
 
+def test_a_call_that_follows_from_another_is_chosen_once(monkeypatch):
+    args = OP.problem.parse("B1,H1,S32,D16", "bf16").inputs("cpu", 0)
+    asked = []
+    monkeypatch.setattr(
+        dispatch, "_choice", lambda op, given, real=dispatch._choice: asked.append(op) or real(op, given)
+    )
+    try:
+        first = dispatch.Choice(OP.implementations["torch"], None, "exact", PROBLEM)
+        outputs = [first.follow(OP, (args[0],), *args) for _ in range(3)]
+        assert len(asked) == 1
+        spread = args[0].repeat(1, 1, 1, 2)[..., :16]  # the same values in other strides
+        outputs.append(first.follow(OP, (spread,), spread, *args[1:]))
+        assert len(asked) == 2
+        with dispatch.use("torch"):
+            outputs.append(first.follow(OP, (args[0],), *args))
+    finally:
+        dispatch.reload()
+    assert all(torch.equal(each[0], outputs[0][0]) for each in outputs)
+
+
+def test_a_choice_that_follows_and_raises_is_replaced_for_good():
+    args = OP.problem.parse("B1,H1,S32,D16", "bf16").inputs("cpu", 0)
+    calls = []
+
+    def broken(*inputs, config=None):
+        calls.append(config)
+        raise RuntimeError("no such instruction")
+
+    first = dispatch.Choice(OP.implementations["torch"], None, "exact", PROBLEM)
+    implementation = ops.Implementation(OP, "broken", broken)
+    dispatch._memo[dispatch._key(OP, args)] = dispatch.Choice(implementation, None, "exact", OP.problem.of(*args))
+    try:
+        with pytest.warns(RuntimeWarning, match="no such instruction"):
+            first.follow(OP, (args[0],), *args)
+        first.follow(OP, (args[0],), *args)
+    finally:
+        dispatch.reload()
+    assert len(calls) == 1
+
+
 def test_out_of_memory_is_the_callers_to_handle():
     args = OP.problem.parse("B1,H1,S32,D16", "bf16").inputs("cpu", 0)
 

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,10 @@ _TYPICAL_EFFICIENCY = 0.5
 
 @dataclass(slots=True)
 class Choice:
-    """What runs for one problem, and why. `calls` counts how often it did; `plan` repeats it at least cost."""
+    """What runs for one problem, and why. `calls` counts how often it did; `plan` repeats it at least cost.
+
+    `spare` runs instead once this one has raised; `following` holds the choices of calls that follow from this one's.
+    """
 
     implementation: Implementation
     config: Config | None
@@ -53,12 +56,16 @@ class Choice:
     verdict: store.Verdict | None = None
     calls: int = 0
     plan: Plan | None = None
+    spare: Choice | None = None
+    following: dict[tuple[Any, ...], Choice] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Outputs:
         """One call of the op. A choice that raises is replaced, for this call and the following ones."""
         self.calls += 1
         if self.plan is not None:
             return self.plan(args)
+        if self.spare is not None:
+            return self.spare(*args)
         try:
             if self.calls == _RECORDED_CALL and self.implementation.space is not None and args[0].is_cuda:
                 outputs, self.plan = record(self._run, args)
@@ -67,7 +74,24 @@ class Choice:
         except torch.OutOfMemoryError:
             raise
         except Exception as broken:
-            return _replace(self, args, broken)
+            self.spare = _spare(self, broken)
+            return self.spare(*args)
+
+    def follow(self, op: Op[Any], new: tuple[torch.Tensor, ...], *args: Any) -> Outputs:
+        """One call of another op, as `run` makes it, whose arguments follow from those of this choice's own call.
+
+        All but `new` are its arguments or its outputs, and the shapes and dtypes of `new` follow from theirs: only
+        strides and alignment of `new` remain to be looked at, which spares the backward pass the making of a key.
+        """
+        key = (op, *[part for each in new for part in (each.stride(), each.data_ptr() & 15)])
+        choice = self.following.get(key) if _forced is None else None
+        if choice is None:
+            if _forced is not None or self.source == "forced":
+                return run(op, *args)
+            choice = _choice(op, args)
+            if _settled(choice):
+                self.following[key] = choice
+        return choice(*args)
 
     def _run(self, *args: Any) -> Outputs:
         first = args[0]
@@ -225,12 +249,16 @@ def _choice(op: Op[Any], args: Sequence[Any]) -> Choice:
     choice = _memo.get(key)
     if choice is None:
         choice = choose(op, op.problem.of(*args), args[0].device)
-        # A choice made blind, because a graph was being captured, is not kept.
-        if choice.gpu is None or choice.gpu in [s.gpu for s in _snapshots.values()]:
+        if _settled(choice):
             while len(_memo) >= _MOST_CHOICES:
                 _memo.pop(next(iter(_memo)), None)
             _memo[key] = choice
     return choice
+
+
+def _settled(choice: Choice) -> bool:
+    """May this choice be kept? Not one made blind, because a graph was being captured."""
+    return choice.gpu is None or choice.gpu in [snapshot.gpu for snapshot in _snapshots.values()]
 
 
 def choose(op: Op[Any], problem: Problem, device: torch.device) -> Choice:
@@ -268,8 +296,8 @@ def _force(op: Op[Any], args: Sequence[Any]) -> Choice | None:
     return Choice(implementation, config, "forced", problem)
 
 
-def _replace(broken: Choice, args: Sequence[Any], error: Exception) -> Outputs:
-    """A choice that raised is put aside: the default config serves from now on, then PyTorch; their errors are real."""
+def _spare(broken: Choice, error: Exception) -> Choice:
+    """What serves instead of a choice that raised: the default config, then PyTorch, whose errors are real."""
     op = broken.implementation.op
     plain = Choice(op.implementations["torch"], None, "fallback", broken.problem, broken.gpu)
     spare = default(op, broken.problem, broken.gpu) if broken.gpu is not None else plain
@@ -282,8 +310,7 @@ def _replace(broken: Choice, args: Sequence[Any], error: Exception) -> Outputs:
         f"{broken.implementation.name} {broken.config or ''} failed ({type(error).__name__}: {str(error)[:200]}); "
         f"{spare.implementation.name} serves instead",
     )
-    _memo[_key(op, args)] = spare
-    return spare(*args)
+    return spare
 
 
 def _warn_once(key: str, text: str) -> None:

@@ -70,7 +70,7 @@ class Plan:
         for start, (x, y, z), function, metadata, template, tensors, descriptors in self._launches:
             full = template.copy()
             for position, slot in tensors:
-                full[position] = slots[slot]
+                full[position] = slots[slot].data_ptr()  # an address spares the launcher asking the driver about it
             for position, slot, describe in descriptors:
                 full[position] = describe(slots[slot])
             # What Triton's own launch comes down to once it has found the compiled kernel; the Nones are its hooks.

@@ -7,6 +7,7 @@ from tilebook import device as devices
 from tilebook import dispatch, op
 from tilebook.tuner.verify import Case, error, floors, verify
 
+GRADS = op.get("mlp_grads_bwd")
 OPS = [op.get(name) for name in ("mlp_up_fwd", "mlp_down_fwd", "mlp_act_bwd")]
 H200 = devices.find("H200")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the kernels themselves")
@@ -50,6 +51,25 @@ def gradients(function, tensors, dy, **options):
 def test_other_configs_are_right_too(each, config):
     for problem in each.problem.examples():
         verify(each.tunable, config, [Case.make(each, problem, "cpu", 1)], repeats=0)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "config",
+    [
+        op.Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=group, num_warps=warps, num_stages=3)
+        for m, n, k, group, warps in ((64, 64, 64, 1, 4), (128, 64, 32, 8, 8), (64, 128, 128, 8, 4))
+    ],
+    ids=repr,
+)
+def test_other_configs_of_the_gradients_are_right_too(config):
+    for problem in GRADS.problem.examples():
+        verify(GRADS.tunable, config, [Case.make(GRADS, problem, "cpu", 1)], repeats=0)
+
+
+def test_large_products_are_left_to_pytorch():
+    assert GRADS.tunable.supports(GRADS.problem.parse("M4096,H768,I3072", "bf16"))
+    assert not GRADS.tunable.supports(GRADS.problem.parse("M8192,H4096,I14336", "bf16"))
 
 
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)

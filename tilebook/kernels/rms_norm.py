@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from tilebook import device as devices
 from tilebook import dispatch, op
+from tilebook.autograd import once
 from tilebook.device import Device
 from tilebook.launch import launch
 from tilebook.op import Config, Cost, Space, powers_of_two
@@ -376,12 +376,13 @@ class _RMSNorm(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         y, rstd = choice(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.choice = choice
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx, dweight = dispatch.run(rms_norm_bwd, dy, *ctx.saved_tensors)
+        dx, dweight = ctx.choice.follow(rms_norm_bwd, (dy,), dy, *ctx.saved_tensors)
         return dx, dweight, None, None
 
 

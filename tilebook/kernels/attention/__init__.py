@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tilebook import dispatch
+from tilebook.autograd import once
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.forward import attention_fwd
 from tilebook.kernels.attention.peers import sdpa
@@ -28,16 +28,17 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:
         o, lse = choice(q, k, v, causal, scale)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.call = causal, scale, choice
         return o
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         if do.stride(-1) != 1:  # a gradient expanded from a sum, say
             do = do.contiguous()
-        return *dispatch.run(attention_bwd, do, q, k, v, o, lse, ctx.causal, ctx.scale), None, None, None
+        causal, scale, choice = ctx.call
+        return *choice.follow(attention_bwd, (do,), do, q, k, v, o, lse, causal, scale), None, None, None
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
