@@ -238,6 +238,47 @@ def import_(file: Path, trust: bool, registry: str | None) -> None:
     click.echo(f"{report.trials} trials and {report.verdicts} verdicts imported", err=True)
 
 
+@main.command()
+@click.argument("what", metavar="FAMILY|OP")
+@click.option("--suite", metavar="NAME", help="A named list of problems: quick, seeds, fa … (default: quick).")
+@click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
+@click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
+@click.option("--most", type=click.IntRange(min=1), help="Configs of each space, chosen at random (default: all).")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path(), help="FILE.jsonl for one problem, else a directory."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Compiler processes (default: one per core).")
+def sweep(
+    what: str,
+    suite: str | None,
+    shapes: tuple[str, ...],
+    dtype: str,
+    direction: str,
+    most: int | None,
+    seed: int,
+    out: Path,
+    workers: int | None,
+) -> None:
+    """Measures the whole space of problems on the GPU that is here and records it, so that searches can be replayed.
+
+    The same command resumes a sweep that was interrupted.
+    """
+    from tilebook import op as ops
+    from tilebook.tuner.sweep import record_problems
+
+    only = None if what in ops.families() else ops.get(what)
+    family = only.family if only else what
+    problems = [each for each in _problems([family], suite, shapes, dtype, direction) if only in (None, each[0])]
+    states = record_problems(problems, out, most=most, seed=seed, workers=workers)
+    for state in states:
+        if state.error:
+            click.echo(f"tilebook: {state.op} {state.label}: {state.error}", err=True)
+    if any(state.error for state in states):
+        raise SystemExit(1)
+
+
 def _print(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False) -> None:
     if format_ == "json":
         click.echo(json.dumps(list(rows), indent=2))

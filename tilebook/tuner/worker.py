@@ -24,7 +24,9 @@ PREPARE_S, ATTEMPT_S, CONFIRM_S, PROBE_S = 180.0, 90.0, 180.0, 20.0
 
 SAMPLES = 15
 SEEDS = (0, 1)
-_FAR = 2.0  # dropped after the first rung when this many times slower than the incumbent
+
+FAR = 2.0
+"""A candidate is dropped after a first estimate when it is this many times slower than the incumbent."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ class _Server:
         facts = {"errors": [[[e.max, e.rms] for e in case] for case in errors]}
         estimate = self._bench.estimate(run)
         incumbent = message["incumbent_ms"]
-        if incumbent is not None and estimate > _FAR * incumbent:
+        if incumbent is not None and estimate > FAR * incumbent:
             text = f"{estimate / incumbent:.1f} times slower than the best so far"
             return reply(Failure.SLOW, text, time_ms=estimate, facts=facts)
         samples = self._bench.capture(run, estimate).samples(SAMPLES)

@@ -85,7 +85,7 @@ SPACE = Space(
         "BLOCK_M": (64, 128, 256),
         "BLOCK_N": (64, 128, 256),
         "BLOCK_K": (32, 64, 128),
-        "GROUP_M": (1, 8),
+        "GROUP_M": (1, 4, 8, 16),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4, 5),
         # 0: pointers; 1: tensor descriptors (TMA) for the operands; 2: for what the epilogue reads and writes too.

@@ -1,0 +1,315 @@
+"""Recorded sweeps: a whole space compiled and measured on one problem, as JSON Lines for searches to be replayed over.
+
+    {"format":"tilebook-sweep","version":1,"op":"attention_fwd","problem":"…","device":{…},"axes":{…},"default":{…},…}
+    {"implementation":"triton","config":{…},"compiled":{…},"status":"ok","time_ms":0.2,"samples_ms":[…],"run_s":0.1}
+
+`run_s` is the wall time that the GPU's worker took over the candidate, verification included; `compiled.seconds` that
+of its compile process. Candidates come in the order in which they were measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from tilebook import device as devices
+from tilebook.device import Device
+from tilebook.op import Config, Op, Problem, UsageError
+from tilebook.registry import Failure, Json, Status
+from tilebook.report.live import view
+from tilebook.tuner.compile import Compiled, CompilePool, CompilerError
+from tilebook.tuner.progress import ProblemState, Run
+from tilebook.tuner.worker import FAR, Attempt, Candidate, GpuRunner, Runner
+
+FORMAT = "tilebook-sweep"
+VERSION = 1
+
+SLOW = 5.0
+"""A candidate this many times slower than the best so far keeps its first estimate and is not sampled."""
+
+_HASH = 16  # hexadecimal digits kept of the hashes that tell machine codes of one sweep apart
+_REASON = 200
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One candidate of a sweep. `compiled` is None for implementations that are not ours to compile."""
+
+    candidate: Candidate
+    compiled: Compiled | None
+    attempt: Attempt
+    run_s: float
+
+    def to_json(self) -> dict[str, Json]:
+        attempt = self.attempt
+        line: dict[str, Json] = {
+            "implementation": self.candidate.implementation,
+            "config": dict(self.candidate.config),
+            "status": self.status,
+            "failure": attempt.failure,
+            "reason": attempt.reason[:_REASON],
+            "time_ms": None if attempt.time_ms is None else round(attempt.time_ms, 6),
+            "samples_ms": [round(sample, 6) for sample in attempt.samples_ms],
+            "run_s": round(self.run_s, 4),
+        }
+        if self.compiled is not None:
+            binaries = tuple(
+                dataclasses.replace(each, hash=each.hash[:_HASH], launch=each.launch[:_HASH])
+                for each in self.compiled.binaries
+            )
+            seconds, reason = round(self.compiled.seconds, 4), self.compiled.reason[:_REASON]
+            short = dataclasses.replace(self.compiled, binaries=binaries, seconds=seconds, reason=reason)
+            line["compiled"] = short.to_json()
+        return line
+
+    @property
+    def status(self) -> Status:
+        if self.attempt.failure is None:
+            return Status.OK
+        compiles = self.compiled is None or self.compiled.failure is None
+        return Status.FAILED if compiles and self.attempt.failure is not Failure.SLOW else Status.REJECTED
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> Self:
+        failure = Failure(line["failure"]) if line["failure"] else None
+        return cls(
+            Candidate(line["implementation"], Config(line["config"])),
+            Compiled.from_json(line["compiled"]) if "compiled" in line else None,
+            Attempt(failure, line["reason"], line["time_ms"], tuple(line["samples_ms"])),
+            line["run_s"],
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as read from its file."""
+
+    header: Mapping[str, Any]
+    measured: tuple[Measured, ...]
+
+    @property
+    def device(self) -> Device:
+        return Device(**self.header["device"])
+
+
+def _line(content: Mapping[str, Json]) -> str:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def read(path: Path) -> Sweep:
+    """The sweep in a file; a last line that was cut short is left out. Raises UsageError on any other file."""
+    with path.open(encoding="utf-8", newline="\n") as stream:
+        try:
+            lines = [json.loads(line) for line in stream if line.endswith("\n")]
+            if not lines or lines[0]["format"] != FORMAT:
+                raise ValueError("it has no header")
+            if lines[0]["version"] != VERSION:
+                raise ValueError(f"its version is {lines[0]['version']!r}, not {VERSION}")
+            return Sweep(lines[0], tuple(Measured.from_json(line) for line in lines[1:]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is not a sweep that can be read: {type(error).__name__}: {error}") from None
+
+
+def plan(
+    op: Op[Any], problem: Problem, gpu: Device, most: int | None, seed: int
+) -> tuple[dict[str, Any], list[Config]]:
+    """The header of a sweep and the configs to measure: the default, then the others in a random order, `most` in all.
+
+    Random, so that a drift of the GPU's clocks is no slope along an axis.
+    """
+    space = op.tunable.space
+    assert space is not None
+    default = space.default(problem, gpu)
+    others = [config for config in space.feasible(problem, gpu) if config != default]
+    random.Random(seed).shuffle(others)
+    configs = [default, *others]
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "op": op.name,
+        "problem": problem.key,
+        "label": problem.label,
+        "device": dataclasses.asdict(gpu),
+        "environment": dict(devices.environment()),
+        "kernel": op.digest,
+        "axes": {axis: list(values) for axis, values in space.axes.items()},
+        "default": dict(default),
+        "feasible": len(configs),
+        "whole": most is None or most >= len(configs),
+        "configs": len(configs[:most]),
+        "seed": seed,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return header, configs[:most]
+
+
+def resume(path: Path, header: Mapping[str, Any]) -> tuple[Measured, ...]:
+    """What a sweep with this header has measured into the file before, which is created or cut after its last whole
+    line. Raises UsageError where the file is something else."""
+    text = path.read_bytes() if path.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if not whole:
+        beginning = _line({"format": FORMAT}).encode()[:-2]
+        if not beginning.startswith(text[: len(beginning)]):
+            raise UsageError(f"{path} is not a sweep")
+        path.write_text(_line(header), encoding="utf-8", newline="\n")
+        return ()
+    found = read(path)
+    for field in header:
+        if field != "created_at" and found.header.get(field) != header[field]:
+            raise UsageError(f"{path} is a sweep of something else ({field} differs): give another --out")
+    with path.open("r+b") as stream:
+        stream.truncate(len(whole))
+    return found.measured
+
+
+class Recorder:
+    """Measures candidates into an open sweep file, line by line."""
+
+    def __init__(self, stream: TextIO, runner: Runner, state: ProblemState, run: Run, default: Config) -> None:
+        self._stream, self._runner, self._state, self._run, self._default = stream, runner, state, run, default
+        self._best_ms: float | None = None
+
+    def note(self, measured: Measured) -> None:
+        """Counts a candidate in the view."""
+        state, attempt, ours = self._state, measured.attempt, measured.compiled is not None
+        state.compiled += ours
+        if attempt.failure is None:
+            state.passed += 1
+            state.verified += 1
+            state.timed += 1
+        else:
+            state.rejected[attempt.failure] += 1
+        if ours and attempt.failure is None and attempt.time_ms is not None:
+            if measured.candidate.config == self._default:
+                state.default_ms = attempt.time_ms
+            if self._best_ms is None or attempt.time_ms < self._best_ms:
+                self._best_ms = state.best_ms = attempt.time_ms
+                state.best = str(measured.candidate)
+        self._run.changed()
+
+    def record(self, candidate: Candidate, compiled: Compiled | None) -> None:
+        """Measures the candidate if it compiled, and appends its line."""
+        began = time.monotonic()
+        if compiled is not None and compiled.failure is not None:
+            measured = Measured(candidate, compiled, Attempt(Failure(compiled.failure), compiled.reason), 0.0)
+        else:
+            attempt = self._attempt(candidate, compiled is not None)
+            measured = Measured(candidate, compiled, attempt, time.monotonic() - began)
+        self._stream.write(_line(measured.to_json()))
+        self._stream.flush()
+        self.note(measured)
+
+    def _attempt(self, candidate: Candidate, ours: bool) -> Attempt:
+        best = self._best_ms if ours and candidate.config != self._default else None
+        # The runner drops what is FAR times slower than the incumbent it is told.
+        attempt = self._runner.attempt(candidate, None if best is None else best * SLOW / FAR)
+        if attempt.failure is Failure.SLOW and attempt.time_ms is not None and best is not None:
+            reason = f"{attempt.time_ms / best:.1f} times slower than the best so far; time_ms is a first estimate"
+            attempt = dataclasses.replace(attempt, reason=reason)
+        return attempt
+
+
+def _compiled(futures: Mapping[Future[Compiled], Config]) -> Iterator[tuple[Config, Compiled]]:
+    """The candidates as they come from the compilers."""
+    for future in as_completed(futures):
+        try:
+            yield futures[future], future.result()
+        except CompilerError as error:
+            gist = str(error).strip().splitlines()[-1]
+            yield futures[future], Compiled((), 0.0, Failure.COMPILE_ERROR.value, gist)
+
+
+def record(
+    op: Op[Any],
+    problem: Problem,
+    gpu: Device,
+    path: Path,
+    pool: CompilePool,
+    runner: Runner,
+    run: Run,
+    most: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Records one problem's sweep into `path`, or what an interrupted run left of it.
+
+    Raises UsageError where the file holds something else. A problem that the GPU cannot hold is the state's `error`.
+    """
+    header, configs = plan(op, problem, gpu, most, seed)
+    before = resume(path, header)
+    known = {measured.candidate for measured in before}
+    ours = op.tunable.name
+    others = [
+        Candidate(each.name)
+        for each in op.implementations.values()
+        if each.space is None and each.can_run(problem, gpu) and Candidate(each.name) not in known
+    ]
+    left = [config for config in configs if Candidate(ours, config) not in known]
+    feasible, space = header["feasible"], len(op.tunable.space or ())
+    state = ProblemState(op.name, problem.label, feasible, space - feasible, len(before) + len(left) + len(others))
+    run.begin(state)
+    try:
+        with path.open("a", encoding="utf-8", newline="\n") as stream:
+            recorder = Recorder(stream, runner, state, run, configs[0])
+            for measured in before:
+                recorder.note(measured)
+            # All of them at once: the compilers keep ahead of the GPU, which prepares and measures meanwhile.
+            futures = {pool.submit(op.name, ours, problem.key, config): config for config in left}
+            try:
+                if left or others:
+                    runner.prepare(op, problem)
+                for candidate in others:
+                    recorder.record(candidate, None)
+                for config, compiled in _compiled(futures):
+                    recorder.record(Candidate(ours, config), compiled)
+            finally:
+                for future in futures:
+                    future.cancel()
+    except RuntimeError as broken:
+        state.error = str(broken)
+    finally:
+        run.end()
+
+
+def record_problems(
+    problems: Sequence[tuple[Op[Any], Problem]],
+    out: Path,
+    *,
+    most: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+) -> list[ProblemState]:
+    """Records a sweep of each problem on the GPU that is here, into `out`: a file.jsonl for one, else a directory.
+
+    Raises UsageError without a GPU, and where a file holds another sweep.
+    """
+    if not devices.present():
+        raise UsageError("there is no GPU here, and a sweep is measured or it is nothing")
+    single = out.suffix == ".jsonl"
+    if single and len(problems) != 1:
+        raise UsageError(f"{len(problems)} problems do not go into one file: give --out a directory")
+    (out.parent if single else out).mkdir(parents=True, exist_ok=True)
+    gpu, runner = devices.current(), GpuRunner()
+    with CompilePool(gpu, workers) as pool:
+        try:
+            runner.start()
+            with view(len(problems), True, None) as run:
+                for op, problem in problems:
+                    path = out if single else out / file_name(op, problem)
+                    record(op, problem, gpu, path, pool, runner, run, most, seed)
+        finally:
+            runner.close()
+    return run.done
+
+
+def file_name(op: Op[Any], problem: Problem) -> str:
+    dtype = getattr(problem, "dtype", "")
+    return "-".join([op.name, *problem.label.split(","), dtype]) + ".jsonl"
