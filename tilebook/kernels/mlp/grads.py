@@ -135,7 +135,7 @@ SPACE = Space(
 @triton.jit
 def _outer(
     a, b, out, lda, ldb, tile, R, C, K,
-    EVEN_R: tl.constexpr, EVEN_C: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_R: tl.constexpr, EVEN_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tile number `tile` of out (R, C) = aᵀ b, for a (K, R) and b (K, C)."""
@@ -147,14 +147,15 @@ def _outer(
     b_ptrs = b + depth[:, None].to(tl.int64) * ldb + columns[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
-        a_mask = None if EVEN_K else (depth < K - k)[:, None]
-        b_mask = a_mask
+        # Masked always: K is the number of tokens, and a kernel for each way it divides would be one too many.
+        left_mask = (depth < K - k)[:, None]
+        right_mask = left_mask
         if not EVEN_R:
-            a_mask = (rows < R)[None, :] if EVEN_K else a_mask & (rows < R)[None, :]
+            left_mask = left_mask & (rows < R)[None, :]
         if not EVEN_C:
-            b_mask = (columns < C)[None, :] if EVEN_K else b_mask & (columns < C)[None, :]
-        left = tl.load(a_ptrs, mask=a_mask, other=None if a_mask is None else 0.0)
-        right = tl.load(b_ptrs, mask=b_mask, other=None if b_mask is None else 0.0)
+            right_mask = right_mask & (columns < C)[None, :]
+        left = tl.load(a_ptrs, mask=left_mask, other=0.0)
+        right = tl.load(b_ptrs, mask=right_mask, other=0.0)
         acc = tl.dot(left.T, right, acc)
         a_ptrs += BLOCK_K * lda
         b_ptrs += BLOCK_K * ldb
@@ -177,14 +178,13 @@ def _column_sums(a, out, lda, c0, C, K, ROWS: tl.constexpr, COLUMNS: tl.constexp
 @triton.jit(do_not_specialize=["M"])
 def grads_kernel(
     dy, h, dz, x, w1, dx, dw1, db1, dw2, db2, ldy, ldx, ldw, M, WIDTH, INNER,
-    EVEN_M: tl.constexpr, EVEN_H: tl.constexpr, EVEN_I: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_I: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The longest tiles first: those of dW1 and dW2, which sum over all rows, then those of dx, then the bias sums.
 
-    EVEN_M, EVEN_DEPTH: BLOCK_K divides M, INNER. EVEN_H, EVEN_I: BLOCK_M and BLOCK_N divide WIDTH, INNER.
-    EVEN_N: BLOCK_N divides WIDTH.
+    EVEN_H, EVEN_I: BLOCK_M and BLOCK_N divide WIDTH, INNER. EVEN_N: BLOCK_N divides WIDTH. EVEN_DEPTH: BLOCK_K, INNER.
     """
     pid = tl.program_id(0)
     n_w1 = tl.cdiv(INNER, BLOCK_M) * tl.cdiv(WIDTH, BLOCK_N)
@@ -192,9 +192,9 @@ def grads_kernel(
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(WIDTH, BLOCK_N)
     n_x = tiles_m * tiles_n
     if pid < n_w1:
-        _outer(dz, x, dw1, INNER, ldx, pid, INNER, WIDTH, M, EVEN_I, EVEN_H, EVEN_M, BLOCK_M, BLOCK_N, BLOCK_K)
+        _outer(dz, x, dw1, INNER, ldx, pid, INNER, WIDTH, M, EVEN_I, EVEN_H, BLOCK_M, BLOCK_N, BLOCK_K)
     elif pid < n_w1 + n_w2:
-        _outer(dy, h, dw2, ldy, INNER, pid - n_w1, WIDTH, INNER, M, EVEN_H, EVEN_I, EVEN_M, BLOCK_M, BLOCK_N, BLOCK_K)
+        _outer(dy, h, dw2, ldy, INNER, pid - n_w1, WIDTH, INNER, M, EVEN_H, EVEN_I, BLOCK_M, BLOCK_N, BLOCK_K)
     elif pid < n_w1 + n_w2 + n_x:
         tile = pid - n_w1 - n_w2
         first = tile // (GROUP_M * tiles_n) * GROUP_M
@@ -238,7 +238,6 @@ def _triton(
         (tiles + triton.cdiv(inner, columns) + triton.cdiv(width, columns),),
         *(dy, h, dz, x, w1, dx, dw1, db1, dw2, db2),
         *(dy.stride(0), x.stride(0), w1.stride(0), m, width, inner),
-        EVEN_M=m % block_k == 0,
         EVEN_H=width % block_m == 0 and width % block_n == 0,
         EVEN_I=inner % block_m == 0 and inner % block_n == 0,
         EVEN_DEPTH=inner % block_k == 0,
