@@ -31,7 +31,7 @@ Json = dict[str, Any]
 
 _TICK_S = 0.2  # how often a silent child is checked for having died behind an inherited, still open pipe
 _GRACE_S = 2.0  # for a child to leave by itself once its stdin is closed
-_REAP_S = 4.0  # for a SIGKILLed child to vanish; one that hangs in a GPU driver may never do so
+_REAP_S = 3.5  # for a SIGKILLed child to vanish; one that hangs in a GPU driver may never do so
 _MARK = "TILEBOOK_CHILD"  # names, in the environment of a child and all it starts, the process they belong to
 _KEPT_STDERR = 1 << 18  # Triton prints the whole program below the one line that says what is wrong with it
 _SHOWN_STDERR = 2_048
@@ -303,14 +303,15 @@ def left_behind(spared: Collection[int] = ()) -> int:
 
     Daemons are among them: a serving child adopts whatever its descendants leave behind.
     """
-    killed = 0
+    found = 0
     with suppress(ChildProcessError):  # no children at all, which is the rule
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         while stray := [pid for pid in children() if pid not in spared]:
             for pid in stray:
                 os.kill(pid, signal.SIGKILL)  # it cannot be gone: nobody but us waits for it
-                killed += os.waitpid(pid, 0)[1] == signal.SIGKILL  # else it had ended, and was only not waited for
-    return killed
+                os.waitpid(pid, 0)
+                found += 1
+    return found
 
 
 def children() -> list[int]:
