@@ -166,7 +166,7 @@ def test_poisoned_allocations_keep_shape_strides_and_alignment():
     assert made.stride() == (1, 4)
     assert made.isnan().all()
     assert made.data_ptr() % 16 == 0
-    assert (counts == 0x5A).all()
+    assert (counts == 0x2A).all()
     assert guard.guards_intact()
 
 

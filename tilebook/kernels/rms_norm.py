@@ -48,7 +48,9 @@ class Problem(op.Problem):
         return Cost(4.0 * elements, float(itemsize * (2 * elements + self.width) + 4 * self.rows))
 
     def neighbours(self) -> Sequence[Self]:
-        return [dataclasses.replace(self, rows=rows) for rows in (333, 1) if rows != self.rows]
+        more = min(max(1024, 2 * self.rows), (1 << 26) // self.width)  # cheap, and yet more than any GPU runs at once
+        rows = [333, 1, *([more] if more > self.rows else [])]
+        return [dataclasses.replace(self, rows=each) for each in rows if each != self.rows]
 
     @classmethod
     def examples(cls) -> Sequence[Self]:

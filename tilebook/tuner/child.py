@@ -2,7 +2,7 @@
 
 Compilers abort and kernels hang, so neither runs in the user's process. A child is `python -m some.module`, never a
 re-import of the user's `__main__`; it lives in a session of its own, so that Ctrl-C reaches only the parent and so that
-killing its process group takes what it started along.
+killing its process group takes what it started along. What left the group is known by a variable in its environment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,8 @@ Json = dict[str, Any]
 
 _TICK_S = 0.2  # how often a silent child is checked for having died behind an inherited, still open pipe
 _GRACE_S = 2.0  # for a child to leave by itself once its stdin is closed
-_REAP_S = 10.0  # for a SIGKILLed child to vanish; one that hangs in a GPU driver may never do so
+_REAP_S = 3.5  # for a SIGKILLed child to vanish; one that hangs in a GPU driver may never do so
+_MARK = "TILEBOOK_CHILD"  # names, in the environment of a child and all it starts, the process they belong to
 _KEPT_STDERR = 1 << 18  # Triton prints the whole program below the one line that says what is wrong with it
 _SHOWN_STDERR = 2_048
 _MAX_REPLY = 64 << 20
@@ -73,6 +75,7 @@ class Child:
         self._env = dict(env or {})
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._mark = b""
         self._spawned = 0
         self._asked = 0  # requests sent to this process; each carries its number and so must its reply
         self._ready = False
@@ -106,7 +109,9 @@ class Child:
         with self._guard:
             if self._process is not None:
                 return
-            self._process = _spawn(self._command, _environment(self._env))
+            name = uuid.uuid4().hex
+            self._mark = f"{_MARK}={name}".encode()
+            self._process = _spawn(self._command, _environment({**self._env, _MARK: name}))
             for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
                 assert pipe is not None
                 os.set_blocking(pipe.fileno(), False)
@@ -238,7 +243,7 @@ class Child:
         return kind(f"{self.name} {self._reap()}" + (f"; the end of its stderr:\n{tail}" if tail else ""))
 
     def _reap(self) -> str:
-        """Kills what is left of the process group, waits for the child, and says how it ended."""
+        """Kills what is left of the child and of what it started, waits for the child, and says how it ended."""
         with self._guard:
             process, self._process = self._process, None
             if process is None:
@@ -247,6 +252,7 @@ class Child:
             _kill_group(process)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_REAP_S)
+            _kill_marked(self._mark)
             for pipe in (process.stdin, process.stdout, process.stderr):
                 assert pipe is not None
                 with suppress(OSError):
@@ -267,7 +273,8 @@ def serve(handle: Callable[[Json], Json]) -> NoReturn:
     Replies travel on a private copy of stdout; stdout itself then means stderr, so that what libraries print cannot
     corrupt them, and stdin is empty.
     """
-    _die_with_parent()
+    _adopt_and_die_with_parent()
+    served_by = os.getpid()
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -281,12 +288,41 @@ def serve(handle: Callable[[Json], Json]) -> NoReturn:
         except Exception as error:
             trace = "".join(traceback.format_exception(error))[-8_000:]
             text = json.dumps({"error": {"type": type(error).__name__, "text": str(error), "traceback": trace}})
+        if os.getpid() != served_by:  # the handler forked, and this is the copy: it has nothing to say
+            os._exit(0)
         # A parent that is gone cannot be told so.
         with suppress(BrokenPipeError):
             replies.write(f"[{number},{text}]\n".encode())
             replies.flush()
     # Not sys.exit: a library's threads or exit handlers could hang, and nobody waits for them.
     os._exit(0)
+
+
+def left_behind(spared: Collection[int] = ()) -> int:
+    """In a serving child: kills what it has started and not waited for but `spared`, and says how many that were.
+
+    Daemons are among them: a serving child adopts whatever its descendants leave behind.
+    """
+    found = 0
+    with suppress(ChildProcessError):  # no children at all, which is the rule
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        while stray := [pid for pid in children() if pid not in spared]:
+            for pid in stray:
+                os.kill(pid, signal.SIGKILL)  # it cannot be gone: nobody but us waits for it
+                os.waitpid(pid, 0)
+                found += 1
+    return found
+
+
+def children() -> list[int]:
+    """The processes whose parent is this one, as far as Linux tells."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            # The name in parentheses may hold anything; after it come the state and the parent.
+            if int((entry / "stat").read_bytes().rsplit(b")", 1)[1].split()[1]) == os.getpid():
+                found.append(int(entry.name))
+    return found
 
 
 _READY = b"[0,{}]"
@@ -327,6 +363,24 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def _kill_marked(mark: bytes) -> None:
+    """Kills what carries `mark` in its environment: what a child started and sent out of its process group."""
+    deadline = time.monotonic() + 1.0
+    while sys.platform == "linux" and time.monotonic() < deadline:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            # Others' processes cannot be read; those that have ended have no environment any more.
+            with suppress(OSError):
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+        if not found:
+            return
+        for pid in found:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
 Order = tuple[list[str], dict[str, str], "Future[subprocess.Popen[bytes]]"]
 
 
@@ -364,8 +418,13 @@ def _spawn(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
     return made.result()
 
 
-def _die_with_parent() -> None:
-    """A child busy in a hung call does not see its stdin close; Linux can end it with its parent."""
+def _adopt_and_die_with_parent() -> None:
+    """A child busy in a hung call does not see its stdin close; Linux can end it with its parent.
+
+    And it can make the child, not init, the parent of what its own children leave behind.
+    """
     if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+        pr_set_pdeathsig, pr_set_child_subreaper = 1, 36
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(pr_set_child_subreaper, 1, 0, 0, 0)

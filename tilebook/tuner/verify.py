@@ -1,12 +1,18 @@
 """Is a candidate right? Judged before it is timed, against the fp32 truth, with PyTorch's same-dtype error as the rule.
 
 The candidate runs on inputs that lie between guard bands, with outputs and scratch poisoned; it must leave inputs and
-guard bands as they were, write every element, repeat bit for bit, and err at most `FACTOR` times as much as PyTorch.
+guard bands as they were, write every element, repeat bit for bit, and err at most `FACTOR` times as much as PyTorch. It
+does so on several seeds, on the neighbours of its problem and on inputs with outliers; a finalist does it again on
+inputs that nothing in the run has seen.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,7 +25,16 @@ FACTOR = 2.0
 """A candidate may err this many times as much as PyTorch's implementation in the same dtype."""
 
 GUARD = 2048
-"""Elements before and after every tensor that must come back untouched; keeps the tensor's alignment."""
+"""Elements before and after every tensor, at least, that must come back untouched; keeps the tensor's alignment."""
+
+SEEDS = (0, 1)
+"""Every candidate is judged on the tuned problem with these; neighbours and finalists have seeds of their own."""
+
+FINAL_REPEATS = 50
+"""A race that shows in every tenth run gets past this many with probability 0.5 %."""
+
+OUTLIER, OUTLIER_EVERY = 32.0, 61
+"""Every so-manieth input is this many times as large: attention's scores then pass the end of fp32's `exp`."""
 
 # Statistics kept in fp32 beside 16-bit results (log-sum-exp, rstd): 1e-5 of them moves a result by far less than its
 # rounding, whatever error PyTorch's own path happens to have in them.
@@ -40,6 +55,10 @@ class Wrong(Exception):
 
 class NotRepeatable(Wrong):
     """Two runs on the same inputs differ, though the implementation is declared deterministic."""
+
+
+class NoYardstick(RuntimeError):
+    """PyTorch's own answer is not finite where the truth is: nothing says how large an error may be."""
 
 
 def error(output: torch.Tensor, truth: torch.Tensor) -> Error:
@@ -65,37 +84,85 @@ def floors(truth: torch.Tensor, dtype: torch.dtype, problem_dtype: torch.dtype) 
     return Error(step / 2 * largest, step / 4 * finite.square().mean(dtype=torch.float64).sqrt().item())
 
 
-class Poisoned(TorchFunctionMode):
-    """Inside it, `torch.empty` and its kin return NaN (integers: a bit pattern) between guard bands."""
+class Outliers(TorchFunctionMode):
+    """Inside it `torch.randn`, which problems make their inputs of, has a heavy tail."""
 
-    _ALLOCATORS = frozenset(
-        {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided}
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.randn:
+            made.view(-1)[::OUTLIER_EVERY] *= OUTLIER
+        return made
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INPUT, _SCRATCH = 0x15, 0x2A  # told apart, so that copying one guard band into another is seen
+
+
+@functools.cache
+def _poison(dtype: torch.dtype, mark: int) -> int:
+    """The bits of a NaN that no arithmetic makes, where the dtype has more than one; else of a number."""
+    if not dtype.is_floating_point:
+        return 1 if dtype is torch.bool else mark
+    nan = int(torch.full((), float("nan"), dtype=dtype).view(_BITS[dtype.itemsize]).item())
+    return nan | mark if dtype.itemsize > 1 else nan
+
+
+class Poisoned(TorchFunctionMode):
+    """Inside it, `torch.empty` and its kin return poison between guard bands; `torch.zeros` … get bands alone."""
+
+    _EMPTY = frozenset(
+        {
+            torch.empty,
+            torch.empty_like,
+            torch.empty_permuted,
+            torch.empty_strided,
+            torch.Tensor.new_empty,
+            torch.Tensor.new_empty_strided,
+        }
+    )
+    _FILLED = frozenset(
+        {
+            torch.full,
+            torch.full_like,
+            torch.ones,
+            torch.ones_like,
+            torch.zeros,
+            torch.zeros_like,
+            torch.Tensor.new_full,
+            torch.Tensor.new_ones,
+            torch.Tensor.new_zeros,
+        }
     )
 
     def __init__(self) -> None:
         super().__init__()
-        self._buffers: list[torch.Tensor] = []
+        self._bands: list[tuple[torch.Tensor, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        return self.place(made) if func in self._ALLOCATORS and made.device.type != "meta" else made
+        filled = func in self._FILLED
+        if not (filled or func in self._EMPTY) or made.device.type == "meta" or "out" in (kwargs or {}):
+            return made
+        return self.place(made, made if filled else None)
 
-    def place(self, like: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
+    def place(self, like: torch.Tensor, values: torch.Tensor | None = None, mark: int = _SCRATCH) -> torch.Tensor:
         """A tensor of the same shape and strides between guard bands, poisoned or holding `values`."""
         extent = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
         extent = extent if like.numel() else 0
-        poison = float("nan") if like.dtype.is_floating_point else 0x5A
-        buffer = torch.full((extent + 2 * GUARD,), poison, dtype=like.dtype, device=like.device)
-        placed = buffer.as_strided(like.shape, like.stride(), GUARD)
+        # A write to any column of the row after the last must land in the band.
+        rows = 2 * like.stride(-2) if like.ndim > 1 else 0
+        guard = max(1, -(-rows // GUARD)) * GUARD
+        poison = _poison(like.dtype, mark)
+        buffer = torch.full((extent + 2 * guard,), poison, dtype=_BITS[like.dtype.itemsize], device=like.device)
+        placed = buffer.view(like.dtype).as_strided(like.shape, like.stride(), guard)
         if values is not None:
             placed.copy_(values)
-        self._buffers.append(buffer)
+        self._bands += [(buffer[:guard], poison), (buffer[-guard:], poison)]
         return placed
 
     def guards_intact(self) -> bool:
-        bands = [band for buffer in self._buffers for band in (buffer[:GUARD], buffer[-GUARD:])]
-        intact = [(band.isnan() if band.dtype.is_floating_point else band == 0x5A).all() for band in bands]
-        return bool(torch.stack(intact).all()) if intact else True
+        touched = [(band != poison).any() for band, poison in self._bands]
+        return not torch.stack(touched).any() if touched else True
 
 
 @dataclass
@@ -103,23 +170,30 @@ class Case:
     """One problem with one seed: its inputs, the truth, and the error each output is allowed."""
 
     problem: Problem
-    seed: int
+    label: str
     inputs: tuple[Any, ...]
     truth: tuple[torch.Tensor, ...]
+    dtypes: tuple[torch.dtype, ...]
     allowed: tuple[Error, ...]
     yardstick: tuple[Error, ...]
 
     @classmethod
-    def make(cls, op: Op[Any], problem: Problem, device: torch.device | str, seed: int) -> Self:
-        inputs = problem.inputs(device, seed)
+    def make(cls, op: Op[Any], problem: Problem, device: torch.device | str, seed: int, outliers: bool = False) -> Self:
+        """Raises NoYardstick where PyTorch's answer overflows."""
+        label = f"{problem.label} (seed {seed}{', with outliers' if outliers else ''})"
+        with Outliers() if outliers else nullcontext():
+            inputs = problem.inputs(device, seed)
         truth = truths(op, inputs)
         plain = op.implementations["torch"](*inputs)
         yardstick = tuple(error(output, right) for output, right in zip(plain, truth, strict=True))
+        if not all(math.isfinite(theirs.max) for theirs in yardstick):
+            raise NoYardstick(f"PyTorch's answer to {label} is not finite")
         allowed = []
         for output, right, theirs in zip(plain, truth, yardstick, strict=True):
             floor = floors(right, output.dtype, problem.torch_dtype)
             allowed.append(Error(FACTOR * theirs.max + floor.max, FACTOR * theirs.rms + floor.rms))
-        return cls(problem, seed, inputs, truth, tuple(allowed), yardstick)
+        dtypes = tuple(output.dtype for output in plain)
+        return cls(problem, label, inputs, truth, dtypes, tuple(allowed), yardstick)
 
     def judge(self, outputs: Sequence[torch.Tensor]) -> tuple[Error, ...]:
         """The errors of these outputs. Raises Wrong where one is larger than allowed."""
@@ -129,12 +203,14 @@ class Case:
         for index, (output, truth, allowed) in enumerate(zip(outputs, self.truth, self.allowed, strict=True)):
             if output.shape != truth.shape:
                 raise Wrong(f"output {index} has shape {tuple(output.shape)} instead of {tuple(truth.shape)}")
+            if output.dtype != self.dtypes[index]:
+                raise Wrong(f"output {index} is {output.dtype} instead of {self.dtypes[index]}")
             seen = error(output, truth)
             if not (seen.max <= allowed.max and seen.rms <= allowed.rms):
                 worst = (output.float() - truth).abs().nan_to_num(torch.inf).argmax().item()
                 at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), truth.shape))
                 raise Wrong(
-                    f"output {index} of {self.problem.label} (seed {self.seed}): max error {seen.max:.3g} "
+                    f"output {index} of {self.label}: max error {seen.max:.3g} "
                     f"(allowed {allowed.max:.3g}), rms {seen.rms:.3g} (allowed {allowed.rms:.3g}), worst at {at}"
                 )
             found.append(seen)
@@ -154,21 +230,41 @@ def truths(op: Op[Any], inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
+def trial_cases(op: Op[Any], problem: Problem, device: torch.device | str) -> list[Case]:
+    """What every candidate must get right before it is timed: the problem itself first."""
+    near = problem.neighbours()
+    cases = [Case.make(op, problem, device, seed) for seed in SEEDS]
+    cases += [Case.make(op, each, device, max(SEEDS) + 1) for each in near]
+    return cases + _with_outliers(op, near[0] if near else problem, device, max(SEEDS) + 2)
+
+
+def final_cases(op: Op[Any], problem: Problem, device: torch.device | str, seed: int) -> list[Case]:
+    """The same on numbers that no candidate has met in this run, whose seed is `seed`; outliers at full size."""
+    fresh = random.Random(f"finals {seed}")
+    cases = [Case.make(op, each, device, fresh.randrange(1000, 1 << 30)) for each in (problem, *problem.neighbours())]
+    return cases + _with_outliers(op, problem, device, fresh.randrange(1000, 1 << 30))
+
+
+def _with_outliers(op: Op[Any], problem: Problem, device: torch.device | str, seed: int) -> list[Case]:
+    """None where PyTorch cannot do it either."""
+    try:
+        return [Case.make(op, problem, device, seed, outliers=True)]
+    except NoYardstick:
+        return []
+
+
 def run_guarded(implementation: Implementation, config: Config | None, case: Case) -> tuple[torch.Tensor, ...]:
     """One poisoned run. Raises Wrong where the candidate changed an input or wrote outside its tensors."""
     guard = Poisoned()
-    inputs = tuple(guard.place(a, a) if isinstance(a, torch.Tensor) else a for a in case.inputs)
+    inputs = tuple(guard.place(a, a, _INPUT) if isinstance(a, torch.Tensor) else a for a in case.inputs)
     with guard, torch.no_grad():
         outputs = implementation(*inputs, config=config)
     for index, (now, before) in enumerate(zip(inputs, case.inputs, strict=True)):
         if isinstance(now, torch.Tensor) and not _same_bits(now, before):
-            raise Wrong(f"changed its input {index} on {case.problem.label}")
+            raise Wrong(f"changed its input {index} on {case.label}")
     if not guard.guards_intact():
-        raise Wrong(f"wrote outside its tensors on {case.problem.label}")
+        raise Wrong(f"wrote outside its tensors on {case.label}")
     return outputs
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -185,9 +281,17 @@ def verify(
         outputs = run_guarded(implementation, config, case)
         found.append(case.judge(outputs))
         first = first or outputs
-    if implementation.deterministic and first is not None:
-        for _ in range(repeats):
-            again = run_guarded(implementation, config, cases[0])
-            if not all(_same_bits(a, b) for a, b in zip(first, again, strict=True)):
-                raise NotRepeatable(f"two runs on {cases[0].problem.label} gave different bits")
+    for _ in range(repeats if first else 0):
+        _repeat(implementation, config, cases[0], first or ())
     return tuple(found)
+
+
+def _repeat(implementation: Implementation, config: Config | None, case: Case, first: tuple[torch.Tensor, ...]) -> None:
+    """Once more, in memory of its own: the same bits, or as right where other bits are declared."""
+    again = run_guarded(implementation, config, case)
+    if any(a.numel() and a.data_ptr() == b.data_ptr() for a, b in zip(first, again, strict=True)):
+        raise Wrong(f"returned the memory of an earlier result on {case.label}")
+    if not implementation.deterministic:
+        case.judge(again)
+    elif not all(_same_bits(a, b) for a, b in zip(first, again, strict=True)):
+        raise NotRepeatable(f"two runs on {case.label} gave different bits")

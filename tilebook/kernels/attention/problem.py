@@ -80,8 +80,14 @@ class ForwardProblem(Problem):
     def neighbours(self) -> Sequence[Self]:
         group = self.heads // self.heads_kv
         few = replace(self, batch=2, heads=2 * group, heads_kv=2)
-        # Ragged in both lengths, with whole blocks before the ragged one for every block size.
-        return replace(few, seq_q=453, seq_k=453), replace(few, seq_q=197, seq_k=333)
+        longer = min(max(1024, 2 * max(self.seq_q, self.seq_k)), 32768)
+        # Ragged in both lengths, with whole blocks before the ragged one for every block size. Then longer; where that
+        # costs little, with more blocks than a GPU runs at once.
+        return (
+            replace(few, seq_q=453, seq_k=453),
+            replace(few, seq_q=197, seq_k=333),
+            replace(few, seq_q=longer, seq_k=longer, batch=9 if longer <= 2048 else 1),
+        )
 
     @classmethod
     def examples(cls) -> Sequence[Self]:

@@ -14,6 +14,8 @@ from tilebook.op import Cost
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 
+_MOST_ELEMENTS = 1 << 26  # of a neighbour's tensor: verification must stay cheap
+
 
 @dataclass(frozen=True)
 class Problem(op.Problem):
@@ -44,7 +46,9 @@ class Problem(op.Problem):
 
     def neighbours(self) -> Sequence[Self]:
         # The same widths, hence the same binary: another one would have to be compiled for the check alone.
-        return [dataclasses.replace(self, rows=rows) for rows in (333, 1) if rows != self.rows]
+        more = min(max(1024, 2 * self.rows), _MOST_ELEMENTS // max(self.width, self.inner))
+        rows = [333, 1, *([more] if more > self.rows else [])]
+        return [dataclasses.replace(self, rows=each) for each in rows if each != self.rows]
 
     @classmethod
     def examples(cls) -> Sequence[Self]:

@@ -1,0 +1,158 @@
+"""Runs injected failures on the GPU, several workers at a time, and says what became of them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from failing_op import FAILING
+from injected import Pair, problems
+from injected_tune import tune_injected
+
+from tilebook import device as devices
+from tilebook.tuner.child import Child
+from tilebook.tuner.worker import GpuRunner, Limits
+
+EXPECTED = {
+    "compile_error": {"compile_error"},
+    "out_of_resources": {"out_of_resources"},
+    "illegal_access": {"run_error", "worker_died"},
+    "misaligned_access": {"run_error", "worker_died"},
+    "trap": {"run_error", "worker_died"},
+    "long_loop": {"run_timeout"},
+    "ignored_sigterm": {"run_timeout"},
+    "forked_child": {"run_error"},
+    "unknown_exception": {"run_error"},
+    "killed_worker": {"worker_died"},
+}
+CHEAP = ("compile_error", "out_of_resources", "forked_child", "unknown_exception")
+"""The kinds that leave the worker alive; each of the others costs a new one, seconds of importing PyTorch."""
+
+HANGING = ("long_loop", "ignored_sigterm")
+LIMIT_S = 3.0
+"""Of an attempt of the kinds that hang."""
+
+_SHARE = 7  # bad candidates of a problem whose every candidate costs a new worker
+
+
+@dataclass
+class Kind:
+    """What became of one kind's candidates."""
+
+    count: int = 0
+    classes: Counter[str] = field(default_factory=Counter)
+    served: int = 0
+    aborted: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+    errors: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    kinds: dict[str, Kind]
+    overrun_s: float  # of the worst time-out, until the worker was gone
+    orphans: int
+    memory_lost_mib: float
+    seconds: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
+    """Tunes problems with so many bad candidates of each kind, `workers` at a time on the one GPU."""
+    torch.zeros(1, device="cuda")
+    before, began, overruns = _free_mib(), time.monotonic(), _Overruns()
+    kinds = {kind: Kind(count) for kind, count in counts.items()}
+    tasks = [
+        (kind, problem)
+        for kind in sorted(counts, key=lambda k: (k not in HANGING, k in CHEAP))  # the longest first
+        for problem in problems(kind, counts[kind], most=25 if kind in CHEAP else _SHARE)
+    ]
+    runners: dict[tuple[int, bool], GpuRunner] = {}
+    lock = threading.Lock()
+
+    def tune(number: int, kind: str, problem: Pair) -> None:
+        start = time.monotonic()
+        hangs = kind in HANGING
+        limits = Limits(attempt_s=LIMIT_S) if hangs else Limits()
+        key = threading.get_ident(), hangs
+        with lock:
+            runner = runners.setdefault(key, GpuRunner(0, limits, ["failing_op"]))
+        path = directory / f"{number}.db"
+        outcome = tune_injected(path, FAILING, [problem], runner, devices.current(), devices.environment())
+        with lock:
+            found = kinds[kind]
+            found.classes += outcome.classes
+            found.served += outcome.served
+            found.aborted += outcome.aborted
+            found.seconds += time.monotonic() - start
+            found.reason = found.reason or next(iter(outcome.reasons), "")[:300]
+            found.errors += [state.error for state in outcome.states if state.error]
+
+    try:
+        with overruns, ThreadPoolExecutor(workers) as pool:
+            for each in [pool.submit(tune, number, *task) for number, task in enumerate(tasks)]:
+                each.result()
+    finally:
+        for runner in runners.values():
+            runner.close()
+    seconds = time.monotonic() - began
+    return Report(kinds, overruns.worst_s, _workers_alive(), max(0.0, before - _settled_mib(before)), seconds)
+
+
+class _Overruns:
+    """Watches every request to a child: how long after its limit one that timed out came back, the worker gone."""
+
+    worst_s = 0.0
+
+    def __enter__(self) -> None:
+        self._request = original = Child.request
+
+        def request(child: Child, message: Any, timeout_s: float) -> Any:
+            began, answered = time.monotonic(), False
+            try:
+                reply = original(child, message, timeout_s)
+                answered = True
+                return reply
+            finally:
+                late = time.monotonic() - began - timeout_s
+                if not answered and message["do"] == "attempt" and late > 0:
+                    self.worst_s = max(self.worst_s, late)
+
+        Child.request = request  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        Child.request = self._request  # type: ignore[method-assign]
+
+
+def _free_mib() -> float:
+    return torch.cuda.mem_get_info()[0] / 2**20
+
+
+def _settled_mib(wanted: float) -> float:
+    """Free memory once it is back, or after half a minute: a killed process's may take a moment."""
+    deadline = time.monotonic() + 30
+    while (free := _free_mib()) < wanted - 64 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return free
+
+
+def _workers_alive() -> int:
+    """Processes, forked ones included, that run as a worker with the failing op."""
+    found = 0
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += b"failing_op" in entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
+    return found
