@@ -12,8 +12,10 @@ from tilebook import device as devices
 from tilebook.op import Config
 from tilebook.registry import Failure, Layers, Registry
 from tilebook.tuner.compile import Binary, Compiled
+from tilebook.tuner.known import PREDICTED, Known
 from tilebook.tuner.progress import Run
 from tilebook.tuner.session import Options, Session
+from tilebook.tuner.shards import tune_all
 from tilebook.tuner.worker import Attempt, Candidate
 
 GPU = devices.find("H200")
@@ -44,6 +46,7 @@ class FakeRunner:
     def __init__(self, time_ms: Callable[[Candidate], float | Failure], noise: float = 0.003, seed: int = 0) -> None:
         self._time_ms, self._noise, self._random = time_ms, noise, random.Random(seed)
         self.attempted: list[Candidate] = []
+        self.confirmed: list[tuple[tuple[Candidate, ...], bool]] = []
 
     def prepare(self, op, problem) -> None: ...
 
@@ -60,19 +63,30 @@ class FakeRunner:
         samples = tuple(self._sample(candidate) for _ in range(15))
         return Attempt(None, "", sorted(samples)[7], samples)
 
-    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int):
-        return [[self._sample(c) for _ in range(rounds)] for c in candidates]
+    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, *, fresh: bool = False):
+        self.confirmed.append((tuple(candidates), fresh))
+        return [self._confirmed(candidate, rounds) for candidate in candidates]
+
+    def _confirmed(self, candidate: Candidate, rounds: int) -> Attempt:
+        samples = tuple(self._sample(candidate) for _ in range(rounds))
+        return Attempt(None, "", sorted(samples)[rounds // 2], samples)
 
     def close(self) -> None: ...
 
 
-def tune(path, runner, pool=None, problems=None, op=None, run=None, **options):
-    """Tunes toy problems into the registry at `path`; returns (states, registry opened for reading)."""
+def tune(path, runner, pool=None, problems=None, op=None, run=None, mode="graph", **options):
+    """Tunes toy problems into the registry at `path`, on the GPU behind `runner` or behind each of a list of them;
+    returns (states, registry opened for reading)."""
     op = op or make_op()
     problems = problems or [op.problem(64, 64)]
     layers = Layers([("explicit", str(path))])
-    run = run or Run(len(problems), runner is not None)
+    runners = runner if isinstance(runner, list) else [runner]
+    run = run or Run(len(problems), runner is not None, gpus=len(runners))
     with layers.writer() as registry:
-        session = Session(GPU, ENVIRONMENT, registry, layers, pool or FakePool(), runner, Options(**options), run)
-        states = session.tune_all([(op, problem) for problem in problems])
+        known = Known(registry, layers, GPU, ENVIRONMENT, PREDICTED if runner is None else mode)
+        sessions = [
+            Session(GPU, known, pool or FakePool(), each, Options(**options), run, index)
+            for index, each in enumerate(runners)
+        ]
+        states = tune_all(sessions, [(op, problem) for problem in problems], run)
     return states, Registry.open(path)

@@ -7,6 +7,7 @@ or the user's process, down with it.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,9 +18,11 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Config, Op, Problem
 from tilebook.registry import Failure, Json
-from tilebook.tuner.child import Child, ChildDied, ChildTimedOut, serve
+from tilebook.tuner.child import Child, ChildDied, ChildError, ChildTimedOut, serve
+from tilebook.tuner.measure import Bench, Mode, interleave
+from tilebook.tuner.stats import median
 
-PREPARE_S, ATTEMPT_S, CONFIRM_S, PROBE_S = 180.0, 90.0, 180.0, 20.0
+PREPARE_S, ATTEMPT_S, CONFIRM_S, PROBE_S = 180.0, 90.0, 300.0, 20.0
 """Limits of one request. An attempt may have to compile (60 s) before it runs (30 s)."""
 
 SAMPLES = 15
@@ -58,20 +61,31 @@ class Runner(Protocol):
     def attempt(self, candidate: Candidate, incumbent_ms: float | None) -> Attempt:
         """Verifies the candidate, then times it. Never raises."""
 
-    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int) -> list[list[float]]:
-        """Interleaved samples of each candidate, ms. Raises RuntimeError where they cannot be had."""
+    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, *, fresh: bool = False) -> list[Attempt]:
+        """Verifies each candidate again, more thoroughly, and times those that pass interleaved, `rounds` samples each.
 
-    def close(self) -> None: ...
+        fresh: in a process that has run no candidate before; it then stays the one that measures. Raises RuntimeError
+        where no samples can be had.
+        """
+
+    def close(self) -> None:
+        """Ends the processes, from any thread; a request under way fails, and none is started again."""
 
 
 class GpuRunner:
-    """Drives one worker process; kills and replaces it when a candidate breaks or hangs it."""
+    """Drives the processes of one GPU: one that measures, and a spare that has imported everything and waits.
 
-    def __init__(self, index: int = 0) -> None:
-        self._child = Child("tilebook.tuner.worker", env={"TRITON_INTERPRET": None}, name=f"gpu {index}")
-        self._index = index
+    The spare takes over when a confirmation asks for a fresh process and when a candidate kills or hangs the other,
+    so that neither costs the seconds of a start. It does nothing while the other confirms.
+    """
+
+    def __init__(self, index: int = 0, mode: Mode = "graph") -> None:
+        self._index, self._mode = index, mode
+        self._child, self._spare = (
+            Child("tilebook.tuner.worker", [str(index)], {"TRITON_INTERPRET": None}, f"gpu {index}") for _ in range(2)
+        )
         self._current: tuple[str, str] | None = None
-        self._prepared = False
+        self._prepared = self._closed = False
 
     def start(self) -> None:
         """Starts the process without waiting for it, so that importing PyTorch overlaps with compiling."""
@@ -80,32 +94,12 @@ class GpuRunner:
     def prepare(self, op: Op[Any], problem: Problem) -> None:
         self._current, self._prepared = (op.name, problem.key), False
         self._ensure()
-
-    def _ensure(self) -> None:
-        if not self._child.alive:
-            self._prepared = False
-        if not self._prepared and self._current is not None:
-            reply = self._ask(
-                {"do": "prepare", "gpu": self._index, "op": self._current[0], "problem": self._current[1]}, PREPARE_S
-            )
-            if "error" in reply:
-                self._child.close()
-                raise RuntimeError(_text(reply))
-            self._prepared = True
-
-    def _ask(self, message: dict[str, Json], limit_s: float) -> dict[str, Any]:
-        try:
-            reply = self._child.request(message, limit_s)
-        except ChildTimedOut:
-            raise RuntimeError(f"no answer to {message['do']!r} within {limit_s:.0f} s") from None
-        except ChildDied as died:
-            raise RuntimeError(f"the worker died: {died}") from None
-        assert isinstance(reply, dict)
-        return reply
+        self._start_spare()
 
     def attempt(self, candidate: Candidate, incumbent_ms: float | None) -> Attempt:
         try:
             self._ensure()
+            self._start_spare()
         except RuntimeError as broken:
             return Attempt(Failure.WORKER_DIED, f"the worker could not be prepared again: {broken}")
         message: dict[str, Json] = {
@@ -122,30 +116,86 @@ class GpuRunner:
             return Attempt(Failure.WORKER_DIED, str(died))
         if "error" in reply:
             # An exception may have left the GPU's context broken, quietly: a known answer tells.
-            if not self._healthy():
+            if not self._healthy(self._child):
                 self._child.close()
                 return Attempt(Failure.RUN_ERROR, f"{_text(reply)} (the worker was replaced)")
             return Attempt(Failure.RUN_ERROR, _text(reply))
         failure = Failure(reply["failure"]) if reply["failure"] else None
         return Attempt(failure, reply["reason"], reply["time_ms"], tuple(reply["samples_ms"]), reply["facts"])
 
-    def _healthy(self) -> bool:
-        try:
-            return self._ask({"do": "probe"}, PROBE_S).get("healthy") is True
-        except RuntimeError:
-            return False
-
-    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int) -> list[list[float]]:
+    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, *, fresh: bool = False) -> list[Attempt]:
+        if fresh:
+            self._swap()
+        elif self._spare.alive:
+            self._healthy(self._spare)  # returns once its start is over, and with it all that could disturb
         self._ensure()
         listed: list[Json] = [{"implementation": c.implementation, "config": dict(c.config)} for c in candidates]
         reply = self._ask({"do": "confirm", "candidates": listed, "rounds": rounds, "seed": seed}, CONFIRM_S)
         if "error" in reply:
             self._child.close()
             raise RuntimeError(_text(reply))
-        return [list(series) for series in reply["samples_ms"]]
+        return [
+            Attempt(None, "", median(samples), tuple(samples))
+            if failed is None
+            else Attempt(Failure(failed["failure"]), failed["reason"])
+            for failed, samples in zip(reply["failures"], reply["samples_ms"], strict=True)
+        ]
 
     def close(self) -> None:
+        self._closed = True
+        for child in (self._child, self._spare):
+            child.close()
+
+    def _ensure(self) -> None:
+        """Makes the measuring process alive and prepared; the spare takes over from one that is gone."""
+        if not self._child.alive:
+            self._prepared = False
+            if self._spare.alive:
+                self._swap()
+        if not self._prepared and self._current is not None:
+            reply = self._ask(
+                {
+                    "do": "prepare",
+                    "gpu": self._index,
+                    "op": self._current[0],
+                    "problem": self._current[1],
+                    "mode": self._mode,
+                },
+                PREPARE_S,
+            )
+            if "error" in reply:
+                self._child.close()
+                raise RuntimeError(_text(reply))
+            self._prepared = True
+
+    def _swap(self) -> None:
+        # The old process goes first, so that two never hold a problem's tensors at a time.
         self._child.close()
+        self._child, self._spare = self._spare, self._child
+        self._prepared = False
+
+    def _start_spare(self) -> None:
+        if not self._closed:
+            self._spare.start()
+
+    def _ask(self, message: dict[str, Json], limit_s: float) -> dict[str, Any]:
+        if self._closed:
+            raise RuntimeError("the runner is closed")
+        try:
+            reply = self._child.request(message, limit_s)
+        except ChildTimedOut:
+            raise RuntimeError(f"no answer to {message['do']!r} within {limit_s:.0f} s") from None
+        except ChildDied as died:
+            raise RuntimeError(f"the worker died: {died}") from None
+        assert isinstance(reply, dict)
+        return reply
+
+    @staticmethod
+    def _healthy(child: Child) -> bool:
+        try:
+            return child.request({"do": "probe"}, PROBE_S).get("healthy") is True
+        except ChildError:
+            return False
 
 
 def _text(reply: Mapping[str, Any]) -> str:
@@ -167,7 +217,6 @@ class _Server:
         return reply
 
     def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        from tilebook.tuner.measure import Bench
         from tilebook.tuner.verify import Case
 
         self._cases, self._bench = [], None
@@ -179,7 +228,7 @@ class _Server:
         problem = self._op.problem.from_key(message["problem"])
         self._cases = [Case.make(self._op, problem, gpu, seed) for seed in SEEDS]
         self._cases += [Case.make(self._op, near, gpu, 2) for near in problem.neighbours()]
-        self._bench = Bench(self._cases[0].inputs, devices.current(gpu.index).l2)
+        self._bench = Bench(self._cases[0].inputs, devices.current(gpu.index).l2, message["mode"])
         torch.cuda.synchronize()
         return {"yardstick": [[e.max, e.rms] for e in self._cases[0].yardstick]}
 
@@ -190,7 +239,6 @@ class _Server:
         return implementation, config
 
     def _attempt(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        from tilebook.tuner.stats import median
         from tilebook.tuner.verify import NotRepeatable, Wrong, verify
 
         implementation, config = self._call(message)
@@ -221,8 +269,6 @@ class _Server:
         return reply(None, time_ms=median(samples), samples_ms=samples, facts=facts)
 
     def _confirm(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        from tilebook.tuner.measure import interleave
-
         samplers = []
         for each in message["candidates"]:
             implementation, config = self._call(each)
@@ -233,7 +279,7 @@ class _Server:
             run(*self._cases[0].inputs)
             samplers.append(self._bench.capture(run, self._bench.estimate(run)))
         series = [list(samples) for samples in interleave(samplers, message["rounds"], message["seed"])]
-        return {"samples_ms": series}
+        return {"failures": [None] * len(series), "samples_ms": series}
 
     def _probe(self, message: Mapping[str, Any]) -> dict[str, Any]:
         del message
@@ -241,5 +287,14 @@ class _Server:
         return {"healthy": bool((x @ torch.eye(16, device="cuda") == x).all().item())}
 
 
-if __name__ == "__main__":
+def _main(gpu: int) -> None:
+    # Before the first request is accepted, so that whoever waits for an answer knows that the start is over.
+    torch.cuda.set_device(gpu)
+    torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    ops.ops()
     serve(_Server().handle)
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))
