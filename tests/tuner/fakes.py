@@ -10,7 +10,7 @@ from toy import make_op
 
 from tilebook import device as devices
 from tilebook.op import Config
-from tilebook.registry import Failure, Layers, Registry
+from tilebook.registry import Failure, Layers, Registry, Trial, Verdict
 from tilebook.tuner.compile import Binary, Compiled
 from tilebook.tuner.known import PREDICTED, Known
 from tilebook.tuner.progress import Run
@@ -72,6 +72,34 @@ class FakeRunner:
         return Attempt(None, "", sorted(samples)[rounds // 2], samples)
 
     def close(self) -> None: ...
+
+
+class Memory:
+    """As much of a registry as a session uses, without a disk."""
+
+    def __init__(self) -> None:
+        self._trials: list[Trial] = []
+        self._verdict: Verdict | None = None
+
+    def record(self, trials=(), verdict=None) -> None:
+        self._trials.extend(trials)
+        self._verdict = verdict or self._verdict
+
+    def trials(self, **_: object) -> list[Trial]:
+        return self._trials
+
+    def verdicts(self, **_: object) -> list[Verdict]:
+        return [self._verdict] if self._verdict else []
+
+
+def tune_in_memory(op, runner, **options) -> Verdict:
+    """Tunes one toy problem and returns the verdict."""
+    memory, run = Memory(), Run(1, True)
+    known = Known(memory, Layers([]), GPU, ENVIRONMENT, "graph")
+    session = Session(GPU, known, FakePool(), runner, Options(**options), run)
+    (state,) = tune_all([session], [(op, op.problem(64, 64))], run)
+    assert state.verdict is not None, state.error
+    return state.verdict
 
 
 def tune(path, runner, pool=None, problems=None, op=None, run=None, mode="graph", **options):

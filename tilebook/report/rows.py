@@ -133,7 +133,9 @@ def _outcome(each: dict[str, Any]) -> list[str]:
 def _effort(each: dict[str, Any]) -> list[str]:
     spent, busy = each["seconds"] or {}, each["busy"]
     rejected = ", ".join(f"{count} {reason}" for reason, count in (each["rejected"] or {}).items())
-    times = [seconds(spent[name]) if name in spent else "–" for name in ("compiling", "measuring", "waiting", "total")]
+    measured = each["status"] != "predicted"
+    shown = ["compiling", "measuring" if measured else "", "waiting" if measured else "", "total"]
+    times = [seconds(spent[name]) if name in spent else "–" for name in shown]
     return [
         f"{each['op']} {each['problem']}",
         rejected or "none",

@@ -146,11 +146,11 @@ def _contest(
     for candidate, attempt in zip(candidates, attempts, strict=True):
         if attempt.failure is None:
             passed[candidate] = attempt.samples_ms
+        elif candidate == tuning.default:
+            raise RuntimeError(f"the default config fails when confirmed: {attempt.failure}: {attempt.reason}")
         else:
             failed += 1
             tuning.drop(candidate, attempt)
-            if candidate == tuning.default:
-                raise RuntimeError(f"the default config fails when confirmed: {attempt.failure}: {attempt.reason}")
     return Contest(passed, seed), failed
 
 

@@ -92,10 +92,14 @@ class Explorer:
             while self._measuring:
                 self._finish_one()
         finally:
-            for future in self._compiling:
-                future.cancel()
             if self._runner is not None:
                 state.waiting_s += max(0.0, time.monotonic() - began - (state.measuring_s - measured))
+
+    def close(self) -> None:
+        """Gives up what is compiling, and waits until the GPU's thread is free for the next problem."""
+        for future in self._compiling:
+            future.cancel()
+        wait([future for _, _, future in self._measuring if not future.cancel()])
 
     @property
     def _late(self) -> bool:

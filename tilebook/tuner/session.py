@@ -85,6 +85,8 @@ class Session:
             if self._closed:
                 raise Stopped from broken
             state.error = str(broken)
+            if self._explorer is not None:
+                self._explorer.close()
         return state
 
     def _tune(
@@ -102,6 +104,8 @@ class Session:
         default = Candidate(op.tunable.name, space.default(problem, self._gpu))
         winner = Candidate(standing.implementation, Config(standing.config)) if standing is not None else None
         trials = {} if self._options.force else self._known.trials(op, problem, feasible)
+        if default.config in trials and trials[default.config].failure is not None:
+            del trials[default.config]  # nothing can be decided without it, so it gets another chance
         seeds = [default.config, *([winner.config] if winner else []), *self._known.seeds(op, problem)]
         candidates = self._by_roofline(space, problem, feasible)
         if new is not None:
@@ -117,10 +121,12 @@ class Session:
         explorer.begin()
         if self._runner is None:
             explorer.run()
+            explorer.close()
             return decide.predict(tuning)
         self._runner.prepare(op, problem)
         self._measure_others(tuning, self._runner)
         explorer.run()
+        explorer.close()
         return decide.confirm(
             tuning, self._runner, self._options.rounds, self._options.seed, [winner] if winner is not None else []
         )

@@ -59,7 +59,7 @@ class Runner(Protocol):
         """Makes inputs and truths for a problem. Raises RuntimeError where that cannot be done."""
 
     def attempt(self, candidate: Candidate, incumbent_ms: float | None) -> Attempt:
-        """Verifies the candidate, then times it. Never raises."""
+        """Verifies the candidate, then times it. Raises RuntimeError where no process can be made ready for it."""
 
     def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, *, fresh: bool = False) -> list[Attempt]:
         """Verifies each candidate again, more thoroughly, and times those that pass interleaved, `rounds` samples each.
@@ -97,11 +97,8 @@ class GpuRunner:
         self._start_spare()
 
     def attempt(self, candidate: Candidate, incumbent_ms: float | None) -> Attempt:
-        try:
-            self._ensure()
-            self._start_spare()
-        except RuntimeError as broken:
-            return Attempt(Failure.WORKER_DIED, f"the worker could not be prepared again: {broken}")
+        self._ensure()
+        self._start_spare()
         message: dict[str, Json] = {
             "do": "attempt",
             "implementation": candidate.implementation,
@@ -128,9 +125,21 @@ class GpuRunner:
             self._swap()
         elif self._spare.alive:
             self._healthy(self._spare)  # returns once its start is over, and with it all that could disturb
+        try:
+            return self._confirm(candidates, rounds, seed, CONFIRM_S)
+        except RuntimeError:
+            if self._closed or len(candidates) == 1:
+                raise
+        # One of them broke the process, and would every time: each alone shows which, and the rest goes on without.
+        alone = [self._confirm_alone(candidate, seed) for candidate in candidates]
+        sound = [c for c, attempt in zip(candidates, alone, strict=True) if attempt.failure is None]
+        together = iter(self._confirm(sound, rounds, seed, CONFIRM_S))
+        return [next(together) if attempt.failure is None else attempt for attempt in alone]
+
+    def _confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, limit_s: float) -> list[Attempt]:
         self._ensure()
         listed: list[Json] = [{"implementation": c.implementation, "config": dict(c.config)} for c in candidates]
-        reply = self._ask({"do": "confirm", "candidates": listed, "rounds": rounds, "seed": seed}, CONFIRM_S)
+        reply = self._ask({"do": "confirm", "candidates": listed, "rounds": rounds, "seed": seed}, limit_s)
         if "error" in reply:
             self._child.close()
             raise RuntimeError(_text(reply))
@@ -140,6 +149,13 @@ class GpuRunner:
             else Attempt(Failure(failed["failure"]), failed["reason"])
             for failed, samples in zip(reply["failures"], reply["samples_ms"], strict=True)
         ]
+
+    def _confirm_alone(self, candidate: Candidate, seed: int) -> Attempt:
+        self._ensure()
+        try:
+            return self._confirm([candidate], 1, seed, ATTEMPT_S)[0]
+        except RuntimeError as broken:
+            return Attempt(Failure.RUN_ERROR, str(broken))
 
     def close(self) -> None:
         self._closed = True
