@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -74,10 +74,25 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
 @click.option("--gpu", metavar="NAME", help="Tune for this GPU model without one, from the catalogue.")
+@click.option("--gpus", metavar="all|0,1,…", help="Measure on these GPUs of this host, side by side (default: 0).")
 @click.option(
-    "--budget", type=_Seconds(), metavar="TIME", help="Stop after this time (180s, 5m), shared by the problems."
+    "--mode",
+    type=click.Choice(["graph", "eager"]),
+    default="graph",
+    show_default=True,
+    help="What to optimise: the GPU's time, replayed from a CUDA graph, or that of eager calls, host cost included.",
 )
-@click.option("--trials", type=click.IntRange(min=1), help="Candidates per problem (default: until nothing is gained).")
+@click.option(
+    "--budget",
+    type=_Seconds(),
+    metavar="TIME",
+    help="Stop after this time (180s, 5m), shared by the problems (default: none, each goes on until it converged).",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    help="Candidates per problem (default: until converged, which is 48 in a row that gain less than 1 %).",
+)
 @click.option(
     "--search", "method", default="tpe", show_default=True, help="tpe, random, grid, or another Optuna sampler."
 )
@@ -93,6 +108,8 @@ def tune(
     dtype: str,
     direction: str,
     gpu: str | None,
+    gpus: str | None,
+    mode: Literal["graph", "eager"],
     budget: float | None,
     trials: int | None,
     method: str,
@@ -107,7 +124,9 @@ def tune(
     On a machine with a GPU every candidate is verified, then timed. With --gpu NAME, and no such GPU here, candidates
     are compiled for that model and ranked by a performance model; their verdicts are marked predicted.
 
-    The same command resumes a run that was interrupted.
+    The same command resumes a run that was interrupted. A problem that has a verdict is skipped; where the space has
+    grown since, only what is new is tried. A GPU model keeps one verdict a problem, so that tuning in the other mode
+    replaces it.
     """
     from tilebook.tuner.run import tune_problems
 
@@ -115,6 +134,8 @@ def tune(
     states, rows = tune_problems(
         problems,
         gpu=gpu,
+        gpus=gpus,
+        mode=mode,
         registry=registry,
         budget_s=budget,
         trials=trials,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tilebook.tuner.child import serve
-from tilebook.tuner.worker import _Server
+from tilebook.tuner.worker import Server
 
 
 class Clock:
@@ -31,13 +31,13 @@ class Clock:
         return [self.sample() for _ in range(n)]
 
 
-class CpuServer(_Server):
+class CpuServer(Server):
     time_ms = 1.0
 
     def _claim(self, index: int) -> torch.device:
         return torch.device("cpu")
 
-    def _make_bench(self, inputs: tuple[Any, ...]) -> Any:
+    def _make_bench(self, inputs: tuple[Any, ...], mode: str) -> Any:
         return Clock(self)
 
     def _call(self, message: Any) -> Any:
@@ -47,6 +47,6 @@ class CpuServer(_Server):
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     serve(CpuServer().handle)

@@ -10,11 +10,13 @@ from toy import make_op
 
 from tilebook import device as devices
 from tilebook.op import Config
-from tilebook.registry import Failure, Layers, Registry
+from tilebook.registry import Failure, Layers, Registry, Trial, Verdict
 from tilebook.tuner.compile import Binary, Compiled
+from tilebook.tuner.known import PREDICTED, Known
 from tilebook.tuner.progress import Run
+from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.session import Options, Session
-from tilebook.tuner.worker import Attempt, Candidate
+from tilebook.tuner.shards import tune_all
 
 GPU = devices.find("H200")
 ENVIRONMENT = {"triton": "3.6.0", "torch": "2.11.0"}
@@ -44,6 +46,7 @@ class FakeRunner:
     def __init__(self, time_ms: Callable[[Candidate], float | Failure], noise: float = 0.003, seed: int = 0) -> None:
         self._time_ms, self._noise, self._random = time_ms, noise, random.Random(seed)
         self.attempted: list[Candidate] = []
+        self.confirmed: list[tuple[tuple[Candidate, ...], bool]] = []
 
     def prepare(self, op, problem) -> None: ...
 
@@ -60,19 +63,58 @@ class FakeRunner:
         samples = tuple(self._sample(candidate) for _ in range(15))
         return Attempt(None, "", sorted(samples)[7], samples)
 
-    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int):
-        return [[self._sample(c) for _ in range(rounds)] for c in candidates]
+    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, *, fresh: bool = False):
+        self.confirmed.append((tuple(candidates), fresh))
+        return [self._confirmed(candidate, rounds) for candidate in candidates]
+
+    def _confirmed(self, candidate: Candidate, rounds: int) -> Attempt:
+        samples = tuple(self._sample(candidate) for _ in range(rounds))
+        return Attempt(None, "", sorted(samples)[rounds // 2], samples)
 
     def close(self) -> None: ...
 
 
-def tune(path, runner, pool=None, problems=None, op=None, run=None, **options):
-    """Tunes toy problems into the registry at `path`; returns (states, registry opened for reading)."""
+class Memory:
+    """As much of a registry as a session uses, without a disk."""
+
+    def __init__(self) -> None:
+        self._trials: list[Trial] = []
+        self._verdict: Verdict | None = None
+
+    def record(self, trials=(), verdict=None) -> None:
+        self._trials.extend(trials)
+        self._verdict = verdict or self._verdict
+
+    def trials(self, **_: object) -> list[Trial]:
+        return self._trials
+
+    def verdicts(self, **_: object) -> list[Verdict]:
+        return [self._verdict] if self._verdict else []
+
+
+def tune_in_memory(op, runner, **options) -> Verdict:
+    """Tunes one toy problem and returns the verdict."""
+    memory, run = Memory(), Run(1, True)
+    known = Known(memory, Layers([]), GPU, ENVIRONMENT, "graph")
+    session = Session(GPU, known, FakePool(), runner, Options(**options), run)
+    (state,) = tune_all([session], [(op, op.problem(64, 64))], run)
+    assert state.verdict is not None, state.error
+    return state.verdict
+
+
+def tune(path, runner, pool=None, problems=None, op=None, run=None, mode="graph", **options):
+    """Tunes toy problems into the registry at `path`, on the GPU behind `runner` or behind each of a list of them;
+    returns (states, registry opened for reading)."""
     op = op or make_op()
     problems = problems or [op.problem(64, 64)]
     layers = Layers([("explicit", str(path))])
-    run = run or Run(len(problems), runner is not None)
+    runners = runner if isinstance(runner, list) else [runner]
+    run = run or Run(len(problems), runner is not None, gpus=len(runners))
     with layers.writer() as registry:
-        session = Session(GPU, ENVIRONMENT, registry, layers, pool or FakePool(), runner, Options(**options), run)
-        states = session.tune_all([(op, problem) for problem in problems])
+        known = Known(registry, layers, GPU, ENVIRONMENT, PREDICTED if runner is None else mode)
+        sessions = [
+            Session(GPU, known, pool or FakePool(), each, Options(**options), run, index)
+            for index, each in enumerate(runners)
+        ]
+        states = tune_all(sessions, [(op, problem) for problem in problems], run)
     return states, Registry.open(path)

@@ -10,7 +10,7 @@ from toy import SPACE, Scaling, make_op
 from tilebook.op import Config
 from tilebook.registry import Failure, Registry, Status, VerdictStatus
 from tilebook.tuner.progress import Run
-from tilebook.tuner.worker import Candidate
+from tilebook.tuner.runner import Candidate
 
 BEST = Config(BLOCK=128, num_warps=4, num_stages=3)
 

@@ -14,8 +14,9 @@ from tilebook.op import UsageError
 from tilebook.registry import Failure, Status
 from tilebook.tuner.compile import CompilerError
 from tilebook.tuner.progress import Run
+from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.sweep import read, record
-from tilebook.tuner.worker import FAR, Attempt, Candidate
+from tilebook.tuner.worker import FAR
 
 PROBLEM = Scaling(64, 64)
 FEASIBLE = SPACE.feasible(PROBLEM, GPU)

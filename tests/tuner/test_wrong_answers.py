@@ -6,7 +6,7 @@ from injected_tune import tune_injected
 from wrong import COUNT, KINDS, ROWS, SELDOM, WIDTH
 from wrong_op import WRONG
 
-from tilebook.tuner.worker import GpuRunner
+from tilebook.tuner.runner import GpuRunner
 
 
 @pytest.fixture(scope="module")

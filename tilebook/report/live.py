@@ -1,4 +1,4 @@
-"""The live view of a tuning run on stderr: a rich panel on a terminal, a line per problem elsewhere."""
+"""The live view of a tuning run on stderr: a few lines a GPU on a terminal, a line per problem elsewhere."""
 
 from __future__ import annotations
 
@@ -6,87 +6,111 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from tilebook.registry import VerdictStatus
+from tilebook.report.rows import seconds as _time
 from tilebook.tuner.progress import ProblemState, Run
 
 _HEARTBEAT_S = 15.0
+_BAR = 24
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-
-
-def line(state: ProblemState, measured: bool) -> str:
-    """One problem in one line."""
+def line(state: ProblemState) -> str:
+    """A finished problem in one line: what came of it, and what it took."""
+    name = f"{state.op} {state.label}"
     if state.error:
-        return f"{state.op} {state.label}: failed: {state.error}"
+        return f"{name}: failed: {state.error}"
     if state.skipped:
-        return f"{state.op} {state.label}: has a verdict already"
-    what = f"{state.compiled} compiled"
-    if measured:
-        what += f", {state.verified} verified, {state.timed} timed"
-    if state.reused:
-        what += f", {state.reused} from before"
+        return f"{name}: has a verdict already"
+    verdict, outcome = state.verdict, "no verdict"
+    if verdict is not None:
+        chosen = " ".join([verdict.implementation, *(f"{axis}={value}" for axis, value in verdict.config.items())])
+        if verdict.status is VerdictStatus.MEASURED:
+            low, high = verdict.speedup_low or 0.0, verdict.speedup_high or 0.0
+            outcome = f"{verdict.speedup or 0.0:.2f}x [{low:.2f}, {high:.2f}] over the default: {chosen}"
+        elif verdict.status is VerdictStatus.DEFAULT:
+            outcome = f"the default wins: {chosen}"
+        else:
+            outcome = f"predicted: {chosen}"
+    return f"{name}: {outcome}; {_counts(state)}, {_time(state.elapsed_s)}{_busy(state)}"
+
+
+def _counts(state: ProblemState) -> str:
+    text = f"{state.tried} tried"
+    text += f" ({state.reused} from before)" if state.reused else ""
     rejected = ", ".join(f"{n} {failure.value}" for failure, n in sorted(state.rejected.items()))
-    what += f", rejected: {rejected}" if rejected else ""
-    best = ""
+    return f"{text}, rejected {rejected}" if rejected else text
+
+
+def _busy(state: ProblemState) -> str:
+    return "" if state.busy is None else f", GPU {state.busy:.0%} busy"
+
+
+def _panel(state: ProblemState, run: Run) -> list[Text]:
+    """A problem under way: what and how far, how good, where the time goes."""
+    mark = "" if run.measured else "~"
+    where = f"GPU {state.gpu}: " if run.gpus > 1 else ""
+    share = min(1.0, state.tried / max(state.limit, 1))
+    bar = f"{'━' * round(_BAR * share):╌<{_BAR}}"
+    parts = [
+        Text(f"{where}{state.op} {state.label}", style="bold"),
+        Text(f"  {bar} {state.phase}, {_time(state.elapsed_s)}; {_counts(state)}"),
+    ]
     if state.best_ms is not None:
-        mark = "" if measured else "~"
-        best = f"; best {mark}{state.best_ms:.4g} ms"
-        if state.default_ms is not None:
-            best += f", default {mark}{state.default_ms:.4g} ms ({state.default_ms / state.best_ms:.2f}x)"
-    return f"{state.op} {state.label}: {what}{best}; {_time(state.elapsed_s)}"
+        gain = f" ({state.default_ms / state.best_ms:.2f}x the default)" if state.default_ms else ""
+        parts.append(Text(f"  best {mark}{state.best_ms:.4g} ms{gain}: {state.best}"))
+    spent = f"  {state.compiled} compiled in {_time(state.compiling_s)}"
+    if run.measured:
+        spent += f", {state.timed} timed; measuring {_time(state.measuring_s)}, waiting {_time(state.waiting_s)}"
+    parts.append(Text(spent, style="dim"))
+    for part in parts:
+        part.no_wrap, part.overflow = True, "ellipsis"
+    return parts
 
 
 class _View(Run):
-    """Redraws on every change, at most ten times a second."""
+    """Draws itself on a terminal; elsewhere it says every now and then that it lives."""
 
-    live: Live | None = None
     console: Console
+    terminal = False
     _last = 0.0
+
+    def begin(self, state: ProblemState) -> None:
+        self._last = self._last or time.monotonic()
+        super().begin(state)
 
     def changed(self) -> None:
         now = time.monotonic()
-        if self.live is not None:
-            if now - self._last > 0.1 or self.now is None:
-                self._last = now
-                self.live.update(self.render())
-        elif self.now is not None and now - self._last > _HEARTBEAT_S:
+        if not self.terminal and self.now and now - self._last > _HEARTBEAT_S:
             self._last = now
-            self.console.print(f"  … {line(self.now, self.measured)}", soft_wrap=True)
+            for state in self.now:
+                best = "" if state.best_ms is None else f", best {state.best_ms:.4g} ms"
+                text = f"  … {state.op} {state.label}: {state.phase}, {_counts(state)}{best}, {_time(state.elapsed_s)}"
+                self.console.print(text, soft_wrap=True)
 
-    def end(self) -> None:
-        super().end()
-        self.console.print(f"[{len(self.done)}/{self.total}] {line(self.done[-1], self.measured)}", soft_wrap=True)
+    def end(self, state: ProblemState, again: bool = False) -> None:
+        super().end(state, again)
+        count = f"GPU {state.gpu}, to be tried on another" if again else f"{len(self.done)}/{self.total}"
+        self.console.print(f"[{count}] {line(state)}", soft_wrap=True)
 
     def render(self) -> Group:
-        parts: list[Any] = []
-        if self.now is not None:
-            share = self.now.tried / max(self.now.limit, 1)
-            bar = "━" * int(30 * min(share, 1.0))
-            parts.append(Text(f"{bar:╌<30} {self.now.tried}/{self.now.limit} candidates"))
-            parts.append(Text(line(self.now, self.measured)))
-            if self.now.best:
-                parts.append(Text(f"best so far: {self.now.best}"))
+        parts = [part for state in self.now for part in _panel(state, self)]
         left = f", {_time(max(0.0, self.deadline - time.monotonic()))} left" if self.deadline is not None else ""
-        parts.append(Text(f"problem {min(len(self.done) + 1, self.total)} of {self.total}{left}"))
-        return Group(*parts)
+        return Group(*parts, Text(f"{len(self.done)} of {self.total} problems done{left}"))
 
 
 @contextmanager
-def view(total: int, measured: bool, deadline: float | None) -> Iterator[Run]:
+def view(total: int, measured: bool, deadline: float | None, gpus: int = 1) -> Iterator[Run]:
     """A run that shows itself on stderr while the block lasts."""
-    console = Console(file=sys.stderr, highlight=False, markup=False)
-    run = _View(total, measured, deadline)
-    run.console = console
-    if not console.is_terminal:
+    run = _View(total, measured, deadline, gpus)
+    run.console = Console(file=sys.stderr, highlight=False, markup=False)
+    if not run.console.is_terminal:
         yield run
         return
-    with Live(run.render(), console=console, refresh_per_second=4, transient=True) as live:
-        run.live = live
+    run.terminal = True
+    with Live(get_renderable=run.render, console=run.console, refresh_per_second=4, transient=True):
         yield run

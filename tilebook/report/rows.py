@@ -52,6 +52,8 @@ def row(verdict: Verdict, layer: str) -> dict[str, Any]:
         "rejected": verdict.evidence.get("rejected"),
         "infeasible": verdict.evidence.get("infeasible"),
         "seconds": verdict.evidence.get("seconds"),
+        "busy": verdict.evidence.get("busy"),
+        "mode": verdict.evidence.get("mode"),
         "others": _others(others if isinstance(others, list) else []),
         "measured_at": verdict.created_at.isoformat(),
     }
@@ -64,30 +66,38 @@ def _others(candidates: Sequence[Any]) -> dict[str, float]:
     }
 
 
+def seconds(value: float) -> str:
+    """A duration for people."""
+    return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
 def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False) -> None:
-    """Prints rows for people: who wins, by how much, how sure, and what lost."""
+    """Prints rows for people: who wins, by how much, how sure, what lost; and when `tuned` just now, what it took."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream, width=None if stream.isatty() else 180, highlight=False)
+    console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
     if not rows:
         console.print("no verdicts: run `tilebook tune` first")
         return
-    devices_named = sorted({str(each["device"]) for each in rows})
-    title = f"{'tuned for' if tuned else 'verdicts for'} {', '.join(devices_named)}"
-    grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for name in ("op", "problem"):
-        grid.add_column(name, no_wrap=True)
-    for name in ("default ms", "winner ms", "speed-up [95 %]"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    grid.add_column("winner")
-    grid.add_column("others ms")
-    grid.add_column("tried / rejected")
-    grid.add_column("status")
-    for each in rows:
-        grid.add_row(*_cells(each))
-    console.print(grid)
+
+    def draw(title: str, left: Sequence[str], right: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+        grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="bold")
+        for name in left:
+            grid.add_column(name, overflow="fold")
+        for name in right:
+            grid.add_column(name, justify="right", no_wrap=True)
+        for each in cells:
+            grid.add_row(*each)
+        console.print(grid)
+
+    named = ", ".join(sorted({str(each["device"]) for each in rows}))
+    title = f"{'tuned for' if tuned else 'verdicts for'} {named}"
+    draw(title, ["problem", "winner"], ["ms", "default ms", "speed-up", "others ms"], [_outcome(each) for each in rows])
+    if tuned:
+        spent = ["tried", "compiling", "measuring", "waiting", "GPU busy", "in all"]
+        draw("what it took", ["problem", "rejected"], spent, [_effort(each) for each in rows])
     if any(each["status"] == "predicted" for each in rows):
         console.print("~ predicted by a performance model from the compiled code; nothing was measured.")
 
@@ -96,29 +106,41 @@ def _ms(value: float | None, mark: str = "") -> str:
     return "–" if value is None else f"{mark}{value:.4g}"
 
 
-def _cells(each: dict[str, Any]) -> list[str]:
-    predicted = each["status"] == "predicted"
-    if predicted:
+def _outcome(each: dict[str, Any]) -> list[str]:
+    if each["status"] == "predicted":
         default_ms, winner_ms = _ms(each["predicted_default_ms"], "~"), _ms(each["predicted_ms"], "~")
         ratio = "–"
     else:
         default_ms, winner_ms = _ms(each["default_time_ms"]), _ms(each["time_ms"])
-        ratio = "1 (default wins)"
+        ratio = "1\n(default)"
         if each["status"] == "measured":
-            ratio = f"{each['speedup']:.3f} [{each['speedup_low']:.3f}, {each['speedup_high']:.3f}]"
-    config = " ".join(f"{axis}={value}" for axis, value in each["config"].items())
-    rejected = ", ".join(f"{count} {reason}" for reason, count in (each["rejected"] or {}).items())
+            ratio = f"{each['speedup']:.3f}\n[{each['speedup_low']:.3f}, {each['speedup_high']:.3f}]"
     flags = [each["status"], each["layer"]]
+    flags += [each["mode"]] if each["mode"] == "eager" else []
     flags += ["stale"] if each["stale"] else []
     flags += [] if each["trusted"] else ["not trusted"]
+    config = " ".join(f"{axis}={value}" for axis, value in each["config"].items())
     return [
-        each["op"],
-        each["problem"],
-        default_ms,
+        f"{each['op']}\n{each['problem']}",
+        f"{each['implementation']} ({', '.join(flags)})\n{config}".strip(),
         winner_ms,
+        default_ms,
         ratio,
-        f"{each['implementation']} {config}".strip(),
-        ", ".join(f"{name} {time_ms:.4g}" for name, time_ms in each["others"].items()),
-        f"{each['tried'] if each['tried'] is not None else '–'} / {rejected or 0}",
-        ", ".join(flags),
+        "\n".join(f"{name} {time_ms:.4g}" for name, time_ms in each["others"].items()),
+    ]
+
+
+def _effort(each: dict[str, Any]) -> list[str]:
+    spent, busy = each["seconds"] or {}, each["busy"]
+    rejected = ", ".join(f"{count} {reason}" for reason, count in (each["rejected"] or {}).items())
+    measured = each["status"] != "predicted"
+    shown = ["compiling", "measuring" if measured else "", "waiting" if measured else "", "total"]
+    times = [seconds(spent[name]) if name in spent else "–" for name in shown]
+    return [
+        f"{each['op']} {each['problem']}",
+        rejected or "none",
+        "–" if each["tried"] is None else str(each["tried"]),
+        *times[:3],
+        "–" if busy is None else f"{busy:.0%}",
+        times[3],
     ]

@@ -1,22 +1,27 @@
-"""How long a candidate takes: CUDA-graph samples over inputs rotated through several times the L2 cache."""
+"""How long a candidate takes: samples over inputs rotated through several times the L2 cache."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tilebook.tuner.stats import median
 
 SAMPLE_MS = 1.0
-"""A sample replays enough launches to last about this long, so that the event clock's step does not matter."""
+"""A sample holds enough launches to last about this long, so that the event clock's step does not matter."""
 
 ROTATION = 3
 """Inputs are rotated through at least this many times the size of the L2 cache."""
+
+Mode = Literal["graph", "eager"]
+"""graph: launches replayed from a CUDA graph, the GPU's own time. eager: calls one after the other as a program makes
+them, so that what a call costs the host counts wherever the GPU would wait for it."""
 
 _GLANCES = 3
 _HOST_MS = 1.0  # an eager launch that takes longer than this is the GPU's work, not the host's
@@ -26,63 +31,65 @@ _MOST_LAUNCHES = 200
 Call = Callable[..., Any]
 
 
-def _events() -> tuple[Any, Any]:
+def _timed_ms(work: Callable[[], Any]) -> float:
     make: Any = torch.cuda.Event
-    return make(enable_timing=True), make(enable_timing=True)
+    start, end = make(enable_timing=True), make(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """One candidate, captured as a CUDA graph of several launches; `sample()` is ms a launch."""
+    """One candidate, ready to be timed: `go` starts `launches` of its calls."""
 
-    graph: torch.cuda.CUDAGraph
+    go: Callable[[], Any]
     launches: int
 
     def sample(self) -> float:
-        start, end = _events()
-        start.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / self.launches
+        """ms a call."""
+        return _timed_ms(self.go) / self.launches
 
     def samples(self, n: int) -> list[float]:
-        pairs = [_events() for _ in range(n)]
-        for start, end in pairs:
-            start.record()
-            self.graph.replay()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / self.launches for start, end in pairs]
+        return [self.sample() for _ in range(n)]
 
 
 class Bench:
     """Times candidates on copies of one problem's inputs."""
 
-    def __init__(self, inputs: tuple[Any, ...], l2_bytes: int) -> None:
+    def __init__(self, inputs: tuple[Any, ...], l2_bytes: int, mode: Mode = "graph") -> None:
         size = sum(a.numel() * a.element_size() for a in inputs if isinstance(a, torch.Tensor))
         copies = min(_MOST_COPIES, max(1, math.ceil(ROTATION * l2_bytes / max(size, 1))))
         self.inputs = [tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in inputs) for _ in range(copies)]
+        self._mode = mode
         stream: Any = torch.cuda.Stream
         self._stream = stream()
 
     def estimate(self, call: Call) -> float:
-        """A first idea of ms a launch, from three samples. `call` must have run before."""
-        eager = []
-        for index in range(_GLANCES):
-            start, end = _events()
-            start.record()
-            call(*self.inputs[index % len(self.inputs)])
-            end.record()
-            end.synchronize()
-            eager.append(start.elapsed_time(end))
+        """A first idea of ms a call, from three samples. `call` must have run before."""
+        eager = self._eager(call, 1).samples(_GLANCES)
+        if self._mode == "eager":
+            return median(eager)
         # Host cost is part of an eager time; where it may be most of it, a small graph tells them apart.
         return min(eager) if min(eager) > _HOST_MS else median(self._graph(call, _GLANCES).samples(_GLANCES))
 
     def capture(self, call: Call, estimate_ms: float) -> Sampler:
-        """Captures enough launches for one sample. `call` must have run before: nothing may compile during capture."""
+        """Enough launches for one sample. `call` must have run before: nothing may compile during capture."""
         wanted = math.ceil(SAMPLE_MS / max(estimate_ms, 1e-4))
-        return self._graph(call, max(1, min(_MOST_LAUNCHES, max(wanted, len(self.inputs) if wanted > 1 else 1))))
+        launches = max(1, min(_MOST_LAUNCHES, max(wanted, len(self.inputs) if wanted > 1 else 1)))
+        return self._eager(call, launches) if self._mode == "eager" else self._graph(call, launches)
+
+    def _eager(self, call: Call, launches: int) -> Sampler:
+        rotated = itertools.cycle(self.inputs)
+
+        def go() -> None:
+            with torch.no_grad():
+                for inputs in itertools.islice(rotated, launches):
+                    call(*inputs)
+
+        return Sampler(go, launches)
 
     def _graph(self, call: Call, launches: int) -> Sampler:
         graph = torch.cuda.CUDAGraph()
@@ -95,7 +102,7 @@ class Bench:
             finally:
                 graph.capture_end()
         torch.cuda.synchronize()
-        sampler = Sampler(graph, launches)
+        sampler = Sampler(graph.replay, launches)
         sampler.samples(2)  # the first replay uploads the graph
         return sampler
 

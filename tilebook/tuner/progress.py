@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,16 +13,21 @@ from tilebook.registry import Failure, Verdict
 
 @dataclass
 class ProblemState:
-    """One problem of the run, as far as it has come. Times in seconds, `best_ms` and `default_ms` in milliseconds."""
+    """One problem of the run, as far as it has come. Times in seconds, `best_ms` and `default_ms` in milliseconds.
+
+    compiling_s: summed over the compile processes. measuring_s, waiting_s: while candidates were tried, how long the
+    GPU worked and how long it waited for one. confirming_s: the finalists' interleaved samples, fresh process included.
+    """
 
     op: str
     label: str
     feasible: int
     infeasible: int
     limit: int
+    gpu: int = 0
+    phase: str = "preparing"
     compiled: int = 0
     passed: int = 0
-    verified: int = 0
     timed: int = 0
     reused: int = 0
     rejected: Counter[Failure] = field(default_factory=Counter)
@@ -30,6 +37,7 @@ class ProblemState:
     compiling_s: float = 0.0
     measuring_s: float = 0.0
     waiting_s: float = 0.0
+    confirming_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     verdict: Verdict | None = None
@@ -38,33 +46,51 @@ class ProblemState:
 
     @property
     def tried(self) -> int:
-        return self.passed + sum(self.rejected.values()) + self.reused
+        return self.passed + sum(self.rejected.values())
 
     @property
     def elapsed_s(self) -> float:
         return self.seconds or time.monotonic() - self.started
 
+    @property
+    def busy(self) -> float | None:
+        """The GPU's share of work while candidates were tried; None where none was."""
+        total = self.measuring_s + self.waiting_s
+        return self.measuring_s / total if self.measuring_s else None
+
 
 @dataclass
 class Run:
-    """A whole run: its finished problems, the current one, and when it must end."""
+    """A whole run: its finished problems, those under way (one a GPU), and when it must end."""
 
     total: int
     measured: bool
     deadline: float | None = None
+    gpus: int = 1
     done: list[ProblemState] = field(default_factory=list)
-    now: ProblemState | None = None
+    now: list[ProblemState] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, state: ProblemState) -> None:
-        self.now = state
+        with self._lock:
+            self.now = sorted([*self.now, state], key=lambda each: each.gpu)
         self.changed()
 
     def changed(self) -> None:
-        """Called after every step; a view overrides it."""
+        """Called after every step, from any thread; a view overrides it."""
 
-    def end(self) -> None:
-        assert self.now is not None
-        self.now.seconds = max(time.monotonic() - self.now.started, 1e-9)
-        self.done.append(self.now)
-        self.now = None
+    def end(self, state: ProblemState, again: bool = False) -> None:
+        """`again`: it failed here, and another GPU will try it."""
+        state.seconds = max(time.monotonic() - state.started, 1e-9)
+        with self._lock:
+            self.now = [each for each in self.now if each is not state]
+            if not again:
+                self.done.append(state)
         self.changed()
+
+    def share(self, problems: int) -> float | None:
+        """When the next problem must end, if so many are left for all GPUs; None without a deadline."""
+        if self.deadline is None:
+            return None
+        now = time.monotonic()
+        return now + max(0.0, self.deadline - now) / math.ceil(problems / self.gpus)

@@ -1,10 +1,13 @@
-"""One tuning run as the command line starts it: registry, compilers, GPU worker and view, put together."""
+"""One tuning run as the command line starts it: registry, compilers, GPU workers and view, put together."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from tilebook import device as devices
 from tilebook.op import Op, Problem, UsageError
@@ -12,28 +15,57 @@ from tilebook.registry import Layers
 from tilebook.report.live import view
 from tilebook.report.rows import row
 from tilebook.tuner.compile import CompilePool
+from tilebook.tuner.known import PREDICTED, Known
+from tilebook.tuner.measure import Mode
 from tilebook.tuner.progress import ProblemState
+from tilebook.tuner.runner import GpuRunner
 from tilebook.tuner.search import sampler
 from tilebook.tuner.session import Options, Session
-from tilebook.tuner.worker import GpuRunner
+from tilebook.tuner.shards import tune_all
 
 
-def _target(gpu: str | None) -> tuple[devices.Device, bool]:
-    """The GPU model to tune for, and whether it is here to be measured."""
-    if gpu is None:
-        if not devices.present():
+def _target(gpu: str | None, gpus: str | None) -> tuple[devices.Device, list[int]]:
+    """The GPU model to tune for, and the CUDA indices of those of it that are here to be measured on."""
+    named = None if gpu is None else devices.find(gpu)
+    if not devices.present():
+        if gpus is not None:
+            raise UsageError("--gpus: there is no GPU here")
+        if named is None:
             raise UsageError("there is no GPU here: name a model with --gpu to compile and rank for it")
-        return devices.current(), True
-    named = devices.find(gpu)
-    if devices.present() and named.name in devices.current().name:
-        return devices.current(), True
-    return named, False
+        return named, []
+    indices = _indices(gpus, torch.cuda.device_count())
+    found = [devices.current(index) for index in indices]
+    models = sorted({f"{each.name} ({each.arch}, {each.sm_count} SMs)" for each in found})
+    if len(models) > 1:
+        raise UsageError(f"--gpus must name GPUs of one model, not {', '.join(models)}: run once for each")
+    if named is not None and named.name not in found[0].name:
+        if gpus is not None:
+            raise UsageError(f"--gpu {named.name} with --gpus: the GPUs here are {found[0].name}")
+        return named, []
+    return found[0], indices
+
+
+def _indices(gpus: str | None, count: int) -> list[int]:
+    if gpus is None:
+        return [0]
+    if gpus.strip().lower() == "all":
+        return list(range(count))
+    try:
+        indices = [int(part) for part in gpus.split(",")]
+    except ValueError:
+        raise UsageError(f"--gpus {gpus!r} is neither 'all' nor numbers such as 0,1") from None
+    for index in indices:
+        if not 0 <= index < count:
+            raise UsageError(f"--gpus {gpus!r}: there is no GPU {index}, only 0 to {count - 1}")
+    return sorted(set(indices))
 
 
 def tune_problems(
     problems: Sequence[tuple[Op[Any], Problem]],
     *,
     gpu: str | None = None,
+    gpus: str | None = None,
+    mode: Mode = "graph",
     registry: str | None = None,
     budget_s: float | None = None,
     trials: int | None = None,
@@ -46,23 +78,25 @@ def tune_problems(
 
     Raises UsageError for an unknown GPU or search, RegistryError where the registry cannot be written.
     """
-    device, here = _target(gpu)
+    device, indices = _target(gpu, gpus)
     if method != "grid":
         sampler(method, seed)
     layers = Layers.default(registry)
     deadline = None if budget_s is None else time.monotonic() + budget_s
     options = Options(trials=trials, seed=seed, method=method, force=force)
-    runner = GpuRunner() if here else None
+    environment = {k: v for k, v in devices.environment().items() if indices or k not in ("driver", "cudnn")}
+    runners = [GpuRunner(index, mode) for index in indices[: len(problems)]]
+    # The processes that measure need a core each, or the GPUs wait for them.
+    workers = workers or max(1, (os.cpu_count() or 1) - len(runners)) if runners else workers
     with layers.writer() as writer, CompilePool(device, workers) as pool:
-        try:
-            if runner is not None:
-                runner.start()
-            with view(len(problems), here, deadline) as run:
-                environment = {k: v for k, v in devices.environment().items() if here or k not in ("driver", "cudnn")}
-                session = Session(device, environment, writer, layers, pool, runner, options, run)
-                states = session.tune_all(problems)
-        finally:
-            if runner is not None:
-                runner.close()
+        for runner in runners:
+            runner.start()
+        with view(len(problems), bool(runners), deadline, max(1, len(runners))) as run:
+            known = Known(writer, layers, device, environment, mode if runners else PREDICTED)
+            sessions = [
+                Session(device, known, pool, runner, options, run, index)
+                for index, runner in zip(indices, runners, strict=False)
+            ] or [Session(device, known, pool, None, options, run)]
+            states = tune_all(sessions, problems, run)
     layer = layers.layers[0][0]
     return states, [row(state.verdict, layer) for state in states if state.verdict is not None]

@@ -27,7 +27,8 @@ from tilebook.registry import Failure, Json, Status
 from tilebook.report.live import view
 from tilebook.tuner.compile import Compiled, CompilePool, CompilerError
 from tilebook.tuner.progress import ProblemState, Run
-from tilebook.tuner.worker import FAR, Attempt, Candidate, GpuRunner, Runner
+from tilebook.tuner.runner import Attempt, Candidate, GpuRunner, Runner
+from tilebook.tuner.worker import FAR
 
 FORMAT = "tilebook-sweep"
 VERSION = 1
@@ -184,7 +185,6 @@ class Recorder:
         state.compiled += ours
         if attempt.failure is None:
             state.passed += 1
-            state.verified += 1
             state.timed += 1
         else:
             state.rejected[attempt.failure] += 1
@@ -276,7 +276,7 @@ def record(
     except RuntimeError as broken:
         state.error = str(broken)
     finally:
-        run.end()
+        run.end(state)
 
 
 def record_problems(

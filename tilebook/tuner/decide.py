@@ -1,0 +1,176 @@
+"""From the candidates that passed to a verdict: the finalists interleaved, the winner again in a fresh process."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tilebook.registry import Json, Verdict, VerdictStatus
+from tilebook.tuner.runner import Candidate, Runner
+from tilebook.tuner.stats import Ratio, median, speedup
+from tilebook.tuner.tuning import Tuning
+
+PROMOTION = 1.01
+"""A winner must beat the default by this factor at the lower end of its interval, twice, or the default stays."""
+
+TIE = 1.01
+"""Candidates within this factor of the fastest are equal; the tie is broken by what they cost, not by noise."""
+
+NEAR = 1.15
+"""Slower than the fastest by more than this after the second rung, and a candidate is no finalist."""
+
+DOUBT = 1.2
+"""A prediction replaces the default where the model promises more than this. Over 78 problems measured on an H200 that
+took 1.18–1.20 times as long as the best for attention; the model's first choice 1.19–1.37, the default 1.20–1.43."""
+
+_FASTEST, _LIGHTEST = 3, 3
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Interleaved samples of candidates, ms; the default is the first, and the others' ratios are to it."""
+
+    samples: Mapping[Candidate, Sequence[float]]
+    seed: int
+
+    def time_ms(self, candidate: Candidate) -> float:
+        return median(self.samples[candidate])
+
+    @functools.cached_property
+    def ratios(self) -> dict[Candidate, Ratio]:
+        baseline = next(iter(self.samples.values()))
+        return {candidate: speedup(baseline, samples, self.seed) for candidate, samples in self.samples.items()}
+
+    def tied(self) -> list[Candidate]:
+        """Those within TIE of the fastest, which comes first."""
+        ranked = sorted(self.samples, key=lambda candidate: -self.ratios[candidate].value)
+        fastest = self.ratios[ranked[0]].value
+        return [candidate for candidate in ranked if self.ratios[candidate].value * TIE >= fastest]
+
+    def to_json(self) -> list[Json]:
+        rows: list[Json] = []
+        for candidate, samples in self.samples.items():
+            ratio = self.ratios[candidate]
+            rows.append(
+                {
+                    **_named(candidate),
+                    "time_ms": self.time_ms(candidate),
+                    "speedup": [ratio.value, ratio.low, ratio.high],
+                    "samples_ms": [round(sample, 6) for sample in samples],
+                }
+            )
+        return rows
+
+
+def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate] = ()) -> Verdict:
+    """Interleaves the finalists with the default and every other implementation, and what wins with the default again
+    in a fresh process. Promoted is the first in order of merit that beats the default beyond doubt both times.
+
+    extra: candidates to be among the finalists however they did. Raises RuntimeError where the default fails.
+    """
+    began = time.monotonic()
+    tuning.phase("confirming")
+    first = _qualify(tuning, runner, rounds, seed, extra)
+    again: list[Contest] = []
+    chosen, ratio = tuning.default, Ratio(1.0, 1.0, 1.0)
+    for candidate in _by_merit(tuning, first):
+        if candidate == tuning.default or len(again) == _TRIES:
+            break
+        if first.ratios[candidate].low <= PROMOTION:
+            continue
+        tuning.phase("confirming in a fresh process")
+        repeat, _ = _contest(tuning, runner, [tuning.default, candidate], rounds, seed + 1, fresh=not again)
+        again.append(repeat)
+        if candidate in repeat.samples and repeat.ratios[candidate].low > PROMOTION:
+            chosen, ratio = candidate, _both(first.ratios[candidate], repeat.ratios[candidate])
+            break
+    tuning.state.confirming_s += time.monotonic() - began
+    evidence: dict[str, Json] = {
+        "candidates": first.to_json(),
+        "again": [repeat.to_json() for repeat in again],
+        "tied": [_named(candidate) for candidate in _tie_set(tuning, first)],
+    }
+    status = VerdictStatus.DEFAULT if chosen == tuning.default else VerdictStatus.MEASURED
+    return tuning.verdict(status, chosen, evidence, first.time_ms(chosen), first.time_ms(tuning.default), ratio)
+
+
+def predict(tuning: Tuning) -> Verdict:
+    """The config that the model ranks first; the default where the model sees no difference worth a change."""
+    if not tuning.times:
+        raise RuntimeError("no config of the space compiles for this GPU")
+    ranked = sorted(tuning.times, key=lambda c: (tuning.times[c], tuning.burden(c)))
+    chosen = ranked[0]
+    if tuning.default in tuning.times and tuning.times[tuning.default] <= DOUBT * tuning.times[chosen]:
+        chosen = tuning.default
+    evidence: dict[str, Json] = {
+        "predicted_ms": tuning.times[chosen],
+        "predicted_default_ms": tuning.times.get(tuning.default),
+        "candidates": [{**_named(c), "predicted_ms": tuning.times[c]} for c in ranked[: _FASTEST + 1]],
+    }
+    return tuning.verdict(VerdictStatus.PREDICTED, chosen, evidence)
+
+
+def finalists(tuning: Tuning) -> list[Candidate]:
+    """Our fastest, and the lightest of those that tie with the fastest: among many equals a run would otherwise pick
+    whichever its noise favours, another run another."""
+    ours = [c for c in tuning.times if c.implementation == tuning.default.implementation and c != tuning.default]
+    ranked = sorted(ours, key=lambda c: (tuning.times[c], tuning.burden(c)))
+    best = min(tuning.times.values())
+    near = [c for c in ranked if tuning.times[c] <= NEAR * best]
+    equal = [c for c in near if tuning.times[c] <= TIE * tuning.times[near[0]]]
+    return list(dict.fromkeys([*near[:_FASTEST], *sorted(equal, key=tuning.burden)[:_LIGHTEST]]))
+
+
+def _qualify(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate]) -> Contest:
+    """The contest of all finalists. Where one fails its last verification the next moves up, and all run again."""
+    while True:
+        if tuning.default not in tuning.times:
+            raise RuntimeError("the default config did not pass: there is nothing to compare with")
+        others = [c for c in tuning.times if c.implementation != tuning.default.implementation]
+        wanted = [tuning.default, *finalists(tuning), *(c for c in extra if c in tuning.times), *others]
+        contest, failed = _contest(tuning, runner, list(dict.fromkeys(wanted)), rounds, seed)
+        if not failed:
+            return contest
+
+
+def _contest(
+    tuning: Tuning, runner: Runner, candidates: Sequence[Candidate], rounds: int, seed: int, fresh: bool = False
+) -> tuple[Contest, int]:
+    """The contest of those that pass, and how many did not; these are dropped."""
+    attempts = runner.confirm(candidates, rounds, seed, fresh=fresh)
+    passed, failed = {}, 0
+    for candidate, attempt in zip(candidates, attempts, strict=True):
+        if attempt.failure is None:
+            passed[candidate] = attempt.samples_ms
+        elif candidate == tuning.default:
+            raise RuntimeError(f"the default config fails when confirmed: {attempt.failure}: {attempt.reason}")
+        else:
+            failed += 1
+            tuning.drop(candidate, attempt)
+    return Contest(passed, seed), failed
+
+
+def _by_merit(tuning: Tuning, contest: Contest) -> list[Candidate]:
+    """The tied ones, lightest first, then the rest by speed."""
+    tied = sorted(contest.tied(), key=tuning.burden)
+    return [*tied, *sorted(set(contest.samples) - set(tied), key=lambda c: (contest.time_ms(c), tuning.burden(c)))]
+
+
+def _tie_set(tuning: Tuning, contest: Contest) -> list[Candidate]:
+    """All that cannot be told from the fastest: of the contest, and of those it had no room for."""
+    tied = contest.tied()
+    limit = TIE * tuning.times[tied[0]]
+    return [*tied, *(c for c, ms in tuning.times.items() if c not in contest.samples and ms <= limit)]
+
+
+def _both(one: Ratio, other: Ratio) -> Ratio:
+    """What two runs say together: the middle, and an interval that covers both, processes' differences included."""
+    return Ratio(math.sqrt(one.value * other.value), min(one.low, other.low), max(one.high, other.high))
+
+
+def _named(candidate: Candidate) -> dict[str, Json]:
+    return {"implementation": candidate.implementation, "config": dict(candidate.config)}

@@ -1,0 +1,235 @@
+"""The search of one problem as a pipeline: ask → compile → measure → tell, so that compilers and GPU work side by side.
+
+Candidates are compiled ahead of the GPU, and a second one waits in front of it while the first is measured: telling the
+search, storing the trial and asking for more happen meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass
+
+from tilebook.op import Config
+from tilebook.registry import Failure, Json, Trial
+from tilebook.tuner.compile import Compiled, CompilePool
+from tilebook.tuner.model import predict
+from tilebook.tuner.runner import Attempt, Candidate, Runner
+from tilebook.tuner.tuning import Tuning
+
+GAIN = 0.99
+"""What does not lower the best time below this share of it has gained nothing."""
+
+PATIENCE = 48
+"""So many candidates without a gain end the search …"""
+
+_POLISH = 32  # … and after so many the neighbourhood of the best is compiled, to be there when it does
+_AHEAD = 2  # candidates given to the GPU at a time: the one it measures, and the next
+
+
+def timed_attempt(runner: Runner, candidate: Candidate, incumbent_ms: float | None) -> tuple[Attempt, float]:
+    """The attempt, with the seconds that it took."""
+    began = time.monotonic()
+    attempt = runner.attempt(candidate, incumbent_ms)
+    return attempt, time.monotonic() - began
+
+
+class Stopped(Exception):
+    """The run ends, from another thread; what is under way must not be judged."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """limit: candidates, before the neighbourhood of the best. width: candidates compiling, or compiled and waiting."""
+
+    limit: int
+    deadline: float | None
+    width: int
+
+
+class Explorer:
+    """Explores one problem. gpu: the one thread that talks to the runner; no runner means predicting."""
+
+    def __init__(self, tuning: Tuning, pool: CompilePool, runner: Runner | None, gpu: Executor, bounds: Bounds) -> None:
+        self._tuning, self._pool, self._runner, self._gpu, self._bounds = tuning, pool, runner, gpu, bounds
+        self._compiling: dict[Future[Compiled], Config] = {}
+        self._measuring: deque[tuple[Config, Compiled, Future[tuple[Attempt, float]]]] = deque()
+        self._twins_of: dict[Config, list[tuple[Config, Compiled]]] = {}  # same code as one that is being measured
+        self._asked = 0
+        self._gainless = 0
+        self._best_ms = float("inf")
+        self._patient = True
+        self._centre: tuple[Config, float] | None = None
+        self.stopped = False
+
+    def reuse(self, trials: dict[Config, Trial], settled: bool) -> None:
+        """Begins where the run that left these trials ended; `settled` says that it was this same search."""
+        for config, trial in trials.items():
+            self._tuning.search.tell(config, self._tuning.reuse(config, trial))
+            self._asked += 1
+            self._count()
+        if not settled:
+            self._gainless, self._patient = 0, True
+
+    def begin(self) -> None:
+        """Starts compiling, so that there is something to measure once the GPU's process is ready."""
+        self._submit()
+
+    def run(self) -> None:
+        """Explores until the limit, the deadline, or no more gain; then the neighbourhood of the best until it is."""
+        state = self._tuning.state
+        began, measured = time.monotonic(), state.measuring_s
+        self._tuning.phase("searching")
+        try:
+            while not self._late:
+                self._submit()
+                self._feed()
+                if self._measuring:
+                    self._finish_one()
+                elif not self._compiling:
+                    break
+            while self._measuring:
+                self._finish_one()
+        finally:
+            if self._runner is not None:
+                state.waiting_s += max(0.0, time.monotonic() - began - (state.measuring_s - measured))
+
+    def close(self) -> None:
+        """Gives up what is compiling, and waits until the GPU's thread is free for the next problem."""
+        for future in self._compiling:
+            future.cancel()
+        wait([future for _, _, future in self._measuring if not future.cancel()])
+
+    @property
+    def _late(self) -> bool:
+        deadline = self._bounds.deadline
+        return (
+            deadline is not None
+            and time.monotonic() > deadline
+            and self._tuning.search.told(self._tuning.default.config)
+        )
+
+    # Asking and compiling
+
+    def _submit(self) -> None:
+        """Keeps the compilers ahead of the GPU."""
+        for config in self._wanted():
+            future = self._pool.submit(
+                self._tuning.op.name, self._tuning.op.tunable.name, self._tuning.problem.key, config
+            )
+            self._compiling[future] = config
+
+    def _wanted(self) -> list[Config]:
+        search, best, centre = self._tuning.search, self._tuning.search.best, self._centre
+        open_ = len(self._compiling) + len(self._measuring)
+        if self._runner is not None and best is not None and (centre is None or best[0] != centre[0]):
+            soon = self._gainless >= _POLISH and (centre is None or best[1] < GAIN * centre[1])
+            if soon or (not open_ and self._over):
+                self._centre = best
+                near = search.polish(best[0])
+                self._tuning.state.limit = max(self._tuning.state.limit, self._tuning.state.tried + open_ + len(near))
+                return near
+        if self._over:
+            return []
+        asked = search.ask(min(self._bounds.width - open_, self._bounds.limit - self._asked))
+        self._asked += len(asked)
+        return asked
+
+    @property
+    def _over(self) -> bool:
+        """Has the search asked for all that it will?"""
+        return not self._patient or self._asked >= self._bounds.limit or self._tuning.search.exhausted
+
+    def _compiled(self, block: bool) -> tuple[Config, Compiled] | None:
+        """The next compilation that is done, in the order of asking, so that a run with the same seed takes the same
+        steps wherever it can. With `block` it waits for one."""
+        while self._compiling:
+            self._check()
+            done, _ = wait(self._compiling, timeout=0.5 if block else 0, return_when=FIRST_COMPLETED)
+            for future in self._compiling:
+                if future in done:
+                    return self._compiling.pop(future), future.result()
+            if not block:
+                return None
+            self._tuning.run.changed()
+        return None
+
+    # Measuring and telling
+
+    def _feed(self) -> None:
+        """Hands compiled candidates to the GPU; those that need none are judged on the way."""
+        while len(self._measuring) < _AHEAD and not self._late:
+            ready = self._compiled(block=not self._measuring)
+            if ready is None:
+                return
+            config, compiled = ready
+            self._tuning.state.compiled += 1
+            self._tuning.state.compiling_s += compiled.seconds
+            if compiled.failure is not None:
+                self._judge(config, compiled, Attempt(Failure(compiled.failure), compiled.reason), ran=False)
+            elif (twin := self._tuning.twins.setdefault(compiled.fingerprint, config)) != config:
+                if any(each[0] == twin for each in self._measuring):
+                    self._twins_of.setdefault(twin, []).append((config, compiled))
+                else:
+                    self._judge_twin(config, compiled, twin)
+            elif self._runner is None:
+                self._predict(config, compiled)
+            else:
+                self._tuning.compiled[config] = compiled
+                best = self._tuning.search.best
+                incumbent_ms = None if config == self._tuning.default.config or best is None else best[1]
+                candidate = self._tuning.ours(config)
+                future = self._gpu.submit(timed_attempt, self._runner, candidate, incumbent_ms)
+                self._measuring.append((config, compiled, future))
+            self._submit()
+
+    def _finish_one(self) -> None:
+        config, compiled, future = self._measuring[0]
+        while not future.done():
+            wait([future], timeout=0.5)
+            self._check()
+            self._tuning.run.changed()
+        self._check()
+        attempt, seconds = future.result()
+        self._measuring.popleft()
+        self._tuning.state.measuring_s += seconds
+        self._judge(config, compiled, attempt)
+        for twin, code in self._twins_of.pop(config, ()):
+            self._judge_twin(twin, code, config)
+
+    def _judge(self, config: Config, compiled: Compiled, attempt: Attempt, ran: bool = True) -> None:
+        self._tuning.search.tell(config, attempt.time_ms)
+        self._record(config, compiled, attempt, ran=ran)
+
+    def _judge_twin(self, config: Config, compiled: Compiled, twin: Config) -> None:
+        self._tuning.search.tell(config, self._tuning.times.get(self._tuning.ours(twin)))
+        self._record(config, compiled, Attempt(Failure.DUPLICATE_BINARY, f"the same machine code as {twin}"), ran=False)
+
+    def _predict(self, config: Config, compiled: Compiled) -> None:
+        tuning = self._tuning
+        tuning.compiled[config] = compiled
+        cost = tuning.space.work(tuning.problem, config) if tuning.space.work else None
+        prediction = predict(tuning.problem.cost(), cost, compiled, tuning.gpu)
+        tuning.search.tell(config, prediction.time_ms)
+        tuning.note(tuning.ours(config), prediction.time_ms)
+        facts: dict[str, Json] = {"predicted_ms": prediction.time_ms, "bound": prediction.bound}
+        self._record(config, compiled, Attempt(facts={**facts, "occupancy": prediction.occupancy}))
+
+    def _record(self, config: Config, compiled: Compiled, attempt: Attempt, ran: bool = True) -> None:
+        self._count()
+        self._tuning.record(self._tuning.ours(config), attempt, {"compiled": compiled.to_json()}, ran)
+
+    def _count(self) -> None:
+        """Counts the candidates since the last gain."""
+        self._gainless += 1
+        best = self._tuning.search.best
+        if best is not None and best[1] < GAIN * self._best_ms:
+            self._best_ms, self._gainless = best[1], 0
+        # A prediction costs nothing but compiling, and without a GPU to ask all of the space is tried.
+        if self._runner is not None and self._gainless >= PATIENCE:
+            self._patient = False
+
+    def _check(self) -> None:
+        if self.stopped:
+            raise Stopped

@@ -1,0 +1,174 @@
+"""One problem while it is tuned: what is known of its candidates, and how that is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilebook.device import Device
+from tilebook.op import Config, Op, Problem, Space
+from tilebook.registry import Failure, Json, Status, Trial, Verdict, VerdictStatus
+from tilebook.tuner.compile import Compiled
+from tilebook.tuner.known import Known, searched
+from tilebook.tuner.progress import ProblemState, Run
+from tilebook.tuner.runner import Attempt, Candidate
+from tilebook.tuner.search import Search
+from tilebook.tuner.stats import Ratio
+
+
+@dataclass
+class Tuning:
+    """The candidates of one problem on one GPU. times: ms of those that passed, measured or predicted.
+
+    twins: machine code → the config that stands for all that compile to it.
+    """
+
+    op: Op[Any]
+    problem: Problem
+    gpu: Device
+    feasible: Sequence[Config]
+    default: Candidate
+    search: Search
+    known: Known
+    state: ProblemState
+    run: Run
+    times: dict[Candidate, float] = field(default_factory=dict)
+    compiled: dict[Config, Compiled] = field(default_factory=dict)
+    twins: dict[str, Config] = field(default_factory=dict)
+
+    @property
+    def space(self) -> Space:
+        space = self.op.tunable.space
+        assert space is not None
+        return space
+
+    def ours(self, config: Config) -> Candidate:
+        return Candidate(self.op.tunable.name, config)
+
+    def phase(self, name: str) -> None:
+        self.state.phase = name
+        self.run.changed()
+
+    def reuse(self, config: Config, trial: Trial) -> float | None:
+        """Takes over what a run before this one found; returns the config's time where it has one."""
+        self.state.reused += 1
+        compiled = trial.facts.get("compiled")
+        if isinstance(compiled, dict):
+            self.compiled[config] = Compiled.from_json(compiled)
+            twin = self.twins.setdefault(self.compiled[config].fingerprint, config)
+            if trial.failure is Failure.DUPLICATE_BINARY:
+                self.state.rejected[trial.failure] += 1
+                return self.times.get(self.ours(twin))
+        if trial.failure is not None:
+            self.state.rejected[trial.failure] += 1
+            return trial.time_ms if trial.failure is Failure.SLOW else None
+        self.state.passed += 1
+        score = trial.facts.get("predicted_ms", trial.time_ms)
+        if isinstance(score, float):
+            self.note(self.ours(config), score)
+            return score
+        return None
+
+    def note(self, candidate: Candidate, time_ms: float) -> None:
+        """Remembers the time of a candidate that passed, for the finals and the view."""
+        self.times[candidate] = time_ms
+        if candidate == self.default:
+            self.state.default_ms = time_ms
+        if self.state.best_ms is None or time_ms < self.state.best_ms:
+            self.state.best_ms, self.state.best = time_ms, str(candidate)
+
+    def record(self, candidate: Candidate, attempt: Attempt, facts: Mapping[str, Json], ran: bool = True) -> None:
+        """Counts and stores what came of a candidate. `ran`: on the GPU; else a rule turned it away before."""
+        if attempt.failure is None:
+            status = Status.OK
+            self.state.passed += 1
+            if attempt.time_ms is not None:
+                self.state.timed += 1
+                self.note(candidate, attempt.time_ms)
+        else:
+            status = Status.FAILED if ran and attempt.failure is not Failure.SLOW else Status.REJECTED
+            self.state.rejected[attempt.failure] += 1
+        trial = Trial(
+            op=self.op.name,
+            problem=self.problem.key,
+            device=self.known.device,
+            environment=self.known.environment,
+            kernel=self.op.digest,
+            implementation=candidate.implementation,
+            config=dict(candidate.config),
+            status=status,
+            failure=attempt.failure,
+            reason=attempt.reason,
+            time_ms=attempt.time_ms,
+            samples_ms=attempt.samples_ms,
+            facts={"mode": self.known.mode, **facts, **attempt.facts},
+        )
+        self.known.record([trial])
+        self.run.changed()
+
+    def drop(self, candidate: Candidate, attempt: Attempt) -> None:
+        """A candidate that had passed fails: its time counts no longer, and its failure is stored."""
+        del self.times[candidate]
+        self.state.passed -= 1
+        compiled = self.compiled.get(candidate.config)
+        self.record(candidate, attempt, {"compiled": compiled.to_json()} if compiled else {})
+
+    def burden(self, candidate: Candidate) -> tuple[Any, ...]:
+        """What breaks a tie: our own kernels first, then fewest spills, least shared memory, fewest warps, the text."""
+        compiled = self.compiled.get(candidate.config)
+        binaries = compiled.binaries if compiled else ()
+        return (
+            candidate.implementation != self.op.tunable.name,
+            sum(b.spills for b in binaries),
+            sum(b.shared for b in binaries),
+            sum(b.warps for b in binaries),
+            candidate.implementation,
+            candidate.config.key,
+        )
+
+    def verdict(
+        self,
+        status: VerdictStatus,
+        chosen: Candidate,
+        evidence: Mapping[str, Json],
+        time_ms: float | None = None,
+        default_ms: float | None = None,
+        ratio: Ratio | None = None,
+    ) -> Verdict:
+        return Verdict(
+            op=self.op.name,
+            problem=self.problem.key,
+            device=self.known.device,
+            environment=self.known.environment,
+            kernel=self.op.digest,
+            status=status,
+            implementation=chosen.implementation,
+            config=dict(chosen.config),
+            time_ms=time_ms,
+            default_time_ms=default_ms,
+            speedup=ratio.value if ratio else None,
+            speedup_low=ratio.low if ratio else None,
+            speedup_high=ratio.high if ratio else None,
+            evidence={**self._found(), **evidence},
+        )
+
+    def _found(self) -> dict[str, Json]:
+        """How the verdict was found: where, among how many, in what time."""
+        state = self.state
+        return {
+            "mode": self.known.mode,
+            "space": searched(self.space, self.feasible),
+            "tried": state.tried,
+            "reused": state.reused,
+            "rejected": {failure.value: n for failure, n in sorted(state.rejected.items())},
+            "infeasible": state.infeasible,
+            "seconds": {
+                "total": round(state.elapsed_s, 3),
+                "compiling": round(state.compiling_s, 3),
+                "measuring": round(state.measuring_s, 3),
+                "waiting": round(state.waiting_s, 3),
+                "confirming": round(state.confirming_s, 3),
+            },
+            "busy": None if state.busy is None else round(state.busy, 3),
+        }
