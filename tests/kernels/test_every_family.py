@@ -28,6 +28,13 @@ def test_default_config_is_right(op, problem):
     verify(op.tunable, config, [Case.make(op, problem, "cpu", 0)], repeats=0)
 
 
+@interpreted
+@pytest.mark.parametrize(("op", "problem"), EXAMPLES[1::3], ids=_id)
+def test_default_config_is_right_on_inputs_with_outliers(op, problem):
+    config = op.tunable.space.default(problem, devices.find("H200"))
+    verify(op.tunable, config, [Case.make(op, problem, "cpu", 3, outliers=True)], repeats=0)
+
+
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("op", OPS, ids=_id)
 def test_default_config_is_feasible_on_every_gpu(op, gpu):
