@@ -11,10 +11,12 @@ from typing import Any
 from fakes import ENVIRONMENT, GPU, FakePool
 from injected import Pair
 
-from tilebook.op import Op
+from tilebook.op import Config, Op
 from tilebook.registry import Layers, Registry, Status
+from tilebook.tuner.known import Known
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.session import Options, Session
+from tilebook.tuner.shards import tune_all
 
 
 @dataclass
@@ -33,17 +35,35 @@ class Outcome:
         return len(self.states) - self.verdicts
 
 
+class _Lent:
+    """A runner that outlives the session."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def close(self) -> None: ...
+
+
 def tune_injected(
     path: Path, op: Op[Pair], problems: Sequence[Pair], runner: Any, gpu: Any = GPU, environment: Any = ENVIRONMENT
 ) -> Outcome:
-    """Tunes the problems with this runner into a registry of their own at `path`, and reads it back."""
+    """Tunes the problems with this runner into a registry of their own at `path`, and reads it back.
+
+    The runner stays open. A candidate counts with what became of it last: a finalist may pass as a trial and fail then.
+    """
     layers = Layers([("explicit", str(path))])
     with layers.writer() as registry:
         options, run = Options(method="grid", rounds=10), Run(len(problems), True)
-        session = Session(gpu, environment, registry, layers, FakePool(), runner, options, run)
-        states = session.tune_all([(op, problem) for problem in problems])
+        known = Known(registry, layers, gpu, environment, "graph")
+        session = Session(gpu, known, FakePool(), _Lent(runner), options, run)
+        states = tune_all([session], [(op, problem) for problem in problems], run)
     with Registry.open(path) as registry:
-        bad = [t for t in registry.trials() if t.implementation == "triton" and t.config["kind"] != "good"]
+        trials = sorted(registry.trials(), key=lambda trial: trial.created_at)
+        last = {(t.problem, Config(t.config)): t for t in trials if t.implementation == "triton"}
+        bad = [trial for (_, config), trial in last.items() if config["kind"] != "good"]
         verdicts = registry.verdicts()
     named = [config for verdict in verdicts for _, config in verdict.ranking()]
     return Outcome(
