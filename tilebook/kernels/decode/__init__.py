@@ -1,4 +1,4 @@
-"""o = softmax(scale · q kᵀ) v for few query rows and a long cache of k and v, split-K (Flash-Decoding, Dao et al. 2023)."""
+"""Attention of few query rows against a long cache of keys and values, split-K (Flash-Decoding, Dao et al. 2023)."""
 
 from __future__ import annotations
 

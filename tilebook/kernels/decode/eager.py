@@ -28,9 +28,8 @@ def decode(
     (batch, heads, n_q, width), (heads_kv, n_k) = q.shape, k.shape[1:3]
     lengths = torch.full((batch,), n_k, device=q.device) if seq_lens is None else seq_lens.clamp(0, n_k)
     columns = torch.arange(n_k, device=q.device)
-    position = (lengths[:, None] - n_q + torch.arange(n_q, device=q.device))[
-        ..., None
-    ]  # of a query among the keys, (B, S, 1)
+    # Of each query among the keys, (B, S, 1).
+    position = (lengths[:, None] - n_q + torch.arange(n_q, device=q.device))[..., None]
     visible = (columns < lengths[:, None, None]).expand(batch, n_q, n_k)
     if causal:
         visible = visible & (columns <= position)

@@ -68,7 +68,7 @@ def _attend(
 ):  # fmt: skip
     """Keys `first` … `last`, in whole tiles: the running Σ p v, Σ p and maximum of each row, in powers of two."""
     blocks = _blocks(table, batch, first, length, stride_t, PAGE, BLOCK_N)
-    for column in tl.range(first, last, BLOCK_N):
+    for column in tl.range(first, last, BLOCK_N, num_stages=1 if MASKED else None):  # masked, there is one at most
         column = tl.multiple_of(column, BLOCK_N)
         k_tile = _load(
             k, head, blocks, column, length, stride_kb, stride_ks, stride_kh,
@@ -119,8 +119,7 @@ def decode_kernel(
 ):  # fmt: skip
     """One of `splits` equal shares of a sequence's keys, for BLOCK_M of the rows that share a key/value head.
 
-    Writes o and lse; if SPLIT, the share's, (splits, n_rows, D) and (splits, n_rows) in fp32, with the n_rows = B · H · S
-    rows in the order of a contiguous (B, H, S).
+    Writes o and lse; if SPLIT, the share's, (splits, n_rows, D) and (splits, n_rows) in fp32, n_rows = B · H · S.
     """
     # Blocks of rows read the same keys, and heads neighbouring ones: programs side by side share them in L2.
     per_head = group * n_q

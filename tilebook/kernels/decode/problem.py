@@ -129,10 +129,10 @@ class DecodeProblem(Problem):
 
     def neighbours(self) -> Sequence[Self]:
         group = self.heads // self.heads_kv
-        window = {} if self.window == self.seq_k else {"window": 100}
         few = replace(self, batch=3, heads=2 * group, heads_kv=2)
+        windowed = self.window < self.seq_k
         # Ragged lengths; one sequence shorter than all programs together, one that keeps each of them busy.
-        return [replace(few, seq_k=n, **({"window": n} | window)) for n in (453, 5003)]
+        return [replace(few, seq_k=n, window=100 if windowed else n) for n in (453, 5003)]
 
     @classmethod
     def examples(cls) -> Sequence[Self]:

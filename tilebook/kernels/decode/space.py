@@ -5,13 +5,16 @@ from __future__ import annotations
 import triton
 
 from tilebook.device import Device
-from tilebook.kernels.attention.tiles import crowded, oversized, too_large
+from tilebook.kernels.attention.tiles import asynchronous, crowded, oversized, too_large
 from tilebook.kernels.decode.problem import DecodeProblem
 from tilebook.launch import HOST_DESCRIPTORS_S
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 MOST_SPLITS = 128
 """Shares of a sequence that the merger takes at a time."""
+
+NARROWEST = 16
+"""Keys of a tile that a matrix product takes at least."""
 
 
 def block_m(rows: int, block_d: int) -> int:
@@ -26,7 +29,8 @@ def splits(programs: int, seq_k: int, config: Config, sm_count: int) -> int:
     counts is the longest that a sequence may have.
     """
     wanted = config.number("PER_SM") * sm_count // programs
-    return max(1, min(wanted, triton.cdiv(seq_k, config.number("BLOCK_N")), MOST_SPLITS))
+    tiles: int = triton.cdiv(seq_k, config.number("BLOCK_N"))
+    return max(1, min(wanted, tiles, MOST_SPLITS))
 
 
 def _tile(problem: DecodeProblem) -> tuple[int, int]:
@@ -35,14 +39,26 @@ def _tile(problem: DecodeProblem) -> tuple[int, int]:
     return block_m(problem.rows, width), width
 
 
+def _warpgroups(rows: int, config: Config, device: Device) -> bool:
+    """Do products read both operands from shared memory? Smaller ones pass them through registers."""
+    return asynchronous(device) and rows >= 64 and config.number("num_warps") >= 4
+
+
 def _shared(problem: DecodeProblem, config: Config, device: Device) -> int:
-    """Bytes of shared memory: a ring of key and value tiles, or of those only what is on its way between layouts."""
+    """Bytes of shared memory, as compiled kernels report them or a little more: a ring of key and value tiles, q, p."""
     (rows, width), columns, itemsize = _tile(problem), config.number("BLOCK_N"), problem.torch_dtype.itemsize
-    stages = config.number("num_stages")
-    tile, small = columns * width * itemsize, rows * max(width, columns) * itemsize
-    if device.backend == "hip":
-        return max(tile, small) + 2 * tile * (stages - 1)
-    return (2 * stages if stages > 1 else 1) * tile + small
+    stages, tile = config.number("num_stages"), columns * width * itemsize
+    if _warpgroups(rows, config, device):
+        return (2 * stages if stages > 1 else 1) * tile + rows * width * itemsize
+    # The tile in use is in registers: its place in the ring is free.
+    return (2 * (stages - 1) if stages > 1 else 1) * tile + rows * (width + columns) * itemsize
+
+
+def _elements(problem: DecodeProblem, config: Config, device: Device) -> int:
+    """Numbers in registers: accumulators and scores, and, two to a register, the operands that pass through them."""
+    (rows, width), columns = _tile(problem), config.number("BLOCK_N")
+    operands = 0 if _warpgroups(rows, config, device) else (rows + columns) * width // 2
+    return rows * (width + columns) + operands
 
 
 def _reject(problem: DecodeProblem, config: Config, device: Device) -> str | None:
@@ -58,20 +74,23 @@ def _reject(problem: DecodeProblem, config: Config, device: Device) -> str | Non
             return "the GPU would wait for the host to make its tensor descriptors"
     if device.backend == "hip" and config.number("num_stages") > 2:
         return "more than 2 stages do not pay on AMD GPUs"
-    if oversized(columns, problem.keys, SPACE.axes["BLOCK_N"][0]):
+    if oversized(columns, problem.keys, NARROWEST):
         return "a block is larger than the sequence"
     if config.number("PER_SM") * warps * device.warp_size > device.threads_per_sm:
         return "more programs than an SM can hold at once"
     if rows < 64 and min(columns, width) < 8 * warps:
         return f"{warps} warps need tiles of at least {8 * warps} columns"
-    return too_large(_shared(problem, config, device), device) or crowded(rows * (width + columns), warps, device)
+    return too_large(_shared(problem, config, device), device) or crowded(
+        _elements(problem, config, device), warps, device
+    )
 
 
 def _default(problem: DecodeProblem, device: Device) -> Config:
     """The first that fits of a few good shapes, with as many programs as an SM's shared memory holds at a time."""
+    rows = _tile(problem)[0]
     shapes = [(64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2), (32, 2, 2), (16, 2, 2), (16, 2, 1), (16, 1, 1)]
-    if _tile(problem)[0] > 64:
-        shapes.insert(0, (64, 8, 3))
+    if rows > 16:
+        shapes = [(64, 4, 3), (64, 8, 3), (64, 8, 2), (32, 8, 2), (16, 8, 2), (16, 8, 1), *shapes]
     configs = [
         Config(BLOCK_N=columns, PER_SM=1, num_warps=warps, num_stages=stages, DESCRIPTORS=0)
         for columns, warps, stages in shapes
@@ -94,7 +113,7 @@ def _work(problem: DecodeProblem, config: Config) -> Cost:
 
 SPACE = Space(
     axes={
-        "BLOCK_N": powers_of_two(16, 256),
+        "BLOCK_N": powers_of_two(NARROWEST, 256),
         # Programs started for each SM, by splitting sequences.
         "PER_SM": (1, 2, 3, 4, 6, 8, 12, 16),
         "num_warps": powers_of_two(1, 8),
