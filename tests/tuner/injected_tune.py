@@ -13,8 +13,10 @@ from injected import Pair
 
 from tilebook.op import Op
 from tilebook.registry import Layers, Registry, Status
+from tilebook.tuner.known import Known
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.session import Options, Session
+from tilebook.tuner.shards import tune_all
 
 
 @dataclass
@@ -40,8 +42,9 @@ def tune_injected(
     layers = Layers([("explicit", str(path))])
     with layers.writer() as registry:
         options, run = Options(method="grid", rounds=10), Run(len(problems), True)
-        session = Session(gpu, environment, registry, layers, FakePool(), runner, options, run)
-        states = session.tune_all([(op, problem) for problem in problems])
+        known = Known(registry, layers, gpu, environment, "graph")
+        session = Session(gpu, known, FakePool(), runner, options, run)
+        states = tune_all([session], [(op, problem) for problem in problems], run)
     with Registry.open(path) as registry:
         bad = [t for t in registry.trials() if t.implementation == "triton" and t.config["kind"] != "good"]
         verdicts = registry.verdicts()

@@ -7,7 +7,7 @@ from toy import SPACE
 
 from tilebook.op import Config
 from tilebook.registry import Failure, Status, VerdictStatus
-from tilebook.tuner.worker import Candidate
+from tilebook.tuner.runner import Candidate
 
 DEFAULT = Candidate("triton", SPACE.default(None, None))
 WINNER = Candidate("triton", BEST)

@@ -10,7 +10,7 @@ from toy import SPACE, make_op
 
 from tilebook.op import Config, Space
 from tilebook.registry import Failure, Registry, VerdictStatus
-from tilebook.tuner.worker import Candidate
+from tilebook.tuner.runner import Candidate
 
 
 @pytest.fixture
