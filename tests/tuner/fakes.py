@@ -41,12 +41,14 @@ class FakePool:
 
 
 class FakeRunner:
-    """Times by `time_ms(candidate)` with multiplicative noise; a returned Failure stands for one."""
+    """Times by `time_ms(candidate)` with multiplicative noise; a returned Failure stands for one. `unsound` holds
+    candidates that pass at first, and fail when they are confirmed."""
 
     def __init__(self, time_ms: Callable[[Candidate], float | Failure], noise: float = 0.003, seed: int = 0) -> None:
         self._time_ms, self._noise, self._random = time_ms, noise, random.Random(seed)
         self.attempted: list[Candidate] = []
         self.confirmed: list[tuple[tuple[Candidate, ...], bool]] = []
+        self.unsound: dict[Candidate, Failure] = {}
 
     def prepare(self, op, problem) -> None: ...
 
@@ -68,6 +70,8 @@ class FakeRunner:
         return [self._confirmed(candidate, rounds) for candidate in candidates]
 
     def _confirmed(self, candidate: Candidate, rounds: int) -> Attempt:
+        if candidate in self.unsound:
+            return Attempt(self.unsound[candidate], "found late")
         samples = tuple(self._sample(candidate) for _ in range(rounds))
         return Attempt(None, "", sorted(samples)[rounds // 2], samples)
 

@@ -23,7 +23,7 @@ class NoisyRunner(FakeRunner):
     def __init__(self, time_ms, seed: int) -> None:
         super().__init__(time_ms, random.Random(seed).uniform(0.003, 0.01), seed)
         self._taken = 0
-        self._drift = self._random.uniform(-0.05, 0.05)
+        self._drift = self._random.uniform(-0.02, 0.02)
         self._level = 1.0
 
     def _sample(self, candidate: Candidate) -> float:

@@ -82,22 +82,23 @@ def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False) -
         console.print("no verdicts: run `tilebook tune` first")
         return
 
-    def draw(title: str, left: Sequence[str], right: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-        grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="bold")
-        for name in left:
-            grid.add_column(name, overflow="fold")
+    def draw(title: str, left: str, right: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+        grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        grid.pad_edge, grid.collapse_padding = False, True
+        grid.add_column(left, overflow="fold")
         for name in right:
             grid.add_column(name, justify="right", no_wrap=True)
         for each in cells:
             grid.add_row(*each)
+            grid.add_section()
         console.print(grid)
 
     named = ", ".join(sorted({str(each["device"]) for each in rows}))
     title = f"{'tuned for' if tuned else 'verdicts for'} {named}"
-    draw(title, ["problem", "winner"], ["ms", "default ms", "speed-up", "others ms"], [_outcome(each) for each in rows])
+    draw(title, "problem, winner", ["ms", "speed-up"], [_outcome(each) for each in rows])
     if tuned:
-        spent = ["tried", "compiling", "measuring", "waiting", "GPU busy", "in all"]
-        draw("what it took", ["problem", "rejected"], spent, [_effort(each) for each in rows])
+        spent = ["tried", "compile s", "measure s", "wait s", "GPU busy", "all s"]
+        draw("what it took", "problem, rejected", spent, [_effort(each) for each in rows])
     if any(each["status"] == "predicted" for each in rows):
         console.print("~ predicted by a performance model from the compiled code; nothing was measured.")
 
@@ -109,24 +110,22 @@ def _ms(value: float | None, mark: str = "") -> str:
 def _outcome(each: dict[str, Any]) -> list[str]:
     if each["status"] == "predicted":
         default_ms, winner_ms = _ms(each["predicted_default_ms"], "~"), _ms(each["predicted_ms"], "~")
-        ratio = "–"
     else:
         default_ms, winner_ms = _ms(each["default_time_ms"]), _ms(each["time_ms"])
-        ratio = "1\n(default)"
-        if each["status"] == "measured":
-            ratio = f"{each['speedup']:.3f}\n[{each['speedup_low']:.3f}, {each['speedup_high']:.3f}]"
+    ratio = {"predicted": "–", "default": "default wins"}.get(each["status"], "")
+    if each["status"] == "measured":
+        ratio = f"{each['speedup']:.3f}\n[{each['speedup_low']:.3f}, {each['speedup_high']:.3f}]"
     flags = [each["status"], each["layer"]]
     flags += [each["mode"]] if each["mode"] == "eager" else []
     flags += ["stale"] if each["stale"] else []
     flags += [] if each["trusted"] else ["not trusted"]
     config = " ".join(f"{axis}={value}" for axis, value in each["config"].items())
+    others = {name: _ms(time_ms) for name, time_ms in each["others"].items() if name != each["implementation"]}
+    times = {each["implementation"]: winner_ms, **({} if each["status"] == "default" else {"default": default_ms})}
     return [
-        f"{each['op']}\n{each['problem']}",
-        f"{each['implementation']} ({', '.join(flags)})\n{config}".strip(),
-        winner_ms,
-        default_ms,
+        f"{each['op']} {each['problem']}\n{each['implementation']} {config}".strip() + f"\n({', '.join(flags)})",
+        "\n".join(f"{name} {time}" for name, time in {**times, **others}.items()),
         ratio,
-        "\n".join(f"{name} {time_ms:.4g}" for name, time_ms in each["others"].items()),
     ]
 
 
@@ -135,10 +134,9 @@ def _effort(each: dict[str, Any]) -> list[str]:
     rejected = ", ".join(f"{count} {reason}" for reason, count in (each["rejected"] or {}).items())
     measured = each["status"] != "predicted"
     shown = ["compiling", "measuring" if measured else "", "waiting" if measured else "", "total"]
-    times = [seconds(spent[name]) if name in spent else "–" for name in shown]
+    times = [f"{spent[name]:.0f}" if name in spent else "–" for name in shown]
     return [
-        f"{each['op']} {each['problem']}",
-        rejected or "none",
+        f"{each['op']} {each['problem']}" + (f"\nrejected: {rejected}" if rejected else ""),
         "–" if each["tried"] is None else str(each["tried"]),
         *times[:3],
         "–" if busy is None else f"{busy:.0%}",

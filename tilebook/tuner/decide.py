@@ -26,8 +26,9 @@ DOUBT = 1.2
 """A prediction replaces the default where the model promises more than this. Over 78 problems measured on an H200 that
 took 1.18–1.20 times as long as the best for attention; the model's first choice 1.19–1.37, the default 1.20–1.43."""
 
-_FASTEST, _LIGHTEST = 3, 3
-_TRIES = 3
+_FASTEST, _LIGHTEST = 5, 5  # finalists of ours
+_SPREAD = TIE**2  # of times that were not taken interleaved, so that a tie may look twice as far apart
+_TRIES = 3  # finalists that get the fresh process
 
 
 @dataclass(frozen=True)
@@ -109,19 +110,19 @@ def predict(tuning: Tuning) -> Verdict:
     evidence: dict[str, Json] = {
         "predicted_ms": tuning.times[chosen],
         "predicted_default_ms": tuning.times.get(tuning.default),
-        "candidates": [{**_named(c), "predicted_ms": tuning.times[c]} for c in ranked[: _FASTEST + 1]],
+        "candidates": [{**_named(c), "predicted_ms": tuning.times[c]} for c in ranked[:_FASTEST]],
     }
     return tuning.verdict(VerdictStatus.PREDICTED, chosen, evidence)
 
 
 def finalists(tuning: Tuning) -> list[Candidate]:
-    """Our fastest, and the lightest of those that tie with the fastest: among many equals a run would otherwise pick
-    whichever its noise favours, another run another."""
+    """Our fastest, and the lightest of those that may tie with the fastest: among many equals a run would otherwise
+    pick whichever its noise favours, another run another."""
     ours = [c for c in tuning.times if c.implementation == tuning.default.implementation and c != tuning.default]
     ranked = sorted(ours, key=lambda c: (tuning.times[c], tuning.burden(c)))
     best = min(tuning.times.values())
     near = [c for c in ranked if tuning.times[c] <= NEAR * best]
-    equal = [c for c in near if tuning.times[c] <= TIE * tuning.times[near[0]]]
+    equal = [c for c in near if tuning.times[c] <= _SPREAD * tuning.times[near[0]]]
     return list(dict.fromkeys([*near[:_FASTEST], *sorted(equal, key=tuning.burden)[:_LIGHTEST]]))
 
 

@@ -65,7 +65,7 @@ class Bench:
         self.inputs = [tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in inputs) for _ in range(copies)]
         self._mode = mode
         stream: Any = torch.cuda.Stream
-        self._stream = stream()
+        self._stream = stream() if mode == "graph" else None
 
     def estimate(self, call: Call) -> float:
         """A first idea of ms a call, from three samples. `call` must have run before."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
+
+import optuna
 
 from tilebook.op import Op, Problem
 from tilebook.tuner.progress import ProblemState, Run
@@ -97,7 +100,9 @@ def tune_all(sessions: Sequence[Session], problems: Sequence[tuple[Op[Any], Prob
 
 
 def _side_by_side(sessions: Sequence[Session], work: Any, queue: _Queue) -> None:
-    with ThreadPoolExecutor(len(sessions), "tilebook-session") as threads:
+    with warnings.catch_warnings(), ThreadPoolExecutor(len(sessions), "tilebook-session") as threads:
+        # The filter that the search sets for itself is the process's, and another thread may undo it at any time.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         futures = [threads.submit(work, session) for session in sessions]
         try:
             for future in as_completed(futures):

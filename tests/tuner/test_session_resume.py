@@ -1,0 +1,160 @@
+"""What a run takes from the runs before it: verdicts, trials, and nothing that answers another question."""
+
+import dataclasses
+import signal
+
+import pytest
+from fakes import FakePool, FakeRunner, tune
+from test_session import BEST, valley
+from toy import SPACE, make_op
+
+from tilebook.op import Config, Space
+from tilebook.registry import Failure, Registry, VerdictStatus
+from tilebook.tuner.runner import Candidate
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "registry.db"
+
+
+def op_with(axes=SPACE.axes, reject=SPACE.reject):
+    """The toy op with another space; the kernel, and so its digest, is the same."""
+    op = make_op()
+    space = Space(axes, reject, SPACE.default)
+    op.implementations["triton"] = dataclasses.replace(op.implementations["triton"], space=space)
+    assert op.digest == make_op().digest
+    return op
+
+
+def ours(runner):
+    return [c.config for c in runner.attempted if c.implementation == "triton"]
+
+
+SMALL = op_with({**SPACE.axes, "BLOCK": (16, 32, 64)})
+
+
+def test_a_space_that_grew_has_only_its_new_configs_measured_and_the_standing_winner_confirmed_with_them(path):
+    first = FakeRunner(valley)
+    tune(path, first, op=SMALL)
+    with Registry.open(path) as registry:
+        (small,) = registry.verdicts()
+    second = FakeRunner(valley)
+    states, registry = tune(path, second, op=make_op())
+    assert not states[0].skipped
+    assert ours(second)
+    assert all(config["BLOCK"] > 64 for config in ours(second))
+    assert states[0].reused == len(ours(first))
+    assert Candidate("triton", Config(small.config)) in second.confirmed[0][0]
+    assert Config(registry.verdicts()[0].config) == BEST
+    third = FakeRunner(valley)
+    states, _ = tune(path, third, op=make_op())
+    assert states[0].skipped
+    assert third.attempted == []
+
+
+def test_a_config_that_a_rule_lets_in_again_is_new_too(path):
+    strict = op_with(reject=lambda p, c, d: "not now" if c["num_stages"] == 3 else SPACE.reject(p, c, d))
+    tune(path, FakeRunner(valley), op=strict)
+    runner = FakeRunner(valley)
+    _, registry = tune(path, runner, op=make_op())
+    assert {config["num_stages"] for config in ours(runner)} == {3}
+    assert Config(registry.verdicts()[0].config) == BEST
+
+
+def test_the_standing_winner_stays_where_what_is_new_is_no_better(path):
+    def slow_above_64(candidate):
+        return 5.0 if candidate.config.get("BLOCK", 0) > 64 else valley(candidate)
+
+    tune(path, FakeRunner(slow_above_64), op=SMALL)
+    with Registry.open(path) as registry:
+        (small,) = registry.verdicts()
+    _, registry = tune(path, FakeRunner(slow_above_64), op=make_op())
+    assert registry.verdicts()[0].config == small.config
+
+
+def test_a_verdict_that_does_not_say_what_was_searched_counts_as_complete(path):
+    tune(path, FakeRunner(valley), op=SMALL)
+    with Registry.open(path, write=True) as registry:
+        (verdict,) = registry.verdicts()
+        evidence = {name: value for name, value in verdict.evidence.items() if name not in ("space", "mode")}
+        registry.record((), dataclasses.replace(verdict, evidence=evidence))
+    states, _ = tune(path, FakeRunner(valley), op=make_op())
+    assert states[0].skipped
+
+
+@pytest.mark.parametrize("space", ["no", {"digest": 1}, {"digest": "x", "axes": [], "feasible": "zz"}])
+def test_a_verdict_that_talks_nonsense_of_its_space_counts_as_complete(path, space):
+    tune(path, FakeRunner(valley))
+    with Registry.open(path, write=True) as registry:
+        (verdict,) = registry.verdicts()
+        registry.record((), dataclasses.replace(verdict, evidence={**verdict.evidence, "space": space}))
+    states, _ = tune(path, FakeRunner(valley))
+    assert states[0].skipped
+
+
+def test_a_prediction_over_a_smaller_space_is_made_anew_with_the_new_configs_alone(path):
+    tune(path, None, op=SMALL)
+    pool = FakePool()
+    _, registry = tune(path, None, pool, op=make_op())
+    assert pool.submitted
+    assert all(config["BLOCK"] > 64 for config in pool.submitted)
+    assert registry.verdicts()[0].status is VerdictStatus.PREDICTED
+
+
+def test_trials_and_verdicts_of_the_other_mode_do_not_count_and_the_last_verdict_stands(path):
+    tune(path, FakeRunner(valley))
+    eager = FakeRunner(lambda c: valley(c) + (0.5 if c.config == BEST else 0))
+    states, registry = tune(path, eager, mode="eager")
+    assert (states[0].skipped, states[0].reused) == (False, 0)
+    (verdict,) = registry.verdicts()
+    assert verdict.evidence["mode"] == "eager"
+    assert Config(verdict.config) != BEST
+    assert {t.facts["mode"] for t in registry.trials()} == {"graph", "eager"}
+    again = FakeRunner(valley)
+    states, registry = tune(path, again, mode="graph")
+    assert not states[0].skipped
+    assert states[0].reused > 0
+    assert Config(registry.verdicts()[0].config) == BEST
+
+
+def test_a_resumed_run_has_the_counts_of_one_that_was_not_interrupted(path, tmp_path):
+    class Ending(FakeRunner):
+        def confirm(self, candidates, rounds, seed, *, fresh=False):
+            raise RuntimeError("out of time")
+
+    def risky(candidate):
+        late = candidate.config.get("num_warps") == 16
+        return Failure.WRONG_ANSWER if late else valley(candidate)
+
+    tune(path, Ending(risky))
+    resumed, registry = tune(path, FakeRunner(risky))
+    whole, _ = tune(tmp_path / "other.db", FakeRunner(risky))
+    assert resumed[0].rejected == whole[0].rejected
+    assert resumed[0].tried == whole[0].tried
+    assert registry.verdicts()[0].evidence["reused"] == resumed[0].reused > 40
+
+
+def test_ctrl_c_ends_the_run_at_once_and_keeps_its_trials(path):
+    class Interrupted(FakeRunner):
+        closed = False
+
+        def attempt(self, candidate, incumbent_ms):
+            if len(self.attempted) == 10:
+                signal.raise_signal(signal.SIGINT)
+            return super().attempt(candidate, incumbent_ms)
+
+        def close(self):
+            self.closed = True
+
+    runner = Interrupted(valley)
+    with pytest.raises(KeyboardInterrupt):
+        tune(path, runner)
+    assert runner.closed
+    with Registry.open(path) as registry:
+        kept = len(registry.trials())
+        assert registry.verdicts() == []
+    assert kept >= 9
+    states, registry = tune(path, FakeRunner(valley))
+    assert states[0].reused == kept - 1  # PyTorch's own choice is measured again
+    assert Config(registry.verdicts()[0].config) == BEST
