@@ -11,7 +11,7 @@ from tilebook.tuner.worker import GpuRunner
 
 @pytest.fixture(scope="module")
 def runner():
-    made = GpuRunner(0, modules=["wrong_op"], worker="cpu_worker")
+    made = GpuRunner(0, modules=["wrong_op", "registered"], worker="cpu_worker")
     yield made
     made.close()
 
