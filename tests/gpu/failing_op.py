@@ -7,7 +7,7 @@ import time
 import torch
 import triton
 import triton.language as tl
-from injected import define_injected
+from injected import make_injected
 
 from tilebook.launch import launch
 
@@ -142,4 +142,4 @@ KINDS = (
     unknown_exception,
     killed_worker,
 )
-FAILING = define_injected("failing", good, {kind.__name__: kind for kind in KINDS})
+FAILING = make_injected("failing", good, {kind.__name__: kind for kind in KINDS})

@@ -87,7 +87,7 @@ def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
         limits = Limits(attempt_s=LIMIT_S) if hangs else Limits()
         key = threading.get_ident(), hangs
         with lock:
-            runner = runners.setdefault(key, GpuRunner(0, limits=limits, modules=["failing_op"]))
+            runner = runners.setdefault(key, GpuRunner(0, limits=limits, modules=["failing_op", "registered"]))
         path = directory / f"{number}.db"
         outcome = tune_injected(path, FAILING, [problem], runner, devices.current(), devices.environment())
         with lock:

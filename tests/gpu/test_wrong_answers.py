@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def runner():
-    made = GpuRunner(0, modules=["wrong_kernels"])
+    made = GpuRunner(0, modules=["wrong_kernels", "registered"])
     yield made
     made.close()
 

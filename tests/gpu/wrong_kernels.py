@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from injected import define_injected
+from injected import make_injected
 from wrong import candidates
 
 from tilebook.launch import launch
@@ -67,4 +67,4 @@ class Kernels:
         launch(overflow_kernel, (triton.cdiv(x.numel(), block),), out, x, x.numel(), BLOCK=block)
 
 
-WRONG = define_injected("wrong_triton", *candidates(Kernels()))
+WRONG = make_injected("wrong_triton", *candidates(Kernels()))

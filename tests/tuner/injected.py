@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tilebook import op as ops
-from tilebook.op import Config, Cost, Op, Space, define
+from tilebook.op import Config, Cost, Op, Space
 
 GOOD = 4
 """Right candidates of every problem, the default among them."""
@@ -43,15 +43,17 @@ class Pair(ops.Problem):
         return replace(self, rows=self.rows + 3), replace(self, rows=2 * self.rows)
 
 
+MADE: list[Op[Pair]] = []
+"""Every injected op of this process; `registered` makes them known by name."""
+
 Candidate = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """(x, n) → y, z: the n-th candidate of its kind."""
 
 
-def define_injected(name: str, good: Candidate, kinds: Mapping[str, Candidate]) -> Op[Pair]:
+def make_injected(name: str, good: Candidate, kinds: Mapping[str, Candidate]) -> Op[Pair]:
     """An op with candidates (kind, n); those of the problem's kind are bad, `good` is right."""
 
-    @define(name, Pair)
-    def op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x * 3, x * 5
 
     def reject(problem: Pair, config: Config, device: Any) -> str | None:
@@ -61,9 +63,11 @@ def define_injected(name: str, good: Candidate, kinds: Mapping[str, Candidate]) 
     def run(x: torch.Tensor, *, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         return {"good": good, **kinds}[str(config["kind"])](x, config.number("n"))
 
+    op = Op(name, Pair, reference, "fwd")
     axes = {"kind": ("good", *kinds), "n": tuple(range(MOST))}
     op.implementation("triton", space=Space(axes, reject, lambda *_: Config(kind="good", n=0)))(run)
-    op.implementation("torch")(lambda x: (x * 3, x * 5))
+    op.implementation("torch")(reference)
+    MADE.append(op)
     return op
 
 

@@ -5,10 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from injected import define_injected, problems
+from injected import make_injected, problems
 from injected_tune import tune_injected
 
-from tilebook import op as ops
 from tilebook.tuner.child import Child
 from tilebook.tuner.runner import GpuRunner, Limits
 
@@ -28,8 +27,7 @@ EXPECTED = {
 }
 COUNT = 50
 LIMIT_S = 0.15
-FAILING = define_injected("toy_failing", lambda x, n: (x * 3, x * 5), {kind: lambda x, n: None for kind in EXPECTED})
-ops._OPS.pop("toy_failing")  # the worker is a toy: nobody needs to find the op by name
+FAILING = make_injected("toy_failing", lambda x, n: (x * 3, x * 5), {kind: lambda x, n: None for kind in EXPECTED})
 
 
 def alive(mark: str) -> int:

@@ -7,19 +7,26 @@ import torch
 from toy import Scaling, make_op
 
 from tilebook.op import Config
-from tilebook.tuner.verify import Case, NotRepeatable, Poisoned, Wrong, error, verify
+from tilebook.tuner.verify import (
+    GUARD,
+    Case,
+    NotRepeatable,
+    NoYardstick,
+    Poisoned,
+    Wrong,
+    error,
+    final_cases,
+    trial_cases,
+    verify,
+)
 
 CONFIG = Config(BLOCK=16, num_warps=1, num_stages=1)
 PROBLEM = Scaling(8, 48)
 
 
-def _cases(op, problem=PROBLEM):
-    return [Case.make(op, p, "cpu", seed) for seed, p in enumerate([problem, problem, *problem.neighbours()])]
-
-
-def _verify(function, deterministic=True):
+def _verify(function, deterministic=True, repeats=1):
     op = make_op(function, deterministic)
-    return verify(op.tunable, CONFIG, _cases(op))
+    return verify(op.tunable, CONFIG, trial_cases(op, PROBLEM, "cpu"), repeats)
 
 
 def _fresh(x):
@@ -30,8 +37,8 @@ def _fresh(x):
 
 def test_right_implementation_passes():
     errors = _verify(None)
-    assert len(errors) == 4
-    assert all(e.max <= 0.1 for case in errors for e in case)
+    assert len(errors) == 5
+    assert all(e.max <= 0.1 for case in errors[:-1] for e in case)  # the last has outliers
 
 
 def _no_write(x, *, config):
@@ -99,6 +106,43 @@ def _reads_outside(x, *, config):
     return y
 
 
+def _nan_past_the_end(x, *, config):
+    """Reads and writes a row too far: what it read there is not a number, and neither is what it wrote."""
+    y = torch.empty_like(x)
+    longer = (x.shape[0] + 1, x.shape[1])
+    from_, to = (torch.as_strided(t, longer, t.stride(), t.storage_offset()) for t in (x, y))
+    to.copy_(from_.float() * 3)
+    return y
+
+
+def _copies_past_the_end(x, *, config):
+    y = _fresh(x)
+    from_, to = (torch.as_strided(t, (1,), (1,), t.storage_offset() + t.numel()) for t in (x, y))
+    to.copy_(from_)
+    return y
+
+
+def _past_the_end_of_zeros(x, *, config):
+    scratch = torch.zeros(len(x))
+    torch.as_strided(scratch, (1,), (1,), scratch.storage_offset() + len(x))[:] = 1
+    return _fresh(x)
+
+
+def _in_the_next_row_far_right(x, *, config):
+    scratch = x.new_empty(2, 3 * GUARD)
+    torch.as_strided(scratch, (1,), (1,), scratch.storage_offset() + 9 * GUARD - 1)[:] = 1
+    return _fresh(x)
+
+
+def _overflows(x, *, config):
+    e = torch.exp(2 * x.float())
+    return (_fresh(x) + (e - e)).to(x.dtype)
+
+
+def _wider(x, *, config):
+    return _fresh(x).float()
+
+
 def _transposed_rows(x, *, config):
     return _fresh(x).flip(0)
 
@@ -134,6 +178,12 @@ def _nan(x, *, config):
         _before_the_start,
         _mutates,
         _reads_outside,
+        _nan_past_the_end,
+        _copies_past_the_end,
+        _past_the_end_of_zeros,
+        _in_the_next_row_far_right,
+        _overflows,
+        _wider,
         _transposed_rows,
         _two_outputs,
         _wrong_shape,
@@ -151,12 +201,63 @@ def test_differing_bits_are_refused_only_where_determinism_is_declared():
     calls = itertools.count()
 
     def noisy(x, *, config):
-        """Every fifth run differs in the last bits: the repeat, after the four cases."""
-        return (x.float() * 3 + (1e-2 if next(calls) % 5 == 4 else 0)).to(x.dtype)
+        """Every sixth run differs in the last bits: the repeat, after the five cases."""
+        return (x.float() * 3 + (1e-2 if next(calls) % 6 == 5 else 0)).to(x.dtype)
 
     with pytest.raises(NotRepeatable):
         _verify(noisy)
     _verify(noisy, deterministic=False)
+
+
+def test_repeats_of_what_may_differ_are_judged_all_the_same():
+    calls = itertools.count()
+
+    def racy(x, *, config):
+        return (x.float() * (4 if next(calls) == 20 else 3)).to(x.dtype)
+
+    with pytest.raises(Wrong):
+        _verify(racy, deterministic=False, repeats=50)
+
+
+def test_results_in_memory_of_an_earlier_result_are_refused():
+    kept = {}
+
+    def frugal(x, *, config):
+        y = kept.setdefault(x.shape, torch.empty_like(x))
+        return y.copy_(x.float() * 3)
+
+    with pytest.raises(Wrong, match="earlier result"):
+        _verify(frugal)
+
+
+def test_what_adds_up_in_cleared_memory_passes():
+    def adds(x, *, config):
+        y = torch.zeros_like(x)
+        y += x * 3
+        return y
+
+    _verify(adds)
+
+
+def test_finalists_meet_new_numbers_that_depend_on_the_seed_of_the_run_alone():
+    op = make_op()
+    trial, *finals = [[c.inputs[0] for c in cases] for cases in (
+        trial_cases(op, PROBLEM, "cpu"),
+        final_cases(op, PROBLEM, "cpu", 0),
+        final_cases(op, PROBLEM, "cpu", 0),
+        final_cases(op, PROBLEM, "cpu", 1),
+    )]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(finals[0], finals[1], strict=True))
+    assert not any(torch.equal(a, b) for a in finals[0] for b in [*trial, *finals[2]])
+    assert max(x.abs().max() for x in finals[0]) > 40
+
+
+def test_where_pytorch_overflows_there_is_no_case():
+    op = make_op()
+    op.implementation("torch")(lambda x: (x * 3) / (x.abs() < 20))
+    assert len(trial_cases(op, PROBLEM, "cpu")) == 4
+    with pytest.raises(NoYardstick):
+        Case.make(op, PROBLEM, "cpu", 0, outliers=True)
 
 
 def test_poisoned_allocations_keep_shape_strides_and_alignment():

@@ -3,15 +3,17 @@
 import pytest
 from injected import problems
 from injected_tune import tune_injected
+from product_op import PROBLEMS, PRODUCT
 from wrong import COUNT, KINDS, ROWS, SELDOM, WIDTH
 from wrong_op import WRONG
 
 from tilebook.tuner.runner import GpuRunner
+from tilebook.tuner.verify import Wrong, final_cases, trial_cases, verify
 
 
 @pytest.fixture(scope="module")
 def runner():
-    made = GpuRunner(0, modules=["wrong_op"], worker="cpu_worker")
+    made = GpuRunner(0, modules=["wrong_op", "registered"], worker="cpu_worker")
     yield made
     made.close()
 
@@ -25,3 +27,18 @@ def test_twenty_wrong_candidates_give_no_verdict(kind, tmp_path, runner):
     if kind not in SELDOM:
         assert set(outcome.classes) <= {"wrong_answer", "not_repeatable"}
         assert outcome.aborted == 0
+
+
+def test_of_three_hundred_right_candidates_at_most_one_is_refused():
+    tried, refused = 0, []
+    for problem in PROBLEMS:
+        trial, final = trial_cases(PRODUCT, problem, "cpu"), final_cases(PRODUCT, problem, "cpu", 0)
+        for config in PRODUCT.tunable.space.configs():
+            tried += 1
+            try:
+                verify(PRODUCT.tunable, config, trial)
+                verify(PRODUCT.tunable, config, final)
+            except Wrong as wrong:
+                refused.append(f"{problem.dtype} {config}: {wrong}")
+    assert tried == 300
+    assert len(refused) <= 1, "\n".join(refused)

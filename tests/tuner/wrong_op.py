@@ -3,7 +3,7 @@
 import random
 
 import torch
-from injected import define_injected
+from injected import make_injected
 from wrong import RACE, candidates
 
 
@@ -35,4 +35,4 @@ class Eager:
         out += (e - e).to(out.dtype)
 
 
-WRONG = define_injected("wrong", *candidates(Eager()))
+WRONG = make_injected("wrong", *candidates(Eager()))

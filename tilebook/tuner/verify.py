@@ -225,8 +225,13 @@ class Case:
 
 
 def truths(op: Op[Any], inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    """The reference's outputs on the inputs upcast to fp32, with PyTorch's reduced-precision shortcuts off."""
-    upcast = [a.float() if isinstance(a, torch.Tensor) and a.dtype.is_floating_point else a for a in inputs]
+    """The reference's outputs on the inputs upcast to fp32, with PyTorch's reduced-precision shortcuts off.
+
+    Where all inputs are fp32 already they become fp64: nothing is judged by a truth of its own precision.
+    """
+    tensors = [a for a in inputs if isinstance(a, torch.Tensor) and a.dtype.is_floating_point]
+    wide = torch.float64 if all(a.dtype == torch.float32 for a in tensors) else torch.float32
+    upcast = [a.to(wide) if any(a is each for each in tensors) else a for a in inputs]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,0 +1,139 @@
+"""The user's program starts workers, however it is run, and no worker is ever that program."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cpu_worker import CpuServer
+from fakes import tune
+from injected import Pair, make_injected
+
+import tilebook
+from tilebook import op as ops
+from tilebook.registry import Failure
+from tilebook.tuner.worker import Candidate, GpuRunner, Limits, failure_of
+
+PROGRAM = """
+import os
+print("started", flush=True)
+from fakes import tune
+from tilebook.tuner.worker import GpuRunner
+runner = GpuRunner(worker="toy_worker")
+states, registry = tune(os.environ["REGISTRY"], runner, trials=10)
+print(states[0].error, registry.verdicts()[0].status, flush=True)
+runner.close()
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "piped"])
+def test_a_program_without_a_main_guard_can_tune(how, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM)
+    paths = os.pathsep.join([str(Path(tilebook.__file__).parents[1]), str(Path(__file__).parent)])
+    ran = subprocess.run(
+        [sys.executable, str(script) if how == "script" else "-"],
+        input=None if how == "script" else PROGRAM,
+        env={**os.environ, "PYTHONPATH": paths, "REGISTRY": str(tmp_path / "registry.db")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.stdout.split() == ["started", "default"], ran.stderr
+
+
+class CompilationError(Exception):
+    """Named as Triton's."""
+
+
+class CompileTimeAssertionFailure(CompilationError):
+    pass
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as PyTorch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (CompileTimeAssertionFailure("no"), Failure.COMPILE_ERROR),
+        (RuntimeError("PassManager::run failed"), Failure.COMPILE_ERROR),
+        (OutOfMemoryError("no"), Failure.OUT_OF_RESOURCES),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+        (KeyError("what"), None),
+    ],
+)
+def test_what_a_candidate_raises_before_its_kernel_runs_has_a_class(error, failure):
+    assert failure_of(error) is failure
+
+
+def _good(x, n):
+    return x * 3, x * 5
+
+
+def _mutates(x, n):
+    x += 1
+    return _good(x, n)
+
+
+def _does_not_compile(x, n):
+    raise CompilationError("no")
+
+
+def _raises(x, n):
+    raise KeyError("who knows")
+
+
+OP = make_injected("isolation", _good, {"mutates": _mutates, "does_not_compile": _does_not_compile, "raises": _raises})
+
+
+@pytest.fixture(scope="module")
+def server():
+    made = CpuServer()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(ops._OPS, OP.name, OP)
+        made.handle({"do": "prepare", "gpu": 0, "op": OP.name, "problem": Pair(16, 16, 4).key})
+    return made
+
+
+def _named(kind):
+    return {"implementation": "triton", "config": {"kind": kind, "n": 0}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "failure"), [("good", None), ("mutates", "wrong_answer"), ("does_not_compile", "compile_error")]
+)
+def test_a_worker_names_the_class_of_a_failure(server, kind, failure):
+    assert server.handle({"do": "attempt", "incumbent_ms": None, **_named(kind)})["failure"] == failure
+    assert server.handle({"do": "verify", "seed": 0, **_named(kind)})["failure"] == failure
+
+
+def test_a_worker_leaves_unknown_errors_to_whoever_drives_it(server):
+    with pytest.raises(KeyError):
+        server.handle({"do": "attempt", "incumbent_ms": None, **_named("raises")})
+
+
+def test_finalists_that_fail_are_named_and_the_others_timed(server):
+    candidates = [_named("good"), _named("mutates"), {"implementation": "torch", "config": {}}]
+    reply = server.handle({"do": "confirm", "candidates": candidates, "rounds": 7, "seed": 0})
+    assert [failed and failed["failure"] for failed in reply["failures"]] == [None, "wrong_answer", None]
+    assert [len(samples) for samples in reply["samples_ms"]] == [7, 0, 7]
+
+
+def test_a_finalist_is_verified_once_in_a_process(server, monkeypatch):
+    message = {"do": "verify", "seed": 5, **_named("good")}
+    server.handle(message)
+    monkeypatch.setattr("tilebook.tuner.verify.verify", lambda *_: pytest.fail("verified again"))
+    assert server.handle(message)["failure"] is None
+
+
+def test_a_worker_that_cannot_be_prepared_fails_its_candidates_not_the_run(tmp_path):
+    runner = GpuRunner(worker="no_such_module", limits=Limits(prepare_s=5))
+    attempt = runner.attempt(Candidate("triton"), None)
+    assert attempt.failure is Failure.WORKER_DIED
+    assert "no_such_module" in attempt.reason
+    states, registry = tune(tmp_path / "registry.db", runner)
+    assert "no_such_module" in states[0].error
+    assert registry.verdicts() == []
