@@ -6,7 +6,18 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tilebook.registry import Device, Environment, Failure, Miss, Status, Trial, Verdict, VerdictStatus, canonical
+from tilebook.registry import (
+    Device,
+    Environment,
+    Failure,
+    Miss,
+    Revocation,
+    Status,
+    Trial,
+    Verdict,
+    VerdictStatus,
+    canonical,
+)
 
 H200 = Device("NVIDIA H200", "sm_90", 132)
 A100 = Device("NVIDIA A100-SXM4-80GB", "sm_80", 108)
@@ -73,6 +84,20 @@ def predicted(**changes: Any) -> Verdict:
     return verdict(
         status=VerdictStatus.PREDICTED, speedup=None, speedup_low=None, speedup_high=None, evidence={}, **changes
     )
+
+
+def revocation(**changes: Any) -> Revocation:
+    base = Revocation(
+        op="rms_norm_fwd",
+        implementation="triton",
+        reason="wrong on ragged rows",
+        kernel=KERNEL,
+        arch="sm_90",
+        triton=">=3.6,<3.7",
+        config={"BLOCK_M": 64, "num_warps": 4},
+        created_at=START,
+    )
+    return replace(base, **changes)
 
 
 def miss(rows: int = 128, calls: int = 1, time_ms: float = 1.0, **changes: Any) -> Miss:

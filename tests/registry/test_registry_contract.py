@@ -9,7 +9,19 @@ from datetime import timedelta
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from registry_samples import A100, KERNEL, SOFTWARE, START, broken_trial, miss, predicted, problem, trial, verdict
+from registry_samples import (
+    A100,
+    KERNEL,
+    SOFTWARE,
+    START,
+    broken_trial,
+    miss,
+    predicted,
+    problem,
+    revocation,
+    trial,
+    verdict,
+)
 from sqlalchemy import create_engine, text
 
 from tilebook.registry import Environment, Registry, RegistryError, Trial, VerdictStatus
@@ -116,21 +128,75 @@ class TestContract:
             assert compare_metadata(context, Base.metadata) == []
 
     def test_a_newer_schema_is_refused_by_readers_and_writers(self, registry: Registry, target: str) -> None:
-        _execute(
-            target, f"UPDATE {VERSION_TABLE} SET version_num = '0002'", f"PRAGMA user_version={SCHEMA_VERSION + 1}"
-        )
+        newer = SCHEMA_VERSION + 1
+        _execute(target, f"UPDATE {VERSION_TABLE} SET version_num = '{newer:04}'", f"PRAGMA user_version={newer}")
         for write in (False, True):
             with pytest.raises(RegistryError, match="newer"):
                 Registry.open(target, write=write)
         with pytest.raises(RegistryError, match="newer"):
             registry.record([trial()])
 
-    def test_an_older_schema_is_refused_by_readers(
+    def test_a_schema_older_than_the_oldest_readable_is_refused_by_readers(
         self, registry: Registry, target: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("tilebook.registry.schema.SCHEMA_VERSION", SCHEMA_VERSION + 1)
+        monkeypatch.setattr("tilebook.registry.schema.OLDEST_READABLE", SCHEMA_VERSION + 1)
         with pytest.raises(RegistryError, match=r"older.*opening it for writing"):
             Registry.open(target)
+
+    def test_the_first_schema_is_read_as_it_is_and_upgraded_by_a_writer(self, registry: Registry, target: str) -> None:
+        registry.record([trial()], verdict())
+        _execute(target, "DROP TABLE revocation", "PRAGMA user_version=1")
+        _execute(target, f"UPDATE {VERSION_TABLE} SET version_num = '0001'", "PRAGMA user_version=1")
+        for _ in range(2):
+            with Registry.open(target) as reader:
+                assert (reader.trials(), reader.verdicts(), reader.revocations()) == ([trial()], [verdict()], [])
+                assert reader.problems == []
+        with Registry.open(target, write=True) as upgraded:
+            assert upgraded.revoke(revocation())
+        with Registry.open(target) as reader:
+            assert (reader.trials(), reader.verdicts()) == ([trial()], [verdict()])
+            assert reader.revocations() == [revocation()]
+
+    def test_revocations_add_up_and_the_first_of_a_scope_stays(self, registry: Registry, target: str) -> None:
+        anything = revocation(kernel=None, arch=None, triton=None, config={}, created_at=START - timedelta(days=1))
+        assert [registry.revoke(each) for each in (revocation(), anything)] == [True, True]
+        assert not registry.revoke(revocation(reason="said again", created_at=START + timedelta(days=1)))
+        with Registry.open(target) as reader:
+            assert reader.revocations() == [anything, revocation()]
+            with pytest.raises(RegistryError, match="reading only"):
+                reader.revoke(revocation(op="mlp_fwd"))
+
+    def test_trust_replaces_distrust_of_the_same_scope_and_never_the_reverse(self, registry: Registry) -> None:
+        theirs = revocation(origin="imported", trusted=False, reason="theirs")
+        assert [registry.revoke(each) for each in (theirs, revocation(), theirs)] == [True, True, False]
+        assert registry.revocations() == [revocation()]
+
+    def test_a_revocation_is_taken_back_by_the_beginning_of_its_scope(self, registry: Registry) -> None:
+        registry.merge(revocations=[revocation(), revocation(op="mlp_fwd")])
+        with pytest.raises(ValueError, match="2 revocations"):
+            registry.unrevoke("")
+        assert not registry.unrevoke("0123")
+        assert registry.unrevoke(revocation().scope[:8])
+        assert registry.revocations() == [revocation(op="mlp_fwd")]
+
+    @pytest.mark.parametrize("change", ["op = 'mlp_fwd'", "config = '[['", "trusted = NOT trusted", "triton = NULL"])
+    def test_a_damaged_revocation_is_a_problem_until_it_is_repeated_or_removed(
+        self, registry: Registry, target: str, change: str
+    ) -> None:
+        registry.merge(revocations=[revocation(), revocation(arch="sm_80")])
+        damage = f"UPDATE revocation SET {change} WHERE arch = 'sm_90'"
+        _execute(target, damage, "UPDATE revocation SET id = id")
+        with Registry.open(target) as reader:
+            assert (reader.revocations(), reader.corrupt) == ([revocation(arch="sm_80")], 1)
+            (line,) = reader.problems
+        assert "what it revokes may run again" in line
+        assert f"--undo '{revocation().scope[:8]}'" in line
+        assert registry.revoke(revocation())
+        assert len(registry.revocations()) == 2
+        _execute(target, damage, "UPDATE revocation SET id = id")
+        assert registry.unrevoke(revocation().scope[:8])
+        assert (registry.revocations(), registry.corrupt) == ([revocation(arch="sm_80")], 0)
 
     def test_a_damaged_row_is_left_out_counted_and_logged(
         self, registry: Registry, target: str, caplog: pytest.LogCaptureFixture

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from registry_samples import A100, START, broken_trial, predicted, problem, trial, verdict
+from registry_samples import A100, START, broken_trial, predicted, problem, revocation, trial, verdict
 
 from tilebook.registry import Registry, RegistryError, Verdict, VerdictStatus, export, load
 from tilebook.registry.exchange import import_rule
@@ -36,7 +36,7 @@ def signed(*records: Any, **header: Any) -> str:
     """A file whose digests are right whatever its records say: strings are lines, dicts become lines."""
     lines = [record if isinstance(record, str) else json.dumps(seal(record)) for record in records]
     body = "".join(line + "\n" for line in lines)
-    head = {"format": "tilebook-registry", "version": 1, "records": len(lines)}
+    head = {"format": "tilebook-registry", "version": 2, "records": len(lines)}
     head["sha256"] = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({**head, **header}) + "\n" + body
 
@@ -53,6 +53,10 @@ def a_trial(**changes: Any) -> dict[str, Any]:
 
 def a_verdict(**changes: Any) -> dict[str, Any]:
     return {"type": "verdict", **verdict().portable(), **changes}
+
+
+def a_revocation(**changes: Any) -> dict[str, Any]:
+    return {"type": "revocation", **revocation().portable(), **changes}
 
 
 def test_export_import_export_gives_the_same_bytes(registry: Registry, second: Registry) -> None:
@@ -78,11 +82,49 @@ def test_an_imported_verdict_is_untrusted_unless_the_user_says_so(registry: Regi
     assert registry.verdicts() == [verdict(origin="imported", trusted=True)]
 
 
+def test_revocations_travel_and_are_not_trusted_unless_the_user_says_so(registry: Registry, second: Registry) -> None:
+    everywhere = revocation(kernel=None, arch=None, triton=None, config={})
+    registry.merge([trial()], [verdict()], [revocation(), everywhere])
+    first = exported(registry)
+    report = load(second, io.StringIO(first), allowed=ALLOWED)
+    assert (report.trials, report.verdicts, report.revocations) == (1, 1, 2)
+    assert {(each.origin, each.trusted) for each in second.revocations()} == {("imported", False)}
+    assert exported(second) == first
+    again = load(second, io.StringIO(first), allowed=ALLOWED)
+    assert (again.revocations, again.unchanged) == (0, 4)
+    load(second, io.StringIO(first), allowed=ALLOWED, trust=True)
+    assert {(each.origin, each.trusted) for each in second.revocations()} == {("imported", True)}
+    load(second, io.StringIO(first), allowed=ALLOWED)
+    assert {(each.origin, each.trusted) for each in second.revocations()} == {("imported", True)}
+    home = load(registry, io.StringIO(first), allowed=ALLOWED, trust=True)
+    assert (home.revocations, home.unchanged) == (0, 4)
+
+
+def test_import_adds_revocations_to_those_that_are_here(registry: Registry) -> None:
+    registry.revoke(revocation())
+    load(registry, io.StringIO(signed(a_revocation(config={}))), allowed=ALLOWED, trust=True)
+    assert {each.origin for each in registry.revocations()} == {"local", "imported"}
+
+
+def test_only_a_file_with_revocations_needs_a_reader_that_knows_them(registry: Registry) -> None:
+    registry.record([trial()])
+    assert json.loads(exported(registry).partition("\n")[0])["version"] == 1
+    registry.revoke(revocation())
+    assert json.loads(exported(registry).partition("\n")[0])["version"] == 2
+
+
+def test_a_version_1_file_is_still_read(second: Registry) -> None:
+    report = load(second, io.StringIO(signed(a_trial(), a_verdict(), version=1)), allowed=ALLOWED)
+    assert (report.trials, report.verdicts, report.skipped) == (1, 1, [])
+
+
 def test_unknown_ops_and_config_keys_are_skipped_with_a_reason(second: Registry) -> None:
     text = signed(a_trial(op="unheard_of"), a_trial(config={"BLOCK_Q": 1}), a_verdict())
     report = load(second, io.StringIO(text), allowed=ALLOWED)
     assert (report.trials, report.verdicts) == (0, 1)
     assert report.skipped == ["line 2: unknown op unheard_of", "line 3: rms_norm_fwd has no config key ['BLOCK_Q']"]
+    report = load(second, io.StringIO(signed(a_revocation(config={"BLOCK_Q": 1}))), allowed=ALLOWED, trust=True)
+    assert report.skipped == ["line 2: rms_norm_fwd has no config key ['BLOCK_Q']"]
 
 
 def test_the_configs_in_the_evidence_are_held_to_the_same_list(second: Registry) -> None:
@@ -98,7 +140,9 @@ FILES: dict[str, str] = {
     "not JSON": "hello\n",
     "another format": '{"format":"x"}\n',
     "header is a list": "[]\n",
-    "another version": signed(version=2),
+    "another version": signed(version=3),
+    "version zero": signed(version=0),
+    "a revocation in version 1": signed(a_revocation(), version=1),
     "version is a flag": signed(version=True),
     "unknown header field": signed(extra=1),
     "too few records": signed(a_trial(), records=2),
@@ -159,6 +203,14 @@ LINES: dict[str, str | dict[str, Any]] = {
     "impossible date": a_trial(created_at="2026-02-30T12:00:00.000000+00:00"),
     "problem not canonical": a_trial(problem='{"a": 1}'),
     "problem is a list": a_trial(problem="[]"),
+    "a revocation that says it is trusted": a_revocation(trusted=True),
+    "a revocation without a reason": a_revocation(reason=" "),
+    "a revocation of PyTorch": a_revocation(implementation="torch", config={}),
+    "a revocation whose range is not in its normal form": a_revocation(triton=">=3.6,<3.7"),
+    "a revocation with an empty range": a_revocation(triton="<3.6,>=3.7"),
+    "a revocation with a range of a million bounds": a_revocation(triton=",".join(f"<{n}" for n in range(10**5))),
+    "a revocation with a range that is not one": a_revocation(triton="3.*"),
+    "a revocation of a flag": a_revocation(kernel=True),
     "interval upside down": a_verdict(speedup_low=2.0, speedup_high=1.0),
     "long line": a_trial(reason="x" * (2 * 1024 * 1024)),
     "lone surrogate": '{"type":"\\ud800"}',
@@ -207,18 +259,18 @@ junk = st.recursive(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from([a_trial(), a_verdict()]), st.data())
+@given(st.sampled_from([a_trial(), a_verdict(), a_revocation()]), st.data())
 def test_a_field_of_junk_is_refused_or_kept_exactly(tmp_path_factory: Any, record: dict[str, Any], data: Any) -> None:
     field = data.draw(st.sampled_from(sorted(record)))
     changed = {**record, field: data.draw(junk)}
     with Registry.open(_junk_registry(tmp_path_factory), write=True) as registry:
-        before = registry.trials() + registry.verdicts()
+        before = registry.trials() + registry.verdicts() + registry.revocations()
         try:
             report = load(registry, io.StringIO(signed(changed)), allowed=None)
         except RegistryError:
-            assert registry.trials() + registry.verdicts() == before
+            assert registry.trials() + registry.verdicts() + registry.revocations() == before
         else:
-            assert report.trials + report.verdicts + report.unchanged + len(report.skipped) == 1
+            assert report.trials + report.verdicts + report.revocations + report.unchanged + len(report.skipped) == 1
         assert registry.corrupt == 0
 
 

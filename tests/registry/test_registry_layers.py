@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
-from registry_samples import predicted, problem, trial, verdict
+from registry_samples import predicted, problem, revocation, trial, verdict
 
-from tilebook.registry import Layers, Registry, RegistryError
+from tilebook.registry import DenyList, Layers, Registry, RegistryError
 from tilebook.registry import layers as layers_module
 
 
@@ -69,6 +71,55 @@ def test_a_broken_layer_is_a_problem_of_one_line_and_the_others_serve(home: Path
         assert len(layers.problems) == 2
     assert "no registry" in layers.problems[0]
     assert "foreign" in layers.problems[1]
+
+
+def test_revocations_of_all_layers_add_up(home: Path) -> None:
+    layers = Layers.default(home / "explicit.db")
+    user, shipped = layers.layers[1][1], layers.layers[2][1]
+    theirs = revocation(origin="imported", trusted=False, reason="theirs")
+    for target, each in ((home / "explicit.db", theirs), (user, revocation(config={})), (shipped, revocation())):
+        with Registry.open(target, write=True) as registry:
+            registry.revoke(each)
+    assert sorted(layers.revocations(), key=str) == [("shipped", revocation()), ("user", revocation(config={}))]
+    _, together = layers.read(op="another_op")
+    assert together == layers.revocations()
+
+
+def test_a_damaged_revocation_is_a_problem_of_its_layer(home: Path) -> None:
+    layers = Layers.default()
+    _put(layers.layers[0][1], verdict())
+    with Registry.open(layers.layers[0][1], write=True) as registry:
+        registry.revoke(revocation())
+    with sqlite3.connect(layers.layers[0][1]) as database:
+        database.execute("UPDATE revocation SET config = '{}'")
+    assert layers.read() == ([("user", verdict())], [])
+    assert "may run again" in layers.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "denied"),
+    [
+        ({}, True),
+        ({"config": {"BLOCK_M": 128, "num_warps": 8}}, True),
+        ({"config": {}}, True),
+        ({"config": {"BLOCK_M": 128}}, True),
+        ({"config": {"BLOCK_M": 128, "num_stages": 2}}, False),
+        ({"config": {"BLOCK_M": 64}}, False),
+        ({"kernel": None}, True),
+        ({"kernel": "ff" * 8}, False),
+        ({"arch": None}, True),
+        ({"arch": "sm_80"}, False),
+        ({"triton": None}, True),
+        ({"triton": "<3.6"}, False),
+        ({"implementation": "cudnn"}, False),
+        ({"op": "rms_norm_bwd"}, False),
+        ({"trusted": False}, False),
+    ],
+    ids=str,
+)
+def test_a_revocation_covers_what_fits_all_that_it_names(changes: dict[str, Any], denied: bool) -> None:
+    given = revocation(**{"config": {"BLOCK_M": 128}, **changes})
+    assert (DenyList([("user", given)], "3.6.0").winner(verdict()) is not None) is denied
 
 
 def test_the_writer_is_the_explicit_layer_or_none(home: Path) -> None:

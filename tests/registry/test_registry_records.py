@@ -5,9 +5,10 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from registry_samples import H200, broken_trial, problem, trial, verdict
+from registry_samples import H200, broken_trial, problem, revocation, trial, verdict
 
 from tilebook.registry import Environment, Miss, canonical
+from tilebook.registry.checks import in_range
 
 
 class Opaque:
@@ -63,7 +64,7 @@ def test_a_record_is_unaffected_by_later_changes_to_what_it_was_made_of() -> Non
 
 
 def test_records_travel_between_processes() -> None:
-    for record in (trial(), verdict(), H200, Miss("op", problem(), H200, 1, 0.5)):
+    for record in (trial(), verdict(), revocation(), H200, Miss("op", problem(), H200, 1, 0.5)):
         assert pickle.loads(pickle.dumps(record)) == record
 
 
@@ -81,3 +82,52 @@ def test_the_digest_covers_every_field() -> None:
     assert len({base, *(record.sha256 for record in changed)}) == 6
     assert verdict(trusted=False).sha256 != verdict().sha256
     assert verdict(trusted=False).portable() == verdict().portable()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reason": " \n"},
+        {"implementation": "torch"},
+        {"kernel": "current"},
+        {"arch": "sm 90"},
+        {"triton": ""},
+        {"triton": "3.6"},
+        {"triton": "~=3.6"},
+        {"triton": ">=3.7,<3.6"},
+        {"triton": ">3.6,<3.6.0"},
+        {"config": {"ir_override": "x"}},
+        {"trusted": 1},
+    ],
+    ids=str,
+)
+def test_a_revocation_that_means_nothing_cannot_be_made(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"reason|torch|kernel|arch|triton|config|trusted"):
+        revocation(**changes)
+
+
+def test_a_scope_is_what_is_revoked_not_why_or_by_whom() -> None:
+    same = [revocation(reason="x"), revocation(origin="imported", trusted=False), revocation(triton="<3.7 , >= 3.6")]
+    assert {each.scope for each in same} == {revocation().scope}
+    other = [revocation(kernel=None), revocation(arch=None), revocation(triton=None), revocation(config={})]
+    assert len({each.scope for each in [*same, *other]}) == 5
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds", "inside"),
+    [
+        ("3.6.0", ">=3.6,<3.7", True),
+        ("3.6", ">=3.6.0", True),
+        ("3.7.0", "<3.7,>=3.6", False),
+        ("3.10.0", "<3.9", False),
+        ("3.10.0", ">3.9", True),
+        ("3.6.0+git1a2b3c", "==3.6", True),
+        ("3.6.1", "==3.6", False),
+        ("3.6.1", ">3.6", True),
+        ("3.7.0rc1", "<3.7", False),
+        ("unknown", "==3.6", True),
+        ("", "<1", True),
+    ],
+)
+def test_a_version_is_compared_by_its_release_number(version: str, bounds: str, inside: bool) -> None:
+    assert in_range(version, bounds) is inside

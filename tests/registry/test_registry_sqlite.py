@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from registry_samples import A100, miss, predicted, problem, trial, verdict
+from registry_samples import A100, miss, predicted, problem, revocation, trial, verdict
 
 import tilebook.registry
 from tilebook.registry import Registry, RegistryError, Status, ship
@@ -28,6 +28,7 @@ REPOSITORY = Path(tilebook.registry.__file__).parents[2]
 def _fill(path: Path, trials: int = 20) -> None:
     with Registry.open(path, write=True) as registry:
         registry.record([trial(number) for number in range(trials)], verdict())
+        registry.revoke(revocation())
         registry.count_misses([miss()])
 
 
@@ -163,7 +164,7 @@ def test_writes_are_synchronous_and_the_schema_is_distrusted(path: Path) -> None
 def test_a_flipped_bit_never_changes_an_answer(path: Path) -> None:
     _fill(path)
     good = path.read_bytes()
-    known = {trial(number).sha256 for number in range(20)} | {verdict().sha256, miss().sha256}
+    known = {trial(number).sha256 for number in range(20)} | {verdict().sha256, revocation().sha256, miss().sha256}
     dice = random.Random(20261121)
     noticed = 0
     for _ in range(300):
@@ -173,13 +174,14 @@ def test_a_flipped_bit_never_changes_an_answer(path: Path) -> None:
         path.write_bytes(bad)
         try:
             with Registry.open(path) as reader:
-                found = [*reader.trials()]
-                noticed += bool(reader.corrupt)
-                found_more = [*reader.verdicts(), *reader.misses()]
+                found = [*reader.trials(), *reader.verdicts(), *reader.misses(), *reader.revocations()]
+                noticed += bool(reader.problems)
         except RegistryError as error:
             noticed += "\n" not in str(error)
             continue
-        assert {record.sha256 for record in (*found, *found_more)} <= known, (place, bit)
+        digests = {record.sha256 for record in found}
+        assert digests <= known, (place, bit)
+        assert revocation().sha256 in digests or reader.problems, (place, bit)
     assert noticed > 30
 
 
@@ -193,6 +195,42 @@ def test_a_truncated_file_is_corrupt_not_a_crash(path: Path) -> None:
     path.write_bytes(good[:-1])  # SQLite reads the missing end of a page as zeros: one value changes
     with Registry.open(path) as reader:
         assert len(reader.trials()) == 20 - reader.corrupt == 19
+
+
+def _lose_a_row(path: Path, table: str) -> None:
+    """Lowers the count of rows in the last leaf page of a table: one is gone, and nothing points at the loss."""
+    connection = sqlite3.connect(path)
+    size = connection.execute("PRAGMA page_size").fetchone()[0]
+    (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", [table]).fetchone()
+    connection.close()
+    content = bytearray(path.read_bytes())
+    page = (root - 1) * size
+    if content[page] == 5:  # an interior page ends with the number of its last child
+        page = (int.from_bytes(content[page + 8 : page + 12], "big") - 1) * size
+    content[page + 4] -= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("table", ["trial", "revocation"])
+def test_rows_lost_with_a_page_are_noticed_by_readers_and_stop_writers(path: Path, table: str) -> None:
+    _fill(path)
+    _lose_a_row(path, table)
+    with Registry.open(path) as reader:
+        left = reader.trials() if table == "trial" else reader.revocations()
+        assert (len(left), reader.corrupt) == (19 if table == "trial" else 0, 0), "no row tells of the loss"
+        assert [line for line in reader.problems if "rows may be missing" in line]
+    damaged = path.read_bytes()
+    with pytest.raises(RegistryError, match=r"corrupt.*export what is left"):
+        Registry.open(path, write=True)
+    assert path.read_bytes() == damaged
+
+
+def test_a_reader_does_not_wait_for_the_check_of_a_huge_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fill(path)
+    _lose_a_row(path, "trial")
+    monkeypatch.setattr("tilebook.registry.backend.READER_CHECKS_BYTES", 4096)
+    with Registry.open(path) as reader:
+        assert reader.problems == []
 
 
 def _write_until_killed(path: Path, pipe: Connection, start: int) -> None:
@@ -259,6 +297,7 @@ def test_a_shipped_registry_opens_from_a_read_only_directory(public_folder: Path
     with Registry.open(path, write=True) as registry:
         registry.record([trial(), trial(1, status=Status.REJECTED, failure="slow"), trial(2, device=A100)], verdict())
         registry.record(verdict=predicted(problem=problem(7), trusted=False))
+        registry.merge(revocations=[revocation(), revocation(config={}, origin="imported", trusted=False)])
         place = public_folder / "registry.db"
         assert ship(registry, place) == 1
         assert Registry.open(place).trials() == []
@@ -266,6 +305,7 @@ def test_a_shipped_registry_opens_from_a_read_only_directory(public_folder: Path
     with Registry.open(place) as shipped:
         assert shipped.trials() == [trial()]
         assert shipped.verdicts() == [verdict(origin="shipped")]
+        assert shipped.revocations() == [revocation(origin="shipped")]
     assert os.listdir(public_folder) == ["registry.db"]
     public_folder.chmod(0o555)
     reader, writer = os.pipe()

@@ -2,7 +2,7 @@
 
 from tilebook.registry.backend import RegistryError
 from tilebook.registry.exchange import ImportReport, export, load
-from tilebook.registry.layers import Layers
+from tilebook.registry.layers import DenyList, Layers
 from tilebook.registry.records import (
     ConfigValue,
     Device,
@@ -10,6 +10,7 @@ from tilebook.registry.records import (
     Failure,
     Json,
     Miss,
+    Revocation,
     Status,
     Trial,
     Verdict,
@@ -20,6 +21,7 @@ from tilebook.registry.store import Registry, ship
 
 __all__ = [
     "ConfigValue",
+    "DenyList",
     "Device",
     "Environment",
     "Failure",
@@ -29,6 +31,7 @@ __all__ = [
     "Miss",
     "Registry",
     "RegistryError",
+    "Revocation",
     "Status",
     "Trial",
     "Verdict",

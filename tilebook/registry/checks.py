@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,6 +27,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]{0,63}\Z")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 _CHOICE = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{8,64}\Z")
+_BOUND = re.compile(r"(>=|<=|==|>|<)(\d{1,9}(?:\.\d{1,9}){0,5})\Z")
+_RELEASE = re.compile(r"\d{1,9}(?:\.\d{1,9})*")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00\Z")
 # C0 and C1 controls, line separators, bidirectional overrides (they reorder what a terminal shows) and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -117,6 +120,41 @@ def versions(value: object) -> dict[str, str]:
     if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
         raise ValueError(f"environment is not a mapping of at most {MAX_CONFIG} versions")
     return {name(key, "environment key"): label(item, f"version of {key}") for key, item in value.items()}
+
+
+def version_range(value: object, what: str) -> str:
+    """Bounds such as `<3.7,>=3.6`, all of which a release must keep, sorted and without spaces.
+
+    PEP 440's comparisons of release numbers; a range that no release is in is refused as well.
+    """
+    parts = value.split(",") if type(value) is str else []
+    bounds = sorted({"".join(part.split()) for part in parts})
+    if not bounds or len(",".join(bounds)) > 200 or not all(map(_BOUND.match, bounds)):
+        raise ValueError(f"{what} is not a range of versions such as '>=3.6,<3.7': {quoted(value)}")
+    releases = [_release(bound.lstrip("<=>")) for bound in bounds]
+    just_above = [(*release, *(0,) * 6, 1) for release in releases]
+    if not any(_keeps(release, bounds) for release in [(), *releases, *just_above]):
+        raise ValueError(f"{what} is a range that no version is in: {quoted(value)}")
+    return ",".join(bounds)
+
+
+def in_range(version: str, bounds: str) -> bool:
+    """Whether a version is in a `version_range`; its release number alone counts, and one that has none always is."""
+    return not _RELEASE.match(version) or _keeps(_release(version), bounds.split(","))
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(3, 6) of "3.6.0", "3.6rc1" and "3.6.0+git1a2b"."""
+    found = _RELEASE.match(version)
+    numbers = [int(number) for number in found[0].split(".")] if found else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _keeps(release: tuple[int, ...], bounds: Sequence[str]) -> bool:
+    kept = {"<": operator.lt, "<=": operator.le, "==": operator.eq, ">=": operator.ge, ">": operator.gt}
+    return all(kept[bound.rstrip("0123456789.")](release, _release(bound.lstrip("<=>"))) for bound in bounds)
 
 
 def json_object(value: object, what: str) -> dict[str, Json]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tilebook.registry.checks import canonical, parse_time, quoted
-from tilebook.registry.records import Device, Environment, Miss, Trial, Verdict
+from tilebook.registry.records import Device, Environment, Miss, Revocation, Trial, Verdict
 
 
 def trial_from(data: object) -> Trial:
@@ -36,6 +36,15 @@ def verdict_from(data: object, *, origin: str, trusted: bool) -> Verdict:
     verdict = Verdict(**fields, origin=origin, trusted=trusted)
     _same(data, verdict.portable(), "verdict")
     return verdict
+
+
+def revocation_from(data: object, *, origin: str, trusted: bool) -> Revocation:
+    """`data` is a revocation's portable content; raises ValueError."""
+    fields = _fields(data, "revocation", Revocation, without=("origin", "trusted"))
+    fields["created_at"] = parse_time(fields["created_at"], "created_at")
+    revocation = Revocation(**fields, origin=origin, trusted=trusted)
+    _same(data, revocation.portable(), "revocation")
+    return revocation
 
 
 def miss_from(data: object) -> Miss:

@@ -1,6 +1,7 @@
 """The exchange format: JSON Lines, a header and one self-describing record a line.
 
-    {"format":"tilebook-registry","records":2,"sha256":"...","version":1}
+    {"format":"tilebook-registry","records":3,"sha256":"...","version":2}
+    {"type":"revocation","op":"attention_fwd",...,"sha256":"..."}
     {"type":"verdict","op":"attention_fwd",...,"sha256":"..."}
     {"type":"trial",...,"sha256":"..."}
 
@@ -18,42 +19,47 @@ from typing import Any, TextIO
 
 from tilebook.registry.backend import RegistryError
 from tilebook.registry.checks import Json, canonical, quoted
-from tilebook.registry.codec import trial_from, verdict_from
-from tilebook.registry.records import Trial, Verdict, VerdictStatus
+from tilebook.registry.codec import revocation_from, trial_from, verdict_from
+from tilebook.registry.records import Revocation, Trial, Verdict, VerdictStatus
 from tilebook.registry.store import Choice, Registry
 
 FORMAT = "tilebook-registry"
-VERSION = 1
+# Version 2 added revocations. A file without any is written as version 1; a version 1 reader refuses one that has some,
+# which is better than to leave them out.
+VERSION = 2
 MAX_LINE = 2 * 1024 * 1024  # characters; a record's own limits keep its line below this
 MAX_TOTAL = 256 * 1024 * 1024  # characters
 
 
 @dataclass
 class ImportReport:
-    """What an import did. `trials` and `verdicts` count what was written; `unchanged` what was already here.
+    """What an import did. `trials`, `verdicts` and `revocations` count what was written; `unchanged` what was here.
 
     `skipped` and `replaced` have one line each for a record left out, or for a verdict that took another's place.
     """
 
     trials: int = 0
     verdicts: int = 0
+    revocations: int = 0
     unchanged: int = 0
     skipped: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
 
 
 def export(registry: Registry, stream: TextIO) -> int:
-    """Writes every intact verdict and trial, in an order of their content, and returns how many.
+    """Writes every intact revocation, verdict and trial, in an order of their content, and returns how many.
 
     The same records give the same bytes, whichever registry holds them. Misses stay: they say what a user runs.
     """
-    lines = [_line("verdict", verdict.portable()) for verdict in registry.verdicts()]
+    revoked = [_line("revocation", revocation.portable()) for revocation in registry.revocations()]
+    lines = revoked + [_line("verdict", verdict.portable()) for verdict in registry.verdicts()]
     trials = [(t.op, t.problem, t.created_at, _line("trial", t.content())) for t in registry.trials()]
     lines += [line for *_, line in sorted(trials)]
     whole = hashlib.sha256()
     for line in lines:
         whole.update(line.encode())
-    header: dict[str, Json] = {"format": FORMAT, "version": VERSION, "records": len(lines), "sha256": whole.hexdigest()}
+    version = VERSION if revoked else 1
+    header: dict[str, Json] = {"format": FORMAT, "version": version, "records": len(lines), "sha256": whole.hexdigest()}
     stream.write(canonical(header) + "\n")
     stream.writelines(lines)
     return len(lines)
@@ -70,12 +76,14 @@ def load(
     """Imports an exported file in one transaction, or raises RegistryError and changes nothing.
 
     `allowed` maps each known op to its permitted config keys; a record with another op or key is skipped. None lifts
-    that limit and is for files one wrote oneself. Verdicts arrive with origin "imported" and trusted as `trust` says.
-    Conflicts are resolved by evidence, see `import_rule`. `max_total` limits the characters read.
+    that limit and is for files one wrote oneself. Verdicts and revocations arrive with origin "imported" and trusted as
+    `trust` says: a stranger's revocations make nothing wrong, but could make everything slow. Conflicts of verdicts are
+    resolved by evidence, see `import_rule`; revocations add up. `max_total` limits the characters read.
     """
     report = ImportReport()
     trials: list[Trial] = []
     verdicts: list[Verdict] = []
+    revocations: list[Revocation] = []
     for number, data in _records(stream, max_total):
         try:
             record = _decode(data, trust)
@@ -86,10 +94,12 @@ def load(
             report.skipped.append(f"line {number}: {refusal}")
         elif isinstance(record, Trial):
             trials.append(record)
+        elif isinstance(record, Revocation):
+            revocations.append(record)
         else:
             verdicts.append(record)
-    merged = registry.merge(trials, verdicts, rule=import_rule, origin="imported")
-    report.trials, report.verdicts = merged.trials, merged.verdicts
+    merged = registry.merge(trials, verdicts, revocations, rule=import_rule, origin="imported")
+    report.trials, report.verdicts, report.revocations = merged.trials, merged.verdicts, merged.revocations
     report.unchanged = merged.unchanged + len(trials) - merged.trials
     report.skipped += merged.kept
     report.replaced = merged.replaced
@@ -153,8 +163,8 @@ def _records(stream: TextIO, max_total: int) -> Iterable[tuple[int, dict[str, An
     head = _parse(1, _read_line(stream, 1, max_total))
     if head.get("format") != FORMAT:
         raise _malformed(1, "this is not a tilebook export")
-    if type(head.get("version")) is not int or head["version"] != VERSION:
-        raise _malformed(1, f"export version {quoted(head.get('version'))} is not {VERSION}")
+    if type(head.get("version")) is not int or not 1 <= head["version"] <= VERSION:
+        raise _malformed(1, f"export version {quoted(head.get('version'))} is not 1 to {VERSION}")
     if head.keys() != {"format", "version", "records", "sha256"} or type(head["records"]) is not int:
         raise _malformed(1, "the header's fields are wrong")
     whole = hashlib.sha256()
@@ -165,7 +175,10 @@ def _records(stream: TextIO, max_total: int) -> Iterable[tuple[int, dict[str, An
         if number - 1 > head["records"]:
             raise _malformed(number, f"the header promised {head['records']} records, and there are more")
         whole.update(line.rstrip("\r\n").encode() + b"\n")
-        yield number, _parse(number, line)
+        data = _parse(number, line)
+        if head["version"] == 1 and data.get("type") == "revocation":
+            raise _malformed(number, "version 1 of the format has no revocations")
+        yield number, data
     if number - 1 != head["records"]:
         raise _malformed(number, f"the header promised {head['records']} records, and there are {number - 1}")
     if whole.hexdigest() != head["sha256"]:
@@ -208,13 +221,15 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _decode(data: dict[str, Any], trust: bool) -> Trial | Verdict:
+def _decode(data: dict[str, Any], trust: bool) -> Trial | Verdict | Revocation:
     kind, claimed = data.pop("type", None), data.pop("sha256", None)
-    record: Trial | Verdict
+    record: Trial | Verdict | Revocation
     if kind == "trial":
         record = trial_from(data)
     elif kind == "verdict":
         record = verdict_from(data, origin="imported", trusted=trust)
+    elif kind == "revocation":
+        record = revocation_from(data, origin="imported", trusted=trust)
     else:
         raise ValueError(f"unknown record type {quoted(kind)}")
     if claimed != _sha256(data):
@@ -222,7 +237,7 @@ def _decode(data: dict[str, Any], trust: bool) -> Trial | Verdict:
     return record
 
 
-def _refusal(record: Trial | Verdict, allowed: Mapping[str, frozenset[str]] | None) -> str:
+def _refusal(record: Trial | Verdict | Revocation, allowed: Mapping[str, frozenset[str]] | None) -> str:
     if allowed is None:
         return ""
     if record.op not in allowed:

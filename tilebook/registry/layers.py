@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from tilebook.registry.backend import RegistryError, Target
-from tilebook.registry.records import Device, Verdict
+from tilebook.registry.records import ConfigValue, Device, Revocation, Verdict
 from tilebook.registry.store import Registry
 
 REGISTRY_VARIABLE = "TILEBOOK_REGISTRY"
 SHIPPED = Path(__file__).parent.parent / "registry.db"
+
+_T = TypeVar("_T")
 
 
 class Layers:
@@ -32,6 +34,23 @@ class Layers:
         layers = [("explicit", first)] if first else []
         return cls([*layers, ("user", str(user)), ("shipped", str(SHIPPED))])
 
+    def read(
+        self, *, op: str | None = None, device: Device | None = None
+    ) -> tuple[list[tuple[str, Verdict]], list[tuple[str, Revocation]]]:
+        """`verdicts` and `revocations` of a single reading: a layer gives both, or neither."""
+        found = [
+            (name, *both)
+            for name, both in self._read(lambda each: (each.verdicts(op=op, device=device), each.revocations()))
+        ]
+        return _best((name, v) for name, v, _ in found), _union((name, r) for name, _, r in found)
+
+    def revocations(self) -> list[tuple[str, Revocation]]:
+        """Those of all layers together, with the name of the first layer that has each scope (trusted, if any is).
+
+        No layer can take back what another revokes. Refreshes `problems`.
+        """
+        return _union(self._read(Registry.revocations))
+
     def verdicts(
         self, *, op: str | None = None, problem: str | None = None, device: Device | None = None
     ) -> list[tuple[str, Verdict]]:
@@ -41,14 +60,7 @@ class Layers:
         layer, and a verdict that may not be served hides none that may. Refreshes `problems`; a user or shipped
         registry that simply does not exist is not one.
         """
-        self.problems = []
-        best: dict[tuple[str, str, Device, str], tuple[str, Verdict]] = {}
-        for name, target in self.layers:
-            for verdict in self._read(name, target, op, problem, device):
-                key = (verdict.op, verdict.problem, verdict.device, verdict.kernel)
-                if key not in best or _standing(verdict) > _standing(best[key][1]):
-                    best[key] = (name, verdict)
-        return list(best.values())
+        return _best(self._read(lambda each: each.verdicts(op=op, problem=problem, device=device)))
 
     def writer(self) -> Registry:
         """The first layer that can be written, opened for it: the explicit one and no other, where there is one."""
@@ -64,21 +76,62 @@ class Layers:
                 problems.append(str(error))
         raise RegistryError("no registry can be written: " + ("; ".join(problems) or "there is no user layer"))
 
-    def _read(
-        self, name: str, target: str, op: str | None, problem: str | None, device: Device | None
-    ) -> list[Verdict]:
-        try:
-            path = Target.parse(target).path
-            if name != "explicit" and path is not None and not path.exists():
-                return []
-            with Registry.open(target) as registry:
-                found = registry.verdicts(op=op, problem=problem, device=device)
-                if registry.corrupt:
-                    self.problems.append(f"registry {registry.label}: left out {registry.corrupt} damaged rows")
-                return found
-        except (RegistryError, OSError) as error:
-            self.problems.append(str(error))
-            return []
+    def _read(self, query: Callable[[Registry], _T]) -> Iterator[tuple[str, _T]]:
+        """What each layer answers, in order; what is wrong with a layer goes to `problems`."""
+        self.problems = []
+        for name, target in self.layers:
+            try:
+                path = Target.parse(target).path
+                if name != "explicit" and path is not None and not path.exists():
+                    continue
+                with Registry.open(target) as registry:
+                    found = query(registry)
+                    self.problems += registry.problems
+            except (RegistryError, OSError) as error:
+                self.problems.append(str(error))
+            else:
+                yield name, found
+
+
+class DenyList:
+    """The revocations that are honoured under one version of Triton; "" where it is not known."""
+
+    def __init__(self, revocations: Iterable[tuple[str, Revocation]], triton: str) -> None:
+        self._revocations = [each for _, each in revocations if each.trusted]
+        self.ops = frozenset(each.op for each in self._revocations)
+        self._triton = triton
+
+    def find(
+        self, op: str, kernel: str, arch: str, implementation: str, config: Mapping[str, ConfigValue]
+    ) -> Revocation | None:
+        """Why this candidate may not run, or None where it may."""
+        for each in self._revocations:
+            if each.covers(op, kernel, arch, self._triton, implementation, config):
+                return each
+        return None
+
+    def winner(self, verdict: Verdict) -> Revocation | None:
+        """Why a verdict's winner may not run, or None where it may."""
+        return self.find(verdict.op, verdict.kernel, verdict.device.arch, verdict.implementation, verdict.config)
+
+
+def _best(found: Iterable[tuple[str, Sequence[Verdict]]]) -> list[tuple[str, Verdict]]:
+    best: dict[tuple[str, str, Device, str], tuple[str, Verdict]] = {}
+    for name, verdicts in found:
+        for verdict in verdicts:
+            key = (verdict.op, verdict.problem, verdict.device, verdict.kernel)
+            if key not in best or _standing(verdict) > _standing(best[key][1]):
+                best[key] = (name, verdict)
+    return list(best.values())
+
+
+def _union(found: Iterable[tuple[str, Sequence[Revocation]]]) -> list[tuple[str, Revocation]]:
+    union: dict[str, tuple[str, Revocation]] = {}
+    for name, revocations in found:
+        for each in revocations:
+            if each.scope not in union or (each.trusted and not union[each.scope][1].trusted):
+                union[each.scope] = (name, each)
+    return list(union.values())
 
 
 def _standing(verdict: Verdict) -> int:

@@ -161,3 +161,23 @@ class MissRow(Base):
 
     problem: Mapped[ProblemRow] = relationship()
     device: Mapped[DeviceRow] = relationship()
+
+
+class RevocationRow(Base):
+    """Whole in itself, without a kernel's or a device's row: it may be about kernels that nobody has tuned here."""
+
+    __tablename__ = "revocation"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    scope: Mapped[str] = mapped_column(String(64), unique=True)
+    op: Mapped[str] = mapped_column(String(64))
+    implementation: Mapped[str] = mapped_column(String(64))
+    kernel: Mapped[str | None] = mapped_column(String(64))
+    arch: Mapped[str | None] = mapped_column(String(64))
+    triton: Mapped[str | None] = mapped_column(String(256))
+    config: Mapped[str] = mapped_column(Text)
+    reason: Mapped[str] = mapped_column(Text)
+    origin: Mapped[str] = mapped_column(String(64))
+    trusted: Mapped[bool]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)

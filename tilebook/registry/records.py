@@ -22,6 +22,7 @@ __all__ = [
     "Failure",
     "Json",
     "Miss",
+    "Revocation",
     "Status",
     "Trial",
     "Verdict",
@@ -263,6 +264,84 @@ class Verdict:
             "evidence": dict(self.evidence),
             "created_at": checks.time_text(self.created_at),
         }
+
+    def content(self) -> dict[str, Json]:
+        return {**self.portable(), "origin": self.origin, "trusted": self.trusted}
+
+    @property
+    def sha256(self) -> str:
+        return _digest(self.content())
+
+
+@dataclass(frozen=True)
+class Revocation:
+    """What may not run any more: an implementation of an op, or those of its configs that have all these values.
+
+    None means any, for `kernel` (the digest of the kernels' source), `arch` ("sm_90") and `triton` ("<3.7,>=3.6"); no
+    config means every config. `origin` and `trusted` as for a verdict: only a `trusted` revocation is honoured.
+    """
+
+    op: str
+    implementation: str
+    reason: str
+    kernel: str | None = None
+    arch: str | None = None
+    triton: str | None = None
+    config: Mapping[str, ConfigValue] = field(default_factory=dict)
+    origin: str = "local"
+    trusted: bool = True
+    created_at: datetime = field(default_factory=_now)
+
+    def __post_init__(self) -> None:
+        checks.name(self.op, "op")
+        checks.name(self.implementation, "implementation")
+        if self.implementation == "torch":
+            raise ValueError("torch is what runs where nothing else may, and cannot be revoked")
+        put = object.__setattr__
+        put(self, "reason", checks.text(self.reason, "reason"))
+        if not self.reason.strip():
+            raise ValueError("a revocation needs a reason")
+        if self.kernel is not None:
+            checks.digest(self.kernel, "kernel")
+        if self.arch is not None:
+            checks.name(self.arch, "arch")
+        put(self, "triton", None if self.triton is None else checks.version_range(self.triton, "triton"))
+        put(self, "config", checks.config(self.config))
+        checks.name(self.origin, "origin")
+        if type(self.trusted) is not bool:
+            raise ValueError(f"trusted is not a flag: {checks.quoted(self.trusted)}")
+        put(self, "created_at", checks.utc(self.created_at, "created_at"))
+
+    def covers(
+        self, op: str, kernel: str, arch: str, triton: str, implementation: str, config: Mapping[str, ConfigValue]
+    ) -> bool:
+        """Whether this candidate may not run: all that the revocation names fits. An unknown Triton is in any range."""
+        return (
+            (self.op, self.implementation) == (op, implementation)
+            and self.kernel in (None, kernel)
+            and self.arch in (None, arch)
+            and (self.triton is None or checks.in_range(triton, self.triton))
+            and self.config.items() <= config.items()
+        )
+
+    def _scope(self) -> dict[str, Json]:
+        return {
+            "op": self.op,
+            "implementation": self.implementation,
+            "kernel": self.kernel,
+            "arch": self.arch,
+            "triton": self.triton,
+            "config": dict(self.config),
+        }
+
+    @property
+    def scope(self) -> str:
+        """64 hex digits that name what is revoked, whoever does it and why; a registry holds each scope once."""
+        return _digest(self._scope())
+
+    def portable(self) -> dict[str, Json]:
+        """The content another machine can use, see `Verdict.portable`."""
+        return {**self._scope(), "reason": self.reason, "created_at": checks.time_text(self.created_at)}
 
     def content(self) -> dict[str, Json]:
         return {**self.portable(), "origin": self.origin, "trusted": self.trusted}

@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tilebook.registry.checks import canonical, time_text
-from tilebook.registry.codec import miss_from, trial_from, verdict_from
+from tilebook.registry.codec import miss_from, revocation_from, trial_from, verdict_from
 from tilebook.registry.models import (
     Base,
     DeviceRow,
@@ -17,10 +17,11 @@ from tilebook.registry.models import (
     KernelRow,
     MissRow,
     ProblemRow,
+    RevocationRow,
     TrialRow,
     VerdictRow,
 )
-from tilebook.registry.records import Device, Environment, Miss, Trial, Verdict
+from tilebook.registry.records import Device, Environment, Miss, Revocation, Trial, Verdict
 
 _Row = TypeVar("_Row", bound=Base)
 
@@ -112,6 +113,23 @@ def verdict_columns(verdict: Verdict, keys: Keys) -> dict[str, Any]:
     }
 
 
+def revocation_columns(revocation: Revocation) -> dict[str, Any]:
+    return {
+        "sha256": revocation.sha256,
+        "scope": revocation.scope,
+        "op": revocation.op,
+        "implementation": revocation.implementation,
+        "kernel": revocation.kernel,
+        "arch": revocation.arch,
+        "triton": revocation.triton,
+        "config": canonical(revocation.config),
+        "reason": revocation.reason,
+        "origin": revocation.origin,
+        "trusted": revocation.trusted,
+        "created_at": revocation.created_at,
+    }
+
+
 def trial_of(row: TrialRow) -> Trial | None:
     """None where the row is damaged."""
     try:
@@ -147,6 +165,28 @@ def verdict_of(row: VerdictRow) -> Verdict | None:
     except _DAMAGE:
         return None
     return verdict if verdict.sha256 == row.sha256 else None
+
+
+def revocation_of(row: RevocationRow) -> Revocation | None:
+    """None where the row is damaged."""
+    try:
+        revocation = revocation_from(
+            {
+                "op": row.op,
+                "implementation": row.implementation,
+                "kernel": row.kernel,
+                "arch": row.arch,
+                "triton": row.triton,
+                "config": json.loads(row.config),
+                "reason": row.reason,
+                "created_at": time_text(row.created_at),
+            },
+            origin=row.origin,
+            trusted=row.trusted,
+        )
+    except _DAMAGE:
+        return None
+    return revocation if (revocation.sha256, revocation.scope) == (row.sha256, row.scope) else None
 
 
 def miss_of(row: MissRow) -> Miss | None:

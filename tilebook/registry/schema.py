@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import closing
 from importlib import resources
 
 from sqlalchemy import Connection, Engine, inspect, text
 
-from tilebook.registry.backend import APPLICATION_ID, RegistryError, Target, connect_sqlite, make_engine, sniff
-from tilebook.registry.models import Base
+from tilebook.registry.backend import (
+    APPLICATION_ID,
+    RegistryError,
+    Target,
+    connect_sqlite,
+    damage,
+    make_engine,
+    sniff,
+)
+from tilebook.registry.models import Base, RevocationRow
 
 # The revision of the newest migration as a number; migrations are named 0001, 0002, ...
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_READABLE = 1  # what came later is a table of its own, which readers of an older registry find empty
 VERSION_TABLE = "tilebook_alembic_version"
 
 
@@ -27,23 +37,28 @@ def version(connection: Connection) -> int | None:
     return int(found) if str(found).isdecimal() else SCHEMA_VERSION + 1
 
 
-def check(found: int | None, target: Target) -> None:
-    """Raises RegistryError unless the schema is the one this version reads and writes."""
+def has_revocations(connection: Connection) -> bool:
+    """Whether the registry has the table that schema 2 added; the table itself is asked, for a version may be wrong."""
+    return inspect(connection).has_table(RevocationRow.__tablename__)
+
+
+def check(found: int | None, target: Target, oldest: int = SCHEMA_VERSION) -> None:
+    """Raises RegistryError unless the schema is one from `oldest` to this version's."""
     if found is None:
         raise RegistryError(f"{target.label} is not a tilebook registry")
     if found > SCHEMA_VERSION:
         raise RegistryError(
             f"registry {target.label} has schema {found}, newer than {SCHEMA_VERSION}: it needs a newer tilebook"
         )
-    if found < SCHEMA_VERSION:
+    if found < oldest:
         raise RegistryError(
-            f"registry {target.label} has schema {found}, older than {SCHEMA_VERSION}:"
+            f"registry {target.label} has schema {found}, older than {oldest}:"
             " opening it for writing (tilebook tune) upgrades it"
         )
 
 
-def open_reader(target: Target) -> Engine:
-    """An engine that can only read, for a registry that exists and has this schema."""
+def open_reader(target: Target) -> tuple[Engine, str]:
+    """An engine that can only read, for a registry that exists and has a readable schema, and its `damage`."""
     if target.path is not None:
         header = sniff(target)
         if header is None:
@@ -55,9 +70,10 @@ def open_reader(target: Target) -> Engine:
             )
     engine = make_engine(target, write=False)
     with engine.begin() as connection:
-        check(version(connection), target)
-        _check_tables(connection, target)
-    return engine
+        found = version(connection)
+        check(found, target, OLDEST_READABLE)
+        _check_tables(connection, target, optional=() if found == SCHEMA_VERSION else (RevocationRow.__tablename__,))
+        return engine, damage(connection, target, write=False)
 
 
 def open_writer(target: Target) -> Engine:
@@ -70,6 +86,10 @@ def open_writer(target: Target) -> Engine:
             with closing(connect_sqlite(target.path, "rw")) as raw:
                 raw.execute("PRAGMA journal_mode=DELETE")
     with make_engine(target, write=True, create=True).begin() as connection:
+        if found := damage(connection, target, write=True):
+            raise RegistryError(
+                f"registry {target.label} is corrupt: {found}; export what is left of it and import that into a new one"
+            )
         if _needs_upgrade(connection, target):
             _upgrade(connection)
             if connection.dialect.name == "sqlite":
@@ -92,14 +112,14 @@ def _needs_upgrade(connection: Connection, target: Target) -> bool:
     return found != SCHEMA_VERSION
 
 
-def _check_tables(connection: Connection, target: Target) -> None:
+def _check_tables(connection: Connection, target: Target, optional: Collection[str] = ()) -> None:
     """A view may stand where a table should and never return; names and kinds are checked before any is read."""
     if connection.dialect.name != "sqlite":
         return
     rows = connection.exec_driver_sql("SELECT type, name FROM sqlite_master WHERE type IN ('table', 'view', 'trigger')")
     found = {(kind, name) for kind, name in rows}
     extra = {name for kind, name in found if kind != "table"}
-    missing = {name for name in Base.metadata.tables if ("table", name) not in found}
+    missing = {name for name in Base.metadata.tables if ("table", name) not in found and name not in optional}
     if extra or missing:
         raise RegistryError(f"registry {target.label} is corrupt: its tables are not those of a tilebook registry")
 

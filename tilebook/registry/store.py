@@ -1,4 +1,4 @@
-"""One registry: a database that keeps trials, verdicts and misses."""
+"""One registry: a database that keeps trials, verdicts, revocations and misses."""
 
 from __future__ import annotations
 
@@ -17,9 +17,19 @@ from sqlalchemy.orm import Session, contains_eager
 
 from tilebook.registry import schema
 from tilebook.registry.backend import RegistryError, Target, connect_sqlite, explained, sniff
-from tilebook.registry.models import DeviceRow, KernelRow, MissRow, ProblemRow, TrialRow, VerdictRow
-from tilebook.registry.records import Device, Miss, Status, Trial, Verdict
-from tilebook.registry.rows import Keys, miss_of, trial_columns, trial_of, verdict_columns, verdict_of
+from tilebook.registry.checks import quoted
+from tilebook.registry.models import DeviceRow, KernelRow, MissRow, ProblemRow, RevocationRow, TrialRow, VerdictRow
+from tilebook.registry.records import Device, Miss, Revocation, Status, Trial, Verdict
+from tilebook.registry.rows import (
+    Keys,
+    miss_of,
+    revocation_columns,
+    revocation_of,
+    trial_columns,
+    trial_of,
+    verdict_columns,
+    verdict_of,
+)
 
 log = logging.getLogger("tilebook.registry")
 
@@ -43,6 +53,7 @@ class Merged:
 
     trials: int = 0
     verdicts: int = 0
+    revocations: int = 0
     unchanged: int = 0
     replaced: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -65,8 +76,11 @@ class Registry:
     - Writers wait for one another, up to 30 s; any number of processes may create, open and write one registry at once.
     - Recording the same trial again changes nothing. There is at most one verdict for each (op, problem, device,
       kernel), and a prediction never replaces a measurement.
+    - Revocations add up: recording one of the same scope again changes nothing, but a trusted one replaces one that is
+      not. Only `unrevoke` removes any.
     - What is read equals what was recorded. A row whose SHA-256 does not match is left out, counted in `corrupt` and
-      logged.
+      logged; `problems` has a line for all that was found damaged.
+    - A SQLite file whose structure is damaged is read as far as it goes, with a line in `problems`, and never written.
     - A registry opened for reading is never changed: no file is created beside it, no schema is upgraded. A file that
       is not a tilebook registry is not modified in either mode.
     - Every failure of the store itself is a RegistryError with one line that names the registry.
@@ -74,13 +88,16 @@ class Registry:
     Connections are opened for each operation, so an instance may be used from several threads and after a fork.
     """
 
-    def __init__(self, target: Target, engine: Engine, writable: bool, raw: str) -> None:
+    def __init__(self, target: Target, engine: Engine, writable: bool, raw: str, damage: str = "") -> None:
         self._target = target
         self._engine: Engine | None = engine
         self.target = raw
         self.label = target.label
         self.writable = writable
         self.corrupt = 0
+        self.problems: list[str] = []
+        if damage:
+            self._problem(f"the file is damaged ({damage}); rows may be missing")
 
     @classmethod
     def open(cls, target: str | Path, *, write: bool = False) -> Self:
@@ -90,8 +107,8 @@ class Registry:
         """
         parsed = Target.parse(target)
         with explained(parsed):
-            engine = schema.open_writer(parsed) if write else schema.open_reader(parsed)
-        return cls(parsed, engine, write, str(target))
+            engine, damage = (schema.open_writer(parsed), "") if write else schema.open_reader(parsed)
+        return cls(parsed, engine, write, str(target), damage)
 
     def record(self, trials: Iterable[Trial] = (), verdict: Verdict | None = None) -> None:
         """Stores trials and a verdict in one transaction; the verdict replaces one of the same key (see above)."""
@@ -101,20 +118,38 @@ class Registry:
         self,
         trials: Iterable[Trial] = (),
         verdicts: Iterable[Verdict] = (),
+        revocations: Iterable[Revocation] = (),
         *,
         rule: Rule = local_rule,
         origin: str = "local",
     ) -> Merged:
         """`record` for many verdicts: `rule` decides each conflict, in the same transaction; `origin` marks trials."""
-        trials, verdicts = list(trials), list(verdicts)
+        trials, verdicts, revocations = list(trials), list(verdicts), list(revocations)
         merged = Merged()
-        if trials or verdicts:
+        if trials or verdicts or revocations:
             with self._write() as session:
                 keys = Keys(session)
                 merged.trials = _add_trials(session, keys, trials, origin)
                 for verdict in verdicts:
                     _add_verdict(session, keys, verdict, rule, merged)
+                for revocation in revocations:
+                    _add_revocation(session, revocation, merged)
         return merged
+
+    def revoke(self, revocation: Revocation) -> bool:
+        """Stores a revocation; False where one of the same scope stands already."""
+        return bool(self.merge(revocations=[revocation]).revocations)
+
+    def unrevoke(self, scope: str) -> bool:
+        """Removes the revocation whose scope begins so, even a damaged one. Raises ValueError where several do."""
+        with self._write() as session:
+            rows = session.execute(select(RevocationRow)).scalars()
+            found = [row for row in rows if str(row.scope).startswith(scope)]
+            if len(found) > 1:
+                raise ValueError(f"{len(found)} revocations begin with {scope}")
+            for row in found:
+                session.delete(row)
+        return bool(found)
 
     def count_misses(self, misses: Iterable[Miss]) -> None:
         """Adds calls to the ledger; the estimate of the time of a call and `last_seen` are the newest."""
@@ -168,6 +203,24 @@ class Registry:
         found = self._read(_select(VerdictRow, op, problem, device, kernel), verdict_of)
         return sorted(found, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
 
+    def revocations(self) -> list[Revocation]:
+        """All of them, oldest first; the untrusted ones too."""
+        with self._session() as session:
+            rows = []
+            if schema.has_revocations(session.connection()):
+                # All rows: a damaged one must not hide behind a condition that it would have met.
+                rows = list(session.execute(select(RevocationRow)).scalars())
+            found = [(str(row.scope), revocation_of(row)) for row in rows]
+        lost = [scope for scope, revocation in found if revocation is None]
+        self.corrupt = len(lost)
+        for scope in lost:
+            self._problem(
+                f"left out a damaged revocation: what it revokes may run again;"
+                f" repeat it, or remove it with --undo {quoted(scope[:8])}"
+            )
+        intact = [revocation for _, revocation in found if revocation is not None]
+        return sorted(intact, key=lambda revocation: (revocation.created_at, revocation.scope))
+
     def misses(self, *, device: Device | None = None) -> list[Miss]:
         """The ledger, heaviest first: calls times the GPU time of a call."""
         found = self._read(_select(MissRow, None, None, device, None), miss_of)
@@ -211,8 +264,12 @@ class Registry:
         intact = [record for record in found if record is not None]
         self.corrupt = len(found) - len(intact)
         if self.corrupt:
-            log.warning("registry %s: left out %d damaged rows", self.label, self.corrupt)
+            self._problem(f"left out {self.corrupt} damaged rows")
         return intact
+
+    def _problem(self, text: str) -> None:
+        self.problems.append(f"registry {self.label}: {text}")
+        log.warning("%s", self.problems[-1])
 
 
 def _select(
@@ -280,8 +337,24 @@ def _add_verdict(session: Session, keys: Keys, verdict: Verdict, rule: Rule, mer
     merged.verdicts += 1
 
 
+def _add_revocation(session: Session, revocation: Revocation, merged: Merged) -> None:
+    row = session.execute(select(RevocationRow).filter_by(scope=revocation.scope)).scalar_one_or_none()
+    existing = None if row is None else revocation_of(row)
+    if existing is not None and (existing.trusted or not revocation.trusted):
+        merged.unchanged += 1
+        return
+    if row is None:
+        row = RevocationRow()
+        session.add(row)
+    for name, value in revocation_columns(revocation).items():
+        setattr(row, name, value)
+    session.flush()
+    merged.revocations += 1
+
+
 def ship(source: Registry, path: str | Path, *, trials: bool = False) -> int:
-    """Writes the registry that a package ships: trusted verdicts, and the passed trials behind them when asked.
+    """Writes the registry that a package ships: what is trusted of verdicts and revocations, and the passed trials
+    behind the verdicts when asked.
 
     The file is compact and in rollback-journal mode, so it opens from a read-only directory; it appears whole or not
     at all. Returns the number of verdicts. Raises RegistryError, also when `path` holds something else than a registry.
@@ -292,12 +365,13 @@ def ship(source: Registry, path: str | Path, *, trials: bool = False) -> int:
     verdicts = [replace(verdict, origin="shipped") for verdict in source.verdicts() if verdict.trusted]
     keys = {(v.op, v.problem, v.device, v.kernel) for v in verdicts}
     kept = [t for t in source.trials() if t.status is Status.OK and (t.op, t.problem, t.device, t.kernel) in keys]
+    revoked = [replace(each, origin="shipped") for each in source.revocations() if each.trusted]
     with explained(target):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".tilebook-ship-") as folder:
             draft = Path(folder) / place.name
             with Registry.open(draft, write=True) as registry:
-                registry.merge(kept if trials else (), verdicts, origin="shipped")
+                registry.merge(kept if trials else (), verdicts, revoked, origin="shipped")
             with closing(connect_sqlite(draft, "rw")) as connection:
                 connection.execute("VACUUM")
             draft.chmod(0o644)
