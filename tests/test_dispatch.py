@@ -1,5 +1,6 @@
 """Dispatch serves exact, then near, then the default, and never stops a program."""
 
+import dataclasses
 import sqlite3
 import warnings
 
@@ -11,7 +12,7 @@ from tilebook import device as devices
 from tilebook import dispatch
 from tilebook import op as ops
 from tilebook.op import Config
-from tilebook.registry import Device, Environment, Registry, Verdict, VerdictStatus
+from tilebook.registry import Device, Environment, Registry, Revocation, Verdict, VerdictStatus
 
 GPU = devices.find("H200")
 OP = ops.get("attention_fwd")
@@ -48,10 +49,10 @@ def choose(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "current", lambda index=0: GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
-    def chosen(*verdicts, problem=PROBLEM):
+    def chosen(*verdicts, problem=PROBLEM, revocations=()):
         dispatch.reload()
         with Registry.open(path, write=True) as registry:
-            registry.merge((), verdicts)
+            registry.merge((), verdicts, revocations)
         return dispatch.choose(OP, problem, torch.device("cuda", 0))
 
     chosen.path = path
@@ -102,6 +103,136 @@ def test_a_winner_that_is_not_here_gives_way_to_the_best_finalist(choose, monkey
     assert (choice.implementation.name, choice.config) == ("triton", OTHER)
 
 
+def revocation(config=OTHER, implementation="triton", **changes):
+    return Revocation(**{"op": OP.name, "reason": "wrong", **changes}, implementation=implementation, config=config)
+
+
+RUNNER_UP = next(c for c in OP.tunable.space.feasible(PROBLEM, GPU) if c not in (DEFAULT, OTHER))
+RANKED = {
+    "candidates": [
+        {"implementation": "triton", "config": dict(OTHER), "time_ms": 1.0},
+        {"implementation": "triton", "config": dict(RUNNER_UP), "time_ms": 1.1},
+        {"implementation": "torch", "config": {}, "time_ms": 1.2},
+    ]
+}
+
+
+def test_a_revoked_winner_gives_way_to_the_next_in_the_ranking(choose):
+    choice = choose(verdict(evidence=RANKED), revocations=[revocation()])
+    assert (choice.source, choice.config) == ("exact", RUNNER_UP)
+    choice = choose(revocations=[revocation(RUNNER_UP)])
+    assert (choice.source, choice.implementation.name) == ("exact", "torch")
+
+
+def test_a_revoked_winner_is_not_served_to_its_neighbours_either(choose):
+    near = OP.problem.parse("B4,H16,S3000,D64", "bf16")
+    assert choose(verdict(), problem=near).config == OTHER
+    choice = choose(verdict(), problem=near, revocations=[revocation()])
+    assert (choice.source, choice.config) == ("default", DEFAULT)
+
+
+def test_a_revoked_default_gives_way_to_the_feasible_config_fewest_steps_away(choose):
+    choice = choose(revocations=[revocation(DEFAULT)])
+    assert choice.source == "default"
+    axes = OP.tunable.space.axes
+    (changed,) = [axis for axis in axes if choice.config[axis] != DEFAULT[axis]]
+    assert abs(axes[changed].index(choice.config[changed]) - axes[changed].index(DEFAULT[changed])) == 1
+    assert OP.tunable.space.reject(PROBLEM, choice.config, GPU) is None
+    assert choose().config == choice.config
+
+
+@pytest.mark.parametrize("status", ["measured", "predicted"])
+def test_a_config_verified_on_another_problem_is_the_first_to_stand_in_for_a_revoked_default(choose, status):
+    far = OP.problem.parse("B4,H16,S2048,D64,causal", "bf16")
+    choice = choose(verdict(problem=far, status=status), revocations=[revocation(DEFAULT)])
+    assert (choice.source, choice.config == OTHER) == ("default", status == "measured")
+
+
+def test_where_every_config_is_revoked_pytorch_runs(choose):
+    choice = choose(verdict(evidence=RANKED), revocations=[revocation({}, implementation="triton")])
+    assert (choice.source, choice.implementation.name) == ("exact", "torch")
+    choice = choose(problem=OP.problem.parse("B4,H16,S2048,D64,causal", "bf16"))
+    assert (choice.source, choice.implementation.name, choice.config) == ("fallback", "torch", None)
+
+
+def test_another_implementation_can_be_revoked(choose, monkeypatch):
+    cudnn = OP.implementations["cudnn"]
+    monkeypatch.setitem(OP.implementations, "cudnn", dataclasses.replace(cudnn, available=lambda device: True))
+    won = verdict(implementation="cudnn", config={}, evidence=RANKED)
+    assert choose(won).implementation.name == "cudnn"
+    assert choose(won, revocations=[revocation({}, "cudnn", arch="sm_80")]).implementation.name == "cudnn"
+    assert choose(won, revocations=[revocation({}, "cudnn", arch="sm_90")]).config == OTHER
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kernel": "0" * 64},
+        {"arch": "sm_100"},
+        {"triton": "<3.6"},
+        {"op": "attention_bwd"},
+        {"trusted": False, "origin": "imported"},
+    ],
+    ids=str,
+)
+def test_a_revocation_that_does_not_bear_on_this_changes_nothing(choose, changes):
+    assert choose(verdict(), revocations=[revocation(**changes)]).config == OTHER
+
+
+@pytest.mark.parametrize("changes", [{"kernel": OP.digest}, {"arch": "sm_90"}, {"triton": ">=3.6"}], ids=str)
+def test_a_revocation_of_this_source_arch_and_triton_holds(choose, changes):
+    assert choose(verdict(), revocations=[revocation(**changes)]).config == DEFAULT
+
+
+def test_part_of_a_config_revokes_every_config_that_has_it(choose):
+    part = {"num_warps": OTHER["num_warps"]}
+    choice = choose(verdict(evidence=RANKED), revocations=[revocation(part)])
+    assert choice.config is None or choice.config["num_warps"] != OTHER["num_warps"]
+
+
+def test_reload_picks_up_a_new_revocation(choose):
+    assert choose(verdict()).config == OTHER
+    with Registry.open(choose.path, write=True) as registry:
+        registry.revoke(revocation())
+    assert dispatch.choose(OP, PROBLEM, torch.device("cuda", 0)).config == OTHER, "what was read stays"
+    dispatch.reload()
+    assert dispatch.choose(OP, PROBLEM, torch.device("cuda", 0)).config == DEFAULT
+
+
+def test_a_winner_that_raises_is_not_replaced_by_what_is_revoked(choose, monkeypatch):
+    choose(revocations=[revocation(DEFAULT)])
+    winner, ran = dispatch.Choice(OP.tunable, OTHER, "exact", PROBLEM, GPU), []
+
+    def run(choice, *args):
+        ran.append(choice.config)
+        if choice is winner:
+            raise RuntimeError("no such instruction")
+        return ()
+
+    monkeypatch.setattr(dispatch.Choice, "_run", run)
+    with pytest.warns(RuntimeWarning, match="serves instead"):
+        winner(*PROBLEM.inputs("meta", 0))
+    assert ran[0] == OTHER
+    assert ran[1] not in (None, DEFAULT, OTHER)
+
+
+def test_a_shipped_revocation_holds_against_the_users_own_verdict(choose, tmp_path, monkeypatch):
+    shipped = tmp_path / "shipped.db"
+    monkeypatch.setattr("tilebook.registry.layers.SHIPPED", shipped)
+    with Registry.open(shipped, write=True) as registry:
+        registry.revoke(revocation(origin="shipped"))
+    assert choose(verdict()).config == DEFAULT
+
+
+def test_a_damaged_revocation_warns(choose):
+    choose(verdict(), revocations=[revocation()])
+    with sqlite3.connect(choose.path) as database:
+        database.execute("update revocation set reason = 'right'")
+    dispatch.reload()
+    with pytest.warns(RuntimeWarning, match="what it revokes may run again"):
+        dispatch.choose(OP, PROBLEM, torch.device("cuda", 0))
+
+
 def test_missing_explicit_registry_warns_once_and_serves_defaults(choose):
     dispatch.reload()
     with pytest.warns(RuntimeWarning, match="default configs"):
@@ -132,7 +263,7 @@ def test_during_graph_capture_nothing_is_read(choose, monkeypatch):
     dispatch.reload()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(dispatch, "Snapshot", None)
-    assert dispatch.choose(OP, PROBLEM, torch.device("cuda", 0)).source == "default"
+    assert dispatch.choose(OP, PROBLEM, torch.device("cuda", 0)).source == "fallback"
 
 
 def test_on_the_cpu_pytorch_runs():

@@ -159,16 +159,19 @@ def present() -> bool:
     return torch.cuda.is_available()
 
 
+def package_version(package: str) -> str:
+    """The installed version, or "unknown"."""
+    try:
+        return str(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(package), "__version__", "unknown"))
+
+
 @functools.cache
 def environment() -> Mapping[str, str]:
     """Versions that a measurement depends on, softly: a verdict measured under others is stale, not wrong."""
     versions: dict[str, str] = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-    for package in ("triton", "tilebook"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            module: Any = sys.modules.get(package)
-            versions[package] = getattr(module, "__version__", "unknown")
+    versions |= {package: package_version(package) for package in ("triton", "tilebook")}
     versions["cuda"] = torch.version.cuda or "none"
     versions["ptxas"] = _ptxas()
     if present():

@@ -1,7 +1,7 @@
 """Runs an op with the winner for this GPU and problem: memo → snapshot → nearest → default.
 
 Never tunes, never waits, never raises into training: where the registry is missing or broken, or a winner does not run
-here, the default config computes the right numbers, after one warning.
+here, the default config computes the right numbers, after one warning. What a registry revokes never runs.
 """
 
 from __future__ import annotations
@@ -102,18 +102,19 @@ class Choice:
 
 
 class Snapshot:
-    """The verdicts for one GPU model, read once and kept in memory."""
+    """The verdicts for one GPU model and the revocations, read once and kept in memory."""
 
     def __init__(self, gpu: Device, explicit: str | None = None) -> None:
         self.gpu = gpu
         self._verdicts: dict[str, list[tuple[str, store.Verdict, Problem]]] = {}
         try:
             layers = store.Layers.default(explicit)
-            found = layers.verdicts(device=store.Device(gpu.name, gpu.arch, gpu.sm_count))
+            found, revoked = layers.read(device=store.Device(gpu.name, gpu.arch, gpu.sm_count))
             problems = list(layers.problems)
         except Exception as broken:  # whatever is wrong with it, training goes on
-            found, problems = [], [f"the registry cannot be read: {broken}"]
+            found, revoked, problems = [], [], [f"the registry cannot be read: {broken}"]
         self._raw = found
+        self._denied = store.DenyList(revoked, devices.package_version("triton"))
         if problems:
             warnings.warn(f"tilebook: {'; '.join(problems)}; default configs are used", RuntimeWarning, stacklevel=2)
 
@@ -132,6 +133,22 @@ class Snapshot:
 
     def choose(self, op: Op[Any], problem: Problem) -> Choice:
         """The exact verdict's winner, else the nearest verdict's whose config is feasible here, else the default."""
+        return next(choice for choice in self.candidates(op, problem) if self.revocation(choice) is None)
+
+    def default(self, op: Op[Any], problem: Problem) -> Choice:
+        """What runs where no verdict serves: our kernel with its default config, or what may stand in for it."""
+        return next(choice for choice in self._defaults(op, problem) if self.revocation(choice) is None)
+
+    def revocation(self, choice: Choice) -> store.Revocation | None:
+        """Why a choice may not run, or None where it may."""
+        implementation = choice.implementation
+        op = implementation.op
+        if op.name not in self._denied.ops:
+            return None  # before its source is asked for, which may not be here
+        return self._denied.find(op.name, op.digest, self.gpu.arch, implementation.name, choice.config or {})
+
+    def candidates(self, op: Op[Any], problem: Problem) -> Iterator[Choice]:
+        """All that can run this problem here, revoked or not, best first; PyTorch's own implementation ends it."""
         found = self.verdicts(op)
         exact = [each for each in found if each[1].problem == problem.key]
         near = sorted(
@@ -139,37 +156,48 @@ class Snapshot:
             key=lambda each: each[:2],
         )
         for layer, verdict, _ in exact:
-            if (candidate := self._first(op, problem, verdict)) is not None:
-                return Choice(*candidate, "exact", problem, self.gpu, layer, verdict)
+            for candidate in self._feasible(op, problem, verdict):
+                yield Choice(*candidate, "exact", problem, self.gpu, layer, verdict)
         for distance, _, layer, verdict in near:
             if distance > FARTHEST:
                 break
-            if (candidate := self._first(op, problem, verdict)) is not None:
-                return Choice(*candidate, "nearest", problem, self.gpu, layer, verdict)
-        return default(op, problem, self.gpu)
+            for candidate in self._feasible(op, problem, verdict):
+                yield Choice(*candidate, "nearest", problem, self.gpu, layer, verdict)
+        yield from self._defaults(op, problem)
 
-    def _first(
+    def _feasible(
         self, op: Op[Any], problem: Problem, verdict: store.Verdict
-    ) -> tuple[Implementation, Config | None] | None:
-        """The best candidate of a verdict that can run this problem here."""
+    ) -> Iterator[tuple[Implementation, Config | None]]:
+        """The candidates of a verdict that can run this problem here, best first."""
         for name, values in verdict.ranking():
             implementation = op.implementations.get(name)
             if implementation is None or not implementation.can_run(problem, self.gpu):
                 continue
             space = implementation.space
             if space is None:
-                return implementation, None
+                yield implementation, None
+                continue
             config = Config(values)
             if space.contains(config) and space.reject(problem, config, self.gpu) is None:
-                return implementation, config
-        return None
+                yield implementation, config
+
+    def _defaults(self, op: Op[Any], problem: Problem) -> Iterator[Choice]:
+        """Our kernel with its default config; in its place configs verified on other problems, then its neighbours."""
+        ours = op.tunable
+        if ours.can_run(problem, self.gpu) and ours.space is not None:
+            configs = ours.space.defaults(problem, self.gpu)
+            yield Choice(ours, next(configs), "default", problem, self.gpu)
+            for layer, verdict, _ in self.verdicts(op):
+                for candidate in self._feasible(op, problem, verdict) if verdict.measured else ():
+                    if candidate[0] is ours:
+                        yield Choice(*candidate, "default", problem, self.gpu, layer)
+            for config in configs:
+                yield Choice(ours, config, "default", problem, self.gpu)
+        yield _pytorch(op, problem, self.gpu)
 
 
-def default(op: Op[Any], problem: Problem, gpu: Device) -> Choice:
-    """What runs where nothing is known: our kernel with its default config, else PyTorch."""
-    ours = op.tunable
-    if ours.can_run(problem, gpu) and ours.space is not None:
-        return Choice(ours, ours.space.default(problem, gpu), "default", problem, gpu)
+def _pytorch(op: Op[Any], problem: Problem, gpu: Device | None = None) -> Choice:
+    """What runs where no kernel can, or may."""
     return Choice(op.implementations["torch"], None, "fallback", problem, gpu)
 
 
@@ -184,7 +212,8 @@ _warned: set[str] = set()
 def use(implementation: str, config: Config | None = None) -> Iterator[None]:
     """Inside the block every op that has it runs this implementation, with this config or its default.
 
-    For tests and comparisons; it holds for tensors on the CPU too (a Triton kernel then needs `TRITON_INTERPRET=1`).
+    For tests and comparisons: it holds for what is revoked, and for tensors on the CPU too (a Triton kernel then needs
+    `TRITON_INTERPRET=1`).
     """
     global _forced
     previous, _forced = _forced, (implementation, config)
@@ -264,20 +293,21 @@ def _settled(choice: Choice) -> bool:
 def choose(op: Op[Any], problem: Problem, device: torch.device) -> Choice:
     """What would run for this problem on this device. Reads the registry once per process and device."""
     if device.type != "cuda":
-        return Choice(op.implementations["torch"], None, "fallback", problem)
+        return _pytorch(op, problem)
     index = device.index or 0
     gpu = devices.current(index)
     with _lock:
         if index not in _snapshots:
             if torch.cuda.is_current_stream_capturing():
-                return default(op, problem, gpu)
+                # Nothing may be read now, so nobody knows whether the default is revoked.
+                return _pytorch(op, problem, gpu)
             _snapshots[index] = Snapshot(gpu)
         snapshot = _snapshots[index]
     try:
         return snapshot.choose(op, problem)
     except Exception as broken:  # a verdict that nobody thought of must not stop a training run
         _warn_once(f"{op.name} {problem.label}", f"no verdict could be used ({broken}); the default serves")
-        return default(op, problem, gpu)
+        return snapshot.default(op, problem)
 
 
 def _force(op: Op[Any], args: Sequence[Any]) -> Choice | None:
@@ -299,8 +329,9 @@ def _force(op: Op[Any], args: Sequence[Any]) -> Choice | None:
 def _spare(broken: Choice, error: Exception) -> Choice:
     """What serves instead of a choice that raised: the default config, then PyTorch, whose errors are real."""
     op = broken.implementation.op
-    plain = Choice(op.implementations["torch"], None, "fallback", broken.problem, broken.gpu)
-    spare = default(op, broken.problem, broken.gpu) if broken.gpu is not None else plain
+    plain = _pytorch(op, broken.problem, broken.gpu)
+    snapshot = next((each for each in _snapshots.values() if each.gpu == broken.gpu), None)
+    spare = plain if snapshot is None else snapshot.default(op, broken.problem)
     if (spare.implementation, spare.config) == (broken.implementation, broken.config):
         spare = plain
     if broken.implementation is plain.implementation or broken.source == "forced":

@@ -119,6 +119,17 @@ class Space:
     def feasible(self, problem: Problem, device: Device) -> list[Config]:
         return [config for config in self.configs() if self.reject(problem, config, device) is None]
 
+    def defaults(self, problem: Problem, device: Device) -> Iterator[Config]:
+        """The default, then what may stand in for it: the other feasible configs, fewest steps on the axes first."""
+        default = self.default(problem, device)
+        yield default
+
+        def steps(config: Config) -> int:
+            return sum(abs(v.index(config[axis]) - v.index(default[axis])) for axis, v in self.axes.items())
+
+        others = [config for config in self.feasible(problem, device) if config != default]
+        yield from sorted(others, key=lambda config: (steps(config), config.key))
+
     def neighbours(self, config: Config) -> Iterator[Config]:
         """Configs one step away on one axis."""
         for axis, values in self.axes.items():
