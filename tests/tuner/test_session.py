@@ -8,7 +8,7 @@ from fakes import FakePool, FakeRunner, tune
 from toy import SPACE, Scaling, make_op
 
 from tilebook.op import Config
-from tilebook.registry import Failure, Registry, Status, VerdictStatus
+from tilebook.registry import Failure, Registry, Revocation, Status, VerdictStatus
 from tilebook.tuner.progress import Run
 from tilebook.tuner.runner import Candidate
 
@@ -156,6 +156,76 @@ def test_an_imported_verdict_that_is_not_trusted_is_tuned_anew_and_replaced(path
     states, registry = tune(path, FakeRunner(valley))
     assert not states[0].skipped
     assert registry.verdicts()[0].trusted
+
+
+def _revoke(path, config, implementation="triton", **changes):
+    with Registry.open(path, write=True) as registry:
+        registry.revoke(Revocation("scaling_fwd", implementation, "wrong", config=config, **changes))
+
+
+def test_a_revoked_winner_does_not_stand_and_tuning_finds_another(path):
+    _, before = tune(path, FakeRunner(valley))
+    assert Config(before.verdicts()[0].config) == BEST
+    _revoke(path, {"num_warps": 4})
+    runner = FakeRunner(valley)
+    states, registry = tune(path, runner)
+    (verdict,) = registry.verdicts()
+    assert not states[0].skipped
+    assert verdict.config["num_warps"] != 4
+    assert verdict.status is VerdictStatus.MEASURED
+    assert all(c.config.get("num_warps") != 4 for c in runner.attempted)
+    feasible = SPACE.feasible(Scaling(64, 64), None)
+    assert states[0].revoked == verdict.evidence["revoked"] == sum(c["num_warps"] == 4 for c in feasible)
+    assert states[0].feasible + states[0].revoked == len(feasible)
+    again, _ = tune(path, FakeRunner(valley))
+    assert again[0].skipped
+
+
+@pytest.mark.parametrize("changes", [{"triton": ">=3.7"}, {"arch": "sm_80"}, {"kernel": "0" * 64}], ids=str)
+def test_a_revocation_for_something_else_lets_the_verdict_stand(path, changes):
+    tune(path, FakeRunner(valley))
+    _revoke(path, dict(BEST), **changes)
+    states, _ = tune(path, FakeRunner(valley))
+    assert (states[0].skipped, states[0].revoked) == (True, 0)
+
+
+def test_a_verdict_stands_when_a_config_that_lost_is_revoked(path):
+    tune(path, FakeRunner(valley))
+    _revoke(path, {"num_warps": 1})
+    runner = FakeRunner(valley)
+    states, _ = tune(path, runner)
+    assert states[0].skipped
+    assert states[0].revoked > 0
+    assert runner.attempted == []
+
+
+def test_a_revoked_default_is_not_run_and_what_stands_in_for_it_is_compared_with(path):
+    default = SPACE.default(None, None)
+    _revoke(path, dict(default))
+    runner = FakeRunner(valley)
+    states, registry = tune(path, runner)
+    assert states[0].error == ""
+    assert default not in {c.config for c in runner.attempted}
+    (verdict,) = registry.verdicts()
+    assert Config(verdict.config) == BEST
+    assert verdict.speedup > 1
+
+
+def test_an_implementation_that_is_revoked_is_not_measured(path):
+    op = make_op()
+    op.implementation("cudnn")(lambda x: x * 3)
+    _revoke(path, {}, "cudnn")
+    runner = FakeRunner(valley)
+    tune(path, runner, op=op)
+    assert {c.implementation for c in runner.attempted} == {"triton", "torch"}
+
+
+def test_where_every_config_is_revoked_tuning_says_so(path):
+    _revoke(path, {})
+    runner = FakeRunner(valley)
+    states, registry = tune(path, runner)
+    assert states[0].error == "every config of triton is revoked"
+    assert (runner.attempted, registry.verdicts()) == ([], [])
 
 
 def test_trials_limit_the_candidates_before_the_polish(path):

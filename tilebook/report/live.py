@@ -43,7 +43,8 @@ def _counts(state: ProblemState) -> str:
     text = f"{state.tried} tried"
     text += f" ({state.reused} from before)" if state.reused else ""
     rejected = ", ".join(f"{n} {failure.value}" for failure, n in sorted(state.rejected.items()))
-    return f"{text}, rejected {rejected}" if rejected else text
+    text += f", rejected {rejected}" if rejected else ""
+    return f"{text}, {state.revoked} revoked" if state.revoked else text
 
 
 def _busy(state: ProblemState) -> str:

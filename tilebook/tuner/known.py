@@ -32,18 +32,22 @@ class Known:
         self.environment = store.Environment(dict(environment))
         self.mode = mode
         self._registry, self._layers = registry, layers
+        self._denied = store.DenyList(layers.revocations(), self.environment.versions.get("triton", ""))
         self._writing = threading.Lock()
 
     def record(self, trials: Iterable[Trial] = (), verdict: Verdict | None = None) -> None:
         with self._writing:
             self._registry.record(trials, verdict)
 
+    def revoked(self, op: Op[Any], implementation: str, config: Mapping[str, store.ConfigValue]) -> bool:
+        return self._denied.find(op.name, op.digest, self.device.arch, implementation, config) is not None
+
     def standing(self, op: Op[Any], problem: Problem, feasible: Sequence[Config]) -> Verdict | None:
         """The verdict that answers this run's question already, though perhaps for a smaller space."""
         found = self._registry.verdicts(op=op.name, problem=problem.key, device=self.device, kernel=op.digest)
         for verdict in found:
-            if not verdict.trusted:
-                continue  # somebody else's word
+            if not verdict.trusted or self._denied.winner(verdict) is not None:
+                continue  # somebody else's word, or proved wrong since
             if verdict.implementation == op.tunable.name and Config(verdict.config) not in feasible:
                 continue  # the space has changed its mind since
             same = verdict.environment == self.environment
@@ -96,14 +100,15 @@ def searched(space: Space, feasible: Iterable[Config]) -> dict[str, Json]:
 
 
 def unsearched(verdict: Verdict, space: Space, feasible: Sequence[Config]) -> list[Config] | None:
-    """The feasible configs that were not in the space this verdict was chosen from; None where that space is the same,
-    or where the verdict does not say, as those of old do not."""
+    """The feasible configs that were not in the space this verdict was chosen from; None where it had
+    them all, or where the verdict does not say, as those of old do not."""
     then: Any = verdict.evidence.get("space")
     if not isinstance(then, dict) or then.get("digest") == searched(space, feasible)["digest"]:
         return None
     try:
         bits = int(then["feasible"], 16)
-        return [c for c in feasible if (place := _place(then["axes"], c)) is None or not bits >> place & 1]
+        new = [c for c in feasible if (place := _place(then["axes"], c)) is None or not bits >> place & 1]
+        return new or None
     except (AttributeError, KeyError, TypeError, ValueError):  # evidence is free-form, and may be somebody else's
         return None
 

@@ -26,6 +26,7 @@ class ProblemState:
     limit: int
     gpu: int = 0
     phase: str = "preparing"
+    revoked: int = 0
     compiled: int = 0
     passed: int = 0
     timed: int = 0

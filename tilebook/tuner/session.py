@@ -69,9 +69,11 @@ class Session:
         """
         space = op.tunable.space
         assert space is not None
-        feasible = space.feasible(problem, self._gpu)
+        runnable = space.feasible(problem, self._gpu)
+        feasible = [config for config in runnable if not self._known.revoked(op, op.tunable.name, config)]
         limit = min(len(feasible), self._options.trials or len(feasible))
-        state = ProblemState(op.name, problem.label, len(feasible), len(space) - len(feasible), limit, self.index)
+        state = ProblemState(op.name, problem.label, len(feasible), len(space) - len(runnable), limit, self.index)
+        state.revoked = len(runnable) - len(feasible)
         self._run.begin(state)
         try:
             standing = None if self._options.force else self._known.standing(op, problem, feasible)
@@ -101,7 +103,11 @@ class Session:
         deadline: float | None,
     ) -> Verdict:
         """standing, new: the verdict over a smaller space, and the configs that it did not know."""
-        default = Candidate(op.tunable.name, space.default(problem, self._gpu))
+        # A revoked default is replaced as dispatch replaces it, so that the comparison is with what would run.
+        stand_ins = (c for c in space.defaults(problem, self._gpu) if not self._known.revoked(op, op.tunable.name, c))
+        if (first := next(stand_ins, None)) is None:
+            raise RuntimeError(f"every config of {op.tunable.name} is revoked")
+        default = Candidate(op.tunable.name, first)
         winner = Candidate(standing.implementation, Config(standing.config)) if standing is not None else None
         trials = {} if self._options.force else self._known.trials(op, problem, feasible)
         if default.config in trials and trials[default.config].failure is not None:
@@ -146,6 +152,8 @@ class Session:
         """Verifies and times every implementation that has no space: PyTorch's own choice, cuDNN …"""
         tuning.phase("measuring other implementations")
         for name, implementation in tuning.op.implementations.items():
+            if self._known.revoked(tuning.op, name, {}):
+                continue
             if implementation.space is None and implementation.can_run(tuning.problem, self._gpu):
                 attempt, seconds = timed_attempt(runner, Candidate(name), None)
                 if self._closed:

@@ -163,6 +163,7 @@ class Tuning:
             "reused": state.reused,
             "rejected": {failure.value: n for failure, n in sorted(state.rejected.items())},
             "infeasible": state.infeasible,
+            "revoked": state.revoked,
             "seconds": {
                 "total": round(state.elapsed_s, 3),
                 "compiling": round(state.compiling_s, 3),
