@@ -12,8 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tilebook import device as devices
+from tilebook import op as ops
 from tilebook.cli import main
-from tilebook.registry import Registry
+from tilebook.registry import Device, Environment, Registry, Revocation, Verdict, VerdictStatus
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine without a GPU")
 
@@ -92,6 +94,115 @@ def test_tune_show_explain_export_import_from_end_to_end(run, tmp_path):
     assert "has a verdict already" in again.err
 
 
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    """Runs `tilebook ARGS` in this process on a registry with one measured verdict; returns what it prints."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("TILEBOOK_REGISTRY", str(tmp_path / "registry.db"))
+    monkeypatch.setattr("tilebook.registry.layers.SHIPPED", tmp_path / "shipped.db")
+    with Registry.open(tmp_path / "registry.db", write=True) as registry:
+        registry.record(verdict=MEASURED)
+
+    def start(*arguments, status=0):
+        result = CliRunner().invoke(main, [str(each) for each in arguments])
+        assert result.exit_code == status, result.stderr
+        return result.stdout if status == 0 else result.stderr
+
+    return start
+
+
+ATTENTION, H200 = ops.get("attention_fwd"), devices.find("H200")
+SHAPE = "B4,H16,S2048,D64"
+WINNER = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "HEADS": 1, "DESCRIPTORS": 0}
+MEASURED = Verdict(
+    op=ATTENTION.name,
+    problem=ATTENTION.problem.parse(SHAPE, "bf16").key,
+    device=Device(H200.name, H200.arch, H200.sm_count),
+    environment=Environment({"triton": "3.6.0"}),
+    kernel=ATTENTION.digest,
+    status=VerdictStatus.MEASURED,
+    implementation="triton",
+    config=WINNER,
+    time_ms=1.0,
+    default_time_ms=2.0,
+    speedup=2.0,
+    speedup_low=1.9,
+    speedup_high=2.1,
+)
+EXPLAIN = ("explain", ATTENTION.name, "--shape", SHAPE, "--gpu", "H200")
+
+
+def test_revoke_show_explain_list_and_undo_from_end_to_end(cli):
+    assert json.loads(cli("show", "--format", "json"))[0]["revoked"] is None
+    assert json.loads(cli(*EXPLAIN, "--format", "json"))["config"] == WINNER
+    said = cli(
+        "revoke", ATTENTION.name, "--config", "num_warps=8, BLOCK_M=128", "--arch", "sm_90", "--reason", "a race"
+    )
+    assert "winner of 1 verdicts" in said
+    assert f"{SHAPE} bf16 on NVIDIA H200 (layer explicit)" in said
+
+    assert json.loads(cli("show", "--format", "json"))[0]["revoked"] == "a race"
+    assert "measured, explicit, revoked" in " ".join(cli("show").split())
+    why = json.loads(cli(*EXPLAIN, "--format", "json"))
+    assert (why["source"], why["revoked"][0]["config"], why["revoked"][0]["reason"]) == ("default", WINNER, "a race")
+    text = cli(*EXPLAIN)
+    assert "revoked  triton BLOCK_M=128 " in text
+    assert "num_warps=8: a race" in " ".join(text.split())
+    assert "no verdict that is near can serve: the space's default config" in text
+
+    (listed,) = json.loads(cli("revoke", "--list", "--format", "json"))
+    assert (listed["config"], listed["kernel"]) == ({"BLOCK_M": 128, "num_warps": 8}, ATTENTION.digest)
+    assert (listed["arch"], listed["triton"], listed["layer"], listed["trusted"]) == ("sm_90", None, "explicit", True)
+    assert "BLOCK_M=128 num_warps=8 (sm_90, source" in cli("revoke", "--list")
+    assert "the first reason stays" in cli(
+        "revoke", ATTENTION.name, "--config", "num_warps=8,BLOCK_M=128", "--arch", "sm_90", "--reason", "again"
+    )
+    cli("revoke", "--undo", listed["id"][:8])
+    assert cli("revoke", "--list") == "no revocations\n"
+    assert json.loads(cli(*EXPLAIN, "--format", "json"))["config"] == WINNER
+
+
+def test_a_revoked_default_is_explained(cli):
+    cli("revoke", ATTENTION.name, "--reason", "the kernel is wrong")
+    text = cli(*EXPLAIN)
+    assert "runs     torch" in text
+    assert text.count("the kernel is wrong") == 2, "the winner and the default"
+    assert "the default config is revoked: PyTorch's implementation" in text
+
+
+def test_an_imported_revocation_is_not_honoured_without_trust(cli, tmp_path):
+    cli("revoke", ATTENTION.name, "--triton", ">=3.6", "--reason", "a race")
+    cli("export", tmp_path / "out.jsonl")
+    there = ("--registry", tmp_path / "other.db")
+    cli("import", tmp_path / "out.jsonl", *there)
+    assert "not honoured" in cli("revoke", "--list", *there)
+    assert json.loads(cli("show", *there, "--format", "json"))[0]["revoked"] is None
+    cli("import", tmp_path / "out.jsonl", "--trust", *there)
+    assert "not honoured" not in cli("revoke", "--list", *there)
+    assert json.loads(cli("show", *there, "--format", "json"))[0]["revoked"] == "a race"
+
+
+def test_a_shipped_revocation_cannot_be_undone(cli, tmp_path):
+    with Registry.open(tmp_path / "shipped.db", write=True) as registry:
+        registry.revoke(Revocation(ATTENTION.name, "triton", "a race", config=WINNER, origin="shipped"))
+    (listed,) = json.loads(cli("revoke", "--list", "--format", "json"))
+    assert "is in the shipped layer" in cli("revoke", "--undo", listed["id"], status=2)
+    assert json.loads(cli("show", "--format", "json"))[0]["revoked"] == "a race"
+
+
+def test_a_revocation_for_another_triton_says_that_nothing_changes_here(cli):
+    said = cli("revoke", ATTENTION.name, "--triton", "<3", "--reason", "a race")
+    assert "nothing changes on this machine" in said
+    (listed,) = json.loads(cli("revoke", "--list", "--format", "json"))
+    assert (listed["triton"], listed["kernel"]) == ("<3", None), "where the compiler is at fault, every source is meant"
+
+
+def test_another_implementation_is_revoked_whatever_our_source_is(cli):
+    cli("revoke", ATTENTION.name, "--implementation", "cudnn", "--arch", "sm_90", "--reason", "NaN")
+    (listed,) = json.loads(cli("revoke", "--list", "--format", "json"))
+    assert (listed["implementation"], listed["config"], listed["kernel"]) == ("cudnn", {}, None)
+
+
 def test_killed_run_resumes_with_its_trials(run):
     command = ["tune", "mlp", "--shape", "M512,H256,I512", "--direction", "fwd", "--gpu", "H200", "--trials", "16"]
     process = run(*command, "--registry", run.registry, "--workers", "2", wait=False)
@@ -151,6 +262,24 @@ def test_ctrl_c_ends_in_one_line_and_leaves_no_process(run):
         (["show", "--op", "attention_sideways"], 2, "no op"),
         (["import", "nowhere.jsonl"], 2, "does not exist"),
         (["export", "out.jsonl"], 1, "registry"),
+        (["revoke"], 2, "needs an OP"),
+        (["revoke", "--list", "--undo", "0123"], 2, "alone"),
+        (["revoke", "--list", "--reason", "x"], 2, "alone"),
+        (["revoke", "--undo", "everything"], 2, "not the id"),
+        (["revoke", "--undo", "0123abcd"], 2, "no revocation 0123abcd"),
+        (["revoke", "attention_fwd"], 2, "--reason"),
+        (["revoke", "attention_fwd", "--reason", " "], 2, "--reason"),
+        (["revoke", "attention_sideways", "--reason", "x"], 2, "no op"),
+        (["revoke", "attention_fwd", "--reason", "x", "--implementation", "magic"], 2, "there are triton, torch"),
+        (["revoke", "attention_fwd", "--reason", "x", "--implementation", "torch"], 2, "cannot be revoked"),
+        (["revoke", "attention_fwd", "--reason", "x", "--config", "BLOCK_Q=64"], 2, "no axis 'BLOCK_Q', but BLOCK_M"),
+        (["revoke", "attention_fwd", "--reason", "x", "--config", "BLOCK_M=65"], 2, "BLOCK_M is one of 64, 128"),
+        (["revoke", "attention_fwd", "--reason", "x", "--config", "BLOCK_M=64,BLOCK_M=64"], 2, "stands twice"),
+        (["revoke", "attention_fwd", "--reason", "x", "--arch", "hopper"], 2, "sm_90"),
+        (["revoke", "attention_fwd", "--reason", "x", "--triton", "3.6"], 2, "not a range of versions"),
+        (["revoke", "attention_fwd", "--reason", "x", "--triton", ">4,<3"], 2, "no version is in"),
+        (["revoke", "attention_fwd", "--reason", "x", "--kernel", "mine"], 2, "64 hex digits"),
+        (["revoke", "attention_fwd", "--reason", "x", "--implementation", "cudnn", "--triton", "<4"], 2, "not ours"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -219,4 +348,4 @@ def test_help_is_quick_and_names_the_commands(run):
     process = run("--help")
     assert process.returncode == 0
     assert time.monotonic() - start < 5
-    assert all(name in process.out for name in ("tune", "show", "explain", "export", "import"))
+    assert all(name in process.out for name in ("tune", "show", "explain", "export", "import", "revoke"))

@@ -184,19 +184,21 @@ def _problems(
 @_FORMAT
 def show(op: str | None, gpu: str | None, registry: str | None, format_: str) -> None:
     """Prints the verdicts of all layers: what dispatch would serve, from where, and how sure it is."""
+    from tilebook import device as devices
     from tilebook import op as ops
-    from tilebook.registry import Layers, RegistryError
+    from tilebook.registry import DenyList, Layers, RegistryError
     from tilebook.report.rows import row
 
     name = ops.get(op).name if op else None
     layers = Layers.default(registry)
-    found = layers.verdicts(op=name)
+    found, revocations = layers.read(op=name)
+    denied = DenyList(revocations, devices.package_version("triton"))
     if registry and layers.problems:
         raise RegistryError(layers.problems[0])
     for problem in layers.problems:
         click.echo(f"tilebook: {problem}", err=True)
     wanted = [(layer, v) for layer, v in found if not gpu or gpu.lower() in v.device.name.lower()]
-    _print([row(verdict, layer) for layer, verdict in wanted], format_)
+    _print([row(verdict, layer, denied.winner(verdict)) for layer, verdict in wanted], format_)
 
 
 @main.command()
@@ -237,10 +239,15 @@ def export_(file: Path, registry: str | None) -> None:
 
 @main.command("import")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--trust", is_flag=True, help="Serve the imported verdicts without verifying them here first.")
+@click.option(
+    "--trust", is_flag=True, help="Serve its verdicts without verifying them here first, and honour its revocations."
+)
 @_REGISTRY
 def import_(file: Path, trust: bool, registry: str | None) -> None:
-    """Merges FILE into the registry. What it says is not served until it is verified here, or with --trust."""
+    """Merges FILE into the registry. What it says is not served until it is verified here, or with --trust.
+
+    Nor are its revocations honoured without --trust.
+    """
     from tilebook import op as ops
     from tilebook import registry as store
 
@@ -256,7 +263,10 @@ def import_(file: Path, trust: bool, registry: str | None) -> None:
             raise store.RegistryError(f"{file} is not UTF-8 text") from None
     for line in report.skipped:
         click.echo(f"tilebook: skipped: {line}", err=True)
-    click.echo(f"{report.trials} trials and {report.verdicts} verdicts imported", err=True)
+    done = f"{report.trials} trials and {report.verdicts} verdicts imported"
+    if report.revocations:
+        done += f", and {report.revocations} revocations" + ("" if trust else ", not honoured without --trust")
+    click.echo(done, err=True)
 
 
 @main.command()
@@ -307,6 +317,63 @@ def _print(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False) ->
     from tilebook.report.rows import table
 
     table(rows, sys.stdout, tuned=tuned)
+
+
+@main.command()
+@click.argument("op", required=False)
+@click.option("--implementation", metavar="NAME", help="What may not run: our kernel (default), cudnn …")
+@click.option("--config", metavar="AXIS=VALUE,…", help="Only configs with all these values (default: every config).")
+@click.option("--arch", metavar="ARCH", help="Only on such GPUs: sm_90 … (default: on all).")
+@click.option("--triton", metavar="RANGE", help="Only under these versions of Triton: '>=3.6,<3.7' (default: all).")
+@click.option(
+    "--kernel",
+    metavar="DIGEST",
+    help="Only this source of our kernel: its digest, current or any"
+    " (default: current; any with --triton, where the compiler is at fault).",
+)
+@click.option("--reason", metavar="TEXT", help="What proved wrong; required.")
+@click.option("--list", "list_", is_flag=True, help="Print the revocations of all layers.")
+@click.option("--undo", metavar="ID", help="Remove a revocation from the registry that is written to, and no other.")
+@_REGISTRY
+@_FORMAT
+def revoke(
+    op: str | None,
+    implementation: str | None,
+    config: str | None,
+    arch: str | None,
+    triton: str | None,
+    kernel: str | None,
+    reason: str | None,
+    list_: bool,
+    undo: str | None,
+    registry: str | None,
+    format_: str,
+) -> None:
+    """Takes back what proved wrong: from now on OP never runs it, whichever layer has a verdict for it.
+
+    Revocations of all layers count together, and travel with export, import --trust and the package.
+    """
+    from tilebook import revocation as revoking
+    from tilebook.op import UsageError
+    from tilebook.registry import Layers
+
+    scope = (implementation, config, arch, triton, kernel, reason)
+    if [op is not None, list_, undo is not None].count(True) != 1 or (op is None and any(scope)):
+        raise UsageError("revoke needs an OP and a --reason, or --list alone, or --undo ID alone")
+    layers = Layers.default(registry)
+    if undo is not None:
+        revoking.undo(layers, undo)
+        click.echo(f"revocation {undo} removed", err=True)
+    elif op is not None:
+        made = revoking.make(op, implementation, config, arch, triton, kernel, reason)
+        new, rows = revoking.revoke(layers, made)
+        click.echo(json.dumps(rows, indent=2) if format_ == "json" else revoking.told(made, new, rows))
+    else:
+        rows = [revoking.row(layer, each) for layer, each in layers.revocations()]
+        for problem in layers.problems:
+            click.echo(f"tilebook: {problem}", err=True)
+        text = "\n".join(map(revoking.line, rows)) or "no revocations"
+        click.echo(json.dumps(rows, indent=2) if format_ == "json" else text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tilebook import device as devices
@@ -17,6 +18,7 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
     device = devices.find(gpu) if gpu is not None else devices.current()
     snapshot = Snapshot(device, registry)
     choice = snapshot.choose(op, problem)
+    passed = list(_passed(snapshot, op, problem))
     cost = problem.cost()
     floor_ms = 1e3 * problem.floor_s(device)
     verdict = choice.verdict
@@ -33,11 +35,13 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
         "verdict": row(verdict, choice.layer) if verdict is not None else None,
         "environment": dict(verdict.environment.versions) if verdict is not None else None,
         "changed": changed,
+        "revoked": passed,
     }
     lines = [
         f"{op.name} {problem.label} on {device.name}",
         f"  runs     {choice.implementation.name} {choice.config or ''}".rstrip(),
-        f"  because  {_reason(choice.source, data['verdict'])}",
+        *(f"  revoked  {each['implementation']} {_written(each['config'])}: {each['reason']}" for each in passed),
+        f"  because  {_reason(choice.source, data['verdict'], [each['source'] for each in passed])}",
         f"  floor    {floor_ms:.4g} ms ({cost.flops / 1e9:.3g} GFLOP, {cost.bytes / 1e6:.3g} MB)",
     ]
     if verdict is not None:
@@ -47,13 +51,42 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
     return "\n".join(lines), data
 
 
-def _reason(source: str, verdict: dict[str, Any] | None) -> str:
+def _passed(snapshot: Snapshot, op: Op[Any], problem: Problem) -> Iterator[dict[str, Any]]:
+    """What would have run before the choice, were it not revoked: the verdicts' candidates and the default."""
+    seen = set()
+    for candidate in snapshot.candidates(op, problem):
+        revocation = snapshot.revocation(candidate)
+        if revocation is None:
+            return
+        if (what := (candidate.implementation.name, candidate.config)) in seen and candidate.source != "default":
+            continue
+        seen.add(what)
+        yield {
+            "implementation": candidate.implementation.name,
+            "config": dict(candidate.config or {}),
+            "source": candidate.source,
+            "layer": candidate.layer,
+            "reason": revocation.reason,
+            "id": revocation.scope,
+        }
+        if candidate.source == "default":
+            return
+
+
+def _written(config: dict[str, Any]) -> str:
+    return " ".join(f"{axis}={value}" for axis, value in config.items())
+
+
+def _reason(source: str, verdict: dict[str, Any] | None, revoked: Sequence[str]) -> str:
     if source == "exact" and verdict is not None:
         return f"layer {verdict['layer']} has a {verdict['status']} verdict for exactly this problem"
     if source == "nearest" and verdict is not None:
         return f"the nearest verdict is for {verdict['problem']} ({verdict['status']}, layer {verdict['layer']})"
+    if "default" in revoked:
+        what = "a config in its place" if source == "default" else "PyTorch's implementation"
+        return f"no verdict can serve, and the default config is revoked: {what}"
     if source == "default":
-        return "no verdict is near: the space's default config"
+        return f"no verdict {'that is near can serve' if revoked else 'is near'}: the space's default config"
     return "our kernel does not support this problem: PyTorch's implementation"
 
 

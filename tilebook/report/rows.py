@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.registry import Verdict
+from tilebook.registry import Revocation, Verdict
 
 
 def stale(verdict: Verdict) -> list[str]:
@@ -28,8 +28,11 @@ def _label(verdict: Verdict) -> str:
         return verdict.problem  # an op or a field that this version does not know
 
 
-def row(verdict: Verdict, layer: str) -> dict[str, Any]:
-    """One verdict as plain data; times in milliseconds, null where nothing was measured."""
+def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> dict[str, Any]:
+    """One verdict as plain data; times in milliseconds, null where nothing was measured.
+
+    `revocation` is what keeps the winner from being served; its reason becomes the field `revoked`, null without one.
+    """
     others = verdict.evidence.get("candidates")
     return {
         "op": verdict.op,
@@ -48,6 +51,7 @@ def row(verdict: Verdict, layer: str) -> dict[str, Any]:
         "layer": layer,
         "stale": bool(stale(verdict)),
         "trusted": verdict.trusted,
+        "revoked": None if revocation is None else revocation.reason,
         "tried": verdict.evidence.get("tried"),
         "rejected": verdict.evidence.get("rejected"),
         "infeasible": verdict.evidence.get("infeasible"),
@@ -119,6 +123,7 @@ def _outcome(each: dict[str, Any]) -> list[str]:
     flags += [each["mode"]] if each["mode"] == "eager" else []
     flags += ["stale"] if each["stale"] else []
     flags += [] if each["trusted"] else ["not trusted"]
+    flags += ["revoked"] if each["revoked"] else []
     config = " ".join(f"{axis}={value}" for axis, value in each["config"].items())
     others = {name: _ms(time_ms) for name, time_ms in each["others"].items() if name != each["implementation"]}
     times = {each["implementation"]: winner_ms, **({} if each["status"] == "default" else {"default": default_ms})}
