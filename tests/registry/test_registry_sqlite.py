@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -291,6 +292,15 @@ def public_folder() -> Iterator[Path]:
         folder = Path(name)
         folder.chmod(0o755)
         yield folder
+
+
+def test_threads_of_one_process_create_registries_side_by_side(tmp_path: Path) -> None:
+    def create(number: int) -> int:
+        with Registry.open(tmp_path / f"{number}.db", write=True) as registry:
+            return len(registry.verdicts())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(create, range(24))) == [0] * 24
 
 
 def test_a_shipped_registry_opens_from_a_read_only_directory(public_folder: Path, path: Path) -> None:

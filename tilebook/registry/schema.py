@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from contextlib import closing
 from importlib import resources
@@ -57,6 +58,10 @@ def check(found: int | None, target: Target, oldest: int = SCHEMA_VERSION) -> No
         )
 
 
+_upgrading = threading.Lock()
+"""Alembic keeps the migration under way in module globals: one thread at a time may have one."""
+
+
 def open_reader(target: Target) -> tuple[Engine, str]:
     """An engine that can only read, for a registry that exists and has a readable schema, and its `damage`."""
     if target.path is not None:
@@ -91,7 +96,8 @@ def open_writer(target: Target) -> Engine:
                 f"registry {target.label} is corrupt: {found}; export what is left of it and import that into a new one"
             )
         if _needs_upgrade(connection, target):
-            _upgrade(connection)
+            with _upgrading:
+                _upgrade(connection)
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
                 connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
