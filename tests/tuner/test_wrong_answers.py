@@ -1,6 +1,7 @@
 """240 wrong candidates through the real worker, session and registry, on the CPU: none becomes a verdict."""
 
 import pytest
+import torch
 from injected import problems
 from injected_tune import tune_injected
 from product_op import PROBLEMS, PRODUCT
@@ -21,14 +22,23 @@ def runner():
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_wrong_candidates_give_no_verdict(kind, tmp_path, runner):
     outcome = tune_injected(tmp_path / "registry.db", WRONG, problems(kind, COUNT, ROWS, WIDTH), runner)
-    print(outcome)
     assert sum(outcome.classes.values()) == COUNT
-    assert outcome.served == 0
+    assert outcome.served == outcome.aborted == 0
+    assert outcome.listed == 0 or kind == "racy"  # ten finalists, of which one of 400 gets through: see FINAL_REPEATS
     if kind not in SELDOM:
         assert set(outcome.classes) <= {"wrong_answer", "not_repeatable"}
-        assert outcome.aborted == 0
 
 
+@pytest.fixture
+def one_thread():
+    """Small products wait for each other's threads most of the time, where there are others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_of_three_hundred_right_candidates_at_most_one_is_refused():
     tried, refused = 0, []
     for problem in PROBLEMS:
