@@ -60,12 +60,13 @@ def measure(problem: DecodeProblem, snapshot: Snapshot, copy: Sampler, rounds: i
             print(f"  {problem.label}: {name}: {type(broken).__name__}: {broken}"[:300], flush=True)
     series = dict(zip(samplers, interleave(list(samplers.values()), rounds, 0), strict=True))
     copied_gbps = 2 * COPY_BYTES / median(series.pop("copy")) / 1e6
+    pytorch = series["sdpa" if "sdpa" in series else "torch"]
     rows = {}
     for name, samples in series.items():
         middle = median(samples)
         gbps = problem.cost().bytes / middle / 1e6
         implementation, config = running.get(name, (None, None))
-        ratio = speedup(series.get("sdpa", series["torch"]), samples)
+        ratio = speedup(pytorch, samples)
         rows[name] = {
             "implementation": implementation.name if implementation else "sdpa",
             "config": dict(config or {}),

@@ -4,6 +4,8 @@ Without a GPU kernels run in Triton's interpreter. The rule is `Case.judge`'s: a
 makes in the same dtype against the fp32 truth, in maximum and RMS, plus half a rounding step of the largest value.
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,6 +183,15 @@ def test_on_the_cpu_it_is_eager_pytorch():
     torch.testing.assert_close(tilebook.attention_decode(q, k, v), expected)
 
 
+def test_compiled_by_torch_it_is_one_graph_of_pytorch_operations():
+    q, k, v = _tensors((2, 4, 1, 32), *[(2, 2, 48, 32)] * 2)
+    lens = _ints([48, 20])
+    compiled = torch.compile(tilebook.attention_decode, backend="eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(q, k, v, seq_lens=lens), tilebook.attention_decode(q, k, v, seq_lens=lens), rtol=2e-2, atol=4e-3
+    )
+
+
 @pytest.mark.parametrize(
     ("shapes", "dtype"),
     [
@@ -257,6 +268,15 @@ def test_a_growing_cache_keeps_its_problem_until_a_power_of_two():
     assert problem(1025) == problem(2048) == problem(2048, window=5000)
     assert problem(2049) != problem(2048)
     assert problem(1500, window=1024).window == 1024
+
+
+def test_sizes_that_follow_from_others_do_not_count_twice_in_a_distance():
+    one, far, windowed = (
+        DecodeProblem.parse(f"B1,H4,S1,{keys},D64", "bf16") for keys in ("Sk1024", "Sk4096", "Sk4096,W1024")
+    )
+    assert one.distance(far) == far.distance(one) == 2
+    assert far.distance(windowed) == 2
+    assert one.distance(DecodeProblem.parse("B1,H4,S1,Sk1024,D64,paged16", "bf16")) == math.inf
 
 
 def test_the_floor_is_one_reading_of_the_visible_keys_and_values():

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tilebook import device as devices
 from tilebook import dispatch
 from tilebook.kernels.attention.peers import cudnn_available, cudnn_forward
-from tilebook.kernels.attention.tiles import addressable, describable, like
+from tilebook.kernels.attention.tiles import describable, like
 from tilebook.kernels.decode import eager
 from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.kernels import decode_kernel, merge_kernel
@@ -50,6 +50,11 @@ def _supports(problem: DecodeProblem) -> bool:
     )
 
 
+def _addressable(cache: torch.Tensor, keys: int) -> torch.Tensor:
+    """The cache, copied only if the kernel cannot address it: axis `keys` must keep a tile within 2³¹ elements."""
+    return cache if cache.stride(-1) == 1 and cache.stride(keys) < 1 << 23 else cache.contiguous()
+
+
 def _describe(cache: torch.Tensor, block_n: int, paged: bool) -> Any:
     """A host-side descriptor whose blocks are `block_n` keys of one head."""
     block = [1, block_n, 1, cache.shape[3]] if paged else [1, 1, block_n, cache.shape[3]]
@@ -71,8 +76,6 @@ def _triton(
     config: Config,
 ) -> Outputs:
     paged = block_table is not None
-    if not paged:
-        k, v = addressable(k), addressable(v)
     if seq_lens is not None:
         seq_lens = seq_lens.contiguous()
     if block_table is not None and block_table.stride(1) != 1:
@@ -80,6 +83,7 @@ def _triton(
     batch, heads, n_q, width = q.shape
     # Strides of a cache: from block to block, from key to key, from head to head. Contiguous, a block is a sequence.
     axes = (0, 1, 2) if paged else (0, 2, 1)
+    k, v = _addressable(k, axes[1]), _addressable(v, axes[1])
     heads_kv, block_size = k.shape[axes[2]], k.shape[axes[1]]
     n_k = block_table.shape[1] * block_size if block_table is not None else block_size
     group, block_d, block_n = heads // heads_kv, triton.next_power_of_2(width), config.number("BLOCK_N")

@@ -107,9 +107,7 @@ def _attend(
     return acc, weight, peak
 
 
-@triton.jit(
-    do_not_specialize=["stride_t", "heads_kv", "group", "n_q", "n_k", "n_rows", "splits", "window", "stride_os"]
-)
+@triton.jit(do_not_specialize=["stride_t", "heads_kv", "group", "n_q", "n_k", "n_rows", "splits", "window"])
 def decode_kernel(
     q, k, v, lengths, table, o, lse,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -174,7 +172,7 @@ def decode_kernel(
     tl.store(lse + flat, (peak + tl.log2(total)) * LN2, mask=row < per_head)
 
 
-@triton.jit(do_not_specialize=["heads", "n_q", "n_rows", "splits", "stride_os"])
+@triton.jit(do_not_specialize=["heads", "n_q", "n_rows", "splits"])
 def merge_kernel(
     part, part_lse, o, lse, stride_ob, stride_oh, stride_os, heads, n_q, n_rows, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -126,6 +127,12 @@ class DecodeProblem(Problem):
             raise UsageError(f"{self.seq_q} query rows are more than 16: that is what attention is for")
         if self.block_size and self.ragged:
             raise UsageError("paged sequences have lengths of their own anyway: leave out ragged")
+
+    def distance(self, other: Problem) -> float:
+        total = super().distance(other)
+        if not isinstance(other, DecodeProblem) or self.window < self.seq_k or other.window < other.seq_k:
+            return total
+        return total - abs(math.log2(self.seq_k / other.seq_k))  # where there is no window it does not count as well
 
     def neighbours(self) -> Sequence[Self]:
         group = self.heads // self.heads_kv

@@ -48,10 +48,11 @@ def _shared(problem: DecodeProblem, config: Config, device: Device) -> int:
     """Bytes of shared memory, as compiled kernels report them or a little more: a ring of key and value tiles, q, p."""
     (rows, width), columns, itemsize = _tile(problem), config.number("BLOCK_N"), problem.torch_dtype.itemsize
     stages, tile = config.number("num_stages"), columns * width * itemsize
+    barriers = 1024 if config["DESCRIPTORS"] or device.capability >= 100 else 0
     if _warpgroups(rows, config, device):
-        return (2 * stages if stages > 1 else 1) * tile + rows * width * itemsize
+        return (2 * stages if stages > 1 else 1) * tile + rows * width * itemsize + barriers
     # The tile in use is in registers: its place in the ring is free.
-    return (2 * (stages - 1) if stages > 1 else 1) * tile + rows * (width + columns) * itemsize
+    return (2 * (stages - 1) if stages > 1 else 1) * tile + rows * (width + columns) * itemsize + barriers
 
 
 def _elements(problem: DecodeProblem, config: Config, device: Device) -> int:
