@@ -1,6 +1,7 @@
 """240 wrong candidates through the real worker, session and registry, on the CPU: none becomes a verdict."""
 
 import pytest
+import torch
 from injected import problems
 from injected_tune import tune_injected
 from product_op import PROBLEMS, PRODUCT
@@ -29,6 +30,16 @@ def test_twenty_wrong_candidates_give_no_verdict(kind, tmp_path, runner):
         assert outcome.aborted == 0
 
 
+@pytest.fixture
+def one_thread():
+    """Small products wait for each other's threads most of the time, where there are others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_of_three_hundred_right_candidates_at_most_one_is_refused():
     tried, refused = 0, []
     for problem in PROBLEMS:
