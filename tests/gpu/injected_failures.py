@@ -78,16 +78,22 @@ def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
         for kind in sorted(counts, key=lambda k: (k not in HANGING, k in CHEAP))  # the longest first
         for problem in problems(kind, counts[kind], most=25 if kind in CHEAP else _SHARE)
     ]
-    runners: dict[tuple[int, bool], GpuRunner] = {}
+    runners: dict[int, tuple[Limits, GpuRunner]] = {}
     lock = threading.Lock()
+
+    def runner_of_this_thread(limits: Limits) -> GpuRunner:
+        """One at a time: each holds two processes."""
+        known = runners.get(threading.get_ident())
+        if known is None or known[0] != limits:
+            if known is not None:
+                known[1].close()
+            known = limits, GpuRunner(0, limits=limits, modules=["failing_op", "registered"])
+            runners[threading.get_ident()] = known
+        return known[1]
 
     def tune(number: int, kind: str, problem: Pair) -> None:
         start = time.monotonic()
-        hangs = kind in HANGING
-        limits = Limits(attempt_s=LIMIT_S) if hangs else Limits()
-        key = threading.get_ident(), hangs
-        with lock:
-            runner = runners.setdefault(key, GpuRunner(0, limits=limits, modules=["failing_op", "registered"]))
+        runner = runner_of_this_thread(Limits(attempt_s=LIMIT_S) if kind in HANGING else Limits())
         path = directory / f"{number}.db"
         outcome = tune_injected(path, FAILING, [problem], runner, devices.current(), devices.environment())
         with lock:
@@ -104,7 +110,7 @@ def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
             for each in [pool.submit(tune, number, *task) for number, task in enumerate(tasks)]:
                 each.result()
     finally:
-        for runner in runners.values():
+        for _, runner in runners.values():
             runner.close()
     seconds = time.monotonic() - began
     return Report(kinds, overruns.worst_s, _workers_alive(), max(0.0, before - _settled_mib(before)), seconds)

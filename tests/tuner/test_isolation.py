@@ -13,13 +13,14 @@ from injected import Pair, make_injected
 import tilebook
 from tilebook import op as ops
 from tilebook.registry import Failure
-from tilebook.tuner.worker import Candidate, GpuRunner, Limits, failure_of
+from tilebook.tuner.runner import GpuRunner, Limits
+from tilebook.tuner.worker import failure_of
 
 PROGRAM = """
 import os
 print("started", flush=True)
 from fakes import tune
-from tilebook.tuner.worker import GpuRunner
+from tilebook.tuner.runner import GpuRunner
 runner = GpuRunner(worker="toy_worker")
 states, registry = tune(os.environ["REGISTRY"], runner, trials=10)
 print(states[0].error, registry.verdicts()[0].status, flush=True)
@@ -94,7 +95,7 @@ def server():
     made = CpuServer()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(ops._OPS, OP.name, OP)
-        made.handle({"do": "prepare", "gpu": 0, "op": OP.name, "problem": Pair(16, 16, 4).key})
+        made.handle({"do": "prepare", "gpu": 0, "op": OP.name, "problem": Pair(16, 16, 4).key, "mode": "graph"})
     return made
 
 
@@ -129,11 +130,7 @@ def test_a_finalist_is_verified_once_in_a_process(server, monkeypatch):
     assert server.handle(message)["failure"] is None
 
 
-def test_a_worker_that_cannot_be_prepared_fails_its_candidates_not_the_run(tmp_path):
-    runner = GpuRunner(worker="no_such_module", limits=Limits(prepare_s=5))
-    attempt = runner.attempt(Candidate("triton"), None)
-    assert attempt.failure is Failure.WORKER_DIED
-    assert "no_such_module" in attempt.reason
-    states, registry = tune(tmp_path / "registry.db", runner)
+def test_a_worker_that_cannot_start_is_the_problem_s_error_not_the_run_s(tmp_path):
+    states, registry = tune(tmp_path / "registry.db", GpuRunner(worker="no_such_module", limits=Limits(prepare_s=5)))
     assert "no_such_module" in states[0].error
     assert registry.verdicts() == []
