@@ -99,7 +99,7 @@ def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
         with lock:
             found = kinds[kind]
             found.classes += outcome.classes
-            found.served += outcome.served
+            found.served += outcome.listed
             found.aborted += outcome.aborted
             found.seconds += time.monotonic() - start
             found.reason = found.reason or next(iter(outcome.reasons), "")[:300]

@@ -33,10 +33,10 @@ def test_twenty_wrong_candidates_give_no_verdict(kind, tmp_path, runner):
     outcome = tune_injected(path, WRONG, problems(kind, COUNT, ROWS, WIDTH), runner, gpu, environment)
     print(kind, dict(outcome.classes), outcome.reasons[:2], [state.error for state in outcome.states])
     assert sum(outcome.classes.values()) == COUNT
-    assert outcome.served == 0
+    assert outcome.served == outcome.aborted == 0
+    assert outcome.listed == 0 or kind == "racy"  # ten finalists, of which one of 400 gets through: see FINAL_REPEATS
     if kind not in SELDOM:
         assert set(outcome.classes) <= {"wrong_answer", "not_repeatable"}
-        assert outcome.aborted == 0
 
 
 ATTENTION = ("B2,H4,S197,D64", "B1,H4,S512,D64,causal", "B1,H8,Hkv2,S333,D128", "B2,H4,S1000,D128,causal")

@@ -25,7 +25,8 @@ class Outcome:
 
     states: list[ProblemState]
     classes: Counter[str]  # of the failures; "passed" where one did not fail
-    served: int  # verdicts that name a bad candidate, as winner or as evidence
+    served: int  # verdicts that a bad candidate has won
+    listed: int  # bad candidates among the finalists of verdicts, what to fall back on
     verdicts: int
     reasons: list[str]
 
@@ -65,10 +66,12 @@ def tune_injected(
         last = {(t.problem, Config(t.config)): t for t in trials if t.implementation == "triton"}
         bad = [trial for (_, config), trial in last.items() if config["kind"] != "good"]
         verdicts = registry.verdicts()
+    winners = [verdict.config for verdict in verdicts]
     named = [config for verdict in verdicts for _, config in verdict.ranking()]
     return Outcome(
         states,
         Counter("passed" if t.status is Status.OK else str(t.failure) for t in bad),
+        sum(config.get("kind", "good") != "good" for config in winners),
         sum(config.get("kind", "good") != "good" for config in named),
         len(verdicts),
         [t.reason for t in bad],

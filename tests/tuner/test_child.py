@@ -118,9 +118,10 @@ def test_a_hanging_child_is_killed_in_time_even_if_it_ignores_sigterm(child: Chi
     echo(child)
 
 
+@pytest.mark.parametrize("kind", ["fork", "daemon"])
 @pytest.mark.parametrize("end", ["close", "time-out", "death"])
-def test_what_the_child_started_goes_with_it(child: Child, end: str) -> None:
-    grandchild = child.request({"do": "fork"}, 30)["pid"]
+def test_what_the_child_started_goes_with_it(child: Child, end: str, kind: str) -> None:
+    grandchild = child.request({"do": kind}, 30)["pid"]
     assert running(grandchild)
     if end == "close":
         child.close()

@@ -22,12 +22,11 @@ def runner():
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_wrong_candidates_give_no_verdict(kind, tmp_path, runner):
     outcome = tune_injected(tmp_path / "registry.db", WRONG, problems(kind, COUNT, ROWS, WIDTH), runner)
-    print(outcome)
     assert sum(outcome.classes.values()) == COUNT
-    assert outcome.served == 0
+    assert outcome.served == outcome.aborted == 0
+    assert outcome.listed == 0 or kind == "racy"  # ten finalists, of which one of 400 gets through: see FINAL_REPEATS
     if kind not in SELDOM:
         assert set(outcome.classes) <= {"wrong_answer", "not_repeatable"}
-        assert outcome.aborted == 0
 
 
 @pytest.fixture

@@ -39,6 +39,15 @@ def handle(message: Json) -> Json:
             if pid == 0:
                 time.sleep(600)
             return {"pid": pid}
+        case "daemon":
+            reader, writer = os.pipe()
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    os.write(writer, str(os.getpid()).encode())
+                    time.sleep(600)
+                os._exit(0)
+            return {"pid": int(os.read(reader, 20))}
         case "fork and die":
             if os.fork() == 0:
                 time.sleep(600)

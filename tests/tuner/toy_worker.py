@@ -7,7 +7,8 @@ import os
 import signal
 import time
 
-from tilebook.tuner.child import Json, left_behind, serve
+from tilebook.tuner.child import Json, serve
+from tilebook.tuner.processes import left_behind
 
 LOOP_S = 20
 _context = {"broken": False}  # as a kernel's fault leaves a CUDA context: every later call fails too

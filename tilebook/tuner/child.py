@@ -20,12 +20,14 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
+
+from tilebook.tuner.processes import has_exited, kill_group, kill_marked
 
 Json = dict[str, Any]
 
@@ -93,7 +95,7 @@ class Child:
     @property
     def alive(self) -> bool:
         with self._guard:
-            return self._process is not None and not _exited(self._process)
+            return self._process is not None and not has_exited(self._process)
 
     @property
     def pid(self) -> int | None:
@@ -130,7 +132,7 @@ class Child:
         """
         text = json.dumps(message)
         with self._turn:
-            if self._process is not None and _exited(self._process):
+            if self._process is not None and has_exited(self._process):
                 self._reap()
             self.start()
             process = self._process
@@ -146,7 +148,7 @@ class Child:
         """Kills the process group; safe while another thread waits in `request`, which then raises ChildDied."""
         with self._guard:
             if self._process is not None:
-                _kill_group(self._process)
+                kill_group(self._process)
 
     def close(self) -> None:
         """Ends the process: at once where a request is under way, else with a moment's grace."""
@@ -158,7 +160,7 @@ class Child:
                 assert self._process.stdin is not None
                 self._process.stdin.close()
                 deadline = time.monotonic() + _GRACE_S
-                while not _exited(self._process) and time.monotonic() < deadline:
+                while not has_exited(self._process) and time.monotonic() < deadline:
                     time.sleep(0.01)
                 self._reap()
         finally:
@@ -207,7 +209,7 @@ class Child:
                 if left <= 0:
                     what = "did not answer" if self._ready else "was not ready"
                     raise ChildTimedOut(f"{self.name} {what} within {timeout_s:g} s")
-                exited = _exited(process)  # asked before reading, so that its last words are read below
+                exited = has_exited(process)  # asked before reading, so that its last words are read below
                 for key, _ in selector.select(0 if exited else min(left, _TICK_S)):
                     if key.fileobj is process.stdin:
                         outgoing = _write(key.fd, outgoing)
@@ -234,7 +236,7 @@ class Child:
     def _died(self, process: subprocess.Popen[bytes]) -> ChildDied:
         assert process.stderr is not None
         deadline = time.monotonic() + _GRACE_S
-        while not _exited(process) and time.monotonic() < deadline:
+        while not has_exited(process) and time.monotonic() < deadline:
             time.sleep(0.01)  # its stdout is closed; a core dump may take a moment
         while self._read(process.stderr.fileno(), self._stderr):
             pass
@@ -249,10 +251,10 @@ class Child:
             if process is None:
                 return "was closed"
             # The group goes while the dead child is still there to hold its number: no stranger can get the signal.
-            _kill_group(process)
+            kill_group(process)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_REAP_S)
-            _kill_marked(self._mark)
+            kill_marked(self._mark)
             for pipe in (process.stdin, process.stdout, process.stderr):
                 assert pipe is not None
                 with suppress(OSError):
@@ -298,33 +300,6 @@ def serve(handle: Callable[[Json], Json]) -> NoReturn:
     os._exit(0)
 
 
-def left_behind(spared: Collection[int] = ()) -> int:
-    """In a serving child: kills what it has started and not waited for but `spared`, and says how many that were.
-
-    Daemons are among them: a serving child adopts whatever its descendants leave behind.
-    """
-    found = 0
-    with suppress(ChildProcessError):  # no children at all, which is the rule
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        while stray := [pid for pid in children() if pid not in spared]:
-            for pid in stray:
-                os.kill(pid, signal.SIGKILL)  # it cannot be gone: nobody but us waits for it
-                os.waitpid(pid, 0)
-                found += 1
-    return found
-
-
-def children() -> list[int]:
-    """The processes whose parent is this one, as far as Linux tells."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            # The name in parentheses may hold anything; after it come the state and the parent.
-            if int((entry / "stat").read_bytes().rsplit(b")", 1)[1].split()[1]) == os.getpid():
-                found.append(int(entry.name))
-    return found
-
-
 _READY = b"[0,{}]"
 
 
@@ -346,39 +321,6 @@ def _write(fd: int, data: bytes) -> bytes:
         return data
     except BrokenPipeError:
         return b""
-
-
-def _exited(process: subprocess.Popen[bytes]) -> bool:
-    """Has it ended? Leaves it unreaped, so that its number stays taken."""
-    if process.returncode is not None:
-        return True
-    try:
-        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _kill_marked(mark: bytes) -> None:
-    """Kills what carries `mark` in its environment: what a child started and sent out of its process group."""
-    deadline = time.monotonic() + 1.0
-    while sys.platform == "linux" and time.monotonic() < deadline:
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            # Others' processes cannot be read; those that have ended have no environment any more.
-            with suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-        if not found:
-            return
-        for pid in found:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
 
 
 Order = tuple[list[str], dict[str, str], "Future[subprocess.Popen[bytes]]"]

@@ -18,8 +18,9 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Config, Op, Problem
 from tilebook.registry import Failure
-from tilebook.tuner.child import children, left_behind, serve
+from tilebook.tuner.child import serve
 from tilebook.tuner.measure import Bench, Mode, interleave
+from tilebook.tuner.processes import children, left_behind
 from tilebook.tuner.stats import median
 from tilebook.tuner.verify import FINAL_REPEATS, NotRepeatable, Wrong, final_cases, trial_cases, verify
 
