@@ -10,6 +10,7 @@ from toy import SPACE, make_op
 
 from tilebook.op import Config, Space
 from tilebook.registry import Failure, Registry, VerdictStatus
+from tilebook.tuner.known import searched, unsearched
 from tilebook.tuner.runner import Candidate
 
 
@@ -91,6 +92,20 @@ def test_a_verdict_that_talks_nonsense_of_its_space_counts_as_complete(path, spa
         registry.record((), dataclasses.replace(verdict, evidence={**verdict.evidence, "space": space}))
     states, _ = tune(path, FakeRunner(valley))
     assert states[0].skipped
+
+
+def test_spaces_of_any_size_are_described_exactly_whatever_the_order_of_their_axes(path):
+    large = Space({"b": tuple(range(300)), "a": tuple(range(200))}, lambda *_: None, lambda *_: Config(b=0, a=0))
+    turned = Space(dict(reversed(large.axes.items())), large.reject, large.default)
+    odd = [config for config in large.configs() if config["a"] % 2]
+    tune(path, FakeRunner(valley), op=SMALL)
+    with Registry.open(path, write=True) as registry:
+        (verdict,) = registry.verdicts()
+        evidence = {**verdict.evidence, "space": searched(large, odd)}
+        registry.record((), dataclasses.replace(verdict, evidence=evidence))
+        (stored,) = registry.verdicts()
+    assert unsearched(stored, turned, odd) is None
+    assert set(unsearched(stored, turned, list(turned.configs()))) == {c for c in large.configs() if not c["a"] % 2}
 
 
 def test_a_prediction_over_a_smaller_space_is_made_anew_with_the_new_configs_alone(path):

@@ -16,6 +16,7 @@ PREDICTED = "predicted"
 """The mode of a run that compiles and ranks by the performance model, and measures nothing."""
 
 _SEEDS_FROM_NEIGHBOURS = 4
+_LINE = 1000  # hex digits in one string of the evidence, which may not be longer than 4,000 characters
 
 
 class Known:
@@ -95,7 +96,8 @@ def searched(space: Space, feasible: Iterable[Config]) -> dict[str, Json]:
     """What a verdict's evidence says of the space behind it: its axes, and one bit for each feasible point."""
     bits = sum(1 << place for config in feasible if (place := _place(space.axes, config)) is not None)
     content: dict[str, Json] = {"axes": {axis: list(values) for axis, values in space.axes.items()}}
-    content["feasible"] = f"{bits:x}"
+    digits = f"{bits:x}"
+    content["feasible"] = [digits[at : at + _LINE] for at in range(0, len(digits), _LINE)]
     return {"digest": hashlib.sha256(canonical(content).encode()).hexdigest()[:16], **content}
 
 
@@ -106,7 +108,7 @@ def unsearched(verdict: Verdict, space: Space, feasible: Sequence[Config]) -> li
     if not isinstance(then, dict) or then.get("digest") == searched(space, feasible)["digest"]:
         return None
     try:
-        bits = int(then["feasible"], 16)
+        bits = int("".join(then["feasible"]), 16)
         new = [c for c in feasible if (place := _place(then["axes"], c)) is None or not bits >> place & 1]
         return new or None
     except (AttributeError, KeyError, TypeError, ValueError):  # evidence is free-form, and may be somebody else's
