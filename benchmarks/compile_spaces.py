@@ -1,20 +1,57 @@
-"""Compiles every feasible config of every space for a GPU that need not be here, and counts what comes of it.
+"""Compiles every feasible config of every space for GPUs that need not be here, and counts what comes of it.
 
-    python benchmarks/compile_spaces.py --gpu H200 [--op attention_fwd] [--most 300] [--workers 2]
+    python benchmarks/compile_spaces.py --gpu A100 --gpu H200 --gpu B200 --gpu MI300X --out FILE.json
 
-With --most, a random sample of that many configs of each space; without, all of them: hours on two cores.
+One problem of each op, that of its suites with the largest space. What a config does not compile for it must be refused
+with a reason; the file counts both, with the reasons. The same command goes on with a file that was cut short. Hours on
+two cores; `--most N` takes a random sample of N configs of each space.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import triton
 
 from tilebook import device as devices
 from tilebook import op as ops
+from tilebook.op import Op, Problem
 from tilebook.tuner.compile import CompilePool
+
+
+def widest(op: Op[Any], gpu: devices.Device) -> tuple[Problem, list[Any]]:
+    """The problem of the op's suites with the most feasible configs on this GPU, and those."""
+    space = op.tunable.space
+    assert space is not None
+    problems = {problem.key: problem for suite in op.problem.suites().values() for problem in suite}
+    sizes = {key: space.feasible(problem, gpu) for key, problem in problems.items()}
+    key = max(sizes, key=lambda each: len(sizes[each]))
+    return problems[key], list(sizes[key])
+
+
+def compile_all(op: Op[Any], gpu: devices.Device, pool: CompilePool, most: int | None) -> dict[str, Any]:
+    problem, feasible = widest(op, gpu)
+    chosen = random.Random(0).sample(feasible, min(most or len(feasible), len(feasible)))
+    start = time.monotonic()
+    futures = [pool.submit(op.name, op.tunable.name, problem.key, config) for config in chosen]
+    results = [future.result() for future in futures]
+    reasons = Counter(f"{each.failure}: {each.reason}" for each in results if each.failure)
+    return {
+        "problem": problem.label,
+        "kernel": op.digest,
+        "feasible": len(feasible),
+        "compiled": sum(each.failure is None for each in results),
+        "refused": dict(Counter(each.failure for each in results if each.failure)),
+        "without_reason": sum(bool(each.failure) and not each.reason for each in results),
+        "reasons": dict(reasons.most_common(12)),
+        "seconds": round(time.monotonic() - start, 1),
+    }
 
 
 def main() -> None:
@@ -23,27 +60,23 @@ def main() -> None:
     arguments.add_argument("--op", action="append", help="only this op; repeatable")
     arguments.add_argument("--most", type=int, help="configs of each space, chosen at random")
     arguments.add_argument("--workers", type=int)
+    arguments.add_argument("--out", type=Path, required=True)
     given = arguments.parse_args()
+    document: dict[str, Any] = {"benchmark": "compile spaces", "triton": triton.__version__, "results": {}}
+    if given.out.exists():
+        document = json.loads(given.out.read_text())
+        if document["triton"] != triton.__version__:
+            arguments.error(f"{given.out} is of Triton {document['triton']}, and this is {triton.__version__}")
     for gpu in map(devices.find, given.gpu):
+        done = document["results"].setdefault(gpu.arch, {})
         with CompilePool(gpu, given.workers) as pool:
             for op in [ops.get(name) for name in given.op or ops.ops()]:
-                problem = [p for suite in op.problem.suites().values() for p in suite][-1]
-                assert op.tunable.space is not None
-                feasible = op.tunable.space.feasible(problem, gpu)
-                chosen = random.Random(0).sample(feasible, min(given.most or len(feasible), len(feasible)))
-                start = time.monotonic()
-                futures = [pool.submit(op.name, op.tunable.name, problem.key, config) for config in chosen]
-                results = [future.result() for future in futures]
-                seconds = time.monotonic() - start
-                counts = Counter(each.failure or "compiled" for each in results)
-                print(
-                    f"{gpu.arch} {op.name} {problem.label}: {len(chosen)} of {len(feasible)} in {seconds:.0f} s "
-                    f"({seconds / max(1, len(chosen)):.2f} s each): {dict(counts)}",
-                    flush=True,
-                )
-                for config, each in zip(chosen, results, strict=True):
-                    if each.failure not in (None, "spills"):
-                        print(f"  {config}: {each.failure}: {each.reason[:160]}", flush=True)
+                if done.get(op.name, {}).get("kernel") == op.digest:
+                    continue
+                done[op.name] = compile_all(op, gpu, pool, given.most)
+                given.out.parent.mkdir(parents=True, exist_ok=True)
+                given.out.write_text(json.dumps(document, indent=1) + "\n")
+                print(gpu.arch, op.name, {k: v for k, v in done[op.name].items() if k != "reasons"}, flush=True)
 
 
 if __name__ == "__main__":
