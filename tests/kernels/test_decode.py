@@ -136,6 +136,18 @@ def test_rows_that_see_no_key_are_zero(config):
     torch.testing.assert_close(o[1, :, 2], v[1, 0, :1].expand(2, -1))
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_windows_and_causal_edges_anywhere_in_a_tile(causal):
+    """Each row's first and last key at every place in a tile of 16."""
+    lengths = list(range(48, 64))
+    q, k, v = _tensors((16, 1, 8, 16), *[(16, 1, 64, 16)] * 2, dtype=torch.float16)
+    args = q, k, v, _ints(lengths), None, causal, 0.25, 0.0, 9
+    o, lse = decode.tunable(*args, config=CONFIGS["narrow, many shares"])
+    expected = _exact(q, k, v, lengths, *args[5:])
+    torch.testing.assert_close(o.double().cpu(), expected[0], rtol=2e-2, atol=4e-3)
+    torch.testing.assert_close(lse.double().cpu(), expected[1], rtol=2e-3, atol=4e-3)
+
+
 def test_lengths_out_of_range_are_held_to_what_the_cache_has():
     q, k, v = _tensors((2, 2, 1, 32), *[(2, 1, 64, 32)] * 2)
     config = CONFIGS["narrow, many shares"]
