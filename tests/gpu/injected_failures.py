@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class Report:
     seconds: float
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        kinds = {name: {**vars(kind), "classes": dict(kind.classes)} for name, kind in self.kinds.items()}
+        return json.dumps({**vars(self), "kinds": kinds}, indent=1)
 
 
 def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
