@@ -231,6 +231,11 @@ def reload() -> None:
         _warned.clear()
 
 
+def may_serve(x: torch.Tensor) -> bool:
+    """Is a call with this tensor one that kernels may serve: on a GPU, or inside `use`, and not being compiled?"""
+    return (x.is_cuda or _forced is not None) and not torch.compiler.is_compiling()
+
+
 def known(op: Op[Any], *args: Any) -> Choice | None:
     """The choice for a call like one made before, in about a microsecond an argument; else None.
 

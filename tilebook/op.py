@@ -147,14 +147,27 @@ def size(letter: str, like: str | None = None) -> Any:
     return dataclasses.field(metadata={"letter": letter, "like": like})
 
 
-def flag(default: bool = False) -> Any:
-    """A yes/no property of a problem, written as its own name on the command line."""
-    return dataclasses.field(default=default, metadata={"flag": True})
+def flag(default: bool = False, *, elided: bool = False) -> Any:
+    """A yes/no property of a problem, written as its own name on the command line.
+
+    elided: keys leave it out at its default, so that those made before the property existed stay valid.
+    """
+    return dataclasses.field(default=default, metadata={"flag": True, "elided": elided})
 
 
-def choice(*values: str) -> Any:
+def choice(*values: str, elided: bool = False) -> Any:
     """A property with named values, the first the default; written as the value on the command line."""
-    return dataclasses.field(default=values[0], metadata={"choices": values})
+    return dataclasses.field(default=values[0], metadata={"choices": values, "elided": elided})
+
+
+def pattern(regex: str, usage: str) -> Any:
+    """A property written as text that `regex` matches, empty by default and then elided; `usage` explains the text."""
+    return dataclasses.field(default="", metadata={"pattern": regex, "usage": usage, "elided": True})
+
+
+def demand() -> Any:
+    """A yes/no demand on implementations that leaves the problem what it is: no key or label has it."""
+    return dataclasses.field(default=False, metadata={"demand": True})
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,12 @@ class Problem:
     @functools.cached_property
     def key(self) -> str:
         """Canonical JSON: what a verdict is stored under."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        values = {}
+        for field in self._fields():
+            value, meta = getattr(self, field.name), field.metadata
+            if not (meta.get("demand") or (meta.get("elided") and value == field.default)):
+                values[field.name] = value
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_key(cls, key: str) -> Self:
@@ -225,6 +243,8 @@ class Problem:
                 parts.append(f"{meta['letter']}{value}")
             elif (meta.get("flag") and value) or ("choices" in meta and value != meta["choices"][0]):
                 parts.append(field.name if meta.get("flag") else value)
+            elif "pattern" in meta and value:
+                parts.append(value)
         return ",".join(parts)
 
     @classmethod
@@ -240,6 +260,8 @@ class Problem:
                 optional.append(field.name)
             elif "choices" in meta:
                 optional.append("|".join(meta["choices"]))
+            elif "pattern" in meta:
+                optional.append(meta["usage"])
         return ",".join(required) + "".join(f"[,{part}]" for part in optional)
 
     @classmethod
@@ -249,6 +271,7 @@ class Problem:
         letters = {f.metadata["letter"].lower(): f.name for f in cls._fields() if "letter" in f.metadata}
         flags = {f.name for f in cls._fields() if f.metadata.get("flag")}
         choices = {value: f.name for f in cls._fields() for value in f.metadata.get("choices", ())}
+        patterns = {f.name: f.metadata["pattern"] for f in cls._fields() if "pattern" in f.metadata}
         for token in filter(None, (part.strip() for part in text.split(","))):
             value: Any
             dimension = re.fullmatch(r"([A-Za-z]+)(\d{1,12})", token)
@@ -260,6 +283,8 @@ class Problem:
                 name, value = token, True
             elif token in choices:
                 name, value = choices[token], token
+            elif matched := [name for name, regex in patterns.items() if re.fullmatch(regex, token)]:
+                name, value = matched[0], token
             else:
                 raise UsageError(f"shape {text!r}: {token!r} is not understood; expected {cls.grammar()}")
             if name in values:
@@ -285,7 +310,7 @@ class Problem:
         total = 0.0
         for field in self._fields():
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine == theirs:
+            if mine == theirs or field.metadata.get("demand"):
                 continue
             if "letter" not in field.metadata or field.name in self.EXACT:
                 return math.inf
@@ -313,7 +338,8 @@ class Implementation:
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def can_run(self, problem: Problem, device: Device) -> bool:
-        return self.supports(problem) and self.available(device)
+        repeatable = self.deterministic or not getattr(problem, "deterministic", False)
+        return repeatable and self.supports(problem) and self.available(device)
 
 
 class Op(Generic[P]):

@@ -15,9 +15,12 @@ import triton
 
 from tilebook.device import Device
 from tilebook.kernels.attention import eager, peers
-from tilebook.kernels.attention.backward_kernels import attention_bwd_dkdv, attention_bwd_dq
+from tilebook.kernels.attention.backward_columns import attention_bwd_dkdv
+from tilebook.kernels.attention.backward_rows import attention_bwd_dq
+from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.forward import supports
 from tilebook.kernels.attention.problem import BackwardProblem
+from tilebook.kernels.attention.scores import options
 from tilebook.kernels.attention.tiles import (
     addressable,
     asynchronous,
@@ -41,11 +44,15 @@ def attention_bwd(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool,
+    form: Form,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `attention_fwd`: dq like q, dk and dv like k and v, summed over the query heads that share them."""
-    return eager.backward(do, q, k, v, causal, scale)
+    *extras: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of `attention_fwd`: dq like q, dk and dv like k and v, summed over the query heads that share them.
+
+    Where the form wants it also dbias, like the bias, summed over what the bias is broadcast along.
+    """
+    return eager.backward(do, q, k, v, form, scale, *extras)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
         return "the GPU would wait for the host to make its tensor descriptors"
     if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads_kv):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
-    width = problem.head_dim
+    width = problem.width
     for half in _halves(config):
         if device.backend == "hip" and half.stages > 2:
             return "more than 2 stages do not pay on AMD GPUs"
@@ -105,7 +112,7 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
             return f"{half.warps} warps need a block of at least {8 * half.warps}"
         operands = 0 if asynchronous(device) else width  # two held tiles, two halves in a register
         reason = too_large(_shared(problem, half, device), device) or crowded(
-            half.held * (half.sums * width + 2 * half.swept + operands), half.warps, device
+            half.held * (half.sums * width + (2 + problem.companions) * half.swept + operands), half.warps, device
         )
         if reason:
             return reason
@@ -114,7 +121,7 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
 
 def _shared(problem: BackwardProblem, half: _Half, device: Device) -> int:
     """Bytes of shared memory, as compiled kernels report them or a little more: two held tiles, a ring of two swept."""
-    width = problem.head_dim * problem.torch_dtype.itemsize
+    width = problem.width * problem.torch_dtype.itemsize
     scores = half.held * half.swept * problem.torch_dtype.itemsize  # where they pass through shared memory
     if device.backend == "hip":  # held tiles live in registers, and the newest of the ring is on its way there
         return max(width * max(half.held, half.swept), scores) + 2 * width * half.swept * (half.stages - 1)
@@ -161,13 +168,13 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
 
 def _work(problem: BackwardProblem, config: Config) -> Cost:
     """Four products in the dk/dv kernel and three in the dq kernel, in whole blocks; each sweeps two tensors."""
-    width, heads = problem.head_dim * problem.torch_dtype.itemsize, problem.batch * problem.heads
+    width, heads = problem.width * problem.torch_dtype.itemsize, problem.batch * problem.heads
     flops = read = 0.0
     for half, products in zip(_halves(config), (4, 3), strict=True):
         # By blocks of rows for both: the pairs of blocks that a mask leaves do not depend on who sweeps whom.
-        blocks = rows_and_tiles(problem.seq_q, problem.seq_k, half.rows, half.columns, problem.causal)
+        blocks = rows_and_tiles(problem.seq_q, problem.seq_k, half.rows, half.columns, *problem.limits)
         tiles = sum(visited for _, visited in blocks)
-        flops += 2.0 * products * heads * tiles * half.rows * half.columns * problem.head_dim
+        flops += 2.0 * products * heads * tiles * half.rows * half.columns * problem.width
         read += 2.0 * heads * tiles * half.swept * width
     return Cost(flops, read + problem.cost().bytes + 2 * 4 * problem.queries)
 
@@ -199,17 +206,21 @@ def _triton(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool,
+    form: Form,
     scale: float,
-    *,
+    *extras: torch.Tensor,
     config: Config,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     do, q, k, v, o = (addressable(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()
-    (batch, heads, n_q, width), (heads_kv, n_k) = q.shape, k.shape[1:3]
+    (batch, heads, n_q, _), (heads_kv, n_k) = q.shape, k.shape[1:3]
     dq, dk, dv, delta = like(q), like(k), like(v), torch.empty_like(lse)
+    dbias = None
+    if form.bias == "dbias":
+        dbias = torch.empty((batch, heads, n_q, n_k), dtype=extras[0].dtype, device=q.device)
     dkdv, rows = _halves(config)
     descriptors = bool(config["DESCRIPTORS"]) and describable(do, q, k, v)
+    optional = options(form, extras, q, k)
 
     def loaded(half: _Half) -> tuple[Any, ...]:
         """q, k, v and do as that kernel loads them."""
@@ -218,9 +229,7 @@ def _triton(
         return describe(q, half.rows), describe(k, half.columns), describe(v, half.columns), describe(do, half.rows)
 
     def meta(half: _Half) -> dict[str, Any]:
-        return {
-            "CAUSAL": causal,
-            "D": width,
+        return optional | {
             "BLOCK_M": half.rows,
             "BLOCK_N": half.columns,
             "HEADS": config["HEADS"],
@@ -246,6 +255,7 @@ def _triton(
         n_k,
         scale,
         **meta(rows),
+        dbias=dbias,
     )
     launch(
         attention_bwd_dkdv,
@@ -264,7 +274,11 @@ def _triton(
         scale,
         **meta(dkdv),
     )
-    return dq, dk, dv
+    if dbias is None:
+        return dq, dk, dv
+    shape = extras[0].shape
+    across = [axis for axis, (n, size) in enumerate(zip(shape, dbias.shape, strict=True)) if n != size]
+    return dq, dk, dv, dbias.sum(across, keepdim=True) if across else dbias
 
 
 @attention_bwd.implementation("torch", deterministic=False)
@@ -275,10 +289,11 @@ def _torch(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool,
+    form: Form,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return peers.torch_backward(do, q, k, v, o, lse, causal, scale)
+    *extras: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    return peers.torch_backward(do, q, k, v, o, lse, form, scale, *extras)
 
 
 @attention_bwd.implementation(
@@ -291,7 +306,7 @@ def _cudnn(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool,
+    form: Form,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return peers.cudnn_backward(do, q, k, v, o, lse, causal, scale)
+    return peers.cudnn_backward(do, q, k, v, o, lse, form, scale)

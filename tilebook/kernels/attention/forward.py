@@ -8,7 +8,16 @@ import triton.language as tl
 
 from tilebook.device import Device
 from tilebook.kernels.attention import eager, peers
+from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.problem import ForwardProblem
+from tilebook.kernels.attention.scores import (
+    columns_seen,
+    looked_up,
+    options,
+    scored,
+    survives,
+    within,
+)
 from tilebook.kernels.attention.tiles import (
     LN2,
     LOG2E,
@@ -19,6 +28,7 @@ from tilebook.kernels.attention.tiles import (
     describe,
     like,
     load_tile,
+    offset,
     oversized,
     place,
     rows_and_tiles,
@@ -26,22 +36,22 @@ from tilebook.kernels.attention.tiles import (
     too_large,
 )
 from tilebook.launch import HOST_DESCRIPTORS_S, launch
-from tilebook.op import Config, Cost, Space, define, powers_of_two
-
-HEAD_DIMS = powers_of_two(16, 256)
-"""Head dimensions that our kernels have tiles for."""
+from tilebook.op import DTYPES, Config, Cost, Space, define
 
 
 @define("attention_fwd", ForwardProblem)
 def attention_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (B, H, Sq, D), k and v (B, Hkv, Sk, D) → o (B, H, Sq, D), lse (B, H, Sq) in fp32, natural log. scale > 0."""
-    return eager.forward(q, k, v, causal, scale)
+    """q (B, H, Sq, D), k and v (B, Hkv, Sk, D) → o (B, H, Sq, D), lse (B, H, Sq) in fp32, natural log. scale > 0.
+
+    extras: what the form asks for: bias, slopes, seed. A row that sees nothing is 0, and its lse -inf.
+    """
+    return eager.forward(q, k, v, form, scale, *extras)
 
 
 def supports(problem: ForwardProblem) -> bool:
-    return problem.dtype in ("bf16", "fp16") and problem.head_dim in HEAD_DIMS
+    return problem.dtype in DTYPES and problem.head_dim % 8 == 0 and 16 <= problem.head_dim <= 256
 
 
 def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
@@ -60,9 +70,11 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
         return f"{warps} warps need a BLOCK_M of at least {16 * warps}"
     if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
-    operand = 0 if asynchronous(device) else rows * problem.head_dim // 2  # q as two halves in a register
+    width = problem.width
+    operand = 0 if asynchronous(device) else rows * width // 2  # q as two halves in a register
+    scores = rows * columns * (1 + problem.companions)
     return too_large(_shared(problem, config, device), device) or crowded(
-        rows * problem.head_dim + rows * columns + operand, warps, device
+        rows * width + scores + operand, warps, device
     )
 
 
@@ -71,7 +83,7 @@ def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
     rows, columns, stages = (config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_stages"))
     ring = columns * (2 * stages if stages > 1 else 1)  # unpipelined, k is done with when v comes
     itemsize = problem.torch_dtype.itemsize
-    width, scores = problem.head_dim * itemsize, rows * columns * itemsize
+    width, scores = problem.width * itemsize, rows * columns * itemsize
     if device.backend == "hip":  # the newest tile of AMD's ring is on its way in registers
         return max(rows * width, columns * width, scores) + 2 * columns * width * (stages - 1)
     if not asynchronous(device):  # q moves on to registers, and its place is used again
@@ -82,7 +94,7 @@ def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
 
 def _default(problem: ForwardProblem, device: Device) -> Config:
     """The first that fits of a few good shapes: 128 rows where that gives every SM a block, else 64."""
-    modern, width = asynchronous(device), problem.head_dim
+    modern, width = asynchronous(device), problem.width
     stages = 3 if modern else 2
     shapes = [(64, 64, 4, stages), (64, 32, 4, 2), (64, 32, 4, 1)]
     if triton.cdiv(problem.seq_q, 128) * problem.batch * problem.heads >= device.sm_count:
@@ -98,11 +110,11 @@ def _default(problem: ForwardProblem, device: Device) -> Config:
 def _work(problem: ForwardProblem, config: Config) -> Cost:
     """Every block of rows reads q once, and k and v up to its last unmasked column, in whole blocks."""
     rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
-    blocks = rows_and_tiles(problem.seq_q, problem.seq_k, rows, columns, problem.causal)
+    blocks = rows_and_tiles(problem.seq_q, problem.seq_k, rows, columns, *problem.limits)
     tiles, heads = sum(visited for _, visited in blocks), problem.batch * problem.heads
-    width = problem.head_dim * problem.torch_dtype.itemsize
+    width = problem.width * problem.torch_dtype.itemsize
     read = len(blocks) * rows * width + 2 * tiles * columns * width
-    return Cost(4.0 * heads * tiles * rows * columns * problem.head_dim, heads * read + problem.queries * (width + 4))
+    return Cost(4.0 * heads * tiles * rows * columns * problem.width, heads * read + problem.queries * (width + 4))
 
 
 SPACE = Space(
@@ -130,6 +142,7 @@ def _attend(
     v,
     batch,
     kv_head,
+    pair,
     first,
     last,
     row,
@@ -139,44 +152,78 @@ def _attend(
     stride_vb,
     stride_vh,
     stride_vs,
+    n_q,
     n_k,
     scale,
+    extras,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    BANDED: tl.constexpr,
+    SCORED: tl.constexpr,
+    GAPS: tl.constexpr,
+    TF32: tl.constexpr,
     D: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Columns `first` … `last`, in whole blocks: the running Σ p v, Σ p and maximum of each row, in powers of two."""
+    """Columns `first` … `last`, in whole blocks: the running Σ p v, Σ p and maximum of each row.
+
+    `scale` brings scores to powers of two, and maxima are in them; where something is done to the scores themselves
+    (`SCORED`) both are in natural units, and differences are taken first: biases may be huge.
+    """
+    before, after, mask, _, base, stride_bm, stride_bn, _, _, seed, dropout = extras
     for column in tl.range(first, last, BLOCK_N):
         column = tl.multiple_of(column, BLOCK_N)
         k_tile = load_tile(
-            k, batch, kv_head, column, stride_kb, stride_kh, stride_ks, n_k, BLOCK_N, D, MASKED, DESCRIPTORS
+            k, batch, kv_head, column, stride_kb, stride_kh, stride_ks, n_k, BLOCK_N, D, WIDTH, MASKED, DESCRIPTORS
         )
-        s = tl.dot(q, tl.trans(k_tile))
+        s = tl.dot(q, tl.trans(k_tile), allow_tf32=TF32)
+        if SCORED:
+            at_rows, at_columns = (row + tl.arange(0, BLOCK_M))[:, None], (column + tl.arange(0, BLOCK_N))[None, :]
+            s, _ = scored(s, row, column, at_rows, at_columns, n_q, n_k, scale, extras)
         if MASKED:
             columns = column + tl.arange(0, BLOCK_N)
             keep = columns[None, :] < n_k
             if CAUSAL:
                 keep &= (row + tl.arange(0, BLOCK_M))[:, None] >= columns[None, :]
+            if BANDED:
+                keep &= within((row + tl.arange(0, BLOCK_M))[:, None], columns[None, :], before, after)
             s = tl.where(keep, s, -float("inf"))
-        # Column 0 is visited first and no mask hides it, so the maximum is finite from then on.
-        higher = tl.maximum(peak, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - higher[:, None])
-        decay = tl.exp2(peak - higher)
+        if mask is not None:
+            at_rows, at_columns = (row + tl.arange(0, BLOCK_M))[:, None], (column + tl.arange(0, BLOCK_N))[None, :]
+            part = looked_up(mask + base, row, column, at_rows, at_columns, stride_bm, stride_bn, n_q, n_k)
+            s = tl.where(part, s, -float("inf"))
+        if SCORED:
+            higher = tl.maximum(peak, tl.max(s, 1))
+            ground = tl.where(higher == -float("inf"), 0.0, higher)
+            p = tl.exp2((s - ground[:, None]) * LOG2E)
+            decay = tl.exp2((peak - ground) * LOG2E)
+        else:
+            # Column 0 is visited first and no mask hides it, so the maximum is finite from then on; unless there are
+            # gaps, and then the maximum of nothing must not meet itself: ∞ - ∞ is not 0.
+            higher = tl.maximum(peak, tl.max(s, 1) * scale)
+            ground = higher
+            if GAPS:
+                ground = tl.where(higher == -float("inf"), 0.0, higher)
+            p = tl.exp2(s * scale - ground[:, None])
+            decay = tl.exp2(peak - ground)
         total = tl.sum(p, 1)
+        if seed is not None:
+            at_rows, at_columns = (row + tl.arange(0, BLOCK_M))[:, None], (column + tl.arange(0, BLOCK_N))[None, :]
+            p = tl.where(survives(at_rows, at_columns, pair, seed, dropout), p, 0.0)
         acc = acc * decay[:, None]
         v_tile = load_tile(
-            v, batch, kv_head, column, stride_vb, stride_vh, stride_vs, n_k, BLOCK_N, D, MASKED, DESCRIPTORS
+            v, batch, kv_head, column, stride_vb, stride_vh, stride_vs, n_k, BLOCK_N, D, WIDTH, MASKED, DESCRIPTORS
         )
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, allow_tf32=TF32)
         weight = weight * decay + total
         peak = higher
     return acc, weight, peak
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_heads", "group", "n_q", "n_k"])
+@triton.jit(do_not_specialize=["n_pairs", "n_heads", "group", "n_q", "n_k", "before", "after"])
 def _attention_fwd(
     q,
     k,
@@ -201,8 +248,27 @@ def _attention_fwd(
     n_q,
     n_k,
     scale,
+    before,
+    after,
+    mask,
+    bias,
+    stride_bb,
+    stride_bh,
+    stride_bm,
+    stride_bn,
+    slopes,
+    stride_ab,
+    stride_ah,
+    softcap,
+    seed,
+    dropout,
     CAUSAL: tl.constexpr,
+    BANDED: tl.constexpr,
+    SCORED: tl.constexpr,
+    GAPS: tl.constexpr,
+    TF32: tl.constexpr,
     D: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr,
@@ -210,13 +276,13 @@ def _attention_fwd(
 ):
     n_blocks = tl.cdiv(n_q, BLOCK_M)
     block, pair = place(tl.program_id(0), n_blocks, n_pairs, HEADS)
-    if CAUSAL:
+    if CAUSAL or (after is not None and before is None):
         block = n_blocks - 1 - block  # the last rows see the most columns: start with them
     batch, head = pair // n_heads, pair % n_heads
     kv_head = head // group
     row = block * BLOCK_M
 
-    q_tile = load_tile(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, True, DESCRIPTORS)
+    q_tile = load_tile(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     weight = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -226,29 +292,62 @@ def _attention_fwd(
     if CAUSAL:
         last = tl.minimum(row + BLOCK_M, n_k)
         whole = tl.minimum(row + 1, n_k) // BLOCK_N * BLOCK_N
-    scale_log2 = scale * LOG2E
+    if BANDED:
+        first, clear, whole, last = columns_seen(row, BLOCK_M, n_k, before, after)
+        first = first // BLOCK_N * BLOCK_N
+        clear = tl.minimum(tl.cdiv(clear, BLOCK_N) * BLOCK_N, tl.cdiv(last, BLOCK_N) * BLOCK_N)
+        whole = tl.maximum(whole // BLOCK_N * BLOCK_N, clear)
+    factor = scale * LOG2E
+    if SCORED:
+        factor = scale
+    if seed is not None:
+        seed = tl.load(seed)
+    extras = (
+        before, after, mask, bias, None if stride_bb is None else offset(batch, head, stride_bb, stride_bh),
+        stride_bm, stride_bn, None if slopes is None else tl.load(slopes + batch * stride_ab + head * stride_ah),
+        softcap, seed, dropout,
+    )  # fmt: skip
+    if before is not None:
+        acc, weight, peak = _attend(
+            acc, weight, peak, q_tile, k, v, batch, kv_head, pair, first, clear, row,
+            stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
+            True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
+        )  # fmt: skip
     acc, weight, peak = _attend(
-        acc, weight, peak, q_tile, k, v, batch, kv_head, 0, whole, row,
-        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_k, scale_log2,
-        False, CAUSAL, D, BLOCK_M, BLOCK_N, DESCRIPTORS,
+        acc, weight, peak, q_tile, k, v, batch, kv_head, pair, clear if BANDED else 0, whole, row,
+        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
+        False, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
     acc, weight, peak = _attend(
-        acc, weight, peak, q_tile, k, v, batch, kv_head, whole, last, row,
-        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_k, scale_log2,
-        True, CAUSAL, D, BLOCK_M, BLOCK_N, DESCRIPTORS,
+        acc, weight, peak, q_tile, k, v, batch, kv_head, pair, whole, last, row,
+        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
+        True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
 
-    store_tile(o, acc / weight[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D)
+    share = weight
+    if GAPS:
+        share = tl.where(weight == 0.0, 1.0, weight)  # a row that sees nothing is 0, and its log-sum-exp -inf
+    if dropout is not None:
+        share = share * (1.0 - dropout)
+    store_tile(o, acc / share[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
     rows = row + tl.arange(0, BLOCK_M)
-    tl.store(lse + pair.to(tl.int64) * n_q + rows, (peak + tl.log2(weight)) * LN2, mask=rows < n_q)
+    at = lse + pair.to(tl.int64) * n_q + rows
+    total = peak + tl.log2(weight) * LN2 if SCORED else (peak + tl.log2(weight)) * LN2
+    tl.store(at, total, mask=rows < n_q)
 
 
 @attention_fwd.implementation("triton", space=SPACE, supports=supports)
 def _triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, *, config: Config
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    form: Form,
+    scale: float,
+    *extras: torch.Tensor,
+    config: Config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = addressable(q), addressable(k), addressable(v)
-    (batch, heads, n_q, width), (heads_kv, n_k) = q.shape, k.shape[1:3]
+    (batch, heads, n_q, _), (heads_kv, n_k) = q.shape, k.shape[1:3]
     o, lse = like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
     descriptors = bool(config["DESCRIPTORS"]) and describable(q, k, v)
@@ -265,8 +364,7 @@ def _triton(
         n_q,
         n_k,
         scale,
-        CAUSAL=causal,
-        D=width,
+        **options(form, extras, q, k),
         BLOCK_M=rows,
         BLOCK_N=columns,
         HEADS=config["HEADS"],
@@ -279,13 +377,13 @@ def _triton(
 
 @attention_fwd.implementation("torch")
 def _torch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return peers.torch_forward(q, k, v, causal, scale)
+    return peers.torch_forward(q, k, v, form, scale, *extras)
 
 
 @attention_fwd.implementation("cudnn", available=peers.cudnn_available, supports=peers.cudnn_supports)
 def _cudnn(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return peers.cudnn_forward(q, k, v, causal, scale)
+    return peers.cudnn_forward(q, k, v, form, scale)

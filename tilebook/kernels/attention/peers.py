@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 
 from tilebook.device import Device
 from tilebook.kernels.attention import eager
+from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
 
 _aten = torch.ops.aten
@@ -26,15 +29,16 @@ def cudnn_supports(problem: ForwardProblem | BackwardProblem) -> bool:
         and problem.head_dim % 8 == 0
         and problem.heads == problem.heads_kv
         and problem.seq_q * problem.seq_k > 1
+        and problem.form.plain
         # Its causal mask is aligned to the other corner where the lengths differ.
         and (not problem.causal or problem.seq_q == problem.seq_k)
     )
 
 
 def cudnn_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, form.causal, False, scale=scale)
     return o, lse.view(q.shape[:-1])
 
 
@@ -45,19 +49,43 @@ def cudnn_backward(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool,
+    form: Form,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # not read: there is no dropout
+    lengths = q.shape[2], k.shape[2]
     dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, o, lse[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale
+        do, q, k, v, o, lse[..., None], seed, seed, None, None, None, *lengths, 0.0, form.causal, scale=scale
     )
     return dq, dk, dv
 
 
-def _flash_applies(q: torch.Tensor, k: torch.Tensor, causal: bool) -> bool:
+def tf32_allowed() -> bool:
+    """May products of fp32 tensors round their factors to tf32? As PyTorch's matrix products are told."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # set through the newer of two interfaces, which the older one refuses to read
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _flash_applies(q: torch.Tensor, k: torch.Tensor, form: Form) -> bool:
     """Will SDPA on the GPU pick FlashAttention-2, whose log-sum-exp can then be had?"""
-    return q.is_cuda and q.dtype in _HALVES and q.shape[-1] % 8 == 0 and (not causal or q.shape[2] == k.shape[2])
+    square = not form.causal or q.shape[2] == k.shape[2]
+    return q.is_cuda and q.dtype in _HALVES and q.shape[-1] % 8 == 0 and form.plain and square
+
+
+@contextmanager
+def _precision(form: Form) -> Iterator[None]:
+    """Products of fp32 tensors as the form has them: a yardstick errs as kernels may."""
+    if not form.tf32 or tf32_allowed():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _repeat(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -70,20 +98,33 @@ def _sum(x: torch.Tensor, heads_kv: int) -> torch.Tensor:
     return x if x.shape[1] == heads_kv else x.unflatten(1, (heads_kv, -1)).sum(2)
 
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None) -> torch.Tensor:
-    """`F.scaled_dot_product_attention`, grouped where the head counts differ."""
+def sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`F.scaled_dot_product_attention`, grouped where head counts differ; a bias only without a causal mask."""
     grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
+    mask = bias if bias is None or bias.dtype == torch.bool else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
 
 
 def torch_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not _flash_applies(q, k, causal):
-        return sdpa(q, k, v, causal, scale), eager.log_sum_exp(q.float(), k.float(), causal, scale)
+    if not form.plain:
+        with _precision(form):
+            return eager.forward(q, k, v, form, scale, *extras)
+    if not _flash_applies(q, k, form):
+        with _precision(form):
+            o = sdpa(q, k, v, form.causal, scale)
+        return o, eager.log_sum_exp(q.float(), k.float(), form, scale)
     heads = q.shape[1]
     o, lse, *_ = _aten._scaled_dot_product_flash_attention(
-        q, _repeat(k, heads), _repeat(v, heads), 0.0, causal, False, scale=scale
+        q, _repeat(k, heads), _repeat(v, heads), 0.0, form.causal, False, scale=scale
     )
     return o, lse
 
@@ -95,31 +136,23 @@ def torch_backward(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool,
+    form: Form,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not _flash_applies(q, k, causal):
-        with torch.enable_grad():
+    *extras: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    if not form.plain:
+        with _precision(form):
+            return eager.backward(do, q, k, v, form, scale, *extras)
+    if not _flash_applies(q, k, form):
+        with torch.enable_grad(), _precision(form):
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-            dq, dk, dv = torch.autograd.grad(sdpa(q, k, v, causal, scale), (q, k, v), do)
+            dq, dk, dv = torch.autograd.grad(sdpa(q, k, v, form.causal, scale), (q, k, v), do)
         return dq, dk, dv
     heads, heads_kv = q.shape[1], k.shape[1]
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # not read: there is no dropout
+    lengths = q.shape[2], k.shape[2]
+    inputs = q, _repeat(k, heads), _repeat(v, heads)
     dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
-        do,
-        q,
-        _repeat(k, heads),
-        _repeat(v, heads),
-        o,
-        lse,
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        0.0,
-        causal,
-        seed,
-        seed,
-        scale=scale,
+        do, *inputs, o, lse, None, None, *lengths, 0.0, form.causal, seed, seed, scale=scale
     )
     return dq, _sum(dk, heads_kv), _sum(dv, heads_kv)

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
+import triton
 
-from tilebook.op import Cost, Problem, UsageError, dtype_name, flag, generator, size
+from tilebook.kernels.attention.form import Form, banded, extras, form, limits, simplest
+from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, pattern, size
+
+_WINDOW = r"window(\d{1,9})?x(\d{1,9})?"
+_BIAS = r"(mask|bias|dbias)(b?h?q?k?)"
+
+# What inputs are made with; no verdict depends on it.
+_SOFTCAP, _DROPOUT, _SHOWN = 3.0, 0.2, 0.8
 
 
 @dataclass(frozen=True)
 class ForwardProblem(Problem):
-    """q (B, H, Sq, D), k and v (B, Hkv, Sk, D); causal means row ≥ column."""
+    """q (B, H, Sq, D), k and v (B, Hkv, Sk, D), and what a `Form` says.
+
+    window: "window128x0" reaches 128 columns to the left of the diagonal and none to the right; no number is no limit.
+    bias:   "mask…" is boolean, "bias…" is added, "dbias…" also has a gradient; the letters, of b, h, q and k, name the
+            axes along which it is not broadcast.
+    """
 
     EXACT: ClassVar[frozenset[str]] = frozenset({"head_dim"})
+    GRADIENTS: ClassVar[bool] = False
 
     batch: int = size("B")
     heads: int = size("H")
@@ -26,20 +42,112 @@ class ForwardProblem(Problem):
     head_dim: int = size("D")
     dtype: str = "bf16"
     causal: bool = flag()
+    diagonal: str = choice("top_left", "bottom_right", elided=True)
+    window: str = pattern(_WINDOW, "window[left]x[right]")
+    softcap: bool = flag(elided=True)
+    bias: str = pattern(_BIAS, "mask[b][h][q][k]|bias…|dbias…")
+    alibi: bool = flag(elided=True)
+    dropout: bool = flag(elided=True)
+    tf32: bool = flag(elided=True)
+    deterministic: bool = demand()
+
+    def __post_init__(self) -> None:
+        """One problem, one key: limits that hide nothing are left out, and so are a bias's axes of length 1."""
+        left, right = self._sides
+        left, right, corner = simplest(self.seq_q, self.seq_k, left, right, self.diagonal == "bottom_right")
+        kind, axes = self._kind_and_axes
+        lengths = {"b": self.batch, "h": self.heads, "q": self.seq_q, "k": self.seq_k}
+        values = {
+            "causal": right == 0,
+            "diagonal": "bottom_right" if corner else "top_left",
+            "window": _window(left, right),
+            "bias": kind + "".join(axis for axis in axes if lengths[axis] > 1),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        """Columns to the left and to the right of the diagonal, -1 without limit."""
+        found = re.fullmatch(_WINDOW, self.window or "windowx")
+        if found is None:
+            raise ValueError(f"{self.window!r} is no window")
+        left, right = (-1 if side is None else int(side) for side in found.groups())
+        return left, 0 if self.causal else right
+
+    @property
+    def _kind_and_axes(self) -> tuple[str, str]:
+        found = re.fullmatch(_BIAS, self.bias)
+        if found is None:
+            if self.bias:
+                raise ValueError(f"{self.bias!r} is no bias")
+            return "", ""
+        kind, axes = found.groups()
+        return kind if self.GRADIENTS else kind.removeprefix("d"), axes
 
     @classmethod
     def of(cls, *args: Any) -> Self:
-        q, k, _, causal, _ = args
+        q, k, _, form, _, *tensors = args
         batch, heads, seq_q, head_dim = q.shape
-        return cls(batch, heads, k.shape[1], seq_q, k.shape[2], head_dim, dtype_name(q.dtype), causal)
+        bias, _, _ = extras(form, tensors)
+        axes = "" if bias is None else "".join(axis for axis, n in zip("bhqk", bias.shape, strict=True) if n > 1)
+        return cls(
+            batch,
+            heads,
+            k.shape[1],
+            seq_q,
+            k.shape[2],
+            head_dim,
+            dtype_name(q.dtype),
+            form.causal,
+            "bottom_right" if form.bottom_right else "top_left",
+            _window(form.left, form.right) if banded(form) else "",
+            form.softcap > 0,
+            form.bias + axes,
+            form.alibi,
+            form.dropout > 0,
+            form.tf32,
+            form.deterministic,
+        )
+
+    @property
+    def form(self) -> Form:
+        """One of the forms that pose this problem."""
+        left, right = self._sides
+        return form(
+            left=left,
+            right=right,
+            bottom_right=self.diagonal == "bottom_right",
+            softcap=_SOFTCAP if self.softcap else 0.0,
+            bias=self._kind_and_axes[0],  # type: ignore[arg-type]
+            alibi=self.alibi,
+            dropout=_DROPOUT if self.dropout else 0.0,
+            tf32=self.tf32,
+            deterministic=self.deterministic,
+        )
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         source = generator(device, seed)
         query, key = self._shapes()
-        q, k, v = (
-            torch.randn(shape, generator=source, device=device, dtype=self.torch_dtype) for shape in (query, key, key)
-        )
-        return q, k, v, self.causal, self.head_dim**-0.5
+
+        def normal(shape: tuple[int, ...]) -> torch.Tensor:
+            return torch.randn(shape, generator=source, device=device, dtype=self.torch_dtype)
+
+        q, k, v = normal(query), normal(key), normal(key)
+        tensors = []
+        kind, axes = self._kind_and_axes
+        if kind:
+            bias = normal(self._bias_shape)
+            if kind == "mask":
+                bias = torch.rand(bias.shape, generator=source, device=device) < _SHOWN
+                if "q" in axes:
+                    bias[:, :, self.seq_q // 2] = False  # a row that sees nothing
+            tensors.append(bias)
+        if self.alibi:  # the slopes of the paper (Press et al. 2022)
+            tensors.append(2.0 ** (-8.0 * torch.arange(1, self.heads + 1, device=device) / self.heads))
+        if self.dropout:
+            tensors.append(torch.randint(1 << 62, (1,), generator=source, device=device))
+        return q, k, v, self.form, self.head_dim**-0.5, *tensors
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (
@@ -48,12 +156,39 @@ class ForwardProblem(Problem):
         )
 
     @property
+    def _bias_shape(self) -> tuple[int, ...]:
+        _, axes = self._kind_and_axes
+        lengths = (self.batch, self.heads, self.seq_q, self.seq_k)
+        return tuple(n if axis in axes else 1 for axis, n in zip("bhqk", lengths, strict=True))
+
+    @property
+    def width(self) -> int:
+        """The head dimension as tiles have it: the next power of two."""
+        return int(triton.next_power_of_2(self.head_dim))
+
+    @property
+    def companions(self) -> int:
+        """Tiles as large as one of scores that a kernel holds beside it."""
+        return bool(self.bias) + self.dropout + self.softcap
+
+    @property
+    def limits(self) -> tuple[int | None, int | None]:
+        """Row i sees columns i - before … i + after; None is without limit."""
+        return limits(self.form, self.seq_q, self.seq_k)
+
+    @functools.cached_property
     def pairs(self) -> float:
-        """Unmasked (row, column) pairs of one head: the area under the mask's edge, so that a causal square is half."""
-        if not self.causal:
+        """Unmasked (row, column) pairs of one head: the area under a causal mask's edge, so that its square is half."""
+        before, after = self.limits
+        if before is None and after is None:
             return self.seq_q * self.seq_k
-        square = min(self.seq_q, self.seq_k)
-        return square * square / 2 + (self.seq_q - square) * self.seq_k
+        if before is None and after == 0:
+            square = min(self.seq_q, self.seq_k)
+            return square * square / 2 + (self.seq_q - square) * self.seq_k
+        rows = torch.arange(self.seq_q)
+        first = torch.zeros_like(rows) if before is None else (rows - before).clamp(0, self.seq_k)
+        last = torch.full_like(rows, self.seq_k) if after is None else (rows + after + 1).clamp(0, self.seq_k)
+        return float((last - first).clamp(min=0).sum())
 
     @property
     def queries(self) -> int:
@@ -61,15 +196,18 @@ class ForwardProblem(Problem):
         return self.batch * self.heads * self.seq_q
 
     @property
-    def _bytes(self) -> tuple[float, float]:
-        """Of one tensor shaped like q, and of one shaped like k."""
+    def _bytes(self) -> tuple[float, float, float]:
+        """Of one tensor shaped like q, of one shaped like k, and of the bias."""
         width = self.torch_dtype.itemsize
         query, key = (math.prod(shape) * width for shape in self._shapes())
-        return query, key
+        kind, _ = self._kind_and_axes
+        bias = math.prod(self._bias_shape) * (1 if kind == "mask" else width) if kind else 0
+        return query, key, bias
 
     def cost(self) -> Cost:
-        query, key = self._bytes
-        return Cost(4 * self.batch * self.heads * self.pairs * self.head_dim, 2 * query + 2 * key + 4 * self.queries)
+        query, key, bias = self._bytes
+        moved = 2 * query + 2 * key + bias + 4 * self.queries
+        return Cost(4 * self.batch * self.heads * self.pairs * self.head_dim, moved)
 
     def check(self) -> None:
         if self.heads % self.heads_kv:
@@ -79,8 +217,11 @@ class ForwardProblem(Problem):
 
     def neighbours(self) -> Sequence[Self]:
         group = self.heads // self.heads_kv
-        few = replace(self, batch=2, heads=2 * group, heads_kv=2)
-        longer = min(max(1024, 2 * max(self.seq_q, self.seq_k)), 32768)
+        left, right = self._sides
+        window = _window(min(left, 100), min(right, 60))  # or it would reach past the ends of short sequences
+        few = replace(self, batch=2, heads=2 * group, heads_kv=2, window=window)
+        longest = 4096 if "q" in self._kind_and_axes[1] else 32768  # such a bias grows with the square
+        longer = min(max(1024, 2 * max(self.seq_q, self.seq_k)), longest)
         # Ragged in both lengths, with whole blocks before the ragged one for every block size. Then longer; where that
         # costs little, with more blocks than a GPU runs at once.
         return (
@@ -104,6 +245,23 @@ class ForwardProblem(Problem):
             ("B1,H8,Hkv1,S33,Sk70,D32", "bf16"),
             ("B2,H8,Hkv2,S40,D32,causal", "bf16"),
             ("B1,H1,S40,D256", "bf16"),
+            ("B1,H2,S100,D72,causal", "bf16"),
+            ("B1,H2,Hkv1,S40,Sk70,D96", "fp16"),
+            ("B1,H1,S33,D160", "bf16"),
+            ("B1,H2,S70,Sk197,D32,causal,bottom_right", "bf16"),
+            ("B1,H1,S197,Sk100,D64,causal,bottom_right", "bf16"),
+            ("B1,H2,S197,D32,causal,window40x0", "bf16"),
+            ("B1,H4,Hkv2,S100,Sk150,D32,bottom_right,window70x9", "fp16"),
+            ("B1,H1,S100,D64,softcap", "bf16"),
+            ("B2,H3,S70,Sk100,D32,alibi", "bf16"),
+            ("B2,H2,S70,D32,dbiashqk", "bf16"),
+            ("B2,H4,Hkv2,S40,Sk100,D32,causal,dbiasbhqk", "fp16"),
+            ("B2,H2,S70,D32,maskbk", "bf16"),
+            ("B2,H2,S40,Sk70,D64,maskqk", "fp16"),
+            ("B1,H2,S100,D32,dropout", "bf16"),
+            ("B1,H2,S70,D32,causal,window50x0,softcap,biasq,alibi,dropout", "bf16"),
+            ("B1,H2,S50,D32,causal", "fp32"),
+            ("B1,H1,S40,D64,tf32", "fp32"),
         )
         return [cls.parse(text, dtype) for text, dtype in texts]
 
@@ -127,24 +285,33 @@ class ForwardProblem(Problem):
                 (("quick", quick), ("seeds", seeds), ("fa", fa))}  # fmt: skip
 
 
+def _window(left: int, right: int) -> str:
+    """How a window is written; empty where the limits are none, or those of a causal mask."""
+    sides = "x".join("" if side < 0 else str(side) for side in (left, right))
+    return f"window{sides}" if left >= 0 or right > 0 else ""
+
+
 @dataclass(frozen=True)
 class BackwardProblem(ForwardProblem):
     """Also do and o (B, H, Sq, D) and lse (B, H, Sq) in fp32."""
 
+    GRADIENTS: ClassVar[bool] = True
+
     @classmethod
     def of(cls, *args: Any) -> Self:
-        _, q, k, v, _, _, causal, scale = args
-        return super().of(q, k, v, causal, scale)
+        _, q, k, v, _, _, *rest = args
+        return super().of(q, k, v, *rest)
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         from tilebook.kernels.attention.peers import torch_forward  # peers judge problems, so they import this module
 
-        q, k, v, causal, scale = super().inputs(device, seed)
-        o, lse = torch_forward(q, k, v, causal, scale)
+        q, k, v, *rest = super().inputs(device, seed)
+        o, lse = torch_forward(q, k, v, *rest)
         source = generator(device, seed + 1)
         do = torch.randn(q.shape, generator=source, device=device, dtype=q.dtype)
-        return do, q, k, v, o, lse, causal, scale
+        return do, q, k, v, o, lse, *rest
 
     def cost(self) -> Cost:
-        query, key = self._bytes
-        return Cost(2.5 * super().cost().flops, 4 * query + 4 * key + 4 * self.queries)
+        query, key, bias = self._bytes
+        moved = 4 * query + 4 * key + bias * (2 if self.bias.startswith("d") else 1) + 4 * self.queries
+        return Cost(2.5 * super().cost().flops, moved)

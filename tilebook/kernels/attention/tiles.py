@@ -48,12 +48,14 @@ def load_tile(
     n_rows,
     ROWS: tl.constexpr,
     D: tl.constexpr,
+    WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """Rows `row` … `row + ROWS` of one head, [ROWS, D]; `MASKED` where some may lie past `n_rows`: those are zero.
 
-    `source` is a tensor descriptor, whose hardware sees to rows out of range by itself, or a pointer.
+    So are columns past `WIDTH`, the head dimension; D is the power of two above it. `source` is a tensor descriptor,
+    whose hardware sees to what is out of range by itself, or a pointer.
     """
     if DESCRIPTORS:
         tile = source.load([batch, head, row, 0]).reshape(ROWS, D)
@@ -62,20 +64,41 @@ def load_tile(
         base = source + offset(batch, head, stride_b, stride_h) + row.to(tl.int64) * stride_s
         rows = tl.arange(0, ROWS)
         inside = rows[:, None] * stride_s + tl.arange(0, D)[None, :]
-        if MASKED:
+        if MASKED and D == WIDTH:
             tile = tl.load(base + inside, mask=rows[:, None] < n_rows - row, other=0.0)
+        elif MASKED:
+            there = (rows[:, None] < n_rows - row) & (tl.arange(0, D) < WIDTH)[None, :]
+            tile = tl.load(base + inside, mask=there, other=0.0)
+        elif D != WIDTH:
+            tile = tl.load(base + inside, mask=(tl.arange(0, D) < WIDTH)[None, :], other=0.0)
         else:
             tile = tl.load(base + inside)
     return tile
 
 
 @triton.jit
-def store_tile(out, tile, batch, head, row, stride_b, stride_h, stride_s, n_rows, ROWS: tl.constexpr, D: tl.constexpr):
+def store_tile(
+    out,
+    tile,
+    batch,
+    head,
+    row,
+    stride_b,
+    stride_h,
+    stride_s,
+    n_rows,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Writes those rows of a [ROWS, D] tile that lie before `n_rows`, rounded to the dtype of `out`."""
     base = out + offset(batch, head, stride_b, stride_h) + row.to(tl.int64) * stride_s
     rows = tl.arange(0, ROWS)
     inside = rows[:, None] * stride_s + tl.arange(0, D)[None, :]
-    tl.store(base + inside, tile.to(out.dtype.element_ty), mask=rows[:, None] < n_rows - row)
+    there = rows[:, None] < n_rows - row
+    if D != WIDTH:
+        there &= (tl.arange(0, D) < WIDTH)[None, :]
+    tl.store(base + inside, tile.to(out.dtype.element_ty), mask=there)
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:
@@ -98,8 +121,8 @@ def describable(*tensors: torch.Tensor) -> bool:
 
 
 def describe(x: torch.Tensor, rows: int) -> Any:
-    """A host-side descriptor whose blocks are `rows` rows of one head."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[-1]])
+    """A host-side descriptor whose blocks are `rows` rows of one head, as wide as the next power of two."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, triton.next_power_of_2(x.shape[-1])])
 
 
 def asynchronous(device: Device) -> bool:
@@ -129,8 +152,13 @@ def oversized(block: int, length: int, smallest: int) -> bool:
     return block > max(smallest, int(triton.next_power_of_2(length)))
 
 
-def rows_and_tiles(n_rows: int, n_columns: int, rows: int, columns: int, causal: bool) -> Sequence[tuple[int, int]]:
-    """For each block of rows its first row and how many blocks of columns it visits."""
-    return [
-        (row, -(-(min(row + rows, n_columns) if causal else n_columns) // columns)) for row in range(0, n_rows, rows)
-    ]
+def rows_and_tiles(
+    n_rows: int, n_columns: int, rows: int, columns: int, before: int | None, after: int | None
+) -> Sequence[tuple[int, int]]:
+    """For each block of rows its first row and how many blocks of columns it visits, of those in the band."""
+    found = []
+    for row in range(0, n_rows, rows):
+        first = 0 if before is None else max(row - before, 0) // columns
+        last = n_columns if after is None else min(row + rows + after, n_columns)
+        found.append((row, max(-(-last // columns) - first, 0)))
+    return found
