@@ -165,7 +165,7 @@ def attention(
         factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
     extras: tuple[torch.Tensor, ...] = ()
     optional = window or softcap or dropout_p or deterministic or alibi_slopes is not None
-    if optional or bias is not None or attn_mask is not None or causal == "bottom_right" or q.dtype == torch.float32:
+    if optional or bias is not None or attn_mask is not None or causal not in (False, True) or q.dtype == torch.float32:
         if not 0 <= dropout_p < 1 or softcap < 0:
             raise ValueError(f"dropout_p must lie in [0, 1) and softcap not be negative; got {dropout_p} and {softcap}")
         bias = _together(bias, attn_mask)

@@ -94,6 +94,8 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
     heads, descriptors = config.number("HEADS"), config["DESCRIPTORS"]
     if descriptors and device.capability < 90:
         return "tensor descriptors need sm_90 or later"
+    if descriptors and problem.exact:
+        return "products in full fp32 read their operands through registers"
     if descriptors and problem.floor_s(device) < HOST_DESCRIPTORS_S:
         return "the GPU would wait for the host to make its tensor descriptors"
     if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads_kv):
@@ -102,14 +104,15 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
     for half in _halves(config):
         if device.backend == "hip" and half.stages > 2:
             return "more than 2 stages do not pay on AMD GPUs"
-        if asynchronous(device) and half.held < 64:
+        if asynchronous(device) and half.held < 64 and not problem.exact:
             return "tensor cores that read shared memory take blocks of at least 64"
         longest, other = (problem.seq_k, problem.seq_q)[:: 1 if half.axis == "1" else -1]
         if oversized(half.held, longest, 64) or oversized(half.swept, other, 32):
             return "a block is larger than the sequence"
         # Half of what one tile a warp would take: warps may share rows here, where nothing is reduced along a row.
-        if half.held < 8 * half.warps:
-            return f"{half.warps} warps need a block of at least {8 * half.warps}"
+        fewest = 4 if problem.exact else 8
+        if half.held < fewest * half.warps:
+            return f"{half.warps} warps need a block of at least {fewest * half.warps}"
         operands = 0 if asynchronous(device) else width  # two held tiles, two halves in a register
         reason = too_large(_shared(problem, half, device), device) or crowded(
             half.held * (half.sums * width + (2 + problem.companions) * half.swept + operands), half.warps, device
@@ -136,13 +139,18 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     """Of each half the first that fits of a few good shapes: 128 held where that gives every SM a block, else less."""
     pairs = {"1": problem.batch * problem.heads_kv, "2": problem.batch * problem.heads}
     lengths = {"1": problem.seq_k, "2": problem.seq_q}
-    descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S
+    descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and not problem.exact
     rest = {"HEADS": 1, "DESCRIPTORS": int(descriptors)}
 
     def shapes(axis: str) -> list[tuple[int, int, int, int]]:
         """Held, swept, warps, stages."""
+        if problem.exact:  # operands live in registers too
+            return [(32, 32, 8, 1)]
         small = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1)]
-        if device.backend == "hip" or device.capability >= 100:
+        padded = problem.head_dim != problem.width and not asynchronous(device)
+        if padded or problem.dtype == "fp32":
+            small = small[2:]  # masks along the head dimension, and wide numbers, take registers too
+        elif device.backend == "hip" or device.capability >= 100:
             small = small[1:]  # wider ones spill in what Triton makes of them there
         if not asynchronous(device):
             return [*small, (32, 32, 4, 2), (32, 32, 4, 1)]

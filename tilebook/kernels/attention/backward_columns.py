@@ -50,7 +50,7 @@ def _column_step(
 
     `scale` brings scores to powers of two, or with `SCORED` to natural units, as in the forward pass.
     """
-    before, after, mask, _, base, stride_bm, stride_bn, _, softcap, seed, dropout = extras
+    before, after, mask, _bias, base, stride_bm, stride_bn, _slope, softcap, seed, dropout = extras
     row = tl.multiple_of(block * BLOCK_M, BLOCK_M)
     q_tile = load_tile(
         q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, MASKED, DESCRIPTORS

@@ -67,7 +67,7 @@ def _row_loop(
 
     `scale` and `row_lse` are in powers of two, or with `SCORED` in natural units.
     """
-    before, after, mask, _, base, stride_bm, stride_bn, _, softcap, seed, dropout = extras
+    before, after, mask, _bias, base, stride_bm, stride_bn, _slope, softcap, seed, dropout = extras
     for column in tl.range(first, last, BLOCK_N):
         column = tl.multiple_of(column, BLOCK_N)
         k_tile = load_tile(

@@ -67,7 +67,9 @@ def form(
     deterministic: bool = False,
 ) -> Form:
     """The one object for this form."""
-    return _interned(left, right, bottom_right, float(softcap), bias, alibi, float(dropout), tf32, deterministic)
+    values = left, right, bottom_right, float(softcap), bias, alibi, float(dropout), tf32, deterministic
+    # What is traced is not looked up, and so need not be the one object.
+    return Form(*values) if torch.compiler.is_compiling() else _interned(*values)
 
 
 PLAIN, CAUSAL = form(), form(right=0)

@@ -51,7 +51,8 @@ def attention_fwd(
 
 
 def supports(problem: ForwardProblem) -> bool:
-    return problem.dtype in DTYPES and problem.head_dim % 8 == 0 and 16 <= problem.head_dim <= 256
+    widest = 128 if problem.exact else 256  # more does not fit into registers without tensor cores
+    return problem.dtype in DTYPES and problem.head_dim % 8 == 0 and 16 <= problem.head_dim <= widest
 
 
 def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
@@ -60,14 +61,17 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
     )
     if descriptors and device.capability < 90:
         return "tensor descriptors need sm_90 or later"
+    if descriptors and problem.exact:
+        return "products in full fp32 read their operands through registers"
     if descriptors and problem.floor_s(device) < HOST_DESCRIPTORS_S:
         return "the GPU would wait for the host to make its tensor descriptors"
     if device.backend == "hip" and stages > 2:
         return "more than 2 stages do not pay on AMD GPUs"
     if oversized(rows, problem.seq_q, 64) or oversized(columns, problem.seq_k, 32):
         return "a block is larger than the sequence"
-    if rows < 16 * warps:
-        return f"{warps} warps need a BLOCK_M of at least {16 * warps}"
+    fewest = 4 if problem.exact else 16
+    if rows < fewest * warps:
+        return f"{warps} warps need a BLOCK_M of at least {fewest * warps}"
     if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
     width = problem.width
@@ -100,8 +104,10 @@ def _default(problem: ForwardProblem, device: Device) -> Config:
     if triton.cdiv(problem.seq_q, 128) * problem.batch * problem.heads >= device.sm_count:
         large = (128, 64, 4, stages) if width <= 64 else (128, 128 if width == 128 and modern else 64, 8, 2)
         shapes.insert(0, large)
+    if problem.exact:  # operands live in registers too
+        shapes = [(64, 32, 8 if width <= 64 else 16, 1)]
     axes = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
-    descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S
+    descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and not problem.exact
     rest = {"HEADS": 1, "DESCRIPTORS": int(descriptors)}
     configs = [Config(dict(zip(axes, shape, strict=True)) | rest) for shape in shapes]
     return next((each for each in configs if _reject(problem, each, device) is None), configs[-1])
@@ -173,7 +179,7 @@ def _attend(
     `scale` brings scores to powers of two, and maxima are in them; where something is done to the scores themselves
     (`SCORED`) both are in natural units, and differences are taken first: biases may be huge.
     """
-    before, after, mask, _, base, stride_bm, stride_bn, _, _, seed, dropout = extras
+    before, after, mask, _bias, base, stride_bm, stride_bn, _slope, _softcap, seed, dropout = extras
     for column in tl.range(first, last, BLOCK_N):
         column = tl.multiple_of(column, BLOCK_N)
         k_tile = load_tile(
@@ -182,7 +188,7 @@ def _attend(
         s = tl.dot(q, tl.trans(k_tile), allow_tf32=TF32)
         if SCORED:
             at_rows, at_columns = (row + tl.arange(0, BLOCK_M))[:, None], (column + tl.arange(0, BLOCK_N))[None, :]
-            s, _ = scored(s, row, column, at_rows, at_columns, n_q, n_k, scale, extras)
+            s, _bent = scored(s, row, column, at_rows, at_columns, n_q, n_k, scale, extras)
         if MASKED:
             columns = column + tl.arange(0, BLOCK_N)
             keep = columns[None, :] < n_k

@@ -168,8 +168,13 @@ class ForwardProblem(Problem):
 
     @property
     def companions(self) -> int:
-        """Tiles as large as one of scores that a kernel holds beside it."""
-        return bool(self.bias) + self.dropout + self.softcap
+        """Registers that a kernel needs for each score beside it: bias and address, random bits, a derivative."""
+        return 2 * bool(self.bias) + 2 * self.dropout + self.softcap
+
+    @property
+    def exact(self) -> bool:
+        """Are products in full fp32, which tensor cores do not have?"""
+        return self.dtype == "fp32" and not self.tf32
 
     @property
     def limits(self) -> tuple[int | None, int | None]:

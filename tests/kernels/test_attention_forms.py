@@ -1,0 +1,416 @@
+"""What attention can do beside plain and causal, against autograd through one formula in fp32.
+
+Kernels run in Triton's interpreter where there is no GPU. Verification against the reference, with poison and guard
+bands, is that of the examples in test_every_family.py; here the public functions are held to a formula of their own.
+"""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tilebook
+from tilebook import device as devices
+from tilebook import dispatch
+from tilebook import op as ops
+from tilebook.kernels.attention import eager
+from tilebook.kernels.attention.form import form, simplest
+from tilebook.kernels.attention.philox import survives
+from tilebook.op import UsageError
+from tilebook.tuner.verify import Case, verify
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+H200 = devices.find("H200")
+FORWARD, BACKWARD = ops.get("attention_fwd"), ops.get("attention_bwd")
+
+
+def formula(q, k, v, scale=None, causal=False, window=None, softcap=0.0, alibi_slopes=None, bias=None, attn_mask=None):
+    """(o, lse), spelled out in the dtype of the inputs; rows that see nothing are 0 and -inf."""
+    group, n_q, n_k = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    i, j = torch.arange(n_q, device=q.device)[:, None], torch.arange(n_k, device=q.device)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.expand(q.shape[:2])[..., None, None]
+        scores = scores - slopes * (i + n_k - n_q - j).abs()
+    if bias is not None:
+        scores = scores + bias
+    seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device)
+    if attn_mask is not None:
+        seen = seen & attn_mask
+    diagonal = i if causal in (True, "top_left") else i + n_k - n_q
+    left, right = window or (None, None)
+    if causal:
+        seen = seen & (j <= diagonal)
+    if left is not None and left >= 0:
+        seen = seen & (j >= diagonal - left)
+    if right is not None and right >= 0:
+        seen = seen & (j <= diagonal + right)
+    scores = scores.masked_fill(~seen, -math.inf)
+    lse = scores.detach().logsumexp(-1)
+    dead = (lse == -math.inf)[..., None]
+    return scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0) @ v, lse
+
+
+def tensors(*shapes, dtype=torch.bfloat16, seed=0):
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=source).to(DEVICE, dtype) for shape in shapes]
+
+
+def agree(options, shapes, dtype=torch.float16, seed=0, tolerance=4e-3):
+    """Kernels and PyTorch's own path give o, lse and every gradient of the formula."""
+    q, k, v = tensors(*shapes, dtype=dtype, seed=seed)
+    (do,) = tensors(q.shape, dtype=dtype, seed=seed + 1)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    bias = options.get("bias")
+    right = dict(options)
+    if bias is not None:
+        right["bias"] = bias.double().requires_grad_()
+        exact.append(right["bias"])
+    truth, lse = formula(*exact[:3], **right)
+    truths = torch.autograd.grad(truth, exact, do.double())
+    for kernels in (True, False):
+        given_ = [x.clone().requires_grad_() for x in (q, k, v)]
+        ours = dict(options)
+        if bias is not None:
+            ours["bias"] = bias.clone().requires_grad_()
+        with dispatch.use("triton" if kernels else "torch"):
+            o, got = tilebook.attention(*given_, **ours, return_lse=True)
+            grads = torch.autograd.grad(o, [*given_, *([ours["bias"]] if bias is not None else [])], do)
+        assert not got.requires_grad
+        torch.testing.assert_close(got.double(), lse, rtol=1e-3, atol=3e-3)
+        for mine, other in zip((o, *grads), (truth, *truths), strict=True):
+            assert mine.isfinite().all()
+            assert (mine.double() - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()), options
+
+
+def shapes(n_q, n_k, heads=2, heads_kv=2, width=32, batch=1):
+    return (batch, heads, n_q, width), (batch, heads_kv, n_k, width), (batch, heads_kv, n_k, width)
+
+
+@pytest.mark.parametrize("width", [24, 72, 80, 96, 160])
+def test_head_dimensions_between_powers_of_two(width):
+    agree({"causal": True}, shapes(40, 40, width=width))
+
+
+@pytest.mark.parametrize("descriptors", [0, 1])
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD], ids=lambda op: op.name)
+def test_padding_of_the_head_dimension_neither_reads_nor_writes_beyond_it(op, descriptors):
+    problem = op.problem.parse("B1,H2,S70,D40,causal", "bf16")
+    config = op.tunable.space.default(problem, H200).replace(DESCRIPTORS=descriptors)
+    verify(op.tunable, config, [Case.make(op, problem, DEVICE, 1)], repeats=0)
+
+
+@pytest.mark.parametrize("causal", [True, "top_left", "bottom_right"])
+@pytest.mark.parametrize(("n_q", "n_k"), [(40, 40), (20, 70), (70, 20), (1, 33)])
+def test_causal_masks_are_aligned_as_asked(causal, n_q, n_k):
+    agree({"causal": causal}, shapes(n_q, n_k))
+
+
+@pytest.mark.parametrize("causal", [False, True, "bottom_right"])
+@pytest.mark.parametrize("window", [(0, 0), (7, None), (None, 3), (5, 9), (-1, 0), (1000, 1000)])
+def test_windows_count_from_the_diagonal(causal, window):
+    agree({"causal": causal, "window": window}, shapes(50, 90))
+    agree({"causal": causal, "window": window}, shapes(90, 50))
+
+
+def test_long_windows_skip_tiles_and_lose_nothing():
+    agree({"causal": True, "window": (100, 0)}, shapes(400, 400, heads=1, heads_kv=1, width=16))
+    agree({"window": (20, 150)}, shapes(300, 420, heads=1, heads_kv=1, width=16))
+
+
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
+def test_softcap_and_its_derivative(softcap):
+    agree({"softcap": softcap, "scale": 1.0}, shapes(40, 50))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_alibi_slopes_are_per_head_or_per_batch_and_head(batched):
+    (slopes,) = tensors((2, 4) if batched else (4,), dtype=torch.float32)
+    agree({"alibi_slopes": slopes.abs(), "causal": True}, shapes(30, 50, heads=4, batch=2))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 40, 50), (1, 4, 40, 50), (2, 1, 1, 50), (40, 50), (1, 1, 40, 1)])
+def test_biases_broadcast_and_have_gradients(shape):
+    (bias,) = tensors(shape, dtype=torch.float16)
+    agree({"bias": bias}, shapes(40, 50, heads=4, heads_kv=2, batch=2), tolerance=8e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 50), (1, 4, 40, 50), (40, 50)])
+def test_boolean_masks_broadcast(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
+    agree({"attn_mask": mask}, shapes(40, 50, heads=4, heads_kv=2, batch=2))
+
+
+def test_float_masks_and_masks_beside_biases():
+    q, k, v, bias = tensors(*shapes(30, 40), (30, 40), dtype=torch.float16)
+    mask = torch.rand(30, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
+    with dispatch.use("triton"):
+        both = tilebook.attention(q, k, v, bias=bias, attn_mask=mask)
+        added = tilebook.attention(q, k, v, attn_mask=bias.masked_fill(~mask, -math.inf))
+    assert torch.equal(both, added)
+    truth, _ = formula(q.double(), k.double(), v.double(), bias=bias.double(), attn_mask=mask)
+    torch.testing.assert_close(both.double(), truth, rtol=1e-2, atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": "bottom_right"},  # the first rows of many see nothing
+        {"window": (3, 0)},
+        {"attn_mask": torch.zeros(1, 1, 70, 20, dtype=torch.bool)},
+        {"bias": torch.full((70, 20), -math.inf)},
+        {"attn_mask": torch.arange(70)[:, None] % 2 == 0},
+    ],
+    ids=["causal", "window", "mask", "bias", "every other row"],
+)
+def test_rows_that_see_nothing_are_zero_and_so_are_their_gradients(options):
+    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    agree({name: x.half() if name == "bias" else x for name, x in options.items()}, shapes(70, 20))
+
+
+def test_hugely_negative_biases_are_not_infinite():
+    """A row masked by the most negative number sees everything alike, as in PyTorch."""
+    q, k, v = tensors(*shapes(20, 40), dtype=torch.bfloat16)
+    bias = torch.full((20, 40), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16, device=DEVICE)
+    with dispatch.use("triton"):
+        o = tilebook.attention(q, k, v, bias=bias)
+    torch.testing.assert_close(o.float(), v.float().mean(2, keepdim=True).expand(o.shape), rtol=0, atol=0.01)
+
+
+def test_dropout_is_the_same_in_every_implementation_config_and_direction():
+    q, k, v = tensors(*shapes(70, 90))
+    found = []
+    for name, config in (("triton", None), ("torch", None), ("triton", {"BLOCK_M": 128, "BLOCK_N": 64})):
+        torch.manual_seed(3)
+        base = FORWARD.tunable.space.default(FORWARD.problem.parse("B1,H2,S70,Sk90,D32", "bf16"), H200)
+        with dispatch.use(name, base.replace(**config) if config else None):
+            found.append(tilebook.attention(q, k, v, dropout_p=0.4))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=2e-2, atol=2e-2)
+    with dispatch.use("triton"):
+        assert not torch.allclose(found[0], tilebook.attention(q, k, v, dropout_p=0.4), atol=0.05)
+
+
+def test_gradients_use_the_weights_that_dropout_kept():
+    """o is linear in v and the dropped weights are constants: compare with the mask spelled out."""
+    q, k, v = (x.requires_grad_() for x in tensors(*shapes(40, 60), dtype=torch.float32))
+    torch.manual_seed(5)
+    with dispatch.use("triton"):
+        o = tilebook.attention(q, k, v, dropout_p=0.3)
+    torch.manual_seed(5)
+    seed = torch.randint(1 << 62, (1,), device=DEVICE)
+    pairs, rows, columns = (torch.arange(n, device=DEVICE) for n in (2, 40, 60))
+    kept = survives(seed, pairs[:, None, None], rows[:, None], columns, 0.3)
+    assert abs(kept.float().mean().item() - 0.7) < 0.03
+    truth = (kept / 0.7 * (q @ k.mT * 32**-0.5).softmax(-1)) @ v
+    (do,) = tensors(o.shape, dtype=torch.float32, seed=9)
+    for mine, right in zip(
+        torch.autograd.grad(o, (q, k, v), do), torch.autograd.grad(truth, (q, k, v), do), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(o, truth, rtol=1e-3, atol=1e-4)
+
+
+def test_random_bits_are_those_of_philox():
+    """Against the known answer of Random123's Philox 4x32-7 for the all-zero counter and key."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    first = 0x5F6FB709
+    assert survives(zero, zero, zero, zero, (first >> 8) / 2**24).item()
+    assert not survives(zero, zero, zero, zero, ((first >> 8) + 1) / 2**24).item()
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_fp32_is_served_in_full_or_in_tf32(tf32):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        agree({"causal": True}, shapes(40, 50), torch.float32, tolerance=5e-3 if tf32 and DEVICE == "cuda" else 2e-5)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+options = st.fixed_dictionaries(
+    {
+        "causal": st.sampled_from([False, True, "top_left", "bottom_right"]),
+        "window": st.none() | st.tuples(st.integers(-1, 80), st.integers(-1, 80)),
+        "softcap": st.sampled_from([0.0, 2.0]),
+        "alibi": st.booleans(),
+        "table": st.sampled_from(["", "bias", "mask"]),
+        "axes": st.tuples(*[st.booleans()] * 4),
+        "n_q": st.integers(1, 90),
+        "n_k": st.integers(1, 90),
+        "heads": st.sampled_from([(1, 1), (2, 1), (4, 2)]),
+        "width": st.sampled_from([16, 24, 40, 64]),
+    }
+)
+
+
+def combined(n_q, n_k, heads, width, table, axes, alibi, seed=0, **plain):
+    full = (2, heads[0], n_q, n_k)
+    shape = tuple(n if whole else 1 for n, whole in zip(full, axes, strict=True))
+    source = torch.Generator().manual_seed(seed)
+    if table == "bias":
+        plain["bias"] = torch.randn(shape, generator=source).to(DEVICE, torch.float16)
+    if table == "mask":
+        plain["attn_mask"] = (torch.rand(shape, generator=source) < 0.7).to(DEVICE)
+    if alibi:
+        plain["alibi_slopes"] = torch.rand(heads[0], generator=source).to(DEVICE)
+    agree(plain, shapes(n_q, n_k, *heads, width, batch=2), seed=seed, tolerance=1e-2)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(options)
+def test_any_combination_is_right(options):
+    combined(**options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(300))
+def test_random_combinations_on_the_gpu(seed):
+    draw = random.Random(seed)
+    window = draw.choice([None, (draw.randint(-1, 500), draw.randint(-1, 500))])
+    combined(
+        causal=draw.choice([False, True, "bottom_right"]),
+        window=window,
+        softcap=draw.choice([0.0, 0.0, 2.0]),
+        alibi=draw.random() < 0.3,
+        table=draw.choice(["", "bias", "mask"]),
+        axes=tuple(draw.random() < 0.5 for _ in range(4)),
+        n_q=draw.randint(1, 700),
+        n_k=draw.randint(1, 700),
+        heads=draw.choice([(1, 1), (2, 1), (4, 2), (6, 6)]),
+        width=draw.choice([16, 64, 72, 80, 96, 128, 160, 256]),
+        seed=seed,
+    )
+
+
+def test_limits_that_hide_nothing_are_not_there():
+    assert simplest(100, 100, 99, 0, True) == (-1, 0, False)
+    assert simplest(100, 100, 98, 0, False) == (98, 0, False)
+    assert simplest(1, 100, -1, 0, True) == (-1, -1, False)
+    assert simplest(40, 100, -1, 0, True) == (-1, 0, True)
+    assert form(left=5, softcap=1) is form(softcap=1.0, left=5)
+
+
+def test_plain_problems_keep_their_keys():
+    key = '{"batch":8,"causal":true,"dtype":"bf16","head_dim":64,"heads":6,"heads_kv":6,"seq_k":196,"seq_q":196}'
+    problem = FORWARD.problem.parse("B8,H6,S196,D64,causal", "bf16")
+    assert problem.key == key
+    assert FORWARD.problem.from_key(key) == problem
+    assert FORWARD.problem.parse("B8,H6,S196,D64,causal,window500x0", "bf16").key == key
+    assert "window" in FORWARD.problem.parse("B8,H6,S196,D64,causal,window50x0", "bf16").key
+
+
+def test_a_gradient_of_the_bias_is_the_backward_problem_s_alone():
+    assert FORWARD.problem.parse("B1,H2,S8,D16,dbiashqk", "bf16").label == "B1,H2,S8,D16,biashqk"
+    assert BACKWARD.problem.parse("B1,H2,S8,D16,dbiasbhqk", "bf16").label == "B1,H2,S8,D16,dbiashqk"
+
+
+@pytest.mark.parametrize("text", ["window", "window3", "windowax3", "biasqh", "maskx", "causal,causal"])
+def test_malformed_forms_are_usage_errors(text):
+    with pytest.raises(UsageError):
+        FORWARD.problem.parse(f"B1,H1,S8,D16,{text}", "bf16")
+
+
+def test_deterministic_leaves_only_what_repeats():
+    q, k, v = tensors(*shapes(40, 40))
+    args = (q, q, k, v, q, q[..., 0].float())
+    free, strict = (BACKWARD.problem.of(*args, form(deterministic=yes), 0.2) for yes in (False, True))
+    assert free.key == strict.key
+    assert free.distance(strict) == 0
+    assert BACKWARD.implementations["cudnn"].supports(strict)
+    assert not BACKWARD.implementations["cudnn"].can_run(strict, H200)
+    assert BACKWARD.tunable.can_run(strict, H200)
+
+
+@pytest.mark.parametrize("change", [{"window": (-2, 0)}, {"causal": "left"}, {"dropout_p": 1.0}, {"softcap": -1.0}])
+def test_options_out_of_range_are_value_errors(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        tilebook.attention(*tensors(*shapes(8, 8)), **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"bias": torch.zeros(3, 8)}, "broadcast"),
+        ({"attn_mask": torch.zeros(8, 8, dtype=torch.int64)}, "boolean or floating"),
+        ({"bias": torch.zeros(8, 8, dtype=torch.bool)}, "floating point"),
+        ({"alibi_slopes": torch.zeros(3)}, "alibi_slopes must be fp32"),
+        ({"alibi_slopes": torch.zeros(2, device="meta")}, "on the device of q"),
+    ],
+)
+def test_extra_tensors_that_do_not_fit_are_value_errors(change, text):
+    change = {name: x if x.is_meta else x.to(DEVICE) for name, x in change.items()}
+    with pytest.raises(ValueError, match=text):
+        tilebook.attention(*tensors(*shapes(8, 8)), **change)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True, "scale": 0.3},
+        {"attn_mask": torch.rand(20, 30) < 0.6},
+        {"attn_mask": torch.randn(2, 1, 1, 30)},
+        {"attn_mask": torch.zeros(20, 30, dtype=torch.bool)},
+    ],
+    ids=["plain", "causal", "boolean", "float", "nothing to see"],
+)
+@pytest.mark.parametrize("lead", [(), (2,), (3, 2)], ids=["3-D", "4-D", "5-D"])
+def test_drop_in_is_pytorch_s_function(options, lead):
+    q, k, v = tensors(*[(*lead, 2, n, 32) for n in (20, 30, 30)], dtype=torch.float32)
+    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    if not lead and "attn_mask" in options and options["attn_mask"].ndim == 4:
+        options["attn_mask"] = options["attn_mask"][0]
+    ours, theirs = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
+    expected = F.scaled_dot_product_attention(*theirs, **options)
+    with dispatch.use("triton"):
+        o = tilebook.scaled_dot_product_attention(*ours, **options)
+    assert o.shape == expected.shape
+    torch.testing.assert_close(o, expected, rtol=1e-4, atol=1e-5)
+    o.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, right.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_drop_in_gives_pytorch_what_no_kernel_has():
+    q, k, v = tensors((2, 4, 20, 32), (2, 2, 30, 32), (2, 2, 30, 16), dtype=torch.float32)
+    with dispatch.use("triton"):
+        o = tilebook.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        assert torch.equal(o, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+        with pytest.raises(RuntimeError):
+            tilebook.scaled_dot_product_attention(q, k, v)
+        with pytest.raises(RuntimeError, match="is_causal"):
+            tilebook.scaled_dot_product_attention(q, k, v, torch.ones(20, 30, dtype=torch.bool), is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"causal": "bottom_right"}, {"window": (5, 2)}, {"softcap": 2.0}, {"dropout_p": 0.3}]
+)
+def test_compiled_code_gives_the_same(options):
+    q, k, v = tensors(*shapes(20, 30), dtype=torch.float32)
+
+    def call(q, k, v):
+        return tilebook.attention(q, k, v, **options)
+
+    torch.manual_seed(1)
+    plain = call(q, k, v)
+    torch.manual_seed(1)
+    torch.testing.assert_close(torch.compile(call, backend="aot_eager", fullgraph=True)(q, k, v), plain)
+
+
+def test_reference_in_pieces_is_the_reference_in_one(monkeypatch):
+    problem = BACKWARD.problem.parse("B2,H4,Hkv2,S33,Sk20,D16,causal,window9x0,softcap,dbiashqk,alibi,dropout", "fp32")
+    inputs = problem.inputs(DEVICE, 0)
+    whole = BACKWARD.reference(*inputs)
+    monkeypatch.setattr(eager, "_PIECE", 200)
+    for one, other in zip(whole, BACKWARD.reference(*inputs), strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,34 @@
+"""Every form of attention compiles with its default config for four architectures, with the real compilers."""
+
+import pytest
+
+from tilebook import device as devices
+from tilebook import op as ops
+from tilebook.tuner.compile import CompilePool
+
+TARGETS = ["NVIDIA A100", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X"]
+FORMS = [
+    ("B4,H16,S4096,D72,causal", "bf16"),
+    ("B4,H16,S1024,Sk4096,D128,causal,bottom_right", "bf16"),
+    ("B4,H16,S4096,D128,causal,window512x0", "bf16"),
+    ("B4,H16,S4096,D64,softcap,alibi", "fp16"),
+    ("B4,H16,S4096,D128,dbiashqk", "bf16"),
+    ("B4,H16,S4096,D64,maskbk,dropout", "bf16"),
+    ("B4,H16,S4096,D128,causal,window512x0,softcap,dbiasbhqk,alibi,dropout", "bf16"),
+    ("B4,H16,S1024,D64,causal", "fp32"),
+    ("B4,H16,S1024,D128,tf32", "fp32"),
+]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_default_configs_of_every_form_compile(name):
+    gpu = devices.find(name)
+    with CompilePool(gpu, workers=1) as pool:
+        pending = []
+        for op in (ops.get("attention_fwd"), ops.get("attention_bwd")):
+            for text, dtype in FORMS:
+                problem = op.problem.parse(text, dtype)
+                config = op.tunable.space.default(problem, gpu)
+                pending.append((problem, pool.submit(op.name, "triton", problem.key, config)))
+        failed = [(p.label, c.failure, c.reason) for p, f in pending if (c := f.result()).failure is not None]
+    assert not failed
