@@ -148,8 +148,8 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
             return [(32, 32, 8, 1)]
         small = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1)]
         padded = problem.head_dim != problem.width and not asynchronous(device)
-        if padded or problem.dtype == "fp32":
-            small = small[2:]  # masks along the head dimension, and wide numbers, take registers too
+        if padded or problem.dtype == "fp32":  # masks along the head dimension, and wide numbers, take registers too
+            small = [] if device.backend == "hip" else small[2:]
         elif device.backend == "hip" or device.capability >= 100:
             small = small[1:]  # wider ones spill in what Triton makes of them there
         if not asynchronous(device):
