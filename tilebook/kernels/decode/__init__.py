@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilebook import device as devices
 from tilebook import dispatch
+from tilebook.kernels.attention.form import PLAIN
 from tilebook.kernels.attention.peers import cudnn_available, cudnn_forward
 from tilebook.kernels.attention.tiles import describable, like
 from tilebook.kernels.decode import eager
@@ -213,7 +214,7 @@ def _cudnn(
     softcap: float,
     window: None,
 ) -> Outputs:
-    return cudnn_forward(q, k, v, False, scale)  # its causal mask is aligned at the other corner
+    return cudnn_forward(q, k, v, PLAIN, scale)  # its causal mask is aligned at the other corner
 
 
 def attention_decode(
