@@ -140,7 +140,9 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     pairs = {"1": problem.batch * problem.heads_kv, "2": problem.batch * problem.heads}
     lengths = {"1": problem.seq_k, "2": problem.seq_q}
     descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and not problem.exact
-    rest = {"HEADS": 1, "DESCRIPTORS": int(descriptors)}
+    hopper = device.capability == 90 and descriptors and problem.form.plain and problem.width <= 128
+    heads = 4 if hopper and problem.causal and problem.width > 64 and min(pairs.values()) >= 4 else 1
+    rest = {"HEADS": heads, "DESCRIPTORS": int(descriptors)}
 
     def shapes(axis: str) -> list[tuple[int, int, int, int]]:
         """Held, swept, warps, stages."""
@@ -156,6 +158,9 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
             return [*small, (32, 32, 4, 2), (32, 32, 4, 1)]
         if device.capability >= 100:
             return small
+        if hopper:  # several programs an SM, as in the forward
+            narrow = problem.width <= 64
+            return [(64, 128 if narrow else 64, 4, 2) if axis == "1" else (128, 64 if narrow else 32, 4, 3), *small]
         enough = triton.cdiv(lengths[axis], 128) * pairs[axis] >= device.sm_count
         return [(128, 64, 8, 2), *small] if enough else small
 

@@ -97,7 +97,11 @@ def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
 
 
 def _default(problem: ForwardProblem, device: Device) -> Config:
-    """The first that fits of a few good shapes: 128 rows where that gives every SM a block, else 64."""
+    """The first that fits of a few good shapes: 128 rows where that gives every SM a block, else 64.
+
+    On Hopper 64 rows and 4 warps, so that several programs share an SM and one's products hide another's softmax; with
+    a causal mask narrower blocks, for the diagonal, and several heads at a time.
+    """
     modern, width = asynchronous(device), problem.width
     stages = 3 if modern else 2
     shapes = [(64, 64, 4, stages), (64, 32, 4, 2), (64, 32, 4, 1)]
@@ -110,6 +114,10 @@ def _default(problem: ForwardProblem, device: Device) -> Config:
     descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and not problem.exact
     rest = {"HEADS": 1, "DESCRIPTORS": int(descriptors)}
     configs = [Config(dict(zip(axes, shape, strict=True)) | rest) for shape in shapes]
+    if device.capability == 90 and descriptors and problem.form.plain and width <= 128:
+        shape = (64, 64, 4, 3) if problem.causal else (64, 128, 4, 2 if width <= 64 else 1)
+        first = Config(dict(zip(axes, shape, strict=True)) | rest)
+        configs[:0] = [first.replace(HEADS=4), first] if problem.causal else [first]
     return next((each for each in configs if _reject(problem, each, device) is None), configs[-1])
 
 
