@@ -19,6 +19,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ import optuna
 
 from tilebook.op import Config
 from tilebook.tuner.recorded import Machine, Step, recorded_op, tune
+from tilebook.tuner.runner import Candidate
 from tilebook.tuner.search import INFEASIBLE_MS
 from tilebook.tuner.session import Options
 from tilebook.tuner.sweep import Sweep, read
-from tilebook.tuner.worker import Candidate
 
 SHARES = (0.15, 0.30)
 """Shares of the configs at which the methods are compared."""
 
-LIMIT = 0.4  # of the configs: where plain TPE, which repeats itself, is stopped
+PROPOSALS = 200  # of plain TPE, most of which are infeasible where the space is large
 POINTS = 80  # of a curve in the figure
 DO_BENCH_S = 0.125
 IN_FLIGHT = 32  # candidates that a session keeps with 16 compilers
@@ -58,7 +59,7 @@ def in_order(sweep: Sweep, configs: Iterable[Config]) -> list[Step]:
                 break
         if not waiting:
             return machine.steps
-        done = machine.wait(waiting, 0.0)
+        done = machine.wait(waiting, 1.0)
         for future in [each for each in waiting if each in done]:
             candidate = waiting.pop(future)
             if future.result().failure is None:
@@ -86,14 +87,16 @@ def plain_tpe(sweep: Sweep, seed: int) -> list[Step]:
     known = {each.candidate.config: each for each in sweep.ours}
     compiled: set[Config] = set()
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    while len(steps) < LIMIT * len(known):
+    for _ in range(PROPOSALS):
         trial = study.ask()
         values = {axis: axes[axis][trial.suggest_int(axis, 0, len(axes[axis]) - 1)] for axis in axes}
         config = Config({axis: (values | fixed)[axis] for axis in sweep.header["axes"]})
         time_ms = INFEASIBLE_MS
         if config in known:
             if config not in compiled:
-                machine.wait([machine.submit("", sweep.implementation, "", config)], 0.0)
+                future = machine.submit("", sweep.implementation, "", config)
+                machine.wait([future], 1.0)
+                future.result()
                 compiled.add(config)
             if known[config].compiled.failure is None:
                 attempt = machine.attempt(known[config].candidate, None)
@@ -135,8 +138,10 @@ def best_by(steps: Sequence[Step], axis: str, points: np.ndarray) -> np.ndarray:
     return best[np.searchsorted(at, points, side="right")]
 
 
-def judge(sweep: Sweep, seeds: int) -> dict[str, Any]:
+def judge(path: Path, seeds: int) -> dict[str, Any]:
     """Every method on one sweep: shares of the exhaustive best, as medians and quartiles over the seeds."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sweep = read(path)
     count = len(sweep.ours)
     exhaustive = min(each.attempt.time_ms for each in sweep.ours if each.attempt.failure is None)
     runs = {
@@ -237,17 +242,16 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=20)
     arguments.add_argument("--out", type=Path, required=True, help="where to write, without a suffix")
     given = arguments.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     results = []
-    for path in given.sweeps:
-        results.append(judge(read(path), given.seeds))
-        result = results[-1]
-        print(f"{result['op']} {result['problem']}: {result['configs']} configs, behind random at", end=" ")
-        print(result["behind_random_at"] or "no budget", flush=True)
-        for name, method in result["methods"].items():
-            shares = "  ".join(f"{100 * v[1]:.2f} % by {share}" for share, v in method["share_of_best"].items())
-            end = f"{100 * method['end'][1]:.2f} % after {method['configs']:.0f} configs, {method['seconds']:.0f} s"
-            print(f"  {name}: {shares}; {end}", flush=True)
+    with ProcessPoolExecutor() as processes:
+        for result in processes.map(judge, given.sweeps, [given.seeds] * len(given.sweeps)):
+            results.append(result)
+            print(f"{result['op']} {result['problem']}: {result['configs']} configs, behind random at", end=" ")
+            print(result["behind_random_at"] or "no budget", flush=True)
+            for name, method in result["methods"].items():
+                shares = "  ".join(f"{100 * v[1]:.2f} % by {share}" for share, v in method["share_of_best"].items())
+                end = f"{100 * method['end'][1]:.2f} % after {method['configs']:.0f} configs, {method['seconds']:.0f} s"
+                print(f"  {name}: {shares}; {end}", flush=True)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     document = {"benchmark": "search", "seeds": given.seeds, "results": results}
     given.out.with_suffix(".json").write_text(json.dumps(document, separators=(",", ":")) + "\n")

@@ -13,10 +13,10 @@ from tilebook.op import Config
 from tilebook.registry import Failure, VerdictStatus
 from tilebook.tuner.compile import Binary, Compiled
 from tilebook.tuner.progress import Run
-from tilebook.tuner.recorded import Machine, Step, recorded_op, tune
+from tilebook.tuner.recorded import Lane, Machine, Step, recorded_op, tune
+from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.session import Options
 from tilebook.tuner.sweep import Measured, Sweep, read, record
-from tilebook.tuner.worker import Attempt, Candidate
 
 A, B, C, D, E = (Config(BLOCK=block) for block in (16, 32, 64, 128, 256))
 
@@ -46,44 +46,76 @@ def submit(machine, *configs):
     return {machine.submit("op", "triton", "{}", config): config for config in configs}
 
 
+def ready(machine, waiting, timeout_s=1.0):
+    """The configs that are compiled by now, their results taken."""
+    done = machine.wait(waiting, timeout_s)
+    for future in done:
+        future.result()
+    return {waiting[future] for future in done}
+
+
 def test_compilers_work_side_by_side_and_the_gpu_waits_for_what_it_measures():
     machine = Machine(SWEEP, workers=2)
     waiting = submit(machine, A, B, C)
+    assert ready(machine, waiting, 0.0) == set()
     # Compiler 1: A until 3. Compiler 2: B until 1, then C until 3.
-    (first,) = machine.wait(waiting, 0.0)
-    assert (waiting.pop(first), machine.now) == (B, 1.0)
-    assert first.result().seconds == 1.0
+    assert ready(machine, waiting) == {B}
+    assert machine.now == 1.0
     machine.attempt(Candidate("triton", B), None)
     assert machine.now == 2.0
-    assert {waiting[future] for future in machine.wait(waiting, 0.0)} == {A, C}
+    waiting = {future: config for future, config in waiting.items() if config != B}
+    assert ready(machine, waiting) == {A, C}
     assert machine.now == 3.0
     machine.attempt(Candidate("triton", A), None)
     machine.attempt(Candidate("triton", C), None)
     assert machine.now == 5.0
-    assert machine.steps == [Step(2.0, 1, 6.0), Step(4.0, 2, 5.0), Step(5.0, 3, 4.0)]
+    assert [(step.seconds, step.best_ms) for step in machine.steps] == [(2.0, 6.0), (4.0, 5.0), (5.0, 4.0)]
+    assert machine.steps[0].tried == 1
 
 
 def test_compilers_go_on_while_the_gpu_measures():
     machine = Machine(SWEEP, workers=1)
     waiting = submit(machine, B, E, D)
-    machine.wait(waiting, 0.0)
+    assert ready(machine, waiting) == {B}
     machine.attempt(Candidate("triton", B), None)
     assert machine.now == 2.0
-    done = machine.wait(waiting, 0.0)
-    assert {waiting[future] for future in done} == {B, E}  # E until 1.5, D until 2.5
-    assert machine.now == 2.0
+    assert ready(machine, waiting, 0.0) == {B, E}  # E until 1.5, D until 2.5
     machine.attempt(Candidate("triton", E), None)
     assert machine.steps[-1] == Step(4.0, 2, 3.0)
-    assert machine.wait(waiting, 0.0) == set(waiting)
+    assert ready(machine, waiting, 0.0) == {B, D, E}
     assert machine.now == 4.0
+
+
+def test_what_waits_in_front_of_the_gpu_takes_time_only_when_its_answer_is_taken():
+    machine = Machine(SWEEP)
+    waiting = submit(machine, B, E)
+    assert ready(machine, waiting) == {E}  # at 0.5
+    lane = Lane(machine)
+    first = lane.submit(machine.attempt, Candidate("triton", E), None)
+    assert machine.now == 0.5
+    first.result()
+    assert machine.now == 2.5
+    assert ready(machine, waiting, 0.0) == {B, E}
+    both = [lane.submit(machine.attempt, Candidate("triton", config), None) for config in (B, E)]
+    assert machine.now == 2.5
+    assert [(future.result().time_ms, machine.now) for future in both] == [(6.0, 3.5), (3.0, 5.5)]
+
+
+def test_the_first_candidate_of_a_compile_process_counts_as_the_others():
+    slow = dataclasses.replace(SWEEP, measured=(*SWEEP.measured, line(Config(BLOCK=512), 6.0, 1.0)))
+    machine = Machine(slow)
+    waiting = submit(machine, Config(BLOCK=512))
+    machine.wait(waiting, 1.0)
+    assert machine.now == 1.5  # the median of 3, 1, 2, 1, 0.5 and 6
 
 
 def test_attempts_are_answered_as_recorded():
     machine = Machine(SWEEP)
     torch = machine.attempt(Candidate("torch"), None)
     assert (torch.time_ms, machine.now, machine.steps) == (7.0, 0.5, [])
-    machine.wait(submit(machine, C), 0.0)
-    (spilled,) = machine.wait(submit(machine, D), 0.0)
+    ready(machine, submit(machine, C))
+    (spilled,) = submit(machine, D)
+    machine.wait([spilled], 1.0)
     assert spilled.result().failure == "spills"
     assert machine.attempt(Candidate("triton", C), 1.5).failure is Failure.SLOW
     kept = machine.attempt(Candidate("triton", C), 2.5)
@@ -93,11 +125,11 @@ def test_attempts_are_answered_as_recorded():
 def test_confirming_draws_from_the_recorded_samples_and_takes_their_time():
     machine = Machine(SWEEP)
     candidates = [Candidate("triton", A), Candidate("torch")]
-    ours, theirs = machine.confirm(candidates, 30, 0)
+    ours, theirs = (attempt.samples_ms for attempt in machine.confirm(candidates, 30, 0))
     assert len(ours) == len(theirs) == 30
     assert set(ours) == {5.0, 5.05, 4.95}
     assert machine.now == pytest.approx((sum(ours) + sum(theirs)) / 1e3)
-    assert Machine(SWEEP).confirm(candidates, 30, 0) == [ours, theirs]
+    assert machine.confirm(candidates, 30, 0, fresh=True)[0].samples_ms != ours
 
 
 def valley(candidate):
