@@ -158,7 +158,7 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
     thinned = np.unique(np.linspace(1, count, POINTS).astype(int))
     methods = {}
     for name, found in runs.items():
-        ends = [steps[-1].tried for steps in found]
+        ends = [steps[-1] if steps else Step(0.0, 0, float("inf")) for steps in found]  # nothing feasible was proposed
         methods[name] = {
             "share_of_best": {
                 f"{share:.0%}": quartiles(name, "tried", np.array([int(share * count)]))[0] for share in SHARES
@@ -167,9 +167,9 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
             "by_seconds": [
                 [round(float(s), 2), *row] for s, row in zip(seconds, quartiles(name, "seconds", seconds), strict=True)
             ],
-            "configs": float(np.median(ends)),
-            "seconds": round(float(np.median([steps[-1].seconds for steps in found])), 2),
-            "end": [float(q) for q in np.percentile([exhaustive / s[-1].best_ms for s in found], [25, 50, 75])],
+            "configs": float(np.median([end.tried for end in ends])),
+            "seconds": round(float(np.median([end.seconds for end in ends])), 2),
+            "end": [float(q) for q in np.percentile([exhaustive / end.best_ms for end in ends], [25, 50, 75])],
         }
     ended = int(methods["tilebook"]["configs"])
     mine, chance = (np.array(quartiles(name, "tried", tried[:ended]))[:, 1] for name in ("tilebook", "random"))
