@@ -39,6 +39,9 @@ class FakePool:
         future.set_result(Compiled((binary,), 0.01, failure, failure or ""))
         return future
 
+    def wait(self, futures, timeout_s):
+        return set(futures)
+
 
 class FakeRunner:
     """Times by `time_ms(candidate)` with multiplicative noise; a returned Failure stands for one. `unsound` holds

@@ -2,12 +2,13 @@
 
 import statistics
 
+import numpy as np
 import pytest
 from toy import SPACE, Scaling
 
 from tilebook import device as devices
 from tilebook.op import Config, UsageError
-from tilebook.tuner.search import Search, sampler
+from tilebook.tuner.search import Search, promising, sampler
 
 GPU = devices.find("H200")
 PROBLEM = Scaling(1024, 1024)
@@ -76,3 +77,28 @@ def test_polish_returns_the_unseen_feasible_neighbours():
 def test_unknown_sampler_is_a_usage_error_that_names_the_known_ones():
     with pytest.raises(UsageError, match="tpe"):
         sampler("genius", 0)
+
+
+def test_the_first_batch_lies_one_step_from_the_seed_on_some_axes():
+    seed = Config(BLOCK=128, num_warps=4, num_stages=3)
+    first, *batch = Search(SPACE, FEASIBLE, [seed], "tpe", 1).ask(17)
+    assert first == seed
+    assert len(set(batch)) == 16
+    for config in batch:
+        steps = [abs(values.index(config[a]) - values.index(seed[a])) for a, values in SPACE.axes.items()]
+        assert max(steps) == 1
+
+
+def test_the_model_looks_near_the_fast_and_away_from_what_is_under_way():
+    told, log_ms = np.array([[0.0], [0.5], [1.0]]), np.log([3.0, 1.0, 3.0])
+    unseen = np.array([[0.1], [0.4], [0.6], [0.9]])
+    assert promising(told, log_ms, np.empty((0, 1)), unseen) in (1, 2)
+    assert promising(told, log_ms, np.array([[0.45]]), unseen) == 2
+
+
+def test_how_hopeless_a_config_is_makes_no_difference_to_the_model():
+    told, unseen = np.array([[0.0], [0.3], [0.6], [1.0]]), np.linspace(0.05, 0.95, 10)[:, None]
+    chosen = {
+        promising(told, np.log([2.0, 1.5, 1.0, slowest]), np.empty((0, 1)), unseen) for slowest in (10.0, 1e3, 1e6)
+    }
+    assert len(chosen) == 1

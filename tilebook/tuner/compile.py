@@ -19,11 +19,11 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -88,6 +88,20 @@ class Compiled:
         return cls(**{**data, "binaries": tuple(Binary(**each) for each in data["binaries"])})
 
 
+class Compilers(Protocol):
+    """What the session needs of a compile pool; a recorded sweep or a test can stand in for one."""
+
+    @property
+    def workers(self) -> int: ...
+
+    def submit(
+        self, op: str, implementation: str, problem_key: str, config: Mapping[str, ops.Value]
+    ) -> Future[Compiled]: ...
+
+    def wait(self, futures: Collection[Future[Compiled]], timeout_s: float) -> set[Future[Compiled]]:
+        """Those of the futures that are done; waits up to `timeout_s` for the first."""
+
+
 class CompilePool:
     """Compiles candidates for `device` in `workers` processes, each of them replaced when it hangs or dies.
 
@@ -144,6 +158,10 @@ class CompilePool:
             self._unfinished.add(future)
         future.add_done_callback(self._finished)
         return future
+
+    def wait(self, futures: Collection[Future[Compiled]], timeout_s: float) -> set[Future[Compiled]]:
+        """Those of the futures that are done; waits up to `timeout_s` for the first."""
+        return wait(futures, timeout=timeout_s, return_when=FIRST_COMPLETED).done
 
     def close(self) -> None:
         """Cancels what waits, kills what runs."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 
 from tilebook.op import Config
 from tilebook.registry import Failure, Json, Trial
-from tilebook.tuner.compile import Compiled, CompilePool
+from tilebook.tuner.compile import Compiled, Compilers
 from tilebook.tuner.model import predict
 from tilebook.tuner.runner import Attempt, Candidate, Runner
 from tilebook.tuner.tuning import Tuning
@@ -25,7 +25,9 @@ PATIENCE = 48
 """So many candidates without a gain end the search …"""
 
 _POLISH = 32  # … and after so many the neighbourhood of the best is compiled, to be there when it does
-_AHEAD = 2  # candidates given to the GPU at a time: the one it measures, and the next
+
+AHEAD = 2
+"""Candidates given to the GPU at a time: the one it measures, and the next."""
 
 
 def timed_attempt(runner: Runner, candidate: Candidate, incumbent_ms: float | None) -> tuple[Attempt, float]:
@@ -51,7 +53,7 @@ class Bounds:
 class Explorer:
     """Explores one problem. gpu: the one thread that talks to the runner; no runner means predicting."""
 
-    def __init__(self, tuning: Tuning, pool: CompilePool, runner: Runner | None, gpu: Executor, bounds: Bounds) -> None:
+    def __init__(self, tuning: Tuning, pool: Compilers, runner: Runner | None, gpu: Executor, bounds: Bounds) -> None:
         self._tuning, self._pool, self._runner, self._gpu, self._bounds = tuning, pool, runner, gpu, bounds
         self._compiling: dict[Future[Compiled], Config] = {}
         self._measuring: deque[tuple[Config, Compiled, Future[tuple[Attempt, float]]]] = deque()
@@ -146,7 +148,7 @@ class Explorer:
         steps wherever it can. With `block` it waits for one."""
         while self._compiling:
             self._check()
-            done, _ = wait(self._compiling, timeout=0.5 if block else 0, return_when=FIRST_COMPLETED)
+            done = self._pool.wait(self._compiling, timeout_s=0.5 if block else 0.0)
             for future in self._compiling:
                 if future in done:
                     return self._compiling.pop(future), future.result()
@@ -159,7 +161,7 @@ class Explorer:
 
     def _feed(self) -> None:
         """Hands compiled candidates to the GPU; those that need none are judged on the way."""
-        while len(self._measuring) < _AHEAD and not self._late:
+        while len(self._measuring) < AHEAD and not self._late:
             ready = self._compiled(block=not self._measuring)
             if ready is None:
                 return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ from tilebook.device import Device
 from tilebook.op import Config, Cost, Op, Problem, Space
 from tilebook.registry import Verdict
 from tilebook.tuner import decide
-from tilebook.tuner.compile import CompilePool
-from tilebook.tuner.explore import Bounds, Explorer, Stopped, timed_attempt
+from tilebook.tuner.compile import Compilers
+from tilebook.tuner.explore import AHEAD, Bounds, Explorer, Stopped, timed_attempt
 from tilebook.tuner.known import Known, unsearched
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Candidate, Runner
@@ -39,17 +39,20 @@ class Session:
         self,
         gpu: Device,
         known: Known,
-        pool: CompilePool,
+        pool: Compilers,
         runner: Runner | None,
         options: Options,
         run: Run,
         index: int = 0,
+        lane: Executor | None = None,
     ) -> None:
+        """lane: what the runner's requests run in, one after the other; a thread where none is given."""
         self.index = index
         self._gpu, self._known, self._pool, self._runner = gpu, known, pool, runner
         self._options, self._run = options, run
-        self._width = max(4, 2 * pool.workers // run.gpus)
-        self._lane = ThreadPoolExecutor(1, f"tilebook-gpu-{index}")
+        # As few as keep compilers and GPU busy: what is under way was proposed without knowing of one another.
+        self._width = max(4, pool.workers // run.gpus + AHEAD)
+        self._lane = lane or ThreadPoolExecutor(1, f"tilebook-gpu-{index}")
         self._explorer: Explorer | None = None
         self._closed = False
 

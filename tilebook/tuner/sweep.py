@@ -10,6 +10,7 @@ of its compile process. Candidates come in the order in which they were measured
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import time
@@ -25,7 +26,7 @@ from tilebook.device import Device
 from tilebook.op import Config, Op, Problem, UsageError
 from tilebook.registry import Failure, Json, Status
 from tilebook.report.live import view
-from tilebook.tuner.compile import Compiled, CompilePool, CompilerError
+from tilebook.tuner.compile import Compiled, CompilePool, CompilerError, Compilers
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Attempt, Candidate, GpuRunner, Runner
 from tilebook.tuner.worker import FAR
@@ -99,6 +100,16 @@ class Sweep:
     @property
     def device(self) -> Device:
         return Device(**self.header["device"])
+
+    @property
+    def ours(self) -> list[Measured]:
+        """The configs of the space, without the other implementations."""
+        return [each for each in self.measured if each.compiled is not None]
+
+    @property
+    def implementation(self) -> str:
+        """The name of the one whose space was swept."""
+        return self.ours[0].candidate.implementation
 
 
 def _line(content: Mapping[str, Json]) -> str:
@@ -219,8 +230,9 @@ class Recorder:
 
 
 def _compiled(futures: Mapping[Future[Compiled], Config]) -> Iterator[tuple[Config, Compiled]]:
-    """The candidates as they come from the compilers."""
-    for future in as_completed(futures):
+    """The first candidate, then the others as they come from the compilers."""
+    first = list(futures)[:1]  # the default, unless it was measured before: without it nothing can be replayed
+    for future in itertools.chain(first, as_completed([each for each in futures if each not in first])):
         try:
             yield futures[future], future.result()
         except CompilerError as error:
@@ -233,7 +245,7 @@ def record(
     problem: Problem,
     gpu: Device,
     path: Path,
-    pool: CompilePool,
+    pool: Compilers,
     runner: Runner,
     run: Run,
     most: int | None = None,

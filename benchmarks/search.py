@@ -1,0 +1,262 @@
+"""How soon a search finds the fastest config: ours and others, replayed over recorded sweeps. Needs no GPU.
+
+    cd benchmarks/results/nvidia-h200 && python ../../search.py sweeps/*.jsonl --out search
+
+writes search.json and search.png. `tilebook` is a whole tuning session whose only seed is the default. Beside it
+
+    random           configs of the space in a random order, compiled and measured as ours are
+    grid             the same in the order of the axes
+    plain TPE        Optuna's TPESampler as it comes, one ask and tell after the other: it proposes what is infeasible
+                     and what it has measured before, and the GPU waits for the compiler
+    triton.autotune  every config in turn, compiled, then timed for `do_bench`'s 125 ms; nothing is verified
+
+Time is simulated, from recorded compile and measuring times, for one GPU and 16 compilers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+
+from tilebook.op import Config
+from tilebook.tuner.recorded import Machine, Step, recorded_op, tune
+from tilebook.tuner.runner import Candidate
+from tilebook.tuner.search import INFEASIBLE_MS
+from tilebook.tuner.session import Options
+from tilebook.tuner.sweep import Sweep, read
+
+SHARES = (0.15, 0.30)
+"""Shares of the configs at which the methods are compared."""
+
+PROPOSALS = 200  # of plain TPE, most of which are infeasible where the space is large
+POINTS = 80  # of a curve in the figure
+DO_BENCH_S = 0.125
+IN_FLIGHT = 32  # candidates that a session keeps with 16 compilers
+
+Method = Callable[[Sweep, int], list[Step]]
+
+
+def tilebook(sweep: Sweep, seed: int) -> list[Step]:
+    return tune(sweep, Options(seed=seed, force=True))[1].steps
+
+
+def in_order(sweep: Sweep, configs: Iterable[Config]) -> list[Step]:
+    """These configs, compiled ahead and measured in the order in which they are ready."""
+    machine, waiting, left = Machine(sweep), {}, iter(configs)
+    while True:
+        for config in left:
+            candidate = Candidate(sweep.implementation, config)
+            waiting[machine.submit("", sweep.implementation, "", config)] = candidate
+            if len(waiting) == IN_FLIGHT:
+                break
+        if not waiting:
+            return machine.steps
+        done = machine.wait(waiting, 1.0)
+        for future in [each for each in waiting if each in done]:
+            candidate = waiting.pop(future)
+            if future.result().failure is None:
+                machine.attempt(candidate, None)
+
+
+def configs(sweep: Sweep) -> list[Config]:
+    return sorted((each.candidate.config for each in sweep.ours), key=lambda config: config.key)
+
+
+def at_random(sweep: Sweep, seed: int) -> list[Step]:
+    return in_order(sweep, random.Random(seed).sample(configs(sweep), len(configs(sweep))))
+
+
+def grid(sweep: Sweep, seed: int) -> list[Step]:
+    del seed
+    known = frozenset(configs(sweep))
+    return in_order(sweep, (config for config in recorded_op(sweep).tunable.space.configs() if config in known))
+
+
+def plain_tpe(sweep: Sweep, seed: int) -> list[Step]:
+    machine, steps, best = Machine(sweep), [], float("inf")
+    axes = {axis: values for axis, values in sweep.header["axes"].items() if len(values) > 1}
+    fixed = {axis: values[0] for axis, values in sweep.header["axes"].items() if len(values) == 1}
+    known = {each.candidate.config: each for each in sweep.ours}
+    compiled: set[Config] = set()
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    for _ in range(PROPOSALS):
+        trial = study.ask()
+        values = {axis: axes[axis][trial.suggest_int(axis, 0, len(axes[axis]) - 1)] for axis in axes}
+        config = Config({axis: (values | fixed)[axis] for axis in sweep.header["axes"]})
+        time_ms = INFEASIBLE_MS
+        if config in known:
+            if config not in compiled:
+                future = machine.submit("", sweep.implementation, "", config)
+                machine.wait([future], 1.0)
+                future.result()
+                compiled.add(config)
+            if known[config].compiled.failure is None:
+                attempt = machine.attempt(known[config].candidate, None)
+                if attempt.failure is None:
+                    time_ms = attempt.time_ms
+                    best = min(best, time_ms)
+            steps.append(Step(machine.now, len(steps) + 1, best))
+        study.tell(trial, time_ms)
+    return steps
+
+
+def autotune(sweep: Sweep, seed: int) -> list[Step]:
+    steps, now, best = [], 0.0, float("inf")
+    measured = {each.candidate.config: each for each in sweep.ours}
+    for config in recorded_op(sweep).tunable.space.configs():
+        if config in measured:
+            each = measured[config]
+            now += each.compiled.seconds + DO_BENCH_S
+            if each.attempt.failure is None:
+                best = min(best, each.attempt.time_ms)
+            steps.append(Step(now, len(steps) + 1, best))
+    return steps
+
+
+METHODS: dict[str, Method] = {
+    "tilebook": tilebook,
+    "random": at_random,
+    "grid": grid,
+    "plain TPE": plain_tpe,
+    "triton.autotune": autotune,
+}
+SEEDLESS = ("grid", "triton.autotune")
+
+
+def best_by(steps: Sequence[Step], axis: str, points: np.ndarray) -> np.ndarray:
+    """The best time so far at each of these counts of configs ("tried") or seconds; infinite before the first."""
+    at = np.array([getattr(step, axis) for step in steps])
+    best = np.array([np.inf, *(step.best_ms for step in steps)])
+    return best[np.searchsorted(at, points, side="right")]
+
+
+def judge(path: Path, seeds: int) -> dict[str, Any]:
+    """Every method on one sweep: shares of the exhaustive best, as medians and quartiles over the seeds."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sweep = read(path)
+    count = len(sweep.ours)
+    exhaustive = min(each.attempt.time_ms for each in sweep.ours if each.attempt.failure is None)
+    runs = {
+        name: [method(sweep, seed) for seed in range(1 if name in SEEDLESS else seeds)]
+        for name, method in METHODS.items()
+    }
+    longest = max(steps[-1].seconds for steps in [*runs["tilebook"], *runs["random"]])
+    tried, seconds = np.arange(1, count + 1), np.linspace(0, longest, POINTS + 1)[1:]
+
+    def quartiles(name: str, axis: str, points: np.ndarray) -> list[list[float]]:
+        shares = np.array([exhaustive / best_by(steps, axis, points) for steps in runs[name]])
+        return [[round(float(v), 5) for v in row] for row in np.percentile(shares, [25, 50, 75], axis=0).T]
+
+    thinned = np.unique(np.linspace(1, count, POINTS).astype(int))
+    methods = {}
+    for name, found in runs.items():
+        ends = [steps[-1] if steps else Step(0.0, 0, float("inf")) for steps in found]  # nothing feasible was proposed
+        methods[name] = {
+            "share_of_best": {
+                f"{share:.0%}": quartiles(name, "tried", np.array([int(share * count)]))[0] for share in SHARES
+            },
+            "by_tried": [[int(n), *row] for n, row in zip(thinned, quartiles(name, "tried", thinned), strict=True)],
+            "by_seconds": [
+                [round(float(s), 2), *row] for s, row in zip(seconds, quartiles(name, "seconds", seconds), strict=True)
+            ],
+            "configs": float(np.median([end.tried for end in ends])),
+            "seconds": round(float(np.median([end.seconds for end in ends])), 2),
+            "end": [float(q) for q in np.percentile([exhaustive / end.best_ms for end in ends], [25, 50, 75])],
+        }
+    ended = int(methods["tilebook"]["configs"])
+    mine, chance = (np.array(quartiles(name, "tried", tried[:ended]))[:, 1] for name in ("tilebook", "random"))
+    return {
+        "op": sweep.header["op"],
+        "problem": sweep.header["label"],
+        "whole": sweep.header["whole"],
+        "configs": count,
+        "exhaustive_best_ms": exhaustive,
+        "default_share_of_best": round(exhaustive / default_ms(sweep), 5),
+        "behind_random_at": [int(n) for n in tried[:ended][mine < chance]],
+        "methods": methods,
+    }
+
+
+def default_ms(sweep: Sweep) -> float:
+    default = Config(sweep.header["default"])
+    return next(each.attempt.time_ms for each in sweep.ours if each.candidate.config == default)
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """One row a sweep: the share of the exhaustive best against configs tried, and against seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = dict(zip(METHODS, ("#c1121f", "#555555", "#b0b0b0", "#1f77b4", "#e09f3e"), strict=True))
+    figure, rows = plt.subplots(len(results), 2, figsize=(10, 2.3 * len(results)), squeeze=False, layout="constrained")
+    for (left, right), result in zip(rows, results, strict=True):
+        sampled = "" if result["whole"] else " (sample)"
+        left.set_title(
+            f"{result['op']}  {result['problem']}  —  {result['configs']} configs{sampled}", loc="left", fontsize=9
+        )
+        for name, method in result["methods"].items():
+            for axes, key, scale in (
+                (left, "by_tried", 100 / result["configs"]),
+                (right, "by_seconds", 1.0),
+            ):
+                if name == "triton.autotune" and axes is left:
+                    continue  # the grid's curve
+                at, low, middle, high = np.array(method[key]).T
+                width = 2.0 if name == "tilebook" else 1.2
+                axes.plot(at * scale, 100 * middle, color=colours[name], lw=width, label=name, zorder=2 + width)
+                if name in ("tilebook", "random", "plain TPE"):
+                    axes.fill_between(at * scale, 100 * low, 100 * high, color=colours[name], alpha=0.15, lw=0)
+        mine = result["methods"]["tilebook"]
+        left.plot(100 * mine["configs"] / result["configs"], 100 * mine["end"][1], "o", color=colours["tilebook"], ms=4)
+        right.plot(mine["seconds"], 100 * mine["end"][1], "o", color=colours["tilebook"], ms=4)
+        for share in SHARES:
+            left.axvline(100 * share, color="#dddddd", lw=0.8, zorder=0)
+        left.set_xlim(0, 50)
+        right.set_xlim(0, mine["by_seconds"][-1][0])
+        for axes in (left, right):
+            axes.set_ylim(70, 100.5)
+            axes.grid(axis="y", color="#eeeeee", lw=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=8)
+        left.set_ylabel("% of best", fontsize=8)
+    rows[-1][0].set_xlabel("configs tried, % of all", fontsize=9)
+    rows[-1][1].set_xlabel("simulated seconds", fontsize=9)
+    handles, labels = rows[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("sweeps", type=Path, nargs="+")
+    arguments.add_argument("--seeds", type=int, default=20)
+    arguments.add_argument("--out", type=Path, required=True, help="where to write, without a suffix")
+    given = arguments.parse_args()
+    results = []
+    with ProcessPoolExecutor() as processes:
+        for result in processes.map(judge, given.sweeps, [given.seeds] * len(given.sweeps)):
+            results.append(result)
+            print(f"{result['op']} {result['problem']}: {result['configs']} configs, behind random at", end=" ")
+            print(result["behind_random_at"] or "no budget", flush=True)
+            for name, method in result["methods"].items():
+                shares = "  ".join(f"{100 * v[1]:.2f} % by {share}" for share, v in method["share_of_best"].items())
+                end = f"{100 * method['end'][1]:.2f} % after {method['configs']:.0f} configs, {method['seconds']:.0f} s"
+                print(f"  {name}: {shares}; {end}", flush=True)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    document = {"benchmark": "search", "seeds": given.seeds, "results": results}
+    given.out.with_suffix(".json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    draw(results, given.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

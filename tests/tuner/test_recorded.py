@@ -1,0 +1,187 @@
+"""A recorded sweep stands in for compilers and GPU: its answers, on its clock."""
+
+import dataclasses
+import hashlib
+import json
+
+import pytest
+from fakes import FakePool, FakeRunner
+
+from tilebook import device as devices
+from tilebook import op as ops
+from tilebook.op import Config
+from tilebook.registry import Failure, VerdictStatus
+from tilebook.tuner.compile import Binary, Compiled
+from tilebook.tuner.progress import Run
+from tilebook.tuner.recorded import Lane, Machine, Step, recorded_op, tune
+from tilebook.tuner.runner import Attempt, Candidate
+from tilebook.tuner.session import Options
+from tilebook.tuner.sweep import Measured, Sweep, read, record
+
+A, B, C, D, E = (Config(BLOCK=block) for block in (16, 32, 64, 128, 256))
+
+
+def line(config, compile_s, time_ms, run_s=1.0, failure=None):
+    broken = failure is Failure.SPILLS
+    compiled = Compiled((Binary("k", config.key, 1, 0, 32, 0, 4, 1),), compile_s, failure if broken else None)
+    samples = () if failure else (time_ms, time_ms * 1.01, time_ms * 0.99)
+    attempt = Attempt(failure, failure or "", None if failure else time_ms, samples)
+    return Measured(Candidate("triton", config), compiled, attempt, 0.0 if broken else run_s)
+
+
+SWEEP = Sweep(
+    {"default": dict(A)},
+    (
+        Measured(Candidate("torch"), None, Attempt(None, "", 7.0, (7.0,) * 3), 0.5),
+        line(A, 3.0, 5.0),
+        line(B, 1.0, 6.0),
+        line(C, 2.0, 4.0),
+        line(D, 1.0, 9.0, failure=Failure.SPILLS),
+        line(E, 0.5, 3.0, run_s=2.0),
+    ),
+)
+
+
+def submit(machine, *configs):
+    return {machine.submit("op", "triton", "{}", config): config for config in configs}
+
+
+def ready(machine, waiting, timeout_s=1.0):
+    """The configs that are compiled by now, their results taken."""
+    done = machine.wait(waiting, timeout_s)
+    for future in done:
+        future.result()
+    return {waiting[future] for future in done}
+
+
+def test_compilers_work_side_by_side_and_the_gpu_waits_for_what_it_measures():
+    machine = Machine(SWEEP, workers=2)
+    waiting = submit(machine, A, B, C)
+    assert ready(machine, waiting, 0.0) == set()
+    # Compiler 1: A until 3. Compiler 2: B until 1, then C until 3.
+    assert ready(machine, waiting) == {B}
+    assert machine.now == 1.0
+    machine.attempt(Candidate("triton", B), None)
+    assert machine.now == 2.0
+    waiting = {future: config for future, config in waiting.items() if config != B}
+    assert ready(machine, waiting) == {A, C}
+    assert machine.now == 3.0
+    machine.attempt(Candidate("triton", A), None)
+    machine.attempt(Candidate("triton", C), None)
+    assert machine.now == 5.0
+    assert [(step.seconds, step.best_ms) for step in machine.steps] == [(2.0, 6.0), (4.0, 5.0), (5.0, 4.0)]
+    assert machine.steps[0].tried == 1
+
+
+def test_compilers_go_on_while_the_gpu_measures():
+    machine = Machine(SWEEP, workers=1)
+    waiting = submit(machine, B, E, D)
+    assert ready(machine, waiting) == {B}
+    machine.attempt(Candidate("triton", B), None)
+    assert machine.now == 2.0
+    assert ready(machine, waiting, 0.0) == {B, E}  # E until 1.5, D until 2.5
+    machine.attempt(Candidate("triton", E), None)
+    assert machine.steps[-1] == Step(4.0, 2, 3.0)
+    assert ready(machine, waiting, 0.0) == {B, D, E}
+    assert machine.now == 4.0
+
+
+def test_what_waits_in_front_of_the_gpu_takes_time_only_when_its_answer_is_taken():
+    machine = Machine(SWEEP)
+    waiting = submit(machine, B, E)
+    assert ready(machine, waiting) == {E}  # at 0.5
+    lane = Lane(machine)
+    first = lane.submit(machine.attempt, Candidate("triton", E), None)
+    assert machine.now == 0.5
+    first.result()
+    assert machine.now == 2.5
+    assert ready(machine, waiting, 0.0) == {B, E}
+    both = [lane.submit(machine.attempt, Candidate("triton", config), None) for config in (B, E)]
+    assert machine.now == 2.5
+    assert [(future.result().time_ms, machine.now) for future in both] == [(6.0, 3.5), (3.0, 5.5)]
+
+
+def test_the_first_candidate_of_a_compile_process_counts_as_the_others():
+    slow = dataclasses.replace(SWEEP, measured=(*SWEEP.measured, line(Config(BLOCK=512), 6.0, 1.0)))
+    machine = Machine(slow)
+    waiting = submit(machine, Config(BLOCK=512))
+    machine.wait(waiting, 1.0)
+    assert machine.now == 1.5  # the median of 3, 1, 2, 1, 0.5 and 6
+
+
+def test_attempts_are_answered_as_recorded():
+    machine = Machine(SWEEP)
+    torch = machine.attempt(Candidate("torch"), None)
+    assert (torch.time_ms, machine.now, machine.steps) == (7.0, 0.5, [])
+    ready(machine, submit(machine, C))
+    (spilled,) = submit(machine, D)
+    machine.wait([spilled], 1.0)
+    assert spilled.result().failure == "spills"
+    assert machine.attempt(Candidate("triton", C), 1.5).failure is Failure.SLOW
+    kept = machine.attempt(Candidate("triton", C), 2.5)
+    assert (kept.failure, kept.time_ms, len(kept.samples_ms)) == (None, 4.0, 3)
+
+
+def test_confirming_draws_from_the_recorded_samples_and_takes_their_time():
+    machine = Machine(SWEEP)
+    candidates = [Candidate("triton", A), Candidate("torch")]
+    ours, theirs = (attempt.samples_ms for attempt in machine.confirm(candidates, 30, 0))
+    assert len(ours) == len(theirs) == 30
+    assert set(ours) == {5.0, 5.05, 4.95}
+    assert machine.now == pytest.approx((sum(ours) + sum(theirs)) / 1e3)
+    assert machine.confirm(candidates, 30, 0, fresh=True)[0].samples_ms != ours
+
+
+def valley(candidate):
+    if candidate.implementation != "triton":
+        return 0.2
+    rows, block, warps = (candidate.config.number(axis).bit_length() for axis in ("ROWS", "BLOCK", "num_warps"))
+    return 0.1 * (1 + 0.05 * (rows - 2) ** 2 + 0.02 * (block - 12) ** 2 + 0.03 * (warps - 3) ** 2)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """RMSNorm's space, timed by a formula."""
+    op, path = ops.get("rms_norm_fwd"), tmp_path_factory.mktemp("sweep") / "sweep.jsonl"
+    problem = op.problem.parse("M8192,N4096", "bf16")
+    pool = FakePool(code=lambda config: hashlib.sha256(config.key.encode()).hexdigest())
+    record(op, problem, devices.find("H200"), path, pool, FakeRunner(valley), Run(1, True))
+    return read(path)
+
+
+def test_a_session_tunes_over_a_sweep_and_finds_what_was_fastest(sweep):
+    state, machine = tune(sweep, Options())
+    assert not state.error
+    assert state.verdict.status is VerdictStatus.MEASURED
+    fastest = min(sweep.ours, key=lambda each: each.attempt.time_ms)
+    assert machine.steps[-1].best_ms <= fastest.attempt.time_ms * 1.01
+    assert state.verdict.implementation == "triton"
+    assert machine.steps[-1].tried <= len(sweep.ours)
+    assert machine.now > machine.steps[-1].seconds  # the finals took time too
+
+
+def test_the_same_seed_takes_the_same_steps(sweep):
+    assert tune(sweep, Options(seed=3))[1].steps == tune(sweep, Options(seed=3))[1].steps
+
+
+def test_a_session_asks_for_nothing_that_the_sweep_has_not(sweep):
+    few = dataclasses.replace(sweep, measured=sweep.measured[:12])
+    op = recorded_op(few)
+    problem = op.problem.from_key(sweep.header["problem"])
+    assert set(op.tunable.space.feasible(problem, few.device)) == {each.candidate.config for each in few.ours}
+    state, _ = tune(few, Options())
+    assert not state.error
+    assert state.tried == 12
+
+
+def test_a_sweep_of_a_space_with_other_axes_can_still_be_replayed(sweep):
+    axes = {**sweep.header["axes"], "GONE": [1]}
+    header = {**sweep.header, "axes": axes, "default": {**sweep.header["default"], "GONE": 1}}
+    lines = [each.to_json() for each in sweep.measured]
+    for each in lines:
+        if "compiled" in each:
+            each["config"] = {**each["config"], "GONE": 1}
+    old = Sweep(header, tuple(Measured.from_json(json.loads(json.dumps(each))) for each in lines))
+    state, _ = tune(old, Options(trials=10))
+    assert not state.error
+    assert state.verdict is not None

@@ -1,0 +1,181 @@
+"""A recorded sweep in place of compilers and GPU: what tuning does with them is judged without either, and fast."""
+
+from __future__ import annotations
+
+import heapq
+import random
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tilebook import op as ops
+from tilebook.op import Config, Op, Problem, Space, Value
+from tilebook.registry import Failure, Layers
+from tilebook.tuner.compile import Compiled
+from tilebook.tuner.known import Known
+from tilebook.tuner.measure import SAMPLE_MS
+from tilebook.tuner.progress import ProblemState, Run
+from tilebook.tuner.runner import Attempt, Candidate
+from tilebook.tuner.session import Options, Session
+from tilebook.tuner.shards import tune_all
+from tilebook.tuner.stats import median
+from tilebook.tuner.sweep import Sweep
+from tilebook.tuner.worker import FAR
+
+_T = TypeVar("_T")
+
+LOADING_S = 4.0
+"""A candidate that took this long to compile was the first of its process, and waited while Triton loaded."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a search had come: simulated seconds, configs whose compilation it had waited for, the best time then."""
+
+    seconds: float
+    tried: int
+    best_ms: float
+
+
+class _Answer(Future[_T]):
+    """A future that says when its result is taken."""
+
+    def __init__(self, taken: Callable[[], None]) -> None:
+        super().__init__()
+        self._taken = taken
+
+    def result(self, timeout: float | None = None) -> _T:
+        self._taken()
+        return super().result(timeout)
+
+
+class Machine:
+    """The machine that a sweep was recorded on: compilers and a runner that answer from it on one simulated clock.
+
+    `workers` compile side by side, first come, first served, each for the recorded compile time; one GPU takes the
+    recorded wall time for each candidate, and none before it is compiled. `now` is the time of whoever asks: it goes on
+    when an answer is waited for. Preparing a problem takes no time, nor does the search itself, nor the start of a
+    process: what was compiled first in one counts as compiled in the median time.
+
+    `steps` has one entry for each of our candidates that passed.
+    """
+
+    def __init__(self, sweep: Sweep, workers: int = 16) -> None:
+        self.now = 0.0
+        self.workers = workers
+        self.steps: list[Step] = []
+        self._measured = {each.candidate: each for each in sweep.measured}
+        self._ours = sweep.implementation
+        self._usual_s = median([each.compiled.seconds for each in sweep.ours if each.compiled is not None])
+        self._free = [0.0] * workers  # when each compiler is done with what it was given
+        self._gpu_free = 0.0
+        self._due: dict[Future[Compiled], tuple[float, Compiled]] = {}
+        self._tried: dict[Candidate, int] = {}
+
+    # The compilers
+
+    def submit(self, op: str, implementation: str, problem_key: str, config: Mapping[str, Value]) -> Future[Compiled]:
+        candidate = Candidate(implementation, Config(config))
+        compiled = self._measured[candidate].compiled
+        assert compiled is not None
+        seconds = compiled.seconds if compiled.seconds < LOADING_S else self._usual_s
+        end = max(self.now, heapq.heappop(self._free)) + seconds
+        heapq.heappush(self._free, end)
+        future: Future[Compiled] = _Answer(lambda: self._count(candidate))
+        self._due[future] = end, compiled
+        return future
+
+    def wait(self, futures: Collection[Future[Compiled]], timeout_s: float) -> set[Future[Compiled]]:
+        """Those that are compiled by now; where none is, and there is a `timeout_s`, time passes until one is."""
+        if timeout_s and not any(future.done() for future in futures):
+            self.now = max(self.now, min(self._due[future][0] for future in futures))
+        for future in futures:
+            if not future.done() and self._due[future][0] <= self.now:
+                future.set_result(self._due.pop(future)[1])
+        return {future for future in futures if future.done()}
+
+    def _count(self, candidate: Candidate) -> None:
+        self._tried.setdefault(candidate, len(self._tried) + 1)
+
+    # The runner
+
+    def prepare(self, op: Op[Any], problem: Problem) -> None: ...
+
+    def attempt(self, candidate: Candidate, incumbent_ms: float | None) -> Attempt:
+        measured = self._measured[candidate]
+        attempt = measured.attempt
+        self.now = self._gpu_free = max(self.now, self._gpu_free) + measured.run_s
+        if attempt.failure is not None or attempt.time_ms is None:
+            return attempt
+        if candidate.implementation == self._ours:
+            best = min(attempt.time_ms, self.steps[-1].best_ms) if self.steps else attempt.time_ms
+            self.steps.append(Step(self.now, self._tried[candidate], best))
+        if incumbent_ms is not None and attempt.time_ms > FAR * incumbent_ms:
+            text = f"{attempt.time_ms / incumbent_ms:.1f} times slower than the best so far"
+            return replace(attempt, failure=Failure.SLOW, reason=text, samples_ms=())
+        return attempt
+
+    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, *, fresh: bool = False) -> list[Attempt]:
+        """Draws from the recorded samples, which were not interleaved; the second time, `fresh`, other ones."""
+        draw = random.Random(2 * seed + fresh)
+        samples = [draw.choices(self._measured[each].attempt.samples_ms, k=rounds) for each in candidates]
+        self.now += sum(max(SAMPLE_MS, sample) for series in samples for sample in series) / 1e3
+        return [Attempt(None, "", median(series), tuple(series)) for series in samples]
+
+    def close(self) -> None: ...
+
+
+class Lane(Executor):
+    """The thread in front of the machine's GPU: an answer is there at once, and its time passes when it is taken."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def submit(self, ask: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
+        machine, asked_at = self._machine, self._machine.now
+        answer = ask(*args, **kwargs)
+        end, machine.now = machine.now, asked_at
+
+        def taken() -> None:
+            machine.now = max(machine.now, end)
+
+        future = _Answer[_T](taken)
+        future.set_result(answer)
+        return future
+
+
+def recorded_op(sweep: Sweep) -> Op[Any]:
+    """The sweep's op, with the recorded configs as all of its feasible space and the recorded implementations."""
+    real = ops.get(sweep.header["op"])
+    made: Op[Any] = Op(real.name, real.problem, real.reference, real.direction)
+    configs = frozenset(each.candidate.config for each in sweep.ours)
+    axes = {axis: tuple(values) for axis, values in sweep.header["axes"].items()}
+    known = real.tunable.space
+    space = Space(
+        axes=axes,
+        reject=lambda problem, config, device: None if config in configs else "the sweep has not measured it",
+        default=lambda problem, device: Config(sweep.header["default"]),
+        work=known.work if known is not None and set(known.axes) == set(axes) else None,
+    )
+    for name in dict.fromkeys(each.candidate.implementation for each in sweep.measured):
+        if name == sweep.implementation:
+            made.implementation(name, space=space)(real.tunable.function)
+        elif name in real.implementations:
+            made.implementation(name)(real.implementations[name].function)
+    return made
+
+
+def tune(sweep: Sweep, options: Options, workers: int = 16) -> tuple[ProblemState, Machine]:
+    """A whole session over the sweep, into a registry that is thrown away, and the machine with its clock and steps."""
+    op, machine, run = recorded_op(sweep), Machine(sweep, workers), Run(1, True)
+    problem = op.problem.from_key(sweep.header["problem"])
+    with tempfile.TemporaryDirectory() as folder:
+        layers = Layers([("explicit", str(Path(folder) / "registry.db"))])
+        with layers.writer() as registry:
+            known = Known(registry, layers, sweep.device, sweep.header["environment"], "graph")
+            session = Session(sweep.device, known, machine, machine, options, run, lane=Lane(machine))
+            (state,) = tune_all([session], [(op, problem)], run)
+    return state, machine
