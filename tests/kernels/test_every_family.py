@@ -55,7 +55,8 @@ def test_problem_survives_its_key_and_its_label(op, problem):
 
 @pytest.mark.parametrize(("op", "problem"), EXAMPLES[::4], ids=_id)
 def test_inputs_pose_the_problem_they_were_made_for(op, problem):
-    assert op.problem.of(*problem.inputs("cpu", 0)) == problem
+    posed = op.problem.of(*problem.inputs("cpu", 0))
+    assert posed == problem or 0 < posed.distance(problem) < 1  # or the bucket of sizes that it belongs to
 
 
 @pytest.mark.parametrize("op", OPS, ids=_id)
