@@ -2,6 +2,7 @@
 
 import dataclasses
 import sqlite3
+import sys
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
 from tilebook import op as ops
+from tilebook.kernels.attention import flash4
 from tilebook.op import Config
 from tilebook.registry import Device, Environment, Registry, Revocation, Verdict, VerdictStatus
 
@@ -96,11 +98,21 @@ def test_what_must_not_be_served_is_not(choose, changes):
     assert choose(verdict(**changes)).source == "default"
 
 
-def test_a_winner_that_is_not_here_gives_way_to_the_best_finalist(choose, monkeypatch):
+@pytest.mark.parametrize("name", ["flash_attention_4", "flash_attention_9"])
+def test_a_winner_that_is_not_here_gives_way_to_the_best_finalist(choose, monkeypatch, name):
     evidence = {"candidates": [{"implementation": "triton", "config": dict(OTHER), "time_ms": 1.2}]}
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
-    choice = choose(verdict(implementation="flash_attention_9", config=Config(), evidence=evidence))
+    monkeypatch.setattr(flash4, "_installed", lambda: False)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # whoever imports it fails
+    choice = choose(verdict(implementation=name, config=Config(), evidence=evidence))
     assert (choice.implementation.name, choice.config) == ("triton", OTHER)
+
+
+def test_a_winner_that_is_installed_is_chosen_before_it_is_imported(choose, monkeypatch):
+    monkeypatch.setattr(flash4, "_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    choice = choose(verdict(implementation="flash_attention_4", config=Config()))
+    assert (choice.implementation.name, choice.config, choice.source) == ("flash_attention_4", None, "exact")
 
 
 def revocation(config=OTHER, implementation="triton", **changes):

@@ -179,6 +179,8 @@ def environment() -> Mapping[str, str]:
         cudnn: Any = torch.backends.cudnn
         if cudnn.is_available():
             versions["cudnn"] = str(cudnn.version())
+        if (flash := package_version("flash-attn-4")) != "unknown":
+            versions["flash-attn-4"] = flash
     return versions
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from tilebook.device import Device
-from tilebook.kernels.attention import eager, peers
+from tilebook.kernels.attention import eager, flash4, peers
 from tilebook.kernels.attention.backward_columns import attention_bwd_dkdv
 from tilebook.kernels.attention.backward_rows import attention_bwd_dq
 from tilebook.kernels.attention.form import Form
@@ -318,3 +318,19 @@ def _cudnn(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return peers.cudnn_backward(do, q, k, v, o, lse, form, scale)
+
+
+@attention_bwd.implementation(
+    "flash_attention_4", available=flash4.available, supports=flash4.supports, deterministic=False
+)
+def _flash_attention_4(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    form: Form,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return flash4.backward(do, q, k, v, o, lse, form, scale)

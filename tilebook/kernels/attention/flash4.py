@@ -1,0 +1,96 @@
+"""FlashAttention-4, the package `flash-attn-4` (CuTe DSL, Hopper and newer), brought to the signature of our ops."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tilebook.device import Device, package_version
+from tilebook.kernels.attention.form import Form, limits
+from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
+from tilebook.kernels.attention.tiles import like
+
+
+def available(device: Device) -> bool:
+    """Is it installed, for a GPU it is made for? On later and earlier architectures it has a subset of its features."""
+    return device.backend == "cuda" and 90 <= device.capability < 120 and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    """Asked by its package's name: importing takes seconds, and FlashAttention-2 has an older `flash_attn.cute` too."""
+    return package_version("flash-attn-4") != "unknown"
+
+
+def supports(problem: ForwardProblem | BackwardProblem) -> bool:
+    """Masks and windows, as long as every row sees something. Its soft-cap uses an approximate tanh."""
+    if problem.bias or problem.softcap or problem.alibi or problem.dropout or problem.dtype not in ("bf16", "fp16"):
+        return False
+    left, right = _window(problem.form, problem.seq_q, problem.seq_k)
+    seen = (left is None or left >= 0) and (right is None or right >= problem.seq_q - problem.seq_k)
+    # On Blackwell 256 has kernels of its own, and nothing lies between. Against a single key dq is 0, and its
+    # atomics leave noise.
+    return seen and problem.seq_k > 1 and problem.head_dim % 8 == 0 and problem.head_dim in (*range(16, 129), 256)
+
+
+def _window(form: Form, n_q: int, n_k: int) -> tuple[int | None, int | None]:
+    """Columns that a row sees before and after its diagonal, which here always ends in the last row and column."""
+    before, after = limits(form, n_q, n_k)
+    shift = n_k - n_q
+    return None if before is None else before + shift, None if after is None else after - shift
+
+
+@functools.cache
+def _functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Its forward and its backward, imported when the first call needs them."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    return _flash_attn_fwd, _flash_attn_bwd
+
+
+def _masked(form: Form, q: torch.Tensor, k: torch.Tensor, scale: float) -> dict[str, Any]:
+    """What both functions take beside tensors."""
+    left, right = _window(form, q.shape[2], k.shape[2])
+    if left is None and right == 0:  # has kernels of its own
+        return {"softmax_scale": scale, "causal": True}
+    return {"softmax_scale": scale, "causal": False, "window_size_left": left, "window_size_right": right}
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tensors go there as views (B, S, H, D); it copies those whose strides are no multiples of 16 bytes."""
+    run, _ = _functions()
+    o, lse = like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):  # it runs on the current GPU
+        run(*(x.transpose(1, 2) for x in (q, k, v)), **_masked(form, q, k, scale), out=o.transpose(1, 2), lse=lse)
+    return o, lse
+
+
+def backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    form: Form,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Adds up dq, and what query heads share of dk and dv, by atomics in fp32, unless the form demands otherwise."""
+    _, run = _functions()
+    dq, dk, dv = like(q), like(k), like(v)
+    with torch.cuda.device_of(q):
+        run(
+            *(x.transpose(1, 2) for x in (q, k, v, o, do)),
+            lse,
+            **_masked(form, q, k, scale),
+            deterministic=form.deterministic,
+            dq=dq.transpose(1, 2),
+            dk=dk.transpose(1, 2),
+            dv=dv.transpose(1, 2),
+        )
+    return dq, dk, dv
