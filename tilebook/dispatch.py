@@ -184,7 +184,7 @@ class Snapshot:
     def _defaults(self, op: Op[Any], problem: Problem) -> Iterator[Choice]:
         """Our kernel with its default config; in its place configs verified on other problems, then its neighbours."""
         ours = op.tunable
-        if ours.can_run(problem, self.gpu) and ours.space is not None:
+        if ours.can_run(problem, self.gpu) and ours.space is not None and ours.proven(problem):
             configs = ours.space.defaults(problem, self.gpu)
             yield Choice(ours, next(configs), "default", problem, self.gpu)
             for layer, verdict, _ in self.verdicts(op):

@@ -323,7 +323,11 @@ P = TypeVar("P", bound=Problem)
 
 @dataclass(frozen=True, eq=False)
 class Implementation:
-    """One way to compute an op. With a space it is tunable, and its function takes the keyword `config`."""
+    """One way to compute an op. With a space it is tunable, and its function takes the keyword `config`.
+
+    `proven` says for which problems it has been seen right on a GPU; the rest it serves only where a verdict covers
+    them, since the tuner has verified it there.
+    """
 
     op: Op[Any]
     name: str
@@ -332,6 +336,7 @@ class Implementation:
     available: Callable[[Device], bool] = lambda device: True
     supports: Callable[[Any], bool] = lambda problem: True
     deterministic: bool = True
+    proven: Callable[[Any], bool] = lambda problem: True
 
     def __call__(self, *args: Any, config: Config | None = None) -> tuple[torch.Tensor, ...]:
         outputs = self.function(*args) if self.space is None else self.function(*args, config=config)
@@ -369,11 +374,12 @@ class Op(Generic[P]):
         available: Callable[[Device], bool] = lambda device: True,
         supports: Callable[[P], bool] = lambda problem: True,
         deterministic: bool = True,
+        proven: Callable[[P], bool] = lambda problem: True,
     ) -> Callable[[Callable[..., Any]], Implementation]:
         """Registers a function with the op's signature as one way to compute it."""
 
         def register(function: Callable[..., Any]) -> Implementation:
-            made = Implementation(self, name, function, space, available, supports, deterministic)
+            made = Implementation(self, name, function, space, available, supports, deterministic, proven)
             self.implementations[name] = made
             return made
 

@@ -18,7 +18,7 @@ from tilebook.kernels.attention import eager, flash4, peers
 from tilebook.kernels.attention.backward_columns import attention_bwd_dkdv
 from tilebook.kernels.attention.backward_rows import attention_bwd_dq
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.forward import supports
+from tilebook.kernels.attention.forward import proven, supports
 from tilebook.kernels.attention.problem import BackwardProblem
 from tilebook.kernels.attention.scores import options
 from tilebook.kernels.attention.tiles import (
@@ -211,7 +211,7 @@ SPACE = Space(
 )
 
 
-@attention_bwd.implementation("triton", space=SPACE, supports=supports)
+@attention_bwd.implementation("triton", space=SPACE, supports=supports, proven=proven)
 def _triton(
     do: torch.Tensor,
     q: torch.Tensor,

@@ -55,6 +55,11 @@ def supports(problem: ForwardProblem) -> bool:
     return problem.dtype in DTYPES and problem.head_dim % 8 == 0 and 16 <= problem.head_dim <= widest
 
 
+def proven(problem: ForwardProblem) -> bool:
+    """Plain attention, measured on an H200. Other forms are right in the interpreter and compile: the tuner decides."""
+    return problem.form.plain and problem.dtype in ("bf16", "fp16") and problem.head_dim == problem.width
+
+
 def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
     rows, columns, warps, stages, heads, descriptors = (
         config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "HEADS", "DESCRIPTORS")
@@ -350,7 +355,7 @@ def _attention_fwd(
     tl.store(at, total, mask=rows < n_q)
 
 
-@attention_fwd.implementation("triton", space=SPACE, supports=supports)
+@attention_fwd.implementation("triton", space=SPACE, supports=supports, proven=proven)
 def _triton(
     q: torch.Tensor,
     k: torch.Tensor,
