@@ -55,6 +55,14 @@ def test_an_implementation_that_is_not_ours_can_win(path):
     assert verdict.ranking()[1][0] == "triton"
 
 
+def test_a_far_faster_implementation_does_not_push_ours_out_of_the_ranking(path):
+    """Where it is not installed, the verdict still names our best config."""
+    _, registry = tune(path, FakeRunner(lambda c: 0.1 if c.implementation == "torch" else valley(c)))
+    (verdict,) = registry.verdicts()
+    assert verdict.implementation == "torch"
+    assert next(Config(config) for name, config in verdict.ranking() if name == "triton") == BEST
+
+
 def test_equal_candidates_leave_the_default_standing(path):
     for seed in range(5):
         _, registry = tune(path, FakeRunner(flat, seed=seed), force=True, seed=seed, trials=20)

@@ -20,7 +20,7 @@ TIE = 1.01
 """Candidates within this factor of the fastest are equal; the tie is broken by what they cost, not by noise."""
 
 NEAR = 1.15
-"""Slower than the fastest by more than this after the second rung, and a candidate is no finalist."""
+"""Slower than our fastest by more than this after the second rung, and a candidate is no finalist."""
 
 DOUBT = 1.2
 """A prediction replaces the default where the model promises more than this. Over 78 problems measured on an H200 that
@@ -117,12 +117,15 @@ def predict(tuning: Tuning) -> Verdict:
 
 def finalists(tuning: Tuning) -> list[Candidate]:
     """Our fastest, and the lightest of those that may tie with the fastest: among many equals a run would otherwise
-    pick whichever its noise favours, another run another."""
-    ours = [c for c in tuning.times if c.implementation == tuning.default.implementation and c != tuning.default]
-    ranked = sorted(ours, key=lambda c: (tuning.times[c], tuning.burden(c)))
-    best = min(tuning.times.values())
+    pick whichever its noise favours, another run another.
+
+    However far ahead another implementation is, ours are ranked: it may not be there where the verdict is served.
+    """
+    ours = [c for c in tuning.times if c.implementation == tuning.default.implementation]
+    best = min(tuning.times[c] for c in ours)
+    ranked = sorted(set(ours) - {tuning.default}, key=lambda c: (tuning.times[c], tuning.burden(c)))
     near = [c for c in ranked if tuning.times[c] <= NEAR * best]
-    equal = [c for c in near if tuning.times[c] <= _SPREAD * tuning.times[near[0]]]
+    equal = [c for c in near if tuning.times[c] <= _SPREAD * best]
     return list(dict.fromkeys([*near[:_FASTEST], *sorted(equal, key=tuning.burden)[:_LIGHTEST]]))
 
 

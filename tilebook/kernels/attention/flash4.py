@@ -14,7 +14,6 @@ from tilebook.kernels.attention.form import Form, limits
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
 from tilebook.kernels.attention.tiles import like
 
-
 LEAST_FLOPS = 5e10
 """A call costs the host 50 µs, backward 110–230 (measured): a GPU that is done sooner would wait for it."""
 
