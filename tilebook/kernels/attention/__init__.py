@@ -150,9 +150,10 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, and options out of range.
 
-    Kernels serve bf16, fp16 and fp32 on a GPU with D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32
-    factors are rounded to tf32 where `torch.backends.cuda.matmul.allow_tf32` has it. Everything else, and
-    `torch.compile`, runs the same in PyTorch. Under autocast q, k and v are cast as there.
+    Kernels take bf16, fp16 and fp32 on a GPU with D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32
+    factors are rounded to tf32 where `torch.backends.cuda.matmul.allow_tf32` has it. Without a verdict that covers
+    them they serve bf16 and fp16 with D a power of two, full or causal top-left. Everything else, and `torch.compile`,
+    runs the same in PyTorch. Under autocast q, k and v are cast as there.
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
