@@ -76,7 +76,7 @@ def test_large_products_are_left_to_pytorch():
 def test_space_is_worth_searching_on_every_gpu(gpu):
     for each in OPS:
         for problem in each.problem.suites()["seeds"]:
-            assert 30 <= len(each.tunable.space.feasible(problem, gpu)) <= 600
+            assert 30 <= len(each.tunable.space.feasible(problem, gpu)) <= 1000
 
 
 def test_a_config_says_why_it_is_rejected():

@@ -1,4 +1,4 @@
-"""Every form of attention compiles with its default config for four architectures, with the real compilers."""
+"""Forms of attention compile with their default config, all of them for Hopper and some for others, really."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.tuner.compile import CompilePool
 
-TARGETS = ["NVIDIA A100", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X"]
+TARGETS = {"NVIDIA A100": 4, "NVIDIA H200": 1, "NVIDIA B200": 4, "AMD Instinct MI300X": 4}  # every n-th form
 FORMS = [
     ("B4,H16,S4096,D72,causal", "bf16"),
     ("B4,H16,S1024,Sk4096,D128,causal,bottom_right", "bf16"),
@@ -26,7 +26,7 @@ def test_default_configs_of_every_form_compile(name):
     with CompilePool(gpu, workers=1) as pool:
         pending = []
         for op in (ops.get("attention_fwd"), ops.get("attention_bwd")):
-            for text, dtype in FORMS:
+            for text, dtype in FORMS[:: TARGETS[name]]:
                 problem = op.problem.parse(text, dtype)
                 config = op.tunable.space.default(problem, gpu)
                 pending.append((problem, pool.submit(op.name, "triton", problem.key, config)))

@@ -140,7 +140,7 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     pairs = {"1": problem.batch * problem.heads_kv, "2": problem.batch * problem.heads}
     lengths = {"1": problem.seq_k, "2": problem.seq_q}
     descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and not problem.exact
-    hopper = device.capability == 90 and descriptors and problem.form.plain and problem.width <= 128
+    hopper = device.capability == 90 and descriptors and proven(problem) and problem.width <= 128
     heads = 4 if hopper and problem.causal and problem.width > 64 and min(pairs.values()) >= 4 else 1
     rest = {"HEADS": heads, "DESCRIPTORS": int(descriptors)}
 

@@ -119,7 +119,7 @@ def _default(problem: ForwardProblem, device: Device) -> Config:
     descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and not problem.exact
     rest = {"HEADS": 1, "DESCRIPTORS": int(descriptors)}
     configs = [Config(dict(zip(axes, shape, strict=True)) | rest) for shape in shapes]
-    if device.capability == 90 and descriptors and problem.form.plain and width <= 128:
+    if device.capability == 90 and descriptors and proven(problem) and width <= 128:
         shape = (64, 64, 4, 3) if problem.causal else (64, 128, 4, 2 if width <= 64 else 1)
         first = Config(dict(zip(axes, shape, strict=True)) | rest)
         configs[:0] = [first.replace(HEADS=4), first] if problem.causal else [first]

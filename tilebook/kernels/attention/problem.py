@@ -311,7 +311,11 @@ class BackwardProblem(ForwardProblem):
         from tilebook.kernels.attention.peers import torch_forward  # peers judge problems, so they import this module
 
         q, k, v, *rest = super().inputs(device, seed)
-        o, lse = torch_forward(q, k, v, *rest)
+        if self.form.plain:
+            o, lse = torch_forward(q, k, v, *rest)
+        else:  # eager PyTorch rounds the scores to 16 bits: its log-sum-exp is not that of the kernels' scores
+            o, lse = torch_forward(q.float(), k.float(), v.float(), *rest)
+            o = o.to(q.dtype)
         source = generator(device, seed + 1)
         do = torch.randn(q.shape, generator=source, device=device, dtype=q.dtype)
         return do, q, k, v, o, lse, *rest
