@@ -27,10 +27,12 @@ from tilebook.tuner.stats import median, speedup
 
 
 def commit() -> str:
-    """What is measured: the checkout's commit, or where the tree travelled without one, the commit noted beside it."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    """What is measured: the commit noted beside a tree that travelled without its history, else the checkout's."""
     noted = Path("COMMIT")
-    return found.stdout.strip() or (noted.read_text().strip() if noted.exists() else "unknown")
+    if noted.exists():
+        return noted.read_text().strip()
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 def contenders(op: Op[Any], problem: Problem, snapshot: Snapshot) -> dict[str, tuple[Implementation, Config | None]]:
