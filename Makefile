@@ -23,7 +23,7 @@ tune: setup
 	$(BIN)/tilebook tune --suite quick --gpu "$(GPU)" --budget $(BUDGET)
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
