@@ -84,9 +84,7 @@ def tune_problems(
     layers = Layers.default(registry)
     deadline = None if budget_s is None else time.monotonic() + budget_s
     options = Options(trials=trials, seed=seed, method=method, force=force)
-    environment = {
-        k: v for k, v in devices.environment().items() if indices or k not in ("driver", "cudnn", "flash-attn-4")
-    }
+    environment = {k: v for k, v in devices.environment().items() if indices or k not in ("driver", "cudnn")}
     runners = [GpuRunner(index, mode) for index in indices[: len(problems)]]
     # The processes that measure need a core each, or the GPUs wait for them.
     workers = workers or max(1, (os.cpu_count() or 1) - len(runners)) if runners else workers

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import torch
 
-from tilebook.device import Device
+from tilebook.device import Device, package_version
 from tilebook.kernels.attention.form import Form, limits
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
 from tilebook.kernels.attention.tiles import like
@@ -26,11 +25,7 @@ def available(device: Device) -> bool:
 @functools.cache
 def _installed() -> bool:
     """Asked of the installed distributions: importing takes seconds, and FlashAttention-2 has an older `cute` too."""
-    try:
-        metadata.distribution("flash-attn-4")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    return package_version("flash-attn-4") != "unknown"
 
 
 def supports(problem: ForwardProblem | BackwardProblem) -> bool:

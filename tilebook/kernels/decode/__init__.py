@@ -156,19 +156,7 @@ def _triton(
     return o, lse
 
 
-@decode.implementation("torch")
-def _torch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seq_lens: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    window: int | None,
-) -> Outputs:
-    return eager.decode(q, k, v, seq_lens, block_table, causal, scale, softcap, window)
+decode.implementation("torch")(decode.reference)
 
 
 def _plain(problem: DecodeProblem) -> bool:

@@ -5,7 +5,6 @@ Two kernels forward, one backward; the rest of the backward is plain products, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 
 from tilebook import dispatch
 from tilebook.autograd import once
-from tilebook.kernels.mlp.grads import mlp_grads_bwd
+from tilebook.kernels.mlp.grads import each_alone, mlp_grads_bwd
 from tilebook.kernels.mlp.problem import ACTIVATIONS
 from tilebook.kernels.mlp.products import act, mlp_act_bwd, mlp_down_fwd, mlp_up_fwd
 
@@ -54,22 +53,9 @@ class _MLP(torch.autograd.Function):
         if all(needed):
             return *choice.follow(mlp_grads_bwd, (dy,), dy, h, dz, x, w1), None, None
         dx, dw1, db1, dw2, db2 = (
-            make() if need else None for need, make in zip(needed, _each_alone(dy, h, dz, x, w1), strict=True)
+            make() if need else None for need, make in zip(needed, each_alone(dy, h, dz, x, w1), strict=True)
         )
         return dx, dw1, db1, dw2, db2, None, None
-
-
-def _each_alone(
-    dy: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, w1: torch.Tensor
-) -> tuple[Callable[[], torch.Tensor], ...]:
-    """What computes dx, dw1, db1, dw2, db2 where only some of them are asked for."""
-    return (
-        lambda: torch.mm(dz, w1),
-        lambda: torch.mm(dz.t(), x),
-        lambda: dz.sum(0),
-        lambda: torch.mm(dy.t(), h),
-        lambda: dy.sum(0),
-    )
 
 
 def mlp(

@@ -7,6 +7,7 @@ launch more; side by side they share its SMs.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +50,25 @@ class GradsProblem(Problem):
         return Cost(6.0 * m * width * inner, float(self.torch_dtype.itemsize * moved))
 
 
+def each_alone(
+    dy: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, w1: torch.Tensor
+) -> tuple[Callable[[], torch.Tensor], ...]:
+    """What computes dx, dW1, db1, dW2, db2, for when only some of them are asked for."""
+    return (
+        lambda: torch.mm(dz, w1),
+        lambda: torch.mm(dz.t(), x),
+        lambda: dz.sum(0),
+        lambda: torch.mm(dy.t(), h),
+        lambda: dy.sum(0),
+    )
+
+
 @op.define("mlp_grads_bwd", GradsProblem, direction="bwd")
 def mlp_grads_bwd(
     dy: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, w1: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """dx = dz W1, dW1 = dzᵀ x, db1 = Σ dz, dW2 = dyᵀ h, db2 = Σ dy."""
-    return torch.mm(dz, w1), torch.mm(dz.t(), x), dz.sum(0), torch.mm(dy.t(), h), dy.sum(0)
+    return tuple(make() for make in each_alone(dy, h, dz, x, w1))
 
 
 def _tiles(problem: Problem, block_m: int, block_n: int) -> tuple[int, int, int]:
@@ -249,8 +263,4 @@ def _triton(
     return dx, dw1, db1, dw2, db2
 
 
-@mlp_grads_bwd.implementation("torch")
-def _torch(
-    dy: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, w1: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    return torch.mm(dz, w1), torch.mm(dz.t(), x), dz.sum(0), torch.mm(dy.t(), h), dy.sum(0)
+mlp_grads_bwd.implementation("torch")(mlp_grads_bwd.reference)

@@ -142,24 +142,7 @@ def _triton_bwd(
     return dz, h
 
 
-# PyTorch's
+# PyTorch's, as the references have it
 
-
-@mlp_up_fwd.implementation("torch")
-def _torch_up(
-    x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, activation: str, save: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    z = F.linear(x, w1, b1)
-    return act(z, activation), z if save else z.new_empty(0)
-
-
-@mlp_down_fwd.implementation("torch")
-def _torch_down(h: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> tuple[torch.Tensor]:
-    return (F.linear(h, w2, b2),)
-
-
-@mlp_act_bwd.implementation("torch")
-def _torch_bwd(
-    dy: torch.Tensor, w2: torch.Tensor, z: torch.Tensor, activation: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _act_bwd(torch.mm(dy, w2), z, activation), act(z, activation)
+for each in (mlp_up_fwd, mlp_down_fwd, mlp_act_bwd):
+    each.implementation("torch")(each.reference)
