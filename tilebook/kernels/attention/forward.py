@@ -95,10 +95,11 @@ def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
     width, scores = problem.width * itemsize, rows * columns * itemsize
     if device.backend == "hip":  # the newest tile of AMD's ring is on its way in registers
         return max(rows * width, columns * width, scores) + 2 * columns * width * (stages - 1)
+    table = problem.table_itemsize * rows * columns * max(1, stages - 1)  # tiles of a bias or mask wait there too
     if not asynchronous(device):  # q moves on to registers, and its place is used again
-        return max(rows + min(2, stages) * columns, ring) * width + scores
+        return max(rows + min(2, stages) * columns, ring) * width + scores + table
     barriers = 1024 if config["DESCRIPTORS"] else 0
-    return (rows + ring) * width + barriers
+    return (rows + ring) * width + barriers + table
 
 
 def _default(problem: ForwardProblem, device: Device) -> Config:
