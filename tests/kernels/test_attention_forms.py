@@ -92,6 +92,10 @@ def agree(options, shapes, dtype=torch.float16, seed=0, tolerance=4e-3):
         for mine, other, usual in zip((o, *grads), truths, theirs, strict=True):
             assert mine.isfinite().all()
             floor = tolerance * max(1.0, other.abs().max().item())
+            if mine.ndim == 4 and mine.shape[-1] == 1:
+                # One number for whole rows: adding it changes nothing, so its gradient is 0 but for what the row sums
+                # of p · dp, taken from the rounded o, leave behind; that adds up like noise.
+                floor += 5e-4 * (o.numel() / o.shape[-1]) ** 0.5
             assert (mine.double() - other).abs().max() <= floor + 2 * (usual.double() - other).abs().max(), options
 
 
