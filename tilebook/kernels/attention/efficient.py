@@ -86,7 +86,7 @@ def forward(
     )
     lse = lse[..., :n_q].contiguous()
     if table is not None:  # of rows that see nothing it says 0
-        lse = lse.masked_fill(table.amax(-1) < _HIDDEN, -torch.inf)
+        lse = lse.masked_fill(table.amax(-1).float() < _HIDDEN, -torch.inf)
     placed = o.transpose(1, 2).is_contiguous() and not q.transpose(1, 2).is_contiguous()
     return like(q).copy_(o) if placed else o, lse
 
