@@ -2,9 +2,9 @@
 
     python benchmarks/attention_fp32.py --out benchmarks/results/nvidia-h200/attention_fp32.json [--registry PATH]
 
-Contenders are `compare.py`'s, and `F.scaled_dot_product_attention` as a user calls it: without a log-sum-exp, and in the
-backward what autograd makes of it, again and again for one forward. All of a problem are captured as CUDA graphs over
-rotated inputs and sampled interleaved; speed-ups are over SDPA. PyTorch is told whether tf32 will do.
+Contenders are `compare.py`'s, and `F.scaled_dot_product_attention` as a user calls it: without a log-sum-exp, and in
+the backward what autograd makes of it, again and again for one forward. All of a problem are captured as CUDA graphs
+over rotated inputs and sampled interleaved; speed-ups are over SDPA. PyTorch is told whether tf32 will do.
 With --dry-run it runs small, on the CPU and in Triton's interpreter, where times mean nothing.
 """
 
