@@ -149,6 +149,25 @@ def test_rows_that_see_nothing_are_zero_with_any_pair_of_forward_and_backward(at
             torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("name", ["mem_efficient", "flash_attention_2"])
+def test_the_public_function_differentiates_through_it(aten, flash, name):
+    source = torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn((2, n, 30, 32), generator=source) for n in (4, 2, 2, 4))
+    table, slopes = torch.randn((4, 30, 30), generator=source), torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    options = {"bias": table} if name == "mem_efficient" else {"alibi_slopes": slopes, "window": (9, 0)}
+
+    def gradients(implementation, dtype):
+        given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        some = {key: x.to(dtype).requires_grad_() if key == "bias" else x for key, x in options.items()}
+        with dispatch.use(implementation):
+            o = tilebook.attention(*given, causal=True, **some)
+        wanted = [*given, *(x for key, x in some.items() if key == "bias")]
+        return [o, *torch.autograd.grad(o, wanted, do.to(dtype))]
+
+    for mine, truth in zip(gradients(name, torch.float16), gradients("torch", torch.float32), strict=True):
+        assert (mine.float() - truth).norm() < 5e-3 * truth.norm()
+
+
 def test_rows_of_nothing_but_the_most_negative_number_give_it_no_nan(aten):
     q, k, v, do = (torch.randn(1, 1, 20, 32).bfloat16() for _ in range(4))
     table = torch.zeros(1, 1, 20, 20, dtype=torch.bfloat16)

@@ -27,7 +27,7 @@ def cudnn_supports(problem: ForwardProblem | BackwardProblem) -> bool:
         problem.torch_dtype in _HALVES
         and problem.head_dim <= 128
         and problem.head_dim % 8 == 0
-        and problem.seq_q * problem.seq_k > 1
+        and problem.seq_k > 1
         # Biases it would take too, but a row that they hide altogether comes out as NaN.
         and problem.form.plain
         # Its causal mask is aligned to the other corner where the lengths differ.
