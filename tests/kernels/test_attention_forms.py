@@ -193,6 +193,21 @@ def test_hugely_negative_biases_are_not_infinite():
     torch.testing.assert_close(o.float(), v.float().mean(2, keepdim=True).expand(o.shape), rtol=0, atol=0.01)
 
 
+def test_pytorchs_path_has_right_gradients_in_rows_of_the_most_negative_number():
+    """Whose log-sum-exp is that number too, whatever their length."""
+    q, k, v, do = tensors(*shapes(20, 40), (1, 2, 20, 32), dtype=torch.float32)
+    bias = torch.zeros(20, 40, device=DEVICE)
+    bias[3] = torch.finfo(torch.float32).min
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with dispatch.use("torch"):
+        o = tilebook.attention(*inputs, bias=bias)
+    truth, _ = formula(*(x.double() for x in inputs), bias=bias.double())
+    found, right = (torch.autograd.grad(x, inputs, do.to(x.dtype)) for x in (o, truth))
+    torch.testing.assert_close(o.double(), truth, rtol=1e-4, atol=1e-5)
+    for mine, other in zip(found, right, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+
+
 def test_dropout_is_the_same_in_every_implementation_config_and_direction():
     q, k, v = tensors(*shapes(70, 90))
     found = []

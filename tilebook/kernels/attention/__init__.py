@@ -8,7 +8,7 @@ import torch
 
 from tilebook import dispatch
 from tilebook.autograd import once
-from tilebook.kernels.attention import eager
+from tilebook.kernels.attention import eager, others  # noqa: F401 (others registers them)
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.drop_in import scaled_dot_product_attention
 from tilebook.kernels.attention.form import CAUSAL, PLAIN, Form, banded, form, simplest
@@ -136,7 +136,9 @@ def attention(
             FlashAttention (ALiBi, Press et al. 2022). No gradient.
         bias: added to the scores, any floating dtype, broadcast to (B, H, Sq, Sk). Differentiable; its gradient is made
             at the full size B · H · Sq · Sk in the dtype of the bias, and then summed over what was broadcast.
-        attn_mask: booleans, True where a pair takes part, or numbers to add; broadcast to (B, H, Sq, Sk).
+        attn_mask: booleans, True where a pair takes part, or numbers to add; broadcast to (B, H, Sq, Sk). Hide pairs by
+            False or -inf: a row of nothing but the most negative finite number gives the mean of v or 0, and kernels
+            make wrong gradients of it.
         dropout_p: probability of dropping a weight, in [0, 1); what stays is divided by 1 - dropout_p. The seed comes
             from the generator of q's device, so `torch.manual_seed` repeats it; nothing else decides what drops.
         return_lse: return (o, lse).

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from tilebook.device import Device
-from tilebook.kernels.attention import eager, flash4, peers
+from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.backward_columns import attention_bwd_dkdv
 from tilebook.kernels.attention.backward_rows import attention_bwd_dq
 from tilebook.kernels.attention.form import Form
@@ -295,50 +295,3 @@ def _triton(
     shape = extras[0].shape
     across = [axis for axis, (n, size) in enumerate(zip(shape, dbias.shape, strict=True)) if n != size]
     return dq, dk, dv, dbias.sum(across, keepdim=True) if across else dbias
-
-
-@attention_bwd.implementation("torch", deterministic=False)
-def _torch(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    form: Form,
-    scale: float,
-    *extras: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    return peers.torch_backward(do, q, k, v, o, lse, form, scale, *extras)
-
-
-@attention_bwd.implementation(
-    "cudnn", available=peers.cudnn_available, supports=peers.cudnn_supports, deterministic=False
-)
-def _cudnn(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    form: Form,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return peers.cudnn_backward(do, q, k, v, o, lse, form, scale)
-
-
-@attention_bwd.implementation(
-    "flash_attention_4", available=flash4.available, supports=flash4.supports, deterministic=False
-)
-def _flash_attention_4(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    form: Form,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return flash4.backward(do, q, k, v, o, lse, form, scale)

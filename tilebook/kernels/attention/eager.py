@@ -110,9 +110,12 @@ def _add(total: torch.Tensor, part: torch.Tensor, piece: _Piece) -> None:
     (total if 2 in across else total[:, :, piece.rows]).index_put_(at, part, accumulate=True)
 
 
-def _weights(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """exp(scores - lse); 0 in rows that see nothing, whose lse is -inf."""
-    return torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+def _weights(scores: torch.Tensor) -> torch.Tensor:
+    """softmax(scores), 0 in rows that see nothing.
+
+    Not by the log-sum-exp: in a row of the most negative number alone the logarithm of their count is lost in it.
+    """
+    return torch.softmax(scores, -1).masked_fill_(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
 
 
 def log_sum_exp(q: torch.Tensor, k: torch.Tensor, form: Form, scale: float, *tensors: torch.Tensor) -> torch.Tensor:
@@ -134,11 +137,10 @@ def forward(
     o_out, lse_out = _grouped(o, k.shape[1]), _grouped(lse, k.shape[1])
     for piece, pair, rows in _pieces(q, k, form, tensors):
         scores, _ = piece.scores(queries[pair, :, rows], keys[pair], scale)
-        denominators = torch.logsumexp(scores, -1)
-        p, kept = _weights(scores, denominators), piece.kept()
+        p, kept = _weights(scores), piece.kept()
         p = p if kept is None else p * kept
         o_out[pair, :, rows] = p.to(q.dtype) @ values[pair][:, None]
-        lse_out[pair, :, rows] = denominators
+        lse_out[pair, :, rows] = torch.logsumexp(scores, -1)
     return o, lse
 
 
@@ -179,7 +181,7 @@ def backward(
     for piece, pair, rows in _pieces(q, k, form, tensors):
         some_q, some_do = queries[pair, :, rows], grads[pair, :, rows]
         scores, slope = piece.scores(some_q, keys[pair], scale)
-        p, kept = _weights(scores, torch.logsumexp(scores, -1)), piece.kept()
+        p, kept = _weights(scores), piece.kept()
         dp = (some_do @ values[pair][:, None].mT).float()
         if kept is not None:
             dp = dp * kept

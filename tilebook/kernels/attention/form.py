@@ -98,6 +98,13 @@ def limits(form: Form, n_q: int, n_k: int) -> tuple[int | None, int | None]:
     return (form.left - shift if form.left >= 0 else None, form.right + shift if form.right >= 0 else None)
 
 
+def sides(form: Form, n_q: int, n_k: int) -> tuple[int | None, int | None]:
+    """Columns that a row sees before and after a diagonal that ends in the last row and column, as FlashAttention's."""
+    before, after = limits(form, n_q, n_k)
+    shift = n_k - n_q
+    return None if before is None else before + shift, None if after is None else after - shift
+
+
 def extras(
     form: Form, tensors: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:

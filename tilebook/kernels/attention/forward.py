@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from tilebook.device import Device
-from tilebook.kernels.attention import eager, flash4, peers
+from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.problem import ForwardProblem
 from tilebook.kernels.attention.scores import (
@@ -393,24 +393,3 @@ def _triton(
         num_stages=config["num_stages"],
     )
     return o, lse
-
-
-@attention_fwd.implementation("torch")
-def _torch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return peers.torch_forward(q, k, v, form, scale, *extras)
-
-
-@attention_fwd.implementation("cudnn", available=peers.cudnn_available, supports=peers.cudnn_supports)
-def _cudnn(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return peers.cudnn_forward(q, k, v, form, scale)
-
-
-@attention_fwd.implementation("flash_attention_4", available=flash4.available, supports=flash4.supports)
-def _flash_attention_4(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return flash4.forward(q, k, v, form, scale)

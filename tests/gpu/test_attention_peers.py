@@ -1,0 +1,123 @@
+"""Attention's implementations on the GPU together: any forward's log-sum-exp feeds any backward, features included."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tilebook import device as devices
+from tilebook import op as ops
+from tilebook.kernels.attention import flash4, flex
+from tilebook.kernels.attention.form import form
+from tilebook.tuner.verify import Case, Wrong, verify
+
+pytestmark = pytest.mark.gpu
+
+FORWARD, BACKWARD = ops.get("attention_fwd"), ops.get("attention_bwd")
+
+PAIRED = (
+    ("B2,H4,S197,D64", "bf16"),
+    ("B1,H4,Hkv2,S333,D128,causal", "bf16"),
+    ("B1,H4,Hkv1,S100,Sk260,D64", "fp16"),
+    ("B1,H2,S197,Sk333,D64,causal,bottom_right", "bf16"),
+    ("B1,H2,S333,D64,causal,window100x0", "bf16"),
+    ("B2,H2,S197,D72,dbiashqk", "bf16"),
+    ("B2,H4,Hkv2,S100,Sk197,D64,causal,dbiasbhqk", "bf16"),
+    ("B2,H2,S197,Sk100,D64,maskbqk", "bf16"),
+    ("B1,H2,S197,D64,causal", "fp32"),
+    ("B1,H2,S197,D80,tf32", "fp32"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _short_calls_count(monkeypatch):
+    monkeypatch.setattr(flash4, "LEAST_FLOPS", 0.0)
+    monkeypatch.setattr(flex, "LEAST_FLOPS", 0.0)
+
+
+def running(op, problem):
+    """(implementation, config) of all that can run the problem here, ours first."""
+    gpu = devices.current()
+    ours = op.tunable
+    yield ours, ours.space.default(problem, gpu)
+    for each in op.implementations.values():
+        if each is not ours and each.can_run(problem, gpu):
+            yield each, None
+
+
+@pytest.mark.parametrize(("text", "dtype"), PAIRED, ids=lambda value: value)
+def test_any_forward_feeds_any_backward(text, dtype):
+    problem = BACKWARD.problem.parse(text, dtype)
+    case = Case.make(BACKWARD, problem, "cuda", 0)
+    do, q, k, v, _, _, kind, scale, *extras = case.inputs
+    wrong = []
+    for forward, config in running(FORWARD, FORWARD.problem.parse(text.replace("dbias", "bias"), dtype)):
+        o, lse = forward(q, k, v, kind, scale, *extras, config=config)
+        assert o.shape == q.shape
+        assert lse.shape == q.shape[:3]
+        fed = dataclasses.replace(case, inputs=(do, q, k, v, o, lse, kind, scale, *extras))
+        for backward, settings in running(BACKWARD, problem):
+            try:
+                verify(backward, settings, [fed])
+            except Wrong as found:
+                wrong.append(f"{forward.name} → {backward.name}: {found}")
+    assert not wrong, "\n".join(wrong)
+
+
+FLEX = (
+    ("B1,H2,S197,D64", "bf16"),
+    ("B1,H4,Hkv2,S333,D128,causal", "bf16"),
+    ("B1,H2,S100,Sk333,D64,causal,bottom_right", "bf16"),
+    ("B1,H2,S333,Sk100,D64,causal,bottom_right", "bf16"),
+    ("B1,H2,S1000,D64,causal,window300x0", "fp16"),
+    ("B1,H2,S100,D64,softcap", "bf16"),
+    ("B2,H3,S70,Sk100,D32,alibi", "bf16"),
+    ("B2,H4,Hkv2,S140,Sk200,D32,causal,biasbhqk", "bf16"),
+    ("B2,H2,S170,D32,maskbk", "bf16"),
+    ("B1,H2,S200,D72,causal,window50x0,softcap,biasq,alibi", "bf16"),
+)
+
+
+@pytest.mark.parametrize(("text", "dtype"), FLEX, ids=lambda value: value)
+def test_flex_attention_is_right_where_inductor_compiles_it(text, dtype):
+    problem = FORWARD.problem.parse(text, dtype)
+    implementation = FORWARD.implementations["flex_attention"]
+    assert implementation.can_run(problem, devices.current())
+    verify(implementation, None, [Case.make(FORWARD, problem, "cuda", 0)])
+
+
+def test_flex_attention_leaves_no_process_behind():
+    """The tuner takes a process that a candidate leaves behind for a fault."""
+    from tilebook.tuner.processes import children
+
+    before = set(children())
+    q = torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.bfloat16)
+    FORWARD.implementations["flex_attention"](q, q, q, form(left=77, right=0), 0.125)
+    assert set(children()) <= before
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("kind", ["mask", "bias"])
+def test_rows_that_see_nothing_are_zero_everywhere(kind, causal):
+    """Also where an infinite bias hides them, which the problems' random biases never do."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, do = (
+        torch.randn(2, 2, 197, 64, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(4)
+    )
+    shown = torch.rand(1, 1, 197, 197, device="cuda", generator=generator) < 0.5
+    shown[:, :, 70] = False
+    shown[:, :, 5, :10] = False  # under a causal mask this one sees nothing either
+    table = shown if kind == "mask" else torch.where(shown, 0.25, -torch.inf).bfloat16()
+    suffix = ",causal" if causal else ""
+    problem = BACKWARD.problem.parse(f"B2,H2,S197,D64{suffix},{kind}qk", "bf16")
+    options = form(right=0 if causal else -1, bias=kind)
+    dead = [5, 70] if causal else [70]
+    for forward, config in running(FORWARD, FORWARD.problem.parse(problem.label, "bf16")):
+        o, lse = forward(q, k, v, options, 0.125, table, config=config)
+        assert (o[:, :, dead] == 0).all(), forward.name
+        assert (lse[:, :, dead] == -torch.inf).all(), forward.name
+        assert lse.isfinite().sum() == lse.numel() - 4 * len(dead), forward.name
+        for backward, settings in running(BACKWARD, problem):
+            dq, dk, dv = backward(do, q, k, v, o, lse, options, 0.125, table, config=settings)
+            assert (dq[:, :, dead] == 0).all(), (forward.name, backward.name)
+            assert all(x.isfinite().all() for x in (dq, dk, dv)), (forward.name, backward.name)

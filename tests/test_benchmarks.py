@@ -1,0 +1,32 @@
+"""Programs that measure run to their end without a GPU, so that what a GPU is spent on is not their mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(name, out, *arguments):
+    command = [sys.executable, str(BENCHMARKS / name), "--dry-run", "--out", str(out), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_memory_of_a_matrix_of_scores_grows_with_the_square_and_ours_does_not(tmp_path):
+    document, printed = run("attention_memory.py", tmp_path / "memory.json")
+    exponents = document["exponent"]
+    assert exponents["tilebook"] == pytest.approx(1, abs=0.1)
+    assert 1.6 < exponents["eager"] < 2.1
+    assert "exponent" in printed
+
+
+def test_precisions_are_compared_forward_and_backward(tmp_path):
+    document, _ = run("attention_fp32.py", tmp_path / "fp32.json", "--rounds", "2", "--only", "fp32")
+    assert {row["op"] for row in document["results"]} == {"attention_fwd", "attention_bwd"}
+    for row in document["results"]:
+        assert {"default", "torch", "sdpa"} <= set(row["candidates"])

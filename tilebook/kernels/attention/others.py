@@ -1,0 +1,35 @@
+"""The implementations of attention that are not ours: which there are, where they run, what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tilebook.device import Device
+from tilebook.kernels.attention import efficient, flash2, flash3, flash4, flex, peers
+from tilebook.kernels.attention.backward import attention_bwd
+from tilebook.kernels.attention.forward import attention_fwd
+
+
+def _register(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None,
+    available: Callable[[Device], bool],
+    supports: Callable[[Any], bool],
+) -> None:
+    """All of their backward passes add something up in an order of its own each time."""
+    attention_fwd.implementation(name, available=available, supports=supports)(forward)
+    if backward is not None:
+        attention_bwd.implementation(name, available=available, supports=supports, deterministic=False)(backward)
+
+
+attention_fwd.implementation("torch")(peers.torch_forward)
+attention_bwd.implementation("torch", deterministic=False)(peers.torch_backward)
+_register("cudnn", peers.cudnn_forward, peers.cudnn_backward, peers.cudnn_available, peers.cudnn_supports)
+_register("flash_attention_4", flash4.forward, flash4.backward, flash4.available, flash4.supports)
+_register("mem_efficient", efficient.forward, efficient.backward, efficient.available, efficient.supports)
+_register("torch_flash", flash2.torch_forward, flash2.torch_backward, flash2.torch_available, flash2.torch_supports)
+_register("flex_attention", flex.forward, None, flex.available, flex.supports)
+_register("flash_attention_2", flash2.forward, flash2.backward, flash2.available, flash2.supports)
+_register("flash_attention_3", flash3.forward, flash3.backward, flash3.available, flash3.supports)
