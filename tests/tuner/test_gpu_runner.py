@@ -11,7 +11,7 @@ from tilebook.tuner.runner import Candidate, GpuRunner
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are killed by group")
 
-OP = SimpleNamespace(name="toy")
+OP = SimpleNamespace(name="toy", implementations={})
 GOOD, OTHER, CRASH, POISON = Candidate("good"), Candidate("other"), Candidate("crash"), Candidate("poison")
 
 
