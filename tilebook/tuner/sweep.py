@@ -105,13 +105,14 @@ class Sweep:
     @property
     def ours(self) -> list[Measured]:
         """The configs of the space, without the other implementations."""
-        return [each for each in self.measured if each.candidate.implementation == self.implementation]
+        name = self.implementation
+        return [each for each in self.measured if each.candidate.implementation == name]
 
     @property
     def implementation(self) -> str:
         """The name of the one whose space was swept; of our own kernel the header does not say it."""
         compiled = (each.candidate.implementation for each in self.measured if each.compiled is not None)
-        return str(self.header.get("implementation") or next(compiled))
+        return str(self.header.get("implementation") or next(compiled, ""))
 
 
 def _line(content: Mapping[str, Json]) -> str:
