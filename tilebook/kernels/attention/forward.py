@@ -408,8 +408,10 @@ def _cudnn(
     return peers.cudnn_forward(q, k, v, form, scale)
 
 
-@attention_fwd.implementation("flash_attention_4", available=flash4.available, supports=flash4.supports)
-def _flash_attention_4(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return flash4.forward(q, k, v, form, scale)
+attention_fwd.implementation(
+    "flash_attention_4",
+    space=flash4.FORWARD_SPACE,
+    external=flash4.PACKAGE,
+    available=flash4.available,
+    supports=flash4.supports,
+)(flash4.forward)
