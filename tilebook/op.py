@@ -199,8 +199,8 @@ class Op(Generic[P]):
 
     @property
     def tunable(self) -> Implementation:
-        """Our own kernel, the first that has a space: its default config is the baseline, and what runs by default."""
-        return self.tunables[0]
+        """Our own kernel, the first of ours that has a space: its default is the baseline, and what runs by default."""
+        return next(each for each in self.tunables if not each.external)
 
     @property
     def digest(self) -> str:

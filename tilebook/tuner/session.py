@@ -103,10 +103,8 @@ class Session:
 
         To predict, our own alone: the model ranks configs of one kernel, and knows nothing of what sets two apart.
         """
-        ours, *others = op.tunables
-        if self._runner is None:
-            others = []
-        running = [ours, *(each for each in others if each.can_run(problem, self._gpu))]
+        others = [] if self._runner is None else [each for each in op.tunables if each is not op.tunable]
+        running = [op.tunable, *(each for each in others if each.can_run(problem, self._gpu))]
         fields = [self._known.field(each, problem, self._gpu) for each in running]
         return [each for each in fields if each.feasible or each is fields[0]]
 
