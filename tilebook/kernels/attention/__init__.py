@@ -8,7 +8,10 @@ import torch
 
 from tilebook import dispatch
 from tilebook.autograd import once
-from tilebook.kernels.attention import eager
+from tilebook.kernels.attention import (
+    backward_reduce,  # noqa: F401 (registers an implementation)
+    eager,
+)
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.drop_in import scaled_dot_product_attention
 from tilebook.kernels.attention.form import CAUSAL, PLAIN, Form, banded, form, simplest
