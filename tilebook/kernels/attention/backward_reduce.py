@@ -85,8 +85,9 @@ def _shared(problem: BackwardProblem, config: Config, device: Device) -> int:
     if stages == 1:  # then dq takes the place of q
         return 2 * columns * width + max(rows * width + scores, 4 * rows * problem.width) + 1024
     sums = 4 * rows * problem.width if config["DESCRIPTORS"] else 0
-    ring = stages + (device.capability >= 100)  # tcgen05 lets go of a tile one step later
-    return 2 * columns * width + ring * 2 * rows * (width + 4) + scores + sums
+    if device.capability >= 100:  # tcgen05 lets go of a tile one step later, and p and ds are in shared memory both
+        stages, scores = stages + 1, 3 * scores
+    return 2 * columns * width + stages * 2 * rows * (width + 4) + scores + sums
 
 
 def _default(problem: BackwardProblem, device: Device) -> Config:

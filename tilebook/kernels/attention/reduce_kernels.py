@@ -272,4 +272,5 @@ def attention_bwd_finish(
     inside = tl.arange(0, D)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     total = tl.load(sums + tile.to(tl.int64) * (BLOCK_M * D) + inside)
     batch, head = pair // n_heads, pair % n_heads
-    store_tile(dq, tl.trans(total) * scale, batch, head, row, stride_dqb, stride_dqh, stride_dqs, n_q, BLOCK_M, D, WIDTH)
+    dq_tile = tl.trans(total) * scale
+    store_tile(dq, dq_tile, batch, head, row, stride_dqb, stride_dqh, stride_dqs, n_q, BLOCK_M, D, WIDTH)
