@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from tilebook.kernels.attention.scores import rows_seen, within
-from tilebook.kernels.attention.tiles import LOG2E, load_tile, offset, place, store_tile
+from tilebook.kernels.attention.tiles import LOG2E, load_tile, place, store_tile
 
 
 @triton.jit
