@@ -13,7 +13,7 @@ from tilebook.kernels.attention import eager as attention
 from tilebook.kernels.attention import peers
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.attention.forward import proven, supports
-from tilebook.kernels.attention.tiles import describable, like
+from tilebook.kernels.attention.tiles import PACKED, describable, like
 from tilebook.kernels.varlen import eager, flash
 from tilebook.kernels.varlen.blocks import addressable, describe, n_blocks
 from tilebook.kernels.varlen.check import check
@@ -113,14 +113,11 @@ def _triton_fwd(
     (total_q, heads, _), (total_k, heads_kv, _), n_sequences = q.shape, k.shape, len(cu_q) - 1
     o, lse = like(q), torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
-    descriptors = bool(config["DESCRIPTORS"]) and describable(k, v)
+    descriptors = bool(config["DESCRIPTORS"]) and describable(q, k, v)
     launch(
         varlen_fwd,
         (n_blocks(total_q, n_sequences, rows) * heads,),
-        q,
-        k,
-        v,
-        *((describe(k, columns), describe(v, columns)) if descriptors else (k, v)),
+        *((describe(q, rows), describe(k, columns), describe(v, columns)) if descriptors else (q, k, v)),
         o,
         lse,
         cu_q,
@@ -136,7 +133,7 @@ def _triton_fwd(
         BLOCK_M=rows,
         BLOCK_N=columns,
         HEADS=config["HEADS"],
-        DESCRIPTORS=descriptors,
+        DESCRIPTORS=PACKED.value if descriptors else False,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
@@ -188,24 +185,27 @@ def _triton_bwd(
             BLOCK_M=config[f"BLOCK_M{axis}"],
             BLOCK_N=config[f"BLOCK_N{axis}"],
             HEADS=config["HEADS"],
-            DESCRIPTORS=descriptors,
+            DESCRIPTORS=PACKED.value if descriptors else False,
             num_warps=config[f"num_warps{axis}"],
             num_stages=config[f"num_stages{axis}"],
         )
 
-    def whole(x: torch.Tensor, swept: str) -> Any:
-        """What tiles without masks are loaded from."""
-        return describe(x, config.number(swept)) if descriptors else x
+    def loaded(axis: str) -> tuple[Any, ...]:
+        """q, k, v and do as that kernel loads them."""
+        if not descriptors:
+            return q, k, v, do
+        rows, columns = config.number(f"BLOCK_M{axis}"), config.number(f"BLOCK_N{axis}")
+        return describe(q, rows), describe(k, columns), describe(v, columns), describe(do, rows)
 
     # dq first: that kernel also makes the delta that the other one reads.
     start(
         varlen_bwd_dq, "2", "BLOCK_M", total_q, heads,
-        q, k, v, do, whole(k, "BLOCK_N2"), whole(v, "BLOCK_N2"), o, lse, delta, dq, cu_q, cu_k,
+        *loaded("2"), o, lse, delta, dq, cu_q, cu_k,
         *_steps(q, k, v, do, o, dq),
     )  # fmt: skip
     start(
         varlen_bwd_dkdv, "1", "BLOCK_N", total_k, heads_kv,
-        q, k, v, do, whole(q, "BLOCK_M1"), whole(do, "BLOCK_M1"), lse, delta, dk, dv, cu_q, cu_k,
+        *loaded("1"), lse, delta, dk, dv, cu_q, cu_k,
         *_steps(q, k, v, do, dk, dv),
     )  # fmt: skip
     return dq, dk, dv

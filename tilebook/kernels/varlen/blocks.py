@@ -14,6 +14,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tilebook.kernels.attention.tiles import PACKED_ROWS
+
+_ANY = 0x7FFF0000  # no limit on an axis
+
 # Sequences that a program looks at together.
 CHUNK = tl.constexpr(128)
 
@@ -58,10 +62,12 @@ def addressable(x: torch.Tensor) -> torch.Tensor:
 
 
 def describe(x: torch.Tensor, rows: int) -> Any:
-    """A host-side descriptor of (first row of the sequence, head, row in it, column), blocks of `rows` rows.
+    """A host-side descriptor for `load_tile`, whose blocks are `rows` rows of one head of one sequence.
 
-    Two of its axes run over the rows: their numbers are added. It knows where the pack ends, not where a sequence does.
+    The steps of its first axis, taken PACKED_ROWS times, come to 2⁶⁴ elements less the rows that are too many.
     """
-    total, heads, width = x.shape
-    strides = [x.stride(0), x.stride(1), x.stride(0), 1]
-    return TensorDescriptor(x, [total, heads, total, width], strides, [1, 1, rows, triton.next_power_of_2(width)])
+    end = PACKED_ROWS.value
+    step, head, _ = x.stride()
+    shape = [_ANY, _ANY, x.shape[1], end, x.shape[2]]
+    strides = [(1 << 64) // end - step, step, head, step, 1]
+    return TensorDescriptor(x, shape, strides, [1, 1, 1, rows, triton.next_power_of_2(x.shape[2])])

@@ -1,8 +1,6 @@
 """The kernels for packed sequences: attention's inner loops, with rows and columns counted from a sequence's start.
 
 Of a tensor (T, H, D) the sequence's first row is what the inner loops call the batch, and its stride that of a row.
-Tiles without masks lie within a sequence, so a descriptor may load them (`k_whole`, …); masked ones come by pointer,
-since the hardware would put rows of the next sequence where zeros must be.
 """
 
 from __future__ import annotations
@@ -19,6 +17,16 @@ from tilebook.kernels.varlen.blocks import located, stretch
 
 
 @triton.jit
+def _extras(left, right, shift, softcap):
+    """The optional parts of attention's inner loops; first the limits, for a diagonal `shift` columns further right."""
+    return (
+        None if left is None else left - shift,
+        None if right is None else right + shift,
+        None, None, None, None, None, None, softcap, None, None,
+    )  # fmt: skip
+
+
+@triton.jit
 def _columns(row, height, n_k, before, after, LIMITED: tl.constexpr, BLOCK_N: tl.constexpr):
     """[first, clear, whole, last): columns that a block of rows visits; from `clear` to `whole` without masks."""
     first = 0
@@ -27,15 +35,16 @@ def _columns(row, height, n_k, before, after, LIMITED: tl.constexpr, BLOCK_N: tl
     last = n_k
     if LIMITED:
         first, clear, whole, last = columns_seen(row, height, n_k, before, after)
-        first = first // BLOCK_N * BLOCK_N
-        clear = tl.minimum(tl.cdiv(clear, BLOCK_N) * BLOCK_N, tl.cdiv(last, BLOCK_N) * BLOCK_N)
+        if before is not None:  # else `clear` stays the constant 0, without which tiles would not be loaded ahead
+            first = first // BLOCK_N * BLOCK_N
+            clear = tl.minimum(tl.cdiv(clear, BLOCK_N) * BLOCK_N, tl.cdiv(last, BLOCK_N) * BLOCK_N)
         whole = tl.maximum(whole // BLOCK_N * BLOCK_N, clear)
     return first, clear, whole, last
 
 
 @triton.jit(do_not_specialize=["n_sequences", "n_heads", "group", "total_q", "total_k", "left", "right"])
 def varlen_fwd(
-    q, k, v, k_whole, v_whole, o, lse, cu_q, cu_k,
+    q, k, v, o, lse, cu_q, cu_k,
     stride_qs, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_os, stride_oh,
     n_sequences, n_heads, group, total_q, total_k, scale, left, right, softcap,
     BOTTOM_RIGHT: tl.constexpr, LIMITED: tl.constexpr, SCORED: tl.constexpr, TF32: tl.constexpr,
@@ -53,31 +62,29 @@ def varlen_fwd(
     start_k, n_k = stretch(cu_k, sequence, n_sequences, total_k, 0)
     kv_head = head // group
     shift = n_k - n_q if BOTTOM_RIGHT else 0
-    before = None if left is None else left - shift
-    after = None if right is None else right + shift
+    extras = _extras(left, right, shift, softcap)
 
-    q_tile = load_tile(q, start, head, row, stride_qs, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, False)
+    q_tile = load_tile(q, start, head, row, stride_qs, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     weight = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     factor = scale if SCORED else scale * LOG2E
-    extras = (before, after, None, None, None, None, None, None, softcap, None, None)
-    first, clear, whole, last = _columns(row, BLOCK_M, n_k, before, after, LIMITED, BLOCK_N)
+    first, clear, whole, last = _columns(row, BLOCK_M, n_k, extras[0], extras[1], LIMITED, BLOCK_N)
     if left is not None:
         acc, weight, peak = attend(
             acc, weight, peak, q_tile, k, v, start_k, kv_head, head, first, clear, row,
             stride_ks, stride_kh, stride_ks, stride_vs, stride_vh, stride_vs, n_q, n_k, factor, extras,
-            True, False, LIMITED, SCORED, LIMITED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, False,
+            True, False, LIMITED, SCORED, LIMITED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
         )  # fmt: skip
     acc, weight, peak = attend(
-        acc, weight, peak, q_tile, k_whole, v_whole, start_k, kv_head, head, clear, whole, row,
+        acc, weight, peak, q_tile, k, v, start_k, kv_head, head, clear, whole, row,
         stride_ks, stride_kh, stride_ks, stride_vs, stride_vh, stride_vs, n_q, n_k, factor, extras,
         False, False, LIMITED, SCORED, LIMITED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
     acc, weight, peak = attend(
         acc, weight, peak, q_tile, k, v, start_k, kv_head, head, whole, last, row,
         stride_ks, stride_kh, stride_ks, stride_vs, stride_vh, stride_vs, n_q, n_k, factor, extras,
-        True, False, LIMITED, SCORED, LIMITED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, False,
+        True, False, LIMITED, SCORED, LIMITED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
 
     share = tl.where(weight == 0.0, 1.0, weight)  # a row that sees nothing is 0, and its log-sum-exp -inf
@@ -89,7 +96,7 @@ def varlen_fwd(
 
 @triton.jit(do_not_specialize=["n_sequences", "n_heads", "group", "total_q", "total_k", "left", "right"])
 def varlen_bwd_dq(
-    q, k, v, do, k_whole, v_whole, o, lse, delta, dq_out, cu_q, cu_k,
+    q, k, v, do, o, lse, delta, dq_out, cu_q, cu_k,
     stride_qs, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_ds, stride_dh, stride_os, stride_oh,
     stride_dqs, stride_dqh,
     n_sequences, n_heads, group, total_q, total_k, scale, left, right, softcap,
@@ -108,10 +115,11 @@ def varlen_bwd_dq(
     start_k, n_k = stretch(cu_k, sequence, n_sequences, total_k, 0)
     kv_head = head // group
     shift = n_k - n_q if BOTTOM_RIGHT else 0
-    before = None if left is None else left - shift
-    after = None if right is None else right + shift
+    extras = _extras(left, right, shift, softcap)
 
-    do_tile = load_tile(do, start, head, row, stride_ds, stride_dh, stride_ds, n_q, BLOCK_M, D, WIDTH, True, False)
+    do_tile = load_tile(
+        do, start, head, row, stride_ds, stride_dh, stride_ds, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS
+    )
     o_tile = load_tile(o, start, head, row, stride_os, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH, True, False)
     row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
     rows = row + tl.arange(0, BLOCK_M)
@@ -121,33 +129,32 @@ def varlen_bwd_dq(
     row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)  # a row that saw nothing: p is 0 again
     if not SCORED:
         row_lse = row_lse * LOG2E
-    q_tile = load_tile(q, start, head, row, stride_qs, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, False)
+    q_tile = load_tile(q, start, head, row, stride_qs, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
     dq = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     factor = scale if SCORED else scale * LOG2E
-    extras = (before, after, None, None, None, None, None, None, softcap, None, None)
-    first, clear, whole, last = _columns(row, BLOCK_M, n_k, before, after, LIMITED, BLOCK_N)
+    first, clear, whole, last = _columns(row, BLOCK_M, n_k, extras[0], extras[1], LIMITED, BLOCK_N)
     if left is not None:
         dq = row_loop(
             dq, q_tile, do_tile, row_lse, row_delta, k, v, None, start_k, kv_head, head, first, clear, row,
             stride_ks, stride_kh, stride_ks, stride_vs, stride_vh, stride_vs, n_q, n_k, factor, extras,
-            True, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, False,
+            True, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
         )  # fmt: skip
     dq = row_loop(
-        dq, q_tile, do_tile, row_lse, row_delta, k_whole, v_whole, None, start_k, kv_head, head, clear, whole, row,
+        dq, q_tile, do_tile, row_lse, row_delta, k, v, None, start_k, kv_head, head, clear, whole, row,
         stride_ks, stride_kh, stride_ks, stride_vs, stride_vh, stride_vs, n_q, n_k, factor, extras,
         False, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
     dq = row_loop(
         dq, q_tile, do_tile, row_lse, row_delta, k, v, None, start_k, kv_head, head, whole, last, row,
         stride_ks, stride_kh, stride_ks, stride_vs, stride_vh, stride_vs, n_q, n_k, factor, extras,
-        True, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, False,
+        True, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
     store_tile(dq_out, dq * scale, start, head, row, stride_dqs, stride_dqh, stride_dqs, n_q, BLOCK_M, D, WIDTH)
 
 
 @triton.jit(do_not_specialize=["n_sequences", "n_heads_kv", "group", "total_q", "total_k", "left", "right"])
 def varlen_bwd_dkdv(
-    q, k, v, do, q_whole, do_whole, lse, delta, dk_out, dv_out, cu_q, cu_k,
+    q, k, v, do, lse, delta, dk_out, dv_out, cu_q, cu_k,
     stride_qs, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_ds, stride_dh,
     stride_dks, stride_dkh, stride_dvs, stride_dvh,
     n_sequences, n_heads_kv, group, total_q, total_k, scale, left, right, softcap,
@@ -163,14 +170,13 @@ def varlen_bwd_dkdv(
         return
     start, n_q = stretch(cu_q, sequence, n_sequences, total_q, 0)
     shift = n_k - n_q if BOTTOM_RIGHT else 0
-    before = None if left is None else left - shift
-    after = None if right is None else right + shift
+    extras = _extras(left, right, shift, softcap)
 
     k_tile = load_tile(
-        k, start_k, kv_head, column, stride_ks, stride_kh, stride_ks, n_k, BLOCK_N, D, WIDTH, True, False
+        k, start_k, kv_head, column, stride_ks, stride_kh, stride_ks, n_k, BLOCK_N, D, WIDTH, True, DESCRIPTORS
     )
     v_tile = load_tile(
-        v, start_k, kv_head, column, stride_vs, stride_vh, stride_vs, n_k, BLOCK_N, D, WIDTH, True, False
+        v, start_k, kv_head, column, stride_vs, stride_vh, stride_vs, n_k, BLOCK_N, D, WIDTH, True, DESCRIPTORS
     )
     dk = tl.zeros([BLOCK_N, D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, D], dtype=tl.float32)
@@ -181,13 +187,12 @@ def varlen_bwd_dkdv(
     ragged = n_q // BLOCK_M
     end = tl.cdiv(n_q, BLOCK_M)
     if LIMITED:
-        first, clear, ragged, end = rows_seen(column, BLOCK_N, n_q, before, after)
+        first, clear, ragged, end = rows_seen(column, BLOCK_N, n_q, extras[0], extras[1])
         first, end = first // BLOCK_M, tl.cdiv(end, BLOCK_M)
         clear = tl.maximum(tl.minimum(tl.cdiv(clear, BLOCK_M), end), first)
         ragged = tl.maximum(tl.minimum(ragged // BLOCK_M, end), clear)
     n_masked = clear - first + end - ragged
     factor = scale if SCORED else scale * LOG2E
-    extras = (before, after, None, None, None, None, None, None, softcap, None, None)
     for member in range(0, group):
         head = kv_head * group + member
         own = head.to(tl.int64) * total_q + start  # of this head and sequence, so it is pair 0 of what follows
@@ -197,11 +202,11 @@ def varlen_bwd_dkdv(
             dk, dv = column_step(
                 dk, dv, k_tile, v_tile, q, do, lse + own, delta + own, start, head, pair, at, column,
                 stride_qs, stride_qh, stride_qs, stride_ds, stride_dh, stride_ds, n_q, n_k, factor, extras,
-                True, False, LIMITED, SCORED, LIMITED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, False,
+                True, False, LIMITED, SCORED, LIMITED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
             )  # fmt: skip
         for at in tl.range(clear, ragged):
             dk, dv = column_step(
-                dk, dv, k_tile, v_tile, q_whole, do_whole, lse + own, delta + own, start, head, pair, at, column,
+                dk, dv, k_tile, v_tile, q, do, lse + own, delta + own, start, head, pair, at, column,
                 stride_qs, stride_qh, stride_qs, stride_ds, stride_dh, stride_ds, n_q, n_k, factor, extras,
                 False, False, LIMITED, SCORED, LIMITED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
             )  # fmt: skip
