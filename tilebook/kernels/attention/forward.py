@@ -153,7 +153,7 @@ SPACE = Space(
 
 
 @triton.jit
-def _attend(
+def attend(
     acc,
     weight,
     peak,
@@ -328,17 +328,17 @@ def _attention_fwd(
         softcap, seed, dropout,
     )  # fmt: skip
     if before is not None:
-        acc, weight, peak = _attend(
+        acc, weight, peak = attend(
             acc, weight, peak, q_tile, k, v, batch, kv_head, pair, first, clear, row,
             stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
             True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
         )  # fmt: skip
-    acc, weight, peak = _attend(
+    acc, weight, peak = attend(
         acc, weight, peak, q_tile, k, v, batch, kv_head, pair, clear if BANDED else 0, whole, row,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
         False, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
-    acc, weight, peak = _attend(
+    acc, weight, peak = attend(
         acc, weight, peak, q_tile, k, v, batch, kv_head, pair, whole, last, row,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
         True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
