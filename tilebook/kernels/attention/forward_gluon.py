@@ -178,7 +178,9 @@ def _advance(
     if TURNS != 0:
         mbarrier.wait(my_turn, phase)
     s = warpgroup_mma_init(gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES))
-    s = warpgroup_mma(q_tile, k_tiles.index(stage).reshape([BLOCK_N, D]).permute([1, 0]), s, use_acc=False, is_async=True)
+    s = warpgroup_mma(
+        q_tile, k_tiles.index(stage).reshape([BLOCK_N, D]).permute([1, 0]), s, use_acc=False, is_async=True
+    )
     mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
     sums = warpgroup_mma(p, v_tiles.index(before).reshape([BLOCK_N, D]), warpgroup_mma_init(acc), is_async=True)
     if TURNS == 1:
@@ -343,8 +345,14 @@ def _attention_fwd_gluon(
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (buffers, barriers, sizes, out, 0, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED)),
-                (_consume, (buffers, barriers, sizes, out, 1, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED)),
+                (
+                    _consume,
+                    (buffers, barriers, sizes, out, 0, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED),
+                ),
+                (
+                    _consume,
+                    (buffers, barriers, sizes, out, 1, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED),
+                ),
                 (_produce, (q, k, v, buffers, barriers, sizes, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL)),
             ],
             [4, 1],
@@ -353,9 +361,18 @@ def _attention_fwd_gluon(
     else:
         gl.warp_specialize(
             [
-                (_consume, (buffers, barriers, sizes, out, 0, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED)),
-                (_consume, (buffers, barriers, sizes, out, 1, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED)),
-                (_consume, (buffers, barriers, sizes, out, 2, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED)),
+                (
+                    _consume,
+                    (buffers, barriers, sizes, out, 0, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED),
+                ),
+                (
+                    _consume,
+                    (buffers, barriers, sizes, out, 1, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED),
+                ),
+                (
+                    _consume,
+                    (buffers, barriers, sizes, out, 2, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED),
+                ),
                 (_produce, (q, k, v, buffers, barriers, sizes, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL)),
             ],
             [4, 4, 1],
