@@ -25,7 +25,6 @@ PAIRED = (
     ("B2,H4,Hkv2,S100,Sk197,D64,causal,dbiasbhqk", "bf16"),
     ("B2,H2,S197,Sk100,D64,maskbqk", "bf16"),
     ("B1,H2,S197,D64,causal", "fp32"),
-    ("B1,H2,S197,D80,tf32", "fp32"),
 )
 
 

@@ -115,12 +115,11 @@ def sdpa(
 def torch_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not form.plain:
+    if not form.plain or form.tf32:  # SDPA is nearly exact on fp32, whatever it is allowed
         with _precision(form):
             return eager.forward(q, k, v, form, scale, *extras)
     if not _flash_applies(q, k, form):
-        with _precision(form):
-            o = sdpa(q, k, v, form.causal, scale)
+        o = sdpa(q, k, v, form.causal, scale)
         return o, eager.log_sum_exp(q.float(), k.float(), form, scale)
     heads = q.shape[1]
     o, lse, *_ = _aten._scaled_dot_product_flash_attention(
@@ -140,11 +139,11 @@ def torch_backward(
     scale: float,
     *extras: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    if not form.plain:
+    if not form.plain or form.tf32:
         with _precision(form):
             return eager.backward(do, q, k, v, form, scale, *extras)
     if not _flash_applies(q, k, form):
-        with torch.enable_grad(), _precision(form):
+        with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             dq, dk, dv = torch.autograd.grad(sdpa(q, k, v, form.causal, scale), (q, k, v), do)
         return dq, dk, dv
