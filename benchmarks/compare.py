@@ -36,19 +36,24 @@ def commit() -> str:
 
 
 def contenders(op: Op[Any], problem: Problem, snapshot: Snapshot) -> dict[str, tuple[Implementation, Config | None]]:
-    """Name → what to run; `tuned` is the best config of our own kernel in the verdict, `dispatched` what serves."""
+    """Name → what to run; `tuned` is the best config of our own kernel in the verdict, `dispatched` what serves.
+
+    Others that have a space run with their best config in the verdict, or their default.
+    """
     gpu, ours = snapshot.gpu, op.tunable
     assert ours.space is not None
     found: dict[str, tuple[Implementation, Config | None]] = {"default": (ours, ours.space.default(problem, gpu))}
-    choice = snapshot.choose(op, problem)
+    choice, tuned = snapshot.choose(op, problem), dict[str, Config]()
     if choice.source == "exact" and choice.verdict is not None:
-        tuned = [Config(c) for name, c in choice.verdict.ranking() if name == ours.name]
-        if tuned:
-            found["tuned"] = (ours, tuned[0])
+        for name, config in choice.verdict.ranking():
+            tuned.setdefault(name, Config(config))
+        if ours.name in tuned:
+            found["tuned"] = (ours, tuned[ours.name])
         found["dispatched"] = (choice.implementation, choice.config)
     for name, implementation in op.implementations.items():
-        if implementation.space is None and implementation.can_run(problem, gpu):
-            found[name] = (implementation, None)
+        if implementation is not ours and implementation.can_run(problem, gpu):
+            space = implementation.space
+            found[name] = (implementation, None if space is None else tuned.get(name, space.default(problem, gpu)))
     return found
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/compile_spaces.py --gpu A100 --gpu H200 --gpu B200 --gpu MI300X --out FILE.json
 
-One problem of each op, that of its suites with the largest space. What a config does not compile for it must be refused
-with a reason; the file counts both, with the reasons. The same command goes on with a file that was cut short. Hours on
-two cores; `--most N` takes a random sample of N configs of each space.
+One problem for each implementation that has a space, that of its op's suites with the largest. What a config does not
+compile for it must be refused with a reason; the file counts both, with the reasons. The same command goes on with a
+file that was cut short. Hours on two cores; `--most N` takes a random sample of N configs of each space.
 """
 
 from __future__ import annotations
@@ -21,30 +21,39 @@ import triton
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.op import Op, Problem
+from tilebook.op import Implementation, Op, Problem
 from tilebook.tuner.compile import CompilePool
 
 
-def widest(op: Op[Any], gpu: devices.Device) -> tuple[Problem, list[Any]]:
+def compiled_ahead(op: Op[Any], gpu: devices.Device) -> list[Implementation]:
+    """Our own kernel, and what else of ours has a space on this GPU."""
+    return [each for each in op.tunables if not each.external and (each is op.tunable or each.available(gpu))]
+
+
+def widest(implementation: Implementation, gpu: devices.Device) -> tuple[Problem, list[Any]]:
     """The problem of the op's suites with the most feasible configs on this GPU, and those."""
-    space = op.tunable.space
+    op, space = implementation.op, implementation.space
     assert space is not None
     problems = {problem.key: problem for suite in op.problem.suites().values() for problem in suite}
+    if implementation is not op.tunable:
+        problems = {key: problem for key, problem in problems.items() if implementation.supports(problem)}
     sizes = {key: space.feasible(problem, gpu) for key, problem in problems.items()}
     key = max(sizes, key=lambda each: len(sizes[each]))
     return problems[key], list(sizes[key])
 
 
-def compile_all(op: Op[Any], gpu: devices.Device, pool: CompilePool, most: int | None) -> dict[str, Any]:
-    problem, feasible = widest(op, gpu)
+def compile_all(
+    implementation: Implementation, gpu: devices.Device, pool: CompilePool, most: int | None
+) -> dict[str, Any]:
+    op, (problem, feasible) = implementation.op, widest(implementation, gpu)
     chosen = random.Random(0).sample(feasible, min(most or len(feasible), len(feasible)))
     start = time.monotonic()
-    futures = [pool.submit(op.name, op.tunable.name, problem.key, config) for config in chosen]
+    futures = [pool.submit(op.name, implementation.name, problem.key, config) for config in chosen]
     results = [future.result() for future in futures]
     reasons = Counter(f"{each.failure}: {each.reason}" for each in results if each.failure)
     return {
         "problem": problem.label,
-        "kernel": op.digest,
+        "kernel": implementation.digest,
         "feasible": len(feasible),
         "compiled": sum(each.failure is None for each in results),
         "refused": dict(Counter(each.failure for each in results if each.failure)),
@@ -70,13 +79,15 @@ def main() -> None:
     for gpu in map(devices.find, given.gpu):
         done = document["results"].setdefault(gpu.arch, {})
         with CompilePool(gpu, given.workers) as pool:
-            for op in [ops.get(name) for name in given.op or ops.ops()]:
-                if done.get(op.name, {}).get("kernel") == op.digest:
+            chosen = [ops.get(name) for name in given.op or ops.ops()]
+            for each in (each for op in chosen for each in compiled_ahead(op, gpu)):
+                name = each.op.name if each is each.op.tunable else f"{each.op.name} {each.name}"
+                if done.get(name, {}).get("kernel") == each.digest:
                     continue
-                done[op.name] = compile_all(op, gpu, pool, given.most)
+                done[name] = compile_all(each, gpu, pool, given.most)
                 given.out.parent.mkdir(parents=True, exist_ok=True)
                 given.out.write_text(json.dumps(document, indent=1) + "\n")
-                print(gpu.arch, op.name, {k: v for k, v in done[op.name].items() if k != "reasons"}, flush=True)
+                print(gpu.arch, name, {k: v for k, v in done[name].items() if k != "reasons"}, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.cli import main
+from tilebook.op import Config, Space
 from tilebook.registry import Device, Environment, Registry, Revocation, Verdict, VerdictStatus
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine without a GPU")
@@ -195,6 +196,25 @@ def test_a_revocation_for_another_triton_says_that_nothing_changes_here(cli):
     assert "nothing changes on this machine" in said
     (listed,) = json.loads(cli("revoke", "--list", "--format", "json"))
     assert (listed["triton"], listed["kernel"]) == ("<3", None), "where the compiler is at fault, every source is meant"
+
+
+def _second(q, k, v, form, scale, *extras, config):
+    return q, q
+
+
+def test_another_implementation_with_a_space_is_revoked_by_its_own_source_and_config(cli, monkeypatch):
+    monkeypatch.setattr(ATTENTION, "implementations", dict(ATTENTION.implementations))
+    space = Space({"TILE": (1, 2)}, lambda *_: None, lambda *_: Config(TILE=1))
+    second = ATTENTION.implementation("second", space=space)(_second)
+    ATTENTION.implementation("bought", space=space, external="some-package")(_second)
+    name = ("revoke", ATTENTION.name, "--reason", "a race", "--implementation")
+    cli(*name, "second", "--config", "TILE=2")
+    cli(*name, "bought", "--config", "TILE=2")
+    listed = json.loads(cli("revoke", "--list", "--format", "json"))
+    assert {each["implementation"]: each["kernel"] for each in listed} == {"second": second.digest, "bought": None}
+    assert all(each["config"] == {"TILE": 2} for each in listed)
+    assert "not ours" in cli(*name, "bought", "--kernel", "current", status=2)
+    assert "has no --config" in cli(*name, "cudnn", "--config", "TILE=2", status=2)
 
 
 def test_another_implementation_is_revoked_whatever_our_source_is(cli):

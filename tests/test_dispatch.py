@@ -176,6 +176,65 @@ def test_another_implementation_can_be_revoked(choose, monkeypatch):
     assert choose(won, revocations=[revocation({}, "cudnn", arch="sm_90")]).config == OTHER
 
 
+def _second(q, k, v, form, scale, *extras, config):
+    return q, q
+
+
+def _second_as_it_was(q, k, v, form, scale, *extras, config):
+    return q, k
+
+
+SECOND = Config(TILE=2)
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """Another implementation with a space, for the time of a test; returns a verdict that it won, ours next."""
+    monkeypatch.setattr(OP, "implementations", dict(OP.implementations))
+    space = ops.Space({"TILE": (1, 2)}, lambda *_: None, lambda *_: Config(TILE=1))
+    made = OP.implementation("second", space=space)(_second)
+
+    def won(**evidence):
+        kernels = {"triton": OP.digest, "second": made.digest}
+        return verdict(implementation="second", config=SECOND, evidence={"kernels": kernels, **RANKED, **evidence})
+
+    won.made, won.before = made, dataclasses.replace(made, function=_second_as_it_was)
+    return won
+
+
+def test_another_implementation_with_a_space_serves_what_it_won(choose, second):
+    choice = choose(second())
+    assert (choice.source, choice.implementation, choice.config) == ("exact", second.made, SECOND)
+    near = choose(problem=OP.problem.parse("B4,H16,S3000,D64", "bf16"))
+    assert (near.source, near.config) == ("nearest", SECOND)
+    far = choose(problem=OP.problem.parse("B4,H16,S2048,D128", "bf16"))
+    assert (far.source, far.implementation) == ("default", OP.tunable)
+
+
+@pytest.mark.parametrize("kernels", [{"second": "0" * 64}, {}, {"third": "0" * 64}, "no", None], ids=str)
+def test_where_its_source_changed_or_is_not_told_the_next_candidate_serves(choose, second, kernels):
+    choice = choose(second(kernels=kernels))
+    assert (choice.source, choice.implementation.name, choice.config) == ("exact", "triton", OTHER)
+
+
+def test_a_change_of_its_source_does_not_retire_the_verdict(choose, second):
+    before = second(kernels={"second": second.before.digest})
+    assert choose(before).config == OTHER
+    assert OP.digest == before.kernel
+
+
+def test_an_external_one_serves_whatever_its_version(choose, second, monkeypatch):
+    external = dataclasses.replace(second.made, external="some-package")
+    monkeypatch.setitem(OP.implementations, "second", external)
+    choice = choose(second(kernels={"second": "some-package 4.0"}))
+    assert (choice.implementation, choice.config) == (external, SECOND)
+
+
+def test_a_revocation_of_another_implementation_names_its_own_source(choose, second):
+    assert choose(second(), revocations=[revocation(SECOND, "second", kernel=OP.digest)]).config == SECOND
+    assert choose(second(), revocations=[revocation(SECOND, "second", kernel=second.made.digest)]).config == OTHER
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -91,7 +91,8 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
-    help="Candidates per problem (default: until converged, which is 48 in a row that gain less than 1 %).",
+    help="Candidates per problem, of each implementation that has a space"
+    " (default: until converged, which is 48 in a row that gain less than 1 %).",
 )
 @click.option(
     "--search", "method", default="tpe", show_default=True, help="tpe, random, grid, or another Optuna sampler."
@@ -275,6 +276,7 @@ def import_(file: Path, trust: bool, registry: str | None) -> None:
 @click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
+@click.option("--implementation", metavar="NAME", help="Whose space (default: our own kernel's).")
 @click.option("--most", type=click.IntRange(min=1), help="Configs of each space, chosen at random (default: all).")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -287,6 +289,7 @@ def sweep(
     shapes: tuple[str, ...],
     dtype: str,
     direction: str,
+    implementation: str | None,
     most: int | None,
     seed: int,
     out: Path,
@@ -302,7 +305,7 @@ def sweep(
     only = None if what in ops.families() else ops.get(what)
     family = only.family if only else what
     problems = [each for each in _problems([family], suite, shapes, dtype, direction) if only in (None, each[0])]
-    states = record_problems(problems, out, most=most, seed=seed, workers=workers)
+    states = record_problems(problems, out, most=most, seed=seed, workers=workers, implementation=implementation)
     for state in states:
         if state.error:
             click.echo(f"tilebook: {state.op} {state.label}: {state.error}", err=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tilebook.op import UsageError
+from tilebook.problem import UsageError
 
 
 @dataclass(frozen=True)

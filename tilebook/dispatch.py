@@ -67,7 +67,7 @@ class Choice:
         if self.spare is not None:
             return self.spare(*args)
         try:
-            if self.calls == _RECORDED_CALL and self.implementation.space is not None and args[0].is_cuda:
+            if self.calls == _RECORDED_CALL and self._replayable and args[0].is_cuda:
                 outputs, self.plan = record(self._run, args)
                 return outputs
             return self._run(*args)
@@ -92,6 +92,10 @@ class Choice:
             if _settled(choice):
                 self.following[key] = choice
         return choice(*args)
+
+    @property
+    def _replayable(self) -> bool:
+        return self.implementation.space is not None and not self.implementation.external
 
     def _run(self, *args: Any) -> Outputs:
         first = args[0]
@@ -145,7 +149,8 @@ class Snapshot:
         op = implementation.op
         if op.name not in self._denied.ops:
             return None  # before its source is asked for, which may not be here
-        return self._denied.find(op.name, op.digest, self.gpu.arch, implementation.name, choice.config or {})
+        kernel = implementation.digest
+        return self._denied.find(op.name, kernel, self.gpu.arch, implementation.name, choice.config or {})
 
     def candidates(self, op: Op[Any], problem: Problem) -> Iterator[Choice]:
         """All that can run this problem here, revoked or not, best first; PyTorch's own implementation ends it."""
@@ -168,10 +173,12 @@ class Snapshot:
     def _feasible(
         self, op: Op[Any], problem: Problem, verdict: store.Verdict
     ) -> Iterator[tuple[Implementation, Config | None]]:
-        """The candidates of a verdict that can run this problem here, best first."""
+        """The candidates of a verdict that can run this problem here, best first, but those whose source changed."""
         for name, values in verdict.ranking():
             implementation = op.implementations.get(name)
             if implementation is None or not implementation.can_run(problem, self.gpu):
+                continue
+            if implementation.digest not in ("", verdict.kernel_of(name)):
                 continue
             space = implementation.space
             if space is None:

@@ -1,8 +1,7 @@
-"""The vocabulary: op, problem, config, space, cost, implementation. No CUDA calls, no SQL, no Triton."""
+"""The vocabulary: op, config, space, implementation, and what is said of problems. No CUDA calls, no SQL, no Triton."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -10,36 +9,20 @@ import itertools
 import json
 import math
 import pkgutil
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from tilebook.problem import *  # noqa: F403 (a kernel family has its whole vocabulary from here)
+from tilebook.problem import Cost, Problem, UsageError
 from tilebook.source import digest
 
 if TYPE_CHECKING:
     from tilebook.device import Device
 
 Value = int | str | bool
-
-DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name a dtype has in keys and on the command line; dtypes that no kernel knows keep PyTorch's."""
-    return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def generator(device: torch.device | str, seed: int) -> torch.Generator | None:
-    """The source of a problem's random inputs; None on the meta device, which has shapes but no numbers."""
-    return None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
-
-
-class UsageError(ValueError):
-    """A name, shape or option that the user got wrong; its text is one clear line."""
 
 
 class Config(Mapping[str, Value]):
@@ -75,18 +58,6 @@ class Config(Mapping[str, Value]):
 
     def replace(self, **axes: Value) -> Config:
         return Config({**self._values, **axes})
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work of one call: floating-point operations and bytes through device memory.
-
-    As a problem's cost it is the floor of any implementation (each input read once, each output written once);
-    as a space's `work` it is what one config really does, padding and re-reads through L2 included.
-    """
-
-    flops: float
-    bytes: float
 
 
 def powers_of_two(low: int, high: int) -> tuple[int, ...]:
@@ -142,182 +113,6 @@ class Space:
         return set(config) == set(self.axes) and all(config[axis] in values for axis, values in self.axes.items())
 
 
-def size(letter: str, like: str | None = None) -> Any:
-    """A dimension, written `letter` + number on the command line; `like` names the field it defaults to."""
-    return dataclasses.field(metadata={"letter": letter, "like": like})
-
-
-def flag(default: bool = False, *, elided: bool = False) -> Any:
-    """A yes/no property of a problem, written as its own name on the command line.
-
-    elided: keys leave it out at its default, so that those made before the property existed stay valid.
-    """
-    return dataclasses.field(default=default, metadata={"flag": True, "elided": elided})
-
-
-def choice(*values: str, elided: bool = False) -> Any:
-    """A property with named values, the first the default; written as the value on the command line."""
-    return dataclasses.field(default=values[0], metadata={"choices": values, "elided": elided})
-
-
-def pattern(regex: str, usage: str) -> Any:
-    """A property written as text that `regex` matches, empty by default and then elided; `usage` explains the text."""
-    return dataclasses.field(default="", metadata={"pattern": regex, "usage": usage, "elided": True})
-
-
-def demand() -> Any:
-    """A yes/no demand on implementations that leaves the problem what it is: no key or label has it."""
-    return dataclasses.field(default=False, metadata={"demand": True})
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One instance of an op. Subclasses are frozen dataclasses of ints, bools and strings with a field `dtype`.
-
-    Fields made by `size` are dimensions (a verdict for a near one may serve); all others must match exactly.
-    """
-
-    EXACT: ClassVar[frozenset[str]] = frozenset()
-    """Dimensions for which a near value will not do (a head dimension, say)."""
-
-    @functools.cached_property
-    def key(self) -> str:
-        """Canonical JSON: what a verdict is stored under."""
-        values = {}
-        for field in self._fields():
-            value, meta = getattr(self, field.name), field.metadata
-            if not (meta.get("demand") or (meta.get("elided") and value == field.default)):
-                values[field.name] = value
-        return json.dumps(values, sort_keys=True, separators=(",", ":"))
-
-    @classmethod
-    def from_key(cls, key: str) -> Self:
-        return cls(**json.loads(key))
-
-    @classmethod
-    def of(cls, *args: Any) -> Self:
-        """The problem that a call of the op with these arguments poses."""
-        raise NotImplementedError
-
-    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
-        """Random arguments for one call of the op; the same seed gives the same arguments."""
-        raise NotImplementedError
-
-    def cost(self) -> Cost:
-        raise NotImplementedError
-
-    def floor_s(self, device: Device) -> float:
-        """Seconds that any implementation needs at least on this GPU, by its datasheet."""
-        cost = self.cost()
-        return max(cost.flops / device.flops, cost.bytes / device.bandwidth)
-
-    def neighbours(self) -> Sequence[Self]:
-        """Ragged and larger problems that a candidate must get right too before it may serve this one."""
-        return ()
-
-    @classmethod
-    def examples(cls) -> Sequence[Self]:
-        """Small problems, ragged ones among them, for tests in Triton's interpreter."""
-        raise NotImplementedError
-
-    @classmethod
-    def suites(cls) -> Mapping[str, Sequence[Self]]:
-        """Named lists of problems for `tilebook tune --suite`."""
-        return {}
-
-    @classmethod
-    def _fields(cls) -> tuple[dataclasses.Field[Any], ...]:
-        return dataclasses.fields(cls)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[getattr(self, "dtype")]  # noqa: B009 (declared by the subclasses)
-
-    @property
-    def label(self) -> str:
-        """The problem as it is written on the command line; the dtype is an option of its own there."""
-        parts = []
-        for field in self._fields():
-            value, meta = getattr(self, field.name), field.metadata
-            if "letter" in meta and not (meta["like"] and value == getattr(self, meta["like"])):
-                parts.append(f"{meta['letter']}{value}")
-            elif (meta.get("flag") and value) or ("choices" in meta and value != meta["choices"][0]):
-                parts.append(field.name if meta.get("flag") else value)
-            elif "pattern" in meta and value:
-                parts.append(value)
-        return ",".join(parts)
-
-    @classmethod
-    def grammar(cls) -> str:
-        """What `parse` accepts, for help texts and error messages."""
-        required: list[str] = []
-        optional: list[str] = []
-        for field in cls._fields():
-            meta = field.metadata
-            if "letter" in meta:
-                (optional if meta["like"] else required).append(f"{meta['letter']}…")
-            elif meta.get("flag"):
-                optional.append(field.name)
-            elif "choices" in meta:
-                optional.append("|".join(meta["choices"]))
-            elif "pattern" in meta:
-                optional.append(meta["usage"])
-        return ",".join(required) + "".join(f"[,{part}]" for part in optional)
-
-    @classmethod
-    def parse(cls, text: str, dtype: str) -> Self:
-        """Reads a shape such as `B8,H6,S196,D64,causal`. Raises UsageError with the grammar on anything else."""
-        values: dict[str, Any] = {"dtype": dtype}
-        letters = {f.metadata["letter"].lower(): f.name for f in cls._fields() if "letter" in f.metadata}
-        flags = {f.name for f in cls._fields() if f.metadata.get("flag")}
-        choices = {value: f.name for f in cls._fields() for value in f.metadata.get("choices", ())}
-        patterns = {f.name: f.metadata["pattern"] for f in cls._fields() if "pattern" in f.metadata}
-        for token in filter(None, (part.strip() for part in text.split(","))):
-            value: Any
-            dimension = re.fullmatch(r"([A-Za-z]+)(\d{1,12})", token)
-            if dimension and dimension[1].lower() in letters:
-                name, value = letters[dimension[1].lower()], int(dimension[2])
-                if value < 1:
-                    raise UsageError(f"shape {text!r}: {token!r} must be at least 1")
-            elif token in flags:
-                name, value = token, True
-            elif token in choices:
-                name, value = choices[token], token
-            elif matched := [name for name, regex in patterns.items() if re.fullmatch(regex, token)]:
-                name, value = matched[0], token
-            else:
-                raise UsageError(f"shape {text!r}: {token!r} is not understood; expected {cls.grammar()}")
-            if name in values:
-                raise UsageError(f"shape {text!r}: {token!r} stands twice")
-            values[name] = value
-        for field in cls._fields():
-            if "letter" in field.metadata and field.name not in values:
-                like = field.metadata["like"]
-                if like is None:
-                    raise UsageError(f"shape {text!r} lacks {field.metadata['letter']}; expected {cls.grammar()}")
-                values[field.name] = values[like]
-        problem = cls(**values)
-        problem.check()
-        return problem
-
-    def check(self) -> None:
-        """Raises UsageError where the fields contradict each other."""
-
-    def distance(self, other: Problem) -> float:
-        """Sum of |log2| of the ratios of the dimensions; infinite where a verdict for one cannot serve the other."""
-        if type(other) is not type(self):
-            return math.inf
-        total = 0.0
-        for field in self._fields():
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine == theirs or field.metadata.get("demand"):
-                continue
-            if "letter" not in field.metadata or field.name in self.EXACT:
-                return math.inf
-            total += abs(math.log2(mine / theirs))
-        return total
-
-
 P = TypeVar("P", bound=Problem)
 
 
@@ -326,7 +121,8 @@ class Implementation:
     """One way to compute an op. With a space it is tunable, and its function takes the keyword `config`.
 
     `proven` says for which problems it has been seen right on a GPU; the rest it serves only where a verdict covers
-    them, since the tuner has verified it there.
+    them, since the tuner has verified it there. `external` names the package that its kernels are from, if they are
+    not ours: it compiles them itself, at their first call, and its version says what they are.
     """
 
     op: Op[Any]
@@ -337,6 +133,16 @@ class Implementation:
     supports: Callable[[Any], bool] = lambda problem: True
     deterministic: bool = True
     proven: Callable[[Any], bool] = lambda problem: True
+    external: str = ""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over the source of our launcher, its kernels and what they call; empty where they are not ours.
+
+        Comments, docstrings, layout and the space do not count: a verdict outlives them.
+        """
+        ours = self.space is not None and not self.external
+        return hashlib.sha256(digest(self.function).encode()).hexdigest() if ours else ""
 
     def __call__(self, *args: Any, config: Config | None = None) -> tuple[torch.Tensor, ...]:
         outputs = self.function(*args) if self.space is None else self.function(*args, config=config)
@@ -375,29 +181,31 @@ class Op(Generic[P]):
         supports: Callable[[P], bool] = lambda problem: True,
         deterministic: bool = True,
         proven: Callable[[P], bool] = lambda problem: True,
+        external: str = "",
     ) -> Callable[[Callable[..., Any]], Implementation]:
         """Registers a function with the op's signature as one way to compute it."""
 
         def register(function: Callable[..., Any]) -> Implementation:
-            made = Implementation(self, name, function, space, available, supports, deterministic, proven)
+            made = Implementation(self, name, function, space, available, supports, deterministic, proven, external)
             self.implementations[name] = made
             return made
 
         return register
 
     @property
+    def tunables(self) -> list[Implementation]:
+        """The implementations that have a space."""
+        return [each for each in self.implementations.values() if each.space is not None]
+
+    @property
     def tunable(self) -> Implementation:
-        """Our own kernel: the first implementation that has a space."""
-        return next(each for each in self.implementations.values() if each.space is not None)
+        """Our own kernel, the first of ours that has a space: its default is the baseline, and what runs by default."""
+        return next(each for each in self.tunables if not each.external)
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
-        """SHA-256 over the source of every tunable implementation: launchers, kernels and what they call.
-
-        Comments, docstrings, layout and the spaces do not count: a verdict outlives them.
-        """
-        parts = [digest(each.function) for each in self.implementations.values() if each.space is not None]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
+        """What verdicts depend on: the source of our own kernel. Those of other implementations retire no verdict."""
+        return self.tunable.digest
 
 
 _OPS: dict[str, Op[Any]] = {}

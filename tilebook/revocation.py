@@ -8,7 +8,7 @@ from typing import Any
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.op import Implementation, Op, UsageError, Value
+from tilebook.op import Implementation, UsageError, Value
 from tilebook.registry import DenyList, Layers, Revocation
 from tilebook.registry.checks import in_range
 from tilebook.report.rows import row as verdict_row
@@ -33,8 +33,10 @@ def make(
     if name not in found.implementations:
         raise UsageError(f"{op} has no implementation {name!r}; there are {', '.join(found.implementations)}")
     chosen = found.implementations[name]
-    if chosen.space is None and (config or triton or kernel):
-        raise UsageError(f"{name} is not ours: it has no --config, and neither --triton nor --kernel changes it")
+    if chosen.space is None and config:
+        raise UsageError(f"{name} has no --config: nothing of it is tuned")
+    if not chosen.digest and (triton or kernel):
+        raise UsageError(f"{name} is not ours: neither --triton nor --kernel changes it")
     if arch is not None and not _ARCH.fullmatch(arch):
         raise UsageError(f"no GPU has arch {arch!r}; they are called sm_90, gfx942 …")
     if not reason or not reason.strip():
@@ -44,7 +46,7 @@ def make(
             op=op,
             implementation=name,
             reason=reason,
-            kernel=_kernel(found, chosen, kernel or ("any" if triton else "current")),
+            kernel=_kernel(chosen, kernel or ("any" if triton else "current")),
             arch=arch,
             triton=triton,
             config=_config(chosen, config or ""),
@@ -53,12 +55,12 @@ def make(
         raise UsageError(str(wrong)) from wrong
 
 
-def _kernel(op: Op[Any], implementation: Implementation, text: str) -> str | None:
-    if implementation.space is None or text == "any":
+def _kernel(implementation: Implementation, text: str) -> str | None:
+    if not implementation.digest or text == "any":
         return None
     if text != "current" and not _DIGEST.fullmatch(text):
         raise UsageError(f"kernel {text!r} is neither current nor any nor a digest of 64 hex digits")
-    return op.digest if text == "current" else text
+    return implementation.digest if text == "current" else text
 
 
 def _config(implementation: Implementation, text: str) -> Mapping[str, Value]:

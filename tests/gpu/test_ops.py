@@ -17,16 +17,18 @@ EXAMPLES = [(op.name, problem) for op in ops.ops().values() for problem in op.pr
 @pytest.mark.parametrize(("name", "problem"), EXAMPLES, ids=lambda v: v if isinstance(v, str) else v.label)
 def test_default_and_random_configs_are_right(name, problem):
     op = ops.get(name)
-    gpu, space = devices.current(), op.tunable.space
-    feasible = space.feasible(problem, gpu)
-    configs = [space.default(problem, gpu), *random.Random(name).sample(feasible, min(3, len(feasible)))]
-    case = Case.make(op, problem, "cuda", 0)
-    for config in configs:
-        try:
-            verify(op.tunable, config, [case])
-        except Exception as broken:
-            if type(broken).__name__ != "OutOfResources" or config == configs[0]:
-                raise AssertionError(f"{config}: {broken}") from broken
+    gpu, case = devices.current(), Case.make(op, problem, "cuda", 0)
+    for each in op.tunables:
+        if each is not op.tunable and not each.can_run(problem, gpu):
+            continue
+        feasible = each.space.feasible(problem, gpu)
+        configs = [each.space.default(problem, gpu), *random.Random(name).sample(feasible, min(3, len(feasible)))]
+        for config in configs:
+            try:
+                verify(each, config, [case])
+            except Exception as broken:
+                if type(broken).__name__ != "OutOfResources" or config == configs[0]:
+                    raise AssertionError(f"{each.name} {config}: {broken}") from broken
 
 
 @pytest.mark.parametrize(("name", "problem"), EXAMPLES, ids=lambda v: v if isinstance(v, str) else v.label)

@@ -20,8 +20,9 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(autouse=True, scope="session")
 def mended_interpreter() -> Any:
-    """bf16 products and roundings as a GPU does them; sizes as integers with a recent NumPy."""
+    """bf16 products and roundings as a GPU does them, sums by descriptor; sizes as integers with a recent NumPy."""
     from triton import language as tl
+    from triton._C.libtriton import ir
     from triton.runtime import interpreter
 
     builder: Any = interpreter.InterpreterBuilder
@@ -40,6 +41,12 @@ def mended_interpreter() -> Any:
             return interpreter.TensorHandle(_bits(src.data), tl.bfloat16)
         return cast(self, src, dst_type)
 
+    def create_descriptor_reduce(self: Any, kind: Any, desc: Any, value: Any, indices: Any) -> Any:
+        # The interpreter has no reductions by descriptor; its programs run one after the other.
+        assert kind == ir.DESCRIPTOR_REDUCE_KIND.ADD
+        pointers, mask = desc.materialize_pointers(indices)
+        return self.create_atomic_rmw(ir.ATOMIC_OP.FADD, pointers, value, mask, ir.MEM_SEMANTIC.RELAXED, None)
+
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
         # Triton 3.6 calls int() on arrays of one element, which NumPy 2.4 refuses.
         patch(tensor, scope)
@@ -48,5 +55,6 @@ def mended_interpreter() -> Any:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(builder, "create_dot", create_dot)
         monkeypatch.setattr(builder, "cast_impl", cast_impl)
+        monkeypatch.setattr(builder, "create_descriptor_reduce", create_descriptor_reduce, raising=False)
         monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
         yield

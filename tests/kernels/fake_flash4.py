@@ -8,6 +8,9 @@ import torch
 calls = []
 """Name and tensor arguments of every call."""
 
+told = []
+"""What each call of the forward chose beside its arguments: tile, P in registers, overlap."""
+
 
 def _scores(q, k, softmax_scale, causal, window_size_left, window_size_right):
     """Masked scores (B, H, Sq, Sk) in fp32, and k repeated for the heads that share it."""
@@ -34,9 +37,22 @@ def _checked(name, tensors, outputs):
 
 
 def _flash_attn_fwd(
-    q, k, v, *, softmax_scale, causal=False, window_size_left=None, window_size_right=None, out=None, lse=None
+    q,
+    k,
+    v,
+    *,
+    softmax_scale,
+    causal=False,
+    window_size_left=None,
+    window_size_right=None,
+    tile_mn=None,
+    mma_pv_is_rs=None,
+    intra_wg_overlap=None,
+    out=None,
+    lse=None,
 ):
     _checked("fwd", (q, k, v), (out, lse))
+    told.append((tile_mn, mma_pv_is_rs, intra_wg_overlap))
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     scores, _ = _scores(q, k, softmax_scale, causal, window_size_left, window_size_right)
     values = v.repeat_interleave(q.shape[2] // v.shape[2], 2).float()

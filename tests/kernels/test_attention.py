@@ -280,5 +280,5 @@ def test_one_binary_serves_every_size(op, descriptors):
         )
         inputs = (q, q, k, k, q, torch.empty(q.shape[:-1], device="meta")) if op is attention_bwd else (q, k, k)
         with intercepted(compile_only):
-            op.tunable(*inputs, False, 0.1, config=config.replace(DESCRIPTORS=descriptors))
+            op.tunable(*inputs, PLAIN, 0.1, config=config.replace(DESCRIPTORS=descriptors))
     assert len(binaries) == (2 if op is attention_bwd else 1)

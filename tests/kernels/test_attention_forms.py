@@ -38,7 +38,7 @@ def formula(q, k, v, scale=None, causal=False, window=None, softcap=0.0, alibi_s
     i, j = torch.arange(n_q, device=q.device)[:, None], torch.arange(n_k, device=q.device)
     if alibi_slopes is not None:
         slopes = alibi_slopes.expand(q.shape[:2])[..., None, None]
-        scores = scores - slopes * (i + n_k - n_q - j).abs()
+        scores = scores - (slopes * (i + n_k - n_q - j).abs()).to(scores.dtype)
     if bias is not None:
         scores = scores + bias
     seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device)
@@ -74,7 +74,11 @@ def agree(options, shapes, dtype=torch.float16, seed=0, tolerance=4e-3):
         right["bias"] = bias.double().requires_grad_()
         exact.append(right["bias"])
     truth, lse = formula(*exact[:3], **right)
-    truths = torch.autograd.grad(truth, exact, do.double())
+    truths = truth, *torch.autograd.grad(truth, exact, do.double())
+    # What is summed over thousands of scores errs by more than its own rounding, in PyTorch as here.
+    same = [x.detach().to(dtype).requires_grad_() for x in exact]
+    plain, _ = formula(*same[:3], **(options if bias is None else options | {"bias": same[3]}))
+    theirs = plain, *torch.autograd.grad(plain, same, do)
     for kernels in (True, False):
         given_ = [x.clone().requires_grad_() for x in (q, k, v)]
         ours = dict(options)
@@ -85,9 +89,14 @@ def agree(options, shapes, dtype=torch.float16, seed=0, tolerance=4e-3):
             grads = torch.autograd.grad(o, [*given_, *([ours["bias"]] if bias is not None else [])], do)
         assert not got.requires_grad
         torch.testing.assert_close(got.double(), lse, rtol=1e-3, atol=3e-3)
-        for mine, other in zip((o, *grads), (truth, *truths), strict=True):
+        for mine, other, usual in zip((o, *grads), truths, theirs, strict=True):
             assert mine.isfinite().all()
-            assert (mine.double() - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()), options
+            floor = tolerance * max(1.0, other.abs().max().item())
+            if mine.ndim == 4 and mine.shape[-1] == 1:
+                # One number for whole rows: adding it changes nothing, so its gradient is 0 but for what the row sums
+                # of p · dp, taken from the rounded o, leave behind; that adds up like noise.
+                floor += 5e-4 * (o.numel() / o.shape[-1]) ** 0.5
+            assert (mine.double() - other).abs().max() <= floor + 2 * (usual.double() - other).abs().max(), options
 
 
 def shapes(n_q, n_k, heads=2, heads_kv=2, width=32, batch=1):

@@ -38,11 +38,12 @@ def test_default_config_is_right_on_inputs_with_outliers(op, problem):
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("op", OPS, ids=_id)
 def test_default_config_is_feasible_on_every_gpu(op, gpu):
-    space = op.tunable.space
     for problem in [*op.problem.examples(), *(p for suite in op.problem.suites().values() for p in suite)]:
-        config = space.default(problem, gpu)
-        assert space.contains(config)
-        assert space.reject(problem, config, gpu) is None, problem.label
+        for each in op.tunables:
+            if each is op.tunable or each.supports(problem):
+                config = each.space.default(problem, gpu)
+                assert each.space.contains(config)
+                assert each.space.reject(problem, config, gpu) is None, (each.name, problem.label)
 
 
 @pytest.mark.parametrize(("op", "problem"), [*EXAMPLES, *SUITES], ids=_id)

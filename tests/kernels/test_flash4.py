@@ -17,10 +17,12 @@ from tilebook.kernels.attention import flash4
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import CAUSAL, form
 from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.op import Config
 from tilebook.tuner.verify import Case, truths, verify
 
 FORWARD, BACKWARD = attention_fwd.problem, attention_bwd.problem
-NAME = "flash_attention_4"
+NAME, H200 = "flash_attention_4", devices.find("H200")
+WIDE = Config(TILE_M=128, TILE_N=176, P_IN_SHARED=0, OVERLAP=1)
 
 SUPPORTED = (
     "B2,H2,S1,Sk40,D64",
@@ -71,6 +73,7 @@ def package(monkeypatch):
         monkeypatch.setitem(sys.modules, name, fake_flash4)
     flash4._functions.cache_clear()
     fake_flash4.calls.clear()
+    fake_flash4.told.clear()
     yield fake_flash4
     flash4._functions.cache_clear()
 
@@ -99,6 +102,62 @@ def test_what_it_cannot_do_it_does_not_claim(op, text):
 
 def test_fp32_it_does_not_claim():
     assert not flash4.supports(FORWARD.parse("B1,H2,S100,D64", "fp32"))
+
+
+def test_its_default_leaves_every_choice_to_it_and_a_config_names_them_all(package):
+    q, k, v = _tensors((1, 2, 40, 32), (1, 2, 40, 32), (1, 2, 40, 32))
+    implementation, problem = attention_fwd.implementations[NAME], FORWARD.parse("B1,H2,S40,D32", "bf16")
+    for config in (implementation.space.default(problem, H200), None, WIDE):
+        implementation(q, k, v, CAUSAL, 0.2, config=config)
+    assert package.told == [(None, None, None), (None, None, None), ((128, 176), True, True)]
+    with dispatch.use(NAME, WIDE):
+        tilebook.attention(q, k, v)
+    assert package.told[-1] == ((128, 176), True, True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "theirs"), [(16, (192, 128)), (32, (192, 128)), (64, (192, 128)), (128, (128, 128))]
+)
+def test_its_space_is_small_and_has_its_own_choice(head_dim, theirs):
+    problem = FORWARD.parse(f"B1,H2,S100,D{head_dim}", "bf16")
+    feasible = flash4.FORWARD_SPACE.feasible(problem, H200)
+    assert flash4.FORWARD_SPACE.default(problem, H200) in feasible
+    assert Config(TILE_M=theirs[0], TILE_N=theirs[1], P_IN_SHARED=0, OVERLAP=1) in feasible
+    assert 10 < len(feasible) < 40
+
+
+def test_where_it_takes_no_tiles_of_ours_its_own_choice_is_all_there_is():
+    problem = FORWARD.parse("B1,H2,S100,D128", "bf16")
+    for gpu in ("B200", "A100"):
+        assert len(flash4.FORWARD_SPACE.feasible(problem, devices.find(gpu))) == 1
+
+
+def _its_rules():
+    """Its own search for configs on Hopper, which imports nothing; None where it is not installed."""
+    spec = importlib.util.find_spec("flash_attn")
+    for place in (spec.submodule_search_locations if spec else None) or ():
+        file = Path(place) / "cute" / "sm90_config_search.py"
+        if file.exists():
+            found = importlib.util.spec_from_file_location("sm90_config_search", file)
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+            return module
+    return None
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
+def test_every_config_is_valid_by_its_own_rules(head_dim):
+    rules = _its_rules()
+    if rules is None:
+        pytest.skip("flash-attn-4 is not installed")
+    valid = {
+        (each["tile_m"], each["tile_n"], not each["pv_is_rs"], each["overlap_wg"])
+        for each in rules.find_feasible_fwd_configs(head_dim)
+    }
+    problem = FORWARD.parse(f"B1,H2,S100,D{head_dim}", "bf16")
+    for config in flash4.FORWARD_SPACE.feasible(problem, H200):
+        tile_m, tile_n, in_shared, overlap = config.values()
+        assert not tile_m or (tile_m, tile_n, bool(in_shared), bool(overlap)) in valid
 
 
 def test_tensors_go_there_as_views_and_results_lie_as_queries_and_keys_do(package):

@@ -46,6 +46,8 @@ def _break(how: str) -> None:
         case "poison":  # an illegal access: the exception comes back, and nothing works from then on
             _asked.append("poisoned")
             raise RuntimeError("an illegal memory access was encountered")
+        case "slow" | "as slow":
+            time.sleep(1)
         case "raise":
             raise ValueError("the launcher objects")
 

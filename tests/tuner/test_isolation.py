@@ -103,12 +103,17 @@ def _named(kind):
     return {"implementation": "triton", "config": {"kind": kind, "n": 0}}
 
 
+def _confirm(server, *candidates, seed=0):
+    return server.handle({"do": "confirm", "candidates": list(candidates), "rounds": 7, "seed": seed})
+
+
 @pytest.mark.parametrize(
     ("kind", "failure"), [("good", None), ("mutates", "wrong_answer"), ("does_not_compile", "compile_error")]
 )
 def test_a_worker_names_the_class_of_a_failure(server, kind, failure):
     assert server.handle({"do": "attempt", "incumbent_ms": None, **_named(kind)})["failure"] == failure
-    assert server.handle({"do": "verify", "seed": 0, **_named(kind)})["failure"] == failure
+    (failed,) = _confirm(server, _named(kind))["failures"]
+    assert (failed and failed["failure"]) == failure
 
 
 def test_a_worker_leaves_unknown_errors_to_whoever_drives_it(server):
@@ -117,17 +122,15 @@ def test_a_worker_leaves_unknown_errors_to_whoever_drives_it(server):
 
 
 def test_finalists_that_fail_are_named_and_the_others_timed(server):
-    candidates = [_named("good"), _named("mutates"), {"implementation": "torch", "config": {}}]
-    reply = server.handle({"do": "confirm", "candidates": candidates, "rounds": 7, "seed": 0})
+    reply = _confirm(server, _named("good"), _named("mutates"), {"implementation": "torch", "config": {}})
     assert [failed and failed["failure"] for failed in reply["failures"]] == [None, "wrong_answer", None]
     assert [len(samples) for samples in reply["samples_ms"]] == [7, 0, 7]
 
 
 def test_a_finalist_is_verified_once_in_a_process(server, monkeypatch):
-    message = {"do": "verify", "seed": 5, **_named("good")}
-    server.handle(message)
-    monkeypatch.setattr("tilebook.tuner.verify.verify", lambda *_: pytest.fail("verified again"))
-    assert server.handle(message)["failure"] is None
+    _confirm(server, _named("good"), seed=5)
+    monkeypatch.setattr("tilebook.tuner.worker.verify", lambda *_: pytest.fail("verified again"))
+    assert _confirm(server, _named("good"), seed=5)["failures"] == [None]
 
 
 def test_a_worker_that_cannot_start_is_the_problem_s_error_not_the_run_s(tmp_path):

@@ -10,7 +10,7 @@ from toy import SPACE, make_op
 
 from tilebook.op import Config, Space
 from tilebook.registry import Failure, Registry, VerdictStatus
-from tilebook.tuner.known import searched, unsearched
+from tilebook.tuner.known import Field, searched, unsearched
 from tilebook.tuner.runner import Candidate
 
 
@@ -74,22 +74,36 @@ def test_the_standing_winner_stays_where_what_is_new_is_no_better(path):
     assert registry.verdicts()[0].config == small.config
 
 
+def test_a_verdict_of_old_says_only_what_was_searched_of_our_kernel(path):
+    tune(path, FakeRunner(valley), op=SMALL)
+    with Registry.open(path, write=True) as registry:
+        (verdict,) = registry.verdicts()
+        evidence = {name: value for name, value in verdict.evidence.items() if name not in ("spaces", "kernels")}
+        evidence["space"] = verdict.evidence["spaces"]["triton"]
+        registry.record((), dataclasses.replace(verdict, evidence=evidence))
+    assert tune(path, FakeRunner(valley), op=SMALL)[0][0].skipped
+    runner = FakeRunner(valley)
+    states, _ = tune(path, runner, op=make_op())
+    assert not states[0].skipped
+    assert all(config["BLOCK"] > 64 for config in ours(runner))
+
+
 def test_a_verdict_that_does_not_say_what_was_searched_counts_as_complete(path):
     tune(path, FakeRunner(valley), op=SMALL)
     with Registry.open(path, write=True) as registry:
         (verdict,) = registry.verdicts()
-        evidence = {name: value for name, value in verdict.evidence.items() if name not in ("space", "mode")}
+        evidence = {name: value for name, value in verdict.evidence.items() if name not in ("spaces", "mode")}
         registry.record((), dataclasses.replace(verdict, evidence=evidence))
     states, _ = tune(path, FakeRunner(valley), op=make_op())
     assert states[0].skipped
 
 
-@pytest.mark.parametrize("space", ["no", {"digest": 1}, {"digest": "x", "axes": [], "feasible": "zz"}])
-def test_a_verdict_that_talks_nonsense_of_its_space_counts_as_complete(path, space):
+@pytest.mark.parametrize("spaces", ["no", {"triton": 1}, {"triton": {"digest": "x", "axes": [], "feasible": "zz"}}])
+def test_a_verdict_that_talks_nonsense_of_its_space_counts_as_complete(path, spaces):
     tune(path, FakeRunner(valley))
     with Registry.open(path, write=True) as registry:
         (verdict,) = registry.verdicts()
-        registry.record((), dataclasses.replace(verdict, evidence={**verdict.evidence, "space": space}))
+        registry.record((), dataclasses.replace(verdict, evidence={**verdict.evidence, "spaces": spaces}))
     states, _ = tune(path, FakeRunner(valley))
     assert states[0].skipped
 
@@ -101,11 +115,14 @@ def test_spaces_of_any_size_are_described_exactly_whatever_the_order_of_their_ax
     tune(path, FakeRunner(valley), op=SMALL)
     with Registry.open(path, write=True) as registry:
         (verdict,) = registry.verdicts()
-        evidence = {**verdict.evidence, "space": searched(large, odd)}
+        evidence = {**verdict.evidence, "spaces": {"triton": searched(large, odd)}}
         registry.record((), dataclasses.replace(verdict, evidence=evidence))
         (stored,) = registry.verdicts()
-    assert unsearched(stored, turned, odd) is None
-    assert set(unsearched(stored, turned, list(turned.configs()))) == {c for c in large.configs() if not c["a"] % 2}
+    implementation = dataclasses.replace(SMALL.tunable, space=turned)
+    assert unsearched(stored, Field(implementation, odd)) is None
+    assert set(unsearched(stored, Field(implementation, list(turned.configs())))) == {
+        c for c in large.configs() if not c["a"] % 2
+    }
 
 
 def test_a_prediction_over_a_smaller_space_is_made_anew_with_the_new_configs_alone(path):

@@ -17,6 +17,12 @@ OPS = [op for op in ops.ops().values() if op.reference.__module__.startswith("ti
 REFUSALS = {"compile_error", "out_of_resources", "spills"}
 
 
+def compilable(op, problem, gpu):
+    """Our own kernel, and what else of ours has a space for this problem and GPU."""
+    others = [each for each in op.tunables if each is not op.tunable and not each.external]
+    return [op.tunable, *(each for each in others if each.can_run(problem, gpu))]
+
+
 def problem_of(op):
     """The last problem of the op's suites: the longest of its kind."""
     return [problem for suite in op.problem.suites().values() for problem in suite][-1]
@@ -28,15 +34,16 @@ def test_defaults_compile_and_samples_compile_or_say_why_not(name):
     with CompilePool(gpu, workers=1) as pool:
         pending = []
         for op in OPS:
-            problem, space = problem_of(op), op.tunable.space
-            feasible = space.feasible(problem, gpu)
-            default = space.default(problem, gpu)
-            for config in [default, *random.Random(op.name).sample(feasible, SAMPLED)]:
-                future = pool.submit(op.name, op.tunable.name, problem.key, config)
-                pending.append((op, config, config == default, future))
-        for op, config, is_default, future in pending:
+            problem = problem_of(op)
+            for each in compilable(op, problem, gpu):
+                feasible = each.space.feasible(problem, gpu)
+                default = each.space.default(problem, gpu)
+                for config in [default, *random.Random(op.name).sample(feasible, min(SAMPLED, len(feasible)))]:
+                    future = pool.submit(op.name, each.name, problem.key, config)
+                    pending.append((op, each, config, config == default, future))
+        for op, implementation, config, is_default, future in pending:
             compiled = future.result()
-            told = f"{op.name} {config} for {gpu.name}: {compiled.failure} {compiled.reason}"
+            told = f"{op.name} {implementation.name} {config} for {gpu.name}: {compiled.failure} {compiled.reason}"
             assert compiled.failure is None or (compiled.failure in REFUSALS and compiled.reason), told
             assert compiled.failure is None or not is_default, told
             assert all(each.registers > 0 for each in compiled.binaries), told

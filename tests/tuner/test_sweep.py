@@ -10,7 +10,7 @@ from fakes import GPU, FakePool, FakeRunner
 from toy import SPACE, Scaling, make_op
 
 from tilebook.cli import main
-from tilebook.op import UsageError
+from tilebook.op import Config, Space, UsageError
 from tilebook.registry import Failure, Status
 from tilebook.tuner.compile import CompilerError
 from tilebook.tuner.progress import Run
@@ -29,9 +29,9 @@ def cost(candidate: Candidate) -> float | Failure:
     return 1.0 + 0.01 * candidate.config.number("num_warps") + candidate.config.number("BLOCK") / 1e4
 
 
-def sweep(path, runner=None, pool=None, **options):
+def sweep(path, runner=None, pool=None, op=None, **options):
     run = Run(1, True)
-    record(make_op(), PROBLEM, GPU, path, pool or FakePool(), runner or FakeRunner(cost), run, **options)
+    record(op or make_op(), PROBLEM, GPU, path, pool or FakePool(), runner or FakeRunner(cost), run, **options)
     return run.done[0]
 
 
@@ -53,6 +53,27 @@ def test_a_whole_space_is_recorded_with_the_other_implementations(path):
     assert all(len(each.attempt.samples_ms) == 15 and each.run_s >= 0 for each in found.measured)
     assert all(each.compiled.binaries[0].registers == 64 for each in ours)
     assert state.tried == state.limit == len(FEASIBLE) + 1
+
+
+@pytest.mark.parametrize("external", ["", "some-package"])
+def test_the_space_of_another_implementation_is_recorded_on_request(path, external):
+    op, pool = make_op(), FakePool()
+    axes = {"TILE": (1, 2, 4)}
+    space = Space(axes, lambda *_: None, lambda *_: Config(TILE=2))
+    op.implementation("other", space=space, external=external)(op.tunable.function)
+    runner = FakeRunner(lambda c: 1.0 + c.config.get("TILE", 4))
+    state = sweep(path, runner, pool, op, implementation="other")
+    found = read(path)
+    assert found.implementation == found.header["implementation"] == "other"
+    assert {each.candidate.config["TILE"] for each in found.ours} == {1, 2, 4}
+    assert [each.compiled is None for each in found.ours] == [bool(external)] * 3
+    assert len(pool.submitted) == (0 if external else 3)
+    assert {each.candidate.implementation for each in found.measured} == {"other", "torch"}
+    assert (state.default_ms, state.best) == (pytest.approx(3.0, rel=0.02), "other TILE=1")
+    with pytest.raises(UsageError, match="differs"):
+        sweep(path, op=op)
+    with pytest.raises(UsageError, match="there are triton, other"):
+        sweep(path, op=op, implementation="torch")
 
 
 def test_a_sample_of_a_space_has_the_default_and_is_the_same_every_time(path, tmp_path):

@@ -112,7 +112,8 @@ class DenyList:
 
     def winner(self, verdict: Verdict) -> Revocation | None:
         """Why a verdict's winner may not run, or None where it may."""
-        return self.find(verdict.op, verdict.kernel, verdict.device.arch, verdict.implementation, verdict.config)
+        kernel = verdict.kernel_of(verdict.implementation)
+        return self.find(verdict.op, kernel, verdict.device.arch, verdict.implementation, verdict.config)
 
 
 def _best(found: Iterable[tuple[str, Sequence[Verdict]]]) -> list[tuple[str, Verdict]]:

@@ -245,6 +245,12 @@ class Verdict:
                     ranked.append(pair)
         return ranked
 
+    def kernel_of(self, implementation: str) -> str:
+        """The digest of the source that this implementation had; the op's kernel where the evidence has no other."""
+        kernels = self.evidence.get("kernels")
+        found = kernels.get(implementation) if isinstance(kernels, dict) else None
+        return found if isinstance(found, str) else self.kernel
+
     def portable(self) -> dict[str, Json]:
         """The content another machine can use: all but `origin` and `trusted`, which every registry decides itself."""
         return {

@@ -26,7 +26,7 @@ DOUBT = 1.2
 """A prediction replaces the default where the model promises more than this. Over 78 problems measured on an H200 that
 took 1.18–1.20 times as long as the best for attention; the model's first choice 1.19–1.37, the default 1.20–1.43."""
 
-_FASTEST, _LIGHTEST = 5, 5  # finalists of ours
+_FASTEST, _LIGHTEST = 5, 5  # finalists of each implementation that has a space
 _SPREAD = TIE**2  # of times that were not taken interleaved, so that a tie may look twice as far apart
 _TRIES = 3  # finalists that get the fresh process
 
@@ -116,14 +116,19 @@ def predict(tuning: Tuning) -> Verdict:
 
 
 def finalists(tuning: Tuning) -> list[Candidate]:
-    """Our fastest, and the lightest of those that may tie with the fastest: among many equals a run would otherwise
-    pick whichever its noise favours, another run another.
+    """The finalists of every implementation that was searched, ours first.
 
-    However far ahead another implementation is, ours are ranked: it may not be there where the verdict is served.
+    However far ahead one is, the others' are ranked: it may not be there where the verdict is served.
     """
-    ours = [c for c in tuning.times if c.implementation == tuning.default.implementation]
-    best = min(tuning.times[c] for c in ours)
-    ranked = sorted(set(ours) - {tuning.default}, key=lambda c: (tuning.times[c], tuning.burden(c)))
+    return [candidate for entrant in tuning.entrants for candidate in _finalists(tuning, entrant.name)]
+
+
+def _finalists(tuning: Tuning, implementation: str) -> list[Candidate]:
+    """Its fastest, and the lightest of those that may tie with the fastest: among many equals a run would otherwise
+    pick whichever its noise favours, another run another."""
+    passed = [c for c in tuning.times if c.implementation == implementation]
+    best = min((tuning.times[c] for c in passed), default=math.inf)
+    ranked = sorted(set(passed) - {tuning.default}, key=lambda c: (tuning.times[c], tuning.burden(c)))
     near = [c for c in ranked if tuning.times[c] <= NEAR * best]
     equal = [c for c in near if tuning.times[c] <= _SPREAD * best]
     return list(dict.fromkeys([*near[:_FASTEST], *sorted(equal, key=tuning.burden)[:_LIGHTEST]]))
@@ -134,7 +139,8 @@ def _qualify(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequ
     while True:
         if tuning.default not in tuning.times:
             raise RuntimeError("the default config did not pass: there is nothing to compare with")
-        others = [c for c in tuning.times if c.implementation != tuning.default.implementation]
+        searched = {entrant.name for entrant in tuning.entrants}
+        others = [c for c in tuning.times if c.implementation not in searched]
         wanted = [tuning.default, *finalists(tuning), *(c for c in extra if c in tuning.times), *others]
         contest, failed = _contest(tuning, runner, list(dict.fromkeys(wanted)), rounds, seed)
         if not failed:

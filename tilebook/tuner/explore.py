@@ -16,7 +16,7 @@ from tilebook.registry import Failure, Json, Trial
 from tilebook.tuner.compile import Compiled, Compilers
 from tilebook.tuner.model import predict
 from tilebook.tuner.runner import Attempt, Candidate, Runner
-from tilebook.tuner.tuning import Tuning
+from tilebook.tuner.tuning import Entrant, Tuning
 
 GAIN = 0.99
 """What does not lower the best time below this share of it has gained nothing."""
@@ -46,15 +46,17 @@ class Bounds:
     """limit: candidates, before the neighbourhood of the best. width: candidates compiling, or compiled and waiting."""
 
     limit: int
-    deadline: float | None
     width: int
 
 
 class Explorer:
-    """Explores one problem. gpu: the one thread that talks to the runner; no runner means predicting."""
+    """Explores one implementation's space. gpu: the one thread that talks to the runner; no runner means predicting."""
 
-    def __init__(self, tuning: Tuning, pool: Compilers, runner: Runner | None, gpu: Executor, bounds: Bounds) -> None:
-        self._tuning, self._pool, self._runner, self._gpu, self._bounds = tuning, pool, runner, gpu, bounds
+    def __init__(
+        self, tuning: Tuning, entrant: Entrant, pool: Compilers, runner: Runner | None, gpu: Executor, bounds: Bounds
+    ) -> None:
+        self._tuning, self._entrant, self._search = tuning, entrant, entrant.search
+        self._pool, self._runner, self._gpu, self._bounds = pool, runner, gpu, bounds
         self._compiling: dict[Future[Compiled], Config] = {}
         self._measuring: deque[tuple[Config, Compiled, Future[tuple[Attempt, float]]]] = deque()
         self._twins_of: dict[Config, list[tuple[Config, Compiled]]] = {}  # same code as one that is being measured
@@ -62,13 +64,14 @@ class Explorer:
         self._gainless = 0
         self._best_ms = float("inf")
         self._patient = True
+        self._deadline: float | None = None
         self._centre: tuple[Config, float] | None = None
         self.stopped = False
 
     def reuse(self, trials: dict[Config, Trial], settled: bool) -> None:
         """Begins where the run that left these trials ended; `settled` says that it was this same search."""
         for config, trial in trials.items():
-            self._tuning.search.tell(config, self._tuning.reuse(config, trial))
+            self._search.tell(config, self._tuning.reuse(self._entrant, config, trial))
             self._asked += 1
             self._count()
         if not settled:
@@ -78,11 +81,12 @@ class Explorer:
         """Starts compiling, so that there is something to measure once the GPU's process is ready."""
         self._submit()
 
-    def run(self) -> None:
+    def run(self, deadline: float | None) -> None:
         """Explores until the limit, the deadline, or no more gain; then the neighbourhood of the best until it is."""
-        state = self._tuning.state
+        state, self._deadline = self._tuning.state, deadline
         began, measured = time.monotonic(), state.measuring_s
-        self._tuning.phase("searching")
+        alone = len(self._tuning.entrants) == 1
+        self._tuning.phase("searching" if alone else f"searching {self._entrant.name}")
         try:
             while not self._late:
                 self._submit()
@@ -105,25 +109,25 @@ class Explorer:
 
     @property
     def _late(self) -> bool:
-        deadline = self._bounds.deadline
-        return (
-            deadline is not None
-            and time.monotonic() > deadline
-            and self._tuning.search.told(self._tuning.default.config)
-        )
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        return late and self._search.told(self._entrant.default)
 
     # Asking and compiling
 
     def _submit(self) -> None:
         """Keeps the compilers ahead of the GPU."""
         for config in self._wanted():
-            future = self._pool.submit(
-                self._tuning.op.name, self._tuning.op.tunable.name, self._tuning.problem.key, config
-            )
-            self._compiling[future] = config
+            self._compiling[self._compile(config)] = config
+
+    def _compile(self, config: Config) -> Future[Compiled]:
+        if self._entrant.implementation.external:  # its own package will, in the GPU's process
+            nothing: Future[Compiled] = Future()
+            nothing.set_result(Compiled())
+            return nothing
+        return self._pool.submit(self._tuning.op.name, self._entrant.name, self._tuning.problem.key, config)
 
     def _wanted(self) -> list[Config]:
-        search, best, centre = self._tuning.search, self._tuning.search.best, self._centre
+        search, best, centre = self._search, self._search.best, self._centre
         open_ = len(self._compiling) + len(self._measuring)
         if self._runner is not None and best is not None and (centre is None or best[0] != centre[0]):
             soon = self._gainless >= _POLISH and (centre is None or best[1] < GAIN * centre[1])
@@ -141,7 +145,7 @@ class Explorer:
     @property
     def _over(self) -> bool:
         """Has the search asked for all that it will?"""
-        return not self._patient or self._asked >= self._bounds.limit or self._tuning.search.exhausted
+        return not self._patient or self._asked >= self._bounds.limit or self._search.exhausted
 
     def _compiled(self, block: bool) -> tuple[Config, Compiled] | None:
         """The next compilation that is done, in the order of asking, so that a run with the same seed takes the same
@@ -166,11 +170,11 @@ class Explorer:
             if ready is None:
                 return
             config, compiled = ready
-            self._tuning.state.compiled += 1
+            self._tuning.state.compiled += not self._entrant.implementation.external
             self._tuning.state.compiling_s += compiled.seconds
             if compiled.failure is not None:
                 self._judge(config, compiled, Attempt(Failure(compiled.failure), compiled.reason), ran=False)
-            elif (twin := self._tuning.twins.setdefault(compiled.fingerprint, config)) != config:
+            elif (twin := self._twin(config, compiled)) != config:
                 if any(each[0] == twin for each in self._measuring):
                     self._twins_of.setdefault(twin, []).append((config, compiled))
                 else:
@@ -178,10 +182,10 @@ class Explorer:
             elif self._runner is None:
                 self._predict(config, compiled)
             else:
-                self._tuning.compiled[config] = compiled
-                best = self._tuning.search.best
-                incumbent_ms = None if config == self._tuning.default.config or best is None else best[1]
-                candidate = self._tuning.ours(config)
+                candidate, best = self._entrant.candidate(config), self._search.best
+                self._tuning.compiled[candidate] = compiled
+                # Its own best: however far behind, its best few are what serves where the winner cannot run.
+                incumbent_ms = None if config == self._entrant.default or best is None else best[1]
                 future = self._gpu.submit(timed_attempt, self._runner, candidate, incumbent_ms)
                 self._measuring.append((config, compiled, future))
             self._submit()
@@ -200,32 +204,37 @@ class Explorer:
         for twin, code in self._twins_of.pop(config, ()):
             self._judge_twin(twin, code, config)
 
+    def _twin(self, config: Config, compiled: Compiled) -> Config:
+        """The config that stands for all with this machine code; where there is none to compare, each for itself."""
+        return self._entrant.twins.setdefault(compiled.fingerprint, config) if compiled.binaries else config
+
     def _judge(self, config: Config, compiled: Compiled, attempt: Attempt, ran: bool = True) -> None:
-        self._tuning.search.tell(config, attempt.time_ms)
+        self._search.tell(config, attempt.time_ms)
         self._record(config, compiled, attempt, ran=ran)
 
     def _judge_twin(self, config: Config, compiled: Compiled, twin: Config) -> None:
-        self._tuning.search.tell(config, self._tuning.times.get(self._tuning.ours(twin)))
+        self._search.tell(config, self._tuning.times.get(self._entrant.candidate(twin)))
         self._record(config, compiled, Attempt(Failure.DUPLICATE_BINARY, f"the same machine code as {twin}"), ran=False)
 
     def _predict(self, config: Config, compiled: Compiled) -> None:
-        tuning = self._tuning
-        tuning.compiled[config] = compiled
-        cost = tuning.space.work(tuning.problem, config) if tuning.space.work else None
+        tuning, candidate, work = self._tuning, self._entrant.candidate(config), self._entrant.space.work
+        tuning.compiled[candidate] = compiled
+        cost = work(tuning.problem, config) if work else None
         prediction = predict(tuning.problem.cost(), cost, compiled, tuning.gpu)
-        tuning.search.tell(config, prediction.time_ms)
-        tuning.note(tuning.ours(config), prediction.time_ms)
+        self._search.tell(config, prediction.time_ms)
+        tuning.note(candidate, prediction.time_ms)
         facts: dict[str, Json] = {"predicted_ms": prediction.time_ms, "bound": prediction.bound}
         self._record(config, compiled, Attempt(facts={**facts, "occupancy": prediction.occupancy}))
 
     def _record(self, config: Config, compiled: Compiled, attempt: Attempt, ran: bool = True) -> None:
         self._count()
-        self._tuning.record(self._tuning.ours(config), attempt, {"compiled": compiled.to_json()}, ran)
+        facts: dict[str, Json] = {} if self._entrant.implementation.external else {"compiled": compiled.to_json()}
+        self._tuning.record(self._entrant.candidate(config), attempt, facts, ran)
 
     def _count(self) -> None:
         """Counts the candidates since the last gain."""
         self._gainless += 1
-        best = self._tuning.search.best
+        best = self._search.best
         if best is not None and best[1] < GAIN * self._best_ms:
             self._best_ms, self._gainless = best[1], 0
         # A prediction costs nothing but compiling, and without a GPU to ask all of the space is tried.

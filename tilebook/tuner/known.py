@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tilebook import registry as store
-from tilebook.device import Device
-from tilebook.op import Config, Op, Problem, Space
+from tilebook.device import Device, package_version
+from tilebook.op import Config, Implementation, Op, Problem, Space
 from tilebook.registry import Json, Layers, Registry, Trial, Verdict, canonical
 
 PREDICTED = "predicted"
@@ -17,6 +18,28 @@ PREDICTED = "predicted"
 
 _SEEDS_FROM_NEIGHBOURS = 4
 _LINE = 1000  # hex digits in one string of the evidence, which may not be longer than 4,000 characters
+
+
+@dataclass(frozen=True)
+class Field:
+    """What of a tunable implementation's space may run for one problem: the feasible configs that are not revoked.
+
+    infeasible, revoked: how many of its configs are not among them, and why.
+    """
+
+    implementation: Implementation
+    feasible: list[Config]
+    infeasible: int = 0
+    revoked: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.implementation.name
+
+    @property
+    def space(self) -> Space:
+        assert self.implementation.space is not None
+        return self.implementation.space
 
 
 class Known:
@@ -40,16 +63,25 @@ class Known:
         with self._writing:
             self._registry.record(trials, verdict)
 
-    def revoked(self, op: Op[Any], implementation: str, config: Mapping[str, store.ConfigValue]) -> bool:
-        return self._denied.find(op.name, op.digest, self.device.arch, implementation, config) is not None
+    def revoked(self, implementation: Implementation, config: Mapping[str, store.ConfigValue]) -> bool:
+        op = implementation.op.name
+        return self._denied.find(op, implementation.digest, self.device.arch, implementation.name, config) is not None
 
-    def standing(self, op: Op[Any], problem: Problem, feasible: Sequence[Config]) -> Verdict | None:
-        """The verdict that answers this run's question already, though perhaps for a smaller space."""
+    def field(self, implementation: Implementation, problem: Problem, gpu: Device) -> Field:
+        """What of an implementation's space may run here."""
+        assert implementation.space is not None
+        runnable = implementation.space.feasible(problem, gpu)
+        feasible = [config for config in runnable if not self.revoked(implementation, config)]
+        return Field(implementation, feasible, len(implementation.space) - len(runnable), len(runnable) - len(feasible))
+
+    def standing(self, op: Op[Any], problem: Problem, fields: Sequence[Field]) -> Verdict | None:
+        """The verdict that answers this run's question already, though perhaps for smaller spaces, or fewer."""
+        feasible = {each.name: each.feasible for each in fields}
         found = self._registry.verdicts(op=op.name, problem=problem.key, device=self.device, kernel=op.digest)
         for verdict in found:
             if not verdict.trusted or self._denied.winner(verdict) is not None:
                 continue  # somebody else's word, or proved wrong since
-            if verdict.implementation == op.tunable.name and Config(verdict.config) not in feasible:
+            if Config(verdict.config) not in feasible.get(verdict.implementation, [Config(verdict.config)]):
                 continue  # the space has changed its mind since
             same = verdict.environment == self.environment
             if self.mode == PREDICTED:
@@ -59,9 +91,9 @@ class Known:
                 return verdict
         return None
 
-    def seeds(self, op: Op[Any], problem: Problem) -> list[Config]:
-        """Winners of the nearest problems on this GPU first, then on GPUs of the same architecture."""
-        space, ranked = op.tunable.space, []
+    def seeds(self, op: Op[Any], problem: Problem, field: Field) -> list[Config]:
+        """An implementation's best on the nearest problems, on this GPU first, then on GPUs of its architecture."""
+        ranked = []
         for _, verdict in self._layers.verdicts(op=op.name):
             if verdict.device.arch != self.device.arch:
                 continue
@@ -69,27 +101,38 @@ class Known:
                 distance = problem.distance(op.problem.from_key(verdict.problem))
             except (TypeError, ValueError):
                 continue
-            ours = [
-                Config(c) for name, c in verdict.ranking() if name == op.tunable.name and space and space.contains(c)
-            ]
-            if ours and distance < float("inf"):
-                ranked.append((verdict.device != self.device, distance, ours[0]))
+            its = [Config(c) for name, c in verdict.ranking() if name == field.name and field.space.contains(c)]
+            if its and distance < float("inf"):
+                ranked.append((verdict.device != self.device, distance, its[0]))
         ranked.sort(key=lambda each: each[:2])
         return [config for _, _, config in ranked[:_SEEDS_FROM_NEIGHBOURS]]
 
-    def trials(self, op: Op[Any], problem: Problem, feasible: Sequence[Config]) -> dict[Config, Trial]:
+    def trials(self, op: Op[Any], problem: Problem, field: Field) -> dict[Config, Trial]:
         """What is known of each config from runs before, in the order in which they were first tried: same kernel,
         environment and mode. The last word on a config counts: a finalist may have failed its confirmation."""
-        wanted, found = frozenset(feasible), dict[Config, Trial]()
+        wanted, found = frozenset(field.feasible), dict[Config, Trial]()
+        kernel = trial_kernel(field.implementation)
         for trial in self._registry.trials(
-            op=op.name, problem=problem.key, device=self.device, kernel=op.digest, origin="local"
+            op=op.name, problem=problem.key, device=self.device, kernel=kernel, origin="local"
         ):
             config = Config(trial.config)
             mode = trial.facts.get("mode", PREDICTED if "predicted_ms" in trial.facts else "graph")
-            ours = trial.implementation == op.tunable.name and trial.environment == self.environment
-            if ours and config in wanted and mode == self.mode:
+            its = trial.implementation == field.name and trial.environment == self.environment
+            if its and config in wanted and mode == self.mode:
                 found[config] = trial
         return found
+
+
+def source_of(implementation: Implementation) -> str:
+    """What a tunable implementation's times depend on: the digest of our source, or its package and the version."""
+    return implementation.digest or f"{implementation.external} {package_version(implementation.external)}"
+
+
+def trial_kernel(implementation: Implementation) -> str:
+    """The digest that an implementation's trials are stored under; what has no space goes with the op's own kernel."""
+    if implementation.external:
+        return hashlib.sha256(source_of(implementation).encode()).hexdigest()
+    return implementation.digest or implementation.op.digest
 
 
 def searched(space: Space, feasible: Iterable[Config]) -> dict[str, Json]:
@@ -101,16 +144,23 @@ def searched(space: Space, feasible: Iterable[Config]) -> dict[str, Json]:
     return {"digest": hashlib.sha256(canonical(content).encode()).hexdigest()[:16], **content}
 
 
-def unsearched(verdict: Verdict, space: Space, feasible: Sequence[Config]) -> list[Config] | None:
-    """The feasible configs that were not in the space this verdict was chosen from; None where it had
-    them all, or where the verdict does not say, as those of old do not."""
-    then: Any = verdict.evidence.get("space")
-    if not isinstance(then, dict) or then.get("digest") == searched(space, feasible)["digest"]:
+def unsearched(verdict: Verdict, field: Field) -> list[Config] | None:
+    """The feasible configs that were not in the space this verdict was chosen from: all of them where the
+    implementation was not searched then, or has other source now. None where it had them all, or, of our own kernel,
+    where the verdict does not say, as those of old do not."""
+    ours = field.name == field.implementation.op.tunable.name
+    spaces: Any = verdict.evidence.get("spaces")
+    then: Any = spaces.get(field.name) if isinstance(spaces, dict) else verdict.evidence.get("space") if ours else None
+    if not isinstance(then, dict):
+        return None if ours else field.feasible
+    if source_of(field.implementation) != verdict.kernel_of(field.name):
+        return field.feasible
+    if then.get("digest") == searched(field.space, field.feasible)["digest"]:
         return None
     try:
         bits = int("".join(then["feasible"]), 16)
-        new = [c for c in feasible if (place := _place(then["axes"], c)) is None or not bits >> place & 1]
-        return new or None
+        places = ((config, _place(then["axes"], config)) for config in field.feasible)
+        return [config for config, place in places if place is None or not bits >> place & 1] or None
     except (AttributeError, KeyError, TypeError, ValueError):  # evidence is free-form, and may be somebody else's
         return None
 

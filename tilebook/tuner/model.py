@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from tilebook.device import Device
-from tilebook.op import Cost
+from tilebook.problem import Cost
 from tilebook.tuner.compile import Binary, Compiled, block_registers
 
 # What well-tuned kernels reach of the datasheet's rates.

@@ -37,12 +37,17 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long one request may take, in seconds. An attempt may have to compile (60 s) before it runs (30 s)."""
+    """How long one request may take, in seconds. An attempt may have to compile (60 s) before it runs (30 s).
+
+    external_s: on top, for each external candidate. Nobody compiled it ahead, and its package does so anew in every
+    process, for each kind of problem that it is verified on.
+    """
 
     prepare_s: float = 180.0
     attempt_s: float = 90.0
-    confirm_s: float = 300.0
+    confirm_s: float = 600.0
     probe_s: float = 20.0
+    external_s: float = 120.0
 
 
 class Runner(Protocol):
@@ -86,6 +91,7 @@ class GpuRunner:
             Child(worker, [str(index), *modules], {"TRITON_INTERPRET": None}, f"gpu {index}") for _ in range(2)
         )
         self._current: tuple[str, str] | None = None
+        self._external: frozenset[str] = frozenset()
         self._prepared = self._closed = False
 
     def start(self) -> None:
@@ -94,6 +100,7 @@ class GpuRunner:
 
     def prepare(self, op: Op[Any], problem: Problem) -> None:
         self._current, self._prepared = (op.name, problem.key), False
+        self._external = frozenset(name for name, each in op.implementations.items() if each.external)
         self._ensure()
         self._start_spare()
 
@@ -101,7 +108,7 @@ class GpuRunner:
         self._ensure()
         self._start_spare()
         message: dict[str, Json] = {"do": "attempt", **_named(candidate), "incumbent_ms": incumbent_ms}
-        limit_s = self._limits.attempt_s
+        limit_s = self._limit_s(self._limits.attempt_s, [candidate])
         try:
             reply: Any = self._child.request(message, limit_s)
         except ChildTimedOut:
@@ -127,14 +134,14 @@ class GpuRunner:
         elif self._spare.alive:
             self._healthy(self._spare)  # returns once its start is over, and with it all that could disturb
         try:
-            return self._confirm(candidates, rounds, seed, self._limits.confirm_s)
+            return self._confirm(candidates, rounds, seed, self._limit_s(self._limits.confirm_s, candidates))
         except RuntimeError:
             if self._closed or len(candidates) == 1:
                 raise
         # One of them broke the process, and would every time: each alone shows which, and the rest goes on without.
         alone = [self._confirm_alone(candidate, seed) for candidate in candidates]
         sound = [c for c, attempt in zip(candidates, alone, strict=True) if attempt.failure is None]
-        together = iter(self._confirm(sound, rounds, seed, self._limits.confirm_s))
+        together = iter(self._confirm(sound, rounds, seed, self._limit_s(self._limits.confirm_s, sound)))
         return [next(together) if attempt.failure is None else attempt for attempt in alone]
 
     def _confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, limit_s: float) -> list[Attempt]:
@@ -154,9 +161,12 @@ class GpuRunner:
     def _confirm_alone(self, candidate: Candidate, seed: int) -> Attempt:
         self._ensure()
         try:
-            return self._confirm([candidate], 1, seed, self._limits.attempt_s)[0]
+            return self._confirm([candidate], 1, seed, self._limit_s(self._limits.attempt_s, [candidate]))[0]
         except RuntimeError as broken:
             return Attempt(Failure.RUN_ERROR, str(broken))
+
+    def _limit_s(self, base_s: float, candidates: Sequence[Candidate]) -> float:
+        return base_s + self._limits.external_s * sum(each.implementation in self._external for each in candidates)
 
     def close(self) -> None:
         self._closed = True

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from tilebook.device import Device
 from tilebook.op import Config, Cost, Op, Problem, Space
-from tilebook.registry import Verdict
+from tilebook.registry import Trial, Verdict
 from tilebook.tuner import decide
 from tilebook.tuner.compile import Compilers
 from tilebook.tuner.explore import AHEAD, Bounds, Explorer, Stopped, timed_attempt
-from tilebook.tuner.known import Known, unsearched
+from tilebook.tuner.known import Field, Known, unsearched
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Candidate, Runner
 from tilebook.tuner.search import Search
-from tilebook.tuner.tuning import Tuning
+from tilebook.tuner.tuning import Entrant, Tuning
 
 
 @dataclass(frozen=True)
 class Options:
-    """How long and how to search. `trials` limits the candidates of one problem; None means all that are worth it."""
+    """How long and how to search. `trials` limits the candidates of one implementation; None means all worth it."""
 
     trials: int | None = None
     seed: int = 0
@@ -53,14 +55,14 @@ class Session:
         # As few as keep compilers and GPU busy: what is under way was proposed without knowing of one another.
         self._width = max(4, pool.workers // run.gpus + AHEAD)
         self._lane = lane or ThreadPoolExecutor(1, f"tilebook-gpu-{index}")
-        self._explorer: Explorer | None = None
+        self._explorers: list[Explorer] = []
         self._closed = False
 
     def close(self) -> None:
         """Ends what is under way, from any thread: a problem being tuned raises Stopped, and its trials stay."""
         self._closed = True
-        if self._explorer is not None:
-            self._explorer.stopped = True
+        for explorer in self._explorers:
+            explorer.stopped = True
         self._lane.shutdown(wait=False, cancel_futures=True)
         if self._runner is not None:
             self._runner.close()
@@ -70,75 +72,122 @@ class Session:
 
         What goes wrong with the problem or the GPU is the state's `error`. The caller ends the state's part in the run.
         """
-        space = op.tunable.space
-        assert space is not None
-        runnable = space.feasible(problem, self._gpu)
-        feasible = [config for config in runnable if not self._known.revoked(op, op.tunable.name, config)]
-        limit = min(len(feasible), self._options.trials or len(feasible))
-        state = ProblemState(op.name, problem.label, len(feasible), len(space) - len(runnable), limit, self.index)
-        state.revoked = len(runnable) - len(feasible)
+        fields = self._fields(op, problem)
+        state = ProblemState(
+            op.name,
+            problem.label,
+            sum(len(each.feasible) for each in fields),
+            sum(each.infeasible for each in fields),
+            sum(self._limit(each) for each in fields),
+            self.index,
+            revoked=sum(each.revoked for each in fields),
+        )
         self._run.begin(state)
         try:
-            standing = None if self._options.force else self._known.standing(op, problem, feasible)
-            new = None if standing is None else unsearched(standing, space, feasible)
-            if standing is not None and new is None:
+            standing = None if self._options.force else self._known.standing(op, problem, fields)
+            if standing is not None and all(unsearched(standing, each) is None for each in fields):
                 state.verdict, state.skipped = standing, True
             else:
-                state.verdict = self._tune(op, problem, space, feasible, standing, new, state, deadline)
+                state.verdict = self._tune(op, problem, fields, standing, state, deadline)
                 self._known.record((), state.verdict)
         except RuntimeError as broken:
             if self._closed:
                 raise Stopped from broken
             state.error = str(broken)
-            if self._explorer is not None:
-                self._explorer.close()
+            for explorer in self._explorers:
+                explorer.close()
         return state
+
+    def _fields(self, op: Op[Any], problem: Problem) -> list[Field]:
+        """What is to be searched: the space of our own kernel, then those of the others that can run here.
+
+        To predict, our own alone: the model ranks configs of one kernel, and knows nothing of what sets two apart.
+        """
+        others = [] if self._runner is None else [each for each in op.tunables if each is not op.tunable]
+        running = [op.tunable, *(each for each in others if each.can_run(problem, self._gpu))]
+        fields = [self._known.field(each, problem, self._gpu) for each in running]
+        return [each for each in fields if each.feasible or each is fields[0]]
+
+    def _limit(self, field: Field) -> int:
+        return min(len(field.feasible), self._options.trials or len(field.feasible))
 
     def _tune(
         self,
         op: Op[Any],
         problem: Problem,
-        space: Space,
-        feasible: Sequence[Config],
+        fields: Sequence[Field],
         standing: Verdict | None,
-        new: Sequence[Config] | None,
         state: ProblemState,
         deadline: float | None,
     ) -> Verdict:
-        """standing, new: the verdict over a smaller space, and the configs that it did not know."""
-        # A revoked default is replaced as dispatch replaces it, so that the comparison is with what would run.
-        stand_ins = (c for c in space.defaults(problem, self._gpu) if not self._known.revoked(op, op.tunable.name, c))
-        if (first := next(stand_ins, None)) is None:
-            raise RuntimeError(f"every config of {op.tunable.name} is revoked")
-        default = Candidate(op.tunable.name, first)
+        """standing: the verdict over smaller spaces, or fewer."""
         winner = Candidate(standing.implementation, Config(standing.config)) if standing is not None else None
-        trials = {} if self._options.force else self._known.trials(op, problem, feasible)
-        if default.config in trials and trials[default.config].failure is not None:
-            del trials[default.config]  # nothing can be decided without it, so it gets another chance
-        seeds = [default.config, *([winner.config] if winner else []), *self._known.seeds(op, problem)]
-        candidates = self._by_roofline(space, problem, feasible)
-        if new is not None:
-            wanted = {*new, *trials, *seeds[:2]}
-            candidates = [config for config in candidates if config in wanted]
-        method = self._options.method if self._runner is not None else "grid"
-        search = Search(space, candidates, seeds, method, self._options.seed)
-        tuning = Tuning(op, problem, self._gpu, feasible, default, search, self._known, state, self._run)
-        bounds = Bounds(state.limit, deadline, self._width)
-        self._explorer = explorer = Explorer(tuning, self._pool, self._runner, self._lane, bounds)
-        explorer.stopped = self._closed
-        explorer.reuse(trials, settled=new is None)
-        explorer.begin()
+        entrants: list[Entrant] = []
+        known: list[tuple[dict[Config, Trial], bool]] = []
+        for each in fields:
+            first = winner.config if winner is not None and winner.implementation == each.name else None
+            trials = {} if self._options.force else self._known.trials(op, problem, each)
+            new = None if standing is None else unsearched(standing, each) or []
+            entrants.append(self._entrant(op, problem, each, trials, first, new))
+            known.append((trials, new is None))
+        ours, ours_before = entrants[0], known[0][0]
+        if ours.default in ours_before and ours_before[ours.default].failure is not None:
+            del ours_before[ours.default]  # nothing can be decided without it, so it gets another chance
+        tuning = Tuning(op, problem, self._gpu, entrants, self._known, state, self._run)
+        self._explorers = [
+            Explorer(tuning, each, self._pool, self._runner, self._lane, Bounds(self._limit(field), self._width))
+            for each, field in zip(entrants, fields, strict=True)
+        ]
+        for explorer, (trials, settled) in zip(self._explorers, known, strict=True):
+            explorer.stopped = self._closed
+            explorer.reuse(trials, settled)
+        self._explorers[0].begin()
         if self._runner is None:
-            explorer.run()
-            explorer.close()
+            self._explore(deadline)
             return decide.predict(tuning)
         self._runner.prepare(op, problem)
         self._measure_others(tuning, self._runner)
-        explorer.run()
-        explorer.close()
+        self._explore(deadline)
         return decide.confirm(
             tuning, self._runner, self._options.rounds, self._options.seed, [winner] if winner is not None else []
         )
+
+    def _entrant(
+        self,
+        op: Op[Any],
+        problem: Problem,
+        field: Field,
+        trials: Iterable[Config],
+        winner: Config | None,
+        new: Sequence[Config] | None,
+    ) -> Entrant:
+        """new: the only configs to search beside the default and the standing winner; None for all."""
+        # A revoked default is replaced as dispatch replaces it, so that the comparison is with what would run.
+        allowed = frozenset(field.feasible)
+        default = next((each for each in field.space.defaults(problem, self._gpu) if each in allowed), None)
+        if default is None:
+            raise RuntimeError(f"every config of {field.name} is {'revoked' if field.revoked else 'rejected'}")
+        first = [default] if winner is None else [default, winner]
+        candidates = self._by_roofline(field.space, problem, field.feasible)
+        if new is not None:
+            wanted = {*new, *trials, *first}
+            candidates = [config for config in candidates if config in wanted]
+        method = self._options.method if self._runner is not None else "grid"
+        seeds = [*first, *self._known.seeds(op, problem, field)]
+        search = Search(field.space, candidates, seeds, method, self._options.seed)
+        return Entrant(field.implementation, field.feasible, default, search)
+
+    def _explore(self, deadline: float | None) -> None:
+        """One implementation after the other, each with its share of the time that is left. The next one's first
+        candidates are compiled meanwhile, so that neither compilers nor GPU wait in between."""
+        left = len(self._explorers)
+        for explorer, following in itertools.zip_longest(self._explorers, self._explorers[1:]):
+            if following is not None:
+                following.begin()
+            now = time.monotonic()
+            explorer.run(None if deadline is None else now + max(0.0, deadline - now) / left)
+            explorer.close()
+            left -= 1
 
     def _by_roofline(self, space: Space, problem: Problem, feasible: Sequence[Config]) -> list[Config]:
         """The configs in the order a grid should try them: least padded work first."""
@@ -155,7 +204,7 @@ class Session:
         """Verifies and times every implementation that has no space: PyTorch's own choice, cuDNN …"""
         tuning.phase("measuring other implementations")
         for name, implementation in tuning.op.implementations.items():
-            if self._known.revoked(tuning.op, name, {}):
+            if self._known.revoked(implementation, {}):
                 continue
             if implementation.space is None and implementation.can_run(tuning.problem, self._gpu):
                 attempt, seconds = timed_attempt(runner, Candidate(name), None)

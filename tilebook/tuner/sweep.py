@@ -23,10 +23,11 @@ from typing import Any, Self, TextIO
 
 from tilebook import device as devices
 from tilebook.device import Device
-from tilebook.op import Config, Op, Problem, UsageError
+from tilebook.op import Config, Implementation, Op, Problem, UsageError
 from tilebook.registry import Failure, Json, Status
 from tilebook.report.live import view
 from tilebook.tuner.compile import Compiled, CompilePool, CompilerError, Compilers
+from tilebook.tuner.known import source_of
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Attempt, Candidate, GpuRunner, Runner
 from tilebook.tuner.worker import FAR
@@ -104,12 +105,14 @@ class Sweep:
     @property
     def ours(self) -> list[Measured]:
         """The configs of the space, without the other implementations."""
-        return [each for each in self.measured if each.compiled is not None]
+        name = self.implementation
+        return [each for each in self.measured if each.candidate.implementation == name]
 
     @property
     def implementation(self) -> str:
-        """The name of the one whose space was swept."""
-        return self.ours[0].candidate.implementation
+        """The name of the one whose space was swept; of our own kernel the header does not say it."""
+        compiled = (each.candidate.implementation for each in self.measured if each.compiled is not None)
+        return str(self.header.get("implementation") or next(compiled, ""))
 
 
 def _line(content: Mapping[str, Json]) -> str:
@@ -130,14 +133,24 @@ def read(path: Path) -> Sweep:
             raise UsageError(f"{path} is not a sweep that can be read: {type(error).__name__}: {error}") from None
 
 
+def tunable(op: Op[Any], name: str | None) -> Implementation:
+    """The implementation of that name, our own kernel by default. Raises UsageError where it has no space."""
+    found = op.tunable if name is None else op.implementations.get(name)
+    if found not in op.tunables:
+        known = ", ".join(each.name for each in op.tunables)
+        raise UsageError(f"{op.name} has no implementation {name!r} with a space; there are {known}")
+    assert found is not None
+    return found
+
+
 def plan(
-    op: Op[Any], problem: Problem, gpu: Device, most: int | None, seed: int
+    implementation: Implementation, problem: Problem, gpu: Device, most: int | None, seed: int
 ) -> tuple[dict[str, Any], list[Config]]:
     """The header of a sweep and the configs to measure: the default, then the others in a random order, `most` in all.
 
     Random, so that a drift of the GPU's clocks is no slope along an axis.
     """
-    space = op.tunable.space
+    op, space = implementation.op, implementation.space
     assert space is not None
     default = space.default(problem, gpu)
     others = [config for config in space.feasible(problem, gpu) if config != default]
@@ -151,7 +164,7 @@ def plan(
         "label": problem.label,
         "device": dataclasses.asdict(gpu),
         "environment": dict(devices.environment()),
-        "kernel": op.digest,
+        "kernel": source_of(implementation),
         "axes": {axis: list(values) for axis, values in space.axes.items()},
         "default": dict(default),
         "feasible": len(configs),
@@ -160,6 +173,8 @@ def plan(
         "seed": seed,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if implementation.name != op.tunable.name:
+        header["implementation"] = implementation.name
     return header, configs[:most]
 
 
@@ -186,21 +201,21 @@ def resume(path: Path, header: Mapping[str, Any]) -> tuple[Measured, ...]:
 class Recorder:
     """Measures candidates into an open sweep file, line by line."""
 
-    def __init__(self, stream: TextIO, runner: Runner, state: ProblemState, run: Run, default: Config) -> None:
+    def __init__(self, stream: TextIO, runner: Runner, state: ProblemState, run: Run, default: Candidate) -> None:
         self._stream, self._runner, self._state, self._run, self._default = stream, runner, state, run, default
         self._best_ms: float | None = None
 
     def note(self, measured: Measured) -> None:
         """Counts a candidate in the view."""
-        state, attempt, ours = self._state, measured.attempt, measured.compiled is not None
-        state.compiled += ours
+        state, attempt, ours = self._state, measured.attempt, self._is_ours(measured.candidate)
+        state.compiled += measured.compiled is not None
         if attempt.failure is None:
             state.passed += 1
             state.timed += 1
         else:
             state.rejected[attempt.failure] += 1
         if ours and attempt.failure is None and attempt.time_ms is not None:
-            if measured.candidate.config == self._default:
+            if measured.candidate == self._default:
                 state.default_ms = attempt.time_ms
             if self._best_ms is None or attempt.time_ms < self._best_ms:
                 self._best_ms = state.best_ms = attempt.time_ms
@@ -213,14 +228,17 @@ class Recorder:
         if compiled is not None and compiled.failure is not None:
             measured = Measured(candidate, compiled, Attempt(Failure(compiled.failure), compiled.reason), 0.0)
         else:
-            attempt = self._attempt(candidate, compiled is not None)
+            attempt = self._attempt(candidate)
             measured = Measured(candidate, compiled, attempt, time.monotonic() - began)
         self._stream.write(_line(measured.to_json()))
         self._stream.flush()
         self.note(measured)
 
-    def _attempt(self, candidate: Candidate, ours: bool) -> Attempt:
-        best = self._best_ms if ours and candidate.config != self._default else None
+    def _is_ours(self, candidate: Candidate) -> bool:
+        return candidate.implementation == self._default.implementation
+
+    def _attempt(self, candidate: Candidate) -> Attempt:
+        best = self._best_ms if self._is_ours(candidate) and candidate != self._default else None
         # The runner drops what is FAR times slower than the incumbent it is told.
         attempt = self._runner.attempt(candidate, None if best is None else best * SLOW / FAR)
         if attempt.failure is Failure.SLOW and attempt.time_ms is not None and best is not None:
@@ -250,38 +268,42 @@ def record(
     run: Run,
     most: int | None = None,
     seed: int = 0,
+    implementation: str | None = None,
 ) -> None:
-    """Records one problem's sweep into `path`, or what an interrupted run left of it.
+    """Records one problem's sweep into `path`, or what an interrupted run left of it; our own kernel's by default.
 
     Raises UsageError where the file holds something else. A problem that the GPU cannot hold is the state's `error`.
     """
-    header, configs = plan(op, problem, gpu, most, seed)
+    swept = tunable(op, implementation)
+    header, configs = plan(swept, problem, gpu, most, seed)
     before = resume(path, header)
     known = {measured.candidate for measured in before}
-    ours = op.tunable.name
     others = [
         Candidate(each.name)
         for each in op.implementations.values()
         if each.space is None and each.can_run(problem, gpu) and Candidate(each.name) not in known
     ]
-    left = [config for config in configs if Candidate(ours, config) not in known]
-    feasible, space = header["feasible"], len(op.tunable.space or ())
+    left = [config for config in configs if Candidate(swept.name, config) not in known]
+    feasible, space = header["feasible"], len(swept.space or ())
     state = ProblemState(op.name, problem.label, feasible, space - feasible, len(before) + len(left) + len(others))
     run.begin(state)
     try:
         with path.open("a", encoding="utf-8", newline="\n") as stream:
-            recorder = Recorder(stream, runner, state, run, configs[0])
+            recorder = Recorder(stream, runner, state, run, Candidate(swept.name, configs[0]))
             for measured in before:
                 recorder.note(measured)
             # All of them at once: the compilers keep ahead of the GPU, which prepares and measures meanwhile.
-            futures = {pool.submit(op.name, ours, problem.key, config): config for config in left}
+            ahead = [] if swept.external else left
+            futures = {pool.submit(op.name, swept.name, problem.key, config): config for config in ahead}
             try:
                 if left or others:
                     runner.prepare(op, problem)
                 for candidate in others:
                     recorder.record(candidate, None)
+                for config in left if swept.external else ():
+                    recorder.record(Candidate(swept.name, config), None)
                 for config, compiled in _compiled(futures):
-                    recorder.record(Candidate(ours, config), compiled)
+                    recorder.record(Candidate(swept.name, config), compiled)
             finally:
                 for future in futures:
                     future.cancel()
@@ -298,11 +320,14 @@ def record_problems(
     most: int | None = None,
     seed: int = 0,
     workers: int | None = None,
+    implementation: str | None = None,
 ) -> list[ProblemState]:
     """Records a sweep of each problem on the GPU that is here, into `out`: a file.jsonl for one, else a directory.
 
     Raises UsageError without a GPU, and where a file holds another sweep.
     """
+    for op, _ in problems:
+        tunable(op, implementation)
     if not devices.present():
         raise UsageError("there is no GPU here, and a sweep is measured or it is nothing")
     single = out.suffix == ".jsonl"
@@ -315,13 +340,13 @@ def record_problems(
             runner.start()
             with view(len(problems), True, None) as run:
                 for op, problem in problems:
-                    path = out if single else out / file_name(op, problem)
-                    record(op, problem, gpu, path, pool, runner, run, most, seed)
+                    path = out if single else out / file_name(op, problem, implementation)
+                    record(op, problem, gpu, path, pool, runner, run, most, seed, implementation)
         finally:
             runner.close()
     return run.done
 
 
-def file_name(op: Op[Any], problem: Problem) -> str:
+def file_name(op: Op[Any], problem: Problem, implementation: str | None = None) -> str:
     dtype = getattr(problem, "dtype", "")
-    return "-".join([op.name, *problem.label.split(","), dtype]) + ".jsonl"
+    return "-".join([op.name, *problem.label.split(","), dtype, *filter(None, [implementation])]) + ".jsonl"

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilebook.device import Device
-from tilebook.op import Config, Op, Problem, Space
+from tilebook.op import Config, Implementation, Op, Problem, Space
 from tilebook.registry import Failure, Json, Status, Trial, Verdict, VerdictStatus
 from tilebook.tuner.compile import Compiled
-from tilebook.tuner.known import Known, searched
+from tilebook.tuner.known import Known, searched, source_of, trial_kernel
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.search import Search
@@ -18,55 +18,76 @@ from tilebook.tuner.stats import Ratio
 
 
 @dataclass
+class Entrant:
+    """A tunable implementation of one problem's op: what of its space may run here, and its search.
+
+    default: the first of its configs to be tried. twins: machine code → the config that stands for all that compile
+    to it.
+    """
+
+    implementation: Implementation
+    feasible: Sequence[Config]
+    default: Config
+    search: Search
+    twins: dict[str, Config] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.implementation.name
+
+    @property
+    def space(self) -> Space:
+        space = self.implementation.space
+        assert space is not None
+        return space
+
+    def candidate(self, config: Config) -> Candidate:
+        return Candidate(self.name, config)
+
+
+@dataclass
 class Tuning:
     """The candidates of one problem on one GPU. times: ms of those that passed, measured or predicted.
 
-    twins: machine code → the config that stands for all that compile to it.
+    entrants: our own kernel first, whose default is what the others' times are compared with.
     """
 
     op: Op[Any]
     problem: Problem
     gpu: Device
-    feasible: Sequence[Config]
-    default: Candidate
-    search: Search
+    entrants: Sequence[Entrant]
     known: Known
     state: ProblemState
     run: Run
     times: dict[Candidate, float] = field(default_factory=dict)
-    compiled: dict[Config, Compiled] = field(default_factory=dict)
-    twins: dict[str, Config] = field(default_factory=dict)
+    compiled: dict[Candidate, Compiled] = field(default_factory=dict)
 
     @property
-    def space(self) -> Space:
-        space = self.op.tunable.space
-        assert space is not None
-        return space
-
-    def ours(self, config: Config) -> Candidate:
-        return Candidate(self.op.tunable.name, config)
+    def default(self) -> Candidate:
+        ours = self.entrants[0]
+        return ours.candidate(ours.default)
 
     def phase(self, name: str) -> None:
         self.state.phase = name
         self.run.changed()
 
-    def reuse(self, config: Config, trial: Trial) -> float | None:
+    def reuse(self, entrant: Entrant, config: Config, trial: Trial) -> float | None:
         """Takes over what a run before this one found; returns the config's time where it has one."""
         self.state.reused += 1
-        compiled = trial.facts.get("compiled")
+        compiled, candidate = trial.facts.get("compiled"), entrant.candidate(config)
         if isinstance(compiled, dict):
-            self.compiled[config] = Compiled.from_json(compiled)
-            twin = self.twins.setdefault(self.compiled[config].fingerprint, config)
+            self.compiled[candidate] = Compiled.from_json(compiled)
+            twin = entrant.twins.setdefault(self.compiled[candidate].fingerprint, config)
             if trial.failure is Failure.DUPLICATE_BINARY:
                 self.state.rejected[trial.failure] += 1
-                return self.times.get(self.ours(twin))
+                return self.times.get(entrant.candidate(twin))
         if trial.failure is not None:
             self.state.rejected[trial.failure] += 1
             return trial.time_ms if trial.failure is Failure.SLOW else None
         self.state.passed += 1
         score = trial.facts.get("predicted_ms", trial.time_ms)
         if isinstance(score, float):
-            self.note(self.ours(config), score)
+            self.note(candidate, score)
             return score
         return None
 
@@ -94,7 +115,7 @@ class Tuning:
             problem=self.problem.key,
             device=self.known.device,
             environment=self.known.environment,
-            kernel=self.op.digest,
+            kernel=trial_kernel(self.op.implementations[candidate.implementation]),
             implementation=candidate.implementation,
             config=dict(candidate.config),
             status=status,
@@ -111,15 +132,16 @@ class Tuning:
         """A candidate that had passed fails: its time counts no longer, and its failure is stored."""
         del self.times[candidate]
         self.state.passed -= 1
-        compiled = self.compiled.get(candidate.config)
-        self.record(candidate, attempt, {"compiled": compiled.to_json()} if compiled else {})
+        compiled = self.compiled.get(candidate)
+        self.record(candidate, attempt, {"compiled": compiled.to_json()} if compiled and compiled.binaries else {})
 
     def burden(self, candidate: Candidate) -> tuple[Any, ...]:
         """What breaks a tie: our own kernels first, then fewest spills, least shared memory, fewest warps, the text."""
-        compiled = self.compiled.get(candidate.config)
+        compiled = self.compiled.get(candidate)
         binaries = compiled.binaries if compiled else ()
         return (
             candidate.implementation != self.op.tunable.name,
+            not self.op.implementations[candidate.implementation].digest,
             sum(b.spills for b in binaries),
             sum(b.shared for b in binaries),
             sum(b.warps for b in binaries),
@@ -158,7 +180,8 @@ class Tuning:
         state = self.state
         return {
             "mode": self.known.mode,
-            "space": searched(self.space, self.feasible),
+            "spaces": {each.name: searched(each.space, each.feasible) for each in self.entrants},
+            "kernels": {each.name: source_of(each.implementation) for each in self.entrants},
             "tried": state.tried,
             "reused": state.reused,
             "rejected": {failure.value: n for failure, n in sorted(state.rejected.items())},

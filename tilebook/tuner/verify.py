@@ -39,6 +39,7 @@ OUTLIER, OUTLIER_EVERY = 32.0, 61
 # Statistics kept in fp32 beside 16-bit results (log-sum-exp, rstd): 1e-5 of them moves a result by far less than its
 # rounding, whatever error PyTorch's own path happens to have in them.
 _STATISTIC_FLOOR = 1e-5
+_TF32_STEP = 2**-10
 
 # Where the problem is fp32 throughout: the GPU's `rsqrt` and `exp2` err by 2 ulp.
 _FP32_STEPS = 4
@@ -76,17 +77,17 @@ def error(output: torch.Tensor, truth: torch.Tensor) -> Error:
     return Error(float("inf"), float("inf")) if infinite else Error(largest, square**0.5)
 
 
-def floors(truth: torch.Tensor, dtype: torch.dtype, problem_dtype: torch.dtype) -> Error:
+def floors(truth: torch.Tensor, dtype: torch.dtype, problem_dtype: torch.dtype, tf32: bool = False) -> Error:
     """What is allowed even where PyTorch is exact: half a rounding step of the largest value, in RMS a quarter.
 
-    Of fp32, two steps and one.
+    Of fp32, two steps and one; where products round to tf32, one of its steps and a half, since tensor cores cut off.
     """
     if truth.numel() == 0:
         return Error(0.0, 0.0)
     finite = torch.where(truth.isfinite(), truth, 0.0)
     statistic = dtype == torch.float32 and problem_dtype != torch.float32
     eps = torch.finfo(dtype).eps * (_FP32_STEPS if dtype == torch.float32 else 1)
-    step = 2 * _STATISTIC_FLOOR if statistic else eps
+    step = 2 * _STATISTIC_FLOOR if statistic else 2 * _TF32_STEP if tf32 else eps
     largest = finite.abs().max().item()
     return Error(step / 2 * largest, step / 4 * finite.square().mean(dtype=torch.float64).sqrt().item())
 
@@ -197,7 +198,7 @@ class Case:
             raise NoYardstick(f"PyTorch's answer to {label} is not finite")
         allowed = []
         for output, right, theirs in zip(plain, truth, yardstick, strict=True):
-            floor = floors(right, output.dtype, problem.torch_dtype)
+            floor = floors(right, output.dtype, problem.torch_dtype, getattr(problem, "tf32", False))
             allowed.append(Error(FACTOR * theirs.max + floor.max, FACTOR * theirs.rms + floor.rms))
         dtypes = tuple(output.dtype for output in plain)
         return cls(problem, label, inputs, truth, dtypes, tuple(allowed), yardstick)

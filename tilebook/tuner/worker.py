@@ -62,7 +62,6 @@ class Server:
     def handle(self, message: dict[str, Any]) -> dict[str, Any]:
         action: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
             "attempt": self._attempt,
-            "verify": self._verify,
             "confirm": self._confirm,
             "probe": self._probe,
         }
@@ -133,12 +132,11 @@ class Server:
             torch.cuda.empty_cache()
         return _reply(failure, str(error))
 
-    def _verify(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _verify(self, candidate: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """A finalist's verification: fresh numbers, and repeats enough to see a race that shows seldom."""
         assert self._op is not None
         assert self._problem is not None
-        implementation, config = self._call(message)
-        seed = message["seed"]
+        implementation, config = self._call(candidate)
         key = implementation.name, config.key if config is not None else "", seed
         if key not in self._proven:
             if self._finals is None or self._finals[0] != seed:
@@ -152,7 +150,7 @@ class Server:
 
     def _confirm(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Verifies every candidate as a finalist and times those that pass; the others have a failure, no samples."""
-        replies = [self._verify({**each, "seed": message["seed"]}) for each in message["candidates"]]
+        replies = [self._verify(each, message["seed"]) for each in message["candidates"]]
         failures = [{k: each[k] for k in ("failure", "reason")} if each["failure"] else None for each in replies]
         samplers = []
         for each, failed in zip(message["candidates"], failures, strict=True):

@@ -128,11 +128,14 @@ def _shared(problem: BackwardProblem, half: _Half, device: Device) -> int:
     scores = half.held * half.swept * problem.torch_dtype.itemsize  # where they pass through shared memory
     if device.backend == "hip":  # held tiles live in registers, and the newest of the ring is on its way there
         return max(width * max(half.held, half.swept), scores) + 2 * width * half.swept * (half.stages - 1)
+    # Tiles of a bias or mask wait there too.
+    table = problem.table_itemsize * half.held * half.swept * max(1, half.stages - 1)
     if not asynchronous(device):  # one of the held tiles moves on to registers, once all are loaded
-        return max(width * (half.held + 2 * half.swept * half.stages), 2 * width * (half.held + half.swept) + 4096)
+        held = 2 * width * (half.held + half.swept) + 4096
+        return max(width * (half.held + 2 * half.swept * half.stages), held) + table
     deeper = device.capability >= 100 and half.stages > 1  # tcgen05 lets go of a tile one step later
     ring = half.swept * (half.stages + deeper)
-    return 2 * (width * (half.held + ring) + 4 * ring)
+    return 2 * (width * (half.held + ring) + 4 * ring) + table
 
 
 def _default(problem: BackwardProblem, device: Device) -> Config:

@@ -10,7 +10,7 @@ from tilebook.kernels.attention.tiles import LOG2E, load_tile, offset, place, st
 
 
 @triton.jit
-def _column_step(
+def column_step(
     dk,
     dv,
     k_tile,
@@ -201,13 +201,13 @@ def attention_bwd_dkdv(
         )  # fmt: skip
         for index in tl.range(0, n_masked):
             at = tl.where(index < clear - first, first + index, ragged + index - (clear - first))
-            dk, dv = _column_step(
+            dk, dv = column_step(
                 dk, dv, k_tile, v_tile, q, do, lse, delta, batch, head, pair, at, column,
                 stride_qb, stride_qh, stride_qs, stride_db, stride_dh, stride_ds, n_q, n_k, factor, extras,
                 True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
             )  # fmt: skip
         for at in tl.range(clear, ragged):
-            dk, dv = _column_step(
+            dk, dv = column_step(
                 dk, dv, k_tile, v_tile, q, do, lse, delta, batch, head, pair, at, column,
                 stride_qb, stride_qh, stride_qs, stride_db, stride_dh, stride_ds, n_q, n_k, factor, extras,
                 False, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,

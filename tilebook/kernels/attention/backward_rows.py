@@ -27,7 +27,7 @@ def _no_dbias(dbias, pair, first, last, row, n_q, n_k, BLOCK_M: tl.constexpr, BL
 
 
 @triton.jit
-def _row_loop(
+def row_loop(
     dq,
     q_tile,
     do_tile,
@@ -217,17 +217,17 @@ def attention_bwd_dq(
     )  # fmt: skip
     dq = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     if before is not None:
-        dq = _row_loop(
+        dq = row_loop(
             dq, q_tile, do_tile, row_lse, row_delta, k, v, dbias, batch, kv_head, pair, first, clear, row,
             stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
             True, CAUSAL, BANDED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
         )  # fmt: skip
-    dq = _row_loop(
+    dq = row_loop(
         dq, q_tile, do_tile, row_lse, row_delta, k, v, dbias, batch, kv_head, pair, clear if BANDED else 0, whole, row,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
         False, CAUSAL, BANDED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
-    dq = _row_loop(
+    dq = row_loop(
         dq, q_tile, do_tile, row_lse, row_delta, k, v, dbias, batch, kv_head, pair, whole, last, row,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
         True, CAUSAL, BANDED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,

@@ -95,10 +95,11 @@ def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
     width, scores = problem.width * itemsize, rows * columns * itemsize
     if device.backend == "hip":  # the newest tile of AMD's ring is on its way in registers
         return max(rows * width, columns * width, scores) + 2 * columns * width * (stages - 1)
+    table = problem.table_itemsize * rows * columns * max(1, stages - 1)  # tiles of a bias or mask wait there too
     if not asynchronous(device):  # q moves on to registers, and its place is used again
-        return max(rows + min(2, stages) * columns, ring) * width + scores
+        return max(rows + min(2, stages) * columns, ring) * width + scores + table
     barriers = 1024 if config["DESCRIPTORS"] else 0
-    return (rows + ring) * width + barriers
+    return (rows + ring) * width + barriers + table
 
 
 def _default(problem: ForwardProblem, device: Device) -> Config:
@@ -152,7 +153,7 @@ SPACE = Space(
 
 
 @triton.jit
-def _attend(
+def attend(
     acc,
     weight,
     peak,
@@ -327,17 +328,17 @@ def _attention_fwd(
         softcap, seed, dropout,
     )  # fmt: skip
     if before is not None:
-        acc, weight, peak = _attend(
+        acc, weight, peak = attend(
             acc, weight, peak, q_tile, k, v, batch, kv_head, pair, first, clear, row,
             stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
             True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
         )  # fmt: skip
-    acc, weight, peak = _attend(
+    acc, weight, peak = attend(
         acc, weight, peak, q_tile, k, v, batch, kv_head, pair, clear if BANDED else 0, whole, row,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
         False, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
-    acc, weight, peak = _attend(
+    acc, weight, peak = attend(
         acc, weight, peak, q_tile, k, v, batch, kv_head, pair, whole, last, row,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
         True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,

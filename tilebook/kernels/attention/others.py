@@ -27,7 +27,16 @@ def _register(
 attention_fwd.implementation("torch")(peers.torch_forward)
 attention_bwd.implementation("torch", deterministic=False)(peers.torch_backward)
 _register("cudnn", peers.cudnn_forward, peers.cudnn_backward, peers.cudnn_available, peers.cudnn_supports)
-_register("flash_attention_4", flash4.forward, flash4.backward, flash4.available, flash4.supports)
+attention_fwd.implementation(
+    "flash_attention_4",
+    space=flash4.FORWARD_SPACE,
+    external=flash4.PACKAGE,
+    available=flash4.available,
+    supports=flash4.supports,
+)(flash4.forward)
+attention_bwd.implementation(
+    "flash_attention_4", available=flash4.available, supports=flash4.supports, deterministic=False
+)(flash4.backward)
 _register("mem_efficient", efficient.forward, efficient.backward, efficient.available, efficient.supports)
 _register("torch_flash", flash2.torch_forward, flash2.torch_backward, flash2.torch_available, flash2.torch_supports)
 _register("flex_attention", flex.forward, None, flex.available, flex.supports)

@@ -115,7 +115,7 @@ def sdpa(
 def torch_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not form.plain or form.tf32:  # SDPA is nearly exact on fp32, whatever it is allowed
+    if not form.plain or form.tf32:  # SDPA's kernels do not round to tf32
         with _precision(form):
             return eager.forward(q, k, v, form, scale, *extras)
     if not _flash_applies(q, k, form):

@@ -172,6 +172,11 @@ class ForwardProblem(Problem):
         return 2 * bool(self.bias) + 2 * self.dropout + self.softcap
 
     @property
+    def table_itemsize(self) -> int:
+        """Bytes of an element of the bias or mask where it passes through shared memory, at most."""
+        return 4 if self.bias else 0
+
+    @property
     def exact(self) -> bool:
         """Are products in full fp32, which tensor cores do not have?"""
         return self.dtype == "fp32" and not self.tf32

@@ -15,6 +15,10 @@ from tilebook.device import Device
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# A value of DESCRIPTORS: sequences lie one after the other, and `batch` is a sequence's first row. See `load_tile`.
+PACKED = tl.constexpr(2)
+PACKED_ROWS = tl.constexpr(1 << 30)
+
 
 @triton.jit
 def place(program, n_blocks, n_pairs, HEADS: tl.constexpr):
@@ -56,8 +60,15 @@ def load_tile(
 
     So are columns past `WIDTH`, the head dimension; D is the power of two above it. `source` is a tensor descriptor,
     whose hardware sees to what is out of range by itself, or a pointer.
+
+    A packed descriptor's rows end at 2³⁰, and so are a sequence's made to, so that zeros follow them instead of the
+    next sequence. What that is too many rows is taken off by an axis whose steps wrap around 64 bits, as in Triton's
+    `ragged_tma`.
     """
-    if DESCRIPTORS:
+    if DESCRIPTORS == PACKED:
+        at = [PACKED_ROWS, batch + n_rows, head, PACKED_ROWS - n_rows + row, 0]
+        tile = source.load(at).reshape(ROWS, D)
+    elif DESCRIPTORS:
         tile = source.load([batch, head, row, 0]).reshape(ROWS, D)
     else:
         # The row goes into the 64-bit base, so that addresses inside a tile need 32 bits.

@@ -1,0 +1,370 @@
+"""Attention of packed sequences of any lengths, none of which sees another (FlashAttention-2, Dao 2023)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import triton
+
+from tilebook import dispatch
+from tilebook.autograd import once
+from tilebook.kernels.attention import eager as attention
+from tilebook.kernels.attention import peers
+from tilebook.kernels.attention.form import Form, form
+from tilebook.kernels.attention.forward import proven, supports
+from tilebook.kernels.attention.tiles import PACKED, describable, like
+from tilebook.kernels.varlen import eager, flash
+from tilebook.kernels.varlen.blocks import addressable, describe, n_blocks
+from tilebook.kernels.varlen.check import check
+from tilebook.kernels.varlen.kernels import varlen_bwd_dkdv, varlen_bwd_dq, varlen_fwd
+from tilebook.kernels.varlen.problem import BackwardProblem, ForwardProblem, simplest
+from tilebook.kernels.varlen.space import SPACE, SPACE_BWD
+from tilebook.launch import launch
+from tilebook.op import Config, define
+
+__all__ = ["attention_varlen"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@define("attention_varlen_fwd", ForwardProblem)
+def attention_varlen_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    form: Form,
+    scale: float,
+) -> Pair:
+    """q (T, H, D), k and v (Tk, Hkv, D) → o (T, H, D), lse (H, T) in fp32, natural log. scale > 0.
+
+    A row that sees nothing is 0, and its lse -inf; so are rows behind the last sequence.
+    """
+    return eager.forward(attention.forward, q, k, v, cu_q, cu_k, form, scale)
+
+
+@define("attention_varlen_bwd", BackwardProblem, direction="bwd")
+def attention_varlen_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    form: Form,
+    scale: float,
+) -> Triple:
+    """Gradients of `attention_varlen_fwd`: dq like q, dk and dv like k and v, 0 behind the last sequence."""
+
+    def attend(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
+        return attention.backward(do, q, k, v, *rest[2:])  # without what a forward pass rounded
+
+    return eager.backward(attend, do, q, k, v, o, lse, cu_q, cu_k, form, scale)
+
+
+def _meta(form: Form, q: torch.Tensor) -> dict[str, Any]:
+    """What the kernels are told of a form and the head dimension."""
+    exact = q.dtype == torch.float32
+    return {
+        "left": form.left if form.left >= 0 else None,
+        "right": form.right if form.right >= 0 else None,
+        "softcap": form.softcap or None,
+        "BOTTOM_RIGHT": form.bottom_right,
+        "LIMITED": form.left >= 0 or form.right >= 0,
+        # In powers of two a score costs one instruction less, and a rounding more than fp32 has to spare.
+        "SCORED": exact or form.softcap > 0,
+        "TF32": form.tf32 or not exact,
+        "D": triton.next_power_of_2(q.shape[2]),
+        "WIDTH": q.shape[2],
+    }
+
+
+def _steps(*tensors: torch.Tensor) -> list[int]:
+    """From row to row and from head to head, of each."""
+    return [step for x in tensors for step in x.stride()[:2]]
+
+
+@attention_varlen_fwd.implementation(
+    "triton", space=SPACE, supports=lambda problem: supports(problem.even), proven=lambda problem: proven(problem.even)
+)
+def _triton_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    form: Form,
+    scale: float,
+    *,
+    config: Config,
+) -> Pair:
+    q, k, v, cu_q, cu_k = addressable(q), addressable(k), addressable(v), cu_q.contiguous(), cu_k.contiguous()
+    (total_q, heads, _), (total_k, heads_kv, _), n_sequences = q.shape, k.shape, len(cu_q) - 1
+    o, lse = like(q), torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
+    rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
+    descriptors = bool(config["DESCRIPTORS"]) and describable(q, k, v)
+    launch(
+        varlen_fwd,
+        (n_blocks(total_q, n_sequences, rows) * heads,),
+        *((describe(q, rows), describe(k, columns), describe(v, columns)) if descriptors else (q, k, v)),
+        o,
+        lse,
+        cu_q,
+        cu_k,
+        *_steps(q, k, v, o),
+        n_sequences,
+        heads,
+        heads // heads_kv,
+        total_q,
+        total_k,
+        scale,
+        **_meta(form, q),
+        BLOCK_M=rows,
+        BLOCK_N=columns,
+        HEADS=config["HEADS"],
+        DESCRIPTORS=PACKED.value if descriptors else False,
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    return o, lse
+
+
+@attention_varlen_bwd.implementation(
+    "triton",
+    space=SPACE_BWD,
+    supports=lambda problem: supports(problem.even),
+    proven=lambda problem: proven(problem.even),
+)
+def _triton_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    form: Form,
+    scale: float,
+    *,
+    config: Config,
+) -> Triple:
+    do, q, k, v, o = (addressable(x) for x in (do, q, k, v, o))
+    lse, cu_q, cu_k = lse.contiguous(), cu_q.contiguous(), cu_k.contiguous()
+    (total_q, heads, _), (total_k, heads_kv, _), n_sequences = q.shape, k.shape, len(cu_q) - 1
+    dq, dk, dv, delta = like(q), like(k), like(v), torch.empty_like(lse)
+    descriptors = bool(config["DESCRIPTORS"]) and describable(do, q, k, v)
+
+    def start(kernel: Any, axis: str, held: str, total: int, n_heads: int, *args: Any) -> None:
+        """Starts one of the two kernels, whose axes end with `axis`; each program holds a block of `held`."""
+        block = config.number(f"{held}{axis}")
+        launch(
+            kernel,
+            (n_blocks(total, n_sequences, block) * n_heads,),
+            *args,
+            n_sequences,
+            n_heads,
+            heads // heads_kv,
+            total_q,
+            total_k,
+            scale,
+            **_meta(form, q),
+            BLOCK_M=config[f"BLOCK_M{axis}"],
+            BLOCK_N=config[f"BLOCK_N{axis}"],
+            HEADS=config["HEADS"],
+            DESCRIPTORS=PACKED.value if descriptors else False,
+            num_warps=config[f"num_warps{axis}"],
+            num_stages=config[f"num_stages{axis}"],
+        )
+
+    def loaded(axis: str) -> tuple[Any, ...]:
+        """q, k, v and do as that kernel loads them."""
+        if not descriptors:
+            return q, k, v, do
+        rows, columns = config.number(f"BLOCK_M{axis}"), config.number(f"BLOCK_N{axis}")
+        return describe(q, rows), describe(k, columns), describe(v, columns), describe(do, rows)
+
+    # dq first: that kernel also makes the delta that the other one reads.
+    start(
+        varlen_bwd_dq, "2", "BLOCK_M", total_q, heads,
+        *loaded("2"), o, lse, delta, dq, cu_q, cu_k,
+        *_steps(q, k, v, do, o, dq),
+    )  # fmt: skip
+    start(
+        varlen_bwd_dkdv, "1", "BLOCK_N", total_k, heads_kv,
+        *loaded("1"), lse, delta, dk, dv, cu_q, cu_k,
+        *_steps(q, k, v, do, dk, dv),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@attention_varlen_fwd.implementation("torch")
+def _torch_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    form: Form,
+    scale: float,
+) -> Pair:
+    return eager.forward(peers.torch_forward, q, k, v, cu_q, cu_k, form, scale)
+
+
+@attention_varlen_bwd.implementation("torch", deterministic=False)
+def _torch_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    form: Form,
+    scale: float,
+) -> Triple:
+    return eager.backward(peers.torch_backward, do, q, k, v, o, lse, cu_q, cu_k, form, scale)
+
+
+attention_varlen_fwd.implementation("flash_attention_2", available=flash.available, supports=flash.supports)(
+    flash.forward
+)
+attention_varlen_bwd.implementation(
+    "flash_attention_2", available=flash.available, supports=flash.supports, deterministic=False
+)(flash.backward)
+
+
+class _Varlen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, choice: dispatch.Choice | None, *args: Any) -> Pair:
+        o, lse = choice(*args) if choice is not None else _torch_fwd(*args)
+        q, k, v, cu_q, cu_k, *rest = args
+        ctx.save_for_backward(q, k, v, o, lse, cu_q, cu_k)
+        ctx.call = choice, rest
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, do: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if do.stride(-1) != 1:  # a gradient expanded from a sum, say
+            do = do.contiguous()
+        choice, rest = ctx.call
+        args = do, *ctx.saved_tensors, *rest
+        grads = choice.follow(attention_varlen_bwd, (do,), *args) if choice is not None else _torch_bwd(*args)
+        return None, *grads, *[None] * 6
+
+
+def _form(
+    causal: bool | str, window: Any, softcap: float, max_q: int, max_k: int, tf32: bool, deterministic: bool
+) -> Form:
+    """The form of a call, in its simplest terms."""
+    if causal not in (False, True, "top_left", "bottom_right"):
+        raise ValueError(f"causal must be a bool, 'bottom_right' or 'top_left', not {causal!r}")
+    left, right = (-1 if side is None else int(side) for side in (window or (-1, -1)))
+    if left < -1 or right < -1:
+        raise ValueError(f"window must be two numbers of columns, -1 or None for no limit; got {window}")
+    if softcap < 0:
+        raise ValueError(f"softcap must not be negative; got {softcap}")
+    left, right, corner = simplest(max_q, max_k, left, 0 if causal else right, causal != "top_left")
+    return form(left=left, right=right, bottom_right=corner, softcap=softcap, tf32=tf32, deterministic=deterministic)
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool | Literal["bottom_right", "top_left"] = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+    deterministic: bool = False,
+) -> Any:
+    """softmax(scale · q kᵀ) v of each of B sequences packed one after the other, unpadded; differentiable once.
+
+    Args:
+        q: queries (T, H, D). Any strides.
+        k: keys (Tk, Hkv, D). Hkv divides H; query head h reads key/value head h // (H / Hkv).
+        v: values (Tk, Hkv, D).
+        cu_seqlens_q: (B + 1,) int32, rising from 0: sequence b has the queries cu_seqlens_q[b] … cu_seqlens_q[b + 1].
+            It stays on the GPU, where nothing checks it; numbers outside of 0 … T are held to that range.
+        cu_seqlens_k: the same of keys and values. A sequence may be empty in either.
+        max_seqlen_q: no sequence has more queries. Kernels are chosen by it and write the same whatever it is, but for
+            FlashAttention-2, which leaves out what lies beyond.
+        max_seqlen_k: no sequence has more keys.
+        causal: row i of a sequence sees the columns up to its diagonal. True and "bottom_right" align it as
+            FlashAttention's varlen functions do, the last row with the last column: unlike `tilebook.attention`, whose
+            True is PyTorch's "top_left", row i with column i. The same for sequences with as many queries as keys.
+        scale: what the scores are multiplied by; D^-0.5 if None.
+        window: (left, right): row i sees that many columns before and after its diagonal, -1 or None for no limit. The
+            diagonal is that of `causal`, bottom-right without one. Tiles that no row sees are skipped.
+        softcap: scores s become softcap · tanh(s / softcap), after scaling; 0 is off.
+        return_lse: return (o, lse).
+        deterministic: only implementations that give the same bits every time. Ours do, also without.
+
+    Returns:
+        o (T, H, D), in the dtype of q; with `return_lse` also the natural log-sum-exp of each row's scores, (H, T) in
+        fp32, without gradient. A row that sees nothing has o = 0, lse = -inf and gradients 0, and so have rows of q, k
+        and v behind the last sequence, whatever they hold.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together, options out of range, and on the CPU lengths
+            that do not rise from 0 to at most T.
+
+    No number of one sequence enters another, NaN and infinity included. Kernels take bf16, fp16 and fp32 on a GPU with
+    D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32 factors are rounded to tf32 where
+    `torch.backends.cuda.matmul.allow_tf32` has it. They never read a length on the host, so a CUDA graph that captured
+    a call follows the lengths. Without a verdict that covers them they serve bf16 and fp16 with D a power of two and no
+    window or soft-cap. Everything else, and `torch.compile`, runs the same in PyTorch, a sequence at a time, and has to
+    wait for the lengths. Under autocast q, k and v are cast as there.
+
+    The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
+    """
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    factor = scale
+    if factor is None:
+        factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
+    # Rounded up, so that packs whose longest sequences differ a little are one call to dispatch.
+    max_q, max_k = (1 << max(0, n - 1).bit_length() if isinstance(n, int) else n for n in (max_seqlen_q, max_seqlen_k))
+    tf32 = q.dtype == torch.float32 and peers.tf32_allowed()
+    found = _form(causal, window, softcap, max_q, max_k, tf32, deterministic)
+    args = q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, found, factor
+    choice = dispatch.known(attention_varlen_fwd, *args)
+    if choice is None or choice.source == "fallback":
+        check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        args = q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, found, factor
+        usual = q.numel() and k.numel() and len(cu_seqlens_q) > 1 and factor > 0
+        choice = dispatch.find(attention_varlen_fwd, *args) if usual else None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        o, lse = _Varlen.apply(choice, *args)
+    else:
+        o, lse = choice(*args) if choice is not None else _torch_fwd(*args)
+    return (o, lse) if return_lse else o

@@ -1,0 +1,34 @@
+"""The configs for packed sequences: attention's, judged for as many tokens in sequences of equal length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilebook.device import Device
+from tilebook.kernels.attention.backward import attention_bwd
+from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.varlen.problem import ForwardProblem
+from tilebook.op import Config, Cost, Op, Space
+
+
+def _like(op: Op[Any]) -> Space:
+    """The space of attention's own kernels, whose tiles are the same."""
+    space = op.tunable.space
+    assert space is not None
+
+    def work(problem: ForwardProblem, config: Config) -> Cost:
+        assert space.work is not None
+        done = [space.work(part, config) for part in problem.parts]
+        return Cost(sum(each.flops for each in done), sum(each.bytes for each in done))
+
+    def reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
+        return space.reject(problem.even, config, device)
+
+    def default(problem: ForwardProblem, device: Device) -> Config:
+        return space.default(problem.even, device)
+
+    return Space(space.axes, reject, default, work)
+
+
+SPACE = _like(attention_fwd)
+SPACE_BWD = _like(attention_bwd)
