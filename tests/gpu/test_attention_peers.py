@@ -35,13 +35,11 @@ def _short_calls_count(monkeypatch):
 
 
 def running(op, problem):
-    """(implementation, config) of all that can run the problem here, ours first."""
+    """(implementation, config) of all that can run the problem here, tunable ones with their default."""
     gpu = devices.current()
-    ours = op.tunable
-    yield ours, ours.space.default(problem, gpu)
     for each in op.implementations.values():
-        if each is not ours and each.can_run(problem, gpu):
-            yield each, None
+        if each.can_run(problem, gpu):
+            yield each, None if each.space is None else each.space.default(problem, gpu)
 
 
 @pytest.mark.parametrize(("text", "dtype"), PAIRED, ids=lambda value: value)
