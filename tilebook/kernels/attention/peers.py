@@ -119,8 +119,7 @@ def torch_forward(
         with _precision(form):
             return eager.forward(q, k, v, form, scale, *extras)
     if not _flash_applies(q, k, form):
-        with _precision(form):
-            o = sdpa(q, k, v, form.causal, scale)
+        o = sdpa(q, k, v, form.causal, scale)
         return o, eager.log_sum_exp(q.float(), k.float(), form, scale)
     heads = q.shape[1]
     o, lse, *_ = _aten._scaled_dot_product_flash_attention(
@@ -144,7 +143,7 @@ def torch_backward(
         with _precision(form):
             return eager.backward(do, q, k, v, form, scale, *extras)
     if not _flash_applies(q, k, form):
-        with torch.enable_grad(), _precision(form):
+        with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             dq, dk, dv = torch.autograd.grad(sdpa(q, k, v, form.causal, scale), (q, k, v), do)
         return dq, dk, dv
