@@ -112,7 +112,8 @@ def test_a_winner_that_is_installed_is_chosen_before_it_is_imported(choose, monk
     monkeypatch.setattr(flash4, "_installed", lambda: True)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     choice = choose(verdict(implementation="flash_attention_4", config=Config()))
-    assert (choice.implementation.name, choice.config, choice.source) == ("flash_attention_4", None, "exact")
+    assert (choice.implementation.name, choice.source) == ("flash_attention_4", "exact")
+    assert choice.config == flash4.FORWARD_SPACE.default(PROBLEM, GPU)
 
 
 def revocation(config=OTHER, implementation="triton", **changes):
@@ -228,6 +229,12 @@ def test_an_external_one_serves_whatever_its_version(choose, second, monkeypatch
     monkeypatch.setitem(OP.implementations, "second", external)
     choice = choose(second(kernels={"second": "some-package 4.0"}))
     assert (choice.implementation, choice.config) == (external, SECOND)
+
+
+def test_an_external_one_that_won_before_it_had_a_space_runs_as_it_did(choose, second, monkeypatch):
+    monkeypatch.setitem(OP.implementations, "second", dataclasses.replace(second.made, external="some-package"))
+    choice = choose(verdict(implementation="second", config={}, evidence=RANKED))
+    assert (choice.source, choice.implementation.name, choice.config) == ("exact", "second", Config(TILE=1))
 
 
 def test_a_revocation_of_another_implementation_names_its_own_source(choose, second):

@@ -331,7 +331,7 @@ def _print(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False) ->
 @click.option(
     "--kernel",
     metavar="DIGEST",
-    help="Only this source of our kernel: its digest, current or any"
+    help="Only this source of our kernel, or of the implementation: its digest, current or any"
     " (default: current; any with --triton, where the compiler is at fault).",
 )
 @click.option("--reason", metavar="TEXT", help="What proved wrong; required.")

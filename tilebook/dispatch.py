@@ -184,7 +184,8 @@ class Snapshot:
             if space is None:
                 yield implementation, None
                 continue
-            config = Config(values)
+            # One that won before it had a space ran as it does by default now.
+            config = Config(values) if values else space.default(problem, self.gpu)
             if space.contains(config) and space.reject(problem, config, self.gpu) is None:
                 yield implementation, config
 

@@ -129,10 +129,17 @@ def test_trials_limit_each_and_each_has_its_share_of_the_time(path, tmp_path):
     assert len(late.attempted) < 20
 
 
-def test_the_next_one_s_first_candidates_compile_before_the_first_one_s_search_is_over(path):
-    pool = NotingPool()
-    tune(path, FakeRunner(times), pool, op=two())
-    assert pool.asked.index("other") < len(pool.asked) - pool.asked[::-1].index("triton")
+def test_the_next_one_s_first_candidates_compile_before_the_first_one_s_are_all_measured(path):
+    runner, measured = FakeRunner(times), []
+
+    class Watching(NotingPool):
+        def submit(self, op, implementation, problem, config):
+            if implementation == "other":
+                measured.append(len(configs(runner, "triton")))
+            return super().submit(op, implementation, problem, config)
+
+    tune(path, runner, Watching(), op=two())
+    assert 0 < measured[0] < len(configs(runner, "triton"))
 
 
 def test_one_that_is_new_is_all_that_is_searched_for_a_problem_that_has_a_verdict(path):

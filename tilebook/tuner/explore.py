@@ -65,6 +65,7 @@ class Explorer:
         self._best_ms = float("inf")
         self._patient = True
         self._deadline: float | None = None
+        self._following: Explorer | None = None
         self._centre: tuple[Config, float] | None = None
         self.stopped = False
 
@@ -81,9 +82,12 @@ class Explorer:
         """Starts compiling, so that there is something to measure once the GPU's process is ready."""
         self._submit()
 
-    def run(self, deadline: float | None) -> None:
-        """Explores until the limit, the deadline, or no more gain; then the neighbourhood of the best until it is."""
-        state, self._deadline = self._tuning.state, deadline
+    def run(self, deadline: float | None, following: Explorer | None = None) -> None:
+        """Explores until the limit, the deadline, or no more gain; then the neighbourhood of the best until it is.
+
+        following: begins once this one has little left to compile, so that the GPU need not wait in between.
+        """
+        state, self._deadline, self._following = self._tuning.state, deadline, following
         began, measured = time.monotonic(), state.measuring_s
         alone = len(self._tuning.entrants) == 1
         self._tuning.phase("searching" if alone else f"searching {self._entrant.name}")
@@ -118,6 +122,9 @@ class Explorer:
         """Keeps the compilers ahead of the GPU."""
         for config in self._wanted():
             self._compiling[self._compile(config)] = config
+        if self._over and self._following is not None:
+            self._following.begin()
+            self._following = None
 
     def _compile(self, config: Config) -> Future[Compiled]:
         if self._entrant.implementation.external:  # its own package will, in the GPU's process

@@ -178,14 +178,11 @@ class Session:
         return Entrant(field.implementation, field.feasible, default, search)
 
     def _explore(self, deadline: float | None) -> None:
-        """One implementation after the other, each with its share of the time that is left. The next one's first
-        candidates are compiled meanwhile, so that neither compilers nor GPU wait in between."""
+        """One implementation after the other, each with its share of the time that is left."""
         left = len(self._explorers)
         for explorer, following in itertools.zip_longest(self._explorers, self._explorers[1:]):
-            if following is not None:
-                following.begin()
             now = time.monotonic()
-            explorer.run(None if deadline is None else now + max(0.0, deadline - now) / left)
+            explorer.run(None if deadline is None else now + max(0.0, deadline - now) / left, following)
             explorer.close()
             left -= 1
 
