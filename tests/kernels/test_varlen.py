@@ -1,7 +1,7 @@
 """Packed sequences beyond what holds for every family: any lengths, no cross-talk, other configs, layouts, errors.
 
 Without a GPU kernels run in Triton's interpreter. Where a test names no tolerance the rule is `Case.judge`'s: at most
-twice the error that PyTorch makes in the same dtype against the fp32 truth, in maximum and RMS, plus half a rounding step.
+twice PyTorch's error in the same dtype against the fp32 truth, in maximum and RMS, plus half a rounding step.
 """
 
 import itertools
