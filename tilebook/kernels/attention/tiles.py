@@ -66,8 +66,8 @@ def load_tile(
     `ragged_tma`.
     """
     if DESCRIPTORS == PACKED:
-        at = [PACKED_ROWS, batch + n_rows, head, PACKED_ROWS - n_rows + row, 0]
-        tile = source.load(at).reshape(ROWS, D)
+        short = PACKED_ROWS - n_rows
+        tile = source.load([short + n_rows, batch + n_rows, head, short + row, 0]).reshape(ROWS, D)
     elif DESCRIPTORS:
         tile = source.load([batch, head, row, 0]).reshape(ROWS, D)
     else:
