@@ -3,9 +3,9 @@
     python benchmarks/agreement.py --op attention_fwd --shape B4,H16,S2048,D128,causal --out FILE [--runs 21]
         [--dtype bf16] [--budget 540] [--workers N] [--sweep FILE]
 
-On the GPU that is here; with --sweep over a recorded sweep instead, which needs none. Nothing that another run or a shipped
-registry knows is a seed. Two runs *agree* if they name the same winner, or if each winner is in the other's tie set.
-JSON: each run's winner and tie set, each pair. No run begins that would not end within --budget seconds.
+On the GPU that is here; with --sweep over a recorded sweep instead, which needs none. Nothing that another run or a
+shipped registry knows is a seed. Two runs *agree* if they name the same winner, or if each winner is in the other's tie
+set. JSON: each run's winner and tie set, each pair. No run begins that would not end within --budget seconds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Bench:
     lane: Executor | None = None
 
 
-def tune_once(op: Op[Any], problem: Problem, gpu: Device, versions: Mapping[str, str], bench: Bench, seed: int) -> Verdict:
+def tune_once(
+    op: Op[Any], problem: Problem, gpu: Device, versions: Mapping[str, str], bench: Bench, seed: int
+) -> Verdict:
     """One tune into a registry that is thrown away. Raises RuntimeError where there is no verdict."""
     run = Run(1, True)
     with tempfile.TemporaryDirectory() as folder:

@@ -3,10 +3,11 @@
     python benchmarks/resume.py --op attention_fwd --shape B4,H16,S2048,D128,causal --out FILE [--kills 3]
         [--dtype bf16] [--seed 0] [--workers N]
 
-First it lets one run be, in a registry of its own: how long that takes, and what it finds. Then, in another registry, each
-run but the last is killed with SIGKILL at a moment after its first new trial. JSON: for each kill the trials that had been
-seen in the registry before it, that are there after it, and that are there in the end; the verdict, and whether its winner
-is in the tie set of the run that nobody killed. `benchmarks/kill_runs.py` does this without a GPU, with many more kills.
+First it lets one run be, in a registry of its own: how long that takes, and what it finds. Then, in another registry,
+each run but the last is killed with SIGKILL at a random moment after its first new trial. JSON: for each kill how many
+trials a reader had seen in the registry before it, are there after it, and were lost then or in the end; the verdict, and
+whether its winner is in the tie set of the run that nobody killed. `benchmarks/kill_runs.py` does this without a GPU,
+with many more kills.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def trials(path: Path) -> frozenset[str]:
 
 
 def start(command: Sequence[str], path: Path, kill_after_s: float | None) -> Lived:
-    """Runs the command; with `kill_after_s` it is killed so long after its first new trial. Its output is our stderr."""
+    """Runs the command; with `kill_after_s` it is killed so long after its first new trial. It writes to our stderr."""
     before = trials(path)
     began, first_s, seen = time.monotonic(), None, before
     process = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL)

@@ -11,8 +11,8 @@ out. `tilebook` is a whole tuning session whose only seed is the default. Beside
                      and what it has measured before, and the GPU waits for the compiler
     triton.autotune  every config in turn, compiled, then timed for `do_bench`'s 125 ms; nothing is verified
 
-Time is simulated, from recorded compile and measuring times, for one GPU and 16 compilers. Configs are counted in the
-order in which they are asked for, so that what was found by n is what `--trials n` finds before it looks around the best.
+Time is simulated, from recorded compile and measuring times, for one GPU and 16 compilers. Configs are counted in
+the order in which they are asked for: what was found by n is what `--trials n` finds before it looks around the best.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 import optuna
 
 from tilebook.op import Config
-from tilebook.tuner.recorded import Machine, Step, default, recorded_op, tune
+from tilebook.tuner.recorded import Machine, Step, default, recorded_op, todays_default, tune
 from tilebook.tuner.runner import Candidate
 from tilebook.tuner.search import INFEASIBLE_MS
 from tilebook.tuner.session import Options
@@ -151,7 +151,10 @@ def chance(sweep: Sweep) -> np.ndarray:
     """What a random search has found after 1, 2, … configs in the median of all orders, ms: the better, at each count,
     of one that draws all of its configs and one that begins with the default as ours does."""
     times, count = np.sort([passed_ms(each) for each in sweep.ours]), len(sweep.ours)
-    missed, ranks = np.ones(count), np.arange(count)  # the probability that none of n configs was of this rank or better
+    missed, ranks = (
+        np.ones(count),
+        np.arange(count),
+    )  # the probability that none of n configs was of this rank or better
     drawn = []
     for n in range(count):
         missed = missed * np.maximum(count - 1 - ranks - n, 0) / (count - n)
@@ -207,12 +210,13 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
         "op": sweep.header["op"],
         "problem": sweep.header["label"],
         "whole": sweep.header["whole"],
+        "feasible": sweep.header["feasible"],
         "configs": count,
         "exhaustive_best_ms": exhaustive,
         "recorded": sweep.header["created_at"],
         "held_out": datetime.fromisoformat(sweep.header["created_at"]) > FIXED,
         "default": dict(default(sweep)),
-        "default_of_the_day": sweep.header["default"] == dict(default(sweep)),
+        "default_of_today": default(sweep) == todays_default(sweep),
         "default_share_of_best": round(exhaustive / default_ms(sweep), 5),
         "behind_random_at": [int(n) for n in tried[:ended][behind > 0]],
         "behind_random_most": round(max(0.0, float(behind.max())), 5),
@@ -225,6 +229,32 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
 def default_ms(sweep: Sweep) -> float:
     first = default(sweep)
     return next(passed_ms(each) for each in sweep.ours if each.candidate.config == first)
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The page's table, as Markdown: the sweeps that the search was made on, then those held out."""
+    shown = ("tilebook", "random", "plain TPE", "grid")
+    lines = [
+        f"| % of the best by 15 % / 30 % of the configs | configs | default alone | {' | '.join(shown)} |",
+        "|" + "---|" * 7,
+    ]
+    lines[0] += " tilebook ends at | 1/5 of autotune |"
+    lines[1] += "---|" * 2
+    for result in sorted(results, key=lambda each: bool(each["held_out"])):
+        ours = result["methods"]["tilebook"]
+        name = f"{result['op']} {result['problem']}" + (" (held out)" if result["held_out"] else "")
+        sample = "" if result["whole"] else f" (of {result['feasible']:,})"
+        default = f"{100 * result['default_share_of_best']:.1f}" + (
+            "" if result["default_of_today"] else " (of the day)"
+        )
+        cells = [name, f"{result['configs']}{sample}", default]
+        for method in shown:
+            shares = " / ".join(f"{100 * v[1]:.1f}" for v in result["methods"][method]["share_of_best"].values())
+            cells.append(f"**{shares}**" if method == "tilebook" else shares)
+        cells.append(f"{100 * ours['end'][1]:.1f} after {ours['configs']:.0f}, {ours['seconds']:.0f} s")
+        cells.append(f"{100 * result['in_a_fifth_of_autotune']:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -299,6 +329,7 @@ def main() -> None:
     document = {"benchmark": "search", "seeds": given.seeds, "fixed": FIXED.isoformat(), "results": results}
     given.out.with_suffix(".json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
     draw(results, given.out.with_suffix(".png"))
+    print(table(results))
 
 
 if __name__ == "__main__":

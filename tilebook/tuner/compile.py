@@ -367,9 +367,8 @@ def _gist(error: BaseException) -> str:
 
 
 def _warm_up() -> None:
-    """Draws a meta tensor as problems do and compiles a kernel that does nothing: the first of either waits for seconds
-    while PyTorch and Triton load what they had put off (`torch._dynamo`, the compiler); no candidate's time has that.
-    """
+    """Draws a meta tensor and compiles a kernel that does nothing: the first of either takes seconds, while PyTorch and
+    Triton load what they had put off (`torch._dynamo`, the compiler), and that is no candidate's time."""
     import triton
 
     @triton.jit  # type: ignore[misc, unused-ignore]

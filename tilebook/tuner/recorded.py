@@ -144,17 +144,21 @@ class Lane(Executor):
         return future
 
 
+def todays_default(sweep: Sweep) -> Config | None:
+    """What the space behind the sweep says now; None where there is no such implementation any more."""
+    op = ops.get(sweep.header["op"])
+    implementation = op.implementations.get(sweep.implementation)
+    if implementation is None or implementation.space is None:
+        return None
+    return implementation.space.default(op.problem.from_key(sweep.header["problem"]), sweep.device)
+
+
 def default(sweep: Sweep) -> Config:
     """What a session over the sweep starts from: today's default for its problem, where that was measured and passed;
     else the default of the day that it was recorded."""
-    passed = {each.candidate.config for each in sweep.ours if each.attempt.failure is None}
-    real = ops.get(sweep.header["op"])
-    implementation = real.implementations.get(sweep.implementation)
-    if implementation is not None and implementation.space is not None:
-        today = implementation.space.default(real.problem.from_key(sweep.header["problem"]), sweep.device)
-        if today in passed:
-            return today
-    return Config(sweep.header["default"])
+    today = todays_default(sweep)
+    passed = any(each.candidate.config == today and each.attempt.failure is None for each in sweep.ours)
+    return today if today is not None and passed else Config(sweep.header["default"])
 
 
 def recorded_op(sweep: Sweep) -> Op[Any]:
