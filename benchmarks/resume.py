@@ -5,9 +5,9 @@
 
 First it lets one run be, in a registry of its own: how long that takes, and what it finds. Then, in another registry,
 each run but the last is killed with SIGKILL at a random moment after its first new trial. JSON: for each kill how many
-trials a reader had seen in the registry before it, are there after it, and were lost then or in the end; the verdict, and
-whether its winner is in the tie set of the run that nobody killed. `benchmarks/kill_runs.py` does this without a GPU,
-with many more kills.
+trials a reader had seen in the registry before it, are there after it, and were lost then or in the end; the verdict,
+and whether its winner is in the tie set of the run that nobody killed. `benchmarks/kill_runs.py` does this without a
+GPU, with many more kills.
 """
 
 from __future__ import annotations
@@ -44,34 +44,39 @@ Command = Callable[[Path], Sequence[str]]
 
 @dataclass(frozen=True)
 class Lived:
-    """How a run went: its seconds, when its first new trial was seen, and the trials seen while it lived."""
+    """How a run went: its seconds, when its first new trial and its verdict were seen, all trials seen meanwhile."""
 
     seconds: float
     first_s: float | None
+    decided_s: float | None
     seen: frozenset[str]
     status: int
 
 
-def trials(path: Path) -> frozenset[str]:
-    """Digests of the trials that a reader finds while somebody else may be writing; none before there is a registry."""
+def looked(path: Path) -> tuple[frozenset[str], bool]:
+    """Digests of the trials that a reader finds while somebody else may be writing, none before there is a registry;
+    and whether there is a verdict."""
     try:
         with Registry.open(path) as registry:
-            return frozenset(trial.sha256 for trial in registry.trials())
+            return frozenset(trial.sha256 for trial in registry.trials()), bool(registry.verdicts())
     except (RegistryError, OSError):
-        return frozenset()
+        return frozenset(), False
 
 
 def start(command: Sequence[str], path: Path, kill_after_s: float | None) -> Lived:
     """Runs the command; with `kill_after_s` it is killed so long after its first new trial. It writes to our stderr."""
-    before = trials(path)
-    began, first_s, seen = time.monotonic(), None, before
+    before, _ = looked(path)
+    began, first_s, decided_s, seen = time.monotonic(), None, None, before
     process = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     try:
         while process.poll() is None:
             lived_s = time.monotonic() - began
             if lived_s > LIMIT_S:
                 raise RuntimeError(f"a run took longer than {LIMIT_S:.0f} s")
-            seen |= trials(path)
+            there, decided = looked(path)
+            seen |= there
+            if decided and decided_s is None:
+                decided_s = lived_s
             if first_s is None and seen - before:
                 first_s = lived_s
             if first_s is not None and kill_after_s is not None and lived_s >= first_s + kill_after_s:
@@ -81,7 +86,7 @@ def start(command: Sequence[str], path: Path, kill_after_s: float | None) -> Liv
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    return Lived(time.monotonic() - began, first_s, seen, process.returncode)
+    return Lived(time.monotonic() - began, first_s, decided_s, seen, process.returncode)
 
 
 def resumed(command: Command, folder: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -89,7 +94,7 @@ def resumed(command: Command, folder: Path, kills: int, seed: int) -> dict[str, 
     chance, kept = random.Random(seed), folder / "undisturbed.db"
     whole = start(command(kept), kept, None)
     expected = _verdict(kept, whole)
-    window_s = whole.seconds - (whole.first_s or 0.0)
+    window_s = (whole.decided_s or whole.seconds) - (whole.first_s or 0.0)
     path, killed = folder / "killed.db", []
     for _ in range(kills):
         run = start(command(path), path, chance.uniform(0, window_s / (kills + 1)))

@@ -93,9 +93,9 @@ def test_a_killed_tune_is_started_again_and_what_was_stored_is_compared(tmp_path
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), *filter(None, sys.path)]))
 
     def command(path):
-        return [sys.executable, str(here / "killing.py"), "--into", str(path), "0", "0.2"]
+        return [sys.executable, str(here / "killing.py"), "--into", str(path), "0", "0.4"]
 
-    result = resume.resumed(command, tmp_path, 1, 0)
+    result = resume.resumed(command, tmp_path, 1, 1)
     (kill,) = result["kills"]
     assert kill["status"] == -9
     assert 0 < kill["seen_before"] <= kill["stored_after"] <= result["resumed"]["trials"]
