@@ -2,7 +2,8 @@
 
     cd benchmarks/results/nvidia-h200 && python ../../search.py sweeps/*.jsonl --out search
 
-writes search.json and search.png. `tilebook` is a whole tuning session whose only seed is the default. Beside it
+writes search.json and search.png. Sweeps recorded after the search's constants got their values are marked as held
+out. `tilebook` is a whole tuning session whose only seed is the default. Beside it
 
     random           configs of the space in a random order, compiled and measured as ours are
     grid             the same in the order of the axes
@@ -10,7 +11,8 @@ writes search.json and search.png. `tilebook` is a whole tuning session whose on
                      and what it has measured before, and the GPU waits for the compiler
     triton.autotune  every config in turn, compiled, then timed for `do_bench`'s 125 ms; nothing is verified
 
-Time is simulated, from recorded compile and measuring times, for one GPU and 16 compilers.
+Time is simulated, from recorded compile and measuring times, for one GPU and 16 compilers. Configs are counted in
+the order in which they are asked for: what was found by n is what `--trials n` finds before it looks around the best.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,17 @@ import numpy as np
 import optuna
 
 from tilebook.op import Config
-from tilebook.tuner.recorded import Machine, Step, recorded_op, tune
+from tilebook.tuner.recorded import Machine, Step, default, recorded_op, todays_default, tune
 from tilebook.tuner.runner import Candidate
 from tilebook.tuner.search import INFEASIBLE_MS
 from tilebook.tuner.session import Options
-from tilebook.tuner.sweep import Sweep, read
+from tilebook.tuner.sweep import Measured, Sweep, read
 
 SHARES = (0.15, 0.30)
 """Shares of the configs at which the methods are compared."""
+
+FIXED = datetime(2026, 11, 21, 4, 56, 8, tzinfo=UTC)
+"""When the search's constants got their values: sweeps of a later date had no part in choosing them."""
 
 PROPOSALS = 200  # of plain TPE, most of which are infeasible where the space is large
 POINTS = 80  # of a curve in the figure
@@ -81,7 +87,7 @@ def grid(sweep: Sweep, seed: int) -> list[Step]:
 
 
 def plain_tpe(sweep: Sweep, seed: int) -> list[Step]:
-    machine, steps, best = Machine(sweep), [], float("inf")
+    machine, steps = Machine(sweep), list[Step]()
     axes = {axis: values for axis, values in sweep.header["axes"].items() if len(values) > 1}
     fixed = {axis: values[0] for axis, values in sweep.header["axes"].items() if len(values) == 1}
     known = {each.candidate.config: each for each in sweep.ours}
@@ -91,7 +97,7 @@ def plain_tpe(sweep: Sweep, seed: int) -> list[Step]:
         trial = study.ask()
         values = {axis: axes[axis][trial.suggest_int(axis, 0, len(axes[axis]) - 1)] for axis in axes}
         config = Config({axis: (values | fixed)[axis] for axis in sweep.header["axes"]})
-        time_ms = INFEASIBLE_MS
+        time_ms, ran = INFEASIBLE_MS, False
         if config in known:
             if config not in compiled:
                 future = machine.submit("", sweep.implementation, "", config)
@@ -101,23 +107,20 @@ def plain_tpe(sweep: Sweep, seed: int) -> list[Step]:
             if known[config].compiled.failure is None:
                 attempt = machine.attempt(known[config].candidate, None)
                 if attempt.failure is None:
-                    time_ms = attempt.time_ms
-                    best = min(best, time_ms)
-            steps.append(Step(machine.now, len(steps) + 1, best))
+                    time_ms, ran = attempt.time_ms, True
+            steps.append(Step(machine.now, len(steps) + 1, time_ms if ran else float("inf")))
         study.tell(trial, time_ms)
     return steps
 
 
 def autotune(sweep: Sweep, seed: int) -> list[Step]:
-    steps, now, best = [], 0.0, float("inf")
+    steps, now = list[Step](), 0.0
     measured = {each.candidate.config: each for each in sweep.ours}
     for config in recorded_op(sweep).tunable.space.configs():
         if config in measured:
             each = measured[config]
             now += each.compiled.seconds + DO_BENCH_S
-            if each.attempt.failure is None:
-                best = min(best, each.attempt.time_ms)
-            steps.append(Step(now, len(steps) + 1, best))
+            steps.append(Step(now, len(steps) + 1, passed_ms(each)))
     return steps
 
 
@@ -132,10 +135,32 @@ SEEDLESS = ("grid", "triton.autotune")
 
 
 def best_by(steps: Sequence[Step], axis: str, points: np.ndarray) -> np.ndarray:
-    """The best time so far at each of these counts of configs ("tried") or seconds; infinite before the first."""
-    at = np.array([getattr(step, axis) for step in steps])
-    best = np.array([np.inf, *(step.best_ms for step in steps)])
-    return best[np.searchsorted(at, points, side="right")]
+    """The best time so far at each of these counts of configs ("number") or seconds; infinite before the first."""
+    ordered = sorted(steps, key=lambda step: float(getattr(step, axis)))
+    best = np.minimum.accumulate([np.inf, *(step.time_ms for step in ordered)])
+    return best[np.searchsorted([getattr(step, axis) for step in ordered], points, side="right")]
+
+
+def passed_ms(measured: Measured) -> float:
+    """The config's time; infinite where it failed."""
+    time_ms = measured.attempt.time_ms
+    return float("inf") if measured.attempt.failure is not None or time_ms is None else time_ms
+
+
+def chance(sweep: Sweep) -> np.ndarray:
+    """What a random search has found after 1, 2, … configs in the median of all orders, ms: the better, at each count,
+    of one that draws all of its configs and one that begins with the default as ours does."""
+    times, count = np.sort([passed_ms(each) for each in sweep.ours]), len(sweep.ours)
+    missed, ranks = (
+        np.ones(count),
+        np.arange(count),
+    )  # the probability that none of n configs was of this rank or better
+    drawn = []
+    for n in range(count):
+        missed = missed * np.maximum(count - 1 - ranks - n, 0) / (count - n)
+        drawn.append(times[np.argmax(missed <= 0.5)])
+    begun = np.minimum(default_ms(sweep), [np.inf, *drawn[:-1]])
+    return np.minimum(drawn, begun)
 
 
 def judge(path: Path, seeds: int) -> dict[str, Any]:
@@ -143,7 +168,7 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sweep = read(path)
     count = len(sweep.ours)
-    exhaustive = min(each.attempt.time_ms for each in sweep.ours if each.attempt.failure is None)
+    exhaustive = min(map(passed_ms, sweep.ours))
     runs = {
         name: [method(sweep, seed) for seed in range(1 if name in SEEDLESS else seeds)]
         for name, method in METHODS.items()
@@ -158,36 +183,78 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
     thinned = np.unique(np.linspace(1, count, POINTS).astype(int))
     methods = {}
     for name, found in runs.items():
-        ends = [steps[-1] if steps else Step(0.0, 0, float("inf")) for steps in found]  # nothing feasible was proposed
+        best = [min([step.time_ms for step in steps], default=float("inf")) for steps in found]
         methods[name] = {
             "share_of_best": {
-                f"{share:.0%}": quartiles(name, "tried", np.array([int(share * count)]))[0] for share in SHARES
+                f"{share:.0%}": quartiles(name, "number", np.array([int(share * count)]))[0] for share in SHARES
             },
-            "by_tried": [[int(n), *row] for n, row in zip(thinned, quartiles(name, "tried", thinned), strict=True)],
+            "by_tried": [[int(n), *row] for n, row in zip(thinned, quartiles(name, "number", thinned), strict=True)],
             "by_seconds": [
                 [round(float(s), 2), *row] for s, row in zip(seconds, quartiles(name, "seconds", seconds), strict=True)
             ],
-            "configs": float(np.median([end.tried for end in ends])),
-            "seconds": round(float(np.median([end.seconds for end in ends])), 2),
-            "end": [float(q) for q in np.percentile([exhaustive / end.best_ms for end in ends], [25, 50, 75])],
+            "configs": float(np.median([max(step.number for step in steps) for steps in found])),
+            "seconds": round(float(np.median([steps[-1].seconds for steps in found])), 2),
+            "end": [float(q) for q in np.percentile([exhaustive / ms for ms in best], [25, 50, 75])],
         }
-    ended = int(methods["tilebook"]["configs"])
-    mine, chance = (np.array(quartiles(name, "tried", tried[:ended]))[:, 1] for name in ("tilebook", "random"))
+    ended, every = int(methods["tilebook"]["configs"]), np.linspace(0, longest, 20 * POINTS + 1)[1:]
+    mine = np.median([best_by(steps, "number", tried[:ended]) for steps in runs["tilebook"]], axis=0)
+    behind = mine / chance(sweep)[:ended] - 1
+    ours_by_s, random_by_s = (
+        np.median([best_by(steps, "seconds", every) for steps in runs[name]], axis=0) for name in ("tilebook", "random")
+    )
+    late = every[(ours_by_s > random_by_s) & (every <= methods["tilebook"]["seconds"])]
+    (whole,) = runs["triton.autotune"]
+    fifth = np.array([whole[-1].seconds / 5])
+    in_a_fifth = [exhaustive / best_by(steps, "seconds", fifth)[0] for steps in runs["tilebook"]]
     return {
         "op": sweep.header["op"],
         "problem": sweep.header["label"],
         "whole": sweep.header["whole"],
+        "feasible": sweep.header["feasible"],
         "configs": count,
         "exhaustive_best_ms": exhaustive,
+        "recorded": sweep.header["created_at"],
+        "held_out": datetime.fromisoformat(sweep.header["created_at"]) > FIXED,
+        "default": dict(default(sweep)),
+        "default_of_today": default(sweep) == todays_default(sweep),
         "default_share_of_best": round(exhaustive / default_ms(sweep), 5),
-        "behind_random_at": [int(n) for n in tried[:ended][mine < chance]],
+        "behind_random_at": [int(n) for n in tried[:ended][behind > 0]],
+        "behind_random_most": round(max(0.0, float(behind.max())), 5),
+        "behind_random_until_s": round(float(late[-1]), 2) if len(late) else None,
+        "in_a_fifth_of_autotune": round(float(np.median(in_a_fifth)), 5),
         "methods": methods,
     }
 
 
 def default_ms(sweep: Sweep) -> float:
-    default = Config(sweep.header["default"])
-    return next(each.attempt.time_ms for each in sweep.ours if each.candidate.config == default)
+    first = default(sweep)
+    return next(passed_ms(each) for each in sweep.ours if each.candidate.config == first)
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The page's table, as Markdown: the sweeps that the search was made on, then those held out."""
+    shown = ("tilebook", "random", "plain TPE", "grid")
+    lines = [
+        f"| % of the best by 15 % / 30 % of the configs | configs | default alone | {' | '.join(shown)} |",
+        "|" + "---|" * 7,
+    ]
+    lines[0] += " tilebook ends at | 1/5 of autotune |"
+    lines[1] += "---|" * 2
+    for result in sorted(results, key=lambda each: bool(each["held_out"])):
+        ours = result["methods"]["tilebook"]
+        name = f"{result['op']} {result['problem']}" + (" (held out)" if result["held_out"] else "")
+        sample = "" if result["whole"] else f" (of {result['feasible']:,})"
+        default = f"{100 * result['default_share_of_best']:.1f}" + (
+            "" if result["default_of_today"] else " (of the day)"
+        )
+        cells = [name, f"{result['configs']}{sample}", default]
+        for method in shown:
+            shares = " / ".join(f"{100 * v[1]:.1f}" for v in result["methods"][method]["share_of_best"].values())
+            cells.append(f"**{shares}**" if method == "tilebook" else shares)
+        cells.append(f"{100 * ours['end'][1]:.1f} after {ours['configs']:.0f}, {ours['seconds']:.0f} s")
+        cells.append(f"{100 * result['in_a_fifth_of_autotune']:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -201,6 +268,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure, rows = plt.subplots(len(results), 2, figsize=(10, 2.3 * len(results)), squeeze=False, layout="constrained")
     for (left, right), result in zip(rows, results, strict=True):
         sampled = "" if result["whole"] else " (sample)"
+        sampled += ", held out" if result["held_out"] else ""
         left.set_title(
             f"{result['op']}  {result['problem']}  —  {result['configs']} configs{sampled}", loc="left", fontsize=9
         )
@@ -246,16 +314,22 @@ def main() -> None:
     with ProcessPoolExecutor() as processes:
         for result in processes.map(judge, given.sweeps, [given.seeds] * len(given.sweeps)):
             results.append(result)
-            print(f"{result['op']} {result['problem']}: {result['configs']} configs, behind random at", end=" ")
-            print(result["behind_random_at"] or "no budget", flush=True)
+            print(f"{result['op']} {result['problem']}: {result['configs']} configs", end="")
+            print(", held out" if result["held_out"] else "", end="")
+            print(f", default {100 * result['default_share_of_best']:.1f} %, behind random at", end=" ")
+            most = f"by {100 * result['behind_random_most']:.1f} % at most"
+            print(f"{result['behind_random_at']}, {most}" if result["behind_random_at"] else "no budget", end="; ")
+            print(f"until {result['behind_random_until_s']} s; {100 * result['in_a_fifth_of_autotune']:.2f} %", end=" ")
+            print("of the best in a fifth of triton.autotune's time", flush=True)
             for name, method in result["methods"].items():
                 shares = "  ".join(f"{100 * v[1]:.2f} % by {share}" for share, v in method["share_of_best"].items())
                 end = f"{100 * method['end'][1]:.2f} % after {method['configs']:.0f} configs, {method['seconds']:.0f} s"
                 print(f"  {name}: {shares}; {end}", flush=True)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"benchmark": "search", "seeds": given.seeds, "results": results}
+    document = {"benchmark": "search", "seeds": given.seeds, "fixed": FIXED.isoformat(), "results": results}
     given.out.with_suffix(".json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
     draw(results, given.out.with_suffix(".png"))
+    print(table(results))
 
 
 if __name__ == "__main__":

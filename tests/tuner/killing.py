@@ -1,4 +1,5 @@
 """Kills tuning runs at random moments and looks at what is left: `python killing.py COUNT`.
+`python killing.py --into PATH SEED SECONDS` is one such run, for others to kill; a candidate takes so many seconds.
 
 A program of its own, because it forks: each run is a process that has imported everything and started no thread.
 """
@@ -25,8 +26,10 @@ from tilebook.tuner.known import Known
 class _SlowRunner(FakeRunner):
     """Takes a moment, so that a kill can come between any two steps."""
 
+    attempt_s = 0.002
+
     def attempt(self, candidate, incumbent_ms):
-        time.sleep(0.002)
+        time.sleep(self.attempt_s)
         return super().attempt(candidate, incumbent_ms)
 
     def confirm(self, candidates, rounds, seed, *, fresh=False):
@@ -70,7 +73,8 @@ def _forked(path: Path, seed: int, kill_after_s: float | None) -> tuple[set[str]
     return set(lines), time.monotonic() - began
 
 
-def _stored(path: Path) -> tuple[list[Trial], list[Verdict]]:
+def stored(path: Path) -> tuple[list[Trial], list[Verdict]]:
+    """What a killed run left in its registry, which is repaired where need be."""
     try:
         with Registry.open(path) as registry:
             return registry.trials(), registry.verdicts()
@@ -79,7 +83,7 @@ def _stored(path: Path) -> tuple[list[Trial], list[Verdict]]:
             return registry.trials(), registry.verdicts()
 
 
-def _ties(verdict: Verdict) -> set[tuple[str, Config]]:
+def ties(verdict: Verdict) -> set[tuple[str, Config]]:
     return {(each["implementation"], Config(each["config"])) for each in verdict.evidence["tied"]}
 
 
@@ -88,24 +92,28 @@ def kill_runs(count: int, seed: int = 0) -> str:
     chance, interrupted, kept = random.Random(seed), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         _, whole_s = _forked(Path(folder) / "whole.db", seed, None)
-        _, (expected,) = _stored(Path(folder) / "whole.db")
+        _, (expected,) = stored(Path(folder) / "whole.db")
         for number in range(count):
             path = Path(folder) / f"{number}.db"
             said, _ = _forked(path, seed, chance.uniform(0, whole_s))
-            before, verdicts = _stored(path)
+            before, verdicts = stored(path)
             lost = said - {trial.sha256 for trial in before}
             assert not lost, f"run {number} lost {len(lost)} trials that it had stored"
             interrupted += not verdicts
             kept += len(before)
             _forked(path, seed + number, None)
-            after, (verdict,) = _stored(path)
+            after, (verdict,) = stored(path)
             assert {trial.sha256 for trial in before} <= {trial.sha256 for trial in after}
             ours = [Config(trial.config) for trial in after if trial.config]
             assert len(ours) == len(set(ours)), f"run {number} measured a config twice"
             found = verdict.implementation, Config(verdict.config)
-            assert found in _ties(expected), f"run {number} came to another verdict: {found}"
+            assert found in ties(expected), f"run {number} came to another verdict: {found}"
     return f"{count} runs killed, {interrupted} before their verdict, {kept} trials stored by then, none lost"
 
 
 if __name__ == "__main__":
-    print(kill_runs(int(sys.argv[1])))
+    if sys.argv[1] == "--into":
+        _SlowRunner.attempt_s = float(sys.argv[4])
+        _run(Path(sys.argv[2]), int(sys.argv[3]), lambda digest: None)
+    else:
+        print(kill_runs(int(sys.argv[1])))

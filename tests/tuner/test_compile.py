@@ -1,5 +1,6 @@
 """Candidates compiled for GPUs that are not here: what is read off them, and every way to fail."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from toy_op import ToyProblem
 
+from tilebook import op as ops
 from tilebook.device import Device, find
 from tilebook.op import UsageError
 from tilebook.tuner.child import ChildNotStarted
@@ -174,6 +176,30 @@ def test_a_second_compile_is_a_load_from_the_cache(compile_one: Compile) -> None
     again = compile_one("matmul", block=128, stages=2)
     assert again.binaries == first.binaries
     assert again.seconds < 0.2
+
+
+def test_the_first_candidate_of_a_process_does_not_wait_while_libraries_load(cache: Path) -> None:
+    program = """
+        import json, sys
+        from tilebook.tuner import child, compile
+        def serve(handle):
+            before = set(sys.modules)
+            reply = handle(json.loads(sys.argv[2]))
+            assert reply["failure"] is None, reply
+            print(len(set(sys.modules) - before))
+        compile.serve = serve
+        compile._main(sys.argv[1])
+    """
+    order = {"device": dataclasses.asdict(find("H200")), "modules": []}
+    rms_norm = ops.get("rms_norm_fwd")
+    shape = rms_norm.problem.parse("M64,N256", "bf16")
+    candidate = {"op": rms_norm.name, "implementation": rms_norm.tunable.name, "problem": shape.key}
+    request = {**candidate, "config": dict(rms_norm.tunable.space.default(shape, find("H200")))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", textwrap.dedent(program), json.dumps(order), json.dumps(request)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 20, "modules that were loaded on the first candidate's time"
 
 
 def test_pending_counts_and_close_cancels(cache: Path) -> None:

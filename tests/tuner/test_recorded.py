@@ -13,7 +13,7 @@ from tilebook.op import Config
 from tilebook.registry import Failure, VerdictStatus
 from tilebook.tuner.compile import Binary, Compiled
 from tilebook.tuner.progress import Run
-from tilebook.tuner.recorded import Lane, Machine, Step, recorded_op, tune
+from tilebook.tuner.recorded import Lane, Machine, Step, default, recorded_op, tune
 from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.session import Options
 from tilebook.tuner.sweep import Measured, Sweep, read, record
@@ -69,8 +69,7 @@ def test_compilers_work_side_by_side_and_the_gpu_waits_for_what_it_measures():
     machine.attempt(Candidate("triton", A), None)
     machine.attempt(Candidate("triton", C), None)
     assert machine.now == 5.0
-    assert [(step.seconds, step.best_ms) for step in machine.steps] == [(2.0, 6.0), (4.0, 5.0), (5.0, 4.0)]
-    assert machine.steps[0].tried == 1
+    assert machine.steps == [Step(2.0, 2, 6.0), Step(4.0, 1, 5.0), Step(5.0, 3, 4.0)]
 
 
 def test_compilers_go_on_while_the_gpu_measures():
@@ -154,14 +153,30 @@ def test_a_session_tunes_over_a_sweep_and_finds_what_was_fastest(sweep):
     assert not state.error
     assert state.verdict.status is VerdictStatus.MEASURED
     fastest = min(sweep.ours, key=lambda each: each.attempt.time_ms)
-    assert machine.steps[-1].best_ms <= fastest.attempt.time_ms * 1.01
+    assert min(step.time_ms for step in machine.steps) <= fastest.attempt.time_ms * 1.01
     assert state.verdict.implementation == "triton"
-    assert machine.steps[-1].tried <= len(sweep.ours)
+    assert sorted(step.number for step in machine.steps) == list(range(1, len(machine.steps) + 1))
     assert machine.now > machine.steps[-1].seconds  # the finals took time too
 
 
 def test_the_same_seed_takes_the_same_steps(sweep):
     assert tune(sweep, Options(seed=3))[1].steps == tune(sweep, Options(seed=3))[1].steps
+
+
+def test_a_session_starts_from_todays_default_where_the_sweep_has_it(sweep):
+    op = ops.get("rms_norm_fwd")
+    today = op.tunable.space.default(op.problem.from_key(sweep.header["problem"]), sweep.device)
+    other = next(each.candidate.config for each in sweep.ours if each.candidate.config != today)
+    old = dataclasses.replace(sweep, header={**sweep.header, "default": dict(other)})
+    assert default(old) == today
+    problem = op.problem.from_key(sweep.header["problem"])
+    assert recorded_op(old).tunable.space.default(problem, sweep.device) == today
+    without = [each for each in old.measured if each.candidate.config != today]
+    assert default(dataclasses.replace(old, measured=tuple(without))) == other
+    failed = dataclasses.replace(
+        next(each for each in old.measured if each.candidate.config == today), attempt=Attempt(Failure.SPILLS, "spills")
+    )
+    assert default(dataclasses.replace(old, measured=(*without, failed))) == other
 
 
 def test_a_session_asks_for_nothing_that_the_sweep_has_not(sweep):

@@ -25,11 +25,11 @@ def test_a_session_finds_the_best_config_early_and_is_not_behind_chance(name):
     chance = [random.Random(seed).sample(everything, count) for seed in range(101)]
 
     def ours(share):
-        reached = [min(step.best_ms for step in steps if step.tried <= share * count) for steps in runs]
+        reached = [min(step.time_ms for step in steps if step.number <= share * count) for steps in runs]
         return best / statistics.median(reached)
 
     assert ours(0.15) >= 0.98
     assert ours(0.30) >= 0.995
     for share in (0.05, 0.1, 0.15, 0.2, 0.3):
         assert ours(share) >= best / statistics.median(min(order[: int(share * count)]) for order in chance)
-    assert all(steps[-1].tried < count / 2 for steps in runs), "the sweeps are replayed to the end"
+    assert all(max(step.number for step in steps) < count / 2 for steps in runs), "the sweeps are replayed to the end"

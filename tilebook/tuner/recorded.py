@@ -33,11 +33,11 @@ LOADING_S = 4.0
 
 @dataclass(frozen=True)
 class Step:
-    """How far a search had come: simulated seconds, configs whose compilation it had waited for, the best time then."""
+    """A config was measured: when, in simulated seconds; which it was of those asked for; its time."""
 
     seconds: float
-    tried: int
-    best_ms: float
+    number: int
+    time_ms: float
 
 
 class _Answer(Future[_T]):
@@ -73,7 +73,7 @@ class Machine:
         self._free = [0.0] * workers  # when each compiler is done with what it was given
         self._gpu_free = 0.0
         self._due: dict[Future[Compiled], tuple[float, Compiled]] = {}
-        self._tried: dict[Candidate, int] = {}
+        self._asked: dict[Candidate, int] = {}
 
     # The compilers
 
@@ -84,7 +84,8 @@ class Machine:
         seconds = compiled.seconds if compiled.seconds < LOADING_S else self._usual_s
         end = max(self.now, heapq.heappop(self._free)) + seconds
         heapq.heappush(self._free, end)
-        future: Future[Compiled] = _Answer(lambda: self._count(candidate))
+        self._asked.setdefault(candidate, len(self._asked) + 1)
+        future: Future[Compiled] = Future()
         self._due[future] = end, compiled
         return future
 
@@ -97,9 +98,6 @@ class Machine:
                 future.set_result(self._due.pop(future)[1])
         return {future for future in futures if future.done()}
 
-    def _count(self, candidate: Candidate) -> None:
-        self._tried.setdefault(candidate, len(self._tried) + 1)
-
     # The runner
 
     def prepare(self, op: Op[Any], problem: Problem) -> None: ...
@@ -111,8 +109,7 @@ class Machine:
         if attempt.failure is not None or attempt.time_ms is None:
             return attempt
         if candidate.implementation == self._ours:
-            best = min(attempt.time_ms, self.steps[-1].best_ms) if self.steps else attempt.time_ms
-            self.steps.append(Step(self.now, self._tried[candidate], best))
+            self.steps.append(Step(self.now, self._asked[candidate], attempt.time_ms))
         if incumbent_ms is not None and attempt.time_ms > FAR * incumbent_ms:
             text = f"{attempt.time_ms / incumbent_ms:.1f} times slower than the best so far"
             return replace(attempt, failure=Failure.SLOW, reason=text, samples_ms=())
@@ -147,6 +144,23 @@ class Lane(Executor):
         return future
 
 
+def todays_default(sweep: Sweep) -> Config | None:
+    """What the space behind the sweep says now; None where there is no such implementation any more."""
+    op = ops.get(sweep.header["op"])
+    implementation = op.implementations.get(sweep.implementation)
+    if implementation is None or implementation.space is None:
+        return None
+    return implementation.space.default(op.problem.from_key(sweep.header["problem"]), sweep.device)
+
+
+def default(sweep: Sweep) -> Config:
+    """What a session over the sweep starts from: today's default for its problem, where that was measured and passed;
+    else the default of the day that it was recorded."""
+    today = todays_default(sweep)
+    passed = any(each.candidate.config == today and each.attempt.failure is None for each in sweep.ours)
+    return today if today is not None and passed else Config(sweep.header["default"])
+
+
 def recorded_op(sweep: Sweep) -> Op[Any]:
     """The sweep's op, with the recorded configs as all of its feasible space and the recorded implementations."""
     real = ops.get(sweep.header["op"])
@@ -157,7 +171,7 @@ def recorded_op(sweep: Sweep) -> Op[Any]:
     space = Space(
         axes=axes,
         reject=lambda problem, config, device: None if config in configs else "the sweep has not measured it",
-        default=lambda problem, device: Config(sweep.header["default"]),
+        default=lambda problem, device: default(sweep),
         work=known.work if known is not None and set(known.axes) == set(axes) else None,
     )
     for name in dict.fromkeys(each.candidate.implementation for each in sweep.measured):
