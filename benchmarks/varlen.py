@@ -4,8 +4,8 @@
     python benchmarks/varlen.py --dry-run        # no GPU: the contenders' numbers on a small pack, and no times
 
 Forward and backward of the suite `varlen`. All of a problem are captured as CUDA graphs and sampled interleaved. SDPA
-takes part in the forward pass only, on tensors that are padded already: padding itself is not counted. TFLOP/s count the
-pairs of a row and a column that the pack has. PyTorch a sequence at a time reads the lengths, so no graph can hold it.
+takes part in the forward pass only, on tensors that are padded already: padding itself is not counted. TFLOP/s count
+the pairs of a row and a column that the pack has. PyTorch a sequence at a time reads the lengths, so no graph holds it.
 """
 
 from __future__ import annotations

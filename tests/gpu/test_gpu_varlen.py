@@ -1,4 +1,4 @@
-"""Packed sequences on the GPU that is here: random packs, cross-talk, other configs, graphs, and PyTorch's own kernel."""
+"""Packed sequences on the GPU that is here: random packs, cross-talk, configs, graphs, and PyTorch's own kernel."""
 
 import itertools
 import random
