@@ -183,7 +183,10 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
     thinned = np.unique(np.linspace(1, count, POINTS).astype(int))
     methods = {}
     for name, found in runs.items():
-        best = [min([step.time_ms for step in steps], default=float("inf")) for steps in found]
+        # plain TPE may have proposed nothing feasible
+        ends = [max((step.seconds for step in steps), default=0.0) for steps in found]
+        tries = [max((step.number for step in steps), default=0) for steps in found]
+        best = [min((step.time_ms for step in steps), default=float("inf")) for steps in found]
         methods[name] = {
             "share_of_best": {
                 f"{share:.0%}": quartiles(name, "number", np.array([int(share * count)]))[0] for share in SHARES
@@ -192,8 +195,8 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
             "by_seconds": [
                 [round(float(s), 2), *row] for s, row in zip(seconds, quartiles(name, "seconds", seconds), strict=True)
             ],
-            "configs": float(np.median([max(step.number for step in steps) for steps in found])),
-            "seconds": round(float(np.median([steps[-1].seconds for steps in found])), 2),
+            "configs": float(np.median(tries)),
+            "seconds": round(float(np.median(ends)), 2),
             "end": [float(q) for q in np.percentile([exhaustive / ms for ms in best], [25, 50, 75])],
         }
     ended, every = int(methods["tilebook"]["configs"]), np.linspace(0, longest, 20 * POINTS + 1)[1:]
