@@ -33,6 +33,9 @@ class Options:
     force: bool = False
 
 
+_KEPT = 3  # finalists of a standing verdict that take part again
+
+
 class Session:
     """Tunes one problem after the other on the GPU behind `runner`, number `index` of this host. Without a runner it
     predicts instead of measuring."""
@@ -121,14 +124,15 @@ class Session:
         deadline: float | None,
     ) -> Verdict:
         """standing: the verdict over smaller spaces, or fewer."""
-        winner = Candidate(standing.implementation, Config(standing.config)) if standing is not None else None
         entrants: list[Entrant] = []
         known: list[tuple[dict[Config, Trial], bool]] = []
+        before: list[Candidate] = []
         for each in fields:
-            first = winner.config if winner is not None and winner.implementation == each.name else None
+            finalists = _finalists(standing, each)
+            before += [Candidate(each.name, config) for config in finalists]
             trials = {} if self._options.force else self._known.trials(op, problem, each)
             new = None if standing is None else unsearched(standing, each) or []
-            entrants.append(self._entrant(op, problem, each, trials, first, new))
+            entrants.append(self._entrant(op, problem, each, trials, finalists, new))
             known.append((trials, new is None))
         ours, ours_before = entrants[0], known[0][0]
         if ours.default in ours_before and ours_before[ours.default].failure is not None:
@@ -148,9 +152,7 @@ class Session:
         self._runner.prepare(op, problem)
         self._measure_others(tuning, self._runner)
         self._explore(deadline)
-        return decide.confirm(
-            tuning, self._runner, self._options.rounds, self._options.seed, [winner] if winner is not None else []
-        )
+        return decide.confirm(tuning, self._runner, self._options.rounds, self._options.seed, before)
 
     def _entrant(
         self,
@@ -158,16 +160,16 @@ class Session:
         problem: Problem,
         field: Field,
         trials: Iterable[Config],
-        winner: Config | None,
+        finalists: Sequence[Config],
         new: Sequence[Config] | None,
     ) -> Entrant:
-        """new: the only configs to search beside the default and the standing winner; None for all."""
+        """new: the only configs to search beside the default and the standing verdict's finalists; None for all."""
         # A revoked default is replaced as dispatch replaces it, so that the comparison is with what would run.
         allowed = frozenset(field.feasible)
         default = next((each for each in field.space.defaults(problem, self._gpu) if each in allowed), None)
         if default is None:
             raise RuntimeError(f"every config of {field.name} is {'revoked' if field.revoked else 'rejected'}")
-        first = [default] if winner is None else [default, winner]
+        first = [default, *finalists]
         candidates = self._by_roofline(field.space, problem, field.feasible)
         if new is not None:
             wanted = {*new, *trials, *first}
@@ -209,3 +211,9 @@ class Session:
                     raise Stopped
                 tuning.state.measuring_s += seconds
                 tuning.record(Candidate(name), attempt, {})
+
+
+def _finalists(standing: Verdict | None, field: Field) -> list[Config]:
+    """The best configs that a standing verdict has of an implementation: what is new must beat those too."""
+    ranked = [] if standing is None else [Config(values) for name, values in standing.ranking() if name == field.name]
+    return [config for config in ranked if config in field.feasible][:_KEPT]

@@ -37,8 +37,8 @@ def torch_available(device: Device) -> bool:
 
 
 def torch_supports(problem: Problem) -> bool:
-    """PyTorch's build has neither soft-cap nor ALiBi. SDPA itself reaches neither its windows nor its groups."""
-    return expressible(problem) and not (problem.softcap or problem.alibi)
+    """PyTorch's build has neither soft-cap nor ALiBi. The plain form is `torch`; its windows SDPA does not reach."""
+    return expressible(problem) and not (problem.softcap or problem.alibi or problem.form.plain)
 
 
 def masked(form: Form, q: torch.Tensor, k: torch.Tensor) -> tuple[bool, int, int]:

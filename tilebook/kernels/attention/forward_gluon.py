@@ -1,9 +1,4 @@
-"""o = softmax(scale · q kᵀ) v on Hopper, written in Gluon: one warp loads, two or three warpgroups multiply in turns.
-
-Triton's own pipeline puts a block's softmax behind its product. Here a warpgroup issues the next block's q kᵀ before the
-softmax of this one, and hands the tensor cores to its neighbour while it computes exponentials (FlashAttention-3, Shah
-et al. 2024). Programs are persistent: the loads of the next tile run during the end of this one.
-"""
+"""o = softmax(scale · q kᵀ) v on Hopper by a kernel in Gluon, of which `gluon_kernels` says what it does better."""
 
 from __future__ import annotations
 
@@ -12,378 +7,28 @@ from typing import Any
 
 import torch
 import triton
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
-)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.gluon_kernels import attention_fwd_gluon
 from tilebook.kernels.attention.problem import ForwardProblem
-from tilebook.kernels.attention.tiles import describable, like, oversized, rows_and_tiles, too_large
+from tilebook.kernels.attention.tiles import describable, like, rows_and_tiles, too_large
 from tilebook.launch import launch
 from tilebook.op import Config, Cost, Space
 
 LEAST_FLOPS = 2e10
 """Making four tensor descriptors costs the host 40 µs: a GPU that is done sooner would wait for them."""
 
-LN2 = gl.constexpr(0.6931471805599453)
-LOG2E = gl.constexpr(1.4426950408889634)
-ROWS = gl.constexpr(64)  # of one warpgroup: what one wgmma instruction takes
-
-# Triton 3.7 renamed them.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-
-# 2 ** x = 2 ** n · 2 ** f, n the nearest integer, |f| ≤ 1/2; a polynomial of degree 4 for 2 ** f errs by 4e-6, and the
-# number whose low bits are n (1.5 · 2 ** 23 + x) is shifted into the exponent.
-_THREE_AND_ONE = gl.constexpr("""
-    {
-    .reg .f32 x, t, f, p;
-    .reg .b32 n, b;
-    ex2.approx.ftz.f32 $0, $4;
-    ex2.approx.ftz.f32 $1, $5;
-    ex2.approx.ftz.f32 $2, $6;
-    max.f32 x, $7, 0fC2FC0000;
-    add.rn.f32 t, x, 0f4B400000;
-    sub.rn.f32 f, t, 0f4B400000;
-    sub.rn.f32 f, x, f;
-    fma.rn.f32 p, f, 0f3C1CCBE0, 0f3D650A20;
-    fma.rn.f32 p, p, f, 0f3E76036E;
-    fma.rn.f32 p, p, f, 0f3F31706E;
-    fma.rn.f32 p, p, f, 0f3F7FFFF4;
-    mov.b32 n, t;
-    shl.b32 n, n, 23;
-    mov.b32 b, p;
-    add.s32 b, b, n;
-    mov.b32 $3, b;
-    }
-""")
-
-
-@gluon.jit
-def _tile(index, n_blocks, n_pairs, HEADS: gl.constexpr, CAUSAL: gl.constexpr):
-    """(block of rows, pair of batch and head) of a tile; with a causal mask the longest rows of a group come first."""
-    group = index // (HEADS * n_blocks)
-    first = group * HEADS
-    some = gl.minimum(n_pairs - first, HEADS)
-    within = index - first * n_blocks
-    block = within // some
-    if CAUSAL:
-        block = n_blocks - 1 - block
-    return block, first + within % some
-
-
-@gluon.jit
-def _columns(row, n_k, HEIGHT: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """Blocks of columns that rows `row` … `row + HEIGHT` see, and how many of the last of them need a mask."""
-    last = n_k
-    whole = n_k // BLOCK_N
-    if CAUSAL:
-        last = gl.minimum(row + HEIGHT, n_k)
-        whole = gl.minimum(row + 1, n_k) // BLOCK_N
-    blocks = gl.cdiv(last, BLOCK_N)
-    return blocks, blocks - whole
-
-
-@gluon.jit
-def _produce(
-    q, k, v, buffers, barriers, sizes,
-    D: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HEADS: gl.constexpr,
-    CAUSAL: gl.constexpr,
-):  # fmt: skip
-    """Loads: q of each tile, then its blocks of k and v from the last to the first."""
-    q_tiles, k_tiles, v_tiles, _o_tiles = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    n_tiles, n_blocks, n_pairs, n_heads, group, _n_q, n_k = sizes
-    HEIGHT: gl.constexpr = ROWS * WARPGROUPS
-    at = 0
-    turn = 0
-    for index in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        block, pair = _tile(index, n_blocks, n_pairs, HEADS, CAUSAL)
-        batch, head = pair // n_heads, pair % n_heads
-        kv_head = head // group
-        row = block * HEIGHT
-        blocks, _masked = _columns(row, n_k, HEIGHT, BLOCK_N, CAUSAL)
-        side = turn & 1
-        mbarrier.wait(q_empty.index(side), ((turn >> 1) & 1) ^ 1)
-        mbarrier.expect(q_full.index(side), HEIGHT * D * 2)
-        for part in gl.static_range(WARPGROUPS):
-            at_part = q_tiles.index(side * WARPGROUPS + part)
-            _load(q, [batch, head, row + part * ROWS, 0], q_full.index(side), at_part)
-        for step in range(blocks):
-            column = (blocks - 1 - step) * BLOCK_N
-            stage = at % STAGES
-            phase = (at // STAGES) & 1
-            mbarrier.wait(k_empty.index(stage), phase ^ 1)
-            mbarrier.expect(k_full.index(stage), BLOCK_N * D * 2)
-            _load(k, [batch, kv_head, column, 0], k_full.index(stage), k_tiles.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(v_full.index(stage), BLOCK_N * D * 2)
-            _load(v, [batch, kv_head, column, 0], v_full.index(stage), v_tiles.index(stage))
-            at += 1
-        turn += 1
-
-
-@gluon.jit
-def _exp2(x, FITTED: gl.constexpr):
-    """2 ** x; with `FITTED` one in four by a polynomial, as FlashAttention-4 does: the special-function units compute
-    16 a clock where the others do 128 sums, and with narrow heads everything waits for them."""
-    if FITTED:
-        y = gl.inline_asm_elementwise(_THREE_AND_ONE, "=f,=f,=f,=f,f,f,f,f", [x], gl.float32, True, 4)
-    else:
-        y = gl.exp2(x)
-    return y
-
-
-@gluon.jit
-def _soften(s, peak, weight, rows, column, factor, n_k, SCORES: gl.constexpr, BLOCK_N: gl.constexpr,
-            MASKED: gl.constexpr, CAUSAL: gl.constexpr, FITTED: gl.constexpr):  # fmt: skip
-    """p = exp2(factor · s - maximum), with the new maximum and weight of each row, and what old sums decay by."""
-    if MASKED:
-        columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        keep = columns[None, :] < n_k
-        if CAUSAL:
-            keep = keep & (rows[:, None] >= columns[None, :])
-        s = gl.where(keep, s, -float("inf"))
-    higher = gl.maximum(peak, gl.max(s, 1) * factor)
-    ground = higher
-    if MASKED:
-        ground = gl.where(higher == -float("inf"), 0.0, higher)  # the last block may hide all of a row
-    p = _exp2(s * factor - ground[:, None], FITTED and not MASKED)
-    decay = gl.exp2(peak - ground)
-    return p, higher, weight * decay + gl.sum(p, 1), decay
-
-
-@gluon.jit
-def _advance(
-    q_tile, k_tiles, v_tiles, barriers, my_turn, your_turn, phase,
-    acc, p, peak, weight, at, more, rows, column, factor, n_k,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
-    TURNS: gl.constexpr, FITTED: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr, WEIGHTS: gl.constexpr,
-):  # fmt: skip
-    """One more block of columns: its scores and weights, while the block before it is added to the sums."""
-    _q_full, _q_empty, k_full, k_empty, v_full, v_empty = barriers
-    stage = at % STAGES
-    before = (at - 1) % STAGES
-    if TURNS != 0:
-        mbarrier.wait(my_turn, phase)
-    s = warpgroup_mma_init(gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES))
-    s = warpgroup_mma(
-        q_tile, k_tiles.index(stage).reshape([BLOCK_N, D]).permute([1, 0]), s, use_acc=False, is_async=True
-    )
-    mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
-    sums = warpgroup_mma(p, v_tiles.index(before).reshape([BLOCK_N, D]), warpgroup_mma_init(acc), is_async=True)
-    if TURNS == 1:
-        mbarrier.arrive(your_turn)
-    s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(k_empty.index(stage))
-    if TURNS == 2:
-        mbarrier.arrive(your_turn)
-    p_next, peak, weight, decay = _soften(
-        s, peak, weight, rows, column, factor, n_k, SCORES, BLOCK_N, MASKED, CAUSAL, FITTED
-    )
-    # Waiting for what the next block needs keeps the compiler from moving the other wait in front of the exponentials:
-    # it moves nothing across a branch. The weights are rounded after it, into the registers that the product reads.
-    mbarrier.wait(k_full.index((at + 1) % STAGES), ((at + 1) // STAGES) & 1, pred=more)
-    acc, _p, p_next = warpgroup_mma_wait(0, deps=[sums, p, p_next])
-    mbarrier.arrive(v_empty.index(before))
-    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
-    return acc, gl.convert_layout(p_next.to(p.dtype), WEIGHTS), peak, weight
-
-
-@gluon.jit
-def _consume(
-    buffers, barriers, sizes, out,
-    PART: gl.constexpr, D: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    HEADS: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr, FITTED: gl.constexpr,
-):  # fmt: skip
-    """Warpgroup `PART`: its 64 rows of each tile. The first scores of a tile are made while the last sums of the one
-    before are, so that the tensor cores have work across the border."""
-    q_tiles, k_tiles, v_tiles, o_tiles = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    n_tiles, n_blocks, n_pairs, n_heads, _group, n_q, n_k = sizes
-    turns, o, lse, scale = out
-    HEIGHT: gl.constexpr = ROWS * WARPGROUPS
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    dtype: gl.constexpr = q_tiles.dtype
-    nothing = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    none = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
-    my_turn, your_turn = turns.index(PART), turns.index((PART + 1) % WARPGROUPS)
-    o_tile = o_tiles.index(PART)
-    within = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
-    factor = scale * LOG2E
-    phase = 1 if PART == 0 else 0  # the first begins, without waiting for anyone
-
-    block, pair = _tile(gl.program_id(0), n_blocks, n_pairs, HEADS, CAUSAL)
-    row = block * HEIGHT
-    blocks, masked = _columns(row, n_k, HEIGHT, BLOCK_N, CAUSAL)
-    mbarrier.wait(q_full.index(0), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    keys = k_tiles.index(0).reshape([BLOCK_N, D]).permute([1, 0])
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
-    s = warpgroup_mma(q_tiles.index(PART).reshape([ROWS, D]), keys, zeros, use_acc=False)
-    mbarrier.arrive(k_empty.index(0))
-    column = (blocks - 1) * BLOCK_N
-    p, peak, weight, _decay = _soften(
-        s, nothing, none, row + within, column, factor, n_k, SCORES, BLOCK_N, True, CAUSAL, FITTED
-    )
-    p = gl.convert_layout(p.to(dtype), WEIGHTS)
-    at = 1
-    turn = 0
-    for index in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        # The weights of the tile's last block of columns are there: masked whether they need be or not.
-        q_tile = q_tiles.index((turn & 1) * WARPGROUPS + PART).reshape([ROWS, D])
-        acc = gl.zeros([ROWS, D], gl.float32, SUMS)
-        rows = row + within
-        column = (blocks - 2) * BLOCK_N
-        mbarrier.wait(k_full.index(at % STAGES), (at // STAGES) & 1, pred=blocks > 1)
-        if CAUSAL:  # else no other block is ragged
-            for step in range(1, masked):
-                acc, p, peak, weight = _advance(
-                    q_tile, k_tiles, v_tiles, barriers, my_turn, your_turn, 0,
-                    acc, p, peak, weight, at, step + 1 < blocks, rows, column, factor, n_k,
-                    D, BLOCK_N, STAGES, True, CAUSAL, 0, FITTED, SCORES, SUMS, WEIGHTS,
-                )  # fmt: skip
-                at += 1
-                column -= BLOCK_N
-        for step in range(gl.maximum(masked, 1), blocks):
-            acc, p, peak, weight = _advance(
-                q_tile, k_tiles, v_tiles, barriers, my_turn, your_turn, phase,
-                acc, p, peak, weight, at, step + 1 < blocks, rows, column, factor, n_k,
-                D, BLOCK_N, STAGES, False, CAUSAL, TURNS, FITTED, SCORES, SUMS, WEIGHTS,
-            )  # fmt: skip
-            phase ^= 1
-            at += 1
-            column -= BLOCK_N
-        mbarrier.arrive(q_empty.index(turn & 1))
-
-        # Over the border; after the last tile the scores are of what the buffers happen to hold, and nobody's.
-        following = index + gl.num_programs(0)
-        more = following < n_tiles
-        next_block, next_pair = _tile(following, n_blocks, n_pairs, HEADS, CAUSAL)
-        next_row = next_block * HEIGHT
-        next_blocks, next_masked = _columns(next_row, n_k, HEIGHT, BLOCK_N, CAUSAL)
-        stage = at % STAGES
-        before = (at - 1) % STAGES
-        turn += 1
-        mbarrier.wait(q_full.index(turn & 1), (turn >> 1) & 1, pred=more)
-        mbarrier.wait(k_full.index(stage), (at // STAGES) & 1, pred=more)
-        q_next = q_tiles.index((turn & 1) * WARPGROUPS + PART).reshape([ROWS, D])
-        keys = k_tiles.index(stage).reshape([BLOCK_N, D]).permute([1, 0])
-        s = warpgroup_mma(q_next, keys, warpgroup_mma_init(zeros), use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
-        sums = warpgroup_mma(p, v_tiles.index(before).reshape([BLOCK_N, D]), warpgroup_mma_init(acc), is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(k_empty.index(stage), pred=more)
-        p_next, next_peak, next_weight, _decay = _soften(
-            s, nothing, none, next_row + within, (next_blocks - 1) * BLOCK_N, factor, n_k,
-            SCORES, BLOCK_N, True, CAUSAL, FITTED,
-        )  # fmt: skip
-        mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)  # again, for the branch
-        acc, _p, p_next = warpgroup_mma_wait(0, deps=[sums, p, p_next])
-        mbarrier.arrive(v_empty.index(before))
-
-        share = gl.convert_layout(1.0 / weight, gl.SliceLayout(1, SUMS))
-        tma.store_wait(0)
-        o_tile.reshape([ROWS, D]).store((acc * share[:, None]).to(dtype))
-        fence_async_shared()
-        _store(o, [pair // n_heads, pair % n_heads, row + PART * ROWS, 0], o_tile)
-        gl.store(lse + pair.to(gl.int64) * n_q + rows, (peak + gl.log2(weight)) * LN2, mask=rows < n_q)
-        p = gl.convert_layout(p_next.to(dtype), WEIGHTS)
-        peak, weight, pair, row, blocks, masked = next_peak, next_weight, next_pair, next_row, next_blocks, next_masked
-        at += 1
-    tma.store_wait(0)
-
-
-@gluon.jit(do_not_specialize=["n_tiles", "n_blocks", "n_pairs", "n_heads", "group", "n_q", "n_k"])
-def _attention_fwd_gluon(
-    q, k, v, o, lse, n_tiles, n_blocks, n_pairs, n_heads, group, n_q, n_k, scale,
-    D: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HEADS: gl.constexpr,
-    CAUSAL: gl.constexpr, TURNS: gl.constexpr, FITTED: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
-    """`full` barriers count bytes that have come, `empty` ones the warpgroups that are done with a buffer."""
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_tiles = gl.allocate_shared_memory(q.dtype, [2 * WARPGROUPS, 1, 1, ROWS, D], q.layout)
-    o_tiles = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, ROWS, D], o.layout)
-    k_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_N, D], k.layout)
-    v_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_N, D], v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    turns = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
-    for side in gl.static_range(2):
-        mbarrier.init(q_full.index(side), count=1)
-        mbarrier.init(q_empty.index(side), count=WARPGROUPS)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=WARPGROUPS)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=WARPGROUPS)
-    for part in gl.static_range(WARPGROUPS):
-        mbarrier.init(turns.index(part), count=1)
-
-    buffers = q_tiles, k_tiles, v_tiles, o_tiles
-    barriers = q_full, q_empty, k_full, k_empty, v_full, v_empty
-    sizes = n_tiles, n_blocks, n_pairs, n_heads, group, n_q, n_k
-    out = turns, o, lse, scale
-    # Of 512 · 128 registers: what the loading warp and its idle neighbours give up, the others take.
-    if WARPGROUPS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (buffers, barriers, sizes, out, 0, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED),
-                ),
-                (
-                    _consume,
-                    (buffers, barriers, sizes, out, 1, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED),
-                ),
-                (_produce, (q, k, v, buffers, barriers, sizes, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (buffers, barriers, sizes, out, 0, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED),
-                ),
-                (
-                    _consume,
-                    (buffers, barriers, sizes, out, 1, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED),
-                ),
-                (
-                    _consume,
-                    (buffers, barriers, sizes, out, 2, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL, TURNS, FITTED),
-                ),
-                (_produce, (q, k, v, buffers, barriers, sizes, D, WARPGROUPS, BLOCK_N, STAGES, HEADS, CAUSAL)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )
+_ROWS, _HEIGHT = 64, 128  # of a warpgroup, and of the two that share a tile
 
 
 def supports(problem: ForwardProblem) -> bool:
     """The plain form in 16 bits at the two usual widths, and enough of it for four descriptors to be made meanwhile."""
     usual = problem.form.plain and problem.dtype in ("bf16", "fp16") and problem.head_dim in (64, 128)
-    return usual and problem.seq_q > 64 and problem.cost().flops >= LEAST_FLOPS
+    return usual and min(problem.seq_q, problem.seq_k) > 64 and problem.cost().flops >= LEAST_FLOPS
 
 
 def available(device: Device) -> bool:
@@ -392,29 +37,23 @@ def available(device: Device) -> bool:
 
 
 def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
-    parts, columns, stages, heads = (config.number(axis) for axis in ("WARPGROUPS", "BLOCK_N", "STAGES", "HEADS"))
+    columns, stages, heads = (config.number(axis) for axis in ("BLOCK_N", "STAGES", "HEADS"))
     if not available(device):
         return "written for sm_90"
     if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
-    if parts == 3 and problem.head_dim > 64:
-        return "three warpgroups have 160 registers a thread, and this needs more"
-    if (parts == 3 and problem.seq_q <= 128) or oversized(columns, problem.seq_k, 64):
-        return "a block is larger than the sequence"
-    if config["FITTED"] and problem.head_dim > 64:
-        return "wide heads wait for products, not for exponentials"
-    return too_large((3 * 64 * parts + 2 * columns * stages) * problem.head_dim * 2 + 512, device)
+    # Two tiles of q, one of o, a ring of k and one of v, and barriers.
+    return too_large((3 * _HEIGHT + 2 * columns * stages) * problem.head_dim * 2 + 512, device)
 
 
 def _default(problem: ForwardProblem, device: Device) -> Config:
     heads = 4 if problem.causal and problem.batch * problem.heads >= 4 else 1
-    columns = 128 if problem.seq_k > 64 else 64
-    return Config(WARPGROUPS=2, BLOCK_N=columns, STAGES=2, HEADS=heads, TURNS=0, FITTED=0, PERSISTENT=1)
+    return Config(BLOCK_N=128, STAGES=2, HEADS=heads, TURNS=0, PERSISTENT=1)
 
 
 def _work(problem: ForwardProblem, config: Config) -> Cost:
     """As in the other forward: every block of rows reads q once, and k and v up to its last unmasked column."""
-    rows, columns = 64 * config.number("WARPGROUPS"), config.number("BLOCK_N")
+    rows, columns = _HEIGHT, config.number("BLOCK_N")
     blocks = rows_and_tiles(problem.seq_q, problem.seq_k, rows, columns, *problem.limits)
     tiles, heads = sum(visited for _, visited in blocks), problem.batch * problem.heads
     read = (len(blocks) * rows + 2 * tiles * columns) * problem.head_dim * 2
@@ -424,12 +63,10 @@ def _work(problem: ForwardProblem, config: Config) -> Cost:
 
 SPACE = Space(
     axes={
-        "WARPGROUPS": (2, 3),
-        "BLOCK_N": (64, 128),
-        "STAGES": (2, 3, 4),
+        "BLOCK_N": (128,),
+        "STAGES": (2, 3),
         "HEADS": (1, 2, 4, 8, 16),
-        "TURNS": (0, 1, 2),
-        "FITTED": (0, 1),
+        "TURNS": (0, 1),
         "PERSISTENT": (0, 1),
     },
     reject=_reject,
@@ -445,17 +82,17 @@ def _gluon(
     q, k, v = (x if describable(x) else x.contiguous() for x in (q, k, v))
     (batch, heads, n_q, width), (heads_kv, n_k) = q.shape, k.shape[1:3]
     o, lse = like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    warpgroups, columns = config.number("WARPGROUPS"), config.number("BLOCK_N")
-    n_blocks = triton.cdiv(n_q, 64 * warpgroups)
+    columns = config.number("BLOCK_N")
+    n_blocks = triton.cdiv(n_q, _HEIGHT)
     n_tiles = n_blocks * batch * heads
     programs = min(_sms(q.device), n_tiles) if config["PERSISTENT"] else n_tiles
     launch(
-        _attention_fwd_gluon,
+        attention_fwd_gluon,
         (programs,),
-        _describe(q, 64),
+        _describe(q, _ROWS),
         _describe(k, columns),
         _describe(v, columns),
-        _describe(o, 64),
+        _describe(o, _ROWS),
         lse,
         n_tiles,
         n_blocks,
@@ -466,13 +103,11 @@ def _gluon(
         n_k,
         scale,
         D=width,
-        WARPGROUPS=warpgroups,
         BLOCK_N=columns,
         STAGES=config["STAGES"],
         HEADS=config["HEADS"],
         CAUSAL=form.causal,
-        TURNS=config["TURNS"],
-        FITTED=bool(config["FITTED"]),
+        TURNS=bool(config["TURNS"]),
         num_warps=4,
     )
     return o, lse
