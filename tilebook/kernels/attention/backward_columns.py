@@ -199,15 +199,15 @@ def attention_bwd_dkdv(
             stride_bm, stride_bn, None if slopes is None else tl.load(slopes + batch * stride_ab + head * stride_ah),
             softcap, seed, dropout,
         )  # fmt: skip
-        # What LLVM takes out of a loop, descriptors of shared memory above all, it keeps in registers that spill.
-        for index in tl.range(0, n_masked, disable_licm=True):
+        # What LLVM takes out of a loop, descriptors of shared memory above all, it keeps in registers: wide tiles spill.
+        for index in tl.range(0, n_masked, disable_licm=D >= 128):
             at = tl.where(index < clear - first, first + index, ragged + index - (clear - first))
             dk, dv = column_step(
                 dk, dv, k_tile, v_tile, q, do, lse, delta, batch, head, pair, at, column,
                 stride_qb, stride_qh, stride_qs, stride_db, stride_dh, stride_ds, n_q, n_k, factor, extras,
                 True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
             )  # fmt: skip
-        for at in tl.range(clear, ragged, disable_licm=True):
+        for at in tl.range(clear, ragged, disable_licm=D >= 128):
             dk, dv = column_step(
                 dk, dv, k_tile, v_tile, q, do, lse, delta, batch, head, pair, at, column,
                 stride_qb, stride_qh, stride_qs, stride_db, stride_dh, stride_ds, n_q, n_k, factor, extras,

@@ -68,8 +68,8 @@ def row_loop(
     `scale` and `row_lse` are in powers of two, or with `SCORED` in natural units.
     """
     before, after, mask, _bias, base, stride_bm, stride_bn, _slope, softcap, seed, dropout = extras
-    # What LLVM takes out of the loop, descriptors of shared memory above all, it keeps in registers that spill.
-    for column in tl.range(first, last, BLOCK_N, disable_licm=True):
+    # What LLVM takes out of the loop, descriptors of shared memory above all, it keeps in registers: wide tiles spill.
+    for column in tl.range(first, last, BLOCK_N, disable_licm=D >= 128):
         column = tl.multiple_of(column, BLOCK_N)
         k_tile = load_tile(
             k, batch, kv_head, column, stride_kb, stride_kh, stride_ks, n_k, BLOCK_N, D, WIDTH, MASKED, DESCRIPTORS
