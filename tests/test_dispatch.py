@@ -312,12 +312,15 @@ def test_a_damaged_revocation_warns(choose):
 
 
 def test_what_is_not_proven_is_served_only_where_a_verdict_covers_it(choose):
-    windowed = OP.problem.parse("B4,H16,S2048,D64,window128x0", "bf16")
-    assert not OP.tunable.proven(windowed)
-    assert choose(problem=windowed).source == "fallback"
-    assert choose(verdict(problem=windowed), problem=windowed).source == "exact"
-    longer = OP.problem.parse("B4,H16,S3000,D64,window128x0", "bf16")
-    assert choose(problem=longer).source == "nearest"
+    padded = OP.problem.parse("B4,H16,S2048,D80", "bf16")
+    assert not OP.tunable.proven(padded)
+    assert choose(problem=padded).source == "fallback"
+    assert choose(verdict(problem=padded), problem=padded).source == "exact"
+    assert choose(problem=OP.problem.parse("B4,H16,S3000,D80", "bf16")).source == "nearest"
+
+
+def test_what_pytorch_would_compose_is_served_without_a_verdict(choose):
+    assert choose(problem=OP.problem.parse("B4,H16,S2048,D80,window128x0", "bf16")).source == "default"
 
 
 def test_missing_explicit_registry_warns_once_and_serves_defaults(choose):

@@ -11,7 +11,7 @@ from tilebook.autograd import once
 from tilebook.kernels.attention import backward_reduce, eager, forward_gluon, others  # noqa: F401 (registered by import)
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.drop_in import scaled_dot_product_attention
-from tilebook.kernels.attention.form import CAUSAL, PLAIN, Form, banded, form, simplest
+from tilebook.kernels.attention.form import CAUSAL, PLAIN, Form, form, simplest
 from tilebook.kernels.attention.forward import attention_fwd
 from tilebook.kernels.attention.peers import sdpa, tf32_allowed
 
@@ -154,8 +154,9 @@ def attention(
 
     Kernels take bf16, fp16 and fp32 on a GPU with D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32
     factors are rounded to tf32 where `torch.backends.cuda.matmul.allow_tf32` has it. Without a verdict that covers
-    them they serve bf16 and fp16 with D a power of two, full or causal top-left. Everything else, and `torch.compile`,
-    runs the same in PyTorch. Under autocast q, k and v are cast as there.
+    them they serve bf16 and fp16: full or causal with D a power of two, and what PyTorch would compose (windows,
+    soft-cap, ALiBi, dropout, a bias under a causal mask). Everything else, and `torch.compile`, runs the same in
+    PyTorch. Under autocast q, k and v are cast as there.
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
@@ -220,7 +221,7 @@ def _plain(
     return_lse: bool,
 ) -> Any:
     """The same in PyTorch."""
-    if not (banded(form) or form.softcap or form.alibi or form.dropout or (form.causal and form.bias)):
+    if not form.composed:
         o = sdpa(q, k, v, form.causal, scale, *extras)
         if not return_lse:
             return o

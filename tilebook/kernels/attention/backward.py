@@ -18,7 +18,7 @@ from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.backward_columns import attention_bwd_dkdv
 from tilebook.kernels.attention.backward_rows import attention_bwd_dq
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.forward import proven, supports
+from tilebook.kernels.attention.forward import proven, supports, usual
 from tilebook.kernels.attention.problem import BackwardProblem
 from tilebook.kernels.attention.scores import options
 from tilebook.kernels.attention.tiles import (
@@ -143,7 +143,7 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     pairs = {"1": problem.batch * problem.heads_kv, "2": problem.batch * problem.heads}
     lengths = {"1": problem.seq_k, "2": problem.seq_q}
     descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and not problem.exact
-    hopper = device.capability == 90 and descriptors and proven(problem) and problem.width <= 128
+    hopper = device.capability == 90 and descriptors and usual(problem) and problem.width <= 128
     heads = 4 if hopper and problem.causal and problem.width > 64 and min(pairs.values()) >= 4 else 1
     rest = {"HEADS": heads, "DESCRIPTORS": int(descriptors)}
 

@@ -48,6 +48,11 @@ class Form:
         """Is it what every implementation has: all pairs, or those of a causal mask aligned top-left?"""
         return not (banded(self) or self.softcap or self.bias or self.alibi or self.dropout)
 
+    @property
+    def composed(self) -> bool:
+        """Does PyTorch have to compose it, by way of the whole matrix of scores? Its own dropout drops other weights."""
+        return bool(banded(self) or self.softcap or self.alibi or self.dropout or (self.causal and self.bias))
+
 
 @functools.cache
 def _interned(*values: object) -> Form:

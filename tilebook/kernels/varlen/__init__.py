@@ -12,7 +12,7 @@ from tilebook.autograd import once
 from tilebook.kernels.attention import eager as attention
 from tilebook.kernels.attention import peers
 from tilebook.kernels.attention.form import Form, form
-from tilebook.kernels.attention.forward import proven, supports
+from tilebook.kernels.attention.forward import supports
 from tilebook.kernels.attention.tiles import PACKED, describable, like
 from tilebook.kernels.varlen import eager, flash
 from tilebook.kernels.varlen.blocks import addressable, describe, n_blocks
@@ -94,7 +94,7 @@ def _steps(*tensors: torch.Tensor) -> list[int]:
 
 
 @attention_varlen_fwd.implementation(
-    "triton", space=SPACE, supports=lambda problem: supports(problem.even), proven=lambda problem: proven(problem.even)
+    "triton", space=SPACE, supports=lambda problem: supports(problem.even), proven=lambda problem: False
 )
 def _triton_fwd(
     q: torch.Tensor,
@@ -144,7 +144,7 @@ def _triton_fwd(
     "triton",
     space=SPACE_BWD,
     supports=lambda problem: supports(problem.even),
-    proven=lambda problem: proven(problem.even),
+    proven=lambda problem: False,
 )
 def _triton_bwd(
     do: torch.Tensor,
