@@ -199,7 +199,7 @@ def attention_bwd_dkdv(
             stride_bm, stride_bn, None if slopes is None else tl.load(slopes + batch * stride_ab + head * stride_ah),
             softcap, seed, dropout,
         )  # fmt: skip
-        # What LLVM takes out of a loop, descriptors of shared memory above all, it keeps in registers: wide tiles spill.
+        # What LLVM takes out of a loop, descriptors of shared memory above all, fills registers: wide tiles spill.
         for index in tl.range(0, n_masked, disable_licm=D >= 128):
             at = tl.where(index < clear - first, first + index, ragged + index - (clear - first))
             dk, dv = column_step(

@@ -50,7 +50,7 @@ class Form:
 
     @property
     def composed(self) -> bool:
-        """Does PyTorch have to compose it, by way of the whole matrix of scores? Its own dropout drops other weights."""
+        """Must PyTorch compose it, by way of the whole matrix of scores? Its own dropout drops other weights."""
         return bool(banded(self) or self.softcap or self.alibi or self.dropout or (self.causal and self.bias))
 
 

@@ -1,8 +1,8 @@
 """Gluon kernel of attention's forward on Hopper: one warp loads, two warpgroups multiply.
 
 Triton's own pipeline puts a block's softmax behind its product. Here a warpgroup issues the next block's q kᵀ before
-the softmax of this one (FlashAttention-3, Shah et al. 2024), also over the border of two tiles: programs are persistent,
-and the loads and first scores of the next tile come before the last sums of this one.
+the softmax of this one (FlashAttention-3, Shah et al. 2024), also over the border of two tiles: programs are
+persistent, and the loads and first scores of the next tile come before the last sums of this one.
 """
 
 from __future__ import annotations
