@@ -3,7 +3,7 @@
     python benchmarks/evidence.py --suite fa --registry PATH --out benchmarks/results/nvidia-h200/fa.json
 
 A verdict's candidates were sampled interleaved, 30 rounds in random order, in one process. `default` is our kernel's
-default config, `tuned` its fastest, `torch` what `F.scaled_dot_product_attention` would pick by itself. Where no other
+default config, `tuned` the fastest of our kernels, `torch` what `F.scaled_dot_product_attention` would pick by itself. Where no other
 config of ours was among the finalists, `tuned` is the search's best, scaled by the default's two times: `from_search`.
 """
 
@@ -22,23 +22,25 @@ from tilebook.registry import Registry, Verdict
 
 def row(verdict: Verdict, problem: Problem) -> dict[str, Any]:
     op = ops.get(verdict.op)
+    ours = {each.name for each in op.tunables if not each.external}
     listed: Any = verdict.evidence["candidates"]
     times: dict[str, float] = {"default": listed[0]["time_ms"]}
     from_search = False
     for each in listed:
         name = each["implementation"]
-        kind = "tuned" if name == op.tunable.name else name
-        if each["time_ms"] < times.get(kind, math.inf):
-            times[kind] = each["time_ms"]
-            from_search |= each.get("from_search", False)
+        for kind in (name, "tuned") if name in ours else (name,):
+            if each["time_ms"] < times.get(kind, math.inf):
+                times[kind] = each["time_ms"]
+                from_search |= each.get("from_search", False)
     served = next(name for name, _ in verdict.ranking() if op.implementations[name].supports(problem))
-    times["dispatched"] = times["tuned" if served == op.tunable.name else served]
+    times["dispatched"] = times["tuned" if served in ours else served]
     flops = problem.cost().flops
     return {
         "op": verdict.op,
         "problem": problem.label,
         "measured_at": verdict.created_at.isoformat(timespec="seconds"),
         "winner": served,
+        "current": verdict.kernel == op.digest,
         "from_search": from_search,
         "times_ms": times,
         "tflops": {name: round(flops / ms / 1e9, 1) for name, ms in times.items()},
@@ -58,10 +60,11 @@ def main() -> None:
         for name in given.op:
             op = ops.get(name)
             for problem in op.problem.suites()[given.suite]:
-                for verdict in registry.verdicts(op=name, problem=problem.key, kernel=op.digest):
-                    if verdict.measured:
-                        rows.append(row(verdict, problem))
-                        environment = dict(verdict.environment.versions)
+                found = [v for v in registry.verdicts(op=name, problem=problem.key) if v.measured]
+                # Where no verdict of the kernels as they are now exists, one of how they were before, marked so.
+                for verdict in sorted(found, key=lambda v: (v.kernel != op.digest, -v.created_at.timestamp()))[:1]:
+                    rows.append(row(verdict, problem))
+                    environment = dict(verdict.environment.versions)
     means = {
         name: math.exp(sum(math.log(r["speedup_over_torch"]) for r in rows if r["op"] == name) / count)
         for name in given.op
