@@ -1,4 +1,4 @@
-"""The forward in Gluon on a Hopper GPU, which alone can run it: ragged lengths, grouped heads, more tiles than SMs."""
+"""The forward in Gluon on a Hopper GPU, which alone runs it: ragged lengths, grouped heads, more tiles than SMs."""
 
 import random
 
