@@ -290,7 +290,7 @@ def test_ctrl_c_ends_in_one_line_and_leaves_no_process(run):
         (["revoke", "attention_fwd"], 2, "--reason"),
         (["revoke", "attention_fwd", "--reason", " "], 2, "--reason"),
         (["revoke", "attention_sideways", "--reason", "x"], 2, "no op"),
-        (["revoke", "attention_fwd", "--reason", "x", "--implementation", "magic"], 2, "there are triton, torch"),
+        (["revoke", "attention_fwd", "--reason", "x", "--implementation", "magic"], 2, "there are triton, gluon"),
         (["revoke", "attention_fwd", "--reason", "x", "--implementation", "torch"], 2, "cannot be revoked"),
         (["revoke", "attention_fwd", "--reason", "x", "--config", "BLOCK_Q=64"], 2, "no axis 'BLOCK_Q', but BLOCK_M"),
         (["revoke", "attention_fwd", "--reason", "x", "--config", "BLOCK_M=65"], 2, "BLOCK_M is one of 64, 128"),

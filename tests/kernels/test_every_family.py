@@ -40,7 +40,7 @@ def test_default_config_is_right_on_inputs_with_outliers(op, problem):
 def test_default_config_is_feasible_on_every_gpu(op, gpu):
     for problem in [*op.problem.examples(), *(p for suite in op.problem.suites().values() for p in suite)]:
         for each in op.tunables:
-            if each is op.tunable or each.supports(problem):
+            if each is op.tunable or each.can_run(problem, gpu):
                 config = each.space.default(problem, gpu)
                 assert each.space.contains(config)
                 assert each.space.reject(problem, config, gpu) is None, (each.name, problem.label)

@@ -59,15 +59,15 @@ def test_masks_windows_slopes_and_groups_reach_flash_attention_as_it_counts_them
         if implementation.supports(problem):
             verify(implementation, None, [Case.make(op, problem, "cpu", 0)])
             judged += 1
-    assert judged >= 14
+    assert judged >= (4 if name == "torch_flash" else 14)  # the plain form is PyTorch's own call of it
     assert flash.calls
 
 
 CLAIMS = {
-    "B1,H2,S100,D64": "mem_efficient torch_flash flash_attention_2 flash_attention_3 cudnn",
-    "B2,H8,Hkv2,S40,D32,causal": "mem_efficient torch_flash flash_attention_2 flash_attention_3 cudnn",
-    "B1,H2,S100,D72,causal": "mem_efficient torch_flash flash_attention_2 flash_attention_3 cudnn",
-    "B1,H2,S100,D160": "mem_efficient torch_flash flash_attention_2 flash_attention_3",
+    "B1,H2,S100,D64": "mem_efficient flash_attention_2 flash_attention_3 cudnn",
+    "B2,H8,Hkv2,S40,D32,causal": "mem_efficient flash_attention_2 flash_attention_3 cudnn",
+    "B1,H2,S100,D72,causal": "mem_efficient flash_attention_2 flash_attention_3 cudnn",
+    "B1,H2,S100,D160": "mem_efficient flash_attention_2 flash_attention_3",
     "B1,H2,S100,D36": "",
     "B1,H2,S17,Sk70,D64,causal": "mem_efficient",
     "B1,H2,S70,Sk17,D64,causal": "mem_efficient",

@@ -15,10 +15,10 @@ FORMS = [
     ("B4,H16,S4096,D128,dbiashqk", "bf16"),
     ("B4,H16,S4096,D64,maskbk,dropout", "bf16"),
     ("B4,H16,S4096,D128,causal,window512x0,softcap,dbiasbhqk,alibi,dropout", "bf16"),
-    ("B4,H16,S1024,D256,biasbhqk", "fp16"),
-    ("B4,H16,S1024,D160,maskqk", "fp16"),
     ("B4,H16,S1024,D64,causal", "fp32"),
     ("B4,H16,S1024,D128,tf32", "fp32"),
+    ("B4,H16,S1024,D256,biasbhqk", "fp16"),
+    ("B4,H16,S1024,D160,maskqk", "fp16"),
 ]
 
 

@@ -41,8 +41,9 @@ OUTLIER, OUTLIER_EVERY = 32.0, 61
 _STATISTIC_FLOOR = 1e-5
 _TF32_STEP = 2**-10
 
-# Where the problem is fp32 throughout: the GPU's `rsqrt` and `exp2` err by 2 ulp.
-_FP32_STEPS = 4
+# Where the problem is fp32 throughout: the GPU's `rsqrt` and `exp2` err by 2 ulp, and a long sum in another order than
+# PyTorch's, whose vector lanes make it nearly pairwise, by a few more.
+_FP32_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def error(output: torch.Tensor, truth: torch.Tensor) -> Error:
 def floors(truth: torch.Tensor, dtype: torch.dtype, problem_dtype: torch.dtype, tf32: bool = False) -> Error:
     """What is allowed even where PyTorch is exact: half a rounding step of the largest value, in RMS a quarter.
 
-    Of fp32, two steps and one; where products round to tf32, one of its steps and a half, since tensor cores cut off.
+    Of fp32, four steps and two; where products round to tf32, one of its steps and a half, since tensor cores cut off.
     """
     if truth.numel() == 0:
         return Error(0.0, 0.0)

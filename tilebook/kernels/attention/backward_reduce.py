@@ -99,8 +99,11 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     shapes += [(32, 64, 8, 2)] if device.backend == "cuda" else []
     shapes += [(32, 64, 8, 1)]
     axes = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
-    rest = {"HEADS": 1, "DESCRIPTORS": int(descriptors), "TURNED": 0, "MAXNREG": 0}
-    configs = [Config(dict(zip(axes, shape, strict=True)) | rest) for shape in shapes]
+    rest = {"HEADS": 1, "TURNED": 0, "MAXNREG": 0}
+    configs = [
+        Config(dict(zip(axes, shape, strict=True)) | rest | {"DESCRIPTORS": int(descriptors and shape[3] > 1)})
+        for shape in shapes
+    ]
     return next((each for each in configs if _reject(problem, each, device) is None), configs[-1])
 
 

@@ -38,8 +38,6 @@ def available(device: Device) -> bool:
 
 def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
     columns, stages, heads = (config.number(axis) for axis in ("BLOCK_N", "STAGES", "HEADS"))
-    if not available(device):
-        return "written for sm_90"
     if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
     # Two tiles of q, one of o, a ring of k and one of v, and barriers.
