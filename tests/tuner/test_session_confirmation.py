@@ -89,6 +89,20 @@ def test_a_finalist_that_fails_at_last_is_stored_by_class_and_the_next_moves_up(
     assert states[0].tried == len({(t.implementation, Config(t.config)) for t in registry.trials()})
 
 
+def test_a_winner_that_fails_in_the_fresh_process_is_no_candidate_any_more(path):
+    class FailsLater(FakeRunner):
+        def confirm(self, candidates, rounds, seed, *, fresh=False):
+            if fresh:
+                self.unsound = {WINNER: Failure.WRONG_ANSWER}
+            return super().confirm(candidates, rounds, seed, fresh=fresh)
+
+    _, registry = tune(path, FailsLater(valley))
+    (verdict,) = registry.verdicts()
+    assert Config(verdict.config) != BEST
+    for listed in ("candidates", "tied"):
+        assert BEST not in [Config(each["config"]) for each in verdict.evidence[listed]]
+
+
 def test_a_finalist_that_failed_at_last_does_not_come_back_in_a_resumed_run(path):
     class Dying(FakeRunner):
         def confirm(self, candidates, rounds, seed, *, fresh=False):

@@ -90,6 +90,8 @@ def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
             chosen, ratio = candidate, _both(first.ratios[candidate], repeat.ratios[candidate])
             break
     tuning.state.confirming_s += time.monotonic() - began
+    # What failed in the fresh process is out: to be served when the winner cannot be, least of all.
+    first = Contest({c: samples for c, samples in first.samples.items() if c in tuning.times}, first.seed)
     evidence: dict[str, Json] = {
         "candidates": first.to_json(),
         "again": [repeat.to_json() for repeat in again],
