@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tilebook.device import Device, package_version
-from tilebook.kernels.attention.form import Form, limits
+from tilebook.kernels.attention.form import Form, sides
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
 from tilebook.kernels.attention.tiles import like
 from tilebook.op import Config, Space
@@ -37,17 +37,10 @@ def supports(problem: ForwardProblem | BackwardProblem) -> bool:
         return False
     if problem.cost().flops < LEAST_FLOPS:
         return False
-    left, right = _window(problem.form, problem.seq_q, problem.seq_k)
+    left, right = sides(problem.form, problem.seq_q, problem.seq_k)
     seen = (left is None or left >= 0) and (right is None or right >= problem.seq_q - problem.seq_k)
     # Head dimensions seen right on an H200; at 72 dq was wrong. Against a single key its atomics leave noise in dq.
     return seen and problem.seq_k > 1 and problem.head_dim in (16, 32, 64, 128, 256)
-
-
-def _window(form: Form, n_q: int, n_k: int) -> tuple[int | None, int | None]:
-    """Columns that a row sees before and after its diagonal, which here always ends in the last row and column."""
-    before, after = limits(form, n_q, n_k)
-    shift = n_k - n_q
-    return None if before is None else before + shift, None if after is None else after - shift
 
 
 def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
@@ -112,7 +105,7 @@ def _functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def _masked(form: Form, q: torch.Tensor, k: torch.Tensor, scale: float) -> dict[str, Any]:
     """What both functions take beside tensors."""
-    left, right = _window(form, q.shape[2], k.shape[2])
+    left, right = sides(form, q.shape[2], k.shape[2])
     if left is None and right == 0:  # has kernels of its own
         return {"softmax_scale": scale, "causal": True}
     return {"softmax_scale": scale, "causal": False, "window_size_left": left, "window_size_right": right}
