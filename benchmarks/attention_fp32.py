@@ -11,7 +11,6 @@ With --dry-run it runs small, on the CPU and in Triton's interpreter, where time
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ if "--dry-run" in sys.argv:
 
 import torch
 import torch.nn.functional as F
-from compare import commit, contenders
+from compare import contenders, save
 
 from tilebook import device as devices
 from tilebook import op as ops
@@ -139,17 +138,7 @@ def main() -> None:
             print(f"{op.name} {text} {dtype}: {times}", flush=True)
     if given.out is None:
         return
-    document = {
-        "benchmark": "attention in fp32, tf32 and between powers of two",
-        "device": gpu.name,
-        "environment": dict(devices.environment()),
-        "commit": commit(),
-        "rounds": given.rounds,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "results": results,
-    }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
+    save(given.out, "attention in fp32, tf32 and between powers of two", gpu.name, rounds=given.rounds, results=results)
 
 
 if __name__ == "__main__":

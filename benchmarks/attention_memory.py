@@ -11,17 +11,15 @@ and on the CPU, where all that a step allocates is counted and nothing is freed,
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare import commit
+from compare import save
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilebook
@@ -120,18 +118,14 @@ def main() -> None:
     print(f"{'exponent':>8}" + "".join(f"{exponents.get(name, math.nan):>12.3f}" for name in peaks))
     if given.out is None:
         return
-    document = {
-        "benchmark": "attention memory",
-        "device": "cpu" if given.dry_run else devices.current().name,
-        "environment": dict(devices.environment()),
-        "commit": commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "problem": f"B1,H{HEADS},D{WIDTH},causal bf16, forward and backward",
-        "peak_bytes": peaks,
-        "exponent": exponents,
-    }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
+    save(
+        given.out,
+        "attention memory",
+        "cpu" if given.dry_run else devices.current().name,
+        problem=f"B1,H{HEADS},D{WIDTH},causal bf16, forward and backward",
+        peak_bytes=peaks,
+        exponent=exponents,
+    )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,20 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def save(out: Path, benchmark: str, device: str, **figures: Any) -> None:
+    """Writes a benchmark's figures as JSON, with where, on what and when they were taken."""
+    document = {
+        "benchmark": benchmark,
+        "device": device,
+        "environment": dict(devices.environment()),
+        "commit": commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **figures,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def contenders(op: Op[Any], problem: Problem, snapshot: Snapshot) -> dict[str, tuple[Implementation, Config | None]]:
     """Name → what to run; `tuned` is the best config of our own kernel in the verdict, `dispatched` what serves.
 
@@ -123,19 +137,16 @@ def main() -> None:
         results.append(compare(op, problem, snapshot, given.rounds))
         times = "  ".join(f"{n} {r['time_ms']:.4g}" for n, r in results[-1]["candidates"].items())
         print(f"{op.name} {problem.label}: {times}", flush=True)
-    document = {
-        "benchmark": f"compare {given.suite}",
-        "device": snapshot.gpu.name,
-        "environment": dict(devices.environment()),
-        "commit": commit(),
-        "rounds": given.rounds,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "geometric_mean_speedup_over_torch": geometric_means(results),
-        "results": results,
-    }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
-    for group, means in document["geometric_mean_speedup_over_torch"].items():
+    means_of = geometric_means(results)
+    save(
+        given.out,
+        f"compare {given.suite}",
+        snapshot.gpu.name,
+        rounds=given.rounds,
+        geometric_mean_speedup_over_torch=means_of,
+        results=results,
+    )
+    for group, means in means_of.items():
         print(group, "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
 
 

@@ -11,15 +11,13 @@ SDPA, or where it cannot compute the problem, over eager PyTorch.
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare import commit, contenders
+from compare import contenders, save
 
 from tilebook import device as devices
 from tilebook import op as ops
@@ -100,17 +98,7 @@ def main() -> None:
             found = results[-1]["candidates"].items()
             shown = "  ".join(f"{name} {row['time_ms']:.4g} ms {row['share_of_copy']:.0%}" for name, row in found)
             print(f"{problem.label} (copy {results[-1]['copy_gbps']:.0f} GB/s): {shown}", flush=True)
-    document = {
-        "benchmark": "attention_decode",
-        "device": snapshot.gpu.name,
-        "environment": dict(devices.environment()),
-        "commit": commit(),
-        "rounds": given.rounds,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "results": results,
-    }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
+    save(given.out, "attention_decode", snapshot.gpu.name, rounds=given.rounds, results=results)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare import commit
+from compare import save
 
 import tilebook
 from tilebook import device as devices
@@ -113,16 +112,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, required=True)
     given = arguments.parse_args()
     results = {name: measure(*shape, given.rounds) for name, shape in SHAPES.items()}
-    document = {
-        "benchmark": "mlp module",
-        "device": devices.current().name,
-        "environment": dict(devices.environment()),
-        "commit": commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "results": results,
-    }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
+    save(given.out, "mlp module", devices.current().name, results=results)
     print(json.dumps(results, indent=1))
 
 

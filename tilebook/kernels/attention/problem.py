@@ -15,11 +15,28 @@ import triton
 from tilebook.kernels.attention.form import Form, banded, extras, form, limits, simplest
 from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, pattern, size
 
-_WINDOW = r"window(\d{1,9})?x(\d{1,9})?"
+WINDOW = r"window(\d{1,9})?x(\d{1,9})?"
+"""How a window is written: columns to the left and to the right of the diagonal, no number for no limit."""
+
 _BIAS = r"(mask|bias|dbias)(b?h?q?k?)"
 
 # What inputs are made with; no verdict depends on it.
 _SOFTCAP, _DROPOUT, _SHOWN = 3.0, 0.2, 0.8
+
+
+def read_window(text: str) -> tuple[int, int]:
+    """Columns to the left and to the right of the diagonal that a window names, -1 without limit."""
+    found = re.fullmatch(WINDOW, text or "windowx")
+    if found is None:
+        raise ValueError(f"{text!r} is no window")
+    left, right = (-1 if side is None else int(side) for side in found.groups())
+    return left, right
+
+
+def written_window(left: int, right: int) -> str:
+    """How a window is written; empty where the limits are none, or those of a causal mask."""
+    sides = "x".join("" if side < 0 else str(side) for side in (left, right))
+    return f"window{sides}" if left >= 0 or right > 0 else ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,7 @@ class ForwardProblem(Problem):
     dtype: str = "bf16"
     causal: bool = flag()
     diagonal: str = choice("top_left", "bottom_right", elided=True)
-    window: str = pattern(_WINDOW, "window[left]x[right]")
+    window: str = pattern(WINDOW, "window[left]x[right]")
     softcap: bool = flag(elided=True)
     bias: str = pattern(_BIAS, "mask[b][h][q][k]|bias…|dbias…")
     alibi: bool = flag(elided=True)
@@ -60,7 +77,7 @@ class ForwardProblem(Problem):
         values = {
             "causal": right == 0,
             "diagonal": "bottom_right" if corner else "top_left",
-            "window": _window(left, right),
+            "window": written_window(left, right),
             "bias": kind + "".join(axis for axis in axes if lengths[axis] > 1),
         }
         for name, value in values.items():
@@ -69,10 +86,7 @@ class ForwardProblem(Problem):
     @property
     def _sides(self) -> tuple[int, int]:
         """Columns to the left and to the right of the diagonal, -1 without limit."""
-        found = re.fullmatch(_WINDOW, self.window or "windowx")
-        if found is None:
-            raise ValueError(f"{self.window!r} is no window")
-        left, right = (-1 if side is None else int(side) for side in found.groups())
+        left, right = read_window(self.window)
         return left, 0 if self.causal else right
 
     @property
@@ -101,7 +115,7 @@ class ForwardProblem(Problem):
             dtype_name(q.dtype),
             form.causal,
             "bottom_right" if form.bottom_right else "top_left",
-            _window(form.left, form.right) if banded(form) else "",
+            written_window(form.left, form.right) if banded(form) else "",
             form.softcap > 0,
             form.bias + axes,
             form.alibi,
@@ -228,7 +242,7 @@ class ForwardProblem(Problem):
     def neighbours(self) -> Sequence[Self]:
         group = self.heads // self.heads_kv
         left, right = self._sides
-        window = _window(min(left, 100), min(right, 60))  # or it would reach past the ends of short sequences
+        window = written_window(min(left, 100), min(right, 60))  # or it would reach past the ends of short sequences
         few = replace(self, batch=2, heads=2 * group, heads_kv=2, window=window)
         longest = 4096 if "q" in self._kind_and_axes[1] else 32768  # such a bias grows with the square
         longer = min(max(1024, 2 * max(self.seq_q, self.seq_k)), longest)
@@ -293,12 +307,6 @@ class ForwardProblem(Problem):
         ]
         return {name: [cls.parse(text, "bf16") for text in texts] for name, texts in
                 (("quick", quick), ("seeds", seeds), ("fa", fa))}  # fmt: skip
-
-
-def _window(left: int, right: int) -> str:
-    """How a window is written; empty where the limits are none, or those of a causal mask."""
-    sides = "x".join("" if side < 0 else str(side) for side in (left, right))
-    return f"window{sides}" if left >= 0 or right > 0 else ""
 
 
 @dataclass(frozen=True)

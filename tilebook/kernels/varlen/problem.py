@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -18,8 +17,6 @@ from tilebook.kernels.attention import problem as padded
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen import eager
 from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, pattern, size
-
-_WINDOW = r"window(\d{1,9})?x(\d{1,9})?"
 
 SOFTCAP = 3.0
 """What the scores of a capped problem's random inputs are capped at; no verdict depends on it."""
@@ -37,12 +34,6 @@ def simplest(max_q: int, max_k: int, left: int, right: int, bottom_right: bool) 
     left = -1 if left >= longest_left - 1 else max(left, -1)
     right = -1 if right >= longest_right - 1 else max(right, -1)
     return left, right, bottom_right or (left < 0 and right < 0)
-
-
-def _window(left: int, right: int) -> str:
-    """How a window is written; empty where the limits are none, or those of a causal mask."""
-    sides = "x".join("" if side < 0 else str(side) for side in (left, right))
-    return f"window{sides}" if left >= 0 or right > 0 else ""
 
 
 def _shared_out(total: int, longest: int, count: int, source: random.Random) -> list[int]:
@@ -81,7 +72,7 @@ class ForwardProblem(Problem):
     dtype: str = "bf16"
     causal: bool = flag()
     diagonal: str = choice("bottom_right", "top_left", elided=True)
-    window: str = pattern(_WINDOW, "window[left]x[right]")
+    window: str = pattern(padded.WINDOW, "window[left]x[right]")
     softcap: bool = flag(elided=True)
     tf32: bool = flag(elided=True)
     deterministic: bool = demand()
@@ -94,7 +85,7 @@ class ForwardProblem(Problem):
         values = {
             "causal": right == 0,
             "diagonal": "bottom_right" if corner else "top_left",
-            "window": _window(left, right),
+            "window": padded.written_window(left, right),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -102,10 +93,7 @@ class ForwardProblem(Problem):
     @property
     def _sides(self) -> tuple[int, int]:
         """Columns to the left and to the right of the diagonal, -1 without limit."""
-        found = re.fullmatch(_WINDOW, self.window or "windowx")
-        if found is None:
-            raise ValueError(f"{self.window!r} is no window")
-        left, right = (-1 if side is None else int(side) for side in found.groups())
+        left, right = padded.read_window(self.window)
         return left, 0 if self.causal else right
 
     @classmethod
@@ -125,7 +113,7 @@ class ForwardProblem(Problem):
             dtype_name(q.dtype),
             form.causal,
             "bottom_right" if form.bottom_right else "top_left",
-            _window(form.left, form.right),
+            padded.written_window(form.left, form.right),
             form.softcap > 0,
             form.tf32,
             form.deterministic,
@@ -215,7 +203,8 @@ class ForwardProblem(Problem):
     def neighbours(self) -> Sequence[Self]:
         group = self.heads // self.heads_kv
         left, right = self._sides
-        window = _window(min(left, 100), min(right, 60))  # or it would reach past the ends of short sequences
+        # Or it would reach past the ends of short sequences.
+        window = padded.written_window(min(left, 100), min(right, 60))
         few = replace(self, batch=8, heads=2 * group, heads_kv=2, window=window)
         longer = min(max(1024, 2 * max(self.max_q, self.max_k)), 32768)
         return (
