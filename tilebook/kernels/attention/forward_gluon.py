@@ -45,8 +45,7 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
 
 
 def _default(problem: ForwardProblem, device: Device) -> Config:
-    heads = 4 if problem.causal and problem.batch * problem.heads >= 4 else 1
-    return Config(BLOCK_N=128, STAGES=2, HEADS=heads, TURNS=0, PERSISTENT=1)
+    return Config(BLOCK_N=128, STAGES=2, HEADS=1, TURNS=0, PERSISTENT=1)
 
 
 def _work(problem: ForwardProblem, config: Config) -> Cost:
@@ -63,7 +62,7 @@ SPACE = Space(
     axes={
         "BLOCK_N": (128,),
         "STAGES": (2, 3),
-        "HEADS": (1, 2, 4, 8, 16),
+        "HEADS": (1, 2, 4, 8, 16, 32, 64),
         "TURNS": (0, 1),
         "PERSISTENT": (0, 1),
     },

@@ -22,7 +22,7 @@ LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # of one warpgroup: what one wgmma instruction takes
 WARPGROUPS = gl.constexpr(2)
-HEIGHT = gl.constexpr(128)  # rows of a tile
+HEIGHT = gl.constexpr(128)  # rows of a tile, and columns of a block at least: only a tile's last block needs a mask
 
 # Triton 3.7 renamed them.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -43,15 +43,34 @@ def _tile(index, n_blocks, n_pairs, HEADS: gl.constexpr, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
+def _turn(turn):
+    """Number of this program's next tile. Every other turn goes round the other way: who got
+    a long tile of a causal mask gets a short one."""
+    here, all_ = gl.program_id(0), gl.num_programs(0)
+    return turn * all_ + gl.where(turn & 1 == 1, all_ - 1 - here, here)
+
+
+@gluon.jit
+def _turns(n_tiles):
+    """How many tiles are this program's."""
+    whole = n_tiles // gl.num_programs(0)
+    return whole + gl.where(_turn(whole) < n_tiles, 1, 0)
+
+
+@gluon.jit
 def _columns(row, n_k, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """Blocks of columns that rows `row` … `row + HEIGHT` see, and how many of the last of them need a mask."""
-    last = n_k
-    whole = n_k // BLOCK_N
-    if CAUSAL:
-        last = gl.minimum(row + HEIGHT, n_k)
-        whole = gl.minimum(row + 1, n_k) // BLOCK_N
-    blocks = gl.cdiv(last, BLOCK_N)
-    return blocks, blocks - whole
+    """Blocks of columns that rows `row` … `row + HEIGHT` see."""
+    return gl.cdiv(gl.minimum(row + HEIGHT, n_k) if CAUSAL else n_k, BLOCK_N)
+
+
+@gluon.jit
+def _fetch(x, tiles, full, empty, batch, head, column, at,
+           D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Block number `at` of k or v into its place of the ring, once that is free."""
+    stage = at % STAGES
+    mbarrier.wait(empty.index(stage), ((at // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), BLOCK_N * D * 2)
+    _load(x, [batch, head, column, 0], full.index(stage), tiles.index(stage))
 
 
 @gluon.jit
@@ -60,18 +79,18 @@ def _produce(
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HEADS: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Loads: q of each tile, then its blocks of k and v from the last to the first."""
+    """Loads: q of each tile, then its blocks of k and v from the last to the first; v a block behind, as it is used."""
     q_tiles, k_tiles, v_tiles, _o_tiles = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     n_tiles, n_blocks, n_pairs, n_heads, group, _n_q, n_k = sizes
     at = 0
-    turn = 0
-    for index in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        block, pair = _tile(index, n_blocks, n_pairs, HEADS, CAUSAL)
+    v_batch, v_head, v_column = 0, 0, 0
+    for turn in range(_turns(n_tiles)):
+        block, pair = _tile(_turn(turn), n_blocks, n_pairs, HEADS, CAUSAL)
         batch, head = pair // n_heads, pair % n_heads
         kv_head = head // group
         row = block * HEIGHT
-        blocks, _masked = _columns(row, n_k, BLOCK_N, CAUSAL)
+        blocks = _columns(row, n_k, BLOCK_N, CAUSAL)
         side = turn & 1
         mbarrier.wait(q_empty.index(side), ((turn >> 1) & 1) ^ 1)
         mbarrier.expect(q_full.index(side), HEIGHT * D * 2)
@@ -80,43 +99,44 @@ def _produce(
             _load(q, [batch, head, row + part * ROWS, 0], q_full.index(side), at_part)
         for step in range(blocks):
             column = (blocks - 1 - step) * BLOCK_N
-            stage = at % STAGES
-            phase = (at // STAGES) & 1
-            mbarrier.wait(k_empty.index(stage), phase ^ 1)
-            mbarrier.expect(k_full.index(stage), BLOCK_N * D * 2)
-            _load(k, [batch, kv_head, column, 0], k_full.index(stage), k_tiles.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(v_full.index(stage), BLOCK_N * D * 2)
-            _load(v, [batch, kv_head, column, 0], v_full.index(stage), v_tiles.index(stage))
+            _fetch(k, k_tiles, k_full, k_empty, batch, kv_head, column, at, D, BLOCK_N, STAGES)
+            if at > 0:
+                _fetch(v, v_tiles, v_full, v_empty, v_batch, v_head, v_column, at - 1, D, BLOCK_N, STAGES)
+            v_batch, v_head, v_column = batch, kv_head, column
             at += 1
-        turn += 1  # noqa: SIM113
+    _fetch(v, v_tiles, v_full, v_empty, v_batch, v_head, v_column, at - 1, D, BLOCK_N, STAGES)
 
 
 @gluon.jit
-def _soften(s, peak, weight, rows, column, factor, n_k, SCORES: gl.constexpr, BLOCK_N: gl.constexpr,
-            MASKED: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
-    """p = exp2(factor · s - maximum), with the new maximum and weight of each row, and what old sums decay by."""
-    if MASKED:
-        columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        keep = columns[None, :] < n_k
-        if CAUSAL:
-            keep = keep & (rows[:, None] >= columns[None, :])
-        s = gl.where(keep, s, -float("inf"))
-    higher = gl.maximum(peak, gl.max(s, 1) * factor)
-    ground = higher
-    if MASKED:
-        ground = gl.where(higher == -float("inf"), 0.0, higher)  # the last block may hide all of a row
-    p = gl.exp2(s * factor - ground[:, None])
-    decay = gl.exp2(peak - ground)
-    return p, higher, weight * decay + gl.sum(p, 1), decay
+def _masked(s, rows, column, n_k, SCORES: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+    keep = columns[None, :] < n_k
+    if CAUSAL:
+        keep = keep & (rows[:, None] >= columns[None, :])
+    return gl.where(keep, s, -float("inf"))
+
+
+@gluon.jit
+def _soften(s, peak, factor, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
+    """p = exp2(factor · s - maximum), the new maximum, what old sums decay by, and each thread's own part of Σ p.
+
+    A thread's columns of a row are every eighth and its neighbour. Their maximum in two steps is two chains of 16 and
+    not one of 32, and Σ p meets the other threads' only when the tile is done.
+    """
+    own = gl.max(s.reshape([ROWS, BLOCK_N // 8, 8]), 1)
+    highest = gl.convert_layout(gl.max(own, 1), gl.SliceLayout(1, SCORES))
+    higher = gl.maximum(peak, highest * factor)
+    decay = gl.exp2(peak - higher)
+    p = gl.exp2(s * factor - higher[:, None])
+    return p, higher, decay, gl.sum(p.reshape([ROWS, BLOCK_N // 8, 8]), 1)
 
 
 @gluon.jit
 def _advance(
     q_tile, k_tiles, v_tiles, barriers, my_turn, your_turn, phase,
-    acc, p, peak, weight, at, more, rows, column, factor, n_k,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
-    TURNS: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr, WEIGHTS: gl.constexpr,
+    acc, p, peak, weight, at, more, factor,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, SCORES: gl.constexpr,
+    SUMS: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """One more block of columns: its scores and weights, while the block before it is added to the sums."""
     _q_full, _q_empty, k_full, k_empty, v_full, v_empty = barriers
@@ -134,14 +154,29 @@ def _advance(
     mbarrier.arrive(k_empty.index(stage))
     if TURNS:  # the neighbour's products come after these scores, and beside their softmax
         mbarrier.arrive(your_turn)
-    p_next, peak, weight, decay = _soften(s, peak, weight, rows, column, factor, n_k, SCORES, BLOCK_N, MASKED, CAUSAL)
+    p_next, peak, decay, total = _soften(s, peak, factor, BLOCK_N, SCORES)
     # Waiting for what the next block needs keeps the compiler from moving the other wait in front of the exponentials:
     # it moves nothing across a branch. The weights are rounded after it, into the registers that the product reads.
     mbarrier.wait(k_full.index((at + 1) % STAGES), ((at + 1) // STAGES) & 1, pred=more)
     acc, _p, p_next = warpgroup_mma_wait(0, deps=[sums, p, p_next])
     mbarrier.arrive(v_empty.index(before))
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
+    weight = weight * gl.convert_layout(decay, gl.SliceLayout(1, weight.type.layout))[:, None] + total
     return acc, gl.convert_layout(p_next.to(p.dtype), WEIGHTS), peak, weight
+
+
+@gluon.jit
+def _finish(sums, weight, peak, o, o_tile, lse, batch_head, row, rows, n_q, D: gl.constexpr, PART: gl.constexpr,
+            SCORES: gl.constexpr, SUMS: gl.constexpr):  # fmt: skip
+    """o and log-sum-exp of a tile's rows."""
+    batch, head, pair = batch_head
+    whole = gl.convert_layout(gl.sum(weight, 1), gl.SliceLayout(1, SCORES))
+    share = gl.convert_layout(1.0 / whole, gl.SliceLayout(1, SUMS))
+    tma.store_wait(0)
+    o_tile.reshape([ROWS, D]).store((sums * share[:, None]).to(o_tile.dtype))
+    fence_async_shared()
+    _store(o, [batch, head, row + PART * ROWS, 0], o_tile)
+    gl.store(lse + pair.to(gl.int64) * n_q + rows, (peak + gl.log2(whole)) * LN2, mask=rows < n_q)
 
 
 @gluon.jit
@@ -161,90 +196,69 @@ def _consume(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     dtype: gl.constexpr = q_tiles.dtype
     nothing = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    none = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
     my_turn, your_turn = turns.index(PART), turns.index((PART + 1) % WARPGROUPS)
     o_tile = o_tiles.index(PART)
     within = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     factor = scale * LOG2E
     phase = 1 if PART == 0 else 0  # the first begins, without waiting for anyone
 
-    block, pair = _tile(gl.program_id(0), n_blocks, n_pairs, HEADS, CAUSAL)
+    n_turns = _turns(n_tiles)
+    block, pair = _tile(_turn(0), n_blocks, n_pairs, HEADS, CAUSAL)
     row = block * HEIGHT
-    blocks, masked = _columns(row, n_k, BLOCK_N, CAUSAL)
+    blocks = _columns(row, n_k, BLOCK_N, CAUSAL)
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     keys = k_tiles.index(0).reshape([BLOCK_N, D]).permute([1, 0])
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     s = warpgroup_mma(q_tiles.index(PART).reshape([ROWS, D]), keys, zeros, use_acc=False)
     mbarrier.arrive(k_empty.index(0))
-    column = (blocks - 1) * BLOCK_N
-    p, peak, weight, _decay = _soften(
-        s, nothing, none, row + within, column, factor, n_k, SCORES, BLOCK_N, True, CAUSAL
-    )
+    s = _masked(s, row + within, (blocks - 1) * BLOCK_N, n_k, SCORES, BLOCK_N, CAUSAL)
+    p, peak, _decay, weight = _soften(s, nothing, factor, BLOCK_N, SCORES)
     p = gl.convert_layout(p.to(dtype), WEIGHTS)
     at = 1
-    turn = 0
-    for index in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
+    for turn in range(n_turns):
         # The weights of the tile's last block of columns are there: masked whether they need be or not.
         q_tile = q_tiles.index((turn & 1) * WARPGROUPS + PART).reshape([ROWS, D])
         acc = gl.zeros([ROWS, D], gl.float32, SUMS)
         rows = row + within
-        column = (blocks - 2) * BLOCK_N
         mbarrier.wait(k_full.index(at % STAGES), (at // STAGES) & 1, pred=blocks > 1)
-        if CAUSAL:  # else no other block is ragged
-            for step in range(1, masked):
-                acc, p, peak, weight = _advance(
-                    q_tile, k_tiles, v_tiles, barriers, my_turn, your_turn, 0,
-                    acc, p, peak, weight, at, step + 1 < blocks, rows, column, factor, n_k,
-                    D, BLOCK_N, STAGES, True, CAUSAL, 0, SCORES, SUMS, WEIGHTS,
-                )  # fmt: skip
-                at += 1
-                column -= BLOCK_N
-        for step in range(gl.maximum(masked, 1), blocks):
+        for step in range(1, blocks):
             acc, p, peak, weight = _advance(
                 q_tile, k_tiles, v_tiles, barriers, my_turn, your_turn, phase,
-                acc, p, peak, weight, at, step + 1 < blocks, rows, column, factor, n_k,
-                D, BLOCK_N, STAGES, False, CAUSAL, TURNS, SCORES, SUMS, WEIGHTS,
+                acc, p, peak, weight, at, step + 1 < blocks, factor,
+                D, BLOCK_N, STAGES, TURNS, SCORES, SUMS, WEIGHTS,
             )  # fmt: skip
             phase ^= 1
             at += 1
-            column -= BLOCK_N
         mbarrier.arrive(q_empty.index(turn & 1))
 
         # Over the border; after the last tile the scores are of what the buffers happen to hold, and nobody's.
-        following = index + gl.num_programs(0)
-        more = following < n_tiles
-        next_block, next_pair = _tile(following, n_blocks, n_pairs, HEADS, CAUSAL)
+        following = turn + 1
+        more = following < n_turns
+        next_block, next_pair = _tile(_turn(following), n_blocks, n_pairs, HEADS, CAUSAL)
         next_row = next_block * HEIGHT
-        next_blocks, next_masked = _columns(next_row, n_k, BLOCK_N, CAUSAL)
+        next_blocks = _columns(next_row, n_k, BLOCK_N, CAUSAL)
         stage = at % STAGES
         before = (at - 1) % STAGES
-        turn += 1  # noqa: SIM113
-        mbarrier.wait(q_full.index(turn & 1), (turn >> 1) & 1, pred=more)
+        mbarrier.wait(q_full.index(following & 1), (following >> 1) & 1, pred=more)
         mbarrier.wait(k_full.index(stage), (at // STAGES) & 1, pred=more)
-        q_next = q_tiles.index((turn & 1) * WARPGROUPS + PART).reshape([ROWS, D])
+        q_next = q_tiles.index((following & 1) * WARPGROUPS + PART).reshape([ROWS, D])
         keys = k_tiles.index(stage).reshape([BLOCK_N, D]).permute([1, 0])
         s = warpgroup_mma(q_next, keys, warpgroup_mma_init(zeros), use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
         sums = warpgroup_mma(p, v_tiles.index(before).reshape([BLOCK_N, D]), warpgroup_mma_init(acc), is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(stage), pred=more)
-        p_next, next_peak, next_weight, _decay = _soften(
-            s, nothing, none, next_row + within, (next_blocks - 1) * BLOCK_N, factor, n_k,
-            SCORES, BLOCK_N, True, CAUSAL,
-        )  # fmt: skip
+        s = _masked(s, next_row + within, (next_blocks - 1) * BLOCK_N, n_k, SCORES, BLOCK_N, CAUSAL)
+        p_next, next_peak, _decay, next_weight = _soften(s, nothing, factor, BLOCK_N, SCORES)
         mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)  # again, for the branch
         acc, _p, p_next = warpgroup_mma_wait(0, deps=[sums, p, p_next])
         mbarrier.arrive(v_empty.index(before))
 
-        share = gl.convert_layout(1.0 / weight, gl.SliceLayout(1, SUMS))
-        tma.store_wait(0)
-        o_tile.reshape([ROWS, D]).store((acc * share[:, None]).to(dtype))
-        fence_async_shared()
-        _store(o, [pair // n_heads, pair % n_heads, row + PART * ROWS, 0], o_tile)
-        gl.store(lse + pair.to(gl.int64) * n_q + rows, (peak + gl.log2(weight)) * LN2, mask=rows < n_q)
+        old = pair // n_heads, pair % n_heads, pair
+        _finish(acc, weight, peak, o, o_tile, lse, old, row, rows, n_q, D, PART, SCORES, SUMS)
         p = gl.convert_layout(p_next.to(dtype), WEIGHTS)
-        peak, weight, pair, row, blocks, masked = next_peak, next_weight, next_pair, next_row, next_blocks, next_masked
+        peak, weight, pair, row, blocks = next_peak, next_weight, next_pair, next_row, next_blocks
         at += 1
     tma.store_wait(0)
 
