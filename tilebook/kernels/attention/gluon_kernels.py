@@ -109,11 +109,13 @@ def _produce(
 
 @gluon.jit
 def _masked(s, rows, column, n_k, SCORES: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """Without what the rows of a tile's last block of columns do not see."""
     columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-    keep = columns[None, :] < n_k
     if CAUSAL:
-        keep = keep & (rows[:, None] >= columns[None, :])
-    return gl.where(keep, s, -float("inf"))
+        s = gl.where(columns[None, :] < gl.minimum(rows + 1, n_k)[:, None], s, -float("inf"))
+    elif column + BLOCK_N > n_k:
+        s = gl.where(columns[None, :] < n_k, s, -float("inf"))
+    return s
 
 
 @gluon.jit
