@@ -158,6 +158,15 @@ SPACE = Space(
 
 
 @triton.jit
+def highest(s, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The maximum of each row. A thread's columns of a row are every eighth and its neighbour: maxima of those first
+    are two short chains of instructions for a long one. Wide heads have no registers left for it."""
+    if WIDTH <= 64:
+        s = tl.max(tl.reshape(s, [BLOCK_M, BLOCK_N // 8, 8]), 1)
+    return tl.max(s, 1)
+
+
+@triton.jit
 def attend(
     acc,
     weight,
@@ -196,7 +205,8 @@ def attend(
     """Columns `first` … `last`, in whole blocks: the running Σ p v, Σ p and maximum of each row.
 
     `scale` brings scores to powers of two, and maxima are in them; where something is done to the scores themselves
-    (`SCORED`) both are in natural units, and differences are taken first: biases may be huge.
+    (`SCORED`) both are in natural units, and differences are taken first: biases may be huge. Up to 64 wide, Σ p is in
+    eight parts a row, which meet when all is added up.
     """
     before, after, mask, _bias, base, stride_bm, stride_bn, _slope, _softcap, seed, dropout = extras
     for column in tl.range(first, last, BLOCK_N):
@@ -221,20 +231,23 @@ def attend(
             part = looked_up(mask + base, row, column, at_rows, at_columns, stride_bm, stride_bn, n_q, n_k)
             s = tl.where(part, s, -float("inf"))
         if SCORED:
-            higher = tl.maximum(peak, tl.max(s, 1))
+            higher = tl.maximum(peak, highest(s, WIDTH, BLOCK_M, BLOCK_N))
             ground = tl.where(higher == -float("inf"), 0.0, higher)
             p = tl.exp2((s - ground[:, None]) * LOG2E)
             decay = tl.exp2((peak - ground) * LOG2E)
         else:
             # Column 0 is visited first and no mask hides it, so the maximum is finite from then on; unless there are
             # gaps, and then the maximum of nothing must not meet itself: ∞ - ∞ is not 0.
-            higher = tl.maximum(peak, tl.max(s, 1) * scale)
+            higher = tl.maximum(peak, highest(s, WIDTH, BLOCK_M, BLOCK_N) * scale)
             ground = higher
             if GAPS:
                 ground = tl.where(higher == -float("inf"), 0.0, higher)
             p = tl.exp2(s * scale - ground[:, None])
             decay = tl.exp2(peak - ground)
-        total = tl.sum(p, 1)
+        if WIDTH <= 64:
+            total = tl.sum(tl.reshape(p, [BLOCK_M, BLOCK_N // 8, 8]), 1)
+        else:
+            total = tl.sum(p, 1)
         if seed is not None:
             at_rows, at_columns = (row + tl.arange(0, BLOCK_M))[:, None], (column + tl.arange(0, BLOCK_N))[None, :]
             p = tl.where(survives(at_rows, at_columns, pair, seed, dropout), p, 0.0)
@@ -243,7 +256,7 @@ def attend(
             v, batch, kv_head, column, stride_vb, stride_vh, stride_vs, n_k, BLOCK_N, D, WIDTH, MASKED, DESCRIPTORS
         )
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, allow_tf32=TF32)
-        weight = weight * decay + total
+        weight = weight * (decay[:, None] if WIDTH <= 64 else decay) + total
         peak = higher
     return acc, weight, peak
 
@@ -309,7 +322,7 @@ def _attention_fwd(
 
     q_tile = load_tile(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
-    weight = tl.zeros([BLOCK_M], dtype=tl.float32)
+    weight = tl.zeros([BLOCK_M, 8] if WIDTH <= 64 else [BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
 
     last = n_k
@@ -349,6 +362,8 @@ def _attention_fwd(
         True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
 
+    if WIDTH <= 64:
+        weight = tl.sum(weight, 1)
     share = weight
     if GAPS:
         share = tl.where(weight == 0.0, 1.0, weight)  # a row that sees nothing is 0, and its log-sum-exp -inf
