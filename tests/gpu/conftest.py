@@ -1,4 +1,4 @@
-"""Makes the injected ops importable by name, here and in workers, and the tuner's fakes; stops where the GPU stopped."""
+"""Makes the injected ops importable by name, here and in workers, and the tuner's fakes; notices a GPU that stopped."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packed sequences' kernels compile for Hopper with their default config in every form, and samples of the rest, really.
+"""Packed sequences' kernels compile for Hopper with their default config in every form, and samples of the rest.
 
 What the interpreter runs may still be no program to a compiler: older Tritons return no None from a function.
 """
