@@ -108,7 +108,10 @@ def test_rows_that_see_nothing_are_zero_everywhere(kind, causal):
     suffix = ",causal" if causal else ""
     problem = BACKWARD.problem.parse(f"B2,H2,S197,D64{suffix},{kind}qk", "bf16")
     options = form(right=0 if causal else -1, bias=kind)
-    dead = [5, 70] if causal else [70]
+    seen = shown[0, 0].tril() if causal else shown[0, 0]
+    dead = (~seen.any(1)).nonzero().flatten().tolist()  # chance may hide what little the first rows see, too
+    assert 70 in dead
+    assert (5 in dead) == causal
     for forward, config in running(FORWARD, FORWARD.problem.parse(problem.label, "bf16")):
         o, lse = forward(q, k, v, options, 0.125, table, config=config)
         assert (o[:, :, dead] == 0).all(), forward.name

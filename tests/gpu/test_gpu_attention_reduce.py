@@ -48,6 +48,19 @@ def test_default_and_random_configs_err_at_most_twice_as_much_as_pytorch(text, d
         _verify(problem, config, 1)
 
 
+@pytest.mark.parametrize("text", ["B2,H4,S1000,Sk197,D96", "B2,H8,S4096,D128,causal", "B2,H8,Hkv4,S4096,D64"])
+def test_configs_without_a_pipeline_are_right_or_rejected(text):
+    """On an H200 those with 32 rows gave a wrong dq or accessed memory that is not theirs."""
+    gpu, problem, ran = devices.current(), PROBLEM.parse(text, "bf16"), 0
+    for rows, columns, warps in ((32, 64, 4), (32, 64, 8), (32, 128, 8), (64, 64, 4), (64, 64, 8), (128, 64, 8)):
+        config = REDUCE.space.default(problem, gpu).replace(
+            BLOCK_M=rows, BLOCK_N=columns, num_warps=warps, num_stages=1, DESCRIPTORS=0
+        )
+        if REDUCE.space.reject(problem, config, gpu) is None:
+            ran += _verify(problem, config, 1)
+    assert ran
+
+
 @pytest.mark.parametrize("text", ["B2,H4,S197,D64", "B2,H8,S1000,D128,causal", "B1,H8,S4096,D128"])
 def test_every_one_of_many_runs_is_right(text):
     """Sums in another order each time; a write that comes before its zero, or is lost, would show."""

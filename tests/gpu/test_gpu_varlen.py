@@ -87,8 +87,10 @@ def _by_sequence(lengths_q, lengths_k, causal):
     return attend
 
 
+# Where PyTorch's code composes attention it rounds scores to 16 bits, which its fused kernels do not.
+@pytest.mark.parametrize(("implementation", "factor"), [("triton", 2), ("torch", 4)])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_packs_err_at_most_twice_as_much_as_pytorch(seed):
+def test_random_packs_err_at_most_a_few_times_as_much_as_pytorch(seed, implementation, factor):
     source = random.Random(seed)
     count, causal = source.randint(1, 24), source.random() < 0.6
     dtype, width = source.choice([torch.bfloat16, torch.float16]), source.choice([32, 64, 128])
@@ -107,11 +109,14 @@ def test_random_packs_err_at_most_twice_as_much_as_pytorch(seed):
 
     plain = _by_sequence(lengths_q, lengths_k, causal)
     truth = _with_gradients(plain, do, *(x.detach().float().requires_grad_() for x in inputs))
-    theirs, found = _with_gradients(plain, do, *inputs), _with_gradients(ours, do, *inputs)
+    theirs = _with_gradients(plain, do, *inputs)
+    with dispatch.use(implementation):
+        found = _with_gradients(ours, do, *inputs)
     for name, right, other, got in zip(("o", "dq", "dk", "dv"), truth, theirs, found, strict=True):
         floor = torch.finfo(dtype).eps / 2 * right.abs().max().item()
-        allowed = 2 * (other.float() - right).abs().max().item() + floor
-        assert (got.float() - right).abs().max().item() <= allowed, name
+        allowed = factor * (other.float() - right).abs().max().item() + floor
+        wrong = (got.float() - right).abs().max().item()
+        assert wrong <= allowed, name
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -121,6 +121,18 @@ def test_default_config_is_feasible_on_every_gpu(gpu):
             assert space.reject(problem, config, gpu) is None, problem.label
 
 
+@pytest.mark.parametrize("columns", [64, 128])
+def test_what_ran_wrong_on_hopper_is_rejected_there_alone(columns):
+    problem = PROBLEM.parse("B2,H8,S4096,D64,causal", "bf16")
+    wrong = REDUCE.space.default(problem, H200).replace(
+        BLOCK_M=32, BLOCK_N=columns, num_warps=8, num_stages=1, DESCRIPTORS=0
+    )
+    assert "ptxas" in REDUCE.space.reject(problem, wrong, H200)
+    assert REDUCE.space.reject(problem, wrong.replace(num_stages=2), H200) is None
+    assert REDUCE.space.reject(problem, wrong.replace(BLOCK_M=64), H200) is None
+    assert REDUCE.space.reject(problem, wrong, devices.find("A100")) is None
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_default_compiles_and_samples_compile_or_say_why_not(name):
     gpu, problem = devices.find(name), PROBLEM.parse("B4,H16,S4096,D128,causal", "bf16")

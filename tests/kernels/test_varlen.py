@@ -15,7 +15,7 @@ import tilebook
 from tilebook import dispatch, source
 from tilebook.kernels import varlen
 from tilebook.kernels.attention.form import form
-from tilebook.kernels.varlen import attention_varlen_bwd, attention_varlen_fwd, kernels
+from tilebook.kernels.varlen import attention_varlen_bwd, attention_varlen_fwd, eager, kernels
 from tilebook.kernels.varlen.problem import BackwardProblem, ForwardProblem, simplest
 from tilebook.op import Config, UsageError
 from tilebook.tuner.verify import Case, verify
@@ -221,6 +221,19 @@ def test_the_public_function_and_its_gradients(implementation, causal):
     assert (o.dtype, lse.dtype, lse.requires_grad) == (torch.bfloat16, torch.float32, False)
     for got, right in zip((o, lse, *(x.grad for x in leaves)), expected, strict=True):
         torch.testing.assert_close(got.double(), right, rtol=2e-2, atol=4e-2)
+
+
+def test_statistics_of_a_sequence_reach_pytorch_in_one_piece():
+    """Its FlashAttention-2 reads the log-sum-exp by address, as if there were no strides."""
+    do, q, k, v, o = _tensors(*[(12, 3, 16)] * 5)
+    lse, ends, seen = torch.arange(36.0, device=DEVICE).view(3, 12), _ends([5, 0, 7]), []
+
+    def attend(do, q, k, v, o, lse, form, scale):
+        seen.append(lse.as_strided(lse.shape, torch.empty(lse.shape).stride()).clone())
+        return q, k, v
+
+    eager.backward(attend, do, q, k, v, o, lse, ends, ends, form(), 1.0)
+    assert [x.tolist() for x in seen] == [lse[None, :, :5].tolist(), lse[None, :, 5:].tolist()]
 
 
 @pytest.mark.parametrize("implementation", ["triton", "torch"])

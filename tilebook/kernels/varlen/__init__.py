@@ -93,9 +93,16 @@ def _steps(*tensors: torch.Tensor) -> list[int]:
     return [step for x in tensors for step in x.stride()[:2]]
 
 
-@attention_varlen_fwd.implementation(
-    "triton", space=SPACE, supports=lambda problem: supports(problem.even), proven=lambda problem: False
-)
+def _supports(problem: ForwardProblem) -> bool:
+    return supports(problem.even)
+
+
+def _proven(problem: ForwardProblem) -> bool:
+    """What the GPU tests run: 16 bits, with a head dimension that needs no padding; any form."""
+    return problem.dtype in ("bf16", "fp16") and problem.head_dim == problem.even.width
+
+
+@attention_varlen_fwd.implementation("triton", space=SPACE, supports=_supports, proven=_proven)
 def _triton_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -140,12 +147,7 @@ def _triton_fwd(
     return o, lse
 
 
-@attention_varlen_bwd.implementation(
-    "triton",
-    space=SPACE_BWD,
-    supports=lambda problem: supports(problem.even),
-    proven=lambda problem: False,
-)
+@attention_varlen_bwd.implementation("triton", space=SPACE_BWD, supports=_supports, proven=_proven)
 def _triton_bwd(
     do: torch.Tensor,
     q: torch.Tensor,
@@ -338,8 +340,9 @@ def attention_varlen(
     No number of one sequence enters another, NaN and infinity included. Kernels take bf16, fp16 and fp32 on a GPU with
     D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32 factors are rounded to tf32 where
     `torch.backends.cuda.matmul.allow_tf32` has it. They never read a length on the host, so a CUDA graph that captured
-    a call follows the lengths. They serve where a verdict covers a call. Everything else, and `torch.compile`, runs the
-    same in PyTorch, a sequence at a time, and has to wait for the lengths. Under autocast q, k and v are cast as there.
+    a call follows the lengths. Without a verdict that covers a call they serve bf16 and fp16 with D a power of two.
+    Everything else, and `torch.compile`, runs the same in PyTorch, a sequence at a time, and has to wait for the
+    lengths. Under autocast q, k and v are cast as there.
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """

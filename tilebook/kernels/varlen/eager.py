@@ -74,7 +74,7 @@ def backward(
             _batched(k, columns),
             _batched(v, columns),
             _batched(o, rows),
-            lse[None, :, rows],
+            lse[None, :, rows].contiguous(),  # FlashAttention-2 reads it by address, whatever its strides
             own,
             scale,
         )

@@ -17,16 +17,6 @@ from tilebook.kernels.varlen.blocks import located, stretch
 
 
 @triton.jit
-def _extras(left, right, shift, softcap):
-    """The optional parts of attention's inner loops; first the limits, for a diagonal `shift` columns further right."""
-    return (
-        None if left is None else left - shift,
-        None if right is None else right + shift,
-        None, None, None, None, None, None, softcap, None, None,
-    )  # fmt: skip
-
-
-@triton.jit
 def _columns(row, height, n_k, before, after, LIMITED: tl.constexpr, BLOCK_N: tl.constexpr):
     """[first, clear, whole, last): columns that a block of rows visits; from `clear` to `whole` without masks."""
     first = 0
@@ -62,7 +52,10 @@ def varlen_fwd(
     start_k, n_k = stretch(cu_k, sequence, n_sequences, total_k, 0)
     kv_head = head // group
     shift = n_k - n_q if BOTTOM_RIGHT else 0
-    extras = _extras(left, right, shift, softcap)
+    extras = (
+        None if left is None else left - shift, None if right is None else right + shift,
+        None, None, None, None, None, None, softcap, None, None,
+    )  # fmt: skip
 
     q_tile = load_tile(q, start, head, row, stride_qs, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
@@ -115,7 +108,10 @@ def varlen_bwd_dq(
     start_k, n_k = stretch(cu_k, sequence, n_sequences, total_k, 0)
     kv_head = head // group
     shift = n_k - n_q if BOTTOM_RIGHT else 0
-    extras = _extras(left, right, shift, softcap)
+    extras = (
+        None if left is None else left - shift, None if right is None else right + shift,
+        None, None, None, None, None, None, softcap, None, None,
+    )  # fmt: skip
 
     do_tile = load_tile(
         do, start, head, row, stride_ds, stride_dh, stride_ds, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS
@@ -170,7 +166,10 @@ def varlen_bwd_dkdv(
         return
     start, n_q = stretch(cu_q, sequence, n_sequences, total_q, 0)
     shift = n_k - n_q if BOTTOM_RIGHT else 0
-    extras = _extras(left, right, shift, softcap)
+    extras = (
+        None if left is None else left - shift, None if right is None else right + shift,
+        None, None, None, None, None, None, softcap, None, None,
+    )  # fmt: skip
 
     k_tile = load_tile(
         k, start_k, kv_head, column, stride_ks, stride_kh, stride_ks, n_k, BLOCK_N, D, WIDTH, True, DESCRIPTORS
@@ -197,14 +196,14 @@ def varlen_bwd_dkdv(
         head = kv_head * group + member
         own = head.to(tl.int64) * total_q + start  # of this head and sequence, so it is pair 0 of what follows
         pair = head * 0
-        for index in tl.range(0, n_masked):
+        for index in tl.range(0, n_masked, disable_licm=D >= 128):  # as in attention: wide tiles spill else
             at = tl.where(index < clear - first, first + index, ragged + index - (clear - first))
             dk, dv = column_step(
                 dk, dv, k_tile, v_tile, q, do, lse + own, delta + own, start, head, pair, at, column,
                 stride_qs, stride_qh, stride_qs, stride_ds, stride_dh, stride_ds, n_q, n_k, factor, extras,
                 True, False, LIMITED, SCORED, LIMITED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
             )  # fmt: skip
-        for at in tl.range(clear, ragged):
+        for at in tl.range(clear, ragged, disable_licm=D >= 128):
             dk, dv = column_step(
                 dk, dv, k_tile, v_tile, q, do, lse + own, delta + own, start, head, pair, at, column,
                 stride_qs, stride_qh, stride_qs, stride_ds, stride_dh, stride_ds, n_q, n_k, factor, extras,

@@ -7,6 +7,7 @@ from typing import Any
 from tilebook.device import Device
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.tiles import asynchronous
 from tilebook.kernels.varlen.problem import ForwardProblem
 from tilebook.op import Config, Cost, Op, Space
 
@@ -25,7 +26,10 @@ def _like(op: Op[Any]) -> Space:
         return space.reject(problem.even, config, device)
 
     def default(problem: ForwardProblem, device: Device) -> Config:
-        return space.default(problem.even, device)
+        config = space.default(problem.even, device)
+        # Without descriptors, where a sequence begins takes registers too, and these tiles leave none.
+        wide = asynchronous(device) and problem.even.width > 64 and not config["DESCRIPTORS"]
+        return config.replace(BLOCK_M1=32) if wide and "BLOCK_M1" in config else config
 
     return Space(space.axes, reject, default, work)
 
