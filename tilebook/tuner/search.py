@@ -19,7 +19,7 @@ INFEASIBLE_MS = 1e6
 _Params = tuple[int, ...]
 
 _FIRST = 16  # configs around the seeds that are tried before anything is known
-_MOVED = 0.6  # of the axes, on which such a config has another value than its seed
+_MOVED = (0.3, 0.7)  # of the axes, on which the first and the last of them have another value than their seed
 _ENOUGH = 4  # times that the model needs to say anything
 _REACH = 1.2  # the distance at which two configs' times have lost all but 1/e of their correlation
 _CLIP = 1.5  # ln: how much slower than the best a config may count as; beyond, only that it is hopeless matters
@@ -131,7 +131,7 @@ class Search:
         return batch
 
     def _around(self, seeds: Sequence[Config]) -> list[Config]:
-        """Configs that have another value than one of the seeds on each of some axes, drawn at random.
+        """Configs that have another value than one of the seeds on each of some axes, drawn at random: first on few.
 
         Any other value and not just the next one: where a seed is no better than the rest, its surroundings alone are
         worse than chance.
@@ -139,9 +139,10 @@ class Search:
         found: dict[Config, None] = {}
         sizes = [len(values) for values in self._axes.values()]
         for _ in range(100 * _FIRST if seeds else 0):
+            share = _MOVED[0] + (_MOVED[1] - _MOVED[0]) * len(found) / (_FIRST - 1)
             at = self._index(self._random.choice(seeds))
             moved = tuple(
-                (x + self._random.randrange(1, size)) % size if self._random.random() < _MOVED else x
+                (x + self._random.randrange(1, size)) % size if self._random.random() < share else x
                 for x, size in zip(at, sizes, strict=True)
             )
             around = self._left.get(moved)
