@@ -1,11 +1,13 @@
 """Do tunes of one problem agree? Tunes it again and again, each time from another seed and with a registry of its own.
 
     python benchmarks/agreement.py --op attention_fwd --shape B4,H16,S2048,D128,causal --out FILE [--runs 21]
-        [--dtype bf16] [--budget 540] [--workers N] [--sweep FILE]
+        [--dtype bf16] [--budget 540] [--workers N] [--gpus all|0,1,…] [--sweep FILE]
 
-On the GPU that is here; with --sweep over a recorded sweep instead, which needs none. Nothing that another run or a
-shipped registry knows is a seed. Two runs *agree* if they name the same winner, or if each winner is in the other's tie
-set. JSON: each run's winner and tie set, each pair. No run begins that would not end within --budget seconds.
+On the GPU that is here, or side by side on several: a process for each, which gets its share of the runs and of the
+compilers. With --sweep over a recorded sweep instead, which needs no GPU: --gpus then says how many processes replay.
+Nothing that another run or a shipped registry knows is a seed. Two runs *agree* if they name the same winner, or if
+each winner is in the other's tie set. JSON: each run's winner and tie set, each pair. No run begins that would not end
+within --budget seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +26,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tilebook import device as devices
 from tilebook import op as ops
@@ -32,6 +38,7 @@ from tilebook.tuner.compile import CompilePool, Compilers
 from tilebook.tuner.known import Known
 from tilebook.tuner.progress import Run
 from tilebook.tuner.recorded import Lane, Machine, recorded_op
+from tilebook.tuner.run import indices
 from tilebook.tuner.runner import GpuRunner, Runner
 from tilebook.tuner.session import Options, Session
 from tilebook.tuner.shards import tune_all
@@ -72,66 +79,66 @@ def tunes(
     gpu: Device,
     versions: Mapping[str, str],
     make: Callable[[], Bench],
-    runs: int,
+    seeds: Sequence[int],
     budget_s: float,
-) -> Iterator[tuple[Verdict, float]]:
-    """Verdicts from seeds 0, 1, …, each with its seconds, as many as there is time for, and one at least."""
+) -> Iterator[dict[str, Any]]:
+    """What came of a tune from each of these seeds, as many as there is time for, and of one at least."""
     began, longest = time.monotonic(), 0.0
-    for seed in range(runs):
+    for seed in seeds:
         start = time.monotonic()
-        if seed and start - began + longest > budget_s:
+        if longest and start - began + longest > budget_s:
             return
         verdict = tune_once(op, problem, gpu, versions, make(), seed)
         seconds = time.monotonic() - start
         longest = max(longest, seconds)
-        yield verdict, seconds
+        yield outcome(seed, verdict, seconds)
 
 
-def winner(verdict: Verdict) -> tuple[str, Config]:
-    return verdict.implementation, Config(verdict.config)
+def outcome(seed: int, verdict: Verdict, seconds: float) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "status": verdict.status,
+        "winner": {"implementation": verdict.implementation, "config": dict(verdict.config)},
+        "time_ms": verdict.time_ms,
+        "speedup": [verdict.speedup_low, verdict.speedup, verdict.speedup_high],
+        "tied": verdict.evidence["tied"],
+        "tried": verdict.evidence["tried"],
+        "seconds": round(seconds, 2),
+    }
 
 
-def ties(verdict: Verdict) -> set[tuple[str, Config]]:
-    tied: Any = verdict.evidence["tied"]
-    return {(each["implementation"], Config(each["config"])) for each in tied}
+def named(candidate: Mapping[str, Any]) -> tuple[str, Config]:
+    return candidate["implementation"], Config(candidate["config"])
 
 
-def compared(one: Verdict, other: Verdict) -> dict[str, bool]:
+def compared(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, bool]:
     """`either`: one of the winners at least is in the other's tie set."""
-    same = winner(one) == winner(other)
-    there, back = winner(one) in ties(other), winner(other) in ties(one)
-    return {"same": same, "agree": same or (there and back), "either": same or there or back}
+    mine, theirs = named(one["winner"]), named(other["winner"])
+    there, back = mine in map(named, other["tied"]), theirs in map(named, one["tied"])
+    return {
+        "same": mine == theirs,
+        "agree": mine == theirs or (there and back),
+        "either": mine == theirs or there or back,
+    }
 
 
-def document(op: Op[Any], problem: Problem, found: Sequence[tuple[Verdict, float]]) -> dict[str, Any]:
-    """What the runs came to, and what that says of each pair; `next` are the pairs of one run and the next."""
-    verdicts = [verdict for verdict, _ in found]
+def document(op: Op[Any], problem: Problem, outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the runs came to, in the order of their seeds, and what that says of each pair; `next` are the pairs of one
+    run and the next."""
+    runs = sorted(outcomes, key=lambda each: each["seed"])
     pairs = {
-        (one, other): compared(verdicts[one], verdicts[other])
-        for one, other in itertools.combinations(range(len(verdicts)), 2)
+        (one, other): compared(runs[one], runs[other]) for one, other in itertools.combinations(range(len(runs)), 2)
     }
     following = [pair for (one, other), pair in pairs.items() if other == one + 1]
     return {
         "benchmark": "agreement of tunes",
         "op": op.name,
         "problem": problem.label,
-        "runs": [
-            {
-                "seed": seed,
-                "status": verdict.status,
-                "winner": {"implementation": verdict.implementation, "config": dict(verdict.config)},
-                "time_ms": verdict.time_ms,
-                "speedup": [verdict.speedup_low, verdict.speedup, verdict.speedup_high],
-                "tied": verdict.evidence["tied"],
-                "tried": verdict.evidence["tried"],
-                "seconds": round(seconds, 2),
-            }
-            for seed, (verdict, seconds) in enumerate(found)
-        ],
-        "pairs": [{"runs": list(runs), **pair} for runs, pair in pairs.items()],
+        "runs": runs,
+        "pairs": [{"runs": list(both), **pair} for both, pair in pairs.items()],
         "next": {"pairs": len(following), "agree": sum(pair["agree"] for pair in following)},
         "all": {"pairs": len(pairs), "agree": sum(pair["agree"] for pair in pairs.values())},
-        "winners": len({winner(verdict) for verdict in verdicts}),
+        "winners": len({named(each["winner"]) for each in runs}),
     }
 
 
@@ -148,7 +155,7 @@ def reached(result: Mapping[str, Any]) -> bool:
     return bool(result["next"]["pairs"]) and result["next"]["agree"] >= WANTED * result["next"]["pairs"]
 
 
-def replayed(sweep: Sweep, runs: int, budget_s: float) -> dict[str, Any]:
+def replayed(sweep: Sweep, seeds: Sequence[int], budget_s: float) -> dict[str, Any]:
     """The same over a recorded sweep."""
     op = recorded_op(sweep)
     problem = op.problem.from_key(sweep.header["problem"])
@@ -157,50 +164,108 @@ def replayed(sweep: Sweep, runs: int, budget_s: float) -> dict[str, Any]:
         machine = Machine(sweep)
         return Bench(machine, machine, Lane(machine))
 
-    found = tunes(op, problem, sweep.device, sweep.header["environment"], make, runs, budget_s)
+    found = tunes(op, problem, sweep.device, sweep.header["environment"], make, seeds, budget_s)
     return {**document(op, problem, list(found)), "sweep": True}
 
 
-def measured(op: Op[Any], problem: Problem, runs: int, budget_s: float, workers: int | None) -> dict[str, Any]:
-    """On the GPU that is here: the compilers stay, each run has measuring processes of its own."""
-    if not devices.present():
-        raise UsageError("there is no GPU here: give --sweep FILE to try it over a recorded sweep")
-    gpu, versions = devices.current(), devices.environment()
+def measured(
+    op: Op[Any], problem: Problem, seeds: Sequence[int], budget_s: float, workers: int | None, index: int
+) -> dict[str, Any]:
+    """On GPU number `index` of this host: the compilers stay, each run has measuring processes of its own."""
+    gpu, versions = devices.current(index), devices.environment()
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(CompilePool(gpu, workers))
 
         def make() -> Bench:
-            runner = GpuRunner()
+            runner = GpuRunner(index)
             stack.callback(runner.close)
             runner.start()
             return Bench(pool, runner)
 
         found = []
-        for verdict, seconds in tunes(op, problem, gpu, versions, make, runs, budget_s):
-            found.append((verdict, seconds))
-            print(f"run {len(found)}: {Config(verdict.config)}, {seconds:.1f} s", file=sys.stderr, flush=True)
+        for each in tunes(op, problem, gpu, versions, make, seeds, budget_s):
+            found.append(each)
+            winner = Config(each["winner"]["config"])
+            print(f"seed {each['seed']} on GPU {index}: {winner}, {each['seconds']} s", file=sys.stderr, flush=True)
     return {**document(op, problem, found), "device": gpu.name, "environment": dict(versions)}
 
 
-def main() -> int:
+def side_by_side(
+    gpus: Sequence[int], runs: int, workers: int, command: Callable[[int, Sequence[int], int, Path], Sequence[str]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the processes wrote, one for each GPU: the first one's document, and the outcomes of all.
+
+    command: how a process is started, from its GPU, its seeds, its compilers, and where it is to write. Raises
+    RuntimeError where one fails.
+    """
+    shares = [range(place, runs, len(gpus)) for place in range(len(gpus))]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        paths = [Path(folder) / f"{gpu}.json" for gpu, seeds in zip(gpus, shares, strict=True) if seeds]
+        started = []
+        for gpu, seeds, path in zip(gpus, shares, paths, strict=False):
+            process = subprocess.Popen(command(gpu, seeds, max(1, workers // len(paths)), path), stdout=sys.stderr)
+            stack.callback(_end, process)
+            started.append(process)
+        for process in started:
+            process.wait()
+        lost = [gpu for gpu, path in zip(gpus, paths, strict=False) if not path.exists()]
+        if lost:
+            raise RuntimeError(f"the tunes failed on GPU {', '.join(map(str, lost))}")
+        parts = [json.loads(path.read_text()) for path in paths]
+    return parts[0], [each for part in parts for each in part["runs"]]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+    process.wait()
+
+
+def _parsed() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--op")
     arguments.add_argument("--shape")
     arguments.add_argument("--dtype", default="bf16")
     arguments.add_argument("--runs", type=int, default=21)
+    arguments.add_argument("--seeds", help="these instead of 0 to --runs less one: numbers and commas")
     arguments.add_argument("--budget", type=float, default=540.0, help="seconds")
-    arguments.add_argument("--workers", type=int)
+    arguments.add_argument("--workers", type=int, help="compile processes, all GPUs together")
+    arguments.add_argument("--gpus", help="'all', or numbers such as 0,1")
     arguments.add_argument("--sweep", type=Path, help="replay this recorded sweep instead of measuring")
     arguments.add_argument("--out", type=Path, required=True)
     given = arguments.parse_args()
     if (given.sweep is None) != bool(given.op and given.shape):
         arguments.error("give --op and --shape, or --sweep")
-    if given.sweep is not None:
-        result = replayed(read(given.sweep), given.runs, given.budget)
+    return given
+
+
+def main() -> int:
+    given = _parsed()
+    sweep = None if given.sweep is None else read(given.sweep)
+    if sweep is None and not devices.present():
+        raise UsageError("there is no GPU here: give --sweep FILE to try it over a recorded sweep")
+    cores = os.cpu_count() or 1
+    gpus = indices(given.gpus, torch.cuda.device_count() if sweep is None else cores)
+    op = ops.get(given.op) if sweep is None else recorded_op(sweep)
+    problem = (
+        op.problem.parse(given.shape, given.dtype) if sweep is None else op.problem.from_key(sweep.header["problem"])
+    )
+    seeds = range(given.runs) if given.seeds is None else [int(seed) for seed in given.seeds.split(",")]
+
+    def command(gpu: int, seeds: Sequence[int], workers: int, path: Path) -> list[str]:
+        what = ["--op", given.op, "--shape", given.shape, "--dtype", given.dtype, "--gpus", str(gpu)]
+        what = what if sweep is None else ["--sweep", str(given.sweep)]
+        part = [sys.executable, __file__, *what, "--seeds", ",".join(map(str, seeds)), "--budget", str(given.budget)]
+        return [*part, "--workers", str(workers), "--out", str(path)]
+
+    if len(gpus) > 1:
+        # The processes that measure need a core each, or the GPUs wait for them.
+        first, outcomes = side_by_side(gpus, given.runs, given.workers or cores - len(gpus), command)
+        result = {**first, **document(op, problem, outcomes), "gpus": len(gpus)}
+    elif sweep is not None:
+        result = replayed(sweep, seeds, given.budget)
     else:
-        op = ops.get(given.op)
-        problem = op.problem.parse(given.shape, given.dtype)
-        result = measured(op, problem, given.runs, given.budget, given.workers)
+        result = measured(op, problem, seeds, given.budget, given.workers, gpus[0])
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(summary(result))

@@ -3,11 +3,12 @@
     python benchmarks/resume.py --op attention_fwd --shape B4,H16,S2048,D128,causal --out FILE [--kills 3]
         [--dtype bf16] [--seed 0] [--workers N]
 
-First it lets one run be, in a registry of its own: how long that takes, and what it finds. Then, in another registry,
-each run but the last is killed with SIGKILL at a random moment after its first new trial. JSON: for each kill how many
-trials a reader had seen in the registry before it, are there after it, and were lost then or in the end; the verdict,
-and whether its winner is in the tie set of the run that nobody killed. `benchmarks/kill_runs.py` does this without a
-GPU, with many more kills.
+First it lets one run be, in a registry of its own: how many trials that takes, and what it finds. Then, in another
+registry, each run but the last is killed with SIGKILL at a random moment, chosen by its new trials and not by the
+clock: what was compiled before is in Triton's cache, and a run that starts again gets on faster. JSON: for each kill
+how many trials a reader had seen in the registry before it, are there after it, and were lost then or in the end; the
+verdict, and whether its winner is in the tie set of the run that nobody killed. `benchmarks/kill_runs.py` does this
+without a GPU, with many more kills.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tilebook import op as ops
 from tilebook.op import Config
 from tilebook.registry import Registry, RegistryError, Verdict
 
-POLL_S = 0.1
+POLL_S = 0.05
 LIMIT_S = 300.0
 """A run that takes longer than this is killed, and fails the program."""
 
@@ -44,49 +45,51 @@ Command = Callable[[Path], Sequence[str]]
 
 @dataclass(frozen=True)
 class Lived:
-    """How a run went: its seconds, when its first new trial and its verdict were seen, all trials seen meanwhile."""
+    """How a run went: its seconds, and all trials that were seen in its registry."""
 
     seconds: float
-    first_s: float | None
-    decided_s: float | None
     seen: frozenset[str]
     status: int
 
 
-def looked(path: Path) -> tuple[frozenset[str], bool]:
-    """Digests of the trials that a reader finds while somebody else may be writing, none before there is a registry;
-    and whether there is a verdict."""
+@dataclass(frozen=True)
+class Moment:
+    """So many seconds after so many new trials were seen."""
+
+    trials: int
+    seconds: float
+
+
+def looked(path: Path) -> frozenset[str]:
+    """Digests of the trials that a reader finds while somebody else may be writing, none before there is a registry."""
     try:
         with Registry.open(path) as registry:
-            return frozenset(trial.sha256 for trial in registry.trials()), bool(registry.verdicts())
+            return frozenset(trial.sha256 for trial in registry.trials())
     except (RegistryError, OSError):
-        return frozenset(), False
+        return frozenset()
 
 
-def start(command: Sequence[str], path: Path, kill_after_s: float | None) -> Lived:
-    """Runs the command; with `kill_after_s` it is killed so long after its first new trial. It writes to our stderr."""
-    before, _ = looked(path)
-    began, first_s, decided_s, seen = time.monotonic(), None, None, before
+def start(command: Sequence[str], path: Path, kill_at: Moment | None) -> Lived:
+    """Runs the command, until it is killed at that moment if it lives so long. It writes to our stderr."""
+    before = seen = looked(path)
+    began, due_s = time.monotonic(), LIMIT_S
     process = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     try:
         while process.poll() is None:
             lived_s = time.monotonic() - began
             if lived_s > LIMIT_S:
                 raise RuntimeError(f"a run took longer than {LIMIT_S:.0f} s")
-            there, decided = looked(path)
-            seen |= there
-            if decided and decided_s is None:
-                decided_s = lived_s
-            if first_s is None and seen - before:
-                first_s = lived_s
-            if first_s is not None and kill_after_s is not None and lived_s >= first_s + kill_after_s:
+            if lived_s >= due_s:
                 break
-            time.sleep(POLL_S)
+            seen |= looked(path)
+            if kill_at is not None and due_s == LIMIT_S and len(seen - before) >= kill_at.trials:
+                due_s = time.monotonic() - began + kill_at.seconds
+            time.sleep(max(0.0, min(POLL_S, due_s - (time.monotonic() - began))))
     finally:
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    return Lived(time.monotonic() - began, first_s, decided_s, seen, process.returncode)
+    return Lived(time.monotonic() - began, seen, process.returncode)
 
 
 def resumed(command: Command, folder: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -94,10 +97,10 @@ def resumed(command: Command, folder: Path, kills: int, seed: int) -> dict[str, 
     chance, kept = random.Random(seed), folder / "undisturbed.db"
     whole = start(command(kept), kept, None)
     expected = _verdict(kept, whole)
-    window_s = (whole.decided_s or whole.seconds) - (whole.first_s or 0.0)
+    most = max(1, len(whole.seen) // (kills + 1))  # so that all of them come before the verdict
     path, killed = folder / "killed.db", []
     for _ in range(kills):
-        run = start(command(path), path, chance.uniform(0, window_s / (kills + 1)))
+        run = start(command(path), path, Moment(chance.randint(1, most), chance.uniform(0, 2 * POLL_S)))
         there, verdicts = stored(path)
         found = {trial.sha256 for trial in there}
         killed.append(
@@ -123,6 +126,7 @@ def resumed(command: Command, folder: Path, kills: int, seed: int) -> dict[str, 
     return {
         "benchmark": "resumed after kills",
         "undisturbed": {"seconds": round(whole.seconds, 2), "trials": len(whole.seen), **_named(expected)},
+        "wanted": kills,
         "kills": killed,
         "resumed": {"seconds": round(last.seconds, 2), "trials": len(end), **_named(verdict)},
         "measured_twice": len(configs) - len(set(configs)),
@@ -158,7 +162,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def good(result: dict[str, Any]) -> bool:
-    return not result["lost"] and result["winner_in_tie_set"] and result["interrupted"] > 0
+    return not result["lost"] and result["winner_in_tie_set"] and result["interrupted"] == result["wanted"]
 
 
 def main() -> int:

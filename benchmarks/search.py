@@ -3,8 +3,11 @@
     cd benchmarks/results/nvidia-h200 && python ../../search.py sweeps/*.jsonl --out search
 
 writes search.json and search.png. Sweeps recorded after the search's constants got their values are marked as held
-out. `tilebook` is a whole tuning session whose only seed is the default. Beside it
+out. `tilebook` is a whole tuning session as a user has it: its seeds are the default and, from the registry that comes
+with the package, the winners of the nearest problems, without the sweep's own and those that differ from it only in
+batch or heads. Beside it
 
+    default only     the same session with the default as its only seed
     random           configs of the space in a random order, compiled and measured as ours are
     grid             the same in the order of the axes
     plain TPE        Optuna's TPESampler as it comes, one ask and tell after the other: it proposes what is infeasible
@@ -30,7 +33,16 @@ import numpy as np
 import optuna
 
 from tilebook.op import Config
-from tilebook.tuner.recorded import Machine, Step, default, recorded_op, todays_default, tune
+from tilebook.tuner.recorded import (
+    Machine,
+    Step,
+    beginning,
+    default,
+    neighbours,
+    recorded_op,
+    todays_default,
+    tune,
+)
 from tilebook.tuner.runner import Candidate
 from tilebook.tuner.search import INFEASIBLE_MS
 from tilebook.tuner.session import Options
@@ -39,7 +51,7 @@ from tilebook.tuner.sweep import Measured, Sweep, read
 SHARES = (0.15, 0.30)
 """Shares of the configs at which the methods are compared."""
 
-FIXED = datetime(2026, 11, 21, 4, 56, 8, tzinfo=UTC)
+FIXED = datetime(2026, 11, 21, 16, 10, tzinfo=UTC)
 """When the search's constants got their values: sweeps of a later date had no part in choosing them."""
 
 PROPOSALS = 200  # of plain TPE, most of which are infeasible where the space is large
@@ -51,6 +63,10 @@ Method = Callable[[Sweep, int], list[Step]]
 
 
 def tilebook(sweep: Sweep, seed: int) -> list[Step]:
+    return tune(sweep, Options(seed=seed, force=True), verdicts=neighbours(sweep))[1].steps
+
+
+def default_only(sweep: Sweep, seed: int) -> list[Step]:
     return tune(sweep, Options(seed=seed, force=True))[1].steps
 
 
@@ -126,12 +142,14 @@ def autotune(sweep: Sweep, seed: int) -> list[Step]:
 
 METHODS: dict[str, Method] = {
     "tilebook": tilebook,
+    "default only": default_only,
     "random": at_random,
     "grid": grid,
     "plain TPE": plain_tpe,
     "triton.autotune": autotune,
 }
 SEEDLESS = ("grid", "triton.autotune")
+OURS = ("tilebook", "default only")
 
 
 def best_by(steps: Sequence[Step], axis: str, points: np.ndarray) -> np.ndarray:
@@ -147,20 +165,45 @@ def passed_ms(measured: Measured) -> float:
     return float("inf") if measured.attempt.failure is not None or time_ms is None else time_ms
 
 
-def chance(sweep: Sweep) -> np.ndarray:
-    """What a random search has found after 1, 2, … configs in the median of all orders, ms: the better, at each count,
-    of one that draws all of its configs and one that begins with the default as ours does."""
-    times, count = np.sort([passed_ms(each) for each in sweep.ours]), len(sweep.ours)
-    missed, ranks = (
-        np.ones(count),
-        np.arange(count),
-    )  # the probability that none of n configs was of this rank or better
-    drawn = []
+def drawn(times_ms: Sequence[float]) -> np.ndarray:
+    """The best of 1, 2, … configs drawn from those with these times, ms, in the median of all orders."""
+    times, count = np.sort(times_ms), len(times_ms)
+    missed, ranks = np.ones(count), np.arange(count)  # the probability that none of n is of this rank or better
+    found = []
     for n in range(count):
         missed = missed * np.maximum(count - 1 - ranks - n, 0) / (count - n)
-        drawn.append(times[np.argmax(missed <= 0.5)])
-    begun = np.minimum(default_ms(sweep), [np.inf, *drawn[:-1]])
-    return np.minimum(drawn, begun)
+        found.append(times[np.argmax(missed <= 0.5)])
+    return np.array(found)
+
+
+def chance(sweep: Sweep, first: Sequence[Config]) -> np.ndarray:
+    """What a random search has found after 1, 2, … configs in the median of all orders, ms: the better, at each count,
+    of one that draws all of its configs and one that begins with `first`, in this order, as ours does."""
+    times = {each.candidate.config: passed_ms(each) for each in sweep.ours}
+    begun = np.minimum.accumulate([times[config] for config in first])
+    then = drawn([time_ms for config, time_ms in times.items() if config not in first])
+    return np.minimum(drawn([*times.values()]), np.concatenate([begun, np.minimum(begun[-1], then)]))
+
+
+def behind(sweep: Sweep, ours: Sequence[list[Step]], random: Sequence[list[Step]], first: Sequence[Config]) -> Any:
+    """Where ours, which begins with `first`, is behind chance in the median: after which counts of configs until it
+    ends, by how much at most, and until which second."""
+    ended = int(np.median([max(step.number for step in steps) for steps in ours]))
+    tried = np.arange(1, ended + 1)
+    mine = np.median([best_by(steps, "number", tried) for steps in ours], axis=0)
+    lag = mine / chance(sweep, first)[:ended] - 1
+    ends_s = float(np.median([max(step.seconds for step in steps) for steps in ours]))
+    every = np.linspace(0, ends_s, 20 * POINTS + 1)[1:]
+    ours_by_s, random_by_s = (
+        np.median([best_by(steps, "seconds", every) for steps in runs], axis=0) for runs in (ours, random)
+    )
+    late = every[ours_by_s > random_by_s]
+    return {
+        "first": len(first),
+        "at": [int(n) for n in tried[lag > 0]],
+        "most": round(max(0.0, float(lag.max())), 5),
+        "until_s": round(float(late[-1]), 2) if len(late) else None,
+    }
 
 
 def judge(path: Path, seeds: int) -> dict[str, Any]:
@@ -169,12 +212,15 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
     sweep = read(path)
     count = len(sweep.ours)
     exhaustive = min(map(passed_ms, sweep.ours))
-    runs = {
-        name: [method(sweep, seed) for seed in range(1 if name in SEEDLESS else seeds)]
-        for name, method in METHODS.items()
-    }
+    first = {"tilebook": beginning(sweep, neighbours(sweep)), "default only": (default(sweep),)}
+    alone = first["tilebook"] == first["default only"]
+    runs: dict[str, list[list[Step]]] = {}
+    for name, method in METHODS.items():
+        same = name == "default only" and alone  # there is no neighbour to learn from
+        every = range(1 if name in SEEDLESS else seeds)
+        runs[name] = runs["tilebook"] if same else [method(sweep, seed) for seed in every]
     longest = max(steps[-1].seconds for steps in [*runs["tilebook"], *runs["random"]])
-    tried, seconds = np.arange(1, count + 1), np.linspace(0, longest, POINTS + 1)[1:]
+    seconds = np.linspace(0, longest, POINTS + 1)[1:]
 
     def quartiles(name: str, axis: str, points: np.ndarray) -> list[list[float]]:
         shares = np.array([exhaustive / best_by(steps, axis, points) for steps in runs[name]])
@@ -199,13 +245,6 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
             "seconds": round(float(np.median(ends)), 2),
             "end": [float(q) for q in np.percentile([exhaustive / ms for ms in best], [25, 50, 75])],
         }
-    ended, every = int(methods["tilebook"]["configs"]), np.linspace(0, longest, 20 * POINTS + 1)[1:]
-    mine = np.median([best_by(steps, "number", tried[:ended]) for steps in runs["tilebook"]], axis=0)
-    behind = mine / chance(sweep)[:ended] - 1
-    ours_by_s, random_by_s = (
-        np.median([best_by(steps, "seconds", every) for steps in runs[name]], axis=0) for name in ("tilebook", "random")
-    )
-    late = every[(ours_by_s > random_by_s) & (every <= methods["tilebook"]["seconds"])]
     (whole,) = runs["triton.autotune"]
     fifth = np.array([whole[-1].seconds / 5])
     in_a_fifth = [exhaustive / best_by(steps, "seconds", fifth)[0] for steps in runs["tilebook"]]
@@ -221,9 +260,7 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
         "default": dict(default(sweep)),
         "default_of_today": default(sweep) == todays_default(sweep),
         "default_share_of_best": round(exhaustive / default_ms(sweep), 5),
-        "behind_random_at": [int(n) for n in tried[:ended][behind > 0]],
-        "behind_random_most": round(max(0.0, float(behind.max())), 5),
-        "behind_random_until_s": round(float(late[-1]), 2) if len(late) else None,
+        "behind_random": {name: behind(sweep, runs[name], runs["random"], first[name]) for name in OURS},
         "in_a_fifth_of_autotune": round(float(np.median(in_a_fifth)), 5),
         "methods": methods,
     }
@@ -236,10 +273,10 @@ def default_ms(sweep: Sweep) -> float:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The page's table, as Markdown: the sweeps that the search was made on, then those held out."""
-    shown = ("tilebook", "random", "plain TPE", "grid")
+    shown = (*OURS, "random", "plain TPE", "grid")
     lines = [
         f"| % of the best by 15 % / 30 % of the configs | configs | default alone | {' | '.join(shown)} |",
-        "|" + "---|" * 7,
+        "|" + "---|" * 8,
     ]
     lines[0] += " tilebook ends at | 1/5 of autotune |"
     lines[1] += "---|" * 2
@@ -253,7 +290,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         cells = [name, f"{result['configs']}{sample}", default]
         for method in shown:
             shares = " / ".join(f"{100 * v[1]:.1f}" for v in result["methods"][method]["share_of_best"].values())
-            cells.append(f"**{shares}**" if method == "tilebook" else shares)
+            cells.append(f"**{shares}**" if method in OURS else shares)
         cells.append(f"{100 * ours['end'][1]:.1f} after {ours['configs']:.0f}, {ours['seconds']:.0f} s")
         cells.append(f"{100 * result['in_a_fifth_of_autotune']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -267,7 +304,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = dict(zip(METHODS, ("#c1121f", "#555555", "#b0b0b0", "#1f77b4", "#e09f3e"), strict=True))
+    colours = dict(zip(METHODS, ("#c1121f", "#6a4c93", "#555555", "#b0b0b0", "#1f77b4", "#e09f3e"), strict=True))
     figure, rows = plt.subplots(len(results), 2, figsize=(10, 2.3 * len(results)), squeeze=False, layout="constrained")
     for (left, right), result in zip(rows, results, strict=True):
         sampled = "" if result["whole"] else " (sample)"
@@ -283,9 +320,9 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
                 if name == "triton.autotune" and axes is left:
                     continue  # the grid's curve
                 at, low, middle, high = np.array(method[key]).T
-                width = 2.0 if name == "tilebook" else 1.2
+                width = 2.0 if name in OURS else 1.2
                 axes.plot(at * scale, 100 * middle, color=colours[name], lw=width, label=name, zorder=2 + width)
-                if name in ("tilebook", "random", "plain TPE"):
+                if name in (*OURS, "random", "plain TPE"):
                     axes.fill_between(at * scale, 100 * low, 100 * high, color=colours[name], alpha=0.15, lw=0)
         mine = result["methods"]["tilebook"]
         left.plot(100 * mine["configs"] / result["configs"], 100 * mine["end"][1], "o", color=colours["tilebook"], ms=4)
@@ -319,11 +356,13 @@ def main() -> None:
             results.append(result)
             print(f"{result['op']} {result['problem']}: {result['configs']} configs", end="")
             print(", held out" if result["held_out"] else "", end="")
-            print(f", default {100 * result['default_share_of_best']:.1f} %, behind random at", end=" ")
-            most = f"by {100 * result['behind_random_most']:.1f} % at most"
-            print(f"{result['behind_random_at']}, {most}" if result["behind_random_at"] else "no budget", end="; ")
-            print(f"until {result['behind_random_until_s']} s; {100 * result['in_a_fifth_of_autotune']:.2f} %", end=" ")
-            print("of the best in a fifth of triton.autotune's time", flush=True)
+            print(
+                f", default {100 * result['default_share_of_best']:.1f} %; in a fifth of triton.autotune's time", end=""
+            )
+            print(f" {100 * result['in_a_fifth_of_autotune']:.2f} % of the best")
+            for name, lag in result["behind_random"].items():
+                most = f"{lag['at']}, by {100 * lag['most']:.1f} % at most" if lag["at"] else "no budget"
+                print(f"  {name}, with {lag['first']} seeds: behind random at {most}; until {lag['until_s']} s")
             for name, method in result["methods"].items():
                 shares = "  ".join(f"{100 * v[1]:.2f} % by {share}" for share, v in method["share_of_best"].items())
                 end = f"{100 * method['end'][1]:.2f} % after {method['configs']:.0f} configs, {method['seconds']:.0f} s"

@@ -1,6 +1,5 @@
 """The programs that tune on a GPU again and again, with stand-ins for it: what they count is what happened."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -11,8 +10,6 @@ import pytest
 from fakes import ENVIRONMENT, GPU, FakePool
 from test_session_statistics import NoisyRunner, rough
 from toy import make_op
-
-from tilebook.op import Config
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "benchmarks/results/nvidia-h200/sweeps/attention_fwd-B4-H16-S2048-D64-bf16.jsonl"
@@ -29,7 +26,7 @@ def program(name):
 agreement, resume = program("agreement"), program("resume")
 
 
-def noisy_tunes(runs, budget_s=60.0):
+def noisy_tunes(runs, budget_s=3600.0):
     op, seeds = make_op(), iter(range(100))
     problem = op.problem(64, 64)
     found = agreement.tunes(
@@ -38,7 +35,7 @@ def noisy_tunes(runs, budget_s=60.0):
         GPU,
         ENVIRONMENT,
         lambda: agreement.Bench(FakePool(), NoisyRunner(rough, next(seeds))),
-        runs,
+        range(runs),
         budget_s,
     )
     return op, problem, list(found)
@@ -54,24 +51,37 @@ def test_agreement_tunes_anew_each_time_and_compares_every_pair():
     assert "4 runs" in agreement.summary(result)
 
 
-def test_two_verdicts_agree_by_winner_or_where_each_winner_is_in_the_others_tie_set():
-    op, problem, ((verdict, seconds),) = noisy_tunes(1)
-    a, b = Config(verdict.config), Config(verdict.config).replace(num_stages=4)
-    a = a.replace(num_stages=1)
+def outcome(seed, chosen, *tied):
+    """A run that names config `chosen`, with a tie set."""
+    first, *rest = ({"implementation": "triton", "config": {"BLOCK": block}} for block in (chosen, *tied))
+    return {"seed": seed, "winner": first, "tied": rest}
 
-    def made(chosen, *tied):
-        named = [{"implementation": "triton", "config": dict(config)} for config in tied]
-        evidence = {**verdict.evidence, "tied": named}
-        return dataclasses.replace(verdict, implementation="triton", config=dict(chosen), evidence=evidence)
 
-    assert agreement.compared(made(a, a), made(a, a, b)) == {"same": True, "agree": True, "either": True}
-    assert agreement.compared(made(a, a, b), made(b, a, b)) == {"same": False, "agree": True, "either": True}
-    assert agreement.compared(made(a, a), made(b, a, b)) == {"same": False, "agree": False, "either": True}
-    assert agreement.compared(made(a, a), made(b, b)) == {"same": False, "agree": False, "either": False}
-    apart = agreement.document(op, problem, [(made(a, a), seconds), (made(b, b), seconds)])
-    assert not agreement.reached(apart)
-    assert agreement.reached(agreement.document(op, problem, [(made(a, a), seconds), (made(a, a), seconds)]))
-    assert not agreement.reached(agreement.document(op, problem, [(made(a, a), seconds)])), "one run shows nothing"
+def test_two_runs_agree_by_winner_or_where_each_winner_is_in_the_others_tie_set():
+    def compared(one, other):
+        return agreement.compared(outcome(0, *one), outcome(1, *other))
+
+    assert compared((16, 16), (16, 16, 32)) == {"same": True, "agree": True, "either": True}
+    assert compared((16, 16, 32), (32, 16, 32)) == {"same": False, "agree": True, "either": True}
+    assert compared((16, 16), (32, 16, 32)) == {"same": False, "agree": False, "either": True}
+    assert compared((16, 16), (32, 32)) == {"same": False, "agree": False, "either": False}
+
+
+@pytest.mark.parametrize(("apart", "enough"), [(0, True), (1, True), (2, False)])
+def test_nineteen_of_twenty_pairs_of_one_run_and_the_next_must_agree(apart, enough):
+    op = make_op()
+    # The last winners differ, each from the one before it.
+    runs = [outcome(seed, 16 + max(0, seed - 20 + apart), 0) for seed in range(21)]
+    shuffled = runs[1::2] + runs[::2]  # as they come from two GPUs
+    result = agreement.document(op, op.problem(64, 64), shuffled)
+    assert [run["seed"] for run in result["runs"]] == list(range(21))
+    assert result["next"] == {"pairs": 20, "agree": 20 - apart}
+    assert agreement.reached(result) == enough
+
+
+def test_one_run_shows_nothing():
+    op = make_op()
+    assert not agreement.reached(agreement.document(op, op.problem(64, 64), [outcome(0, 16, 16)]))
 
 
 def test_no_run_begins_without_time_to_end():
@@ -87,19 +97,62 @@ def test_agreement_over_a_recorded_sweep(tmp_path, monkeypatch, capsys):
     assert "3 runs" in capsys.readouterr().out
 
 
+def test_processes_side_by_side_share_the_seeds_and_come_to_the_same(tmp_path, monkeypatch):
+    def made(name, *options):
+        out = tmp_path / f"{name}.json"
+        command = ["agreement.py", "--sweep", str(SWEEP), "--runs", "3", "--out", str(out), *options]
+        monkeypatch.setattr(sys, "argv", command)
+        assert agreement.main() == 0
+        return json.loads(out.read_text())
+
+    monkeypatch.setattr(agreement.os, "cpu_count", lambda: 2)
+    one, two = made("one"), made("two", "--gpus", "all")
+    for run in (*one["runs"], *two["runs"]):
+        assert run.pop("seconds") > 0
+    assert two.pop("gpus") == 2
+    assert one == two
+
+
+def test_each_gpu_gets_its_share_of_runs_and_compilers_and_none_more_than_there_are():
+    asked = []
+
+    def command(gpu, seeds, workers, path):
+        asked.append((gpu, list(seeds), workers))
+        written = json.dumps({"runs": [{"seed": seed} for seed in seeds]})
+        return [sys.executable, "-c", f"open({str(path)!r}, 'w').write({written!r})"]
+
+    _, outcomes = agreement.side_by_side([0, 2, 3, 5], 6, 60, command)
+    assert asked == [(0, [0, 4], 15), (2, [1, 5], 15), (3, [2], 15), (5, [3], 15)]
+    assert sorted(each["seed"] for each in outcomes) == list(range(6))
+    asked.clear()
+    agreement.side_by_side([0, 1, 2], 2, 5, command)
+    assert asked == [(0, [0], 2), (1, [1], 2)]
+
+
+def test_a_gpu_whose_process_fails_is_named():
+    def command(gpu, seeds, workers, path):
+        return [sys.executable, "-c", "" if gpu else f"open({str(path)!r}, 'w').write('{{}}')"]
+
+    with pytest.raises(RuntimeError, match="GPU 1"):
+        agreement.side_by_side([0, 1], 2, 2, command)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_a_killed_tune_is_started_again_and_what_was_stored_is_compared(tmp_path, monkeypatch):
     here = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), *filter(None, sys.path)]))
 
     def command(path):
-        return [sys.executable, str(here / "killing.py"), "--into", str(path), "0", "0.4"]
+        # Nothing has to be compiled again: what is killed gets on six times as fast as the run that nobody kills.
+        seconds = "0.3" if path.stem == "undisturbed" else "0.05"
+        return [sys.executable, str(here / "killing.py"), "--into", str(path), "0", seconds]
 
-    result = resume.resumed(command, tmp_path, 1, 1)
-    (kill,) = result["kills"]
-    assert kill["status"] == -9
-    assert 0 < kill["seen_before"] <= kill["stored_after"] <= result["resumed"]["trials"]
-    assert (result["lost"], result["interrupted"], result["measured_twice"]) == (0, 1, 0)
+    result = resume.resumed(command, tmp_path, 3, 1)
+    assert [kill["status"] for kill in result["kills"]] == [-9] * 3
+    for kill in result["kills"]:
+        assert 0 < kill["seen_before"] <= kill["stored_after"] <= result["resumed"]["trials"]
+    assert (result["lost"], result["interrupted"], result["measured_twice"]) == (0, 3, 0)
     assert result["winner_in_tie_set"]
     assert resume.good(result)
     assert "0 trials lost" in resume.summary(result)
+    assert not resume.good({**result, "interrupted": 2}), "a kill after the verdict shows nothing"

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from fakes import FakePool, FakeRunner
@@ -10,13 +11,16 @@ from fakes import FakePool, FakeRunner
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Config
-from tilebook.registry import Failure, VerdictStatus
+from tilebook.registry import Failure, Registry, VerdictStatus
 from tilebook.tuner.compile import Binary, Compiled
 from tilebook.tuner.progress import Run
-from tilebook.tuner.recorded import Lane, Machine, Step, default, recorded_op, tune
+from tilebook.tuner.recorded import Lane, Machine, Step, beginning, default, neighbours, recorded_op, tune
 from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.session import Options
 from tilebook.tuner.sweep import Measured, Sweep, read, record
+
+SWEEPS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / "sweeps"
+ATTENTION = SWEEPS / "attention_fwd-B4-H16-S2048-D64-bf16.jsonl"
 
 A, B, C, D, E = (Config(BLOCK=block) for block in (16, 32, 64, 128, 256))
 
@@ -177,6 +181,32 @@ def test_a_session_starts_from_todays_default_where_the_sweep_has_it(sweep):
         next(each for each in old.measured if each.candidate.config == today), attempt=Attempt(Failure.SPILLS, "spills")
     )
     assert default(dataclasses.replace(old, measured=(*without, failed))) == other
+
+
+@pytest.fixture
+def learnt(tmp_path):
+    """A sweep of attention, and a registry with verdicts of its problem and of others, each with another winner."""
+    op, sweep = ops.get("attention_fwd"), read(ATTENTION)
+    verdict = tune(sweep, Options(trials=4))[0].verdict
+    winners = [each.candidate.config for each in sweep.ours if each.candidate.config != default(sweep)]
+    shapes = ("B4,H16,S2048,D64", "B8,H32,S2048,D64", "B4,H16,S8192,D64", "B4,H16,S4096,D64", "B4,H16,S4096,D128")
+    with Registry.open(tmp_path / "shipped.db", write=True) as registry:
+        for shape, config in zip(shapes, winners, strict=False):
+            key = op.problem.parse(shape, "bf16").key
+            found = {"problem": key, "implementation": "triton", "config": dict(config), "evidence": {}}
+            registry.record(verdict=dataclasses.replace(verdict, **found))
+    # Its own, what differs only in batch and heads, and what no verdict of can serve it, are left out.
+    return sweep, neighbours(sweep, tmp_path / "shipped.db"), (default(sweep), winners[3], winners[2])
+
+
+def test_a_session_begins_with_what_it_may_learn_from_other_problems(learnt):
+    sweep, verdicts, first = learnt
+    assert beginning(sweep) == first[:1]
+    assert beginning(sweep, verdicts) == first
+    times = {each.candidate.config: each.attempt.time_ms for each in sweep.ours}
+    _, machine = tune(sweep, Options(trials=4), verdicts=verdicts)
+    measured = {step.number: step.time_ms for step in machine.steps}
+    assert [measured.get(place) for place in (1, 2, 3)] == [times[config] for config in first]
 
 
 def test_a_session_asks_for_nothing_that_the_sweep_has_not(sweep):

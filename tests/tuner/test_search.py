@@ -29,9 +29,18 @@ def _run(method: str, n: int, seed: int) -> float:
     return search.best[1]
 
 
-def test_seeds_come_first_and_infeasible_seeds_are_left_out():
-    seeds = [Config(BLOCK=128, num_warps=4, num_stages=3), Config(BLOCK=512, num_warps=16, num_stages=1), FEASIBLE[0]]
-    assert Search(SPACE, FEASIBLE, seeds).ask(2) == [seeds[0], seeds[2]]
+def test_seeds_come_first_and_an_infeasible_one_becomes_the_nearest_that_is_feasible():
+    good, other = Config(BLOCK=128, num_warps=4, num_stages=3), Config(BLOCK=128, num_warps=4, num_stages=2)
+    without = [config for config in FEASIBLE if config != other]
+    nearest = Config(BLOCK=64, num_warps=4, num_stages=2)
+    search = Search(SPACE, without, [good, other, FEASIBLE[0], nearest])
+    assert nearest in without
+    assert search.seeds == (good, nearest, FEASIBLE[0])
+    assert search.ask(3) == [good, nearest, FEASIBLE[0]]
+
+
+def test_seeds_of_a_space_with_nothing_feasible_are_none():
+    assert Search(SPACE, [], FEASIBLE[:1]).seeds == ()
 
 
 @pytest.mark.parametrize("method", ["tpe", "random", "grid", "cmaes"])
@@ -79,14 +88,20 @@ def test_unknown_sampler_is_a_usage_error_that_names_the_known_ones():
         sampler("genius", 0)
 
 
-def test_the_first_batch_lies_one_step_from_the_seed_on_some_axes():
+def test_the_first_batch_lies_around_the_seed_and_not_only_next_to_it():
     seed = Config(BLOCK=128, num_warps=4, num_stages=3)
-    first, *batch = Search(SPACE, FEASIBLE, [seed], "tpe", 1).ask(17)
-    assert first == seed
-    assert len(set(batch)) == 16
-    for config in batch:
-        steps = [abs(values.index(config[a]) - values.index(seed[a])) for a, values in SPACE.axes.items()]
-        assert max(steps) == 1
+    moved, farthest = [0] * 16, 0
+    for number in range(40):
+        first, *batch = Search(SPACE, FEASIBLE, [seed], "tpe", number).ask(17)
+        assert first == seed
+        assert len(set(batch)) == 16
+        assert seed not in batch
+        for place, config in enumerate(batch):
+            steps = [abs(values.index(config[a]) - values.index(seed[a])) for a, values in SPACE.axes.items()]
+            farthest = max(farthest, *steps)
+            moved[place] += sum(step > 0 for step in steps)
+    assert farthest > 1
+    assert sum(moved[:4]) < sum(moved[-4:]), "those that differ least come first"
 
 
 def test_the_model_looks_near_the_fast_and_away_from_what_is_under_way():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+import json
+import math
 import random
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +16,14 @@ from typing import Any, TypeVar
 
 from tilebook import op as ops
 from tilebook.op import Config, Op, Problem, Space, Value
-from tilebook.registry import Failure, Layers
+from tilebook.registry import Failure, Layers, Registry, Verdict
+from tilebook.registry.layers import SHIPPED
 from tilebook.tuner.compile import Compiled
 from tilebook.tuner.known import Known
 from tilebook.tuner.measure import SAMPLE_MS
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Attempt, Candidate
+from tilebook.tuner.search import Search
 from tilebook.tuner.session import Options, Session
 from tilebook.tuner.shards import tune_all
 from tilebook.tuner.stats import median
@@ -29,6 +34,9 @@ _T = TypeVar("_T")
 
 LOADING_S = 4.0
 """A candidate that took this long to compile was the first of its process, and waited while Triton loaded."""
+
+COUNTS = ("batch", "heads", "heads_kv", "rows")
+"""Fields of a problem that say how often the same work is done: without them, two problems may be the same."""
 
 
 @dataclass(frozen=True)
@@ -182,14 +190,47 @@ def recorded_op(sweep: Sweep) -> Op[Any]:
     return made
 
 
-def tune(sweep: Sweep, options: Options, workers: int = 16) -> tuple[ProblemState, Machine]:
-    """A whole session over the sweep, into a registry that is thrown away, and the machine with its clock and steps."""
-    op, machine, run = recorded_op(sweep), Machine(sweep, workers), Run(1, True)
-    problem = op.problem.from_key(sweep.header["problem"])
+def neighbours(sweep: Sweep, shipped: Path = SHIPPED) -> list[Verdict]:
+    """The verdicts of the registry that comes with the package which a tune of the sweep's problem may learn from when
+    it is judged: none of the problem itself, nor of one that differs from it only in `COUNTS`."""
+    problem_of = ops.get(sweep.header["op"]).problem.from_key
+    own = sweep.header["problem"]
+
+    def kind(key: str) -> dict[str, Value]:
+        return {name: value for name, value in json.loads(key).items() if name not in COUNTS}
+
+    with Registry.open(shipped) as registry:
+        found = [each for each in registry.verdicts(op=sweep.header["op"]) if kind(each.problem) != kind(own)]
+    return [each for each in found if problem_of(own).distance(problem_of(each.problem)) < math.inf]
+
+
+@contextlib.contextmanager
+def _known(sweep: Sweep, verdicts: Iterable[Verdict]) -> Iterator[Known]:
+    """A registry with these verdicts, which is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         layers = Layers([("explicit", str(Path(folder) / "registry.db"))])
         with layers.writer() as registry:
-            known = Known(registry, layers, sweep.device, sweep.header["environment"], "graph")
-            session = Session(sweep.device, known, machine, machine, options, run, lane=Lane(machine))
-            (state,) = tune_all([session], [(op, problem)], run)
+            registry.merge(verdicts=verdicts)
+            yield Known(registry, layers, sweep.device, sweep.header["environment"], "graph")
+
+
+def beginning(sweep: Sweep, verdicts: Iterable[Verdict] = ()) -> tuple[Config, ...]:
+    """The configs that a session over the sweep tries first: the default, and what it learns from these verdicts."""
+    op = recorded_op(sweep)
+    problem = op.problem.from_key(sweep.header["problem"])
+    with _known(sweep, verdicts) as known:
+        field = known.field(op.tunable, problem, sweep.device)
+        return Search(field.space, field.feasible, [default(sweep), *known.seeds(op, problem, field)]).seeds
+
+
+def tune(
+    sweep: Sweep, options: Options, workers: int = 16, verdicts: Iterable[Verdict] = ()
+) -> tuple[ProblemState, Machine]:
+    """A whole session over the sweep, and the machine with its clock and steps. It goes into a registry that is thrown
+    away, and knows nothing but these verdicts."""
+    op, machine, run = recorded_op(sweep), Machine(sweep, workers), Run(1, True)
+    problem = op.problem.from_key(sweep.header["problem"])
+    with _known(sweep, verdicts) as known:
+        session = Session(sweep.device, known, machine, machine, options, run, lane=Lane(machine))
+        (state,) = tune_all([session], [(op, problem)], run)
     return state, machine

@@ -33,8 +33,8 @@ def _target(gpu: str | None, gpus: str | None) -> tuple[devices.Device, list[int
         if named is None:
             raise UsageError("there is no GPU here: name a model with --gpu to compile and rank for it")
         return named, []
-    indices = _indices(gpus, torch.cuda.device_count())
-    found = [devices.current(index) for index in indices]
+    chosen = indices(gpus, torch.cuda.device_count())
+    found = [devices.current(index) for index in chosen]
     models = sorted({f"{each.name} ({each.arch}, {each.sm_count} SMs)" for each in found})
     if len(models) > 1:
         raise UsageError(f"--gpus must name GPUs of one model, not {', '.join(models)}: run once for each")
@@ -42,22 +42,24 @@ def _target(gpu: str | None, gpus: str | None) -> tuple[devices.Device, list[int
         if gpus is not None:
             raise UsageError(f"--gpu {named.name} with --gpus: the GPUs here are {found[0].name}")
         return named, []
-    return found[0], indices
+    return found[0], chosen
 
 
-def _indices(gpus: str | None, count: int) -> list[int]:
+def indices(gpus: str | None, count: int) -> list[int]:
+    """The CUDA indices that `--gpus` names of `count` GPUs: "all", or numbers such as "0,1"; the first where it is not
+    given. Raises UsageError on anything else."""
     if gpus is None:
         return [0]
     if gpus.strip().lower() == "all":
         return list(range(count))
     try:
-        indices = [int(part) for part in gpus.split(",")]
+        chosen = [int(part) for part in gpus.split(",")]
     except ValueError:
         raise UsageError(f"--gpus {gpus!r} is neither 'all' nor numbers such as 0,1") from None
-    for index in indices:
+    for index in chosen:
         if not 0 <= index < count:
             raise UsageError(f"--gpus {gpus!r}: there is no GPU {index}, only 0 to {count - 1}")
-    return sorted(set(indices))
+    return sorted(set(chosen))
 
 
 def tune_problems(
@@ -78,14 +80,14 @@ def tune_problems(
 
     Raises UsageError for an unknown GPU or search, RegistryError where the registry cannot be written.
     """
-    device, indices = _target(gpu, gpus)
+    device, chosen = _target(gpu, gpus)
     if method != "grid":
         sampler(method, seed)
     layers = Layers.default(registry)
     deadline = None if budget_s is None else time.monotonic() + budget_s
     options = Options(trials=trials, seed=seed, method=method, force=force)
-    environment = {k: v for k, v in devices.environment().items() if indices or k not in ("driver", "cudnn")}
-    runners = [GpuRunner(index, mode) for index in indices[: len(problems)]]
+    environment = {k: v for k, v in devices.environment().items() if chosen or k not in ("driver", "cudnn")}
+    runners = [GpuRunner(index, mode) for index in chosen[: len(problems)]]
     # The processes that measure need a core each, or the GPUs wait for them.
     workers = workers or max(1, (os.cpu_count() or 1) - len(runners)) if runners else workers
     with layers.writer() as writer, CompilePool(device, workers) as pool:
@@ -95,7 +97,7 @@ def tune_problems(
             known = Known(writer, layers, device, environment, mode if runners else PREDICTED)
             sessions = [
                 Session(device, known, pool, runner, options, run, index)
-                for index, runner in zip(indices, runners, strict=False)
+                for index, runner in zip(chosen, runners, strict=False)
             ] or [Session(device, known, pool, None, options, run)]
             states = tune_all(sessions, problems, run)
     layer = layers.layers[0][0]

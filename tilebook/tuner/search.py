@@ -18,8 +18,8 @@ INFEASIBLE_MS = 1e6
 
 _Params = tuple[int, ...]
 
-_FIRST = 16  # configs near the seeds that are tried before anything is known
-_MOVED = 0.6  # of the axes, that such a config lies one step off its seed on
+_FIRST = 16  # configs around the seeds that are tried before anything is known
+_MOVED = (0.3, 0.7)  # of the axes, on which the first and the last of them have another value than their seed
 _ENOUGH = 4  # times that the model needs to say anything
 _REACH = 1.2  # the distance at which two configs' times have lost all but 1/e of their correlation
 _CLIP = 1.5  # ln: how much slower than the best a config may count as; beyond, only that it is hopeless matters
@@ -70,9 +70,11 @@ class Search:
     """Ask/tell over the feasible configs of a space.
 
     Axes are searched as ordered integers (the index of the value). Seeds come first, in order. With `tpe` a batch of
-    configs one step from them on several axes follows, and then Optuna's proposals alternate with the model's
-    (`promising`). What Optuna proposes twice, or outside the feasible set, is replaced by the nearest config not yet
-    asked for.
+    configs that differ from them on several axes follows, and then Optuna's proposals alternate with the model's
+    (`promising`). A seed outside the feasible set is replaced by the nearest feasible config; what Optuna proposes
+    there, or twice, by the nearest not yet asked for.
+
+    seeds: the feasible configs that it begins with.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class Search:
         self._axes = {axis: values for axis, values in space.axes.items() if len(values) > 1}
         self._left: dict[_Params, Config] = {self._index(config): config for config in feasible}
         self._feasible = frozenset(self._left)
-        self._queue = [config for config in dict.fromkeys(seeds) if self._index(config) in self._left]
+        near = (self._left[self._nearest(self._index(config))] for config in seeds if self._left)
+        self.seeds = tuple(dict.fromkeys(near))
+        self._queue = list(self.seeds)
         self._open: dict[Config, optuna.trial.Trial | None] = {}
         self._told: set[Config] = set()
         self._times: dict[Config, float] = {}
@@ -91,7 +95,7 @@ class Search:
         self._modelled = method == "tpe"
         self._turn = 0
         if self._modelled:
-            self._queue += self._around(self._queue)
+            self._queue += self._around(self.seeds)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         if method != "grid":
             self._study = optuna.create_study(sampler=sampler(method, seed))
@@ -127,14 +131,23 @@ class Search:
         return batch
 
     def _around(self, seeds: Sequence[Config]) -> list[Config]:
-        """Configs one step from one of the seeds on each of some axes, drawn at random."""
+        """Configs that have another value than one of the seeds on each of some axes, drawn at random: first on few.
+
+        Any other value and not just the next one: where a seed is no better than the rest, its surroundings alone are
+        worse than chance.
+        """
         found: dict[Config, None] = {}
+        sizes = [len(values) for values in self._axes.values()]
         for _ in range(100 * _FIRST if seeds else 0):
+            share = _MOVED[0] + (_MOVED[1] - _MOVED[0]) * len(found) / (_FIRST - 1)
             at = self._index(self._random.choice(seeds))
-            moved = (x + self._random.choice((-1, 1)) * (self._random.random() < _MOVED) for x in at)
-            near = self._left.get(tuple(moved))
-            if near is not None and near not in seeds:
-                found[near] = None
+            moved = tuple(
+                (x + self._random.randrange(1, size)) % size if self._random.random() < share else x
+                for x, size in zip(at, sizes, strict=True)
+            )
+            around = self._left.get(moved)
+            if around is not None and around not in seeds:
+                found[around] = None
             if len(found) == _FIRST:
                 break
         return list(found)
@@ -169,8 +182,10 @@ class Search:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             study.tell(trial, INFEASIBLE_MS)
-        nearest = min(self._left, key=lambda at: (sum(abs(a - b) for a, b in zip(at, wanted, strict=True)), at))
-        return self._left[nearest], None
+        return self._left[self._nearest(wanted)], None
+
+    def _nearest(self, wanted: _Params) -> _Params:
+        return min(self._left, key=lambda at: (sum(abs(a - b) for a, b in zip(at, wanted, strict=True)), at))
 
     def tell(self, config: Config, time_ms: float | None) -> None:
         """The time of a config, or None where it turned out not to run, or not to be right."""
