@@ -158,6 +158,35 @@ def crowded(elements: int, warps: int, device: Device) -> str | None:
     )
 
 
+def pointless(cap: int, elements: int, warps: int, shared: int, programs: int, device: Device) -> str | None:
+    """Why a cap on registers a thread cannot let more programs onto an SM, or costs more than that is worth, or None.
+
+    elements: fp32 numbers of a program's tiles; shared: its bytes of shared memory; programs: how many there are.
+    Beside its tiles a kernel takes 30 registers a thread at least, and seldom more than as many again as for them.
+    """
+    if not cap:
+        return None
+    if device.backend != "cuda":
+        return "only NVIDIA's compiler caps registers"
+    threads = device.warp_size * warps
+    most, capped = (device.registers_per_sm // (each * threads) for each in (256, cap))
+    if capped <= most or capped * threads > device.threads_per_sm:
+        return "such a cap on registers lets no other program onto an SM"
+    if capped * (shared + 1024) > device.shared_per_sm:
+        return "shared memory lets no more programs onto an SM, whatever the registers"
+    if programs <= most * device.sm_count:
+        return "every program has its place on an SM as it is"
+    tiles = elements // threads
+    if tiles + 30 > cap:
+        return f"{cap} registers a thread are too few for its tiles"
+    return "its tiles need fewer registers than that as it is" if 2 * tiles < cap else None
+
+
+def capped(registers: int) -> dict[str, int]:
+    """The launch option that caps registers a thread; none for 0."""
+    return {"maxnreg": registers} if registers else {}
+
+
 def oversized(block: int, length: int, smallest: int) -> bool:
     """Is a block more than the sequence needs, where a smaller one exists?"""
     return block > max(smallest, int(triton.next_power_of_2(length)))

@@ -27,7 +27,9 @@ def _like(op: Op[Any]) -> Space:
     def default(problem: ForwardProblem, device: Device) -> Config:
         return space.default(problem.even, device)
 
-    return Space(space.axes, reject, default, work)
+    # What came later there, the kernels here have not got.
+    axes = {axis: values for axis, values in space.axes.items() if axis not in space.later}
+    return Space(axes, reject, default, work)
 
 
 SPACE = _like(attention_fwd)

@@ -1,0 +1,87 @@
+"""Axes of attention's spaces that came after verdicts had been made: what they do, and that those verdicts still serve."""
+
+import random
+
+import pytest
+import torch
+
+from tilebook import device as devices
+from tilebook.kernels.attention.backward import attention_bwd
+from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.launch import intercepted
+from tilebook.tuner.compile import CompilePool
+from tilebook.tuner.verify import Case, verify
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+H200 = devices.find("H200")
+FORWARD, BACKWARD = attention_fwd.problem, attention_bwd.problem
+
+
+def options(op, problem, config):
+    """The launch options and constexprs of each kernel that a config starts."""
+    started = []
+    with intercepted(lambda kernel, grid, args, meta: started.append(meta)):
+        op.tunable(*problem.inputs("meta", 0), config=config)
+    return started
+
+
+@pytest.mark.parametrize("op", [attention_fwd, attention_bwd], ids=lambda op: op.name)
+@pytest.mark.parametrize("gpu", ["A100", "H200", "B200", "MI300X"])
+def test_the_later_axes_double_no_space(op, gpu):
+    space, device = op.tunable.space, devices.find(gpu)
+    for text in ("B8,H6,S196,D64", "B4,H16,S2048,D64", "B4,H16,S2048,D128,causal"):
+        feasible = space.feasible(op.problem.parse(text, "bf16"), device)
+        before = [config for config in feasible if not config.keys() & space.later.keys()]
+        assert 0 < len(before) <= len(feasible) < 2 * len(before), (text, len(before), len(feasible))
+
+
+def test_a_cap_on_registers_reaches_the_kernel_it_is_for():
+    problem = FORWARD.parse("B4,H16,S2048,D64", "bf16")
+    config = attention_fwd.tunable.space.default(problem, H200)
+    assert "maxnreg" not in options(attention_fwd, problem, config)[0]
+    assert options(attention_fwd, problem, config.replace(MAXNREG=128))[0]["maxnreg"] == 128
+    problem = BACKWARD.parse("B4,H16,S2048,D64", "bf16")
+    config = attention_bwd.tunable.space.default(problem, H200).replace(MAXNREG1=168)
+    dq, dkdv = options(attention_bwd, problem, config)
+    assert "maxnreg" not in dq
+    assert dkdv["maxnreg"] == 168
+
+
+@pytest.mark.parametrize(
+    ("text", "axes", "gpu", "reason"),
+    [
+        ("S2048,D64", {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2, "MAXNREG": 128}, "H200", ""),
+        ("S2048,D64", {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2, "MAXNREG": 168}, "H200", "no other"),
+        ("S2048,D64", {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "MAXNREG": 128}, "H200", "shared"),
+        ("S2048,D64", {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "MAXNREG": 128}, "H200", "fewer"),
+        ("S2048,D128", {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1, "MAXNREG": 128}, "H200", "too few"),
+        ("S2048,D64", {"num_stages": 2, "DESCRIPTORS": 0, "MAXNREG": 168}, "MI300X", "NVIDIA"),
+        ("S64,D64", {"BLOCK_M": 64, "BLOCK_N": 64, "DESCRIPTORS": 0, "num_stages": 1, "MAXNREG": 128}, "H200", "its place"),
+    ],
+)  # fmt: skip
+def test_caps_on_registers_that_cannot_matter_say_why(text, axes, gpu, reason):
+    problem = FORWARD.parse(f"B4,H16,{text}", "bf16")
+    space, device = attention_fwd.tunable.space, devices.find(gpu)
+    config = space.default(problem, device).replace(**axes)
+    assert space.reject(problem, config.replace(MAXNREG=0), device) is None
+    said = space.reject(problem, config, device)
+    assert reason in said if reason else said is None, said
+
+
+@pytest.mark.parametrize("op", [attention_fwd, attention_bwd], ids=lambda op: op.name)
+def test_capped_kernels_compile_and_use_no_more_registers(op):
+    problem = op.problem.parse("B4,H16,S2048,D64", "bf16")
+    space = op.tunable.space
+    capped = [c for c in space.feasible(problem, H200) if any(axis.startswith("MAXNREG") for axis in c)]
+    with CompilePool(H200, workers=1) as pool:
+        for config in random.Random(0).sample(capped, 2):
+            compiled = pool.submit(op.name, "triton", problem.key, config).result()
+            assert compiled.failure in (None, "spills"), compiled
+            caps = [int(config.get(axis, 255)) for axis in sorted(space.later, reverse=True) if "MAXNREG" in axis]
+            assert all(b.registers <= cap for b, cap in zip(compiled.binaries, caps, strict=True)), compiled
+
+
+def test_a_capped_kernel_is_right():
+    problem = FORWARD.parse("B1,H2,S197,D64,causal", "bf16")
+    config = attention_fwd.tunable.space.default(problem, H200).replace(MAXNREG=128)
+    verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
