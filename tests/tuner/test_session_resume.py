@@ -62,7 +62,7 @@ def test_an_axis_that_came_later_leaves_the_configs_from_before_it_what_they_are
         grown.tunable.space, axes={**grown.tunable.space.axes, "CAP": (0, 64, 32)}, later={"CAP": 0}
     )
     grown.implementations["triton"] = dataclasses.replace(grown.tunable, space=space)
-    second = FakeRunner(lambda config: valley(config) / (2 if config.get("CAP") == 32 else 1))
+    second = FakeRunner(lambda candidate: valley(candidate) / (2 if candidate.config.get("CAP") == 32 else 1))
     states, registry = tune(path, second, op=grown)
     assert states[0].reused == len(ours(first))
     assert ours(second)

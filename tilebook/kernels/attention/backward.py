@@ -87,11 +87,12 @@ class _Half:
 def _halves(config: Config) -> tuple[_Half, _Half]:
     """The dk/dv kernel and the dq kernel."""
     names = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
-    dkdv, dq = (
-        _Half(axis, *(config.number(f"{name}{axis}") for name in names), int(config.get(f"MAXNREG{axis}", 0)))
-        for axis in "12"
-    )
-    return dkdv, dq
+
+    def half(axis: str) -> _Half:
+        rows, columns, warps, stages = (config.number(f"{name}{axis}") for name in names)
+        return _Half(axis, rows, columns, warps, stages, int(config.get(f"MAXNREG{axis}", 0)))
+
+    return half("1"), half("2")
 
 
 def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | None:
