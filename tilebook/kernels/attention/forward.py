@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.forward_space import SPACE, proven, supports
+from tilebook.kernels.attention.forward_space import SPACE, by_place, proven, supports
 from tilebook.kernels.attention.problem import ForwardProblem
 from tilebook.kernels.attention.scores import (
     columns_seen,
@@ -25,10 +27,13 @@ from tilebook.kernels.attention.tiles import (
     capped,
     describable,
     describe,
+    in_group,
     like,
+    load_group,
     load_tile,
     offset,
     place,
+    store_group,
     store_tile,
 )
 from tilebook.launch import launch
@@ -187,16 +192,27 @@ def _attention_fwd(
     BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    n_blocks = tl.cdiv(n_q, BLOCK_M)
+    """With `GROUP` above 1 that many query heads share a tile: heads and pairs are then those of k and v."""
+    n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
     block, pair = place(tl.program_id(0), n_blocks, n_pairs, HEADS)
     if CAUSAL or (after is not None and before is None):
         block = n_blocks - 1 - block  # the last rows see the most columns: start with them
     batch, head = pair // n_heads, pair % n_heads
     kv_head = head // group
     row = block * BLOCK_M
-
-    q_tile = load_tile(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
+    first_row = row
+    below = row + BLOCK_M
+    if GROUP > 1:
+        q_tile = load_group(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, GROUP)
+        first_row = block * BLOCK_M // GROUP
+        below = (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1
+        row = (row + tl.arange(0, BLOCK_M)) // GROUP - tl.arange(0, BLOCK_M)  # `attend` adds the range again
+    else:
+        q_tile = load_tile(
+            q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS
+        )
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     weight = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -204,10 +220,10 @@ def _attention_fwd(
     last = n_k
     whole = n_k // BLOCK_N * BLOCK_N  # columns before this one need no mask
     if CAUSAL:
-        last = tl.minimum(row + BLOCK_M, n_k)
-        whole = tl.minimum(row + 1, n_k) // BLOCK_N * BLOCK_N
+        last = tl.minimum(below, n_k)
+        whole = tl.minimum(first_row + 1, n_k) // BLOCK_N * BLOCK_N
     if BANDED:
-        first, clear, whole, last = columns_seen(row, BLOCK_M, n_k, before, after)
+        first, clear, whole, last = columns_seen(first_row, below - first_row, n_k, before, after)
         first = first // BLOCK_N * BLOCK_N
         clear = tl.minimum(tl.cdiv(clear, BLOCK_N) * BLOCK_N, tl.cdiv(last, BLOCK_N) * BLOCK_N)
         whole = tl.maximum(whole // BLOCK_N * BLOCK_N, clear)
@@ -243,11 +259,17 @@ def _attention_fwd(
         share = tl.where(weight == 0.0, 1.0, weight)  # a row that sees nothing is 0, and its log-sum-exp -inf
     if dropout is not None:
         share = share * (1.0 - dropout)
-    store_tile(o, acc / share[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
-    rows = row + tl.arange(0, BLOCK_M)
-    at = lse + pair.to(tl.int64) * n_q + rows
     total = peak + tl.log2(weight) * LN2 if SCORED else (peak + tl.log2(weight)) * LN2
-    tl.store(at, total, mask=rows < n_q)
+    if GROUP > 1:
+        row = block * BLOCK_M
+        tile = acc / share[:, None]
+        store_group(o, tile, batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH, GROUP)
+        position, at = in_group(pair, row, n_q, 1, BLOCK_M, GROUP)
+        tl.store(lse + at, total, mask=position < n_q)
+    else:
+        store_tile(o, acc / share[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
+        rows = row + tl.arange(0, BLOCK_M)
+        tl.store(lse + pair.to(tl.int64) * n_q + rows, total, mask=rows < n_q)
 
 
 @attention_fwd.implementation("triton", space=SPACE, supports=supports, proven=proven)
@@ -264,17 +286,21 @@ def _triton(
     (batch, heads, n_q, _), (heads_kv, n_k) = q.shape, k.shape[1:3]
     o, lse = like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
-    descriptors = bool(config["DESCRIPTORS"]) and describable(q, k, v)
+    shared = heads // heads_kv if config.get("PACK") and by_place(form) else 1
+    descriptors = bool(config["DESCRIPTORS"]) and describable(k, v) and (shared > 1 or describable(q))
+    loaded: tuple[Any, ...] = q, k, v
+    if descriptors:
+        loaded = q if shared > 1 else describe(q, rows), describe(k, columns), describe(v, columns)
     launch(
         _attention_fwd,
-        (triton.cdiv(n_q, rows) * batch * heads,),
-        *((describe(q, rows), describe(k, columns), describe(v, columns)) if descriptors else (q, k, v)),
+        (triton.cdiv(n_q * shared, rows) * batch * heads // shared,),
+        *loaded,
         o,
         lse,
         *(step for x in (q, k, v, o) for step in x.stride()[:3]),
-        batch * heads,
-        heads,
-        heads // heads_kv,
+        batch * heads // shared,
+        heads // shared,
+        heads // heads_kv // shared,
         n_q,
         n_k,
         scale,
@@ -283,8 +309,9 @@ def _triton(
         BLOCK_N=columns,
         HEADS=config["HEADS"],
         DESCRIPTORS=descriptors,
+        GROUP=shared,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
-        **capped(config.number("MAXNREG") if "MAXNREG" in config else 0),
+        **capped(int(config.get("MAXNREG", 0))),
     )
     return o, lse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 
 from tilebook.device import Device
+from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.problem import ForwardProblem
 from tilebook.kernels.attention.tiles import asynchronous, crowded, oversized, pointless, rows_and_tiles, too_large
 from tilebook.launch import HOST_DESCRIPTORS_S
@@ -26,6 +27,16 @@ def proven(problem: ForwardProblem) -> bool:
     return usual(problem) or (problem.dtype in ("bf16", "fp16") and problem.form.composed)
 
 
+def by_place(form: Form) -> bool:
+    """Is it place alone that decides about a score? Then rows of several heads may share a tile."""
+    return not (form.softcap or form.bias or form.alibi or form.dropout)
+
+
+def _together(problem: ForwardProblem, config: Config) -> int:
+    """Query heads that share a tile."""
+    return problem.heads // problem.heads_kv if config.get("PACK") else 1
+
+
 def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
     rows, columns, warps, stages, heads, descriptors = (
         config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "HEADS", "DESCRIPTORS")
@@ -39,20 +50,26 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
         return "the GPU would wait for the host to make its tensor descriptors"
     if device.backend == "hip" and stages > 2:
         return "more than 2 stages do not pay on AMD GPUs"
-    if oversized(rows, problem.seq_q, 64) or oversized(columns, problem.seq_k, 32):
+    if config.get("PACK"):
+        if problem.heads == problem.heads_kv or not by_place(problem.form):
+            return "only query heads that share keys and values can share a tile, and scores that place alone decides"
+        if problem.seq_q >= 2 * rows:
+            return "tiles are full without rows of other heads"
+    together = _together(problem, config)
+    if oversized(rows, problem.seq_q * together, 64) or oversized(columns, problem.seq_k, 32):
         return "a block is larger than the sequence"
     fewest = 4 if problem.exact else 16
     if rows < fewest * warps:
         return f"{warps} warps need a BLOCK_M of at least {fewest * warps}"
     if cap and not descriptors and device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S:
         return "with tensor descriptors the same tiles need fewer registers"
-    if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads):
+    if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads // together):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
     width = problem.width
     operand = 0 if asynchronous(device) else rows * width // 2  # q as two halves in a register
     scores = rows * columns * (1 + problem.companions)
     shared, tiles = _shared(problem, config, device), rows * width + scores + operand
-    programs = triton.cdiv(problem.seq_q, rows) * problem.batch * problem.heads
+    programs = triton.cdiv(problem.seq_q * together, rows) * problem.batch * problem.heads // together
     return (
         too_large(shared, device)
         or crowded(tiles, warps, device)
@@ -102,9 +119,9 @@ def _default(problem: ForwardProblem, device: Device) -> Config:
 
 def _work(problem: ForwardProblem, config: Config) -> Cost:
     """Every block of rows reads q once, and k and v up to its last unmasked column, in whole blocks."""
-    rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
-    blocks = rows_and_tiles(problem.seq_q, problem.seq_k, rows, columns, *problem.limits)
-    tiles, heads = sum(visited for _, visited in blocks), problem.batch * problem.heads
+    rows, columns, together = config.number("BLOCK_M"), config.number("BLOCK_N"), _together(problem, config)
+    blocks = rows_and_tiles(problem.seq_q, problem.seq_k, rows, columns, *problem.limits, together)
+    tiles, heads = sum(visited for _, visited in blocks), problem.batch * problem.heads // together
     width = problem.width * problem.torch_dtype.itemsize
     read = len(blocks) * rows * width + 2 * tiles * columns * width
     return Cost(4.0 * heads * tiles * rows * columns * problem.width, heads * read + problem.queries * (width + 4))
@@ -119,9 +136,10 @@ SPACE = Space(
         "HEADS": (1, 2, 4, 8),
         "DESCRIPTORS": (0, 1),
         "MAXNREG": (0, 168, 128),
+        "PACK": (0, 1),
     },
     reject=_reject,
     default=_default,
     work=_work,
-    later={"MAXNREG": 0},
+    later={"MAXNREG": 0, "PACK": 0},
 )
