@@ -10,7 +10,7 @@ import triton.language as tl
 
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.forward_space import SPACE, by_place, proven, supports
+from tilebook.kernels.attention.forward_space import MADE_BY_KERNEL, SPACE, by_place, proven, supports
 from tilebook.kernels.attention.problem import ForwardProblem
 from tilebook.kernels.attention.scores import (
     columns_seen,
@@ -193,8 +193,12 @@ def _attention_fwd(
     HEADS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     GROUP: tl.constexpr,
+    MADE: tl.constexpr,
 ):
-    """With `GROUP` above 1 that many query heads share a tile: heads and pairs are then those of k and v."""
+    """With `GROUP` above 1 that many query heads share a tile: heads and pairs are then those of k and v.
+
+    With `MADE` q, k and v are pointers, of which each program makes its tensor descriptors.
+    """
     n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
     block, pair = place(tl.program_id(0), n_blocks, n_pairs, HEADS)
     if CAUSAL or (after is not None and before is None):
@@ -203,11 +207,23 @@ def _attention_fwd(
     kv_head = head // group
     row = block * BLOCK_M
     first_row = row
-    below = row + BLOCK_M
+    height = BLOCK_M
+    if MADE:
+        n_batch, n_kv = n_pairs // n_heads, n_heads // group
+        k = tl.make_tensor_descriptor(
+            k, [n_batch, n_kv, n_k, WIDTH], [stride_kb, stride_kh, stride_ks, 1], [1, 1, BLOCK_N, D]
+        )
+        v = tl.make_tensor_descriptor(
+            v, [n_batch, n_kv, n_k, WIDTH], [stride_vb, stride_vh, stride_vs, 1], [1, 1, BLOCK_N, D]
+        )
+        if GROUP == 1:
+            q = tl.make_tensor_descriptor(
+                q, [n_batch, n_heads, n_q, WIDTH], [stride_qb, stride_qh, stride_qs, 1], [1, 1, BLOCK_M, D]
+            )
     if GROUP > 1:
         q_tile = load_group(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, GROUP)
         first_row = block * BLOCK_M // GROUP
-        below = (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1
+        height = (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1 - first_row
         row = (row + tl.arange(0, BLOCK_M)) // GROUP - tl.arange(0, BLOCK_M)  # `attend` adds the range again
     else:
         q_tile = load_tile(
@@ -220,10 +236,10 @@ def _attention_fwd(
     last = n_k
     whole = n_k // BLOCK_N * BLOCK_N  # columns before this one need no mask
     if CAUSAL:
-        last = tl.minimum(below, n_k)
+        last = tl.minimum(first_row + height, n_k)
         whole = tl.minimum(first_row + 1, n_k) // BLOCK_N * BLOCK_N
     if BANDED:
-        first, clear, whole, last = columns_seen(first_row, below - first_row, n_k, before, after)
+        first, clear, whole, last = columns_seen(first_row, height, n_k, before, after)
         first = first // BLOCK_N * BLOCK_N
         clear = tl.minimum(tl.cdiv(clear, BLOCK_N) * BLOCK_N, tl.cdiv(last, BLOCK_N) * BLOCK_N)
         whole = tl.maximum(whole // BLOCK_N * BLOCK_N, clear)
@@ -259,17 +275,18 @@ def _attention_fwd(
         share = tl.where(weight == 0.0, 1.0, weight)  # a row that sees nothing is 0, and its log-sum-exp -inf
     if dropout is not None:
         share = share * (1.0 - dropout)
-    total = peak + tl.log2(weight) * LN2 if SCORED else (peak + tl.log2(weight)) * LN2
     if GROUP > 1:
         row = block * BLOCK_M
         tile = acc / share[:, None]
         store_group(o, tile, batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH, GROUP)
-        position, at = in_group(pair, row, n_q, 1, BLOCK_M, GROUP)
-        tl.store(lse + at, total, mask=position < n_q)
+        rows, at = in_group(pair, row, n_q, 1, BLOCK_M, GROUP)
+        at = lse + at
     else:
         store_tile(o, acc / share[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
         rows = row + tl.arange(0, BLOCK_M)
-        tl.store(lse + pair.to(tl.int64) * n_q + rows, total, mask=rows < n_q)
+        at = lse + pair.to(tl.int64) * n_q + rows
+    total = peak + tl.log2(weight) * LN2 if SCORED else (peak + tl.log2(weight)) * LN2
+    tl.store(at, total, mask=rows < n_q)
 
 
 @attention_fwd.implementation("triton", space=SPACE, supports=supports, proven=proven)
@@ -289,7 +306,8 @@ def _triton(
     shared = heads // heads_kv if config.get("PACK") and by_place(form) else 1
     descriptors = bool(config["DESCRIPTORS"]) and describable(k, v) and (shared > 1 or describable(q))
     loaded: tuple[Any, ...] = q, k, v
-    if descriptors:
+    made = descriptors and config["DESCRIPTORS"] == MADE_BY_KERNEL
+    if descriptors and not made:
         loaded = q if shared > 1 else describe(q, rows), describe(k, columns), describe(v, columns)
     launch(
         _attention_fwd,
@@ -310,6 +328,7 @@ def _triton(
         HEADS=config["HEADS"],
         DESCRIPTORS=descriptors,
         GROUP=shared,
+        MADE=made,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
         **capped(int(config.get("MAXNREG", 0))),

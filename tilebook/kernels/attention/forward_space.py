@@ -27,6 +27,10 @@ def proven(problem: ForwardProblem) -> bool:
     return usual(problem) or (problem.dtype in ("bf16", "fp16") and problem.form.composed)
 
 
+MADE_BY_KERNEL = 2
+"""The value of DESCRIPTORS that costs the host nothing: each program makes its own, in memory of the launcher's."""
+
+
 def by_place(form: Form) -> bool:
     """Is it place alone that decides about a score? Then rows of several heads may share a tile."""
     return not (form.softcap or form.bias or form.alibi or form.dropout)
@@ -46,8 +50,11 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
         return "tensor descriptors need sm_90 or later"
     if descriptors and problem.exact:
         return "products in full fp32 read their operands through registers"
-    if descriptors and problem.floor_s(device) < HOST_DESCRIPTORS_S:
+    short = problem.floor_s(device) < HOST_DESCRIPTORS_S
+    if descriptors == 1 and short:
         return "the GPU would wait for the host to make its tensor descriptors"
+    if descriptors == MADE_BY_KERNEL and not short:
+        return "the host has the time to make the tensor descriptors that every program would make"
     if device.backend == "hip" and stages > 2:
         return "more than 2 stages do not pay on AMD GPUs"
     if config.get("PACK"):
@@ -55,15 +62,17 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
             return "only query heads that share keys and values can share a tile, and scores that place alone decides"
         if problem.seq_q >= 2 * rows:
             return "tiles are full without rows of other heads"
+        if heads > 1:
+            return "heads that share a tile need not take turns"
     together = _together(problem, config)
     if oversized(rows, problem.seq_q * together, 64) or oversized(columns, problem.seq_k, 32):
         return "a block is larger than the sequence"
     fewest = 4 if problem.exact else 16
     if rows < fewest * warps:
         return f"{warps} warps need a BLOCK_M of at least {fewest * warps}"
-    if cap and not descriptors and device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S:
+    if cap and not descriptors and device.capability >= 90:
         return "with tensor descriptors the same tiles need fewer registers"
-    if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads // together):
+    if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
     width = problem.width
     operand = 0 if asynchronous(device) else rows * width // 2  # q as two halves in a register
@@ -134,7 +143,7 @@ SPACE = Space(
         "num_warps": (4, 8, 16),
         "num_stages": (1, 2, 3, 4),
         "HEADS": (1, 2, 4, 8),
-        "DESCRIPTORS": (0, 1),
+        "DESCRIPTORS": (MADE_BY_KERNEL, 0, 1),  # either kind is a step from pointers
         "MAXNREG": (0, 168, 128),
         "PACK": (0, 1),
     },

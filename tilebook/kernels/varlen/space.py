@@ -29,6 +29,7 @@ def _like(op: Op[Any]) -> Space:
 
     # What came later there, the kernels here have not got.
     axes = {axis: values for axis, values in space.axes.items() if axis not in space.later}
+    axes["DESCRIPTORS"] = (0, 1)
     return Space(axes, reject, default, work)
 
 
