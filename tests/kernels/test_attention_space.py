@@ -58,7 +58,7 @@ def test_a_cap_on_registers_reaches_the_kernel_it_is_for():
         ("S2048,D64", (64, 32, 4, 2, 128), "H200", "fewer"),
         ("S2048,D128", (64, 128, 4, 1, 128), "H200", "too few"),
         ("S2048,D64", (64, 32, 4, 2, 168), "MI300X", "NVIDIA"),
-        ("S64,D64", (64, 64, 4, 1, 128), "H200", "its place"),
+        ("S64,Sk16384,D64", (64, 64, 4, 1, 128), "H200", "its place"),
     ],
 )
 def test_caps_on_registers_that_cannot_matter_say_why(text, values, gpu, reason):
