@@ -60,7 +60,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.UntypedStor
 
     PyTorch aligns to 512 bytes. It is no tensor, so that a recorded call, which asks anew, does not count it as one.
     """
-    return torch.UntypedStorage(size, device="cuda")
+    return torch.UntypedStorage(size, device="cuda")  # type: ignore[no-untyped-call]
 
 
 @contextmanager

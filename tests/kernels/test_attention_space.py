@@ -151,7 +151,7 @@ def test_scores_that_more_than_place_decides_are_not_of_shared_tiles():
 )
 def test_heads_share_tiles_only_where_tiles_would_not_be_full(text, reason):
     problem, space = FORWARD.parse(text, "bf16"), attention_fwd.tunable.space
-    said = space.reject(problem, space.default(problem, H200).replace(PACK=1), H200)
+    said = space.reject(problem, space.default(problem, H200).replace(PACK=1, HEADS=1), H200)
     assert reason in said if reason else said is None, said
 
 
