@@ -13,6 +13,7 @@ from tilebook import device as devices
 from tilebook import dispatch
 from tilebook import op as ops
 from tilebook.kernels.attention import flash4
+from tilebook.kernels.attention.form import PLAIN
 from tilebook.op import Config
 from tilebook.registry import Device, Environment, Registry, Revocation, Verdict, VerdictStatus
 
@@ -74,6 +75,18 @@ def test_nearest_verdict_serves_where_its_config_is_feasible(choose):
         problem=OP.problem.parse("B4,H16,S3000,D64", "bf16"),
     )
     assert (choice.source, choice.config) == ("nearest", OTHER)
+
+
+def test_a_verdict_from_before_an_axis_is_served_as_it_was_made(choose):
+    before = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "HEADS": 1, "DESCRIPTORS": 1}
+    assert OP.tunable.space.later
+    assert choose(verdict(config=before)).config == Config(before)
+
+
+def test_a_config_that_is_asked_for_may_name_an_axis_as_it_was_before():
+    q, k, v = (torch.zeros(1, 1, 8, 16) for _ in range(3))
+    with dispatch.use("triton", Config({**OTHER, **OP.tunable.space.later})):
+        assert dispatch.find(OP, q, k, v, PLAIN, 1.0).config == OTHER
 
 
 @pytest.mark.parametrize("shape", ["B4,H16,S2048,D128", "B4,H16,S2048,D64,causal"])
@@ -147,9 +160,9 @@ def test_a_revoked_winner_is_not_served_to_its_neighbours_either(choose):
 def test_a_revoked_default_gives_way_to_the_feasible_config_fewest_steps_away(choose):
     choice = choose(revocations=[revocation(DEFAULT)])
     assert choice.source == "default"
-    axes = OP.tunable.space.axes
-    (changed,) = [axis for axis in axes if choice.config[axis] != DEFAULT[axis]]
-    assert abs(axes[changed].index(choice.config[changed]) - axes[changed].index(DEFAULT[changed])) == 1
+    axes, value = OP.tunable.space.axes, OP.tunable.space.value
+    steps = [abs(v.index(value(choice.config, axis)) - v.index(value(DEFAULT, axis))) for axis, v in axes.items()]
+    assert sum(steps) == 1
     assert OP.tunable.space.reject(PROBLEM, choice.config, GPU) is None
     assert choose().config == choice.config
 

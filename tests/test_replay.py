@@ -1,9 +1,12 @@
 """A recorded call does the same again with other tensors, and only where that is safe."""
 
 import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from triton.runtime._allocation import _allocator
 
 from tilebook.launch import launch
 from tilebook.replay import record
@@ -127,3 +130,42 @@ def test_a_launcher_that_does_more_than_allocate_and_launch_gets_no_plan(functio
     outputs, plan = record(function, (torch.randn(8, 8),))
     assert plan is None
     assert len(outputs) == 1
+
+
+def test_a_kernel_that_wants_memory_of_its_own_is_given_it_each_time_and_nobody_else_is():
+    mine = object()
+    triton.set_allocator(mine)
+    found = []
+
+    class Wants(Compiled):
+        metadata = SimpleNamespace(global_scratch_size=384)
+
+        def run(self, *args):
+            found.append(_allocator.get())
+            super().run(*args)
+
+    class Asks(Quiet):
+        def __getitem__(self, grid):
+            started = super().__getitem__(grid)
+
+            def run(*args, **meta):
+                found.append(_allocator.get())
+                started(*args, **meta)
+                return Wants(self.compute, self.starts)
+
+            return run
+
+    kernel = Asks()
+
+    def double(x):
+        y = torch.empty_like(x)
+        launch(kernel, (4,), x, y, 2.0, BLOCK=16, num_warps=4)
+        return (y,)
+
+    x = torch.randn(8, 8)
+    _, plan = record(double, (x,))
+    assert torch.equal(plan((x,))[0], 2 * x)
+    assert (kernel.jit, len(kernel.starts), len(found)) == (1, 1, 2)
+    assert mine not in found
+    assert found[0] is found[1]
+    assert _allocator.get() is mine

@@ -331,6 +331,8 @@ def _force(op: Op[Any], args: Sequence[Any]) -> Choice | None:
     if implementation is None or not implementation.supports(problem):
         return None
     space = implementation.space
+    if space is not None and config is not None:
+        config = space.config(config)
     if space is None or (config is not None and not space.contains(config)):
         config = None
     if space is not None and config is None:

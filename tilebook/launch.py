@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+import triton
 
 HOST_DESCRIPTORS_S = 25e-6
 """Calls with a floor below this do not use host-side tensor descriptors.
@@ -31,9 +35,32 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     which arguments, a config needs: see `intercepted`.
     """
     if _thread.intercept is None:
-        kernel[grid](*args, **meta)
+        start(kernel, grid, args, meta)
     else:
         _thread.intercept(kernel, grid, args, meta)
+
+
+def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> Any:
+    """Starts a kernel; returns what Triton compiled of it, or nothing in its interpreter."""
+    return with_scratch(kernel[grid], *args, **meta)
+
+
+def with_scratch(function: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+    """Calls what starts a kernel that may want memory of its own, for tensor descriptors that it makes.
+
+    Triton's allocator is a context variable: the one that a program has set for its own kernels stays what it is.
+    """
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, _scratch)
+    return context.run(function, *args, **options)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.UntypedStorage:
+    """Memory of the current stream, like that of any tensor: whoever gets it next comes after the kernel.
+
+    PyTorch aligns to 512 bytes. It is no tensor, so that a recorded call, which asks anew, does not count it as one.
+    """
+    return torch.UntypedStorage(size, device="cuda")  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import json
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -73,19 +73,30 @@ class Space:
     reject:  (problem, config, device) → why this config cannot run or is not worth trying, or None.
     default: (problem, device) → the config that always runs there. It must be a point that `reject` accepts.
     work:    (problem, config) → what the config really does (see Cost); used to rank configs for an absent GPU.
+    later:   axes that came after the first verdicts, with the value that does as before. A config leaves the axis out
+             there, so that trials and verdicts from before it are of configs that the space still has.
     """
 
     axes: Mapping[str, tuple[Value, ...]]
     reject: Callable[[Any, Config, Device], str | None]
     default: Callable[[Any, Device], Config]
     work: Callable[[Any, Config], Cost] | None = None
+    later: Mapping[str, Value] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return math.prod(len(values) for values in self.axes.values())
 
     def configs(self) -> Iterator[Config]:
         for values in itertools.product(*self.axes.values()):
-            yield Config(dict(zip(self.axes, values, strict=True)))
+            yield self.config(dict(zip(self.axes, values, strict=True)))
+
+    def config(self, values: Mapping[str, Value]) -> Config:
+        """The config of these values, without the later axes that are as before."""
+        return Config({axis: v for axis, v in values.items() if axis not in self.later or v != self.later[axis]})
+
+    def value(self, config: Mapping[str, Value], axis: str) -> Value:
+        """A config's value on an axis, left out or not."""
+        return config[axis] if axis in config else self.later[axis]
 
     def feasible(self, problem: Problem, device: Device) -> list[Config]:
         return [config for config in self.configs() if self.reject(problem, config, device) is None]
@@ -96,7 +107,10 @@ class Space:
         yield default
 
         def steps(config: Config) -> int:
-            return sum(abs(v.index(config[axis]) - v.index(default[axis])) for axis, v in self.axes.items())
+            return sum(
+                abs(v.index(self.value(config, axis)) - v.index(self.value(default, axis)))
+                for axis, v in self.axes.items()
+            )
 
         others = [config for config in self.feasible(problem, device) if config != default]
         yield from sorted(others, key=lambda config: (steps(config), config.key))
@@ -104,13 +118,16 @@ class Space:
     def neighbours(self, config: Config) -> Iterator[Config]:
         """Configs one step away on one axis."""
         for axis, values in self.axes.items():
-            at = values.index(config[axis])
+            at = values.index(self.value(config, axis))
             for near in (at - 1, at + 1):
                 if 0 <= near < len(values):
-                    yield config.replace(**{axis: values[near]})
+                    yield self.config({**config, axis: values[near]})
 
     def contains(self, config: Mapping[str, Value]) -> bool:
-        return set(config) == set(self.axes) and all(config[axis] in values for axis, values in self.axes.items())
+        """Is it a point of the space, written as configs are?"""
+        whole = config.keys() <= self.axes.keys() <= config.keys() | self.later.keys()
+        written = all(value in self.axes[axis] for axis, value in config.items()) if whole else False
+        return written and all(config.get(axis) != value for axis, value in self.later.items())
 
 
 P = TypeVar("P", bound=Problem)

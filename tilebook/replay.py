@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tilebook.launch import intercepted
+from tilebook import launch
 
 _ALLOCATORS = frozenset(
     {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided}
@@ -96,13 +96,12 @@ def record(call: Callable[..., Outputs], args: Sequence[Any]) -> tuple[Outputs, 
     started: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
 
     def start(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], meta: dict[str, Any]) -> None:
-        # The plain launch returns what it compiled; in the interpreter there is no such thing.
-        compiled = kernel[grid](*given, **meta)
+        compiled = launch.start(kernel, grid, given, meta)
         names = getattr(kernel, "arg_names", ())
         started.append((compiled, grid, (*given, *(meta[name] for name in names[len(given) :]))))
 
     watch = _Watch()
-    with watch, intercepted(start):
+    with watch, launch.intercepted(start):
         outputs = call(*args)
     try:
         return outputs, _plan(watch, started, args, outputs)
@@ -137,9 +136,10 @@ def _plan(watch: _Watch, started: Sequence[Any], args: Sequence[Any], outputs: O
                 continue
             template[position] = None
         size = (*grid, 1, 1)[:3]
-        launches.append(
-            (compiled.run, size, compiled.function, compiled.packed_metadata, template, tensors, descriptors)
-        )
+        run = compiled.run
+        if getattr(getattr(compiled, "metadata", None), "global_scratch_size", 0):
+            run = functools.partial(launch.with_scratch, run)  # Triton's part of the launch asks for it
+        launches.append((run, size, compiled.function, compiled.packed_metadata, template, tensors, descriptors))
     makers = [_maker(x) for x in watch.made]
     return Plan(args[0].get_device(), makers, launches, [slot_of(output) for output in outputs])
 

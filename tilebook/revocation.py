@@ -77,6 +77,8 @@ def _config(implementation: Implementation, text: str) -> Mapping[str, Value]:
             raise UsageError(f"config {part!r}: {axis} is one of {', '.join(values)}")
         if axis in config:
             raise UsageError(f"config {text!r}: {axis} stands twice")
+        if values[written] == implementation.space.later.get(axis):
+            raise UsageError(f"config {part!r}: configs leave {axis} out there, so nothing can be revoked by it")
         config[axis] = values[written]
     return config
 

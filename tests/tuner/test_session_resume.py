@@ -54,6 +54,22 @@ def test_a_space_that_grew_has_only_its_new_configs_measured_and_the_standing_wi
     assert third.attempted == []
 
 
+def test_an_axis_that_came_later_leaves_the_configs_from_before_it_what_they_are(path):
+    first = FakeRunner(valley)
+    tune(path, first, op=SMALL)
+    grown = op_with(SMALL.tunable.space.axes)
+    space = dataclasses.replace(
+        grown.tunable.space, axes={**grown.tunable.space.axes, "CAP": (0, 64, 32)}, later={"CAP": 0}
+    )
+    grown.implementations["triton"] = dataclasses.replace(grown.tunable, space=space)
+    second = FakeRunner(lambda candidate: valley(candidate) / (2 if candidate.config.get("CAP") == 32 else 1))
+    states, registry = tune(path, second, op=grown)
+    assert states[0].reused == len(ours(first))
+    assert ours(second)
+    assert all(config.get("CAP") in (64, 32) for config in ours(second))
+    assert registry.verdicts()[0].config["CAP"] == 32
+
+
 def test_a_config_that_a_rule_lets_in_again_is_new_too(path):
     strict = op_with(reject=lambda p, c, d: "not now" if c["num_stages"] == 3 else SPACE.reject(p, c, d))
     tune(path, FakeRunner(valley), op=strict)

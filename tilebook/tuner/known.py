@@ -137,7 +137,7 @@ def trial_kernel(implementation: Implementation) -> str:
 
 def searched(space: Space, feasible: Iterable[Config]) -> dict[str, Json]:
     """What a verdict's evidence says of the space behind it: its axes, and one bit for each feasible point."""
-    bits = sum(1 << place for config in feasible if (place := _place(space.axes, config)) is not None)
+    bits = sum(1 << place for config in feasible if (place := _place(space.axes, config, space.later)) is not None)
     content: dict[str, Json] = {"axes": {axis: list(values) for axis, values in space.axes.items()}}
     digits = f"{bits:x}"
     content["feasible"] = [digits[at : at + _LINE] for at in range(0, len(digits), _LINE)]
@@ -159,19 +159,24 @@ def unsearched(verdict: Verdict, field: Field) -> list[Config] | None:
         return None
     try:
         bits = int("".join(then["feasible"]), 16)
-        places = ((config, _place(then["axes"], config)) for config in field.feasible)
+        later = field.space.later
+        places = ((config, _place(then["axes"], config, later)) for config in field.feasible)
         return [config for config, place in places if place is None or not bits >> place & 1] or None
     except (AttributeError, KeyError, TypeError, ValueError):  # evidence is free-form, and may be somebody else's
         return None
 
 
-def _place(axes: Mapping[str, Sequence[Any]], config: Mapping[str, Any]) -> int | None:
-    """A config's number in the space with these axes, whatever the order they are written in; None where it is not."""
-    if set(config) != set(axes):
+def _place(axes: Mapping[str, Sequence[Any]], config: Mapping[str, Any], later: Mapping[str, Any]) -> int | None:
+    """A config's number in the space with these axes, whatever the order they are written in; None where it is not.
+
+    later: what the config means by an axis that it leaves out (see `Space`).
+    """
+    if not config.keys() <= axes.keys() <= config.keys() | later.keys():
         return None
     place = 0
     for axis in sorted(axes):
-        if config[axis] not in axes[axis]:
+        value = config[axis] if axis in config else later[axis]
+        if value not in axes[axis]:
             return None
-        place = place * len(axes[axis]) + axes[axis].index(config[axis])
+        place = place * len(axes[axis]) + axes[axis].index(value)
     return place

@@ -176,11 +176,15 @@ def recorded_op(sweep: Sweep) -> Op[Any]:
     configs = frozenset(each.candidate.config for each in sweep.ours)
     axes = {axis: tuple(values) for axis, values in sweep.header["axes"].items()}
     known = real.tunable.space
+    later = known.later if known is not None else {}
     space = Space(
         axes=axes,
         reject=lambda problem, config, device: None if config in configs else "the sweep has not measured it",
         default=lambda problem, device: default(sweep),
-        work=known.work if known is not None and set(known.axes) == set(axes) else None,
+        work=known.work
+        if known is not None and axes.keys() <= known.axes.keys() <= axes.keys() | later.keys()
+        else None,
+        later={axis: later[axis] for axis in later if axis in axes},
     )
     for name in dict.fromkeys(each.candidate.implementation for each in sweep.measured):
         if name == sweep.implementation:

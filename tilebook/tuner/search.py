@@ -218,4 +218,4 @@ class Search:
         return near
 
     def _index(self, config: Config) -> _Params:
-        return tuple(values.index(config[axis]) for axis, values in self._axes.items())
+        return tuple(values.index(self._space.value(config, axis)) for axis, values in self._axes.items())

@@ -18,17 +18,19 @@ from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.backward_columns import attention_bwd_dkdv
 from tilebook.kernels.attention.backward_rows import attention_bwd_dq
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.forward import proven, supports, usual
+from tilebook.kernels.attention.forward_space import proven, supports, usual
 from tilebook.kernels.attention.problem import BackwardProblem
 from tilebook.kernels.attention.scores import options
 from tilebook.kernels.attention.tiles import (
     addressable,
     asynchronous,
+    capped,
     crowded,
     describable,
     describe,
     like,
     oversized,
+    pointless,
     rows_and_tiles,
     too_large,
 )
@@ -64,6 +66,7 @@ class _Half:
     columns: int
     warps: int
     stages: int
+    cap: int
 
     @property
     def swept(self) -> int:
@@ -83,11 +86,13 @@ class _Half:
 
 def _halves(config: Config) -> tuple[_Half, _Half]:
     """The dk/dv kernel and the dq kernel."""
-    dkdv, dq = (
-        _Half(axis, *(config.number(f"{name}{axis}") for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")))
-        for axis in "12"
-    )
-    return dkdv, dq
+    names = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
+
+    def half(axis: str) -> _Half:
+        rows, columns, warps, stages = (config.number(f"{name}{axis}") for name in names)
+        return _Half(axis, rows, columns, warps, stages, int(config.get(f"MAXNREG{axis}", 0)))
+
+    return half("1"), half("2")
 
 
 def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | None:
@@ -107,6 +112,10 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
         if asynchronous(device) and half.held < 64 and not problem.exact:
             return "tensor cores that read shared memory take blocks of at least 64"
         longest, other = (problem.seq_k, problem.seq_q)[:: 1 if half.axis == "1" else -1]
+        if half.cap and not descriptors:
+            return "addresses take what a cap would leave: with pointers these kernels spill already"
+        if half.cap and half.cap != (168 if half.warps == 4 else 128):
+            return "a cap makes room for one more program on an SM"
         if oversized(half.held, longest, 64) or oversized(half.swept, other, 32):
             return "a block is larger than the sequence"
         # Half of what one tile a warp would take: warps may share rows here, where nothing is reduced along a row.
@@ -114,8 +123,14 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
         if half.held < fewest * half.warps:
             return f"{half.warps} warps need a block of at least {fewest * half.warps}"
         operands = 0 if asynchronous(device) else width  # two held tiles, two halves in a register
-        reason = too_large(_shared(problem, half, device), device) or crowded(
-            half.held * (half.sums * width + (2 + problem.companions) * half.swept + operands), half.warps, device
+        shared = _shared(problem, half, device)
+        tiles = half.held * (half.sums * width + (2 + problem.companions) * half.swept + operands)
+        heads = problem.heads_kv if half.axis == "1" else problem.heads
+        programs = triton.cdiv(longest, half.held) * problem.batch * heads
+        reason = (
+            too_large(shared, device)
+            or crowded(tiles, half.warps, device)
+            or pointless(half.cap, tiles, half.warps, shared, programs, device)
         )
         if reason:
             return reason
@@ -179,7 +194,7 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
         options = [half(axis, *shape) for shape in shapes(axis)]
         fits = (each for each in options if _reject(problem, Config(each | beside), device) is None)
         chosen |= next(fits, options[-1])
-    return Config({axis: (chosen | rest)[axis] for axis in SPACE.axes})
+    return Config({axis: (chosen | rest)[axis] for axis in SPACE.axes if axis not in SPACE.later})
 
 
 def _work(problem: BackwardProblem, config: Config) -> Cost:
@@ -207,10 +222,13 @@ SPACE = Space(
         "num_stages2": (1, 2, 3),
         "HEADS": (1, 4),
         "DESCRIPTORS": (0, 1),
+        "MAXNREG1": (0, 168, 128),
+        "MAXNREG2": (0, 168, 128),
     },
     reject=_reject,
     default=_default,
     work=_work,
+    later={"MAXNREG1": 0, "MAXNREG2": 0},
 )
 
 
@@ -252,6 +270,7 @@ def _triton(
             "DESCRIPTORS": descriptors,
             "num_warps": half.warps,
             "num_stages": half.stages,
+            **capped(half.cap),
         }
 
     # dq first: that kernel also makes the delta that the other one reads.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from tilebook.device import Device
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
+from tilebook.kernels.attention.forward_space import MADE_BY_KERNEL, SPACE, by_place, proven, supports
 from tilebook.kernels.attention.problem import ForwardProblem
 from tilebook.kernels.attention.scores import (
     columns_seen,
@@ -22,21 +24,20 @@ from tilebook.kernels.attention.tiles import (
     LN2,
     LOG2E,
     addressable,
-    asynchronous,
-    crowded,
+    capped,
     describable,
     describe,
+    in_group,
     like,
+    load_group,
     load_tile,
     offset,
-    oversized,
     place,
-    rows_and_tiles,
+    store_group,
     store_tile,
-    too_large,
 )
-from tilebook.launch import HOST_DESCRIPTORS_S, launch
-from tilebook.op import DTYPES, Config, Cost, Space, define
+from tilebook.launch import launch
+from tilebook.op import Config, define
 
 
 @define("attention_fwd", ForwardProblem)
@@ -48,113 +49,6 @@ def attention_fwd(
     extras: what the form asks for: bias, slopes, seed. A row that sees nothing is 0, and its lse -inf.
     """
     return eager.forward(q, k, v, form, scale, *extras)
-
-
-def supports(problem: ForwardProblem) -> bool:
-    widest = 128 if problem.exact else 256  # more does not fit into registers without tensor cores
-    return problem.dtype in DTYPES and problem.head_dim % 8 == 0 and 16 <= problem.head_dim <= widest
-
-
-def usual(problem: ForwardProblem) -> bool:
-    """What is timed above all: plain attention in 16 bits, with a head dimension that needs no padding."""
-    return problem.form.plain and problem.dtype in ("bf16", "fp16") and problem.head_dim == problem.width
-
-
-def proven(problem: ForwardProblem) -> bool:
-    """Seen right on an H200, and not where PyTorch may be faster: it has kernels for padded widths, masks and fp32."""
-    return usual(problem) or (problem.dtype in ("bf16", "fp16") and problem.form.composed)
-
-
-def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
-    rows, columns, warps, stages, heads, descriptors = (
-        config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "HEADS", "DESCRIPTORS")
-    )
-    if descriptors and device.capability < 90:
-        return "tensor descriptors need sm_90 or later"
-    if descriptors and problem.exact:
-        return "products in full fp32 read their operands through registers"
-    if descriptors and problem.floor_s(device) < HOST_DESCRIPTORS_S:
-        return "the GPU would wait for the host to make its tensor descriptors"
-    if device.backend == "hip" and stages > 2:
-        return "more than 2 stages do not pay on AMD GPUs"
-    if oversized(rows, problem.seq_q, 64) or oversized(columns, problem.seq_k, 32):
-        return "a block is larger than the sequence"
-    fewest = 4 if problem.exact else 16
-    if rows < fewest * warps:
-        return f"{warps} warps need a BLOCK_M of at least {fewest * warps}"
-    if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads):
-        return "taking turns between heads only balances causal masks, over as many heads as there are"
-    width = problem.width
-    operand = 0 if asynchronous(device) else rows * width // 2  # q as two halves in a register
-    scores = rows * columns * (1 + problem.companions)
-    return too_large(_shared(problem, config, device), device) or crowded(
-        rows * width + scores + operand, warps, device
-    )
-
-
-def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
-    """Bytes of shared memory, as compiled kernels report them or a little more: q, and a ring of k and v tiles."""
-    rows, columns, stages = (config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_stages"))
-    ring = columns * (2 * stages if stages > 1 else 1)  # unpipelined, k is done with when v comes
-    itemsize = problem.torch_dtype.itemsize
-    width, scores = problem.width * itemsize, rows * columns * itemsize
-    if device.backend == "hip":  # the newest tile of AMD's ring is on its way in registers
-        return max(rows * width, columns * width, scores) + 2 * columns * width * (stages - 1)
-    table = problem.table_itemsize * rows * columns * max(1, stages - 1)  # tiles of a bias or mask wait there too
-    if not asynchronous(device):  # q moves on to registers, and its place is used again
-        return max(rows + min(2, stages) * columns, ring) * width + scores + table
-    barriers = 1024 if config["DESCRIPTORS"] else 0
-    return (rows + ring) * width + barriers + table
-
-
-def _default(problem: ForwardProblem, device: Device) -> Config:
-    """The first that fits of a few good shapes: 128 rows where that gives every SM a block, else 64.
-
-    On Hopper 64 rows and 4 warps, so that several programs share an SM and one's products hide another's softmax; with
-    a causal mask narrower blocks, for the diagonal, and several heads at a time.
-    """
-    modern, width = asynchronous(device), problem.width
-    stages = 3 if modern else 2
-    shapes = [(64, 64, 4, stages), (64, 32, 4, 2), (64, 32, 4, 1)]
-    if triton.cdiv(problem.seq_q, 128) * problem.batch * problem.heads >= device.sm_count:
-        large = (128, 64, 4, stages) if width <= 64 else (128, 128 if width == 128 and modern else 64, 8, 2)
-        shapes.insert(0, large)
-    if problem.exact:  # operands live in registers too
-        shapes = [(64, 32, 8 if width <= 64 else 16, 1)]
-    axes = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
-    descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and not problem.exact
-    rest = {"HEADS": 1, "DESCRIPTORS": int(descriptors)}
-    configs = [Config(dict(zip(axes, shape, strict=True)) | rest) for shape in shapes]
-    if device.capability == 90 and descriptors and usual(problem) and width <= 128:
-        shape = (64, 64, 4, 3) if problem.causal else (64, 128, 4, 2 if width <= 64 else 1)
-        first = Config(dict(zip(axes, shape, strict=True)) | rest)
-        configs[:0] = [first.replace(HEADS=4), first] if problem.causal else [first]
-    return next((each for each in configs if _reject(problem, each, device) is None), configs[-1])
-
-
-def _work(problem: ForwardProblem, config: Config) -> Cost:
-    """Every block of rows reads q once, and k and v up to its last unmasked column, in whole blocks."""
-    rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
-    blocks = rows_and_tiles(problem.seq_q, problem.seq_k, rows, columns, *problem.limits)
-    tiles, heads = sum(visited for _, visited in blocks), problem.batch * problem.heads
-    width = problem.width * problem.torch_dtype.itemsize
-    read = len(blocks) * rows * width + 2 * tiles * columns * width
-    return Cost(4.0 * heads * tiles * rows * columns * problem.width, heads * read + problem.queries * (width + 4))
-
-
-SPACE = Space(
-    axes={
-        "BLOCK_M": (64, 128, 256),
-        "BLOCK_N": (32, 64, 128, 256),
-        "num_warps": (4, 8, 16),
-        "num_stages": (1, 2, 3, 4),
-        "HEADS": (1, 2, 4, 8),
-        "DESCRIPTORS": (0, 1),
-    },
-    reject=_reject,
-    default=_default,
-    work=_work,
-)
 
 
 @triton.jit
@@ -311,16 +205,43 @@ def _attention_fwd(
     BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MADE: tl.constexpr,
 ):
-    n_blocks = tl.cdiv(n_q, BLOCK_M)
+    """With `GROUP` above 1 that many query heads share a tile: heads and pairs are then those of k and v.
+
+    With `MADE` q, k and v are pointers, of which each program makes its tensor descriptors.
+    """
+    n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
     block, pair = place(tl.program_id(0), n_blocks, n_pairs, HEADS)
     if CAUSAL or (after is not None and before is None):
         block = n_blocks - 1 - block  # the last rows see the most columns: start with them
     batch, head = pair // n_heads, pair % n_heads
     kv_head = head // group
     row = block * BLOCK_M
-
-    q_tile = load_tile(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
+    first_row = row
+    height = BLOCK_M
+    if MADE:
+        n_batch, n_kv = n_pairs // n_heads, n_heads // group
+        k = tl.make_tensor_descriptor(
+            k, [n_batch, n_kv, n_k, WIDTH], [stride_kb, stride_kh, stride_ks, 1], [1, 1, BLOCK_N, D]
+        )
+        v = tl.make_tensor_descriptor(
+            v, [n_batch, n_kv, n_k, WIDTH], [stride_vb, stride_vh, stride_vs, 1], [1, 1, BLOCK_N, D]
+        )
+        if GROUP == 1:
+            q = tl.make_tensor_descriptor(
+                q, [n_batch, n_heads, n_q, WIDTH], [stride_qb, stride_qh, stride_qs, 1], [1, 1, BLOCK_M, D]
+            )
+    if GROUP > 1:
+        q_tile = load_group(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, GROUP)
+        first_row = block * BLOCK_M // GROUP
+        height = (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1 - first_row
+        row = (row + tl.arange(0, BLOCK_M)) // GROUP - tl.arange(0, BLOCK_M)  # `attend` adds the range again
+    else:
+        q_tile = load_tile(
+            q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS
+        )
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     weight = tl.zeros([BLOCK_M, 8] if WIDTH <= 64 else [BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -328,10 +249,10 @@ def _attention_fwd(
     last = n_k
     whole = n_k // BLOCK_N * BLOCK_N  # columns before this one need no mask
     if CAUSAL:
-        last = tl.minimum(row + BLOCK_M, n_k)
-        whole = tl.minimum(row + 1, n_k) // BLOCK_N * BLOCK_N
+        last = tl.minimum(first_row + height, n_k)
+        whole = tl.minimum(first_row + 1, n_k) // BLOCK_N * BLOCK_N
     if BANDED:
-        first, clear, whole, last = columns_seen(row, BLOCK_M, n_k, before, after)
+        first, clear, whole, last = columns_seen(first_row, height, n_k, before, after)
         first = first // BLOCK_N * BLOCK_N
         clear = tl.minimum(tl.cdiv(clear, BLOCK_N) * BLOCK_N, tl.cdiv(last, BLOCK_N) * BLOCK_N)
         whole = tl.maximum(whole // BLOCK_N * BLOCK_N, clear)
@@ -369,9 +290,16 @@ def _attention_fwd(
         share = tl.where(weight == 0.0, 1.0, weight)  # a row that sees nothing is 0, and its log-sum-exp -inf
     if dropout is not None:
         share = share * (1.0 - dropout)
-    store_tile(o, acc / share[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
-    rows = row + tl.arange(0, BLOCK_M)
-    at = lse + pair.to(tl.int64) * n_q + rows
+    if GROUP > 1:
+        row = block * BLOCK_M
+        tile = acc / share[:, None]
+        store_group(o, tile, batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH, GROUP)
+        rows, at = in_group(pair, row, n_q, 1, BLOCK_M, GROUP)
+        at = lse + at
+    else:
+        store_tile(o, acc / share[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
+        rows = row + tl.arange(0, BLOCK_M)
+        at = lse + pair.to(tl.int64) * n_q + rows
     total = peak + tl.log2(weight) * LN2 if SCORED else (peak + tl.log2(weight)) * LN2
     tl.store(at, total, mask=rows < n_q)
 
@@ -390,17 +318,22 @@ def _triton(
     (batch, heads, n_q, _), (heads_kv, n_k) = q.shape, k.shape[1:3]
     o, lse = like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
-    descriptors = bool(config["DESCRIPTORS"]) and describable(q, k, v)
+    shared = heads // heads_kv if config.get("PACK") and by_place(form) else 1
+    descriptors = bool(config["DESCRIPTORS"]) and describable(k, v) and (shared > 1 or describable(q))
+    loaded: tuple[Any, ...] = q, k, v
+    made = descriptors and config["DESCRIPTORS"] == MADE_BY_KERNEL
+    if descriptors and not made:
+        loaded = q if shared > 1 else describe(q, rows), describe(k, columns), describe(v, columns)
     launch(
         _attention_fwd,
-        (triton.cdiv(n_q, rows) * batch * heads,),
-        *((describe(q, rows), describe(k, columns), describe(v, columns)) if descriptors else (q, k, v)),
+        (triton.cdiv(n_q * shared, rows) * batch * heads // shared,),
+        *loaded,
         o,
         lse,
         *(step for x in (q, k, v, o) for step in x.stride()[:3]),
-        batch * heads,
-        heads,
-        heads // heads_kv,
+        batch * heads // shared,
+        heads // shared,
+        heads // heads_kv // shared,
         n_q,
         n_k,
         scale,
@@ -409,7 +342,10 @@ def _triton(
         BLOCK_N=columns,
         HEADS=config["HEADS"],
         DESCRIPTORS=descriptors,
+        GROUP=shared,
+        MADE=made,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
+        **capped(int(config.get("MAXNREG", 0))),
     )
     return o, lse

@@ -112,6 +112,59 @@ def store_tile(
     tl.store(base + inside, tile.to(out.dtype.element_ty), mask=there)
 
 
+@triton.jit
+def in_group(head, row, stride_h, stride_s, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """(position, offset) of each of a group's rows from `row` on: of every position the rows of all its heads."""
+    rows = row + tl.arange(0, ROWS)
+    position, member = rows // GROUP, rows % GROUP
+    return position, (head * GROUP + member).to(tl.int64) * stride_h + position.to(tl.int64) * stride_s
+
+
+@triton.jit
+def load_group(
+    source,
+    batch,
+    head,
+    row,
+    stride_b,
+    stride_h,
+    stride_s,
+    n_rows,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Rows of the `GROUP` query heads of a key/value head, [ROWS, D], as `in_group` has them; zero past `n_rows`."""
+    position, at = in_group(head, row, stride_h, stride_s, ROWS, GROUP)
+    there = (position < n_rows)[:, None] & (tl.arange(0, D) < WIDTH)[None, :]
+    base = source + batch.to(tl.int64) * stride_b
+    return tl.load(base + at[:, None] + tl.arange(0, D)[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def store_group(
+    out,
+    tile,
+    batch,
+    head,
+    row,
+    stride_b,
+    stride_h,
+    stride_s,
+    n_rows,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Writes a tile to where `load_group` reads it, rounded to the dtype of `out`."""
+    position, at = in_group(head, row, stride_h, stride_s, ROWS, GROUP)
+    there = (position < n_rows)[:, None] & (tl.arange(0, D) < WIDTH)[None, :]
+    base = out + batch.to(tl.int64) * stride_b
+    tl.store(base + at[:, None] + tl.arange(0, D)[None, :], tile.to(out.dtype.element_ty), mask=there)
+
+
 def addressable(x: torch.Tensor) -> torch.Tensor:
     """`x`, copied only if the kernels cannot address it: rows contiguous, and a tile's rows within 2³¹ elements."""
     return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 23 else x.contiguous()
@@ -158,18 +211,51 @@ def crowded(elements: int, warps: int, device: Device) -> str | None:
     )
 
 
+def pointless(cap: int, elements: int, warps: int, shared: int, programs: int, device: Device) -> str | None:
+    """Why a cap on registers a thread cannot let more programs onto an SM, or costs more than that is worth, or None.
+
+    elements: fp32 numbers of a program's tiles; shared: its bytes of shared memory; programs: how many there are.
+    Beside its tiles a kernel takes 30 registers a thread at least, and seldom more than as many again as for them.
+    """
+    if not cap:
+        return None
+    if device.backend != "cuda":
+        return "only NVIDIA's compiler caps registers"
+    threads = device.warp_size * warps
+    most, capped = (device.registers_per_sm // (each * threads) for each in (256, cap))
+    if capped <= most or capped * threads > device.threads_per_sm:
+        return "such a cap on registers lets no other program onto an SM"
+    if capped * (shared + 1024) > device.shared_per_sm:
+        return "shared memory lets no more programs onto an SM, whatever the registers"
+    if programs <= most * device.sm_count:
+        return "every program has its place on an SM as it is"
+    tiles = elements // threads
+    if tiles + 30 > cap:
+        return f"{cap} registers a thread are too few for its tiles"
+    return "its tiles need fewer registers than that as it is" if 2 * tiles < cap else None
+
+
+def capped(registers: int) -> dict[str, int]:
+    """The launch option that caps registers a thread; none for 0."""
+    return {"maxnreg": registers} if registers else {}
+
+
 def oversized(block: int, length: int, smallest: int) -> bool:
     """Is a block more than the sequence needs, where a smaller one exists?"""
     return block > max(smallest, int(triton.next_power_of_2(length)))
 
 
 def rows_and_tiles(
-    n_rows: int, n_columns: int, rows: int, columns: int, before: int | None, after: int | None
+    n_rows: int, n_columns: int, rows: int, columns: int, before: int | None, after: int | None, heads: int = 1
 ) -> Sequence[tuple[int, int]]:
-    """For each block of rows its first row and how many blocks of columns it visits, of those in the band."""
+    """For each block of rows its first row and how many blocks of columns it visits, of those in the band.
+
+    heads: how many share a block, which then has the same row of each before the next (see `load_group`).
+    """
     found = []
-    for row in range(0, n_rows, rows):
-        first = 0 if before is None else max(row - before, 0) // columns
-        last = n_columns if after is None else min(row + rows + after, n_columns)
+    for row in range(0, n_rows * heads, rows):
+        top, below = row // heads, (row + rows - 1) // heads + 1
+        first = 0 if before is None else max(top - before, 0) // columns
+        last = n_columns if after is None else min(below + after, n_columns)
         found.append((row, max(-(-last // columns) - first, 0)))
     return found

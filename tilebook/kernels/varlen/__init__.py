@@ -12,7 +12,7 @@ from tilebook.autograd import once
 from tilebook.kernels.attention import eager as attention
 from tilebook.kernels.attention import peers
 from tilebook.kernels.attention.form import Form, form
-from tilebook.kernels.attention.forward import supports
+from tilebook.kernels.attention.forward_space import supports
 from tilebook.kernels.attention.tiles import PACKED, describable, like
 from tilebook.kernels.varlen import eager, flash
 from tilebook.kernels.varlen.blocks import addressable, describe, n_blocks

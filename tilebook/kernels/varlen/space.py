@@ -31,7 +31,10 @@ def _like(op: Op[Any]) -> Space:
         wide = asynchronous(device) and problem.even.width > 64 and not config["DESCRIPTORS"]
         return config.replace(BLOCK_M1=32) if wide and "BLOCK_M1" in config else config
 
-    return Space(space.axes, reject, default, work)
+    # What came later there, the kernels here have not got.
+    axes = {axis: values for axis, values in space.axes.items() if axis not in space.later}
+    axes["DESCRIPTORS"] = (0, 1)
+    return Space(axes, reject, default, work)
 
 
 SPACE = _like(attention_fwd)

@@ -1,0 +1,225 @@
+"""Axes of attention's spaces that came after verdicts had been made: what they do, and when they are tried."""
+
+import random
+
+import pytest
+import torch
+
+from tilebook import device as devices
+from tilebook.kernels.attention import eager
+from tilebook.kernels.attention.backward import attention_bwd
+from tilebook.kernels.attention.form import CAUSAL, PLAIN
+from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.launch import intercepted
+from tilebook.tuner.compile import CompilePool
+from tilebook.tuner.verify import Case, verify
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+H200 = devices.find("H200")
+FORWARD, BACKWARD = attention_fwd.problem, attention_bwd.problem
+
+
+def options(op, problem, config):
+    """The launch options and constexprs of each kernel that a config starts."""
+    started = []
+    with intercepted(lambda kernel, grid, args, meta: started.append(meta)):
+        op.tunable(*problem.inputs("meta", 0), config=config)
+    return started
+
+
+@pytest.mark.parametrize("op", [attention_fwd, attention_bwd], ids=lambda op: op.name)
+@pytest.mark.parametrize("gpu", ["A100", "H200", "B200", "MI300X"])
+def test_the_later_axes_leave_spaces_small(op, gpu):
+    space, device = op.tunable.space, devices.find(gpu)
+    for text in ("B8,H6,S196,D64", "B4,H16,S2048,D64", "B4,H16,S2048,D128,causal"):
+        feasible = space.feasible(op.problem.parse(text, "bf16"), device)
+        before = [config for config in feasible if not config.keys() & space.later.keys()]
+        assert 0 < len(before) <= len(feasible) < 3 * len(before), (text, len(before), len(feasible))
+
+
+def test_a_cap_on_registers_reaches_the_kernel_it_is_for():
+    problem = FORWARD.parse("B4,H16,S2048,D64", "bf16")
+    config = attention_fwd.tunable.space.default(problem, H200)
+    assert "maxnreg" not in options(attention_fwd, problem, config)[0]
+    assert options(attention_fwd, problem, config.replace(MAXNREG=128))[0]["maxnreg"] == 128
+    problem = BACKWARD.parse("B4,H16,S2048,D64", "bf16")
+    config = attention_bwd.tunable.space.default(problem, H200).replace(MAXNREG1=168)
+    dq, dkdv = options(attention_bwd, problem, config)
+    assert "maxnreg" not in dq
+    assert dkdv["maxnreg"] == 168
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "gpu", "reason"),
+    [
+        ("S2048,D64", (128, 128, 8, 2, 128), "H200", ""),
+        ("S2048,D64", (128, 128, 8, 2, 168), "H200", "no other"),
+        ("S2048,D64", (128, 128, 8, 4, 128), "H200", "shared"),
+        ("S2048,D64", (64, 32, 4, 2, 128), "H200", "fewer"),
+        ("S2048,D128", (64, 128, 4, 1, 128), "H200", "too few"),
+        ("S2048,D64", (64, 32, 4, 2, 168), "MI300X", "NVIDIA"),
+        ("S64,Sk16384,D64", (64, 64, 4, 1, 128), "H200", "its place"),
+    ],
+)
+def test_caps_on_registers_that_cannot_matter_say_why(text, values, gpu, reason):
+    problem = FORWARD.parse(f"B4,H16,{text}", "bf16")
+    space, device = attention_fwd.tunable.space, devices.find(gpu)
+    axes = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "MAXNREG"
+    config = space.default(problem, device).replace(**dict(zip(axes, values, strict=True)))
+    assert space.reject(problem, config.replace(MAXNREG=0), device) is None
+    said = space.reject(problem, config, device)
+    assert reason in said if reason else said is None, said
+
+
+@pytest.mark.parametrize("op", [attention_fwd, attention_bwd], ids=lambda op: op.name)
+def test_capped_kernels_compile_and_use_no_more_registers(op):
+    problem = op.problem.parse("B4,H16,S2048,D64", "bf16")
+    space = op.tunable.space
+    capped = [c for c in space.feasible(problem, H200) if any(axis.startswith("MAXNREG") for axis in c)]
+    with CompilePool(H200, workers=1) as pool:
+        for config in random.Random(0).sample(capped, 2):
+            compiled = pool.submit(op.name, "triton", problem.key, config).result()
+            assert compiled.failure in (None, "spills"), compiled
+            caps = [int(config.get(axis, 255)) for axis in sorted(space.later, reverse=True) if "MAXNREG" in axis]
+            assert all(b.registers <= cap for b, cap in zip(compiled.binaries, caps, strict=True)), compiled
+
+
+def test_a_capped_kernel_is_right():
+    problem = FORWARD.parse("B1,H2,S197,D64,causal", "bf16")
+    config = attention_fwd.tunable.space.default(problem, H200).replace(MAXNREG=128)
+    verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
+
+
+PACKED = [
+    (1, 8, 1, 1, "bf16", ""),
+    (4, 4, 5, 33, "fp16", ",causal"),
+    (8, 8, 17, 300, "bf16", ",causal"),
+    (8, 2, 17, 300, "fp16", ",causal,bottom_right"),
+    (2, 1, 64, 128, "bf16", ",causal,bottom_right"),
+    (8, 2, 100, 40, "bf16", ",causal"),
+    (6, 2, 100, 190, "fp16", ""),
+    (4, 1, 100, 90, "bf16", ",causal,bottom_right"),
+    (6, 2, 70, 130, "bf16", ",causal,window40x0"),
+]
+
+
+@pytest.mark.parametrize("descriptors", [0, 1])
+@pytest.mark.parametrize(("heads", "heads_kv", "n_q", "n_k", "dtype", "form"), PACKED)
+def test_heads_that_share_a_tile_are_right(heads, heads_kv, n_q, n_k, dtype, form, descriptors):
+    heads = max(heads, heads_kv)
+    problem = FORWARD.parse(f"B2,H{heads},Hkv{heads_kv},S{n_q},Sk{n_k},D32{form}", dtype)
+    config = attention_fwd.tunable.space.default(problem, H200).replace(PACK=1, DESCRIPTORS=descriptors)
+    verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
+
+
+@pytest.mark.parametrize("axes", [{"BLOCK_M": 128, "num_warps": 8}, {"BLOCK_N": 32}, {"BLOCK_N": 128, "num_stages": 1}])
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+def test_every_length_of_a_shared_tile_is_right(group, axes):
+    for n_q, n_k in ((1, 70), (5, 1), (33, 100)):
+        problem = FORWARD.parse(f"B1,H{group},Hkv1,S{n_q},Sk{n_k},D40,causal,bottom_right", "bf16")
+        config = attention_fwd.tunable.space.default(problem, H200).replace(PACK=1, **axes)
+        verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
+
+
+def test_heads_share_a_tile_in_any_order_of_axes():
+    """Slices of one (B, S, H + 2 Hkv, D) projection."""
+    qkv = torch.randn((2, 21, 8, 32), generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+    q, k, v = (x.transpose(1, 2) for x in qkv.split([4, 2, 2], 2))
+    config = attention_fwd.tunable.space.default(FORWARD.of(q, k, v, CAUSAL, 0.2), H200).replace(PACK=1)
+    for mine, right in zip(
+        attention_fwd.tunable(q, k, v, CAUSAL, 0.2, config=config), eager.forward(q, k, v, CAUSAL, 0.2), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=2e-3, atol=2e-3)
+
+
+def test_scores_that_more_than_place_decides_are_not_of_shared_tiles():
+    problem = FORWARD.parse("B1,H4,Hkv2,S20,D32,alibi,dropout", "fp16")
+    config = attention_fwd.tunable.space.default(problem, H200).replace(PACK=1)
+    assert options(attention_fwd, problem, config)[0]["GROUP"] == 1
+    verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("B16,H32,Hkv4,S16,Sk4096,D128", ""),
+        ("B16,H32,Hkv4,S127,Sk4096,D128,causal", ""),
+        ("B16,H32,Hkv4,S128,Sk4096,D128,causal", "full"),
+        ("B16,H32,S16,Sk4096,D128", "only query heads"),
+        ("B16,H32,Hkv4,S16,Sk4096,D128,softcap", "only query heads"),
+    ],
+)
+def test_heads_share_tiles_only_where_tiles_would_not_be_full(text, reason):
+    problem, space = FORWARD.parse(text, "bf16"), attention_fwd.tunable.space
+    said = space.reject(problem, space.default(problem, H200).replace(PACK=1, HEADS=1), H200)
+    assert reason in said if reason else said is None, said
+
+
+def test_shared_tiles_read_keys_and_values_once_for_all_their_heads():
+    problem, space = FORWARD.parse("B16,H32,Hkv4,S16,Sk4096,D128", "bf16"), attention_fwd.tunable.space
+    config = space.default(problem, H200).replace(BLOCK_M=128, num_warps=8)
+    apart, packed = (space.work(problem, each) for each in (config, config.replace(PACK=1)))
+    assert packed.flops == apart.flops / 8
+    assert 7 < apart.bytes / packed.bytes <= 8
+
+
+@pytest.mark.parametrize("name", ["A100", "H200", "B200", "MI300X"])
+def test_kernels_of_shared_tiles_compile(name):
+    gpu, problem = devices.find(name), FORWARD.parse("B16,H32,Hkv4,S16,Sk4096,D128,causal,bottom_right", "bf16")
+    config = attention_fwd.tunable.space.default(problem, gpu).replace(PACK=1)
+    assert attention_fwd.tunable.space.reject(problem, config, gpu) is None
+    with CompilePool(gpu, workers=1) as pool:
+        compiled = pool.submit("attention_fwd", "triton", problem.key, config).result()
+    assert compiled.failure is None, compiled
+
+
+@pytest.mark.parametrize("pack", [0, 1])
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("B2,H2,S100,D64", "bf16"),
+        ("B1,H2,S197,D64,causal", "fp16"),
+        ("B1,H4,Hkv2,S40,Sk70,D40", "bf16"),
+        ("B2,H4,Hkv2,S70,Sk190,D32,causal,bottom_right", "bf16"),
+        ("B1,H2,S100,D32,softcap,alibi", "bf16"),
+    ],
+)
+def test_descriptors_made_by_the_kernel_are_right(text, dtype, pack):
+    problem = FORWARD.parse(text, dtype)
+    config = attention_fwd.tunable.space.default(problem, H200).replace(DESCRIPTORS=2, PACK=pack)
+    assert options(attention_fwd, problem, config)[0]["MADE"]
+    verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
+
+
+def test_tensors_that_no_descriptor_can_address_go_by_pointers():
+    q, k, v = (torch.empty(1, 2, 20, 36, device="meta", dtype=torch.float16)[..., :32] for _ in range(3))
+    started = []
+    with intercepted(lambda kernel, grid, args, meta: started.append(meta)):
+        config = attention_fwd.tunable.space.default(FORWARD.of(q, k, v, PLAIN, 1.0), H200).replace(DESCRIPTORS=2)
+        attention_fwd.tunable(q, k, v, PLAIN, 1.0, config=config)
+    assert (started[0]["DESCRIPTORS"], started[0]["MADE"]) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "gpu", "reason"),
+    [
+        ("B8,H6,S196,D64", "H200", ""),
+        ("B4,H16,S2048,D64", "H200", "the host has the time"),
+        ("B8,H6,S196,D64", "A100", "sm_90"),
+        ("B8,H6,S196,D64", "MI300X", "sm_90"),
+    ],
+)
+def test_kernels_make_descriptors_only_where_the_host_has_no_time_to(text, gpu, reason):
+    problem, device, space = FORWARD.parse(text, "bf16"), devices.find(gpu), attention_fwd.tunable.space
+    said = space.reject(problem, space.default(problem, device).replace(DESCRIPTORS=2), device)
+    assert reason in said if reason else said is None, said
+
+
+@pytest.mark.parametrize("name", ["H200", "B200"])
+def test_kernels_that_make_descriptors_compile(name):
+    gpu, problem = devices.find(name), FORWARD.parse("B8,H6,S196,D64", "bf16")
+    config = attention_fwd.tunable.space.default(problem, gpu).replace(DESCRIPTORS=2)
+    assert attention_fwd.tunable.space.reject(problem, config, gpu) is None
+    with CompilePool(gpu, workers=1) as pool:
+        compiled = pool.submit("attention_fwd", "triton", problem.key, config).result()
+    assert compiled.failure is None, compiled
