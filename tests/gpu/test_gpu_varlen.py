@@ -148,7 +148,7 @@ def test_nothing_of_a_neighbour_enters_a_sequence(descriptors, causal):
 
 def test_repeated_calls_and_a_captured_graph_follow_the_lengths_on_the_gpu():
     """From the third call on a recorded plan runs; the numbers in cu_seqlens are read anew each time."""
-    q, k, v, do = (_random(2048, 8, 64, seed=i) for i in range(4))
+    q, k, v, do = (_random(2048, 8, 128, seed=i) for i in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     ends = _ends([500, 1000, 548])
 
@@ -175,7 +175,7 @@ def test_repeated_calls_and_a_captured_graph_follow_the_lengths_on_the_gpu():
 
 
 def test_no_call_waits_for_the_gpu():
-    q, k, v = (_random(1024, 4, 64, seed=i).requires_grad_() for i in range(3))
+    q, k, v = (_random(1024, 4, 128, seed=i).requires_grad_() for i in range(3))
     ends = _ends([300, 724])
     lengths = {"max_seqlen_q": 724, "max_seqlen_k": 724}
     for _ in range(4):

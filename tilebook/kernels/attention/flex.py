@@ -108,8 +108,9 @@ def _attend(form: Form, n_q: int, n_k: int, device: torch.device) -> types.Funct
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         changed = modification(form, bias, slopes, n_k - n_q)
         o, aux = flex.flex_attention(
-            q, k, v, changed, mask, scale=scale, enable_gqa=True, return_aux=flex.AuxRequest(lse=True)
-        )
+            q, k, v, changed, mask, scale=scale, enable_gqa=True, return_aux=flex.AuxRequest(lse=True),
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},  # its decoding kernel, below 128 rows, lacks configs
+        )  # fmt: skip
         return o, aux.lse
 
     return cast(types.FunctionType, attend)

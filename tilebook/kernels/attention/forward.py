@@ -138,7 +138,7 @@ def attend(
                 ground = tl.where(higher == -float("inf"), 0.0, higher)
             p = tl.exp2(s * scale - ground[:, None])
             decay = tl.exp2(peak - ground)
-        if WIDTH <= 64:
+        if WIDTH <= 64:  # noqa: SIM108
             total = tl.sum(tl.reshape(p, [BLOCK_M, BLOCK_N // 8, 8]), 1)
         else:
             total = tl.sum(p, 1)

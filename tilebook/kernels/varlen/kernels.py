@@ -59,7 +59,7 @@ def varlen_fwd(
 
     q_tile = load_tile(q, start, head, row, stride_qs, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
-    weight = tl.zeros([BLOCK_M], dtype=tl.float32)
+    weight = tl.zeros([BLOCK_M, 8] if WIDTH <= 64 else [BLOCK_M], dtype=tl.float32)  # in parts, as `attend` adds it up
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     factor = scale if SCORED else scale * LOG2E
     first, clear, whole, last = _columns(row, BLOCK_M, n_k, extras[0], extras[1], LIMITED, BLOCK_N)
@@ -80,6 +80,8 @@ def varlen_fwd(
         True, False, LIMITED, SCORED, LIMITED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
 
+    if WIDTH <= 64:
+        weight = tl.sum(weight, 1)
     share = tl.where(weight == 0.0, 1.0, weight)  # a row that sees nothing is 0, and its log-sum-exp -inf
     store_tile(o, acc / share[:, None], start, head, row, stride_os, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
     rows = row + tl.arange(0, BLOCK_M)
