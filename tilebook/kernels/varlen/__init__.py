@@ -340,7 +340,7 @@ def attention_varlen(
     No number of one sequence enters another, NaN and infinity included. Kernels take bf16, fp16 and fp32 on a GPU with
     D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32 factors are rounded to tf32 where
     `torch.backends.cuda.matmul.allow_tf32` has it. They never read a length on the host, so a CUDA graph that captured
-    a call follows the lengths. Without a verdict that covers a call they serve bf16 and fp16 with D a power of two.
+    a call follows the lengths. Without a verdict that covers a call they serve bf16 and fp16 with D 128.
     Everything else, and `torch.compile`, runs the same in PyTorch, a sequence at a time, and has to wait for the
     lengths. Under autocast q, k and v are cast as there.
 
