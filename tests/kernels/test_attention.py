@@ -63,6 +63,13 @@ def test_backward_is_right_with_other_configs(axes, text):
     verify(attention_bwd.tunable, config, [Case.make(attention_bwd, problem, DEVICE, 1)], repeats=0)
 
 
+@pytest.mark.parametrize("seed", [4, 7, 8])
+def test_backward_with_dropout_forgives_what_was_rounded_in_rows_of_one_weight(seed):
+    problem = BACKWARD.parse("B1,H2,S100,D32,dropout", "bf16")
+    config = attention_bwd.tunable.space.default(problem, H200)
+    verify(attention_bwd.tunable, config, [Case.make(attention_bwd, problem, DEVICE, seed, outliers=True)], repeats=0)
+
+
 @pytest.mark.parametrize("descriptors", [0, 1])
 def test_any_strides_will_do(descriptors):
     """Slices of one (B, S, 3, H, D) projection, and a gradient expanded from a scalar."""

@@ -30,10 +30,7 @@ def test_default_config_is_right(op, problem):
 
 @interpreted
 @pytest.mark.parametrize(("op", "problem"), EXAMPLES[1::3], ids=_id)
-def test_default_config_is_right_on_inputs_with_outliers(op, problem, request):
-    if (op.name, problem.label) == ("attention_bwd", "B1,H2,S100,D32,dropout"):
-        reason = "with dropout and outliers dk errs 2.2 times as much as PyTorch's (rms), where twice is allowed"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_default_config_is_right_on_inputs_with_outliers(op, problem):
     config = op.tunable.space.default(problem, devices.find("H200"))
     verify(op.tunable, config, [Case.make(op, problem, "cpu", 3, outliers=True)], repeats=0)
 

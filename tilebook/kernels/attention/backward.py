@@ -198,10 +198,13 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
 
 
 def _work(problem: BackwardProblem, config: Config) -> Cost:
-    """Four products in the dk/dv kernel and three in the dq kernel, in whole blocks; each sweeps two tensors."""
+    """Four products in the dk/dv kernel and three in the dq kernel, in whole blocks; each sweeps two tensors.
+
+    With dropout the dq kernel sweeps them twice, for two products more.
+    """
     width, heads = problem.width * problem.torch_dtype.itemsize, problem.batch * problem.heads
     flops = read = 0.0
-    for half, products in zip(_halves(config), (4, 3), strict=True):
+    for half, products in zip(_halves(config), (4, 5 if problem.dropout else 3), strict=True):
         # By blocks of rows for both: the pairs of blocks that a mask leaves do not depend on who sweeps whom.
         blocks = rows_and_tiles(problem.seq_q, problem.seq_k, half.rows, half.columns, *problem.limits)
         tiles = sum(visited for _, visited in blocks)

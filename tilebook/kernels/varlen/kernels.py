@@ -129,23 +129,24 @@ def varlen_bwd_dq(
         row_lse = row_lse * LOG2E
     q_tile = load_tile(q, start, head, row, stride_qs, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
     dq = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    none = tl.zeros([BLOCK_M], dtype=tl.float32)  # for dropout, which sequences in a pack do not have
     factor = scale if SCORED else scale * LOG2E
     first, clear, whole, last = _columns(row, BLOCK_M, n_k, extras[0], extras[1], LIMITED, BLOCK_N)
     if left is not None:
-        dq = row_loop(
-            dq, q_tile, do_tile, row_lse, row_delta, k, v, None, start_k, kv_head, head, first, clear, row,
+        dq, none = row_loop(
+            dq, none, q_tile, do_tile, row_lse, row_delta, k, v, None, start_k, kv_head, head, first, clear, row,
             stride_ks, stride_kh, stride_ks, stride_vs, stride_vh, stride_vs, n_q, n_k, factor, extras,
-            True, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
+            True, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, True,
         )  # fmt: skip
-    dq = row_loop(
-        dq, q_tile, do_tile, row_lse, row_delta, k, v, None, start_k, kv_head, head, clear, whole, row,
+    dq, none = row_loop(
+        dq, none, q_tile, do_tile, row_lse, row_delta, k, v, None, start_k, kv_head, head, clear, whole, row,
         stride_ks, stride_kh, stride_ks, stride_vs, stride_vh, stride_vs, n_q, n_k, factor, extras,
-        False, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
+        False, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, True,
     )  # fmt: skip
-    dq = row_loop(
-        dq, q_tile, do_tile, row_lse, row_delta, k, v, None, start_k, kv_head, head, whole, last, row,
+    dq, none = row_loop(
+        dq, none, q_tile, do_tile, row_lse, row_delta, k, v, None, start_k, kv_head, head, whole, last, row,
         stride_ks, stride_kh, stride_ks, stride_vs, stride_vh, stride_vs, n_q, n_k, factor, extras,
-        True, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
+        True, False, LIMITED, SCORED, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, True,
     )  # fmt: skip
     store_tile(dq_out, dq * scale, start, head, row, stride_dqs, stride_dqh, stride_dqs, n_q, BLOCK_M, D, WIDTH)
 
