@@ -102,6 +102,10 @@ def outcome(seed: int, verdict: Verdict, seconds: float) -> dict[str, Any]:
         "time_ms": verdict.time_ms,
         "speedup": [verdict.speedup_low, verdict.speedup, verdict.speedup_high],
         "tied": verdict.evidence["tied"],
+        "finalists": [
+            {name: each[name] for name in ("implementation", "config", "time_ms", "speedup")}
+            for each in verdict.evidence["candidates"]
+        ],
         "tried": verdict.evidence["tried"],
         "seconds": round(seconds, 2),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from importlib.util import find_spec
 from typing import Any
 
 __version__ = "0.1.0"
@@ -21,7 +22,7 @@ def _public() -> dict[str, str]:
 
 def __getattr__(name: str) -> Any:
     # Families are found, not listed, so that adding one touches one file; and `import tilebook` stays light.
-    if not name.startswith("_") and name in (public := _public()):
+    if not name.startswith("_") and not find_spec(f"{__name__}.{name}") and name in (public := _public()):
         found = getattr(importlib.import_module(public[name]), name)
         globals()[name] = found
         return found

@@ -131,6 +131,9 @@ def test_what_ran_wrong_on_hopper_is_rejected_there_alone(columns):
     assert REDUCE.space.reject(problem, wrong.replace(num_stages=2), H200) is None
     assert REDUCE.space.reject(problem, wrong.replace(BLOCK_M=64), H200) is None
     assert REDUCE.space.reject(problem, wrong, devices.find("A100")) is None
+    padded = PROBLEM.parse("B2,H8,S4096,D72,causal", "bf16")  # its loads are not pipelined, whatever the stages
+    assert "ptxas" in REDUCE.space.reject(padded, wrong.replace(num_stages=2), H200)
+    assert REDUCE.space.reject(padded, wrong.replace(num_stages=2, BLOCK_M=64), H200) is None
 
 
 @pytest.mark.parametrize("name", TARGETS)

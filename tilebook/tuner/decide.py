@@ -19,6 +19,10 @@ PROMOTION = 1.01
 TIE = 1.01
 """Candidates within this factor of the fastest are equal; the tie is broken by what they cost, not by noise."""
 
+ALIKE = TIE**2
+"""As far apart two runs may see what is equal: the ratio of two configs is up to 1.4 % another in the next process
+(14 runs of one problem on an H200), for as long as it lives."""
+
 NEAR = 1.15
 """Slower than our fastest by more than this after the second rung, and a candidate is no finalist."""
 
@@ -27,7 +31,6 @@ DOUBT = 1.2
 took 1.18–1.20 times as long as the best for attention; the model's first choice 1.19–1.37, the default 1.20–1.43."""
 
 _FASTEST, _LIGHTEST = 5, 5  # finalists of each implementation that has a space
-_SPREAD = TIE**2  # of times that were not taken interleaved, so that a tie may look twice as far apart
 _TRIES = 3  # finalists that get the fresh process
 
 
@@ -46,11 +49,11 @@ class Contest:
         baseline = next(iter(self.samples.values()))
         return {candidate: speedup(baseline, samples, self.seed) for candidate, samples in self.samples.items()}
 
-    def tied(self) -> list[Candidate]:
-        """Those within TIE of the fastest, which comes first."""
+    def tied(self, factor: float = TIE) -> list[Candidate]:
+        """Those within this factor of the fastest, which comes first."""
         ranked = sorted(self.samples, key=lambda candidate: -self.ratios[candidate].value)
         fastest = self.ratios[ranked[0]].value
-        return [candidate for candidate in ranked if self.ratios[candidate].value * TIE >= fastest]
+        return [candidate for candidate in ranked if self.ratios[candidate].value * factor >= fastest]
 
     def to_json(self) -> list[Json]:
         rows: list[Json] = []
@@ -132,7 +135,7 @@ def _finalists(tuning: Tuning, implementation: str) -> list[Candidate]:
     best = min((tuning.times[c] for c in passed), default=math.inf)
     ranked = sorted(set(passed) - {tuning.default}, key=lambda c: (tuning.times[c], tuning.burden(c)))
     near = [c for c in ranked if tuning.times[c] <= NEAR * best]
-    equal = [c for c in near if tuning.times[c] <= _SPREAD * best]
+    equal = [c for c in near if tuning.times[c] <= ALIKE * best]
     return list(dict.fromkeys([*near[:_FASTEST], *sorted(equal, key=tuning.burden)[:_LIGHTEST]]))
 
 
@@ -173,9 +176,9 @@ def _by_merit(tuning: Tuning, contest: Contest) -> list[Candidate]:
 
 
 def _tie_set(tuning: Tuning, contest: Contest) -> list[Candidate]:
-    """All that cannot be told from the fastest: of the contest, and of those it had no room for."""
-    tied = contest.tied()
-    limit = TIE * tuning.times[tied[0]]
+    """All that another run may find as good as the fastest: of the contest, and of those it had no room for."""
+    tied = contest.tied(ALIKE)
+    limit = ALIKE * tuning.times[tied[0]]
     return [*tied, *(c for c, ms in tuning.times.items() if c not in contest.samples and ms <= limit)]
 
 

@@ -67,6 +67,9 @@ class Bench:
         self._mode = mode
         stream: Any = torch.cuda.Stream
         self._stream = stream() if mode == "graph" else None
+        # One pool for all graphs: each would keep one of its own, and what is left in those cannot be given back while
+        # the next graph is captured. No graph needs what another left in it.
+        self._pool = torch.cuda.MemPool() if mode == "graph" else None
 
     def estimate(self, call: Call) -> float:
         """A first idea of ms a call, from three samples. `call` must have run before."""
@@ -98,10 +101,11 @@ class Bench:
         return Sampler(go, launches)
 
     def _graph(self, call: Call, launches: int) -> Sampler:
+        assert self._pool is not None
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            graph.capture_begin()
+            graph.capture_begin(pool=self._pool.id)
             try:
                 for index in range(launches):
                     call(*self.inputs[index % len(self.inputs)])

@@ -115,12 +115,15 @@ class Server:
         except Exception as broken:
             return self._failed(broken)
         facts = {"errors": [[[e.max, e.rms] for e in case] for case in errors]}
-        estimate = self._bench.estimate(run)
-        incumbent = message["incumbent_ms"]
-        if incumbent is not None and estimate > FAR * incumbent:
-            text = f"{estimate / incumbent:.1f} times slower than the best so far"
-            return _reply(Failure.SLOW, text, time_ms=estimate, facts=facts)
-        samples = self._bench.capture(run, estimate).samples(SAMPLES)
+        try:
+            estimate = self._bench.estimate(run)
+            incumbent = message["incumbent_ms"]
+            if incumbent is not None and estimate > FAR * incumbent:
+                text = f"{estimate / incumbent:.1f} times slower than the best so far"
+                return _reply(Failure.SLOW, text, time_ms=estimate, facts=facts)
+            samples = self._bench.capture(run, estimate).samples(SAMPLES)
+        except torch.OutOfMemoryError as broken:
+            return self._failed(broken)
         return _reply(None, time_ms=median(samples), samples_ms=samples, facts=facts)
 
     def _failed(self, error: Exception) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from tilebook.kernels.attention.scores import looked_up, rows_seen, scored, survives, within
-from tilebook.kernels.attention.tiles import LOG2E, load_tile, offset, place, store_tile
+from tilebook.kernels.attention.tiles import LOG2E, load_tile, offset, place, rounded, store_tile
 
 
 @triton.jit
@@ -55,6 +55,7 @@ def column_step(
     q_tile = load_tile(
         q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, MASKED, DESCRIPTORS
     )
+    q_tile = rounded(q_tile, TF32)
     st = tl.dot(k_tile, tl.trans(q_tile), allow_tf32=TF32)
     rows = row + tl.arange(0, BLOCK_M)
     at = pair.to(tl.int64) * n_q + rows
@@ -83,17 +84,18 @@ def column_step(
     do_tile = load_tile(
         do, batch, head, row, stride_db, stride_dh, stride_ds, n_q, BLOCK_M, D, WIDTH, MASKED, DESCRIPTORS
     )
+    do_tile = rounded(do_tile, TF32)
     dpt = tl.dot(v_tile, tl.trans(do_tile), allow_tf32=TF32)
     used = pt
     if seed is not None:
         alive = survives(rows[None, :], (column + tl.arange(0, BLOCK_N))[:, None], pair, seed, dropout)
         used = tl.where(alive, pt, 0.0)
         dpt = tl.where(alive, dpt / (1.0 - dropout), 0.0)
-    dv = tl.dot(used.to(do_tile.dtype), do_tile, dv, allow_tf32=TF32)
+    dv = tl.dot(rounded(used.to(do_tile.dtype), TF32), do_tile, dv, allow_tf32=TF32)
     dst = pt * (dpt - row_delta[None, :])
     if softcap is not None:
         dst = dst * (1.0 - bent * bent)
-    dk = tl.dot(dst.to(q_tile.dtype), q_tile, dk, allow_tf32=TF32)
+    dk = tl.dot(rounded(dst.to(q_tile.dtype), TF32), q_tile, dk, allow_tf32=TF32)
     return dk, dv
 
 
@@ -168,6 +170,7 @@ def attention_bwd_dkdv(
     v_tile = load_tile(
         v, batch, kv_head, column, stride_vb, stride_vh, stride_vs, n_k, BLOCK_N, D, WIDTH, True, DESCRIPTORS
     )
+    k_tile, v_tile = rounded(k_tile, TF32), rounded(v_tile, TF32)
     dk = tl.zeros([BLOCK_N, D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, D], dtype=tl.float32)
 

@@ -54,7 +54,8 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
         return "the GPU would wait for the host to make its tensor descriptors"
     if config["DESCRIPTORS"] and stages == 1:
         return "without a pipeline these accessed memory that is not theirs (on an H200, with Triton 3.6)"
-    if device.capability == 90 and stages == 1 and rows == 32:
+    padded = problem.head_dim != problem.width and not config["DESCRIPTORS"]  # Triton pipelines no loads with two masks
+    if device.capability == 90 and rows == 32 and (stages == 1 or padded):
         # ds then lies where do was, 64 bytes a row instead of 128, and what both of their wgmma descriptors are made of
         # is set at the end of the loop: its first step reads a register that nothing wrote.
         return "ptxas 12.8 (Triton 3.6) loses where ds lies in shared memory, and dq is wrong"
@@ -100,7 +101,7 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     """The first that fits of a few shapes; the widest blocks of columns add to dq the fewest times."""
     descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S
     shapes = [(64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 2)] if asynchronous(device) and descriptors else []
-    shapes += [(32, 64, 8, 2)] if device.backend == "cuda" else []
+    shapes += [(32, 64, 8, 2), (64, 64, 8, 2)] if device.backend == "cuda" else []
     shapes += [(32, 64, 8, 1)]
     axes = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
     rest = {"HEADS": 1, "TURNED": 0, "MAXNREG": 0}

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from tilebook.kernels.attention.scores import columns_seen, looked_up, scored, survives, within
-from tilebook.kernels.attention.tiles import LOG2E, load_tile, offset, place, store_tile
+from tilebook.kernels.attention.tiles import LOG2E, load_tile, offset, place, rounded, store_tile
 
 
 @triton.jit
@@ -80,6 +80,7 @@ def row_loop(
         v_tile = load_tile(
             v, batch, kv_head, column, stride_vb, stride_vh, stride_vs, n_k, BLOCK_N, D, WIDTH, MASKED, DESCRIPTORS
         )
+        k_tile, v_tile = rounded(k_tile, TF32), rounded(v_tile, TF32)
         s = tl.dot(q_tile, tl.trans(k_tile), allow_tf32=TF32)
         dp = tl.dot(do_tile, tl.trans(v_tile), allow_tf32=TF32)
         if SCORED:
@@ -113,7 +114,7 @@ def row_loop(
         if softcap is not None:
             ds = ds * (1.0 - bent * bent)
         if EXACT:
-            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, allow_tf32=TF32)
+            dq = tl.dot(rounded(ds.to(k_tile.dtype), TF32), k_tile, dq, allow_tf32=TF32)
     return dq, short
 
 
@@ -202,6 +203,7 @@ def attention_bwd_dq(
     if not SCORED:
         row_lse = row_lse * LOG2E
     q_tile = load_tile(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
+    q_tile, do_tile = rounded(q_tile, TF32), rounded(do_tile, TF32)
 
     last = n_k
     whole = n_k // BLOCK_N * BLOCK_N

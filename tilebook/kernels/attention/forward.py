@@ -33,6 +33,7 @@ from tilebook.kernels.attention.tiles import (
     load_tile,
     offset,
     place,
+    rounded,
     store_group,
     store_tile,
 )
@@ -108,7 +109,7 @@ def attend(
         k_tile = load_tile(
             k, batch, kv_head, column, stride_kb, stride_kh, stride_ks, n_k, BLOCK_N, D, WIDTH, MASKED, DESCRIPTORS
         )
-        s = tl.dot(q, tl.trans(k_tile), allow_tf32=TF32)
+        s = tl.dot(q, tl.trans(rounded(k_tile, TF32)), allow_tf32=TF32)
         if SCORED:
             at_rows, at_columns = (row + tl.arange(0, BLOCK_M))[:, None], (column + tl.arange(0, BLOCK_N))[None, :]
             s, _bent = scored(s, row, column, at_rows, at_columns, n_q, n_k, scale, extras)
@@ -149,7 +150,7 @@ def attend(
         v_tile = load_tile(
             v, batch, kv_head, column, stride_vb, stride_vh, stride_vs, n_k, BLOCK_N, D, WIDTH, MASKED, DESCRIPTORS
         )
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, allow_tf32=TF32)
+        acc = tl.dot(rounded(p.to(v_tile.dtype), TF32), rounded(v_tile, TF32), acc, allow_tf32=TF32)
         weight = weight * (decay[:, None] if WIDTH <= 64 else decay) + total
         peak = higher
     return acc, weight, peak
@@ -242,6 +243,7 @@ def _attention_fwd(
         q_tile = load_tile(
             q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS
         )
+    q_tile = rounded(q_tile, TF32)
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     weight = tl.zeros([BLOCK_M, 8] if WIDTH <= 64 else [BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)

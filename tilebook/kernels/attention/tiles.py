@@ -113,6 +113,17 @@ def store_tile(
 
 
 @triton.jit
+def rounded(tile, TF32: tl.constexpr):
+    """A factor of a product. Tensor cores cut off what tf32 has no room for: rounded to the nearest first, fp32 makes a
+    quarter of that error, and none that adds up. NaN stays NaN."""
+    if TF32 and tile.dtype == tl.float32:
+        bits = tile.to(tl.uint32, bitcast=True)
+        near = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        tile = tl.where(tile == tile, near, tile)
+    return tile
+
+
+@triton.jit
 def in_group(head, row, stride_h, stride_s, ROWS: tl.constexpr, GROUP: tl.constexpr):
     """(position, offset) of each of a group's rows from `row` on: of every position the rows of all its heads."""
     rows = row + tl.arange(0, ROWS)

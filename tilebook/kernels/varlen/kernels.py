@@ -12,7 +12,7 @@ from tilebook.kernels.attention.backward_columns import column_step
 from tilebook.kernels.attention.backward_rows import row_loop
 from tilebook.kernels.attention.forward import attend
 from tilebook.kernels.attention.scores import columns_seen, rows_seen
-from tilebook.kernels.attention.tiles import LN2, LOG2E, load_tile, place, store_tile
+from tilebook.kernels.attention.tiles import LN2, LOG2E, load_tile, place, rounded, store_tile
 from tilebook.kernels.varlen.blocks import located, stretch
 
 
@@ -58,6 +58,7 @@ def varlen_fwd(
     )  # fmt: skip
 
     q_tile = load_tile(q, start, head, row, stride_qs, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
+    q_tile = rounded(q_tile, TF32)
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     weight = tl.zeros([BLOCK_M, 8] if WIDTH <= 64 else [BLOCK_M], dtype=tl.float32)  # in parts, as `attend` adds it up
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -128,6 +129,7 @@ def varlen_bwd_dq(
     if not SCORED:
         row_lse = row_lse * LOG2E
     q_tile = load_tile(q, start, head, row, stride_qs, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
+    q_tile, do_tile = rounded(q_tile, TF32), rounded(do_tile, TF32)
     dq = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     none = tl.zeros([BLOCK_M], dtype=tl.float32)  # for dropout, which sequences in a pack do not have
     factor = scale if SCORED else scale * LOG2E
@@ -180,6 +182,7 @@ def varlen_bwd_dkdv(
     v_tile = load_tile(
         v, start_k, kv_head, column, stride_vs, stride_vh, stride_vs, n_k, BLOCK_N, D, WIDTH, True, DESCRIPTORS
     )
+    k_tile, v_tile = rounded(k_tile, TF32), rounded(v_tile, TF32)
     dk = tl.zeros([BLOCK_N, D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, D], dtype=tl.float32)
 
