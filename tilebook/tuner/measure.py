@@ -67,9 +67,7 @@ class Bench:
         self._mode = mode
         stream: Any = torch.cuda.Stream
         self._stream = stream() if mode == "graph" else None
-        # One pool for all graphs: each would keep one of its own, and what is left in those cannot be given back while
-        # the next graph is captured. No graph needs what another left in it.
-        self._pool = torch.cuda.MemPool() if mode == "graph" else None
+        self._first: Any = None
 
     def estimate(self, call: Call) -> float:
         """A first idea of ms a call, from three samples. `call` must have run before."""
@@ -101,20 +99,33 @@ class Bench:
         return Sampler(go, launches)
 
     def _graph(self, call: Call, launches: int) -> Sampler:
-        assert self._pool is not None
+        """All graphs share the memory of the first, which lives as long: no graph needs what another left in it.
+
+        Each would keep a pool of its own, and what is left in those cannot be given back while the next is captured.
+        """
+        if self._first is None:
+            self._first = self._captured(lambda *inputs: torch.zeros_like(inputs[0]), 1, None)
+        try:
+            graph = self._captured(call, launches, self._first.pool())
+        except Exception:
+            self._first = None  # PyTorch may take its pool for one that is still captured into
+            raise
+        sampler = Sampler(graph.replay, launches)
+        sampler.samples(2)  # the first replay uploads the graph
+        return sampler
+
+    def _captured(self, call: Call, launches: int, pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool.id)
+            graph.capture_begin(pool=pool)
             try:
                 for index in range(launches):
                     call(*self.inputs[index % len(self.inputs)])
             finally:
                 graph.capture_end()
         torch.cuda.synchronize()
-        sampler = Sampler(graph.replay, launches)
-        sampler.samples(2)  # the first replay uploads the graph
-        return sampler
+        return graph
 
 
 def _planned(plan: Plan) -> Call:
