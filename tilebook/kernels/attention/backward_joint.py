@@ -16,13 +16,13 @@ import triton
 
 from tilebook.device import Device
 from tilebook.kernels.attention import backward
-from tilebook.kernels.attention.backward import attention_bwd
+from tilebook.kernels.attention.backward import attention_bwd, needs
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.forward_space import MADE_BY_KERNEL
 from tilebook.kernels.attention.joint_kernels import attention_bwd_delta, attention_bwd_joint
 from tilebook.kernels.attention.problem import BackwardProblem
 from tilebook.kernels.attention.scores import options
-from tilebook.kernels.attention.tiles import addressable, describable, like
+from tilebook.kernels.attention.tiles import addressable, asynchronous, capped, describable, like, pointless
 from tilebook.launch import launch
 from tilebook.op import Config, Cost, Space
 
@@ -30,9 +30,13 @@ _BLOCKS = "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"
 
 
 def supports(problem: BackwardProblem) -> bool:
-    """What two launches take, in 16 bits, but for dropout and dbias: those are the dq kernel's alone."""
+    """16-bit dtypes, head dimensions up to 128 (wider ones spill), and every form but dropout and dbias.
+
+    Those two make more work for dq alone: a pass that finds delta first, and a matrix to write.
+    """
     given = problem.dropout or problem.bias.startswith("dbias")
-    return problem.dtype in ("bf16", "fp16") and not given and backward.supports(problem)
+    usual = problem.dtype in ("bf16", "fp16") and problem.head_dim <= 128
+    return usual and not given and backward.supports(problem)
 
 
 def _apart(config: Config) -> Config:
@@ -41,16 +45,33 @@ def _apart(config: Config) -> Config:
     return Config({name: config[name] for name in _BLOCKS} | both | {"HEADS": config["HEADS"], "DESCRIPTORS": 0})
 
 
+def _programs(batch: int, heads: int, heads_kv: int, n_q: int, n_k: int, config: Config) -> int:
+    """Blocks of columns of the key/value heads, and blocks of rows of the query heads."""
+    columns, rows = triton.cdiv(n_k, config.number("BLOCK_N1")), triton.cdiv(n_q, config.number("BLOCK_M2"))
+    return int(batch * (columns * heads_kv + rows * heads))
+
+
 def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | None:
-    rows1, columns1, rows2, columns2 = (config.number(axis) for axis in _BLOCKS)
-    if config["DESCRIPTORS"] and device.capability < 90:
+    warps, stages, descriptors, cap = (
+        config.number(axis) for axis in ("num_warps", "num_stages", "DESCRIPTORS", "MAXNREG")
+    )
+    reason = backward.SPACE.reject(problem, _apart(config), device)
+    if reason:
+        return reason
+    if descriptors and device.capability < 90:
         return "tensor descriptors need sm_90 or later"
-    # fp32 numbers of a program: dk, dv or dq, then scores and their gradients.
-    by_columns = columns1 * (2 * problem.width + 2 * rows1)
-    by_rows = rows2 * (problem.width + 2 * columns2)
-    if max(by_columns, by_rows) > 2 * min(by_columns, by_rows):
-        return "one kind of programs would hold more registers than it has a use for"
-    return backward.SPACE.reject(problem, _apart(config), device)
+    tiles, shared = zip(*needs(problem, _apart(config), device), strict=True)
+    if 2 * max(tiles) > 3 * min(tiles):
+        return "one kind of programs would hold registers that it has no use for"
+    deeper = _apart(config.replace(num_stages=2))
+    if stages == 1 and asynchronous(device) and backward.SPACE.reject(problem, deeper, device) is None:
+        return "there is room for a pipeline"
+    if cap and not descriptors:
+        return "addresses take what a cap would leave"
+    if cap and cap != (168 if warps == 4 else 128):
+        return "a cap makes room for one more program on an SM"
+    sizes = problem.batch, problem.heads, problem.heads_kv, problem.seq_q, problem.seq_k
+    return pointless(cap, max(tiles), warps, max(shared), _programs(*sizes, config), device)
 
 
 def _default(problem: BackwardProblem, device: Device) -> Config:
@@ -58,12 +79,11 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     two = backward.SPACE.default(problem, device)
     warps, stages = ([two.number(f"{name}{half}") for half in "12"] for name in ("num_warps", "num_stages"))
     descriptors = MADE_BY_KERNEL if two["DESCRIPTORS"] else 0
-    rest = {"HEADS": two["HEADS"], "DESCRIPTORS": descriptors}
+    rest = {"HEADS": two["HEADS"], "DESCRIPTORS": descriptors, "MAXNREG": 0}
     shapes = [
         (*(two.number(name) for name in _BLOCKS), max(warps), min(stages)),
-        (64, 64, 64, 64, 4, 2),
-        (32, 64, 64, 32, 8, 2),
-        (32, 64, 64, 32, 8, 1),
+        (32, 64, 64, 64, 8, 2),
+        (32, 64, 64, 64, 8, 1),
         (32, 32, 32, 32, 4, 1),
     ]
     axes = *_BLOCKS, "num_warps", "num_stages"
@@ -88,6 +108,7 @@ SPACE = Space(
         "num_stages": (1, 2, 3),
         "HEADS": (1, 4),
         "DESCRIPTORS": (0, MADE_BY_KERNEL),
+        "MAXNREG": (0, 168, 128),
     },
     reject=_reject,
     default=_default,
@@ -119,8 +140,7 @@ def _triton_joint(
     dq, dk, dv, delta = like(q), like(k), like(v), torch.empty_like(lse)
     given = options(form, extras, q, k)
     optional = {name: value for name, value in given.items() if name not in ("seed", "dropout", "TF32")}
-    by_columns = triton.cdiv(n_k, config.number("BLOCK_N1")) * batch * heads_kv
-    by_rows = triton.cdiv(n_q, config.number("BLOCK_M2")) * batch * heads
+
     launch(
         attention_bwd_delta,
         (triton.cdiv(n_q, 64) * batch * heads,),
@@ -137,7 +157,7 @@ def _triton_joint(
     )
     launch(
         attention_bwd_joint,
-        (by_columns + by_rows,),
+        (_programs(batch, heads, heads_kv, n_q, n_k, config),),
         q,
         k,
         v,
@@ -160,5 +180,6 @@ def _triton_joint(
         DESCRIPTORS=bool(config["DESCRIPTORS"]) and describable(do, q, k, v),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
+        **capped(config.number("MAXNREG")),
     )
     return dq, dk, dv
