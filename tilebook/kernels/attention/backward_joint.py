@@ -15,10 +15,9 @@ import torch
 import triton
 
 from tilebook.device import Device
-from tilebook.kernels.attention import backward
+from tilebook.kernels.attention import backward, forward_space
 from tilebook.kernels.attention.backward import attention_bwd, needs
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.forward_space import MADE_BY_KERNEL
 from tilebook.kernels.attention.joint_kernels import attention_bwd_delta, attention_bwd_joint
 from tilebook.kernels.attention.problem import BackwardProblem
 from tilebook.kernels.attention.scores import options
@@ -36,7 +35,7 @@ def supports(problem: BackwardProblem) -> bool:
     """
     given = problem.dropout or problem.bias.startswith("dbias")
     usual = problem.dtype in ("bf16", "fp16") and problem.head_dim <= 128
-    return usual and not given and backward.supports(problem)
+    return usual and not given and forward_space.supports(problem)
 
 
 def _apart(config: Config) -> Config:
@@ -78,7 +77,7 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     """That of two launches, as near as one comes to it, or the first smaller one that fits."""
     two = backward.SPACE.default(problem, device)
     warps, stages = ([two.number(f"{name}{half}") for half in "12"] for name in ("num_warps", "num_stages"))
-    descriptors = MADE_BY_KERNEL if two["DESCRIPTORS"] else 0
+    descriptors = forward_space.MADE_BY_KERNEL if two["DESCRIPTORS"] else 0
     rest = {"HEADS": two["HEADS"], "DESCRIPTORS": descriptors, "MAXNREG": 0}
     shapes = [
         (*(two.number(name) for name in _BLOCKS), max(warps), min(stages)),
@@ -107,7 +106,7 @@ SPACE = Space(
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
         "HEADS": (1, 4),
-        "DESCRIPTORS": (0, MADE_BY_KERNEL),
+        "DESCRIPTORS": (0, forward_space.MADE_BY_KERNEL),
         "MAXNREG": (0, 168, 128),
     },
     reject=_reject,
