@@ -8,7 +8,7 @@ import torch
 
 from tilebook import dispatch
 from tilebook.autograd import once
-from tilebook.kernels.attention import backward_reduce, eager, forward_gluon, others  # noqa: F401 (registered by import)
+from tilebook.kernels.attention import backward_joint, backward_reduce, eager, forward_gluon, others  # noqa: F401
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.drop_in import scaled_dot_product_attention
 from tilebook.kernels.attention.form import CAUSAL, PLAIN, Form, form, simplest

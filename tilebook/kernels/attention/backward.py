@@ -105,7 +105,6 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
         return "the GPU would wait for the host to make its tensor descriptors"
     if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads_kv):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
-    width = problem.width
     for half in _halves(config):
         if device.backend == "hip" and half.stages > 2:
             return "more than 2 stages do not pay on AMD GPUs"
@@ -122,9 +121,7 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
         fewest = 4 if problem.exact else 8
         if half.held < fewest * half.warps:
             return f"{half.warps} warps need a block of at least {fewest * half.warps}"
-        operands = 0 if asynchronous(device) else width  # two held tiles, two halves in a register
-        shared = _shared(problem, half, device)
-        tiles = half.held * (half.sums * width + (2 + problem.companions) * half.swept + operands)
+        shared, tiles = _shared(problem, half, device), _tiles(problem, half, device)
         heads = problem.heads_kv if half.axis == "1" else problem.heads
         programs = triton.cdiv(longest, half.held) * problem.batch * heads
         reason = (
@@ -135,6 +132,17 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
         if reason:
             return reason
     return None
+
+
+def needs(problem: BackwardProblem, config: Config, device: Device) -> list[tuple[int, int]]:
+    """fp32 numbers in registers and bytes of shared memory of a program, of the dk/dv kernel and of the dq kernel."""
+    return [(_tiles(problem, half, device), _shared(problem, half, device)) for half in _halves(config)]
+
+
+def _tiles(problem: BackwardProblem, half: _Half, device: Device) -> int:
+    """fp32 numbers that a program holds: sums, then scores with their gradients and what those need."""
+    operands = 0 if asynchronous(device) else problem.width  # two held tiles, two halves in a register
+    return half.held * (half.sums * problem.width + (2 + problem.companions) * half.swept + operands)
 
 
 def _shared(problem: BackwardProblem, half: _Half, device: Device) -> int:
