@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tilebook import device as devices
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.forward_space import MADE_BY_KERNEL, SPACE, by_place, proven, supports
@@ -95,6 +96,7 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SPECIALIZED: tl.constexpr = False,
 ):
     """Columns `first` … `last`, in whole blocks: the running Σ p v, Σ p and maximum of each row.
 
@@ -103,7 +105,7 @@ def attend(
     eight parts a row, which meet when all is added up.
     """
     before, after, mask, _bias, base, stride_bm, stride_bn, _slope, _softcap, seed, dropout = extras
-    for column in tl.range(first, last, BLOCK_N):
+    for column in tl.range(first, last, BLOCK_N, warp_specialize=SPECIALIZED):
         column = tl.multiple_of(column, BLOCK_N)
         k_tile = load_tile(
             k, batch, kv_head, column, stride_kb, stride_kh, stride_ks, n_k, BLOCK_N, D, WIDTH, MASKED, DESCRIPTORS
@@ -153,6 +155,98 @@ def attend(
         weight = weight * (decay[:, None] if WIDTH <= 64 else decay) + total
         peak = higher
     return acc, weight, peak
+
+
+@triton.jit
+def _tile(
+    number, q, k, v, o, lse, strides, sizes, scale, form,
+    CAUSAL: tl.constexpr, BANDED: tl.constexpr, SCORED: tl.constexpr, GAPS: tl.constexpr, TF32: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr, SPECIALIZED: tl.constexpr,
+):  # fmt: skip
+    """o and lse of tile `number`, one block of rows of one head, or with `GROUP` of that many heads."""
+    n_blocks, n_pairs, n_heads, group, n_q, n_k = sizes
+    (stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os) = strides  # fmt: skip
+    (before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
+     slopes, stride_ab, stride_ah, softcap, seed, dropout) = form  # fmt: skip
+    block, pair = place(number, n_blocks, n_pairs, HEADS)
+    if CAUSAL or (after is not None and before is None):
+        block = n_blocks - 1 - block  # the last rows see the most columns: start with them
+    batch, head = pair // n_heads, pair % n_heads
+    kv_head = head // group
+    row = block * BLOCK_M
+    first_row = row
+    height = BLOCK_M
+    if GROUP > 1:
+        q_tile = load_group(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, GROUP)
+        first_row = block * BLOCK_M // GROUP
+        height = (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1 - first_row
+        row = (row + tl.arange(0, BLOCK_M)) // GROUP - tl.arange(0, BLOCK_M)  # `attend` adds the range again
+    else:
+        q_tile = load_tile(
+            q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS
+        )
+    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    weight = tl.zeros([BLOCK_M, 8] if WIDTH <= 64 else [BLOCK_M], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+
+    last = n_k
+    whole = n_k // BLOCK_N * BLOCK_N  # columns before this one need no mask
+    if CAUSAL:
+        last = tl.minimum(first_row + height, n_k)
+        whole = tl.minimum(first_row + 1, n_k) // BLOCK_N * BLOCK_N
+    if BANDED:
+        first, clear, whole, last = columns_seen(first_row, height, n_k, before, after)
+        first = first // BLOCK_N * BLOCK_N
+        clear = tl.minimum(tl.cdiv(clear, BLOCK_N) * BLOCK_N, tl.cdiv(last, BLOCK_N) * BLOCK_N)
+        whole = tl.maximum(whole // BLOCK_N * BLOCK_N, clear)
+    factor = scale * LOG2E
+    if SCORED:
+        factor = scale
+    if seed is not None:
+        seed = tl.load(seed)
+    extras = (
+        before, after, mask, bias, None if stride_bb is None else offset(batch, head, stride_bb, stride_bh),
+        stride_bm, stride_bn, None if slopes is None else tl.load(slopes + batch * stride_ab + head * stride_ah),
+        softcap, seed, dropout,
+    )  # fmt: skip
+    if before is not None:
+        acc, weight, peak = attend(
+            acc, weight, peak, q_tile, k, v, batch, kv_head, pair, first, clear, row,
+            stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
+            True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, SPECIALIZED,
+        )  # fmt: skip
+    acc, weight, peak = attend(
+        acc, weight, peak, q_tile, k, v, batch, kv_head, pair, clear if BANDED else 0, whole, row,
+        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
+        False, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, SPECIALIZED,
+    )  # fmt: skip
+    acc, weight, peak = attend(
+        acc, weight, peak, q_tile, k, v, batch, kv_head, pair, whole, last, row,
+        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
+        True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, SPECIALIZED,
+    )  # fmt: skip
+
+    if WIDTH <= 64:
+        weight = tl.sum(weight, 1)
+    share = weight
+    if GAPS:
+        share = tl.where(weight == 0.0, 1.0, weight)  # a row that sees nothing is 0, and its log-sum-exp -inf
+    if dropout is not None:
+        share = share * (1.0 - dropout)
+    if GROUP > 1:
+        row = block * BLOCK_M
+        tile = acc / share[:, None]
+        store_group(o, tile, batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH, GROUP)
+        rows, at = in_group(pair, row, n_q, 1, BLOCK_M, GROUP)
+        at = lse + at
+    else:
+        store_tile(o, acc / share[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
+        rows = row + tl.arange(0, BLOCK_M)
+        at = lse + pair.to(tl.int64) * n_q + rows
+    total = peak + tl.log2(weight) * LN2 if SCORED else (peak + tl.log2(weight)) * LN2
+    tl.store(at, total, mask=rows < n_q)
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_heads", "group", "n_q", "n_k", "before", "after"])
@@ -207,20 +301,15 @@ def _attention_fwd(
     DESCRIPTORS: tl.constexpr,
     GROUP: tl.constexpr,
     MADE: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):
     """With `GROUP` above 1 that many query heads share a tile: heads and pairs are then those of k and v.
 
-    With `MADE` q, k and v are pointers, of which each program makes its tensor descriptors.
+    With `MADE` q, k and v are pointers, of which each program makes its tensor descriptors. With `PERSISTENT` there may
+    be fewer programs than tiles, and each has several, dealt out there and back: a long one of a causal mask is
+    followed by a short one.
     """
-    n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
-    block, pair = place(tl.program_id(0), n_blocks, n_pairs, HEADS)
-    if CAUSAL or (after is not None and before is None):
-        block = n_blocks - 1 - block  # the last rows see the most columns: start with them
-    batch, head = pair // n_heads, pair % n_heads
-    kv_head = head // group
-    row = block * BLOCK_M
-    first_row = row
-    height = BLOCK_M
     if MADE:
         n_batch, n_kv = n_pairs // n_heads, n_heads // group
         k = tl.make_tensor_descriptor(
@@ -233,75 +322,31 @@ def _attention_fwd(
             q = tl.make_tensor_descriptor(
                 q, [n_batch, n_heads, n_q, WIDTH], [stride_qb, stride_qh, stride_qs, 1], [1, 1, BLOCK_M, D]
             )
-    if GROUP > 1:
-        q_tile = load_group(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, GROUP)
-        first_row = block * BLOCK_M // GROUP
-        height = (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1 - first_row
-        row = (row + tl.arange(0, BLOCK_M)) // GROUP - tl.arange(0, BLOCK_M)  # `attend` adds the range again
-    else:
-        q_tile = load_tile(
-            q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS
-        )
-    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
-    weight = tl.zeros([BLOCK_M, 8] if WIDTH <= 64 else [BLOCK_M], dtype=tl.float32)
-    peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-
-    last = n_k
-    whole = n_k // BLOCK_N * BLOCK_N  # columns before this one need no mask
-    if CAUSAL:
-        last = tl.minimum(first_row + height, n_k)
-        whole = tl.minimum(first_row + 1, n_k) // BLOCK_N * BLOCK_N
-    if BANDED:
-        first, clear, whole, last = columns_seen(first_row, height, n_k, before, after)
-        first = first // BLOCK_N * BLOCK_N
-        clear = tl.minimum(tl.cdiv(clear, BLOCK_N) * BLOCK_N, tl.cdiv(last, BLOCK_N) * BLOCK_N)
-        whole = tl.maximum(whole // BLOCK_N * BLOCK_N, clear)
-    factor = scale * LOG2E
-    if SCORED:
-        factor = scale
-    if seed is not None:
-        seed = tl.load(seed)
-    extras = (
-        before, after, mask, bias, None if stride_bb is None else offset(batch, head, stride_bb, stride_bh),
-        stride_bm, stride_bn, None if slopes is None else tl.load(slopes + batch * stride_ab + head * stride_ah),
-        softcap, seed, dropout,
+    n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
+    sizes = n_blocks, n_pairs, n_heads, group, n_q, n_k
+    strides = (
+        stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+        stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
     )  # fmt: skip
-    if before is not None:
-        acc, weight, peak = attend(
-            acc, weight, peak, q_tile, k, v, batch, kv_head, pair, first, clear, row,
-            stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
-            True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
+    form = (
+        before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
+        slopes, stride_ab, stride_ah, softcap, seed, dropout,
+    )  # fmt: skip
+    if PERSISTENT:
+        here, all_ = tl.program_id(0), tl.num_programs(0)
+        for turn in tl.range(0, tl.cdiv(n_blocks * n_pairs, all_)):
+            number = turn * all_ + tl.where(turn % 2 == 1, all_ - 1 - here, here)
+            if number < n_blocks * n_pairs:
+                _tile(
+                    number, q, k, v, o, lse, strides, sizes, scale, form,
+                    CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, HEADS, DESCRIPTORS, GROUP,
+                    SPECIALIZED,
+                )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), q, k, v, o, lse, strides, sizes, scale, form,
+            CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, HEADS, DESCRIPTORS, GROUP, SPECIALIZED,
         )  # fmt: skip
-    acc, weight, peak = attend(
-        acc, weight, peak, q_tile, k, v, batch, kv_head, pair, clear if BANDED else 0, whole, row,
-        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
-        False, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
-    )  # fmt: skip
-    acc, weight, peak = attend(
-        acc, weight, peak, q_tile, k, v, batch, kv_head, pair, whole, last, row,
-        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
-        True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
-    )  # fmt: skip
-
-    if WIDTH <= 64:
-        weight = tl.sum(weight, 1)
-    share = weight
-    if GAPS:
-        share = tl.where(weight == 0.0, 1.0, weight)  # a row that sees nothing is 0, and its log-sum-exp -inf
-    if dropout is not None:
-        share = share * (1.0 - dropout)
-    if GROUP > 1:
-        row = block * BLOCK_M
-        tile = acc / share[:, None]
-        store_group(o, tile, batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH, GROUP)
-        rows, at = in_group(pair, row, n_q, 1, BLOCK_M, GROUP)
-        at = lse + at
-    else:
-        store_tile(o, acc / share[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
-        rows = row + tl.arange(0, BLOCK_M)
-        at = lse + pair.to(tl.int64) * n_q + rows
-    total = peak + tl.log2(weight) * LN2 if SCORED else (peak + tl.log2(weight)) * LN2
-    tl.store(at, total, mask=rows < n_q)
 
 
 @attention_fwd.implementation("triton", space=SPACE, supports=supports, proven=proven)
@@ -324,9 +369,14 @@ def _triton(
     made = descriptors and config["DESCRIPTORS"] == MADE_BY_KERNEL
     if descriptors and not made:
         loaded = q if shared > 1 else describe(q, rows), describe(k, columns), describe(v, columns)
+    programs = triton.cdiv(n_q * shared, rows) * batch * heads // shared
+    persistent = int(config.get("PERSISTENT", 0))
+    if persistent:
+        sms = 3 if q.is_cpu else devices.current(q.device.index or 0).sm_count
+        programs = min(programs, persistent * sms)
     launch(
         _attention_fwd,
-        (triton.cdiv(n_q * shared, rows) * batch * heads // shared,),
+        (programs,),
         *loaded,
         o,
         lse,
@@ -344,6 +394,8 @@ def _triton(
         DESCRIPTORS=descriptors,
         GROUP=shared,
         MADE=made,
+        PERSISTENT=persistent > 0,
+        SPECIALIZED=bool(config.get("SPECIALIZED", 0)),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
         **capped(int(config.get("MAXNREG", 0))),
