@@ -158,24 +158,29 @@ def attend(
 
 
 @triton.jit
+def _placed(number, n_blocks, n_pairs, n_heads, group, HEADS: tl.constexpr, LAST_FIRST: tl.constexpr,
+            BLOCK_M: tl.constexpr):  # fmt: skip
+    """(block, pair, batch, head, head of k and v, first row) of tile `number`."""
+    block, pair = place(number, n_blocks, n_pairs, HEADS)
+    if LAST_FIRST:
+        block = n_blocks - 1 - block  # the last rows see the most columns: start with them
+    batch, head = pair // n_heads, pair % n_heads
+    return block, pair, batch, head, head // group, block * BLOCK_M
+
+
+@triton.jit
 def _tile(
-    number, q, k, v, o, lse, strides, sizes, scale, form,
+    place_of, q, k, v, o, lse, strides, n_q, n_k, scale, form,
     CAUSAL: tl.constexpr, BANDED: tl.constexpr, SCORED: tl.constexpr, GAPS: tl.constexpr, TF32: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of tile `number`, one block of rows of one head, or with `GROUP` of that many heads."""
-    n_blocks, n_pairs, n_heads, group, n_q, n_k = sizes
+    """o and lse of one block of rows of one head, or with `GROUP` of that many heads."""
+    block, pair, batch, head, kv_head, row = place_of
     (stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
      stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os) = strides  # fmt: skip
     (before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
      slopes, stride_ab, stride_ah, softcap, seed, dropout) = form  # fmt: skip
-    block, pair = place(number, n_blocks, n_pairs, HEADS)
-    if CAUSAL or (after is not None and before is None):
-        block = n_blocks - 1 - block  # the last rows see the most columns: start with them
-    batch, head = pair // n_heads, pair % n_heads
-    kv_head = head // group
-    row = block * BLOCK_M
     first_row = row
     height = BLOCK_M
     if GROUP > 1:
@@ -310,6 +315,10 @@ def _attention_fwd(
     be fewer programs than tiles, and each has several, dealt out there and back: a long one of a causal mask is
     followed by a short one.
     """
+    n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
+    LAST_FIRST: tl.constexpr = CAUSAL or (after is not None and before is None)
+    if not PERSISTENT:
+        tile = _placed(tl.program_id(0), n_blocks, n_pairs, n_heads, group, HEADS, LAST_FIRST, BLOCK_M)
     if MADE:
         n_batch, n_kv = n_pairs // n_heads, n_heads // group
         k = tl.make_tensor_descriptor(
@@ -322,8 +331,6 @@ def _attention_fwd(
             q = tl.make_tensor_descriptor(
                 q, [n_batch, n_heads, n_q, WIDTH], [stride_qb, stride_qh, stride_qs, 1], [1, 1, BLOCK_M, D]
             )
-    n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
-    sizes = n_blocks, n_pairs, n_heads, group, n_q, n_k
     strides = (
         stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
         stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
@@ -337,15 +344,16 @@ def _attention_fwd(
         for turn in tl.range(0, tl.cdiv(n_blocks * n_pairs, all_)):
             number = turn * all_ + tl.where(turn % 2 == 1, all_ - 1 - here, here)
             if number < n_blocks * n_pairs:
+                tile = _placed(number, n_blocks, n_pairs, n_heads, group, HEADS, LAST_FIRST, BLOCK_M)
                 _tile(
-                    number, q, k, v, o, lse, strides, sizes, scale, form,
-                    CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, HEADS, DESCRIPTORS, GROUP,
+                    tile, q, k, v, o, lse, strides, n_q, n_k, scale, form,
+                    CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, GROUP,
                     SPECIALIZED,
                 )  # fmt: skip
     else:
         _tile(
-            tl.program_id(0), q, k, v, o, lse, strides, sizes, scale, form,
-            CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, HEADS, DESCRIPTORS, GROUP, SPECIALIZED,
+            tile, q, k, v, o, lse, strides, n_q, n_k, scale, form,
+            CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, GROUP, SPECIALIZED,
         )  # fmt: skip
 
 
