@@ -26,6 +26,7 @@ from tilebook.kernels.attention.tiles import (
     LOG2E,
     addressable,
     capped,
+    dealt,
     describable,
     describe,
     in_group,
@@ -36,6 +37,7 @@ from tilebook.kernels.attention.tiles import (
     place,
     store_group,
     store_tile,
+    turns,
 )
 from tilebook.launch import launch
 from tilebook.op import Config, define
@@ -102,7 +104,7 @@ def attend(
 
     `scale` brings scores to powers of two, and maxima are in them; where something is done to the scores themselves
     (`SCORED`) both are in natural units, and differences are taken first: biases may be huge. Up to 64 wide, Σ p is in
-    eight parts a row, which meet when all is added up.
+    eight parts a row, which meet when all is added up. `SPECIALIZED`: warps of their own load tiles and issue products.
     """
     before, after, mask, _bias, base, stride_bm, stride_bn, _slope, _softcap, seed, dropout = extras
     for column in tl.range(first, last, BLOCK_N, warp_specialize=SPECIALIZED):
@@ -256,64 +258,20 @@ def _tile(
 
 @triton.jit(do_not_specialize=["n_pairs", "n_heads", "group", "n_q", "n_k", "before", "after"])
 def _attention_fwd(
-    q,
-    k,
-    v,
-    o,
-    lse,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    n_pairs,
-    n_heads,
-    group,
-    n_q,
-    n_k,
-    scale,
-    before,
-    after,
-    mask,
-    bias,
-    stride_bb,
-    stride_bh,
-    stride_bm,
-    stride_bn,
-    slopes,
-    stride_ab,
-    stride_ah,
-    softcap,
-    seed,
-    dropout,
-    CAUSAL: tl.constexpr,
-    BANDED: tl.constexpr,
-    SCORED: tl.constexpr,
-    GAPS: tl.constexpr,
-    TF32: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HEADS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    GROUP: tl.constexpr,
-    MADE: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    q, k, v, o, lse,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
+    n_pairs, n_heads, group, n_q, n_k, scale, before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
+    slopes, stride_ab, stride_ah, softcap, seed, dropout,
+    CAUSAL: tl.constexpr, BANDED: tl.constexpr, SCORED: tl.constexpr, GAPS: tl.constexpr, TF32: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr, MADE: tl.constexpr, PERSISTENT: tl.constexpr,
     SPECIALIZED: tl.constexpr,
-):
+):  # fmt: skip
     """With `GROUP` above 1 that many query heads share a tile: heads and pairs are then those of k and v.
 
-    With `MADE` q, k and v are pointers, of which each program makes its tensor descriptors. With `PERSISTENT` there may
-    be fewer programs than tiles, and each has several, dealt out there and back: a long one of a causal mask is
-    followed by a short one.
+    With `MADE` q, k and v are pointers, of which each program makes its tensor descriptors. With `PERSISTENT` there are
+    fewer programs than tiles.
     """
     n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
     LAST_FIRST: tl.constexpr = CAUSAL or (after is not None and before is None)
@@ -340,16 +298,12 @@ def _attention_fwd(
         slopes, stride_ab, stride_ah, softcap, seed, dropout,
     )  # fmt: skip
     if PERSISTENT:
-        here, all_ = tl.program_id(0), tl.num_programs(0)
-        for turn in tl.range(0, tl.cdiv(n_blocks * n_pairs, all_)):
-            number = turn * all_ + tl.where(turn % 2 == 1, all_ - 1 - here, here)
-            if number < n_blocks * n_pairs:
-                tile = _placed(number, n_blocks, n_pairs, n_heads, group, HEADS, LAST_FIRST, BLOCK_M)
-                _tile(
-                    tile, q, k, v, o, lse, strides, n_q, n_k, scale, form,
-                    CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, GROUP,
-                    SPECIALIZED,
-                )  # fmt: skip
+        for turn in tl.range(0, turns(n_blocks * n_pairs)):
+            tile = _placed(dealt(turn), n_blocks, n_pairs, n_heads, group, HEADS, LAST_FIRST, BLOCK_M)
+            _tile(
+                tile, q, k, v, o, lse, strides, n_q, n_k, scale, form,
+                CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, GROUP, SPECIALIZED,
+            )  # fmt: skip
     else:
         _tile(
             tile, q, k, v, o, lse, strides, n_q, n_k, scale, form,
@@ -380,7 +334,7 @@ def _triton(
     programs = triton.cdiv(n_q * shared, rows) * batch * heads // shared
     persistent = int(config.get("PERSISTENT", 0))
     if persistent:
-        sms = 3 if q.is_cpu else devices.current(q.device.index or 0).sm_count
+        sms = 2 if q.is_cpu else devices.current(q.device.index or 0).sm_count
         programs = min(programs, persistent * sms)
     launch(
         _attention_fwd,
