@@ -52,9 +52,9 @@ def _together(problem: ForwardProblem, config: Config) -> int:
 def _specialized(problem: ForwardProblem, config: Config, device: Device) -> str | None:
     """Why warps of their own for loads and products are not for this config, or None.
 
-    In Triton's pass for Hopper (3.6, 3.9) a second loop over columns, pointers, and more than 4 warps fail or are passed
-    over. With one loop and 128 rows q's two halves are each loaded by the descriptor of both, past the end of their
-    buffer (3.6; 3.9 notices and fails); with 64 rows two groups of warps do the same work twice.
+    Triton's pass for Hopper (3.6, 3.9) fails at a second loop over columns and at pointers, and passes more than 4 warps
+    over. Given one loop of 128 rows it has each half of q loaded by the descriptor of both, past the end of its buffer
+    (3.9 notices, and fails); given 64 rows, two groups of warps that do the same work.
     """
     if not config.get("SPECIALIZED"):
         return None
