@@ -119,7 +119,8 @@ def test_a_config_without_the_axes_starts_what_their_old_values_start():
         ("B4,H16,S2048,D64", (128, 128, 8, 2), {"PERSISTENT": 1, "MAXNREG": 128}, "H200", "cap"),
         ("B4,H16,S2048,D64", (128, 64, 4, 2), {"SPECIALIZED": 1}, "B200", ""),
         ("B4,H16,S2048,D64", (128, 64, 4, 2), {"SPECIALIZED": 1, "PERSISTENT": 1}, "B200", ""),
-        ("B4,H16,S2048,D64", (128, 64, 4, 2), {"SPECIALIZED": 1, "PERSISTENT": 2}, "B200", "registers to themselves"),
+        ("B4,H16,S2048,D64", (128, 64, 4, 2), {"SPECIALIZED": 1, "PERSISTENT": 2}, "B200", "do not fit"),
+        ("B4,H16,S2048,D64", (128, 64, 8, 2), {"SPECIALIZED": 1, "MAXNREG": 128}, "B200", "registers"),
         ("B4,H16,S2048,D64", (128, 64, 4, 2), {"SPECIALIZED": 1, "DESCRIPTORS": 0}, "B200", "TMA"),
         ("B4,H16,S2048,D64", (128, 64, 4, 1), {"SPECIALIZED": 1}, "B200", "ring"),
         ("B4,H16,S2048,D64", (128, 64, 4, 2), {"SPECIALIZED": 1}, "H200", "Hopper"),
@@ -149,10 +150,10 @@ def test_spaces_of_later_gpus_have_both_axes():
 
 
 FORMS = [
-    "B2,H8,S4000,D64,causal",
-    "B2,H8,Hkv2,S4000,D128",
-    "B2,H8,S4000,D64,causal,window256x0",
-    "B2,H8,S4000,D80,alibi",
+    "B4,H8,S4000,D64,causal",
+    "B4,H8,Hkv2,S4000,D128",
+    "B4,H8,S4000,D64,causal,window256x0",
+    "B4,H8,S4000,D64,maskhqk",
 ]
 
 

@@ -52,7 +52,7 @@ def _together(problem: ForwardProblem, config: Config) -> int:
 def _specialized(problem: ForwardProblem, config: Config, device: Device) -> str | None:
     """Why warps of their own for loads and products are not for this config, or None.
 
-    Triton's pass for Hopper (3.6, 3.9) fails at a second loop over columns and at pointers, and passes more than 4 warps
+    Triton's pass for Hopper (3.6, 3.9) fails at a second loop over columns and at pointers, passes more than 4 warps
     over. Given one loop of 128 rows it has each half of q loaded by the descriptor of both, past the end of its buffer
     (3.9 notices, and fails); given 64 rows, two groups of warps that do the same work.
     """
@@ -64,7 +64,7 @@ def _specialized(problem: ForwardProblem, config: Config, device: Device) -> str
         return "only loads by TMA are a single warp's work"
     if config.number("num_stages") == 1:
         return "without a ring of tiles those who load would wait for those who multiply"
-    if config.get("MAXNREG") or int(config.get("PERSISTENT", 0)) > 1:
+    if config.get("MAXNREG"):
         return "specialised warps have an SM's registers to themselves, and share them out"
     return None
 
@@ -117,7 +117,7 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
         or crowded(tiles, warps, device)
         or pointless(cap, tiles, warps, shared, programs, device)
         or _specialized(problem, config, device)
-        or misfit(each, tiles, warps, shared, programs, device)
+        or misfit(each, tiles, warps, shared, programs, bool(config.get("SPECIALIZED")), device)
     )
 
 

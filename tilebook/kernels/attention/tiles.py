@@ -250,11 +250,12 @@ def pointless(cap: int, elements: int, warps: int, shared: int, programs: int, d
     return "its tiles need fewer registers than that as it is" if 2 * tiles < cap else None
 
 
-def misfit(each: int, elements: int, warps: int, shared: int, tiles: int, device: Device) -> str | None:
+def misfit(each: int, elements: int, warps: int, shared: int, tiles: int, alone: bool, device: Device) -> str | None:
     """Why `each` persistent programs an SM are too many or too few, or None.
 
     elements, shared: as in `pointless`; tiles: how many there are to deal out. How many registers a thread takes only
-    the compiler knows: any number of programs between those of the fewest and of the most is one to try.
+    the compiler knows: any number of programs between those of the fewest and of the most is one to try. With `alone` a
+    program takes all that an SM has.
     """
     if not each:
         return None
@@ -263,6 +264,8 @@ def misfit(each: int, elements: int, warps: int, shared: int, tiles: int, device
     threads, room = device.warp_size * warps, device.shared_per_sm // (shared + 1024)
     own = elements // threads
     most, fewest = (device.registers_per_sm // (registers * threads) for registers in (own + 30, min(2 * own, 256)))
+    if alone:
+        most, fewest = 1, 1
     if each > min(room, most, device.threads_per_sm // threads):
         return f"{each} persistent programs do not fit onto an SM"
     return "an SM has room for more persistent programs" if each < min(room, fewest) else None
