@@ -153,7 +153,7 @@ FORMS = [
     "B4,H8,S4000,D64,causal",
     "B4,H8,Hkv2,S4000,D128",
     "B4,H8,S4000,D64,causal,window256x0",
-    "B4,H8,S4000,D64,maskhqk",
+    "B4,H8,S4000,D64,alibi",
 ]
 
 
