@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tilebook import device as devices
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.forward_space import MADE_BY_KERNEL, SPACE, by_place, proven, supports
@@ -25,6 +26,7 @@ from tilebook.kernels.attention.tiles import (
     LOG2E,
     addressable,
     capped,
+    dealt,
     describable,
     describe,
     in_group,
@@ -36,6 +38,7 @@ from tilebook.kernels.attention.tiles import (
     rounded,
     store_group,
     store_tile,
+    turns,
 )
 from tilebook.launch import launch
 from tilebook.op import Config, define
@@ -96,15 +99,16 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SPECIALIZED: tl.constexpr = False,
 ):
     """Columns `first` … `last`, in whole blocks: the running Σ p v, Σ p and maximum of each row.
 
     `scale` brings scores to powers of two, and maxima are in them; where something is done to the scores themselves
     (`SCORED`) both are in natural units, and differences are taken first: biases may be huge. Up to 64 wide, Σ p is in
-    eight parts a row, which meet when all is added up.
+    eight parts a row, which meet when all is added up. `SPECIALIZED`: warps of their own load tiles and issue products.
     """
     before, after, mask, _bias, base, stride_bm, stride_bn, _slope, _softcap, seed, dropout = extras
-    for column in tl.range(first, last, BLOCK_N):
+    for column in tl.range(first, last, BLOCK_N, warp_specialize=SPECIALIZED):
         column = tl.multiple_of(column, BLOCK_N)
         k_tile = load_tile(
             k, batch, kv_head, column, stride_kb, stride_kh, stride_ks, n_k, BLOCK_N, D, WIDTH, MASKED, DESCRIPTORS
@@ -156,84 +160,32 @@ def attend(
     return acc, weight, peak
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_heads", "group", "n_q", "n_k", "before", "after"])
-def _attention_fwd(
-    q,
-    k,
-    v,
-    o,
-    lse,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    n_pairs,
-    n_heads,
-    group,
-    n_q,
-    n_k,
-    scale,
-    before,
-    after,
-    mask,
-    bias,
-    stride_bb,
-    stride_bh,
-    stride_bm,
-    stride_bn,
-    slopes,
-    stride_ab,
-    stride_ah,
-    softcap,
-    seed,
-    dropout,
-    CAUSAL: tl.constexpr,
-    BANDED: tl.constexpr,
-    SCORED: tl.constexpr,
-    GAPS: tl.constexpr,
-    TF32: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HEADS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    GROUP: tl.constexpr,
-    MADE: tl.constexpr,
-):
-    """With `GROUP` above 1 that many query heads share a tile: heads and pairs are then those of k and v.
-
-    With `MADE` q, k and v are pointers, of which each program makes its tensor descriptors.
-    """
-    n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
-    block, pair = place(tl.program_id(0), n_blocks, n_pairs, HEADS)
-    if CAUSAL or (after is not None and before is None):
+@triton.jit
+def _placed(number, n_blocks, n_pairs, n_heads, group, HEADS: tl.constexpr, LAST_FIRST: tl.constexpr,
+            BLOCK_M: tl.constexpr):  # fmt: skip
+    """(block, pair, batch, head, head of k and v, first row) of tile `number`."""
+    block, pair = place(number, n_blocks, n_pairs, HEADS)
+    if LAST_FIRST:
         block = n_blocks - 1 - block  # the last rows see the most columns: start with them
     batch, head = pair // n_heads, pair % n_heads
-    kv_head = head // group
-    row = block * BLOCK_M
+    return block, pair, batch, head, head // group, block * BLOCK_M
+
+
+@triton.jit
+def _tile(
+    place_of, q, k, v, o, lse, strides, n_q, n_k, scale, form,
+    CAUSAL: tl.constexpr, BANDED: tl.constexpr, SCORED: tl.constexpr, GAPS: tl.constexpr, TF32: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr, SPECIALIZED: tl.constexpr,
+):  # fmt: skip
+    """o and lse of one block of rows of one head, or with `GROUP` of that many heads."""
+    block, pair, batch, head, kv_head, row = place_of
+    (stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os) = strides  # fmt: skip
+    (before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
+     slopes, stride_ab, stride_ah, softcap, seed, dropout) = form  # fmt: skip
     first_row = row
     height = BLOCK_M
-    if MADE:
-        n_batch, n_kv = n_pairs // n_heads, n_heads // group
-        k = tl.make_tensor_descriptor(
-            k, [n_batch, n_kv, n_k, WIDTH], [stride_kb, stride_kh, stride_ks, 1], [1, 1, BLOCK_N, D]
-        )
-        v = tl.make_tensor_descriptor(
-            v, [n_batch, n_kv, n_k, WIDTH], [stride_vb, stride_vh, stride_vs, 1], [1, 1, BLOCK_N, D]
-        )
-        if GROUP == 1:
-            q = tl.make_tensor_descriptor(
-                q, [n_batch, n_heads, n_q, WIDTH], [stride_qb, stride_qh, stride_qs, 1], [1, 1, BLOCK_M, D]
-            )
     if GROUP > 1:
         q_tile = load_group(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, GROUP)
         first_row = block * BLOCK_M // GROUP
@@ -272,17 +224,17 @@ def _attention_fwd(
         acc, weight, peak = attend(
             acc, weight, peak, q_tile, k, v, batch, kv_head, pair, first, clear, row,
             stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
-            True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
+            True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, SPECIALIZED,
         )  # fmt: skip
     acc, weight, peak = attend(
         acc, weight, peak, q_tile, k, v, batch, kv_head, pair, clear if BANDED else 0, whole, row,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
-        False, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
+        False, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, SPECIALIZED,
     )  # fmt: skip
     acc, weight, peak = attend(
         acc, weight, peak, q_tile, k, v, batch, kv_head, pair, whole, last, row,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
-        True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
+        True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, SPECIALIZED,
     )  # fmt: skip
 
     if WIDTH <= 64:
@@ -306,6 +258,61 @@ def _attention_fwd(
     tl.store(at, total, mask=rows < n_q)
 
 
+@triton.jit(do_not_specialize=["n_pairs", "n_heads", "group", "n_q", "n_k", "before", "after"])
+def _attention_fwd(
+    q, k, v, o, lse,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
+    n_pairs, n_heads, group, n_q, n_k, scale, before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
+    slopes, stride_ab, stride_ah, softcap, seed, dropout,
+    CAUSAL: tl.constexpr, BANDED: tl.constexpr, SCORED: tl.constexpr, GAPS: tl.constexpr, TF32: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr, MADE: tl.constexpr, PERSISTENT: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
+):  # fmt: skip
+    """With `GROUP` above 1 that many query heads share a tile: heads and pairs are then those of k and v.
+
+    With `MADE` q, k and v are pointers, of which each program makes its tensor descriptors. With `PERSISTENT` there are
+    fewer programs than tiles.
+    """
+    n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
+    LAST_FIRST: tl.constexpr = CAUSAL or (after is not None and before is None)
+    if not PERSISTENT:
+        tile = _placed(tl.program_id(0), n_blocks, n_pairs, n_heads, group, HEADS, LAST_FIRST, BLOCK_M)
+    if MADE:
+        n_batch, n_kv = n_pairs // n_heads, n_heads // group
+        k = tl.make_tensor_descriptor(
+            k, [n_batch, n_kv, n_k, WIDTH], [stride_kb, stride_kh, stride_ks, 1], [1, 1, BLOCK_N, D]
+        )
+        v = tl.make_tensor_descriptor(
+            v, [n_batch, n_kv, n_k, WIDTH], [stride_vb, stride_vh, stride_vs, 1], [1, 1, BLOCK_N, D]
+        )
+        if GROUP == 1:
+            q = tl.make_tensor_descriptor(
+                q, [n_batch, n_heads, n_q, WIDTH], [stride_qb, stride_qh, stride_qs, 1], [1, 1, BLOCK_M, D]
+            )
+    strides = (
+        stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+        stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
+    )  # fmt: skip
+    form = (
+        before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
+        slopes, stride_ab, stride_ah, softcap, seed, dropout,
+    )  # fmt: skip
+    if PERSISTENT:
+        for turn in tl.range(0, turns(n_blocks * n_pairs)):
+            tile = _placed(dealt(turn), n_blocks, n_pairs, n_heads, group, HEADS, LAST_FIRST, BLOCK_M)
+            _tile(
+                tile, q, k, v, o, lse, strides, n_q, n_k, scale, form,
+                CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, GROUP, SPECIALIZED,
+            )  # fmt: skip
+    else:
+        _tile(
+            tile, q, k, v, o, lse, strides, n_q, n_k, scale, form,
+            CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, GROUP, SPECIALIZED,
+        )  # fmt: skip
+
+
 @attention_fwd.implementation("triton", space=SPACE, supports=supports, proven=proven)
 def _triton(
     q: torch.Tensor,
@@ -326,9 +333,14 @@ def _triton(
     made = descriptors and config["DESCRIPTORS"] == MADE_BY_KERNEL
     if descriptors and not made:
         loaded = q if shared > 1 else describe(q, rows), describe(k, columns), describe(v, columns)
+    programs = triton.cdiv(n_q * shared, rows) * batch * heads // shared
+    persistent = int(config.get("PERSISTENT", 0))
+    if persistent:
+        sms = 2 if q.is_cpu else devices.current(q.device.index or 0).sm_count
+        programs = min(programs, persistent * sms)
     launch(
         _attention_fwd,
-        (triton.cdiv(n_q * shared, rows) * batch * heads // shared,),
+        (programs,),
         *loaded,
         o,
         lse,
@@ -346,6 +358,8 @@ def _triton(
         DESCRIPTORS=descriptors,
         GROUP=shared,
         MADE=made,
+        PERSISTENT=persistent > 0,
+        SPECIALIZED=bool(config.get("SPECIALIZED", 0)),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
         **capped(int(config.get("MAXNREG", 0))),

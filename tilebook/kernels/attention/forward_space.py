@@ -7,7 +7,15 @@ import triton
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.problem import ForwardProblem
-from tilebook.kernels.attention.tiles import asynchronous, crowded, oversized, pointless, rows_and_tiles, too_large
+from tilebook.kernels.attention.tiles import (
+    asynchronous,
+    crowded,
+    misfit,
+    oversized,
+    pointless,
+    rows_and_tiles,
+    too_large,
+)
 from tilebook.launch import HOST_DESCRIPTORS_S
 from tilebook.op import DTYPES, Config, Cost, Space
 
@@ -39,6 +47,26 @@ def by_place(form: Form) -> bool:
 def _together(problem: ForwardProblem, config: Config) -> int:
     """Query heads that share a tile."""
     return problem.heads // problem.heads_kv if config.get("PACK") else 1
+
+
+def _specialized(problem: ForwardProblem, config: Config, device: Device) -> str | None:
+    """Why warps of their own for loads and products are not for this config, or None.
+
+    Triton's pass for Hopper (3.6, 3.9) fails at a second loop over columns and at pointers, passes more than 4 warps
+    over. Given one loop of 128 rows it has each half of q loaded by the descriptor of both, past the end of its buffer
+    (3.9 notices, and fails); given 64 rows, two groups of warps that do the same work.
+    """
+    if not config.get("SPECIALIZED"):
+        return None
+    if not 100 <= device.capability < 120:
+        return "warps are specialised for tcgen05 alone: Triton's pass for Hopper overruns the tiles of q"
+    if problem.exact or not config["DESCRIPTORS"]:
+        return "only loads by TMA are a single warp's work"
+    if config.number("num_stages") == 1:
+        return "without a ring of tiles those who load would wait for those who multiply"
+    if config.get("MAXNREG"):
+        return "specialised warps have an SM's registers to themselves, and share them out"
+    return None
 
 
 def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
@@ -78,11 +106,18 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
     operand = 0 if asynchronous(device) else rows * width // 2  # q as two halves in a register
     scores = rows * columns * (1 + problem.companions)
     shared, tiles = _shared(problem, config, device), rows * width + scores + operand
+    each = int(config.get("PERSISTENT", 0))
+    if each and (config.get("PACK") or cap):
+        return "persistent programs are for many full tiles, and as many as fit without a cap on registers"
+    if each and not descriptors and device.capability >= 90:
+        return "with tensor descriptors a persistent program has less to do between its tiles"
     programs = triton.cdiv(problem.seq_q * together, rows) * problem.batch * problem.heads // together
     return (
         too_large(shared, device)
         or crowded(tiles, warps, device)
         or pointless(cap, tiles, warps, shared, programs, device)
+        or _specialized(problem, config, device)
+        or misfit(each, tiles, warps, shared, programs, bool(config.get("SPECIALIZED")), device)
     )
 
 
@@ -97,7 +132,7 @@ def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
     table = problem.table_itemsize * rows * columns * max(1, stages - 1)  # tiles of a bias or mask wait there too
     if not asynchronous(device):  # q moves on to registers, and its place is used again
         return max(rows + min(2, stages) * columns, ring) * width + scores + table
-    barriers = 1024 if config["DESCRIPTORS"] else 0
+    barriers = 1024 * (3 if config.get("SPECIALIZED") else 1) if config["DESCRIPTORS"] else 0
     return (rows + ring) * width + barriers + table
 
 
@@ -146,9 +181,11 @@ SPACE = Space(
         "DESCRIPTORS": (MADE_BY_KERNEL, 0, 1),  # either kind is a step from pointers
         "MAXNREG": (0, 168, 128),
         "PACK": (0, 1),
+        "PERSISTENT": (0, 1, 2, 3, 4),  # programs an SM; 0: one a tile
+        "SPECIALIZED": (0, 1),
     },
     reject=_reject,
     default=_default,
     work=_work,
-    later={"MAXNREG": 0, "PACK": 0},
+    later={"MAXNREG": 0, "PACK": 0, "PERSISTENT": 0, "SPECIALIZED": 0},
 )

@@ -35,6 +35,21 @@ def place(program, n_blocks, n_pairs, HEADS: tl.constexpr):
 
 
 @triton.jit
+def dealt(turn):
+    """Number of a persistent program's tile of that turn. Every other turn goes round the other way: who got a long
+    tile of a causal mask gets a short one next."""
+    here, all_ = tl.program_id(0), tl.num_programs(0)
+    return turn * all_ + tl.where(turn % 2 == 1, all_ - 1 - here, here)
+
+
+@triton.jit
+def turns(n_tiles):
+    """How many tiles are a persistent program's."""
+    whole = n_tiles // tl.num_programs(0)
+    return whole + tl.where(dealt(whole) < n_tiles, 1, 0)
+
+
+@triton.jit
 def offset(batch, head, stride_b, stride_h):
     """Of a head's first element; 64 bits wide, as tensors may hold more than 2³¹ elements."""
     return batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
@@ -244,6 +259,27 @@ def pointless(cap: int, elements: int, warps: int, shared: int, programs: int, d
     if tiles + 30 > cap:
         return f"{cap} registers a thread are too few for its tiles"
     return "its tiles need fewer registers than that as it is" if 2 * tiles < cap else None
+
+
+def misfit(each: int, elements: int, warps: int, shared: int, tiles: int, alone: bool, device: Device) -> str | None:
+    """Why `each` persistent programs an SM are too many or too few, or None.
+
+    elements, shared: as in `pointless`; tiles: how many there are to deal out. How many registers a thread takes only
+    the compiler knows: any number of programs between those of the fewest and of the most is one to try. With `alone` a
+    program takes all that an SM has.
+    """
+    if not each:
+        return None
+    if tiles <= each * device.sm_count:
+        return "every tile has a program of its own as it is"
+    threads, room = device.warp_size * warps, device.shared_per_sm // (shared + 1024)
+    own = elements // threads
+    most, fewest = (device.registers_per_sm // (registers * threads) for registers in (own + 30, min(2 * own, 256)))
+    if alone:
+        most, fewest = 1, 1
+    if each > min(room, most, device.threads_per_sm // threads):
+        return f"{each} persistent programs do not fit onto an SM"
+    return "an SM has room for more persistent programs" if each < min(room, fewest) else None
 
 
 def capped(registers: int) -> dict[str, int]:
