@@ -123,10 +123,15 @@ def test_it_leaves_to_others_what_it_cannot_do(rest):
 
 
 def test_calls_that_must_repeat_bit_for_bit_may_get_it_but_none_without_a_verdict():
-    problem = PROBLEM.parse("B8,H16,S2048,D128", "bf16")
+    problem = PROBLEM.parse("B8,H16,S256,D128", "bf16")
     assert JOINT.can_run(replace(problem, deterministic=True), H200)
     assert not JOINT.proven(problem)
     assert attention_bwd.tunable.name == "triton"
+
+
+def test_long_calls_do_not_get_it():
+    assert JOINT.supports(PROBLEM.parse("B16,H12,S256,D64", "bf16"))
+    assert not JOINT.supports(PROBLEM.parse("B16,H12,S1024,D64", "bf16"))
 
 
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)

@@ -16,12 +16,13 @@ from tilebook.tuner.tuning import Tuning
 PROMOTION = 1.01
 """A winner must beat the default by this factor at the lower end of its interval, twice, or the default stays."""
 
-TIE = 1.01
-"""Candidates within this factor of the fastest are equal; the tie is broken by what they cost, not by noise."""
+TIE = 1.003
+"""Candidates within this factor of the fastest are equal, as thirty interleaved rounds cannot tell them apart; the tie is
+broken by what they cost, not by noise."""
 
-ALIKE = TIE**2
-"""As far apart two runs may see what is equal: the ratio of two configs is up to 1.4 % another in the next process
-(14 runs of one problem on an H200), for as long as it lives."""
+ALIKE = 1.02
+"""As far apart two runs may see what is equal: from process to process the ratio of two configs changes by 1 % and more
+(20 runs of one problem on an H200), and stays so for as long as the process lives."""
 
 NEAR = 1.15
 """Slower than our fastest by more than this after the second rung, and a candidate is no finalist."""

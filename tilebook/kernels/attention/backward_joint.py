@@ -25,17 +25,21 @@ from tilebook.kernels.attention.tiles import addressable, asynchronous, capped, 
 from tilebook.launch import launch
 from tilebook.op import Config, Cost, Space
 
+MOST_FLOPS = 2e10
+"""Calls of more than that fill a GPU launch by launch, and two kernels have each the registers that it needs alone."""
+
 _BLOCKS = "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"
 
 
 def supports(problem: BackwardProblem) -> bool:
-    """16-bit dtypes, head dimensions up to 128 (wider ones spill), and every form but dropout and dbias.
+    """Short calls in 16-bit dtypes, head dimensions up to 128 (wider ones spill), every form but dropout and dbias.
 
     Those two make more work for dq alone: a pass that finds delta first, and a matrix to write.
     """
     given = problem.dropout or problem.bias.startswith("dbias")
     usual = problem.dtype in ("bf16", "fp16") and problem.head_dim <= 128
-    return usual and not given and forward_space.supports(problem)
+    short = problem.cost().flops <= MOST_FLOPS
+    return usual and short and not given and forward_space.supports(problem)
 
 
 def _apart(config: Config) -> Config:
@@ -119,7 +123,7 @@ SPACE = Space(
     "triton_joint",
     space=SPACE,
     supports=supports,
-    proven=lambda problem: False,  # right in the interpreter: only a verdict makes it serve
+    proven=lambda problem: False,  # as fast as two launches nowhere yet: only a verdict makes it serve
 )
 def _triton_joint(
     do: torch.Tensor,

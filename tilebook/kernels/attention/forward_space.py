@@ -107,6 +107,8 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
     scores = rows * columns * (1 + problem.companions)
     shared, tiles = _shared(problem, config, device), rows * width + scores + operand
     each = int(config.get("PERSISTENT", 0))
+    if each and device.capability == 90:
+        return "a loop over tiles takes 20 to 70 registers more, and Hopper loses the programs that those are"
     if each and (config.get("PACK") or cap):
         return "persistent programs are for many full tiles, and as many as fit without a cap on registers"
     if each and not descriptors and device.capability >= 90:
