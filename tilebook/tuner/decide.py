@@ -17,7 +17,7 @@ PROMOTION = 1.01
 """A winner must beat the default by this factor at the lower end of its interval, twice, or the default stays."""
 
 TIE = 1.003
-"""Candidates within this factor of the fastest are equal, as thirty interleaved rounds cannot tell them apart; the tie is
+"""Candidates within this factor of the fastest are equal: thirty interleaved rounds cannot tell them apart. The tie is
 broken by what they cost, not by noise."""
 
 ALIKE = 1.02

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import operator
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ _Params = tuple[int, ...]
 
 _FIRST = 16  # configs around the seeds that are tried before anything is known
 _MOVED = (0.3, 0.7)  # of the axes, on which the first and the last of them have another value than their seed
+_SPREAD = 8  # drawn for each of them, of which the one unlike all the others is taken
 _ENOUGH = 4  # times that the model needs to say anything
 _REACH = 1.2  # the distance at which two configs' times have lost all but 1/e of their correlation
 _CLIP = 1.5  # ln: how much slower than the best a config may count as; beyond, only that it is hopeless matters
@@ -66,13 +69,18 @@ def sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         return kinds[name](**options)
 
 
+def _differing(one: _Params, other: _Params) -> int:
+    """Axes on which two configs have other values."""
+    return sum(map(operator.ne, one, other))
+
+
 class Search:
     """Ask/tell over the feasible configs of a space.
 
     Axes are searched as ordered integers (the index of the value). Seeds come first, in order. With `tpe` a batch of
     configs that differ from them on several axes follows, and then Optuna's proposals alternate with the model's
-    (`promising`). A seed outside the feasible set is replaced by the nearest feasible config; what Optuna proposes
-    there, or twice, by the nearest not yet asked for.
+    (`promising`). A seed outside the feasible set is replaced by the nearest feasible config, which is tried alone;
+    what Optuna proposes there, or twice, by the nearest not yet asked for.
 
     seeds: the feasible configs that it begins with.
     """
@@ -84,8 +92,10 @@ class Search:
         self._axes = {axis: values for axis, values in space.axes.items() if len(values) > 1}
         self._left: dict[_Params, Config] = {self._index(config): config for config in feasible}
         self._feasible = frozenset(self._left)
-        near = (self._left[self._nearest(self._index(config))] for config in seeds if self._left)
-        self.seeds = tuple(dict.fromkeys(near))
+        wanted = [self._index(config) for config in seeds]
+        self.seeds = tuple(dict.fromkeys(self._left[self._nearest(at)] for at in wanted if self._left))
+        # What a seed is worth does not pass on to a config that only stands in for it, still less to those around that.
+        proper = [seed for seed in self.seeds if self._index(seed) in wanted]
         self._queue = list(self.seeds)
         self._open: dict[Config, optuna.trial.Trial | None] = {}
         self._told: set[Config] = set()
@@ -95,7 +105,7 @@ class Search:
         self._modelled = method == "tpe"
         self._turn = 0
         if self._modelled:
-            self._queue += self._around(self.seeds)
+            self._queue += self._around(proper or self.seeds)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         if method != "grid":
             self._study = optuna.create_study(sampler=sampler(method, seed))
@@ -133,24 +143,27 @@ class Search:
     def _around(self, seeds: Sequence[Config]) -> list[Config]:
         """Configs that have another value than one of the seeds on each of some axes, drawn at random: first on few.
 
-        Any other value and not just the next one: where a seed is no better than the rest, its surroundings alone are
-        worse than chance.
+        Any other value and not just the next one, and each unlike those before it: where a seed is no better than the
+        rest, what is near it and what is near each other is worse than chance.
         """
-        found: dict[Config, None] = {}
+        found = [self._index(seed) for seed in seeds]
         sizes = [len(values) for values in self._axes.values()]
-        for _ in range(100 * _FIRST if seeds else 0):
-            share = _MOVED[0] + (_MOVED[1] - _MOVED[0]) * len(found) / (_FIRST - 1)
-            at = self._index(self._random.choice(seeds))
-            moved = tuple(
-                (x + self._random.randrange(1, size)) % size if self._random.random() < share else x
-                for x, size in zip(at, sizes, strict=True)
-            )
-            around = self._left.get(moved)
-            if around is not None and around not in seeds:
-                found[around] = None
-            if len(found) == _FIRST:
-                break
-        return list(found)
+
+        def drawn(share: float) -> Iterator[_Params]:
+            for _ in range(100 * _SPREAD):
+                at = self._index(self._random.choice(seeds))
+                moved = tuple(
+                    (x + self._random.randrange(1, size)) % size if self._random.random() < share else x
+                    for x, size in zip(at, sizes, strict=True)
+                )
+                if moved in self._left and moved not in found:
+                    yield moved
+
+        for n in range(_FIRST if seeds else 0):
+            some = list(itertools.islice(drawn(_MOVED[0] + (_MOVED[1] - _MOVED[0]) * n / (_FIRST - 1)), _SPREAD))
+            if some:
+                found.append(max(some, key=lambda at: min(_differing(at, other) for other in found)))
+        return [self._left[at] for at in found[len(seeds) :]]
 
     def _models_turn(self) -> bool:
         self._turn += 1
