@@ -63,6 +63,32 @@ def test_backward_is_right_with_other_configs(axes, text):
     verify(attention_bwd.tunable, config, [Case.make(attention_bwd, problem, DEVICE, 1)], repeats=0)
 
 
+def _far(x):
+    """The same numbers, its second batch entry more than 2³¹ elements behind the first."""
+    step = (1 << 31) + 64
+    far = torch.empty(step + x[0].numel(), dtype=x.dtype, device=x.device).as_strided(x.shape, (step, *x.stride()[1:]))
+    return far.copy_(x)
+
+
+@pytest.mark.parametrize("descriptors", [0, 1])
+def test_offsets_may_need_more_than_32_bits(descriptors):
+    do, q, k, v = _tensors(*[(2, 2, 40, 16)] * 4)
+    config = attention_fwd.tunable.space.default(FORWARD.of(q, k, v, CAUSAL, 0.2), H200).replace(
+        DESCRIPTORS=descriptors
+    )
+    far = [_far(x) for x in (q, k, v)]
+    o, lse = attention_fwd.tunable(q, k, v, CAUSAL, 0.2, config=config)
+    for got, right in zip(attention_fwd.tunable(*far, CAUSAL, 0.2, config=config), (o, lse), strict=True):
+        assert torch.equal(got, right)
+    args = do, q, k, v, o, lse
+    config = attention_bwd.tunable.space.default(BACKWARD.of(*args, CAUSAL, 0.2), H200).replace(DESCRIPTORS=descriptors)
+    right = attention_bwd.tunable(*args, CAUSAL, 0.2, config=config)
+    for got, each in zip(
+        attention_bwd.tunable(_far(do), *far, _far(args[4]), lse, CAUSAL, 0.2, config=config), right, strict=True
+    ):
+        assert torch.equal(got, each)
+
+
 @pytest.mark.parametrize("seed", [4, 7, 8])
 def test_backward_with_dropout_forgives_what_was_rounded_in_rows_of_one_weight(seed):
     problem = BACKWARD.parse("B1,H2,S100,D32,dropout", "bf16")

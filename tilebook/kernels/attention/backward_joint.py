@@ -123,7 +123,7 @@ SPACE = Space(
     "triton_joint",
     space=SPACE,
     supports=supports,
-    proven=lambda problem: False,  # as fast as two launches nowhere yet: only a verdict makes it serve
+    proven=lambda problem: False,  # seldom faster than two launches: only a verdict makes it serve
 )
 def _triton_joint(
     do: torch.Tensor,
