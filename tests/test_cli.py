@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.cli import main
+from tilebook.cli import _problems, main
 from tilebook.op import Config, Space
 from tilebook.registry import Device, Environment, Registry, Revocation, Verdict, VerdictStatus
 
@@ -261,6 +261,16 @@ def test_ctrl_c_ends_in_one_line_and_leaves_no_process(run):
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("tilebook: interrupted")
     assert "Traceback" not in err
+
+
+def test_suites_add_up():
+    def problems(*suites):
+        return _problems(["attention"], suites, [], "bf16", "fwd")
+
+    both = problems("seeds", "fa")
+    assert set(both) == {*problems("seeds"), *problems("fa")}
+    assert len(both) == len(set(both)) < len(problems("seeds")) + len(problems("fa"))
+    assert problems() == problems("quick")
 
 
 @pytest.mark.parametrize(

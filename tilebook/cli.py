@@ -67,7 +67,13 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
 @main.command()
 @click.argument("families", nargs=-1, metavar="[FAMILY]...")
-@click.option("--suite", metavar="NAME", help="A named list of problems: quick, seeds, fa … (default: quick).")
+@click.option(
+    "--suite",
+    "suites",
+    metavar="NAME",
+    multiple=True,
+    help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
+)
 @click.option(
     "--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64,causal; repeatable."
 )
@@ -104,7 +110,7 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @_FORMAT
 def tune(
     families: tuple[str, ...],
-    suite: str | None,
+    suites: tuple[str, ...],
     shapes: tuple[str, ...],
     dtype: str,
     direction: str,
@@ -131,7 +137,7 @@ def tune(
     """
     from tilebook.tuner.run import tune_problems
 
-    problems = _problems(families, suite, shapes, dtype, direction)
+    problems = _problems(families, suites, shapes, dtype, direction)
     states, rows = tune_problems(
         problems,
         gpu=gpu,
@@ -154,7 +160,7 @@ def tune(
 
 
 def _problems(
-    families: Sequence[str], suite: str | None, shapes: Sequence[str], dtype: str, direction: str
+    families: Sequence[str], suites: Sequence[str], shapes: Sequence[str], dtype: str, direction: str
 ) -> list[tuple[Op[Any], Problem]]:
     from tilebook import op as ops
 
@@ -162,7 +168,7 @@ def _problems(
     for family in families:
         if family not in known:
             raise ops.UsageError(f"no kernel family {family!r}; there are {', '.join(sorted(known))}")
-    if suite and shapes:
+    if suites and shapes:
         raise ops.UsageError("give --suite or --shape, not both")
     chosen = [op for name, members in known.items() if not families or name in families for op in members]
     chosen = [op for op in chosen if direction in ("both", op.direction)]
@@ -170,12 +176,14 @@ def _problems(
         if len(families) != 1:
             raise ops.UsageError("--shape needs exactly one family, such as: tilebook tune attention --shape …")
         return [(op, op.problem.parse(shape, dtype)) for shape in shapes for op in chosen]
-    suites = ops.suites(chosen)
-    name = suite or "quick"
-    if name not in suites:
-        everywhere = sorted(ops.suites(ops.ops().values()))
-        raise ops.UsageError(f"no suite {name!r} here; there are {', '.join(everywhere)}")
-    return list(suites[name])
+    named = ops.suites(chosen)
+    found: list[tuple[Op[Any], Problem]] = []
+    for name in suites or ["quick"]:
+        if name not in named:
+            everywhere = sorted(ops.suites(ops.ops().values()))
+            raise ops.UsageError(f"no suite {name!r} here; there are {', '.join(everywhere)}")
+        found += named[name]
+    return list(dict.fromkeys(found))
 
 
 @main.command()
@@ -272,7 +280,13 @@ def import_(file: Path, trust: bool, registry: str | None) -> None:
 
 @main.command()
 @click.argument("what", metavar="FAMILY|OP")
-@click.option("--suite", metavar="NAME", help="A named list of problems: quick, seeds, fa … (default: quick).")
+@click.option(
+    "--suite",
+    "suites",
+    metavar="NAME",
+    multiple=True,
+    help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
+)
 @click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
@@ -285,7 +299,7 @@ def import_(file: Path, trust: bool, registry: str | None) -> None:
 @click.option("--workers", type=click.IntRange(min=1), help="Compiler processes (default: one per core).")
 def sweep(
     what: str,
-    suite: str | None,
+    suites: tuple[str, ...],
     shapes: tuple[str, ...],
     dtype: str,
     direction: str,
@@ -304,7 +318,7 @@ def sweep(
 
     only = None if what in ops.families() else ops.get(what)
     family = only.family if only else what
-    problems = [each for each in _problems([family], suite, shapes, dtype, direction) if only in (None, each[0])]
+    problems = [each for each in _problems([family], suites, shapes, dtype, direction) if only in (None, each[0])]
     states = record_problems(problems, out, most=most, seed=seed, workers=workers, implementation=implementation)
     for state in states:
         if state.error:
