@@ -5,9 +5,8 @@ The public functions are those of the kernel families (`tilebook.attention`, `ti
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import pkgutil
-from importlib.util import find_spec
 from typing import Any
 
 __version__ = "0.1.0"
@@ -22,7 +21,8 @@ def _public() -> dict[str, str]:
 
 def __getattr__(name: str) -> Any:
     # Families are found, not listed, so that adding one touches one file; and `import tilebook` stays light.
-    if not name.startswith("_") and not find_spec(f"{__name__}.{name}") and name in (public := _public()):
+    module = not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}")
+    if not name.startswith("_") and not module and name in (public := _public()):
         found = getattr(importlib.import_module(public[name]), name)
         globals()[name] = found
         return found

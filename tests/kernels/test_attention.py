@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 import tilebook
 from tilebook import device as devices
@@ -17,6 +19,7 @@ from tilebook.kernels.attention import eager, peers
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.tiles import rounded
 from tilebook.launch import intercepted
 from tilebook.op import UsageError
 from tilebook.tuner.verify import Case, truths, verify
@@ -87,6 +90,28 @@ def test_offsets_may_need_more_than_32_bits(descriptors):
         attention_bwd.tunable(_far(do), *far, _far(args[4]), lse, CAUSAL, 0.2, config=config), right, strict=True
     ):
         assert torch.equal(got, each)
+
+
+@triton.jit
+def _round_all(x, out, TF32: tl.constexpr):
+    at = tl.arange(0, 8)
+    tl.store(out + at, rounded(tl.load(x + at), TF32))
+
+
+def test_factors_are_rounded_to_the_nearest_tf32():
+    """Of 23 bits after the point 10 are left; halves away from zero; NaN and infinity stay."""
+    step = 2.0**-10
+    x = torch.tensor(
+        [1 + step, 1 + 0.49 * step, -1 - 0.5 * step, 1 + 0.51 * step, 0.0, torch.inf, -torch.inf, torch.nan]
+    )
+    out, right = (
+        torch.empty(8, device=DEVICE),
+        [1 + step, 1.0, -1 - step, 1 + step, 0.0, torch.inf, -torch.inf, torch.nan],
+    )
+    _round_all[(1,)](x.to(DEVICE), out, True)
+    torch.testing.assert_close(out.cpu(), torch.tensor(right), rtol=0, atol=0, equal_nan=True)
+    _round_all[(1,)](x.to(DEVICE), out, False)
+    torch.testing.assert_close(out.cpu(), x, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("seed", [4, 7, 8])

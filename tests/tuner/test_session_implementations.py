@@ -119,7 +119,7 @@ def test_to_predict_only_our_own_kernel_is_compiled_and_ranked(path):
 
 
 def test_trials_limit_each_and_each_has_its_share_of_the_time(path, tmp_path):
-    runner = FakeRunner(lambda c: 1.0)
+    runner = FakeRunner(lambda c: 1.0, noise=0.0)
     tune(path, runner, op=two(), trials=6)
     assert all(6 <= len(configs(runner, name)) <= 6 + 6 for name in ("triton", "other"))
     late = FakeRunner(times)

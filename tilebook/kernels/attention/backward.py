@@ -165,7 +165,8 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     """Of each half the first that fits of a few good shapes: 128 held where that gives every SM a block, else less."""
     pairs = {"1": problem.batch * problem.heads_kv, "2": problem.batch * problem.heads}
     lengths = {"1": problem.seq_k, "2": problem.seq_q}
-    descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and not problem.exact
+    # fp32 passes through registers to be rounded: tiles that come by descriptors have to leave shared memory again.
+    descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and problem.dtype != "fp32"
     hopper = device.capability == 90 and descriptors and usual(problem) and problem.width <= 128
     heads = 4 if hopper and problem.causal and problem.width > 64 and min(pairs.values()) >= 4 else 1
     rest = {"HEADS": heads, "DESCRIPTORS": int(descriptors)}
@@ -177,7 +178,8 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
         small = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1)]
         padded = problem.head_dim != problem.width and not asynchronous(device)
         if padded or problem.dtype == "fp32":  # masks along the head dimension, and wide numbers, take registers too
-            small = [] if device.backend == "hip" else small[2:]
+            first = 3 if problem.dtype == "fp32" and problem.width > 64 else 2
+            small = [] if device.backend == "hip" else small[first:]
         elif device.backend == "hip" or device.capability >= 100:
             small = small[1:]  # wider ones spill in what Triton makes of them there
         if not asynchronous(device):

@@ -47,7 +47,8 @@ def options(form: Form, tensors: tuple[torch.Tensor, ...], q: torch.Tensor, k: t
         "BANDED": limited,
         "SCORED": scored,
         "GAPS": bool(limited or form.bias),
-        "TF32": form.tf32 or not exact,  # the other dtypes are multiplied as they are
+        # The other dtypes are multiplied as they are; an interpreter multiplies fp32 in full, whatever is allowed.
+        "TF32": not exact or (form.tf32 and not q.is_cpu),
         "D": triton.next_power_of_2(q.shape[3]),
         "WIDTH": q.shape[3],
     }

@@ -82,7 +82,7 @@ def _meta(form: Form, q: torch.Tensor) -> dict[str, Any]:
         "LIMITED": form.left >= 0 or form.right >= 0,
         # In powers of two a score costs one instruction less, and a rounding more than fp32 has to spare.
         "SCORED": exact or form.softcap > 0,
-        "TF32": form.tf32 or not exact,
+        "TF32": not exact or (form.tf32 and not q.is_cpu),  # an interpreter multiplies fp32 in full
         "D": triton.next_power_of_2(q.shape[2]),
         "WIDTH": q.shape[2],
     }

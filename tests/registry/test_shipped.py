@@ -1,0 +1,32 @@
+"""The registry that comes with the package."""
+
+import pytest
+
+from tilebook import device as devices
+from tilebook import op as ops
+from tilebook.dispatch import Snapshot
+from tilebook.registry import Layers
+from tilebook.registry.layers import SHIPPED
+
+VERDICTS = [verdict for _, verdict in Layers([("shipped", str(SHIPPED))]).verdicts()]
+
+
+@pytest.mark.parametrize("name", sorted({verdict.op for verdict in VERDICTS}))
+def test_every_verdict_is_of_the_kernels_as_they_are(name):
+    """Whoever changes a kernel measures anew, or shows that its machine code is the same and says so in the verdict."""
+    op = ops.get(name)
+    for verdict in (each for each in VERDICTS if each.op == name):
+        assert verdict.kernel == op.digest
+        for each in {op.implementations[each] for each, _ in verdict.ranking()}:
+            assert each.external or each.digest in ("", verdict.kernel_of(each.name)), each.name
+
+
+def test_what_won_is_what_serves():
+    gpu = devices.find("H200")
+    snapshot = Snapshot(gpu)
+    for verdict in VERDICTS:
+        op = ops.get(verdict.op)
+        problem = op.problem.from_key(verdict.problem)
+        names = [name for name, _ in verdict.ranking() if op.implementations[name].can_run(problem, gpu)]
+        choice = snapshot.choose(op, problem)
+        assert (choice.source, choice.implementation.name) == ("exact", names[0]), problem.label
