@@ -153,11 +153,10 @@ FORMS = [
     "B4,H8,S4000,D64,causal",
     "B4,H8,Hkv2,S4000,D128",
     "B4,H8,S4000,D64,causal,window256x0",
-    "B4,H8,S4000,D64,alibi",
 ]
 
 
-@pytest.mark.parametrize("gpu", ["A100", "H200", "B200", "MI300X"])
+@pytest.mark.parametrize("gpu", ["A100", "B200", "MI300X"])
 def test_persistent_kernels_compile_for_the_gpu_that_the_process_poses_as(gpu):
     device = devices.find(gpu)
     with CompilePool(device, workers=1) as pool:
