@@ -181,7 +181,8 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
             first = 3 if problem.dtype == "fp32" and problem.width > 64 else 2
             small = [] if device.backend == "hip" else small[first:]
         elif device.backend == "hip" or device.capability >= 100:
-            small = small[1:]  # wider ones spill in what Triton makes of them there
+            # Wider ones spill in what Triton makes of them there; and wide heads with a bias on 4 warps.
+            small = small[2 if problem.bias and problem.width > 64 and device.backend == "cuda" else 1 :]
         if not asynchronous(device):
             return [*small, (32, 32, 4, 2), (32, 32, 4, 1)]
         if device.capability >= 100:
