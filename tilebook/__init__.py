@@ -21,8 +21,9 @@ def _public() -> dict[str, str]:
 
 def __getattr__(name: str) -> Any:
     # Families are found, not listed, so that adding one touches one file; and `import tilebook` stays light.
-    module = not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}")
-    if not name.startswith("_") and not module and name in (public := _public()):
+    # A module of the package is none of theirs, and `from tilebook import …` asks here before it imports one.
+    own = name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is not None
+    if not own and name in (public := _public()):
         found = getattr(importlib.import_module(public[name]), name)
         globals()[name] = found
         return found

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 _REGISTRY = click.option(
     "--registry", metavar="PATH", help="Registry file or SQLAlchemy URL (default: $TILEBOOK_REGISTRY, else the user's)."
 )
+_SUITES = click.option(
+    "--suite",
+    "suites",
+    metavar="NAME",
+    multiple=True,
+    help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
+)
 _FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
 
 
@@ -67,13 +74,7 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
 @main.command()
 @click.argument("families", nargs=-1, metavar="[FAMILY]...")
-@click.option(
-    "--suite",
-    "suites",
-    metavar="NAME",
-    multiple=True,
-    help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
-)
+@_SUITES
 @click.option(
     "--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64,causal; repeatable."
 )
@@ -280,13 +281,7 @@ def import_(file: Path, trust: bool, registry: str | None) -> None:
 
 @main.command()
 @click.argument("what", metavar="FAMILY|OP")
-@click.option(
-    "--suite",
-    "suites",
-    metavar="NAME",
-    multiple=True,
-    help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
-)
+@_SUITES
 @click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
