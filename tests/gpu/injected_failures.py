@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,7 @@ HANGING = ("long_loop", "ignored_sigterm")
 LIMIT_S = 3.0
 """Of an attempt of the kinds that hang."""
 
+_RUN = "INJECTED_FAILURES_RUN"  # names, in the environment of all that a run starts, the run
 _SHARE = 7  # bad candidates of a problem whose every candidate costs a new worker
 
 
@@ -72,6 +75,7 @@ class Report:
 def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
     """Tunes problems with so many bad candidates of each kind, `workers` at a time on the one GPU."""
     torch.zeros(1, device="cuda")
+    os.environ[_RUN] = name = uuid.uuid4().hex
     before, began, overruns = _free_mib(), time.monotonic(), _Overruns()
     kinds = {kind: Kind(count) for kind, count in counts.items()}
     tasks = [
@@ -114,7 +118,7 @@ def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
         for _, runner in runners.values():
             runner.close()
     seconds = time.monotonic() - began
-    return Report(kinds, overruns.worst_s, _workers_alive(), max(0.0, before - _settled_mib(before)), seconds)
+    return Report(kinds, overruns.worst_s, _started_by(name), max(0.0, before - _settled_mib(before)), seconds)
 
 
 class _Overruns:
@@ -154,12 +158,12 @@ def _settled_mib(wanted: float) -> float:
     return free
 
 
-def _workers_alive() -> int:
-    """Processes, forked ones included, that run as a worker with the failing op."""
+def _started_by(name: str) -> int:
+    """Processes, forked ones included, that this run has started, and none of a run beside it."""
     found = 0
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+    for entry in Path("/proc").glob("[0-9]*/environ"):
         try:
-            found += b"failing_op" in entry.read_bytes().split(b"\0")
+            found += f"{_RUN}={name}".encode() in entry.read_bytes().split(b"\0")
         except OSError:
             continue
     return found
