@@ -1,6 +1,13 @@
-"""Without a GPU, kernels run in Triton's interpreter; the variable must stand before any kernel is decorated."""
+"""Without a GPU, kernels run in Triton's interpreter; the variable must stand before any kernel is decorated.
+
+Test processes side by side have a core each: with more threads than that, small products wait for one another.
+"""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is loaded
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import pytest
 import torch
