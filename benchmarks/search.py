@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -185,25 +186,44 @@ def chance(sweep: Sweep, first: Sequence[Config]) -> np.ndarray:
     return np.minimum(drawn([*times.values()]), np.concatenate([begun, np.minimum(begun[-1], then)]))
 
 
-def behind(sweep: Sweep, ours: Sequence[list[Step]], random: Sequence[list[Step]], first: Sequence[Config]) -> Any:
-    """Where ours, which begins with `first`, is behind chance in the median: after which counts of configs until it
-    ends, by how much at most, and until which second."""
-    ended = int(np.median([max(step.number for step in steps) for steps in ours]))
-    tried = np.arange(1, ended + 1)
-    mine = np.median([best_by(steps, "number", tried) for steps in ours], axis=0)
-    lag = mine / chance(sweep, first)[:ended] - 1
-    ends_s = float(np.median([max(step.seconds for step in steps) for steps in ours]))
+def clear(runs: int) -> int:
+    """How many of so many runs must be worse than the median of chance until luck explains it in under 5 % of cases."""
+    ways = [math.comb(runs, worse) for worse in range(runs + 1)]
+    return next(worse for worse in range(runs + 1) if sum(ways[worse:]) < 0.05 * 2**runs)
+
+
+def behind(runs: Sequence[list[Step]], random: Sequence[list[Step]], luck: np.ndarray) -> dict[str, Any]:
+    """Where these are behind `luck`, ms after 1, 2, … configs: after which counts of configs in the median, by how much
+    at most, and after which by more than luck; and until which second they are behind these random ones."""
+    tried = np.arange(1, len(luck) + 1)
+    found = np.array([best_by(steps, "number", tried) for steps in runs])
+    lag = np.median(found, axis=0) / luck - 1
+    surely = (found > luck).sum(axis=0) >= clear(len(runs))
+    ends_s = float(np.median([max(step.seconds for step in steps) for steps in runs]))
     every = np.linspace(0, ends_s, 20 * POINTS + 1)[1:]
-    ours_by_s, random_by_s = (
-        np.median([best_by(steps, "seconds", every) for steps in runs], axis=0) for runs in (ours, random)
+    by_s, random_by_s = (
+        np.median([best_by(steps, "seconds", every) for steps in each], axis=0) for each in (runs, random)
     )
-    late = every[ours_by_s > random_by_s]
+    late = every[by_s > random_by_s]
     return {
-        "first": len(first),
         "at": [int(n) for n in tried[lag > 0]],
+        "surely_at": [int(n) for n in tried[surely]],
         "most": round(max(0.0, float(lag.max())), 5),
         "until_s": round(float(late[-1]), 2) if len(late) else None,
     }
+
+
+def behind_random(
+    sweep: Sweep, runs: Mapping[str, Sequence[list[Step]]], first: Mapping[str, Sequence[Config]]
+) -> dict[str, Any]:
+    """Where ours, which begin with these configs, are behind chance; and where random itself is, judged in this way."""
+    ends = {name: int(np.median([max(step.number for step in steps) for steps in runs[name]])) for name in first}
+    lags = {
+        name: {"seeds": len(begun), **behind(runs[name], runs["random"], chance(sweep, begun)[: ends[name]])}
+        for name, begun in first.items()
+    }
+    alone = drawn([passed_ms(each) for each in sweep.ours])[: max(ends.values())]
+    return {**lags, "random": {"seeds": 0, **behind(runs["random"], runs["random"], alone)}}
 
 
 def judge(path: Path, seeds: int) -> dict[str, Any]:
@@ -260,7 +280,7 @@ def judge(path: Path, seeds: int) -> dict[str, Any]:
         "default": dict(default(sweep)),
         "default_of_today": default(sweep) == todays_default(sweep),
         "default_share_of_best": round(exhaustive / default_ms(sweep), 5),
-        "behind_random": {name: behind(sweep, runs[name], runs["random"], first[name]) for name in OURS},
+        "behind_random": behind_random(sweep, runs, first),
         "in_a_fifth_of_autotune": round(float(np.median(in_a_fifth)), 5),
         "methods": methods,
     }
@@ -362,7 +382,8 @@ def main() -> None:
             print(f" {100 * result['in_a_fifth_of_autotune']:.2f} % of the best")
             for name, lag in result["behind_random"].items():
                 most = f"{lag['at']}, by {100 * lag['most']:.1f} % at most" if lag["at"] else "no budget"
-                print(f"  {name}, with {lag['first']} seeds: behind random at {most}; until {lag['until_s']} s")
+                print(f"  {name}, with {lag['seeds']} seeds: behind random at {most}", end="")
+                print(f"; by more than luck at {lag['surely_at'] or 'none'}; until {lag['until_s']} s")
             for name, method in result["methods"].items():
                 shares = "  ".join(f"{100 * v[1]:.2f} % by {share}" for share, v in method["share_of_best"].items())
                 end = f"{100 * method['end'][1]:.2f} % after {method['configs']:.0f} configs, {method['seconds']:.0f} s"
