@@ -6,7 +6,7 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.tuner.compile import CompilePool
 
-TARGETS = {"NVIDIA A100": 4, "NVIDIA H200": 1, "NVIDIA B200": 4, "AMD Instinct MI300X": 4}  # every n-th form
+TARGETS = {"NVIDIA A100": 4, "NVIDIA H200": 1, "NVIDIA B200": 4, "AMD Instinct MI300X": 8}  # every n-th form
 FORMS = [
     ("B4,H16,S4096,D72,causal", "bf16"),
     ("B4,H16,S1024,Sk4096,D128,causal,bottom_right", "bf16"),

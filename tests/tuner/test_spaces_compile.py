@@ -12,7 +12,7 @@ from tilebook import op as ops
 from tilebook.tuner.compile import CompilePool
 
 TARGETS = ["NVIDIA A100", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X"]
-SAMPLED = 2
+SAMPLED = 1
 OPS = [op for op in ops.ops().values() if op.reference.__module__.startswith("tilebook.")]  # not other tests' toys
 REFUSALS = {"compile_error", "out_of_resources", "spills"}
 
