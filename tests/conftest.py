@@ -1,9 +1,11 @@
 """Without a GPU, kernels run in Triton's interpreter; the variable must stand before any kernel is decorated.
 
 Test processes side by side have a core each: with more threads than that, small products wait for one another.
+A shell starts what it runs in the background deaf to Ctrl-C, and so would be the tests that send it.
 """
 
 import os
+import signal
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is loaded
     for library in ("OMP", "OPENBLAS", "MKL"):
@@ -11,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is lo
 
 import pytest
 import torch
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -260,6 +260,18 @@ def test_where_pytorch_overflows_there_is_no_case():
         Case.make(op, PROBLEM, "cpu", 0, outliers=True)
 
 
+@pytest.mark.parametrize(("off", "right"), [(1e-6, True), (1e-3, False)])
+def test_where_the_truth_is_zero_what_rounding_leaves_of_sums_passes_and_no_more(off, right):
+    op = make_op(lambda x, *, config: torch.full_like(x, off))
+    op.reference = op.implementation("torch")(torch.zeros_like)
+    case = Case.make(op, PROBLEM, "cpu", 0)
+    if right:
+        verify(op.tunable, CONFIG, [case])
+    else:
+        with pytest.raises(Wrong):
+            verify(op.tunable, CONFIG, [case])
+
+
 def test_poisoned_allocations_keep_shape_strides_and_alignment():
     with Poisoned() as guard:
         made = torch.empty_strided((4, 6), (1, 4), dtype=torch.bfloat16)
