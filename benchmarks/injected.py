@@ -6,14 +6,19 @@ Takes minutes: most kinds kill their worker, and a new one has to import PyTorch
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
+
+from compare import save
 
 tests = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(tests / "gpu"), str(tests / "tuner")]
 
 from injected_failures import EXPECTED, run  # noqa: E402 (found by the lines above)
+
+from tilebook import device as devices  # noqa: E402
 
 
 def main() -> int:
@@ -25,8 +30,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         report = run(dict.fromkeys(EXPECTED, given.per_kind), given.workers, Path(directory))
     if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(report.to_json() + "\n")
+        save(given.out, "injected failures", devices.current().name, **json.loads(report.to_json()))
     print(report.to_json())
     kinds = report.kinds.items()
     right = all(set(k.classes) <= EXPECTED[n] and sum(k.classes.values()) == k.count for n, k in kinds)

@@ -21,6 +21,7 @@ from injected_tune import tune_injected
 
 from tilebook import device as devices
 from tilebook.tuner.child import Child
+from tilebook.tuner.processes import marked
 from tilebook.tuner.runner import GpuRunner, Limits
 
 EXPECTED = {
@@ -118,7 +119,8 @@ def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
         for _, runner in runners.values():
             runner.close()
     seconds = time.monotonic() - began
-    return Report(kinds, overruns.worst_s, _started_by(name), max(0.0, before - _settled_mib(before)), seconds)
+    orphans = len(marked(f"{_RUN}={name}".encode()))
+    return Report(kinds, overruns.worst_s, orphans, max(0.0, before - _settled_mib(before)), seconds)
 
 
 class _Overruns:
@@ -156,14 +158,3 @@ def _settled_mib(wanted: float) -> float:
     while (free := _free_mib()) < wanted - 64 and time.monotonic() < deadline:
         time.sleep(0.2)
     return free
-
-
-def _started_by(name: str) -> int:
-    """Processes, forked ones included, that this run has started, and none of a run beside it."""
-    found = 0
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            found += f"{_RUN}={name}".encode() in entry.read_bytes().split(b"\0")
-        except OSError:
-            continue
-    return found

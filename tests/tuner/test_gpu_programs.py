@@ -4,10 +4,11 @@ import importlib.util
 import json
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from fakes import ENVIRONMENT, GPU, FakePool
+from fakes import ENVIRONMENT, GPU, FakePool, tune
 from test_session_statistics import NoisyRunner, rough
 from toy import make_op
 
@@ -24,6 +25,8 @@ def program(name):
 
 
 agreement, resume = program("agreement"), program("resume")
+sys.path.append(str(ROOT / "benchmarks"))  # where it imports another program from
+time_to_best = program("time_to_best")
 
 
 def noisy_tunes(runs, budget_s=3600.0):
@@ -156,3 +159,34 @@ def test_a_killed_tune_is_started_again_and_what_was_stored_is_compared(tmp_path
     assert resume.good(result)
     assert "0 trials lost" in resume.summary(result)
     assert not resume.good({**result, "interrupted": 2}), "a kill after the verdict shows nothing"
+
+
+def test_how_soon_a_tune_was_at_the_best_of_all_configs(tmp_path, monkeypatch):
+    op, began = make_op(), datetime.now(UTC)
+    problem = op.problem(64, 64)
+    _, registry = tune(tmp_path / "registry.db", NoisyRunner(rough, 0))
+    with registry:
+        trials, (verdict,) = registry.trials(), registry.verdicts()
+    steps = time_to_best.climb(reversed(trials), began, 1e9)
+    times = [step["time_ms"] for step in steps]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] == min(trial.time_ms for trial in trials if trial.time_ms is not None)
+    assert [step["tried"] for step in steps] == sorted({step["tried"] for step in steps})
+    assert all(step["tflops"] == round(1 / step["time_ms"], 1) for step in steps)
+
+    rows = [
+        {"implementation": "triton", "config": dict(verdict.config), "time_ms": 1.0, "seconds": 100.0},
+        {"implementation": "triton", "config": {}, "time_ms": None, "seconds": 200.0},
+    ]
+    together = [{"time_ms": ms, "speedup": [1.0, 0.99, 1.01]} for ms in (2.0, times[-1], times[-1])]
+    monkeypatch.setattr(time_to_best, "autotuned", lambda *_: rows)
+    monkeypatch.setattr(time_to_best, "against", lambda *_: together)
+    for second, step in enumerate(steps, 10):
+        step["seconds"] = float(second)
+    ours = {"seconds": 50.0, "feasible": {"triton": 2}, "best_so_far": steps}
+    result = time_to_best.compared(op, problem, ours, verdict, 300.0)
+    soon = next(step for step in steps if step["time_ms"] <= times[-1] / 0.98)
+    assert (result["whole"], result["failed"], result["seconds"]) == (True, 1, 200.0)
+    assert result["ours_there_after_s"] == soon["seconds"]
+    assert result["share_of_its_time"] == soon["seconds"] / 200
+    assert result["our_whole_tune_of_its_time"] == 0.25

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -54,16 +53,22 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def marked(mark: bytes) -> list[int]:
+    """The processes that carry `mark`, a variable and its value, in their environment, as far as Linux tells."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        # Others' processes cannot be read; those that have ended have no environment any more.
+        with suppress(OSError):
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
 def kill_marked(mark: bytes) -> None:
     """Kills what carries `mark` in its environment: what a child started and sent out of its process group."""
     deadline = time.monotonic() + 1.0
-    while sys.platform == "linux" and time.monotonic() < deadline:
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            # Others' processes cannot be read; those that have ended have no environment any more.
-            with suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
+    while time.monotonic() < deadline:
+        found = marked(mark)
         if not found:
             return
         for pid in found:
