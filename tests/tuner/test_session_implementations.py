@@ -134,12 +134,21 @@ def test_the_next_one_s_first_candidates_compile_before_the_first_one_s_are_all_
 
     class Watching(NotingPool):
         def submit(self, op, implementation, problem, config):
-            if implementation == "other":
-                measured.append(len(configs(runner, "triton")))
+            if implementation == "triton":
+                measured.append(len(configs(runner, "other")))
             return super().submit(op, implementation, problem, config)
 
     tune(path, runner, Watching(), op=two())
-    assert 0 < measured[0] < len(configs(runner, "triton"))
+    assert 0 < measured[0] < len(configs(runner, "other"))
+
+
+@pytest.mark.parametrize(("how", "order"), [({}, ["other", "triton"]), ({"external": "numpy"}, ["triton", "other"])])
+def test_small_spaces_come_first_what_compiles_on_the_gpu_s_time_and_what_has_no_space_last(path, how, order):
+    op, runner = two(**how), FakeRunner(lambda c: 1.5 if c.implementation == "theirs" else times(c))
+    op.implementation("theirs")(lambda x: x * 3)
+    tune(path, runner, op=op)
+    began = dict.fromkeys(candidate.implementation for candidate in runner.attempted)
+    assert list(began) == ["torch", *order, "theirs"]
 
 
 def test_one_that_is_new_is_all_that_is_searched_for_a_problem_that_has_a_verdict(path):

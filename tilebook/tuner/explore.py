@@ -78,6 +78,11 @@ class Explorer:
         if not settled:
             self._gainless, self._patient = 0, True
 
+    @property
+    def effort(self) -> tuple[bool, int]:
+        """Orders what is to be explored: large spaces after small ones, and last what compiles on the GPU's time."""
+        return self._entrant.implementation.external != "", len(self._entrant.feasible)
+
     def begin(self) -> None:
         """Starts compiling, so that there is something to measure once the GPU's process is ready."""
         self._submit()

@@ -93,6 +93,7 @@ def tune_problems(
     with layers.writer() as writer, CompilePool(device, workers) as pool:
         for runner in runners:
             runner.start()
+        pool.start()
         with view(len(problems), bool(runners), deadline, max(1, len(runners))) as run:
             known = Known(writer, layers, device, environment, mode if runners else PREDICTED)
             sessions = [

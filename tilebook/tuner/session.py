@@ -145,13 +145,16 @@ class Session:
         for explorer, (trials, settled) in zip(self._explorers, known, strict=True):
             explorer.stopped = self._closed
             explorer.reuse(trials, settled)
+        self._explorers.sort(key=lambda each: each.effort)
         self._explorers[0].begin()
         if self._runner is None:
             self._explore(deadline)
             return decide.predict(tuning)
         self._runner.prepare(op, problem)
-        self._measure_others(tuning, self._runner)
+        fallback, *others = self._others(tuning)
+        self._measure(tuning, self._runner, [fallback])  # while the compilers start
         self._explore(deadline)
+        self._measure(tuning, self._runner, others)
         return decide.confirm(tuning, self._runner, self._options.rounds, self._options.seed, before)
 
     def _entrant(
@@ -180,7 +183,10 @@ class Session:
         return Entrant(field.implementation, field.feasible, default, search)
 
     def _explore(self, deadline: float | None) -> None:
-        """One implementation after the other, each with its share of the time that is left."""
+        """One implementation after the other, each with its share of the time that is left.
+
+        Small spaces come first: they are done soon, and the best may be one of theirs.
+        """
         left = len(self._explorers)
         for explorer, following in itertools.zip_longest(self._explorers, self._explorers[1:]):
             now = time.monotonic()
@@ -199,18 +205,24 @@ class Session:
 
         return sorted(feasible, key=lambda config: floor_s(work(problem, config)))
 
-    def _measure_others(self, tuning: Tuning, runner: Runner) -> None:
-        """Verifies and times every implementation that has no space: PyTorch's own choice, cuDNN …"""
-        tuning.phase("measuring other implementations")
-        for name, implementation in tuning.op.implementations.items():
-            if self._known.revoked(implementation, {}):
-                continue
-            if implementation.space is None and implementation.can_run(tuning.problem, self._gpu):
-                attempt, seconds = timed_attempt(runner, Candidate(name), None)
-                if self._closed:
-                    raise Stopped
-                tuning.state.measuring_s += seconds
-                tuning.record(Candidate(name), attempt, {})
+    def _others(self, tuning: Tuning) -> list[Candidate]:
+        """Every implementation without a space that can run the problem: PyTorch's own choice first, then cuDNN …"""
+        running = [
+            Candidate(name)
+            for name, each in tuning.op.implementations.items()
+            if each.space is None and not self._known.revoked(each, {}) and each.can_run(tuning.problem, self._gpu)
+        ]
+        return sorted(running, key=lambda candidate: candidate.implementation != "torch")
+
+    def _measure(self, tuning: Tuning, runner: Runner, others: Iterable[Candidate]) -> None:
+        """Verifies and times these. Some compile at their first call, for seconds in which no candidate is measured."""
+        for candidate in others:
+            tuning.phase(f"measuring {candidate}")
+            attempt, seconds = timed_attempt(runner, candidate, None)
+            if self._closed:
+                raise Stopped
+            tuning.state.measuring_s += seconds
+            tuning.record(candidate, attempt, {})
 
 
 def _finalists(standing: Verdict | None, field: Field) -> list[Config]:
