@@ -3,7 +3,7 @@
     python benchmarks/time_to_best.py --op attention_fwd --shape B8,H16,S2048,D128 --autotune --out FILE
 
 Runs `tilebook tune` as a user would, everything included: starting processes, compiling, verifying, confirming in a
-fresh process. JSON: each time the best config so far got better, after how many seconds and candidates; what a
+fresh process. JSON: each time the best of our configs so far got better, after how many seconds and candidates; what a
 candidate took; how busy the GPU was. `--autotune` then times the same spaces in the way of `triton.autotune`, in one
 process: every config compiled when its turn comes, then timed by `do_bench`, nothing verified. Both winners are sampled
 interleaved beside PyTorch's own choice.
@@ -78,9 +78,15 @@ def tuned(op: Op[Any], problem: Problem, shape: str, dtype: str, seed: int) -> t
         with Registry.open(path) as registry:
             trials, (verdict,) = registry.trials(), registry.verdicts()
     flops, gpu = problem.cost().flops, devices.current()
+    own = spaces(op, problem)
+    others = {
+        each.implementation: round(flops / each.time_ms / 1e9, 1)
+        for each in trials
+        if each.implementation not in own and each.time_ms is not None
+    }
     return {
         "seconds": round(seconds, 1),
-        "feasible": {name: len(space.feasible(problem, gpu)) for name, space in spaces(op, problem).items()},
+        "feasible": {name: len(space.feasible(problem, gpu)) for name, space in own.items()},
         "candidates": len(trials),
         "seconds_a_candidate": round(seconds / len(trials), 3),
         "rejected": verdict.evidence["rejected"],
@@ -90,7 +96,8 @@ def tuned(op: Op[Any], problem: Problem, shape: str, dtype: str, seed: int) -> t
         "winner": str(Candidate(verdict.implementation, Config(verdict.config))),
         "time_ms": verdict.time_ms,
         "tflops": None if verdict.time_ms is None else round(flops / verdict.time_ms / 1e9, 1),
-        "best_so_far": climb(trials, began, flops),
+        "best_so_far": climb([each for each in trials if each.implementation in own], began, flops),
+        "others_tflops": others,
     }, verdict
 
 

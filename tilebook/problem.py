@@ -26,6 +26,7 @@ __all__ = [
     "dtype_name",
     "flag",
     "generator",
+    "normal",
     "pattern",
     "size",
 ]
@@ -42,6 +43,23 @@ def dtype_name(dtype: torch.dtype) -> str:
 def generator(device: torch.device | str, seed: int) -> torch.Generator | None:
     """The source of a problem's random inputs; None on the meta device, which has shapes but no numbers."""
     return None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
+
+
+def normal(
+    shape: Sequence[int],
+    source: torch.Generator | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Normal random numbers times `scale`; on the meta device none.
+
+    There PyTorch would load its compiler, for seconds, to draw or to multiply, and candidates would wait for it.
+    """
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    drawn = torch.randn(shape, generator=source, device=device, dtype=dtype)
+    return drawn if scale == 1.0 else drawn * scale
 
 
 class UsageError(ValueError):

@@ -71,9 +71,8 @@ class Problem(op.Problem):
         return {"norms": [cls.parse(f"M8192,N{width}", "bf16") for width in (1024, 4096, 16384)]}
 
     def _random(self, device: torch.device | str, seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-        device = torch.device(device)
-        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
-        return [torch.randn(shape, device=device, generator=generator).to(self.torch_dtype) for shape in shapes]
+        source = op.generator(device, seed)
+        return [op.normal(shape, source, device, torch.float32).to(self.torch_dtype) for shape in shapes]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ class BackwardProblem(Problem):
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         shape = (self.rows, self.width)
         dy, x, weight = self._random(device, seed, shape, shape, (self.width,))
-        return dy, x, weight, _rstd(x.float(), 1e-6)
+        rstd = torch.empty(self.rows, device=device) if x.is_meta else _rstd(x.float(), 1e-6)
+        return dy, x, weight, rstd
 
     def cost(self) -> Cost:
         # dy and x read, dx written; the weight read, its gradient written; rstd read in fp32.

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tilebook import device as devices
 from tilebook import op as ops
@@ -274,6 +275,17 @@ def _too_much_shared(shared: int, device: Device) -> str:
     return f"shared memory {shared} B > {device.shared_per_block} B"
 
 
+class _Light(TorchFunctionMode):
+    """Inside it `torch.empty_like` of a contiguous meta tensor asks nobody for the strides: PyTorch would load its
+    compiler for that, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func is torch.empty_like and options.keys() <= {"dtype"} and args[0].is_meta and args[0].is_contiguous():
+            return torch.empty(args[0].shape, dtype=options.get("dtype", args[0].dtype), device="meta")
+        return func(*args, **options)
+
+
 def compile_here(
     device: Device, op: str, implementation: str, problem_key: str, config: Mapping[str, ops.Value]
 ) -> Compiled:
@@ -294,10 +306,11 @@ def compile_here(
     failure: tuple[str | None, str]
     try:
         try:
-            inputs = problem.inputs("meta", 0)
+            with _Light():
+                inputs = problem.inputs("meta", 0)
         except Exception as error:
             raise RuntimeError(f"inputs on the meta device: {_gist(error)}") from error
-        with intercepted(collect), torch.no_grad():
+        with intercepted(collect), _Light(), torch.no_grad():
             chosen.implementations[implementation](*inputs, config=ops.Config(config))
         failure = _limits(binaries, device) if binaries else ("compile_error", "the launcher started no kernel")
     except _Rejected as error:
@@ -367,8 +380,8 @@ def _gist(error: BaseException) -> str:
 
 
 def _warm_up() -> None:
-    """Draws a meta tensor and compiles a kernel that does nothing: the first of either takes seconds, while PyTorch and
-    Triton load what they had put off (`torch._dynamo`, the compiler), and that is no candidate's time."""
+    """Compiles a kernel that does nothing: the first takes as long as Triton's compiler takes to load, and that is no
+    candidate's time."""
     import triton
 
     @triton.jit  # type: ignore[misc, unused-ignore]
@@ -377,7 +390,7 @@ def _warm_up() -> None:
 
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.always_compile = True  # from its cache it would come without the compiler
-        nothing.warmup(torch.randn(1, generator=None, device="meta"), grid=(1,))
+        nothing.warmup(torch.empty(1, device="meta"), grid=(1,))
 
 
 def _main(order: str) -> None:

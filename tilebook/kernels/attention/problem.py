@@ -13,7 +13,7 @@ import torch
 import triton
 
 from tilebook.kernels.attention.form import Form, banded, extras, form, limits, simplest
-from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, pattern, size
+from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, normal, pattern, size
 
 WINDOW = r"window(\d{1,9})?x(\d{1,9})?"
 """How a window is written: columns to the left and to the right of the diagonal, no number for no limit."""
@@ -144,24 +144,35 @@ class ForwardProblem(Problem):
         source = generator(device, seed)
         query, key = self._shapes()
 
-        def normal(shape: tuple[int, ...]) -> torch.Tensor:
-            return torch.randn(shape, generator=source, device=device, dtype=self.torch_dtype)
-
-        q, k, v = normal(query), normal(key), normal(key)
+        q, k, v = (normal(shape, source, device, self.torch_dtype) for shape in (query, key, key))
         tensors = []
         kind, axes = self._kind_and_axes
         if kind:
-            bias = normal(self._bias_shape)
+            bias = normal(self._bias_shape, source, device, self.torch_dtype)
             if kind == "mask":
-                bias = torch.rand(bias.shape, generator=source, device=device) < _SHOWN
-                if "q" in axes:
-                    bias[:, :, self.seq_q // 2] = False  # a row that sees nothing
+                bias = self._mask(bias, source, "q" in axes)
             tensors.append(bias)
-        if self.alibi:  # the slopes of the paper (Press et al. 2022)
-            tensors.append(2.0 ** (-8.0 * torch.arange(1, self.heads + 1, device=device) / self.heads))
+        if self.alibi:
+            tensors.append(self._slopes(q.device))
         if self.dropout:
-            tensors.append(torch.randint(1 << 62, (1,), generator=source, device=device))
+            seed_of_call = torch.empty(1, dtype=torch.int64, device=device)
+            tensors.append(seed_of_call if q.is_meta else seed_of_call.random_(1 << 62, generator=source))
         return q, k, v, self.form, self.head_dim**-0.5, *tensors
+
+    def _mask(self, like: torch.Tensor, source: torch.Generator | None, rows: bool) -> torch.Tensor:
+        """True for most pairs; with `rows`, one of them sees nothing."""
+        if like.is_meta:
+            return torch.empty_like(like, dtype=torch.bool)
+        mask = torch.rand(like.shape, generator=source, device=like.device) < _SHOWN
+        if rows:
+            mask[:, :, self.seq_q // 2] = False
+        return mask
+
+    def _slopes(self, device: torch.device) -> torch.Tensor:
+        """Those of the paper (Press et al. 2022)."""
+        if device.type == "meta":
+            return torch.empty(self.heads, device=device)
+        return 2.0 ** (-8.0 * torch.arange(1, self.heads + 1, device=device) / self.heads)
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (
@@ -324,13 +335,14 @@ class BackwardProblem(ForwardProblem):
         from tilebook.kernels.attention.peers import torch_forward  # peers judge problems, so they import this module
 
         q, k, v, *rest = super().inputs(device, seed)
-        if self.form.plain:
+        if q.is_meta:  # there is nothing to compute with
+            o, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=device)
+        elif self.form.plain:
             o, lse = torch_forward(q, k, v, *rest)
         else:  # eager PyTorch rounds the scores to 16 bits: its log-sum-exp is not that of the kernels' scores
             o, lse = torch_forward(q.float(), k.float(), v.float(), *rest)
             o = o.to(q.dtype)
-        source = generator(device, seed + 1)
-        do = torch.randn(q.shape, generator=source, device=device, dtype=q.dtype)
+        do = normal(q.shape, generator(device, seed + 1), device, q.dtype)
         return do, q, k, v, o, lse, *rest
 
     def cost(self) -> Cost:

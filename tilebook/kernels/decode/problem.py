@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 import triton
 
-from tilebook.op import Cost, Problem, UsageError, choice, dtype_name, flag, generator, size
+from tilebook.op import Cost, Problem, UsageError, choice, dtype_name, flag, generator, normal, size
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Block sizes of a paged cache that shapes on the command line can name; calls may have others."""
@@ -89,7 +89,7 @@ class DecodeProblem(Problem):
         source = generator(device, seed)
 
         def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=source, device=device, dtype=self.torch_dtype)
+            return normal(shape, source, device, self.torch_dtype)
 
         q = random(self.batch, self.heads, self.seq_q, self.head_dim)
         lens = table = None

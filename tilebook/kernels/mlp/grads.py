@@ -42,7 +42,7 @@ class GradsProblem(Problem):
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         wide, inner = (self.rows, self.width), (self.rows, self.inner)
         dy, h, dz, x, w1 = self._random(device, seed, wide, inner, inner, wide, (self.inner, self.width))
-        return dy, h, dz, x * self.width**0.5, w1
+        return dy, h, dz, x if x.is_meta else x * self.width**0.5, w1
 
     def cost(self) -> Cost:
         m, width, inner = self.rows, self.width, self.inner

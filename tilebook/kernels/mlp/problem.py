@@ -71,11 +71,10 @@ class Problem(op.Problem):
 
     def _random(self, device: torch.device | str, seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
         """Normal tensors; a matrix of weights (after the first shape) keeps the scale of what it multiplies."""
-        device = torch.device(device)
-        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+        source = op.generator(device, seed)
         scales = [1.0] + [shape[-1] ** -0.5 if len(shape) == 2 else 0.5 for shape in shapes[1:]]
         return [
-            (torch.randn(shape, device=device, generator=generator) * scale).to(self.torch_dtype)
+            op.normal(shape, source, device, torch.float32, scale).to(self.torch_dtype)
             for shape, scale in zip(shapes, scales, strict=True)
         ]
 
@@ -129,7 +128,7 @@ class BackwardProblem(Problem):
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         m, n, k = self.gemm
         dy, w2, z = self._random(device, seed, (m, k), (k, n), (m, n))
-        return dy, w2, z * n**0.5, self.activation
+        return dy, w2, z if z.is_meta else z * n**0.5, self.activation
 
     @property
     def tiles_moved(self) -> int:

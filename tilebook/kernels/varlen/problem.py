@@ -16,7 +16,7 @@ from tilebook.kernels.attention import eager as attention
 from tilebook.kernels.attention import problem as padded
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen import eager
-from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, pattern, size
+from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, normal, pattern, size
 
 SOFTCAP = 3.0
 """What the scores of a capped problem's random inputs are capped at; no verdict depends on it."""
@@ -148,11 +148,8 @@ class ForwardProblem(Problem):
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         source = generator(device, seed)
 
-        def normal(total: int, heads: int) -> torch.Tensor:
-            shape = total, heads, self.head_dim
-            return torch.randn(shape, generator=source, device=device, dtype=self.torch_dtype)
-
-        q, k, v = (normal(self.total_q, self.heads), *(normal(self.total_k, self.heads_kv) for _ in range(2)))
+        query, key = ((self.total_q, self.heads, self.head_dim), (self.total_k, self.heads_kv, self.head_dim))
+        q, k, v = (normal(shape, source, device, self.torch_dtype) for shape in (query, key, key))
         cu_q, cu_k = (
             torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
             for lengths in self.lengths(seed)
@@ -264,5 +261,5 @@ class BackwardProblem(ForwardProblem):
             o, lse = torch.empty_like(q), torch.empty(q.shape[1::-1], dtype=torch.float32, device=device)
         else:  # exact: eager PyTorch would round the scores to 16 bits
             o, lse = eager.forward(attention.forward, q.float(), k.float(), v.float(), cu_q, cu_k, *rest[2:])
-        do = torch.randn(q.shape, generator=generator(device, seed + 1), device=device, dtype=q.dtype)
+        do = normal(q.shape, generator(device, seed + 1), device, q.dtype)
         return do, q, k, v, o.to(q.dtype), lse, cu_q, cu_k, *rest
