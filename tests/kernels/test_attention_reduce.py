@@ -1,6 +1,5 @@
 """The backward pass that adds dq up in memory: right wherever it says it can run, and never where bits must repeat."""
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import PLAIN
 from tilebook.kernels.attention.forward import attention_fwd
 from tilebook.replay import record
-from tilebook.tuner.compile import CompilePool
 from tilebook.tuner.verify import Case, truths, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,7 +41,6 @@ RAGGED = [
     ("B1,H4,Hkv2,S100,Sk150,D32,bottom_right,window70x9", "fp16"),
 ]
 ELSEWHERE = ["D256", "D64,softcap", "D64,alibi", "D64,dropout", "D64,maskbk", "D64,biashqk", "D64,dbiashqk"]
-TARGETS = ["NVIDIA A100", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X"]
 
 
 def _config(problem, **axes):
@@ -134,16 +131,6 @@ def test_what_ran_wrong_on_hopper_is_rejected_there_alone(columns):
     padded = PROBLEM.parse("B2,H8,S4096,D72,causal", "bf16")  # its loads are not pipelined, whatever the stages
     assert "ptxas" in REDUCE.space.reject(padded, wrong.replace(num_stages=2), H200)
     assert REDUCE.space.reject(padded, wrong.replace(num_stages=2, BLOCK_M=64), H200) is None
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_default_compiles_and_samples_compile_or_say_why_not(name):
-    gpu, problem = devices.find(name), PROBLEM.parse("B4,H16,S4096,D128,causal", "bf16")
-    default, feasible = REDUCE.space.default(problem, gpu), REDUCE.space.feasible(problem, gpu)
-    with CompilePool(gpu, workers=1) as pool:
-        for config in [default, *random.Random(0).sample(feasible, 2)]:
-            compiled = pool.submit("attention_bwd", "triton_reduce", problem.key, config).result()
-            assert compiled.failure is None or (config != default and compiled.reason), f"{config}: {compiled}"
 
 
 class _Stands:

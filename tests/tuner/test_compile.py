@@ -19,7 +19,8 @@ from tilebook import op as ops
 from tilebook.device import Device, find
 from tilebook.op import UsageError
 from tilebook.tuner.child import ChildNotStarted
-from tilebook.tuner.compile import MAX_SPILLS, Compiled, CompilePool
+from tilebook.tuner.compile import Compiled, CompilePool
+from tilebook.tuner.compiler import MAX_SPILLS
 
 pytest.importorskip("triton")
 
@@ -181,14 +182,14 @@ def test_a_second_compile_is_a_load_from_the_cache(compile_one: Compile) -> None
 def test_the_first_candidate_of_a_process_does_not_wait_while_libraries_load(cache: Path) -> None:
     program = """
         import json, sys
-        from tilebook.tuner import child, compile
+        from tilebook.tuner import compiler
         def serve(handle):
             before = set(sys.modules)
             reply = handle(json.loads(sys.argv[2]))
             assert reply["failure"] is None, reply
             print(len(set(sys.modules) - before), "sympy" in sys.modules)
-        compile.serve = serve
-        compile._main(sys.argv[1])
+        compiler.serve = serve
+        compiler._main(sys.argv[1])
     """
     order = {"device": dataclasses.asdict(find("H200")), "modules": []}
     rms_norm = ops.get("rms_norm_fwd")

@@ -17,15 +17,13 @@ OPS = [op for op in ops.ops().values() if op.reference.__module__.startswith("ti
 REFUSALS = {"compile_error", "out_of_resources", "spills"}
 
 
-def compilable(op, problem, gpu):
-    """Our own kernel, and what else of ours has a space for this problem and GPU."""
-    others = [each for each in op.tunables if each is not op.tunable and not each.external]
-    return [op.tunable, *(each for each in others if each.can_run(problem, gpu))]
-
-
-def problem_of(op):
-    """The last problem of the op's suites: the longest of its kind."""
-    return [problem for suite in op.problem.suites().values() for problem in suite][-1]
+def compilable(op, gpu):
+    """What of ours has a space on this GPU, each with the longest problem of the op's suites that it can run."""
+    problems = [problem for suite in op.problem.suites().values() for problem in suite]
+    for each in op.tunables:
+        running = [problem for problem in problems if not each.external and each.can_run(problem, gpu)]
+        if running:
+            yield each, running[-1]
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -34,8 +32,7 @@ def test_defaults_compile_and_samples_compile_or_say_why_not(name):
     with CompilePool(gpu, workers=1) as pool:
         pending = []
         for op in OPS:
-            problem = problem_of(op)
-            for each in compilable(op, problem, gpu):
+            for each, problem in compilable(op, gpu):
                 feasible = each.space.feasible(problem, gpu)
                 default = each.space.default(problem, gpu)
                 for config in [default, *random.Random(op.name).sample(feasible, min(SAMPLED, len(feasible)))]:
