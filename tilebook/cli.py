@@ -93,7 +93,7 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--budget",
     type=_Seconds(),
     metavar="TIME",
-    help="Stop after this time (180s, 5m), shared by the problems (default: none, each goes on until it converged).",
+    help="Stop searching after this time (180s, 5m), shared by the problems (default: none, until each has converged).",
 )
 @click.option(
     "--trials",
