@@ -28,11 +28,17 @@ Value = int | str | bool
 class Config(Mapping[str, Value]):
     """One point of a space: immutable, hashable, equal by content, with a canonical JSON text as its key."""
 
-    __slots__ = ("_values", "key")
+    __slots__ = ("_key", "_values")
 
     def __init__(self, values: Mapping[str, Value] | None = None, /, **axes: Value) -> None:
         self._values: dict[str, Value] = {**(values or {}), **axes}
-        self.key: str = json.dumps(self._values, sort_keys=True, separators=(",", ":"))
+        self._key: str | None = None  # of the 100,000 points of a space most are rejected before anyone asks
+
+    @property
+    def key(self) -> str:
+        if self._key is None:
+            self._key = json.dumps(self._values, sort_keys=True, separators=(",", ":"))
+        return self._key
 
     def __getitem__(self, axis: str) -> Value:
         return self._values[axis]

@@ -144,8 +144,12 @@ class Problem:
 
     def floor_s(self, device: Device) -> float:
         """Seconds that any implementation needs at least on this GPU, by its datasheet."""
-        cost = self.cost()
+        cost = self._least
         return max(cost.flops / device.flops, cost.bytes / device.bandwidth)
+
+    @functools.cached_property
+    def _least(self) -> Cost:
+        return self.cost()  # asked for at every point of a space
 
     def neighbours(self) -> Sequence[Self]:
         """Ragged and larger problems that a candidate must get right too before it may serve this one."""
