@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from registry_samples import predicted, problem, revocation, trial, verdict
+from registry_samples import miss, predicted, problem, revocation, trial, verdict
 
 from tilebook.registry import DenyList, Layers, Registry, RegistryError
 from tilebook.registry import layers as layers_module
@@ -120,6 +120,18 @@ def test_a_damaged_revocation_is_a_problem_of_its_layer(home: Path) -> None:
 def test_a_revocation_covers_what_fits_all_that_it_names(changes: dict[str, Any], denied: bool) -> None:
     given = revocation(**{"config": {"BLOCK_M": 128}, **changes})
     assert (DenyList([("user", given)], "3.6.0").winner(verdict()) is not None) is denied
+
+
+def test_ledgers_of_all_layers_add_up_heaviest_first(home: Path) -> None:
+    device = miss().device
+    for target, counted in (
+        (home / "mine.db", [miss(1, calls=5), miss(2, calls=7)]),
+        (Layers.default().layers[0][1], [miss(1, calls=4), miss(3, calls=1)]),
+    ):
+        with Registry.open(target, write=True) as registry:
+            registry.count_misses(counted)
+    found = Layers.default(home / "mine.db").misses(device)
+    assert [(each.problem, each.calls) for each in found] == [(problem(1), 9), (problem(2), 7), (problem(3), 1)]
 
 
 def test_the_writer_is_the_explicit_layer_or_none(home: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from tilebook.registry.backend import RegistryError, Target
-from tilebook.registry.records import ConfigValue, Device, Revocation, Verdict
+from tilebook.registry.records import ConfigValue, Device, Miss, Revocation, Verdict
 from tilebook.registry.store import Registry
 
 REGISTRY_VARIABLE = "TILEBOOK_REGISTRY"
@@ -50,6 +50,15 @@ class Layers:
         No layer can take back what another revokes. Refreshes `problems`.
         """
         return _union(self._read(Registry.revocations))
+
+    def misses(self, device: Device) -> list[Miss]:
+        """The ledgers of all layers together, heaviest first: calls times a call's GPU time. Refreshes `problems`."""
+        together: dict[tuple[str, str], Miss] = {}
+        for _, found in self._read(lambda each: each.misses(device=device)):
+            for miss in found:
+                key = miss.op, miss.problem
+                together[key] = miss.plus(together[key]) if key in together else miss
+        return sorted(together.values(), key=lambda miss: (-miss.calls * miss.time_ms, miss.op, miss.problem))
 
     def verdicts(
         self, *, op: str | None = None, problem: str | None = None, device: Device | None = None

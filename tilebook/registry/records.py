@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -376,6 +376,11 @@ class Miss:
         checks.integer(self.calls, "calls", 1, 2**62)
         object.__setattr__(self, "time_ms", checks.number(self.time_ms, "time_ms"))
         object.__setattr__(self, "last_seen", checks.utc(self.last_seen, "last_seen"))
+
+    def plus(self, other: Miss) -> Miss:
+        """The calls of both; the estimate of the time of a call and `last_seen` are the newest."""
+        newest = self if self.last_seen >= other.last_seen else other
+        return replace(newest, calls=min(self.calls + other.calls, 2**62))
 
     def content(self) -> dict[str, Json]:
         return {

@@ -163,8 +163,7 @@ class Registry:
                 row = session.execute(select(MissRow).filter_by(**ids)).scalar_one_or_none()
                 known = None if row is None else miss_of(row)
                 if known is not None:
-                    newest = miss if miss.last_seen >= known.last_seen else known
-                    miss = replace(newest, calls=min(known.calls + miss.calls, 2**62))
+                    miss = miss.plus(known)
                 if row is None:
                     row = MissRow(**ids)
                     session.add(row)

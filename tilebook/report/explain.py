@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tilebook import device as devices
 from tilebook.dispatch import Snapshot
-from tilebook.op import Op, Problem, UsageError
+from tilebook.op import Op, Problem
 from tilebook.report.rows import row, stale
+from tilebook.report.status import target
 
 
 def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
     """A text for people and the same as data. Raises UsageError where there is no GPU here and none was named."""
-    if gpu is None and not devices.present():
-        raise UsageError("there is no GPU here: name one with --gpu")
-    device = devices.find(gpu) if gpu is not None else devices.current()
+    device = target(gpu)
     snapshot = Snapshot(device, registry)
     choice = snapshot.choose(op, problem)
     passed = list(_passed(snapshot, op, problem))

@@ -1,0 +1,59 @@
+"""What the commands share: the group they belong to, their common options, how rows are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+REGISTRY = click.option(
+    "--registry", metavar="PATH", help="Registry file or SQLAlchemy URL (default: $TILEBOOK_REGISTRY, else the user's)."
+)
+SUITES = click.option(
+    "--suite",
+    "suites",
+    metavar="NAME",
+    multiple=True,
+    help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
+)
+FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
+
+
+class _Tidy(click.Group):
+    """A group whose expected errors are one line on stderr, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from tilebook.op import UsageError
+        from tilebook.registry import RegistryError
+
+        try:
+            return super().invoke(ctx)
+        except UsageError as wrong:
+            _fail(str(wrong), 2)
+        except (RegistryError, OSError) as broken:
+            _fail(str(broken), 1)
+        except KeyboardInterrupt:
+            _fail("interrupted; what was done is kept, and the same command goes on from there", 130)
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    click.echo(f"tilebook: {' '.join(text.split())}", err=True)
+    raise SystemExit(status)
+
+
+@click.group(cls=_Tidy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tilebook")
+def main() -> None:
+    """Finds the fastest correct way to run attention and MLPs on a GPU, keeps it, and serves it to model code."""
+
+
+def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False) -> None:
+    if format_ == "json":
+        click.echo(json.dumps(list(rows), indent=2))
+        return
+    from tilebook.report.rows import table
+
+    table(rows, sys.stdout, tuned=tuned)

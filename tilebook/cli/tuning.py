@@ -1,0 +1,228 @@
+"""The commands that compile and measure: tune, sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from tilebook.cli.common import FORMAT, REGISTRY, SUITES, main, print_rows
+
+if TYPE_CHECKING:
+    from tilebook.op import Op, Problem
+
+
+class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip().lower()
+        unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+        try:
+            seconds = float(text[:-1]) * unit if unit else float(text)
+        except ValueError:
+            self.fail(f"{value!r} is not a duration such as 180s, 5m or 1h", param, ctx)
+        if not 0 < seconds < float("inf"):
+            self.fail(f"{value!r} is not a duration above zero", param, ctx)
+        return seconds
+
+
+@main.command()
+@click.argument("families", nargs=-1, metavar="[FAMILY]...")
+@SUITES
+@click.option(
+    "--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64,causal; repeatable."
+)
+@click.option("--misses", is_flag=True, help="What programs asked for and no verdict covers, heaviest first.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
+@click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
+@click.option("--gpu", metavar="NAME", help="Tune for this GPU model without one, from the catalogue.")
+@click.option("--gpus", metavar="all|0,1,…", help="Measure on these GPUs of this host, side by side (default: 0).")
+@click.option(
+    "--mode",
+    type=click.Choice(["graph", "eager"]),
+    default="graph",
+    show_default=True,
+    help="What to optimise: the GPU's time, replayed from a CUDA graph, or that of eager calls, host cost included.",
+)
+@click.option(
+    "--budget",
+    type=_Seconds(),
+    metavar="TIME",
+    help="Stop searching after this time (180s, 5m), shared by the problems (default: none, until each has converged).",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    help="Candidates per problem, of each implementation that has a space"
+    " (default: until converged, which is 48 in a row that gain less than 1 %).",
+)
+@click.option(
+    "--search", "method", default="tpe", show_default=True, help="tpe, random, grid, or another Optuna sampler."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Compiler processes (default: one per core).")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--force", is_flag=True, help="Tune again what has a verdict already.")
+@REGISTRY
+@FORMAT
+def tune(
+    families: tuple[str, ...],
+    suites: tuple[str, ...],
+    shapes: tuple[str, ...],
+    misses: bool,
+    dtype: str,
+    direction: str,
+    gpu: str | None,
+    gpus: str | None,
+    mode: Literal["graph", "eager"],
+    budget: float | None,
+    trials: int | None,
+    method: str,
+    workers: int | None,
+    seed: int,
+    force: bool,
+    registry: str | None,
+    format_: str,
+) -> None:
+    """Searches the fastest correct configs for problems on a GPU and keeps trials and verdicts in the registry.
+
+    On a machine with a GPU every candidate is verified, then timed. With --gpu NAME, and no such GPU here, candidates
+    are compiled for that model and ranked by a performance model; their verdicts are marked predicted.
+
+    The same command resumes a run that was interrupted. A problem that has a verdict is skipped; where the space has
+    grown since, only what is new is tried. A GPU model keeps one verdict a problem, so that tuning in the other mode
+    replaces it.
+    """
+    from tilebook.tuner.run import tune_problems
+
+    if misses:
+        problems = _missed(families, suites, shapes, direction, gpu, registry)
+        if not problems:
+            click.echo("tilebook: nothing to do: no problem that was asked for lacks a verdict", err=True)
+            if format_ == "json":
+                click.echo("[]")
+            return
+    else:
+        problems = _problems(families, suites, shapes, dtype, direction)
+    states, rows = tune_problems(
+        problems,
+        gpu=gpu,
+        gpus=gpus,
+        mode=mode,
+        registry=registry,
+        budget_s=budget,
+        trials=trials,
+        method=method,
+        workers=workers,
+        seed=seed,
+        force=force,
+    )
+    print_rows(rows, format_, tuned=True)
+    for state in states:
+        if state.error:
+            click.echo(f"tilebook: {state.op} {state.label}: {state.error}", err=True)
+    if any(state.error for state in states):
+        raise SystemExit(1)
+
+
+def _ops(families: Sequence[str], direction: str) -> list[Op[Any]]:
+    from tilebook import op as ops
+
+    known = ops.families()
+    for family in families:
+        if family not in known:
+            raise ops.UsageError(f"no kernel family {family!r}; there are {', '.join(sorted(known))}")
+    chosen = [op for name, members in known.items() if not families or name in families for op in members]
+    return [op for op in chosen if direction in ("both", op.direction)]
+
+
+def _missed(
+    families: Sequence[str],
+    suites: Sequence[str],
+    shapes: Sequence[str],
+    direction: str,
+    gpu: str | None,
+    registry: str | None,
+) -> list[tuple[Op[Any], Problem]]:
+    """What the ledger has that a tune could change."""
+    from tilebook import device as devices
+    from tilebook.op import UsageError
+    from tilebook.report.status import asked, target
+
+    if suites or shapes:
+        raise UsageError("give --misses or --suite or --shape, not two of them")
+    chosen = _ops(families, direction)
+    device = target(gpu)
+    here = devices.present() and devices.current().name == device.name
+    return [
+        (each.op, each.problem)
+        for each in asked(device, registry)
+        if each.op in chosen and each.tunable and not (each.covered if here else each.exact)
+    ]
+
+
+def _problems(
+    families: Sequence[str], suites: Sequence[str], shapes: Sequence[str], dtype: str, direction: str
+) -> list[tuple[Op[Any], Problem]]:
+    from tilebook import op as ops
+
+    if suites and shapes:
+        raise ops.UsageError("give --suite or --shape, not both")
+    chosen = _ops(families, direction)
+    if shapes:
+        if len(families) != 1:
+            raise ops.UsageError("--shape needs exactly one family, such as: tilebook tune attention --shape …")
+        return [(op, op.problem.parse(shape, dtype)) for shape in shapes for op in chosen]
+    named = ops.suites(chosen)
+    found: list[tuple[Op[Any], Problem]] = []
+    for name in suites or ["quick"]:
+        if name not in named:
+            everywhere = sorted(ops.suites(ops.ops().values()))
+            raise ops.UsageError(f"no suite {name!r} here; there are {', '.join(everywhere)}")
+        found += named[name]
+    return list(dict.fromkeys(found))
+
+
+@main.command()
+@click.argument("what", metavar="FAMILY|OP")
+@SUITES
+@click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
+@click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
+@click.option("--implementation", metavar="NAME", help="Whose space (default: our own kernel's).")
+@click.option("--most", type=click.IntRange(min=1), help="Configs of each space, chosen at random (default: all).")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path(), help="FILE.jsonl for one problem, else a directory."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Compiler processes (default: one per core).")
+def sweep(
+    what: str,
+    suites: tuple[str, ...],
+    shapes: tuple[str, ...],
+    dtype: str,
+    direction: str,
+    implementation: str | None,
+    most: int | None,
+    seed: int,
+    out: Path,
+    workers: int | None,
+) -> None:
+    """Measures the whole space of problems on the GPU that is here and records it, so that searches can be replayed.
+
+    The same command resumes a sweep that was interrupted.
+    """
+    from tilebook import op as ops
+    from tilebook.tuner.sweep import record_problems
+
+    only = None if what in ops.families() else ops.get(what)
+    family = only.family if only else what
+    problems = [each for each in _problems([family], suites, shapes, dtype, direction) if only in (None, each[0])]
+    states = record_problems(problems, out, most=most, seed=seed, workers=workers, implementation=implementation)
+    for state in states:
+        if state.error:
+            click.echo(f"tilebook: {state.op} {state.label}: {state.error}", err=True)
+    if any(state.error for state in states):
+        raise SystemExit(1)
