@@ -2,10 +2,11 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from fakes import FakePool, FakeRunner, tune
 from test_session import valley
+from test_session_implementations import times, two
 
 from tilebook.registry import Failure
 
@@ -30,10 +31,13 @@ class SlowPool(FakePool):
 
         return self._threads.submit(work)
 
+    def wait(self, futures, timeout_s):
+        return wait(futures, timeout=timeout_s, return_when=FIRST_COMPLETED).done
+
 
 class SlowRunner(FakeRunner):
-    def __init__(self, seconds: float) -> None:
-        super().__init__(valley)
+    def __init__(self, seconds: float, time_ms=valley) -> None:
+        super().__init__(time_ms)
         self._seconds, self.at_a_time, self._inside = seconds, 0, 0
         self._lock = threading.Lock()
 
@@ -64,6 +68,23 @@ def test_the_first_candidates_are_compiled_before_the_gpu_is_prepared(tmp_path):
 
     tune(tmp_path / "registry.db", Preparing(valley), pool)
     assert submitted[0] >= pool.workers
+
+
+def test_what_is_compiled_of_the_next_space_is_measured_while_the_first_one_s_compile(tmp_path):
+    class Uneven(SlowPool):
+        """Takes long for the small space, which comes first."""
+
+        def submit(self, op, implementation, problem, config):
+            self._seconds = 0.4 if implementation == "other" else 0.0
+            return super().submit(op, implementation, problem, config)
+
+    axes = {"TILE": (1, 2, 4), "num_warps": (1,)}
+    op, runner = two(axes=axes), SlowRunner(0.01, times)
+    tune(tmp_path / "registry.db", runner, Uneven(0.0), op=op, trials=30)
+    order = [candidate.implementation for candidate in runner.attempted]
+    assert order.count("other") == 3
+    assert 0 < order.index("triton") < len(order) - 1 - order[::-1].index("other")
+    assert runner.at_a_time == 1
 
 
 def test_every_config_is_compiled_once_and_judged(tmp_path):

@@ -66,6 +66,7 @@ class Explorer:
         self._patient = True
         self._deadline: float | None = None
         self._following: Explorer | None = None
+        self._begun: Explorer | None = None
         self._centre: tuple[Config, float] | None = None
         self.stopped = False
 
@@ -87,10 +88,18 @@ class Explorer:
         """Starts compiling, so that there is something to measure once the GPU's process is ready."""
         self._submit()
 
+    def step(self) -> bool:
+        """Measures a candidate if one is compiled, and says whether it did."""
+        self._feed()
+        if self._measuring:
+            self._finish_one()
+            return True
+        return False
+
     def run(self, deadline: float | None, following: Explorer | None = None) -> None:
         """Explores until the limit, the deadline, or no more gain; then the neighbourhood of the best until it is.
 
-        following: begins once this one has little left to compile, so that the GPU need not wait in between.
+        following: begins once this one has little left to compile, and measures wherever the GPU would wait for that.
         """
         state, self._deadline, self._following = self._tuning.state, deadline, following
         began, measured = time.monotonic(), state.measuring_s
@@ -102,7 +111,9 @@ class Explorer:
                 self._feed()
                 if self._measuring:
                     self._finish_one()
-                elif not self._compiling:
+                elif self._compiling:
+                    self._wait()
+                else:
                     break
             while self._measuring:
                 self._finish_one()
@@ -129,7 +140,7 @@ class Explorer:
             self._compiling[self._compile(config)] = config
         if self._over and self._following is not None:
             self._following.begin()
-            self._following = None
+            self._begun, self._following = self._following, None
 
     def _compile(self, config: Config) -> Future[Compiled]:
         if self._entrant.implementation.external:  # its own package will, in the GPU's process
@@ -159,26 +170,29 @@ class Explorer:
         """Has the search asked for all that it will?"""
         return not self._patient or self._asked >= self._bounds.limit or self._search.exhausted
 
-    def _compiled(self, block: bool) -> tuple[Config, Compiled] | None:
+    def _compiled(self) -> tuple[Config, Compiled] | None:
         """The next compilation that is done, in the order of asking, so that a run with the same seed takes the same
-        steps wherever it can. With `block` it waits for one."""
-        while self._compiling:
-            self._check()
-            done = self._pool.wait(self._compiling, timeout_s=0.5 if block else 0.0)
-            for future in self._compiling:
-                if future in done:
-                    return self._compiling.pop(future), future.result()
-            if not block:
-                return None
-            self._tuning.run.changed()
+        steps wherever it can."""
+        self._check()
+        done = self._pool.wait(self._compiling, timeout_s=0.0) if self._compiling else ()
+        for future in self._compiling:
+            if future in done:
+                return self._compiling.pop(future), future.result()
         return None
+
+    def _wait(self) -> None:
+        """Until something of this space is compiled; what is of the following one may have the GPU meanwhile."""
+        following = self._begun
+        if following is None or not following.step():
+            self._pool.wait([*self._compiling, *(following._compiling if following else ())], timeout_s=0.5)
+            self._tuning.run.changed()
 
     # Measuring and telling
 
     def _feed(self) -> None:
         """Hands compiled candidates to the GPU; those that need none are judged on the way."""
         while len(self._measuring) < AHEAD and not self._late:
-            ready = self._compiled(block=not self._measuring)
+            ready = self._compiled()
             if ready is None:
                 return
             config, compiled = ready
