@@ -87,6 +87,13 @@ def test_what_is_compiled_of_the_next_space_is_measured_while_the_first_one_s_co
     assert runner.at_a_time == 1
 
 
+def test_what_compiles_on_the_gpu_s_time_does_not_fill_in(tmp_path):
+    op, runner = two(external="numpy"), SlowRunner(0.0, times)
+    tune(tmp_path / "registry.db", runner, SlowPool(0.1), op=op, trials=16)
+    order = [candidate.implementation for candidate in runner.attempted]
+    assert order.index("other") == len(order) - order[::-1].index("triton")
+
+
 def test_every_config_is_compiled_once_and_judged(tmp_path):
     pool = SlowPool(0.0)
     states, _ = tune(tmp_path / "registry.db", SlowRunner(0.0), pool)

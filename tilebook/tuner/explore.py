@@ -140,7 +140,9 @@ class Explorer:
             self._compiling[self._compile(config)] = config
         if self._over and self._following is not None:
             self._following.begin()
-            self._begun, self._following = self._following, None
+            if not self._following._entrant.implementation.external:  # that compiles where it should only fill in
+                self._begun = self._following
+            self._following = None
 
     def _compile(self, config: Config) -> Future[Compiled]:
         if self._entrant.implementation.external:  # its own package will, in the GPU's process
