@@ -1,5 +1,6 @@
 """What programs asked for that no verdict covers: told by `status`, tuned by `tune --misses`."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from tilebook import op as ops
 from tilebook.cli import main
 from tilebook.cli.tuning import _missed
 from tilebook.registry import Device, Miss, Registry
+from tilebook.report.status import target
 
 
 @pytest.fixture
@@ -61,6 +63,15 @@ def test_status_says_what_was_asked_for_and_what_share_of_it_verdicts_cover(ledg
     assert "50,000 × 0.02 ms  attention_fwd B2,H4,S300,D64,causal bf16  (default: triton" in text
     assert "(fallback: torch)" in text
     assert "tune --misses" in text
+
+
+@pytest.mark.parametrize(("named", "found"), [("H100", "NVIDIA H100 80GB HBM3"), (None, "NVIDIA H100 80GB HBM3")])
+def test_what_is_asked_of_the_gpu_here_goes_by_its_own_name(monkeypatch, named, found):
+    gpu = dataclasses.replace(devices.find("H100"), name=found)
+    monkeypatch.setattr(devices, "present", lambda: True)
+    monkeypatch.setattr(devices, "current", lambda index=0: gpu)
+    assert target(named) is gpu
+    assert target("H200") is devices.find("H200")
 
 
 def test_where_nothing_was_missed_there_is_nothing_to_do(tmp_path, monkeypatch):

@@ -112,6 +112,11 @@ def find(name: str) -> Device:
     return (exact or found)[0]
 
 
+def is_here(model: Device, gpu: Device) -> bool:
+    """Is this machine's GPU of that model of the catalogue? An "NVIDIA H100 80GB HBM3" is an "NVIDIA H100"."""
+    return model.name in gpu.name
+
+
 @functools.cache
 def current(index: int = 0) -> Device:
     """The GPU with this CUDA index. Limits are the driver's; rates come from the catalogue, else from an estimate."""

@@ -155,7 +155,7 @@ def _missed(
         raise UsageError("give --misses or --suite or --shape, not two of them")
     chosen = _ops(families, direction)
     device = target(gpu)
-    here = devices.present() and devices.current().name == device.name
+    here = devices.present() and device == devices.current()
     return [
         (each.op, each.problem)
         for each in asked(device, registry)

@@ -72,10 +72,16 @@ def _key(gpu: Device) -> store.Device:
 
 
 def target(gpu: str | None) -> Device:
-    """The GPU model of that name, or the one here. Raises UsageError where there is none and none was named."""
-    if gpu is None and not devices.present():
+    """The GPU here, where it is of that model or none is named; else the catalogue's. Raises UsageError without either.
+
+    What is stored of the GPU here bears its own name, which may be longer than the catalogue's.
+    """
+    named = None if gpu is None else devices.find(gpu)
+    if devices.present() and (named is None or devices.is_here(named, devices.current())):
+        return devices.current()
+    if named is None:
         raise UsageError("there is no GPU here: name one with --gpu")
-    return devices.find(gpu) if gpu is not None else devices.current()
+    return named
 
 
 def status(gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:

@@ -38,7 +38,7 @@ def _target(gpu: str | None, gpus: str | None) -> tuple[devices.Device, list[int
     models = sorted({f"{each.name} ({each.arch}, {each.sm_count} SMs)" for each in found})
     if len(models) > 1:
         raise UsageError(f"--gpus must name GPUs of one model, not {', '.join(models)}: run once for each")
-    if named is not None and named.name not in found[0].name:
+    if named is not None and not devices.is_here(named, found[0]):
         if gpus is not None:
             raise UsageError(f"--gpu {named.name} with --gpus: the GPUs here are {found[0].name}")
         return named, []
