@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tilebook import device as devices
-from tilebook.kernels.attention.backward import attention_bwd
+from tilebook.kernels.attention.ops import attention_bwd
 from tilebook.replay import record
 from tilebook.tuner.verify import FINAL_REPEATS, Case, verify
 

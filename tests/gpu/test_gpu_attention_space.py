@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tilebook import device as devices
-from tilebook.kernels.attention.backward import attention_bwd
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.replay import record
 from tilebook.tuner.verify import Case, verify
 

@@ -7,9 +7,8 @@ import torch
 
 from tilebook import device as devices
 from tilebook.kernels.attention import backward_joint
-from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import PLAIN
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.replay import record
 from tilebook.tuner.verify import Case, truths, verify
 

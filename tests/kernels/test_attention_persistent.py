@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from tilebook import device as devices
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.kernels.attention.tiles import dealt, turns
 from tilebook.launch import intercepted
 from tilebook.tuner.compile import CompilePool

@@ -11,9 +11,8 @@ import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
 from tilebook.kernels.attention import efficient, flash2, flash3, flex
-from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import CAUSAL, PLAIN, form, limits
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.tuner.verify import Case, verify
 
 FORWARD, BACKWARD = attention_fwd.problem, attention_bwd.problem

@@ -8,11 +8,10 @@ import torch
 
 from tilebook import dispatch
 from tilebook.autograd import once
-from tilebook.kernels.attention import backward_joint, backward_reduce, eager, forward_gluon, others  # noqa: F401
-from tilebook.kernels.attention.backward import attention_bwd
+from tilebook.kernels.attention import eager, implementations  # noqa: F401
 from tilebook.kernels.attention.drop_in import scaled_dot_product_attention
 from tilebook.kernels.attention.form import CAUSAL, PLAIN, Form, form, simplest
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.peers import sdpa, tf32_allowed
 
 __all__ = ["attention", "scaled_dot_product_attention"]

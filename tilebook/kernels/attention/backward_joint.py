@@ -16,9 +16,10 @@ import triton
 
 from tilebook.device import Device
 from tilebook.kernels.attention import backward, forward_space
-from tilebook.kernels.attention.backward import attention_bwd, needs
+from tilebook.kernels.attention.backward import needs
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.joint_kernels import attention_bwd_delta, attention_bwd_joint
+from tilebook.kernels.attention.ops import attention_bwd
 from tilebook.kernels.attention.problem import BackwardProblem
 from tilebook.kernels.attention.scores import options
 from tilebook.kernels.attention.tiles import addressable, asynchronous, capped, describable, like, pointless

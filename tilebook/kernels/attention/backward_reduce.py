@@ -13,8 +13,8 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilebook.device import Device
-from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import Form
+from tilebook.kernels.attention.ops import attention_bwd
 from tilebook.kernels.attention.problem import BackwardProblem
 from tilebook.kernels.attention.reduce_kernels import (
     attention_bwd_finish,

@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 
 from tilebook import device as devices
-from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.forward_space import MADE_BY_KERNEL, SPACE, by_place, proven, supports
-from tilebook.kernels.attention.problem import ForwardProblem
+from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.kernels.attention.scores import (
     columns_seen,
     looked_up,
@@ -41,18 +40,7 @@ from tilebook.kernels.attention.tiles import (
     turns,
 )
 from tilebook.launch import launch
-from tilebook.op import Config, define
-
-
-@define("attention_fwd", ForwardProblem)
-def attention_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (B, H, Sq, D), k and v (B, Hkv, Sk, D) → o (B, H, Sq, D), lse (B, H, Sq) in fp32, natural log. scale > 0.
-
-    extras: what the form asks for: bias, slopes, seed. A row that sees nothing is 0, and its lse -inf.
-    """
-    return eager.forward(q, k, v, form, scale, *extras)
+from tilebook.op import Config
 
 
 @triton.jit

@@ -7,8 +7,7 @@ from typing import Any
 
 from tilebook.device import Device
 from tilebook.kernels.attention import efficient, flash2, flash3, flash4, flex, peers
-from tilebook.kernels.attention.backward import attention_bwd
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 
 
 def _register(
