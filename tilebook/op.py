@@ -184,12 +184,14 @@ class Op(Generic[P]):
     its error against the truth is the yardstick for the others.
     """
 
-    def __init__(self, name: str, problem: type[P], reference: Callable[..., Any], direction: str) -> None:
+    def __init__(
+        self, name: str, problem: type[P], reference: Callable[..., Any], direction: str, family: str = ""
+    ) -> None:
         self.name = name
         self.problem = problem
         self.reference = reference
         self.direction = direction
-        self.family = reference.__module__.removeprefix("tilebook.kernels.").split(".")[0]
+        self.family = family or reference.__module__.removeprefix("tilebook.kernels.").split(".")[0]
         self.implementations: dict[str, Implementation] = {}
 
     def __repr__(self) -> str:
@@ -234,11 +236,16 @@ class Op(Generic[P]):
 _OPS: dict[str, Op[Any]] = {}
 
 
-def define(name: str, problem: type[P], *, direction: str = "fwd") -> Callable[[Callable[..., Any]], Op[P]]:
-    """Makes the decorated reference function an op. `direction` is "fwd" or "bwd"."""
+def define(
+    name: str, problem: type[P], *, direction: str = "fwd", family: str = ""
+) -> Callable[[Callable[..., Any]], Op[P]]:
+    """Makes the decorated reference function an op. `direction` is "fwd" or "bwd".
+
+    family: what the command line calls it and its like, where that is not the name of its folder.
+    """
 
     def register(reference: Callable[..., Any]) -> Op[P]:
-        made = Op(name, problem, reference, direction)
+        made = Op(name, problem, reference, direction, family)
         _OPS[name] = made
         return made
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from tilebook import dispatch
 from tilebook.autograd import once
-from tilebook.kernels.mlp.grads import each_alone, mlp_grads_bwd
-from tilebook.kernels.mlp.problem import ACTIVATIONS
-from tilebook.kernels.mlp.products import act, mlp_act_bwd, mlp_down_fwd, mlp_up_fwd
+from tilebook.kernels.mlp.form import ACTIVATIONS
+from tilebook.kernels.mlp.ops import mlp_act_bwd, mlp_down_fwd, mlp_grads_bwd, mlp_up_fwd
+from tilebook.kernels.mlp.pytorch import act, each_alone
 
 __all__ = ["mlp"]
 
