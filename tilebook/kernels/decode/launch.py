@@ -45,6 +45,7 @@ def decode(
         seq_lens = seq_lens.contiguous()
     if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
+    q = q if q.stride(-1) == 1 else q.contiguous()
     batch, heads, n_q, width = q.shape
     # Strides of a cache: from block to block, from key to key, from head to head. Contiguous, a block is a sequence.
     axes = (0, 1, 2) if paged else (0, 2, 1)

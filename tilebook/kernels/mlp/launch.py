@@ -78,19 +78,22 @@ def up(
     z = torch.empty_like(h) if save else x.new_empty(0)
     # What is not saved is not written, but the kernel takes a tensor for it all the same.
     outputs = (h, z if save else h)
-    _start(up_fwd_kernel, config, _rows(x), _rows(w1), False, (b1,), outputs, ACTIVATION=activation, SAVE=save)
+    _start(
+        up_fwd_kernel, config, _rows(x), _rows(w1), False, (b1.contiguous(),), outputs, ACTIVATION=activation, SAVE=save
+    )
     return h, z
 
 
 def down(h: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor, *, config: Config) -> tuple[torch.Tensor]:
     y = h.new_empty(h.shape[0], w2.shape[0])
-    _start(down_fwd_kernel, config, _rows(h), _rows(w2), False, (b2,), (y,))
+    _start(down_fwd_kernel, config, _rows(h), _rows(w2), False, (b2.contiguous(),), (y,))
     return (y,)
 
 
 def act_bwd(
     dy: torch.Tensor, w2: torch.Tensor, z: torch.Tensor, activation: str, *, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    z = z.contiguous()
     dz, h = torch.empty_like(z), torch.empty_like(z)
     _start(act_bwd_kernel, config, _rows(dy), _rows(w2), True, (), (z, dz, h), ACTIVATION=activation)
     return dz, h

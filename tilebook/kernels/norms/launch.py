@@ -26,7 +26,7 @@ def _columns(width: int, config: Config) -> dict[str, Any]:
 def rms_norm_fwd(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x, (rows, width) = _rows(x), x.shape
+    x, weight, (rows, width) = _rows(x), weight.contiguous(), x.shape
     y, rstd = x.new_empty(rows, width), x.new_empty(rows, dtype=torch.float32)
     grid = (triton.cdiv(rows, config.number("ROWS")),)
     launch(fwd_kernel, grid, x, weight, y, rstd, rows, width, x.stride(0), eps, **_columns(width, config))
@@ -36,7 +36,7 @@ def rms_norm_fwd(
 def rms_norm_bwd(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, *, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dy, x, (rows, width) = _rows(dy), _rows(x), x.shape
+    dy, x, weight, rstd, (rows, width) = _rows(dy), _rows(x), weight.contiguous(), rstd.contiguous(), x.shape
     dx, dweight = x.new_empty(rows, width), torch.empty_like(weight)
     # Interpreted, on the CPU: a few programs that each take several turns.
     sms = 3 if x.is_cpu else devices.current(x.device.index or 0).sm_count
