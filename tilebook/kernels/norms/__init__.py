@@ -8,35 +8,40 @@ import torch
 
 from tilebook import dispatch
 from tilebook.autograd import once
+from tilebook.kernels.norms import pytorch
 from tilebook.kernels.norms.ops import rms_norm_bwd, rms_norm_fwd
-from tilebook.kernels.norms.pytorch import plain
+from tilebook.op import Op
 
 __all__ = ["rms_norm"]
 
+Vector = torch.Tensor | None
 
-class _RMSNorm(torch.autograd.Function):
+
+class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, choice: dispatch.Choice
-    ) -> torch.Tensor:  # fmt: skip
-        y, rstd = choice(x, weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.choice = choice
+        ctx: Any, choice: dispatch.Choice, backward: Op[Any], eps: float, x: torch.Tensor, *vectors: Vector
+    ) -> torch.Tensor:
+        y, *statistics = choice(x, *vectors, eps)
+        ctx.save_for_backward(x, *vectors, *statistics)
+        ctx.call = choice, backward, [vector is not None for vector in vectors]
         return y
 
     @staticmethod
     @once
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx, dweight = ctx.choice.follow(rms_norm_bwd, (dy,), dy, *ctx.saved_tensors)
-        return dx, dweight, None, None
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Vector, ...]:
+        choice, op, there = ctx.call
+        dx, *rest = choice.follow(op, (dy,), dy, *ctx.saved_tensors)
+        found = iter(rest)
+        return None, None, None, dx, *(next(found) if each else None for each in there)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
     """y = x / √(mean(x²) + eps) · weight over the last axis (Zhang & Sennrich, 2019, eq. 4), in fp32 inside.
 
     Args:
         x: (…, N), floating point; any strides, fastest where the last axis is contiguous.
-        weight: (N,), in the dtype of x or another.
+        weight: (N,), in the dtype of x or another; ones if None.
         eps: added to the mean square, so that a zero vector stays one.
 
     Returns:
@@ -48,25 +53,39 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     Raises:
         ValueError: a weight that does not fit x in shape or device, or tensors that are not floating point.
     """
+    y = _by_kernels(rms_norm_fwd, rms_norm_bwd, x, {"weight": weight}, eps)
+    return pytorch.rms(x, weight, eps) if y is None else y
+
+
+def _by_kernels(
+    forward: Op[Any], backward: Op[Any], x: torch.Tensor, named: dict[str, Vector], eps: float
+) -> torch.Tensor | None:
+    """y, or None where plain PyTorch is to compute it."""
+    vectors = tuple(named.values())
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.ndim and x.numel() else x
-    choice = dispatch.known(rms_norm_fwd, flat, weight, eps)
+    choice = dispatch.known(forward, flat, *vectors, eps)
     if choice is None or choice.source == "fallback":
-        _check(x, weight)
-        usual = x.numel() and weight.dtype != torch.float64
-        choice = dispatch.find(rms_norm_fwd, flat, weight, eps) if usual else None
+        _check(x, named)
+        usual = x.numel() and all(vector is None or vector.dtype != torch.float64 for vector in vectors)
+        choice = dispatch.find(forward, flat, *vectors, eps) if usual else None
         if choice is None:
-            return plain(x, weight, eps)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        y: torch.Tensor = _RMSNorm.apply(flat, weight, eps, choice)
+            return None
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *vectors)):
+        y: torch.Tensor = _Norm.apply(choice, backward, eps, flat, *vectors)
     else:
-        y = choice(flat, weight, eps)[0]
+        y = choice(flat, *vectors, eps)[0]
     return y if x.ndim == 2 else y.view(x.shape)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
-    if x.ndim < 1 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"expected x (…, N) and weight (N,), not {tuple(x.shape)} and {tuple(weight.shape)}")
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device}, but x on {x.device}")
-    if not (x.is_floating_point() and weight.is_floating_point()):
-        raise ValueError(f"x and weight must be floating point, not {x.dtype} and {weight.dtype}")
+def _check(x: torch.Tensor, named: dict[str, Vector]) -> None:
+    if x.ndim < 1 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point (…, N), not {x.dtype} {tuple(x.shape)}")
+    for name, vector in named.items():
+        if vector is None:
+            continue
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(f"expected x (…, N) and {name} (N,), not {tuple(x.shape)} and {tuple(vector.shape)}")
+        if vector.device != x.device:
+            raise ValueError(f"{name} is on {vector.device}, but x on {x.device}")
+        if not vector.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {vector.dtype}")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import triton
 
 from tilebook.device import Device
-from tilebook.kernels.norms.problem import Problem
+from tilebook.kernels.norms.problem import Norm
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 
-def _block(problem: Problem, config: Config) -> int:
+def _block(problem: Norm, config: Config) -> int:
     """Columns in registers at a time; if they are not all, a row is read twice, the second time from the L2 cache."""
     width: int = triton.next_power_of_2(problem.width)
     return min(config.number("BLOCK"), width)
 
 
-def _reject(problem: Problem, config: Config, device: Device, registers: int) -> str | None:
+def _reject(problem: Norm, config: Config, device: Device, registers: int) -> str | None:
     """`registers`: how many each element takes."""
     block, rows, warps = _block(problem, config), config.number("ROWS"), config.number("num_warps")
     threads = warps * device.warp_size
@@ -33,18 +33,18 @@ def _reject(problem: Problem, config: Config, device: Device, registers: int) ->
     return None
 
 
-def _reject_fwd(problem: Problem, config: Config, device: Device) -> str | None:
+def _reject_fwd(problem: Norm, config: Config, device: Device) -> str | None:
     return _reject(problem, config, device, 2)
 
 
-def _reject_bwd(problem: Problem, config: Config, device: Device) -> str | None:
+def _reject_bwd(problem: Norm, config: Config, device: Device) -> str | None:
     threads = config.number("num_warps") * device.warp_size
     if config["PER_SM"] != 1 and config.number("PER_SM") * threads > device.threads_per_sm:
         return "more programs than an SM can hold at once"
-    return _reject(problem, config, device, 4)
+    return _reject(problem, config, device, 3 + problem.vectors)  # sums over rows wait in registers as well
 
 
-def _default_fwd(problem: Problem, device: Device) -> Config:
+def _default_fwd(problem: Norm, device: Device) -> Config:
     """As many rows as have 1024 elements, else one row, 16384 columns at a time; 16 elements a thread."""
     width = triton.next_power_of_2(problem.width)
     rows = max(1, min(16, 1024 // width, triton.next_power_of_2(problem.rows)))
@@ -53,11 +53,14 @@ def _default_fwd(problem: Problem, device: Device) -> Config:
     return Config(ROWS=rows, BLOCK=block, num_warps=warps)
 
 
-def _default_bwd(problem: Problem, device: Device) -> Config:
-    return Config({**_default_fwd(problem, device), "PER_SM": 1 if problem.width > 4096 else 2})
+def _default_bwd(problem: Norm, device: Device) -> Config:
+    config = Config({**_default_fwd(problem, device), "PER_SM": 1 if problem.width > 4096 else 2})
+    # Half as many columns, twice as often, for what does not fit.
+    half = {"BLOCK": config.number("BLOCK") // 2, "num_warps": max(1, config.number("num_warps") // 2)}
+    return config if _reject_bwd(problem, config, device) is None else config.replace(**half)
 
 
-def _work(problem: Problem, config: Config) -> Cost:
+def _work(problem: Norm, config: Config) -> Cost:
     """Rows in a last program that are not there count, and the second reading of what registers do not hold."""
     floor = problem.cost()
     rows = triton.cdiv(problem.rows, config.number("ROWS")) * config.number("ROWS")
