@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -29,8 +30,13 @@ class _Tidy(click.Group):
         from tilebook.op import UsageError
         from tilebook.registry import RegistryError
 
+        def told(message: Warning | str, *_: Any, **__: Any) -> None:
+            click.echo(f"tilebook: {_line(message)}", err=True)
+
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = told
+                return super().invoke(ctx)
         except UsageError as wrong:
             _fail(str(wrong), 2)
         except (RegistryError, OSError) as broken:
@@ -39,8 +45,12 @@ class _Tidy(click.Group):
             _fail("interrupted; what was done is kept, and the same command goes on from there", 130)
 
 
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
 def _fail(text: str, status: int) -> NoReturn:
-    click.echo(f"tilebook: {' '.join(text.split())}", err=True)
+    click.echo(f"tilebook: {_line(text)}", err=True)
     raise SystemExit(status)
 
 
