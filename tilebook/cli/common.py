@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import click
 
+from tilebook.errors import one_line
+
 REGISTRY = click.option(
     "--registry", metavar="PATH", help="Registry file or SQLAlchemy URL (default: $TILEBOOK_REGISTRY, else the user's)."
 )
@@ -27,11 +29,10 @@ class _Tidy(click.Group):
     """A group whose expected errors are one line on stderr, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from tilebook.op import UsageError
-        from tilebook.registry import RegistryError
+        from tilebook.errors import TilebookError, UsageError
 
         def told(message: Warning | str, *_: Any, **__: Any) -> None:
-            click.echo(f"tilebook: {_line(message)}", err=True)
+            click.echo(f"tilebook: {one_line(message)}", err=True)
 
         try:
             with warnings.catch_warnings():
@@ -39,18 +40,14 @@ class _Tidy(click.Group):
                 return super().invoke(ctx)
         except UsageError as wrong:
             _fail(str(wrong), 2)
-        except (RegistryError, OSError) as broken:
+        except (TilebookError, OSError) as broken:
             _fail(str(broken), 1)
         except KeyboardInterrupt:
             _fail("interrupted; what was done is kept, and the same command goes on from there", 130)
 
 
-def _line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
 def _fail(text: str, status: int) -> NoReturn:
-    click.echo(f"tilebook: {_line(text)}", err=True)
+    click.echo(f"tilebook: {one_line(text)}", err=True)
     raise SystemExit(status)
 
 
