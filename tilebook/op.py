@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -246,14 +247,22 @@ def define(name: str, problem: type[P], *, direction: str = "fwd") -> Callable[[
 
 
 @functools.cache
-def _load_families() -> None:
-    kernels = importlib.import_module("tilebook.kernels")
+def _load_families() -> Sequence[str]:
+    """Imports every kernel family; says of those that cannot be imported why. Of these no op stays registered."""
+    kernels, broken = importlib.import_module("tilebook.kernels"), []
     for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"tilebook.kernels.{module.name}")
+        try:
+            importlib.import_module(f"tilebook.kernels.{module.name}")
+        except Exception as error:  # a change of Triton's or Gluon's interface must not take all the others down
+            broken.append(f"kernel family {module.name} cannot be imported: {type(error).__name__}: {error}")
+            warnings.warn(broken[-1], RuntimeWarning, stacklevel=3)
+            for name in [name for name, each in _OPS.items() if each.family == module.name]:
+                del _OPS[name]
+    return broken
 
 
 def ops() -> Mapping[str, Op[Any]]:
-    """Every op of every kernel family, by name."""
+    """Every op of every kernel family, by name. A family that cannot be imported is left out, with a warning."""
     _load_families()
     return _OPS
 
@@ -263,7 +272,8 @@ def get(name: str) -> Op[Any]:
     try:
         return ops()[name]
     except KeyError:
-        raise UsageError(f"no op {name!r}; there are {', '.join(sorted(ops()))}") from None
+        known = f"no op {name!r}; there are {', '.join(sorted(ops()))}"
+        raise UsageError("; ".join([known, *_load_families()])) from None
 
 
 def families() -> Mapping[str, Sequence[Op[Any]]]:
