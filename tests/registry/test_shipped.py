@@ -13,7 +13,7 @@ VERDICTS = [verdict for _, verdict in Layers([("shipped", str(SHIPPED))]).verdic
 
 @pytest.mark.parametrize("name", sorted({verdict.op for verdict in VERDICTS}))
 def test_every_verdict_is_of_the_kernels_as_they_are(name):
-    """Whoever changes a kernel measures anew, or shows that its machine code is the same and says so in the verdict."""
+    """`tilebook recheck` renews those whose machine code a change has left as it was; the others are measured anew."""
     op = ops.get(name)
     for verdict in (each for each in VERDICTS if each.op == name):
         assert (verdict.origin, verdict.kernel) == ("shipped", op.digest)

@@ -58,7 +58,10 @@ class Compiled:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for two configs that run the same code in the same way; empty where nothing was compiled."""
+        """Equal for two configs that run the same code in the same way; empty where nothing was compiled.
+
+        It belongs to a version of Triton and ptxas, and says nothing of how the source is written: see `recheck`.
+        """
         parts = [[each.hash, each.launch, each.grid, each.shared, each.warps] for each in self.binaries]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest() if parts else ""
 
