@@ -32,22 +32,24 @@ def way(*tensors: torch.Tensor | None) -> Way:
     pytorch: as PyTorch's own functions: on the CPU, and where an op of ours would lose something, as a forward-mode
              derivative, a derivative by `torch.func`, or a node of a script's graph.
     """
-    first = tensors[0]
-    assert first is not None
+    first: Any = tensors[0]
     if torch.compiler.is_compiling():
         return "op" if first.is_cuda or dispatch.forced() else "pytorch"
+    ordinary = True
+    for each in tensors:
+        if each is not None and type(each) not in _ORDINARY:
+            if not isinstance(each, torch.Tensor):
+                raise ValueError(f"expected tensors, not {type(each).__name__}")
+            ordinary = False
+    if first is None:
+        raise ValueError("expected tensors, not None")
     if not (first.is_cuda or dispatch.forced()):
         return "pytorch"
     if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return "pytorch"
     if _functorch.peek_interpreter_stack() is not None:
         return "pytorch" if _differentiating() else "op"
-    if torch._C._len_torch_dispatch_stack():
-        return "op"
-    for each in tensors:
-        if each is not None and type(each) not in _ORDINARY:
-            return "op"
-    return "direct"
+    return "direct" if ordinary and not torch._C._len_torch_dispatch_stack() else "op"
 
 
 def untraceable(route: Way) -> Way:

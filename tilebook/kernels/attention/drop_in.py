@@ -24,9 +24,9 @@ def bounded_by_the_host(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bo
     Only for tensors of one shape, whose arguments need no other check than PyTorch's. A graph that is captured is
     replayed without the host.
     """
-    if torch.compiler.is_compiling() or not q.is_cuda or dispatch.forced():
+    if torch.compiler.is_compiling() or not type(q) is type(k) is type(v) is torch.Tensor:
         return False
-    if q.ndim != 4 or q.shape != k.shape or k.shape != v.shape or not q.dtype == k.dtype == v.dtype:
+    if not q.is_cuda or dispatch.forced() or q.ndim != 4 or q.shape != k.shape or k.shape != v.shape or not q.dtype == k.dtype == v.dtype:
         return False
     if not k.is_cuda or not v.is_cuda:
         return False
