@@ -3,7 +3,7 @@
     python benchmarks/gains.py benchmarks/results/nvidia-h200/fa.json
 
 The yardstick is `cudnn`: what `F.scaled_dot_product_attention` runs on Hopper from PyTorch 2.11 on. `torch` is
-FlashAttention-2: what it ran there before, and still runs on sm_80, sm_86, sm_89 and sm_120.
+FlashAttention-2 in these figures: what it ran there before, and still runs on sm_80, sm_86, sm_89 and sm_120.
 """
 
 from __future__ import annotations
