@@ -24,8 +24,8 @@ _ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 _functorch: Any = torch._C._functorch
 
 
-def way(*tensors: torch.Tensor | None) -> Way:
-    """How a call with these tensors, the first of them not None, is to run.
+def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) -> Way:
+    """How a call with these tensors is to run. Raises ValueError for what is no tensor; `optional` may be None.
 
     direct:  past the dispatcher. For CUDA tensors of PyTorch's own classes, outside every mode, transform and trace.
     op:      as an op of PyTorch's, which knows what to do with all the rest.
@@ -36,13 +36,11 @@ def way(*tensors: torch.Tensor | None) -> Way:
     if torch.compiler.is_compiling():
         return "op" if first.is_cuda or dispatch.forced() else "pytorch"
     ordinary = True
-    for each in tensors:
-        if each is not None and type(each) not in _ORDINARY:
+    for each in (*tensors, *[x for x in optional if x is not None]):
+        if type(each) not in _ORDINARY:
             if not isinstance(each, torch.Tensor):
-                raise ValueError(f"expected tensors, not {type(each).__name__}")
+                raise ValueError(f"expected a tensor, not {type(each).__name__}")
             ordinary = False
-    if first is None:
-        raise ValueError("expected tensors, not None")
     if not (first.is_cuda or dispatch.forced()):
         return "pytorch"
     if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
@@ -184,7 +182,7 @@ class Entry:
     ) -> Tensors:
         """Gradients of the tensors that need one, None for the others. `options` as the family has them."""
         assert self.backward is not None
-        route = way(dy, *tensors, *kept)
+        route = way(dy, optional=(*tensors, *kept))
         if torch.is_grad_enabled() or (route == "pytorch" and (forward_ad._current_level >= 0 or _differentiating())):
             return self._differentiable(dy, tensors, options, needs)
         if dy.stride(-1) != 1 if dy.ndim else False:  # a gradient expanded from a sum, say

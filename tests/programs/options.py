@@ -242,7 +242,6 @@ REFUSED = {
     "varlen: lengths are floats": lambda q, k, v: _varlen(q, lengths=torch.tensor([0.0, 8.0], device=q.device)),
     "decode: window is a pair": lambda q, k, v: tilebook.attention_decode(q.detach(), k, v, window=(4, 0)),
     "decode: lengths are a list": lambda q, k, v: tilebook.attention_decode(q.detach(), k, v, seq_lens=[1, 1]),
-    "rms_norm: no weight": lambda q, k, v: tilebook.rms_norm(q, None),
     "rms_norm: a number": lambda q, k, v: tilebook.rms_norm(q, 1.0),
     "mlp: no weight": lambda q, k, v: tilebook.mlp(q, None, None, q[0, 0], None),
     "mlp: an unknown activation": lambda q, k, v: tilebook.mlp(q, k[0, 0], None, v[0, 0].mT, None, activation="silu"),

@@ -443,7 +443,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1
     if has_torch_function((x, weight)):
         found: torch.Tensor = handle_torch_function(rms_norm, (x, weight), x, weight, eps)
         return found
-    route = way(x, weight)
+    route = way(x, optional=(weight,))
     if route == "pytorch" or weight is None or torch.compiler.is_compiling() or not x.ndim:
         _check(x, weight)
         return _plain((x, weight), (eps,))

@@ -90,16 +90,15 @@ def attention(
     usual = not optional and bias is None and attn_mask is None and (causal is False or causal is True)
     if usual and not return_lse and bounded_by_the_host(q, k, v):
         return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale)
-    found_way = way(q, k, v, bias, attn_mask, alibi_slopes)
+    found_way = way(q, k, v, optional=others)
     q, k, v = autocast(q, k, v)
     table: torch.Tensor | None = None
     seed: torch.Tensor | None = None
     if usual and q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled():
-        if isinstance(scale, torch.Tensor):
-            numbers(scale, 0.0, 0.0)
+        scale = scale if scale is None or type(scale) is float else numbers(scale)
         form = CAUSAL if causal else PLAIN
     else:
-        numbers(scale, softcap, dropout_p)
+        scale = numbers(scale, softcap, dropout_p)
         bias = together(bias, attn_mask)
         form = checked_form(
             q, k, causal, window, bias, softcap=softcap, alibi=alibi_slopes is not None, dropout=dropout_p,

@@ -44,6 +44,7 @@ def scaled_dot_product_attention(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
@@ -99,7 +100,9 @@ def _fits(
     enable_gqa: bool,
 ) -> bool:
     """Is this a call that `attention` takes, and not PyTorch's own to serve or to refuse?"""
-    if any(x.is_nested for x in (query, key, value)) or way(query, key, value, mask) == "pytorch":
+    if not all(isinstance(x, torch.Tensor) and not x.is_nested for x in (query, key, value)):
+        return False
+    if way(query, key, value, optional=(mask,)) == "pytorch":
         return False
     if not (2 <= query.ndim == key.ndim == value.ndim) or not (query.numel() and key.numel()):
         return False
@@ -111,14 +114,16 @@ def _fits(
         and query.dtype == key.dtype == value.dtype
         and query.device == key.device == value.device
         and heads
-        and not isinstance(scale, torch.Tensor)
+        and (scale is None or isinstance(scale, int | float))
         and 0 <= dropout_p < 1
         and not (is_causal and mask is not None)
-        and (mask is None or _takes(mask, query))
+        and (mask is None or _takes(mask, query, key))
     )
 
 
-def _takes(mask: torch.Tensor, query: torch.Tensor) -> bool:
+def _takes(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
     """Does PyTorch take this mask beside this query?"""
     known = mask.dtype in (torch.bool, torch.float32, query.dtype)
-    return known and mask.ndim <= query.ndim and mask.device == query.device
+    scores = (*query.shape[:-1], key.shape[-2])
+    broadcasts = mask.ndim <= len(scores) and all(n in (1, m) for n, m in zip(mask.shape[::-1], scores[::-1], strict=False))
+    return known and broadcasts and mask.device == query.device

@@ -70,14 +70,14 @@ def attention_decode(
             attention_decode, tensors, q, k, v, seq_lens=seq_lens, block_table=block_table, causal=causal, scale=scale,
             softcap=softcap, window=window, return_lse=return_lse,
         )  # fmt: skip
+    route = way(q, k, v, optional=(seq_lens, block_table))
     if recorded((q, k, v)):
         raise ValueError("attention_decode has no backward: call it under torch.no_grad(), or use attention")
-    numbers(scale, softcap, 0.0)
+    scale = numbers(scale, softcap)
     factor = scale
     if factor is None:
         factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
     options = causal, factor, softcap, window
-    route = way(*tensors)
     choice = dispatch.known(registered(), (*tensors, *options)) if route == "direct" else None
     if choice is None:
         check(*tensors, softcap, window)

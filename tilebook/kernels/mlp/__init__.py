@@ -57,7 +57,7 @@ def mlp(
         return found
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-    route = way(*given)
+    route = way(x, w1, w2, optional=(b1, b2))
     x, w1, b1, w2, b2 = autocast(*given)
     if route == "pytorch" or b1 is None or b2 is None or torch.compiler.is_compiling():
         _check(x, w1, b1, w2, b2)

@@ -94,7 +94,7 @@ def attention_varlen(
         )  # fmt: skip
     route = untraceable(way(*tensors))
     q, k, v = autocast(q, k, v)
-    numbers(scale, softcap, 0.0)
+    scale = numbers(scale, softcap)
     factor = scale
     if factor is None:
         factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
