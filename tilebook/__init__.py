@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.decode import attention_decode
     from tilebook.kernels.mlp import mlp
-    from tilebook.kernels.rms_norm import rms_norm
+    from tilebook.kernels.norms import rms_norm
     from tilebook.kernels.varlen import attention_varlen
 
 __all__ = [
@@ -31,7 +31,7 @@ _FAMILY = {
     "attention_decode": "decode",
     "attention_varlen": "varlen",
     "mlp": "mlp",
-    "rms_norm": "rms_norm",
+    "rms_norm": "norms",
     "scaled_dot_product_attention": "attention",
 }
 """Public function → the kernel family whose `__all__` has it. A family is imported when it is first asked for."""

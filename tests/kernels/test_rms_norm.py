@@ -112,6 +112,34 @@ def test_views_and_expanded_gradients_give_the_same():
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "vector",
+    [lambda base: torch.stack((base, -base), 1)[:, 0], lambda base: base[:1].expand(48)],
+    ids=["column of a matrix", "one number expanded"],
+)
+def test_a_weight_is_taken_with_its_stride(vector):
+    x, base = pair((40, 48))
+    dy = torch.randn(40, 48)
+    with dispatch.use("triton"):
+        ours = gradients(lambda *given: tilebook.rms_norm(given[0], vector(given[1])), (x, base), dy)
+    theirs = gradients(lambda *given: plain(given[0], vector(given[1])), (x, base), dy)
+    for mine, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_a_launcher_takes_vectors_with_their_strides():
+    x, weight = (tensor.detach() for tensor in pair((40, 48)))
+    strided = torch.stack((weight, -weight), 1)[:, 0]
+    with dispatch.use("triton"):
+        y, rstd = dispatch.run(OPS[0], x, weight, 1e-6)
+        assert torch.equal(dispatch.run(OPS[0], x, strided, 1e-6)[0], y)
+        apart = torch.stack((rstd, -rstd), 1)[:, 0]
+        dense, other = (dispatch.run(OPS[1], x, x, *vectors) for vectors in ((weight, rstd), (strided, apart)))
+    assert all(torch.equal(mine, right) for mine, right in zip(dense, other, strict=True))
+
+
+@interpreted
 def test_a_weight_in_fp32_beside_bf16_keeps_its_dtype_in_the_gradient():
     x, _ = pair((20, 48), torch.bfloat16)
     _, weight = pair((20, 48))

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
+import tilebook
 from programs.compare import assert_no_worse, assert_same_outcome, value_and_gradients
 from programs.families import FAMILIES, SDPA, composed, families, plain_mlp, plain_norm, rand, usual
 from programs.isolated import alone_on_a_gpu, each
-
-import tilebook
 
 
 def _transposed(x):

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from programs.compare import assert_no_worse, assert_same_outcome, value_and_gradients
-from programs.families import FAMILIES, SDPA, families, rand, small, usual
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import tilebook
+from programs.compare import assert_no_worse, assert_same_outcome, value_and_gradients
+from programs.families import FAMILIES, SDPA, families, rand, small, usual
 
 CALLS = {
     "drop_in": lambda q, k, v, **options: tilebook.scaled_dot_product_attention(q, k, v, **options),

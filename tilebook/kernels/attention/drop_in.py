@@ -26,7 +26,14 @@ def bounded_by_the_host(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bo
     """
     if torch.compiler.is_compiling() or not type(q) is type(k) is type(v) is torch.Tensor:
         return False
-    if not q.is_cuda or dispatch.forced() or q.ndim != 4 or q.shape != k.shape or k.shape != v.shape or not q.dtype == k.dtype == v.dtype:
+    if (
+        not q.is_cuda
+        or dispatch.forced()
+        or q.ndim != 4
+        or q.shape != k.shape
+        or k.shape != v.shape
+        or not q.dtype == k.dtype == v.dtype
+    ):
         return False
     if not k.is_cuda or not v.is_cuda:
         return False
@@ -125,5 +132,7 @@ def _takes(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
     """Does PyTorch take this mask beside this query?"""
     known = mask.dtype in (torch.bool, torch.float32, query.dtype)
     scores = (*query.shape[:-1], key.shape[-2])
-    broadcasts = mask.ndim <= len(scores) and all(n in (1, m) for n, m in zip(mask.shape[::-1], scores[::-1], strict=False))
+    broadcasts = mask.ndim <= len(scores) and all(
+        n in (1, m) for n, m in zip(mask.shape[::-1], scores[::-1], strict=False)
+    )
     return known and broadcasts and mask.device == query.device
