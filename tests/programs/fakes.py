@@ -39,9 +39,8 @@ def test_fake_tensors_give_shapes_forward_and_backward(device):
         expected = [like(x) for x in steps(family.plain, family, real)]
         for made in ("before", "inside"):
             with FakeTensorMode() as mode:
-                inputs = [
-                    mode.from_tensor(x) if made == "before" else torch.empty(*like(x)[:1], **kind(x)) for x in real
-                ]
+                made_of = mode.from_tensor if made == "before" else _empty
+                inputs = [made_of(x) for x in real]
                 inputs = tuple(x.requires_grad_(i < family.trained) for i, x in enumerate(inputs))
                 found = steps(family.ours, family, inputs)
             assert all(isinstance(x, FakeTensor) for x in found), made

