@@ -42,7 +42,7 @@ def value_and_gradients(function, inputs):
 
 
 def assert_as_near(ours, plain, truth, what="", blur=1.0):
-    """Each of `ours` is about as near to the truth as PyTorch's value is; NaN and infinity stand where they stand there.
+    """Each of `ours` is about as near to the truth as PyTorch's value is, and finite wherever that is.
 
     `blur` widens what counts as no error, for programs that round more often than the truth's dtype tells.
     """

@@ -70,7 +70,8 @@ def _and(inputs, more):
 def composed(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, slopes=None, bias=None):
     """What a program writes where PyTorch's function has no such option; its diagonal is at the bottom right."""
     group = q.shape[-3] // k.shape[-3]
-    k, v = (x.repeat_interleave(group, -3) for x in (k, v))
+    if group > 1:
+        k, v = (x.repeat_interleave(group, -3) for x in (k, v))
     scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -1,5 +1,6 @@
 """Options that programs pass: scales, masks, alignments, dropout, and what PyTorch refuses."""
 
+import functools
 import math
 
 import numpy as np
@@ -70,9 +71,8 @@ def test_any_scale_of_attention_without_a_counterpart_is_followed(device, scale,
 def test_a_scale_that_is_a_number_of_another_library_is_taken(device, call):
     inputs = FAMILIES["attention"].leaves(device)
     for scale in (np.float64(0.3), np.float32(0.25), 1, torch.tensor(0.25)):
-        assert_same_outcome(
-            lambda *qkv: CALLS[call](*qkv, scale=scale), lambda *qkv: SDPA(*qkv, scale=scale), inputs, calls=2
-        )
+        ours, plain = (functools.partial(f, scale=scale) for f in (CALLS[call], SDPA))
+        assert_same_outcome(ours, plain, inputs, calls=2)
 
 
 @families("attention", "drop_in", "softcap", "varlen")
@@ -104,16 +104,13 @@ def test_rows_that_see_nothing_are_zero_and_so_are_their_gradients(device, call,
     mask[1, :, 7:9] = False
     for each in (mask, mask[:1, 0], mask.expand(2, 4, n, n)):
         empty = ~each.any(-1).expand(2, 4, n)
+        ours, plain = (functools.partial(f, attn_mask=each) for f in (CALLS[call], SDPA))
         for _ in range(4 if device == "cuda" else 1):
-            o, dq, _, _ = value_and_gradients(lambda *qkv: CALLS[call](*qkv, attn_mask=each), (q, k, v))  # noqa: B023
+            o, dq, _, _ = value_and_gradients(ours, (q, k, v))
             assert not o[empty].any()
             assert not dq[empty].any()
         if dtype == torch.float32:  # PyTorch's other paths do not agree among themselves
-            assert_no_worse(
-                lambda *qkv: CALLS[call](*qkv, attn_mask=each),  # noqa: B023
-                lambda *qkv: SDPA(*qkv, attn_mask=each),  # noqa: B023
-                (q, k, v),
-            )
+            assert_no_worse(ours, plain, (q, k, v))
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -138,11 +135,8 @@ def test_pytorchs_causal_biases_give_pytorchs_numbers(device, make, sizes):
     )
     bias = make(n_q, n_k)
     for each in (bias, bias.to(device) if n_q == n_k else bias):
-        assert_same_outcome(
-            lambda *qkv: tilebook.scaled_dot_product_attention(*qkv, attn_mask=each),  # noqa: B023
-            lambda *qkv: SDPA(*qkv, attn_mask=each),  # noqa: B023
-            (q, k, v),
-        )
+        ours, plain = (functools.partial(f, attn_mask=each) for f in (tilebook.scaled_dot_product_attention, SDPA))
+        assert_same_outcome(ours, plain, (q, k, v))
     with torch.device(device):
         bias = make(n_q, n_k)
     assert_same_outcome(
