@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from tilebook.errors import RegistryError as RegistryError
 from tilebook.registry.checks import quoted
 
 APPLICATION_ID = 0x74696C65  # "tile", in the SQLite header
@@ -27,10 +28,6 @@ READER_WAIT_S = 1.0
 # Checking took 10 ms for a file of 9 MB with 6,000 trials: about 1 ms per MB. A reader must not wait for a huge one.
 READER_CHECKS_BYTES = 16 << 20
 _ADVISORY_LOCK = 0x74696C65626F6F6B  # "tilebook": one writer at a time on PostgreSQL too
-
-
-class RegistryError(Exception):
-    """A registry that cannot be used; the message is one line that says which and why."""
 
 
 @dataclass(frozen=True)

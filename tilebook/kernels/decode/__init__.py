@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
+from tilebook.call import recorded, rows, way
+from tilebook.kernels.attention.check import numbers
 from tilebook.kernels.decode import eager
 from tilebook.kernels.decode.check import check
-from tilebook.kernels.decode.ops import decode
+from tilebook.kernels.decode.entry import DECODE, registered
+from tilebook.kernels.decode.pytorch import plain
 
 __all__ = ["attention_decode"]
 
@@ -24,7 +30,7 @@ def attention_decode(
     softcap: float = 0.0,
     window: int | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """softmax(scale · q kᵀ) v for the last few queries of each sequence, with keys and values from a cache.
 
     Args:
@@ -58,19 +64,36 @@ def attention_decode(
 
     The algorithm is Flash-Decoding (Dao, Haziza, Massa, Sizov 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
     """
+    tensors = q, k, v, seq_lens, block_table
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            attention_decode, tensors, q, k, v, seq_lens=seq_lens, block_table=block_table, causal=causal, scale=scale,
+            softcap=softcap, window=window, return_lse=return_lse,
+        )  # fmt: skip
+    route = way(q, k, v, optional=(seq_lens, block_table))
+    if recorded((q, k, v)):
+        raise ValueError("attention_decode has no backward: call it under torch.no_grad(), or use attention")
+    scale = numbers(scale, softcap)
     factor = scale
     if factor is None:
         factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("attention_decode has no backward: call it under torch.no_grad(), or use attention")
-    choice = dispatch.known(decode, q, k, v, seq_lens, block_table, causal, factor, softcap, window)
-    if choice is None or choice.source == "fallback":
-        check(q, k, v, seq_lens, block_table, softcap, window)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        args = q, k, v, seq_lens, block_table, causal, factor, softcap, window
-        choice = dispatch.find(decode, *args) if q.numel() and k.numel() else None
-        if choice is None:
-            o, lse = eager.decode(*args)
+    options = causal, factor, softcap, window
+    choice = dispatch.known(registered(), (*tensors, *options)) if route == "direct" else None
+    if choice is None:
+        check(*tensors, softcap, window)
+        if route == "pytorch" or not (q.numel() and k.numel()):
+            return _plain(tensors, options, return_lse)
+        tensors = rows(q), rows(k), rows(v), seq_lens, block_table
+        if route == "op":
+            o, lse = DECODE.through(tensors, options)
             return (o, lse) if return_lse else o
-    o, lse = choice(q, k, v, seq_lens, block_table, causal, factor, softcap, window)
+        choice = dispatch.lookup(registered(), (*tensors, *options))
+    if choice.native:
+        choice.calls += 1
+        return _plain(tensors, options, return_lse)
+    o, lse = DECODE.direct(choice, tensors, options)
     return (o, lse) if return_lse else o
+
+
+def _plain(tensors: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
+    return eager.decode(*tensors, *options) if return_lse else plain(tensors, options)  # type: ignore[arg-type]

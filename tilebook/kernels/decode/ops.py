@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tilebook.kernels.attention.form import PLAIN
-from tilebook.kernels.attention.peers import cudnn_available, cudnn_forward
+from tilebook.kernels.attention.native import cudnn_first
+from tilebook.kernels.attention.peers import cudnn_available, cudnn_forward, torch_forward
 from tilebook.kernels.decode import eager, launch
 from tilebook.kernels.decode.problem import DecodeProblem
+from tilebook.kernels.decode.pytorch import simple
 from tilebook.kernels.decode.space import SPACE
 from tilebook.op import define
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
 
-@define("attention_decode", DecodeProblem)
+def _fused(problem: DecodeProblem) -> bool:
+    """One row each against full, contiguous sequences: PyTorch's own function is what anybody would call."""
+    return _plain(problem) and problem.seq_q == 1
+
+
+def _native(name: str, problem: DecodeProblem, device: Any) -> bool:
+    """Does PyTorch's function run this by itself?"""
+    return name == "torch" or (name == "cudnn" and cudnn_first(device.arch) and _fused(problem))
+
+
+@define("attention_decode", DecodeProblem, fused=_fused, native=_native)
 def decode(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -40,7 +54,23 @@ def _supports(problem: DecodeProblem) -> bool:
 
 
 decode.implementation("triton", space=SPACE, supports=_supports)(launch.decode)
-decode.implementation("torch")(decode.reference)
+
+
+@decode.implementation("torch")
+def _torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    window: int | None,
+) -> Outputs:
+    if simple(q, seq_lens, block_table, softcap, window) and q.is_cuda:
+        return torch_forward(q, k, v, PLAIN, scale)
+    return eager.decode(q, k, v, seq_lens, block_table, causal, scale, softcap, window)
 
 
 def _plain(problem: DecodeProblem) -> bool:

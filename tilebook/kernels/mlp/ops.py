@@ -11,6 +11,9 @@ from tilebook.kernels.mlp.problem import BackwardProblem, DownProblem, GradsProb
 from tilebook.kernels.mlp.pytorch import act, each_alone
 from tilebook.kernels.mlp.space import SPACE, SPACE_GRADS
 
+_SMALL = 1 << 21
+"""Rows times widths of both layers, below which a product takes a GPU a few microseconds."""
+
 MOST_FLOPS = 1e11
 """Beyond this each product fills a GPU by itself, and cuBLAS's are the faster ones."""
 
@@ -23,7 +26,12 @@ def _act_bwd(dh: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor
     return dz
 
 
-@op.define("mlp_up_fwd", UpProblem)
+def _fused(problem: Problem) -> bool:
+    """PyTorch's products serve, but for those so small that the host's cost is all there is: ours are fewer calls."""
+    return problem.rows * problem.width * problem.inner > _SMALL
+
+
+@op.define("mlp_up_fwd", UpProblem, fused=_fused)
 def mlp_up_fwd(
     x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, activation: str, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,13 +40,13 @@ def mlp_up_fwd(
     return act(z, activation), z if save else z.new_empty(0)
 
 
-@op.define("mlp_down_fwd", DownProblem)
+@op.define("mlp_down_fwd", DownProblem, fused=_fused)
 def mlp_down_fwd(h: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> tuple[torch.Tensor]:
     """y = h W2ᵀ + b2."""
     return (F.linear(h, w2, b2),)
 
 
-@op.define("mlp_act_bwd", BackwardProblem, direction="bwd")
+@op.define("mlp_act_bwd", BackwardProblem, direction="bwd", fused=_fused)
 def mlp_act_bwd(
     dy: torch.Tensor, w2: torch.Tensor, z: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +54,7 @@ def mlp_act_bwd(
     return _act_bwd(dy @ w2, z, activation), act(z, activation)
 
 
-@op.define("mlp_grads_bwd", GradsProblem, direction="bwd")
+@op.define("mlp_grads_bwd", GradsProblem, direction="bwd", fused=_fused)
 def mlp_grads_bwd(
     dy: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, w1: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
@@ -69,3 +77,5 @@ mlp_grads_bwd.implementation("triton", space=SPACE_GRADS, supports=_supports_gra
 
 for each in (mlp_up_fwd, mlp_down_fwd, mlp_act_bwd, mlp_grads_bwd):  # PyTorch's, as the references have it
     each.implementation("torch")(each.reference)
+
+mlp_up_fwd.backward = mlp_act_bwd

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.autograd import once
-from tilebook.kernels.norms import pytorch
-from tilebook.kernels.norms.ops import rms_norm_bwd, rms_norm_fwd
-from tilebook.op import Op
+from tilebook.call import Entry, recorded, way
+from tilebook.kernels.norms.entry import RMS_NORM, addressed, registered
 
 __all__ = ["rms_norm"]
 
 Vector = torch.Tensor | None
 
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, choice: dispatch.Choice, backward: Op[Any], eps: float, x: torch.Tensor, *vectors: Vector
-    ) -> torch.Tensor:
-        y, *statistics = choice(x, *vectors, eps)
-        ctx.save_for_backward(x, *vectors, *statistics)
-        ctx.call = choice, backward, [vector is not None for vector in vectors]
-        return y
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Vector, ...]:
-        choice, op, there = ctx.call
-        dx, *rest = choice.follow(op, (dy,), dy, *ctx.saved_tensors)
-        found = iter(rest)
-        return None, None, None, dx, *(next(found) if each else None for each in there)
+_HOST_BOUND = 1 << 22
+"""Elements up to which the GPU is done with an eager call before the host has made the next one."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
@@ -41,51 +22,76 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1
 
     Args:
         x: (…, N), floating point; any strides, fastest where the last axis is contiguous.
-        weight: (N,), in the dtype of x or another; ones if None.
+        weight: (N,), in the dtype of x or another; None for ones.
         eps: added to the mean square, so that a zero vector stays one.
 
     Returns:
         (…, N) in the dtype of x.
 
-    Kernels of ours run for fp16, bf16 and fp32 with N ≤ 65536 on a GPU; all else runs as plain PyTorch. Differentiable
-    once in x and weight; both gradients repeat bit for bit.
+    Kernels of ours run for fp16, bf16 and fp32 with N ≤ 65536 on a GPU where a verdict has them ahead; all else, and
+    `torch.compile`, runs as plain PyTorch. Differentiable in x and weight; both gradients of our kernels repeat bit for
+    bit.
 
     Raises:
         ValueError: a weight that does not fit x in shape or device, or tensors that are not floating point.
     """
-    y = _by_kernels(rms_norm_fwd, rms_norm_bwd, x, {"weight": weight}, eps)
-    return pytorch.rms(x, weight, eps) if y is None else y
+    given = x, weight
+    if has_torch_function(given):
+        found: torch.Tensor = handle_torch_function(rms_norm, given, *given, eps)
+        return found
+    return _norm(RMS_NORM, x, (weight,), eps)
 
 
-def _by_kernels(
-    forward: Op[Any], backward: Op[Any], x: torch.Tensor, named: dict[str, Vector], eps: float
-) -> torch.Tensor | None:
-    """y, or None where plain PyTorch is to compute it."""
-    vectors = tuple(named.values())
-    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.ndim and x.numel() else x
-    choice = dispatch.known(forward, flat, *vectors, eps)
-    if choice is None or choice.source == "fallback":
-        _check(x, named)
-        usual = x.numel() and all(vector is None or vector.dtype != torch.float64 for vector in vectors)
-        choice = dispatch.find(forward, flat, *vectors, eps) if usual else None
-        if choice is None:
-            return None
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *vectors)):
-        y: torch.Tensor = _Norm.apply(choice, backward, eps, flat, *vectors)
-    else:
-        y = choice(flat, *vectors, eps)[0]
-    return y if x.ndim == 2 else y.view(x.shape)
+def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float) -> torch.Tensor:
+    """What all norms are: PyTorch's own function, or the kernels, whichever serves this call."""
+    route = way(x, optional=vectors)
+    if route == "pytorch" or torch.compiler.is_compiling() or not x.ndim:
+        _check(entry, x, vectors)
+        return entry.plain((x, *vectors), (eps,))
+    if route == "direct" and x.numel() <= _HOST_BOUND and not _graph() and _usual(x, vectors):
+        return entry.plain((x, *vectors), (eps,))
+    forward = registered(entry.name)[0]
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x
+    tensors = addressed((flat, *vectors))
+    choice = dispatch.known(forward, (*tensors, eps)) if route == "direct" else None
+    if choice is None:
+        _check(entry, x, vectors)
+        if not x.numel() or any(each is not None and each.dtype == torch.float64 for each in vectors):
+            return entry.plain((x, *vectors), (eps,))
+        if route == "op":
+            if entry.left_to_pytorch(lambda: (forward, forward.problem.of(*tensors, eps)), tensors):
+                return entry.plain((x, *vectors), (eps,))
+            return entry.through(tensors, (eps,))[0].view(x.shape)
+        choice = dispatch.lookup(forward, (*tensors, eps))
+    if choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native):
+        choice.calls += 1
+        return entry.plain((x, *vectors), (eps,))
+    return entry.direct(choice, tensors, (eps,))[0].view(x.shape)
 
 
-def _check(x: torch.Tensor, named: dict[str, Vector]) -> None:
+def _graph() -> bool:
+    """Is a graph being captured, which is replayed without the host, or an implementation forced?"""
+    return dispatch.forced() or torch.cuda.is_current_stream_capturing()
+
+
+def _usual(x: torch.Tensor, vectors: tuple[Vector, ...]) -> bool:
+    """Do the vectors go with x as PyTorch's kernels take them? Whatever else is wrong, PyTorch says."""
+    for each in vectors:
+        if each is not None and not (each.dtype == x.dtype and each.shape == x.shape[-1:] and each.is_cuda):
+            return False
+    return x.is_floating_point()
+
+
+def _check(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...]) -> None:
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"x must be floating point (…, N), not {x.dtype} {tuple(x.shape)}")
-    for name, vector in named.items():
-        if vector is None:
+    for name, each in zip(entry.tensors[1:], vectors, strict=True):
+        name = name.rstrip("?")
+        if each is None:
             continue
-        if vector.shape != x.shape[-1:]:
-            raise ValueError(f"expected x (…, N) and {name} (N,), not {tuple(x.shape)} and {tuple(vector.shape)}")
-        if vector.device != x.device:
-            raise ValueError(f"{name} is on {vector.device}, but x on {x.device}")
-        if not vector.is_floating_point():
-            raise ValueError(f"{name} must be floating point, not {vector.dtype}")
+        if each.shape != x.shape[-1:]:
+            raise ValueError(f"expected x (…, N) and {name} (N,), not {tuple(x.shape)} and {tuple(each.shape)}")
+        if each.device != x.device:
+            raise ValueError(f"{name} is on {each.device}, but x on {x.device}")
+        if not each.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {each.dtype}")

@@ -15,7 +15,12 @@ from tilebook.kernels.norms.space import SPACE, SPACE_BWD
 # References, in fp64: fp32 inputs are judged too
 
 
-@op.define("rms_norm_fwd", Problem, family="rms_norm")
+def fused(problem: Norm) -> bool:
+    """PyTorch has a kernel for every problem."""
+    return True
+
+
+@op.define("rms_norm_fwd", Problem, family="rms_norm", fused=fused)
 def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, ...]:
     """x (M, N), weight (N,) or None → y (M, N) in the dtype of x, rstd (M,) in fp32."""
     scale = rstd(x.double(), eps)
@@ -23,7 +28,7 @@ def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tu
     return (y if weight is None else y * weight.double()).to(x.dtype), scale.float()
 
 
-@op.define("rms_norm_bwd", BackwardProblem, direction="bwd", family="rms_norm")
+@op.define("rms_norm_bwd", BackwardProblem, direction="bwd", family="rms_norm", fused=fused)
 def rms_norm_bwd(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
@@ -55,23 +60,26 @@ rms_norm_bwd.implementation("triton", space=SPACE_BWD, supports=supports)(launch
 
 @rms_norm_fwd.implementation("torch")
 def _torch_fwd(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, ...]:
-    if _fused(x, weight):
+    if _alike(x, weight):
         y, scale = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, eps)
         return y, scale[..., 0]
-    return rms(x, weight, eps), rstd(x.float(), eps)
+    return rms((x, weight), (eps,)), rstd(x.float(), eps)
 
 
 @rms_norm_bwd.implementation("torch")
 def _torch_bwd(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    if _fused(x, weight):
+    if _alike(x, weight):
         mask = [True, weight is not None]
         both: Any = torch.ops.aten._fused_rms_norm_backward(dy, x, x.shape[-1:], rstd[..., None], weight, mask)
         return (both[0],) if weight is None else (both[0], both[1])
     return _backward(torch.float32, dy, x, weight, rstd)
 
 
-def _fused(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
+def _alike(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
     """Does PyTorch have a kernel for this, whose statistic can then be had?"""
     return x.is_cuda and (weight is None or x.dtype == weight.dtype)
+
+
+rms_norm_fwd.backward = rms_norm_bwd
