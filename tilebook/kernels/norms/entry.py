@@ -10,7 +10,7 @@ import torch
 
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors, rows, vector
-from tilebook.kernels.norms.pytorch import rms
+from tilebook.kernels.norms.pytorch import layer, rms
 
 
 @functools.cache
@@ -18,7 +18,7 @@ def registered(name: str) -> tuple[Any, Any]:
     """(forward, backward) of a norm, as the tuner and the registry know them."""
     from tilebook.kernels.norms import ops
 
-    return {"rms_norm": (ops.rms_norm_fwd, ops.rms_norm_bwd)}[name]
+    return getattr(ops, f"{name}_fwd"), getattr(ops, f"{name}_bwd")
 
 
 def addressed(tensors: Tensors) -> Tensors:
@@ -63,3 +63,4 @@ def _entry(
 
 
 RMS_NORM = _entry("rms_norm", ("weight",), ("rstd",), rms)
+LAYER_NORM = _entry("layer_norm", ("weight", "bias"), ("mean", "rstd"), layer)
