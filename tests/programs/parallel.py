@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import tilebook
-from programs.compare import cotangent
+from programs.compare import cotangent, some_calls
 from programs.families import FAMILIES, usual
 from programs.isolated import each, run
 from programs.transforms import blocks
@@ -113,29 +113,36 @@ def dtensors(device, rank, ranks):
             return Shard(1) if i < 3 else Replicate()  # by heads
         return Shard(1) if x.ndim == 4 else Replicate()
 
+    def step(function, family, inputs, start):
+        parts = tuple(
+            distribute_tensor(x.detach(), mesh, [placement(family.name, i, x)]).requires_grad_(x.requires_grad)
+            for i, x in enumerate(inputs)
+        )
+        o = function(*parts)
+        assert isinstance(o, DTensor), type(o)
+        start = distribute_tensor(start, mesh, o.placements)
+        gradients = torch.autograd.grad(o, parts[: family.trained], start) if family.trained else ()
+        return [x.full_tensor() for x in (o, *gradients)]
+
     def body(name):
         family = FAMILIES[name]
         inputs = family.leaves(device, usual(device))
         right = family.plain(*inputs)
         expected = torch.autograd.grad(right, inputs[: family.trained], cotangent(right)) if family.trained else ()
-        for _ in range(4):
-            parts = tuple(
-                distribute_tensor(x.detach(), mesh, [placement(name, i, x)]).requires_grad_(x.requires_grad)
-                for i, x in enumerate(inputs)
-            )
+        for _ in range(some_calls(inputs)):
             try:
-                o = family.ours(*parts)
+                found = step(family.ours, family, inputs, cotangent(right))
             except TypeError:
                 continue
-            assert isinstance(o, DTensor), type(o)
-            found = [o]
-            if family.trained:
-                start = distribute_tensor(cotangent(right), mesh, o.placements)
-                found += torch.autograd.grad(o, parts[: family.trained], start)
+            except (NotImplementedError, RuntimeError):
+                with pytest.raises((NotImplementedError, RuntimeError)):  # where PyTorch can, so must ours
+                    step(family.plain, family, inputs, cotangent(right))
+                continue
             for got, wanted in zip(found, (right, *expected), strict=True):
-                torch.testing.assert_close(got.full_tensor(), wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
+                torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
 
-    each([name for name in FAMILIES if name not in ("bias", "alibi", "gqa")], body)
+    names = ["attention", "drop_in", "softcap", "varlen", "decode", "mlp", "rms_norm"]
+    each(names if torch.device(device).type == "cuda" else ["softcap", "mlp", "rms_norm"], body)
 
 
 PROGRAMS = {"ddp": ddp, "fsdp": fsdp, "tensor_parallel": tensor_parallel, "dtensors": dtensors}
