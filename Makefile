@@ -6,7 +6,10 @@ TRITON ?=
 BUDGET ?= 240s
 GPU ?= NVIDIA H200
 
-.PHONY: tune test lint setup clean
+# What ships was measured with this Triton, and machine code belongs to a version.
+SHIPPED_TRITON = 3.6.0
+
+.PHONY: tune test lint recheck setup clean
 
 setup: $(VENV)/ready
 
@@ -29,6 +32,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Does what ships still compile to the code that was measured? Two minutes on two cores, no GPU.
+recheck: setup $(VENV)/triton-$(SHIPPED_TRITON)
+	PYTHONPATH=$(VENV)/triton-$(SHIPPED_TRITON) $(BIN)/tilebook recheck --all --check
+
+$(VENV)/triton-$(SHIPPED_TRITON): | $(VENV)/ready
+	$(BIN)/python -m pip install -q --no-deps --target $@ "triton==$(SHIPPED_TRITON)"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

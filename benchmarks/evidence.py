@@ -33,7 +33,8 @@ def row(verdict: Verdict, problem: Problem) -> dict[str, Any]:
             if each["time_ms"] < times.get(kind, math.inf):
                 times[kind] = each["time_ms"]
                 from_search |= each.get("from_search", False)
-    served = next(name for name, _ in verdict.ranking() if op.implementations[name].supports(problem))
+    here = (name for name, _ in verdict.ranking() if name in op.implementations)  # some finalists were removed since
+    served = next(name for name in here if op.implementations[name].supports(problem))
     times["dispatched"] = times["tuned" if served in ours else served]
     flops = problem.cost().flops
     return {

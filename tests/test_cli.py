@@ -1,5 +1,6 @@
 """The command line as a subprocess, the way a user has it, without a GPU."""
 
+import functools
 import json
 import os
 import signal
@@ -334,6 +335,17 @@ def test_bad_usage_of_the_program_itself(run, arguments):
     process = run(*arguments)
     assert (process.returncode, process.out) == (2, "")
     assert "Traceback" not in process.err
+
+
+def test_a_kernel_family_that_cannot_be_imported_is_one_line_and_the_others_are_served(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr(ops, "_OPS", dict(ops._OPS))
+    monkeypatch.setattr(ops, "_load_families", functools.cache(ops._load_families.__wrapped__))
+    monkeypatch.setitem(sys.modules, "tilebook.kernels.decode", None)
+    result = CliRunner().invoke(main, ["show", "--op", "rms_norm_fwd"])
+    assert result.exit_code == 0, result.stderr
+    (said,) = [line for line in result.stderr.splitlines() if line.strip()]
+    assert said.startswith("tilebook: kernel family decode cannot be imported: ModuleNotFoundError")
 
 
 FOREIGN = {

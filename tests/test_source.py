@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import textwrap
 
 import pytest
 
@@ -55,3 +56,63 @@ def test_words_and_layout_do_not_count(edited, old, new):
 )
 def test_whatever_it_computes_with_counts(edited, old, new):
     assert digest(edited(old, new).entry) != KNOWN
+
+
+def _two_packages(directory, monkeypatch):
+    """Packages `alpha` and `alphabet`: a function of the first reaches one of each, by name and through a module."""
+    files = {
+        "alpha/__init__.py": "",
+        "alpha/deep/__init__.py": "",
+        "alpha/deep/entry.py": """
+            from typing import NamedTuple
+
+            from alpha import helpers
+            from alpha.other import doubled
+            from alphabet import foreign
+
+
+            class Sizes(NamedTuple):
+                rows: int
+                columns: int
+
+
+            def entry(x):
+                return helpers.halved(doubled(foreign(Sizes(x, x).rows)))
+        """,
+        "alpha/other.py": "def doubled(x):\n    return x * 2\n",
+        "alpha/helpers.py": "def halved(x):\n    return x / 2\n",
+        "alphabet/__init__.py": "def foreign(x):\n    return x + 1\n",
+    }
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(str(directory))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # edits within a second would leave it as it was
+
+    def load(name="", old="", new=""):
+        if name:
+            text = (directory / name).read_text()
+            assert old in text
+            (directory / name).write_text(text.replace(old, new))
+        for module in [each for each in sys.modules if each.split(".")[0] in ("alpha", "alphabet")]:
+            del sys.modules[module]
+        importlib.invalidate_caches()
+        return digest(importlib.import_module("alpha.deep.entry").entry)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "counts"),
+    [
+        ("alpha/other.py", "x * 2", "x * 3", True),
+        ("alpha/helpers.py", "x / 2", "x / 3", True),
+        ("alpha/deep/entry.py", "rows: int\n    columns: int", "columns: int\n    rows: int", True),
+        ("alphabet/__init__.py", "x + 1", "x + 2", False),
+    ],
+    ids=["another folder", "through a module", "fields of a named tuple", "a package whose name begins alike"],
+)
+def test_the_whole_package_counts_and_no_other(tmp_path, monkeypatch, name, old, new, counts):
+    load = _two_packages(tmp_path, monkeypatch)
+    before = load()
+    assert (load(name, old, new) != before) == counts

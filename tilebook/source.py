@@ -45,20 +45,39 @@ def _text(node: Any) -> str:
 _OPTIONAL = frozenset({"ctx", "kind", "type_comment", "type_params"})
 
 
-def _globals(function: Any, tree: ast.FunctionDef) -> Iterator[tuple[str, Any]]:
+def _globals(function: Any, tree: ast.FunctionDef, scope: str) -> Iterator[tuple[str, Any]]:
+    """The module-level names that a function reads and what they stand for; of a module in scope, those read off it."""
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for name in sorted(names & function.__globals__.keys()):
         yield name, function.__globals__[name]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = function.__globals__.get(node.value.id)
+            if inspect.ismodule(module) and _within(module.__name__, scope) and hasattr(module, node.attr):
+                yield f"{node.value.id}.{node.attr}", getattr(module, node.attr)
+
+
+KERNELS = "tilebook.kernels"
+
+
+def _within(module: str, scope: str) -> bool:
+    return module == scope or module.startswith(f"{scope}.")
+
+
+def _scope(module: str) -> str:
+    """The package whose functions count: all of ours whichever family they are of, or the one a stranger's op is in."""
+    return KERNELS if _within(module, KERNELS) else module.split(".")[0]
 
 
 def digest(function: Callable[..., Any]) -> str:
-    """SHA-256 in hex over the syntax trees of `function` and of all it reaches inside its own package's kernels.
+    """SHA-256 in hex over the syntax trees of `function` and of all it reaches inside `tilebook.kernels`.
 
-    Module constants that it reads count by value. Equal after reformatting, after edits of comments and docstrings,
-    and under Triton's interpreter.
+    Of an op from elsewhere, inside its top-level package. Module constants that are read count by value, and named
+    tuples by their fields. Equal after reformatting, after edits of comments and docstrings, and under Triton's
+    interpreter.
     """
     texts: dict[str, str] = {}
-    package = function.__module__.rsplit(".", 1)[0]
+    scope = _scope(function.__module__)
     waiting = [_unwrap(function)]
     while waiting:
         current = waiting.pop()
@@ -67,11 +86,13 @@ def digest(function: Callable[..., Any]) -> str:
             continue
         tree = _tree(current)
         texts[name] = _text(tree)
-        for label, value in _globals(current, tree):
+        for label, value in _globals(current, tree, scope):
             reached = _unwrap(value)
             if inspect.isfunction(reached):
-                if reached.__module__.startswith(package):
+                if _within(reached.__module__, scope):
                     waiting.append(reached)
+            elif isinstance(value, type) and issubclass(value, tuple) and _within(value.__module__, scope):
+                texts[f"{value.__module__}.{value.__qualname__}"] = repr(getattr(value, "_fields", ()))
             elif isinstance(value, int | float | str | bool):
                 texts[f"{current.__module__}.{label}"] = repr(value)
             elif isinstance(getattr(value, "value", None), int | float | str | bool):  # tl.constexpr

@@ -1,5 +1,4 @@
-"""What came later in attention's spaces, on a GPU: capped registers, shared tiles, a kernel's own
-descriptors, persistent programs, warps of their own for loads."""
+"""What came later in attention's spaces, on a GPU: capped registers, a kernel's own descriptors."""
 
 import threading
 
@@ -7,8 +6,7 @@ import pytest
 import torch
 
 from tilebook import device as devices
-from tilebook.kernels.attention.backward import attention_bwd
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.replay import record
 from tilebook.tuner.verify import Case, verify
 
@@ -17,17 +15,8 @@ pytestmark = pytest.mark.gpu
 CASES = [
     (attention_fwd, "B2,H8,S1024,D64,causal", {"MAXNREG": 128}),
     (attention_bwd, "B2,H8,S1024,D64,causal", {"MAXNREG1": 168, "MAXNREG2": 168}),
-    (attention_fwd, "B4,H32,Hkv4,S16,Sk1000,D128", {"PACK": 1}),
-    (attention_fwd, "B4,H24,Hkv4,S100,Sk1000,D64,causal,bottom_right", {"PACK": 1, "DESCRIPTORS": 1}),
-    (attention_fwd, "B4,H8,Hkv2,S17,Sk333,D80,causal", {"PACK": 1, "DESCRIPTORS": 2}),
     (attention_fwd, "B8,H6,S196,D64", {"DESCRIPTORS": 2}),
     (attention_fwd, "B2,H4,Hkv2,S453,Sk197,D128,causal", {"DESCRIPTORS": 2}),
-    (attention_fwd, "B4,H32,S1000,D64,causal", {"PERSISTENT": 3, "DESCRIPTORS": 1}),
-    (attention_fwd, "B4,H32,Hkv8,S1000,D128", {"PERSISTENT": 1, "DESCRIPTORS": 2, "BLOCK_M": 128, "num_warps": 8}),
-    (attention_fwd, "B8,H16,S777,D80,causal,window100x0", {"PERSISTENT": 2, "DESCRIPTORS": 0}),
-    (attention_fwd, "B1,H3,S333,D64,causal", {"PERSISTENT": 4}),
-    (attention_fwd, "B4,H32,S1000,D64,causal", {"SPECIALIZED": 1, "BLOCK_M": 128}),
-    (attention_fwd, "B4,H32,Hkv8,S777,D128", {"SPECIALIZED": 1, "PERSISTENT": 1, "BLOCK_M": 128, "num_warps": 8}),
 ]
 
 
@@ -35,10 +24,6 @@ def _config(op, problem, **axes):
     gpu = devices.current()
     if gpu.capability < 90:
         axes = {axis: 0 if axis == "DESCRIPTORS" else value for axis, value in axes.items()}
-    if "SPECIALIZED" in axes:
-        if not 100 <= gpu.capability < 120:
-            pytest.skip("warps are specialised on GPUs with tcgen05")
-        axes = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "DESCRIPTORS": 1} | axes
     if gpu.backend != "cuda":
         axes = {axis: value for axis, value in axes.items() if "MAXNREG" not in axis}
     return op.tunable.space.default(problem, gpu).replace(**axes)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tilebook import device as devices
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.tuner.verify import Case, verify
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 from tilebook import device as devices
 from tilebook.kernels.attention import eager, forward_gluon
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_fwd
 
 pytestmark = pytest.mark.gpu
 

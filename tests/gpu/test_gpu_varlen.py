@@ -10,7 +10,7 @@ import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
 from tilebook.kernels.attention.form import form
-from tilebook.kernels.varlen import attention_varlen_bwd, attention_varlen_fwd
+from tilebook.kernels.varlen.ops import attention_varlen_bwd, attention_varlen_fwd
 from tilebook.kernels.varlen.problem import ForwardProblem
 from tilebook.launch import intercepted
 from tilebook.tuner.verify import Case, verify

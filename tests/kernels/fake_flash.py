@@ -1,4 +1,4 @@
-"""FlashAttention-2 and -3 in eager PyTorch and in their own terms, behind the functions that we call.
+"""FlashAttention-2 in eager PyTorch and in its own terms, behind the operators of PyTorch that we call.
 
 Tensors are (B, S, H, D), diagonals end in the last row and column, negative sides are none.
 """
@@ -9,33 +9,23 @@ calls = []
 """Name and tensor arguments of every call."""
 
 
-def _scores(q, k, scale, causal, left, right, softcap, slopes):
-    """Masked scores (B, H, Sq, Sk) in fp32, the soft-cap's derivative, and k for every query head."""
+def _scores(q, k, scale, causal, left, right):
+    """Masked scores (B, H, Sq, Sk) in fp32, and k for every query head."""
     n_q, n_k = q.shape[1], k.shape[1]
     keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2).float()
     scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), keys) * scale
-    slope = torch.ones_like(scores)
-    if softcap:
-        bent = torch.tanh(scores / softcap)
-        scores, slope = softcap * bent, 1 - bent.square()
     left, right = (-1 if side >= n_k else side for side in (left, 0 if causal else right))
-    causal = left < 0 and right == 0
     diagonal, columns = torch.arange(n_q)[:, None] + n_k - n_q, torch.arange(n_k)
-    if slopes is not None:
-        assert slopes.dtype == torch.float32
-        # Under a causal mask alone, the same is added to all rows.
-        distances = columns if causal else -(diagonal - columns).abs()
-        scores = scores + slopes.expand(q.shape[0], q.shape[2])[..., None, None] * distances
     if left >= 0 or right >= 0:
         left, right = (n_k if side < 0 else side for side in (left, right))
         scores = scores.masked_fill((columns < diagonal - left) | (columns > diagonal + right), -torch.inf)
-    return scores, slope, keys
+    return scores, keys
 
 
 def _forward(q, k, v, *how):
     calls.append(("fwd", (q, k, v)))
     assert all(x.stride(-1) == 1 for x in (q, k, v))
-    scores, _, _ = _scores(q, k, *how)
+    scores, _ = _scores(q, k, *how)
     lse = scores.logsumexp(-1)
     values = v.repeat_interleave(q.shape[2] // v.shape[2], 2).float()
     o = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).nan_to_num(), values)
@@ -47,104 +37,15 @@ def _backward(dout, q, k, v, out, lse, *how):
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     assert lse.is_contiguous()
     group = q.shape[2] // k.shape[2]
-    scores, slope, keys = _scores(q, k, *how)
+    scores, keys = _scores(q, k, *how)
     p, grad = (scores - lse[..., None]).exp(), dout.float()
     delta = (out.float() * grad).sum(-1).transpose(1, 2)
     dp = torch.einsum("bqhd,bkhd->bhqk", grad, v.repeat_interleave(group, 2).float())
-    ds = p * (dp - delta[..., None]) * how[0] * slope
+    ds = p * (dp - delta[..., None]) * how[0]
     dq = torch.einsum("bhqk,bkhd->bqhd", ds, keys)
     dk = torch.einsum("bhqk,bqhd->bkhd", ds, q.float()).unflatten(2, (-1, group)).sum(3)
     dv = torch.einsum("bhqk,bqhd->bkhd", p, grad).unflatten(2, (-1, group)).sum(3)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
-
-
-class Package2:
-    """`flash_attn.flash_attn_interface`, 2.7 and later."""
-
-    @staticmethod
-    def _wrapped_flash_attn_forward(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        alibi_slopes,
-        return_softmax,
-    ):
-        assert (dropout_p, return_softmax) == (0.0, False)
-        window = window_size_left, window_size_right
-        o, lse = _forward(q, k, v, softmax_scale, causal, *window, softcap, alibi_slopes)
-        return o, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
-
-    @staticmethod
-    def _wrapped_flash_attn_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        rng_state=None,
-    ):
-        assert (dropout_p, rng_state) == (0.0, None)
-        assert deterministic in (False, True)
-        window = window_size_left, window_size_right
-        found = _backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, *window, softcap, alibi_slopes)
-        for place, grad in zip((dq, dk, dv), found, strict=True):
-            place.copy_(grad)
-        return torch.empty(0)
-
-
-class Package3:
-    """`flash_attn_interface` of FlashAttention-3."""
-
-    @staticmethod
-    def _flash_attn_forward(
-        q, k, v, *, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0
-    ):
-        o, lse = _forward(q, k, v, softmax_scale, causal, window_size_left, window_size_right, softcap, None)
-        return o, lse, torch.empty(0), torch.empty(0)
-
-    @staticmethod
-    def _flash_attn_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        *,
-        dq=None,
-        dk=None,
-        dv=None,
-        softmax_scale=None,
-        is_causal=False,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        deterministic=False,
-    ):
-        assert deterministic in (False, True)
-        how = softmax_scale, is_causal, window_size_left, window_size_right, softcap, None
-        found = _backward(dout, q, k, v, out, softmax_lse, *how)
-        for place, grad in zip((dq, dk, dv), found, strict=True):
-            place.copy_(grad)
-        return torch.empty(0)
 
 
 class Aten:
@@ -169,7 +70,7 @@ class Aten:
     ):
         assert (cum_seq_q, cum_seq_k, dropout_p, return_debug_mask) == (None, None, 0.0, False)
         assert (max_q, max_k) == (q.shape[1], k.shape[1])
-        o, lse = _forward(q, k, v, scale, is_causal, window_size_left, window_size_right, 0.0, None)
+        o, lse = _forward(q, k, v, scale, is_causal, window_size_left, window_size_right)
         return o, lse, torch.empty(2), torch.empty(0), torch.empty(0)
 
     @staticmethod
@@ -194,4 +95,4 @@ class Aten:
         window_size_right,
     ):
         assert (cum_seq_q, cum_seq_k, dropout_p, max_q, max_k) == (None, None, 0.0, q.shape[1], k.shape[1])
-        return _backward(dout, q, k, v, out, lse, scale, is_causal, window_size_left, window_size_right, 0.0, None)
+        return _backward(dout, q, k, v, out, lse, scale, is_causal, window_size_left, window_size_right)

@@ -16,9 +16,8 @@ import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
 from tilebook.kernels.attention import eager, peers
-from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.tiles import rounded
 from tilebook.launch import intercepted
 from tilebook.op import UsageError

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from tilebook import device as devices
-from tilebook.kernels.attention import eager
-from tilebook.kernels.attention.backward import attention_bwd
-from tilebook.kernels.attention.form import CAUSAL, PLAIN
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.form import PLAIN
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.launch import intercepted
 from tilebook.tuner.compile import CompilePool
 from tilebook.tuner.verify import Case, verify
@@ -90,79 +88,6 @@ def test_a_capped_kernel_is_right():
     verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
 
 
-PACKED = [
-    (1, 8, 1, 1, "bf16", ""),
-    (4, 4, 5, 33, "fp16", ",causal"),
-    (8, 8, 17, 300, "bf16", ",causal"),
-    (8, 2, 17, 300, "fp16", ",causal,bottom_right"),
-    (2, 1, 64, 128, "bf16", ",causal,bottom_right"),
-    (8, 2, 100, 40, "bf16", ",causal"),
-    (6, 2, 100, 190, "fp16", ""),
-    (4, 1, 100, 90, "bf16", ",causal,bottom_right"),
-    (6, 2, 70, 130, "bf16", ",causal,window40x0"),
-]
-
-
-@pytest.mark.parametrize("descriptors", [0, 1])
-@pytest.mark.parametrize(("heads", "heads_kv", "n_q", "n_k", "dtype", "form"), PACKED)
-def test_heads_that_share_a_tile_are_right(heads, heads_kv, n_q, n_k, dtype, form, descriptors):
-    heads = max(heads, heads_kv)
-    problem = FORWARD.parse(f"B2,H{heads},Hkv{heads_kv},S{n_q},Sk{n_k},D32{form}", dtype)
-    config = attention_fwd.tunable.space.default(problem, H200).replace(PACK=1, DESCRIPTORS=descriptors)
-    verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
-
-
-@pytest.mark.parametrize("axes", [{"BLOCK_M": 128, "num_warps": 8}, {"BLOCK_N": 32}, {"BLOCK_N": 128, "num_stages": 1}])
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
-def test_every_length_of_a_shared_tile_is_right(group, axes):
-    for n_q, n_k in ((1, 70), (5, 1), (33, 100)):
-        problem = FORWARD.parse(f"B1,H{group},Hkv1,S{n_q},Sk{n_k},D40,causal,bottom_right", "bf16")
-        config = attention_fwd.tunable.space.default(problem, H200).replace(PACK=1, **axes)
-        verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
-
-
-def test_heads_share_a_tile_in_any_order_of_axes():
-    """Slices of one (B, S, H + 2 Hkv, D) projection."""
-    qkv = torch.randn((2, 21, 8, 32), generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
-    q, k, v = (x.transpose(1, 2) for x in qkv.split([4, 2, 2], 2))
-    config = attention_fwd.tunable.space.default(FORWARD.of(q, k, v, CAUSAL, 0.2), H200).replace(PACK=1)
-    for mine, right in zip(
-        attention_fwd.tunable(q, k, v, CAUSAL, 0.2, config=config), eager.forward(q, k, v, CAUSAL, 0.2), strict=True
-    ):
-        torch.testing.assert_close(mine, right, rtol=2e-3, atol=2e-3)
-
-
-def test_scores_that_more_than_place_decides_are_not_of_shared_tiles():
-    problem = FORWARD.parse("B1,H4,Hkv2,S20,D32,alibi,dropout", "fp16")
-    config = attention_fwd.tunable.space.default(problem, H200).replace(PACK=1)
-    assert options(attention_fwd, problem, config)[0]["GROUP"] == 1
-    verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("B16,H32,Hkv4,S16,Sk4096,D128", ""),
-        ("B16,H32,Hkv4,S127,Sk4096,D128,causal", ""),
-        ("B16,H32,Hkv4,S128,Sk4096,D128,causal", "full"),
-        ("B16,H32,S16,Sk4096,D128", "only query heads"),
-        ("B16,H32,Hkv4,S16,Sk4096,D128,softcap", "only query heads"),
-    ],
-)
-def test_heads_share_tiles_only_where_tiles_would_not_be_full(text, reason):
-    problem, space = FORWARD.parse(text, "bf16"), attention_fwd.tunable.space
-    said = space.reject(problem, space.default(problem, H200).replace(PACK=1, HEADS=1), H200)
-    assert reason in said if reason else said is None, said
-
-
-def test_shared_tiles_read_keys_and_values_once_for_all_their_heads():
-    problem, space = FORWARD.parse("B16,H32,Hkv4,S16,Sk4096,D128", "bf16"), attention_fwd.tunable.space
-    config = space.default(problem, H200).replace(BLOCK_M=128, num_warps=8)
-    apart, packed = (space.work(problem, each) for each in (config, config.replace(PACK=1)))
-    assert packed.flops == apart.flops / 8
-    assert 7 < apart.bytes / packed.bytes <= 8
-
-
 def _compiles(problem, config, gpu):
     assert attention_fwd.tunable.space.reject(problem, config, gpu) is None
     with CompilePool(gpu, workers=1) as pool:
@@ -170,14 +95,6 @@ def _compiles(problem, config, gpu):
     assert compiled.failure is None, compiled
 
 
-@pytest.mark.parametrize("name", ["A100", "H200", "B200", "MI300X"])
-def test_kernels_of_shared_tiles_compile(name):
-    gpu, problem = devices.find(name), FORWARD.parse("B16,H32,Hkv4,S16,Sk4096,D128,causal,bottom_right", "bf16")
-    config = attention_fwd.tunable.space.default(problem, gpu).replace(PACK=1)
-    _compiles(problem, config, gpu)
-
-
-@pytest.mark.parametrize("pack", [0, 1])
 @pytest.mark.parametrize(
     ("text", "dtype"),
     [
@@ -188,9 +105,9 @@ def test_kernels_of_shared_tiles_compile(name):
         ("B1,H2,S100,D32,softcap,alibi", "bf16"),
     ],
 )
-def test_descriptors_made_by_the_kernel_are_right(text, dtype, pack):
+def test_descriptors_made_by_the_kernel_are_right(text, dtype):
     problem = FORWARD.parse(text, dtype)
-    config = attention_fwd.tunable.space.default(problem, H200).replace(DESCRIPTORS=2, PACK=pack)
+    config = attention_fwd.tunable.space.default(problem, H200).replace(DESCRIPTORS=2)
     assert options(attention_fwd, problem, config)[0]["MADE"]
     verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
 

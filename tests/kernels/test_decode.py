@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
-from tilebook.kernels.decode import decode, eager
+from tilebook.kernels.decode import eager
+from tilebook.kernels.decode.ops import decode
 from tilebook.kernels.decode.problem import BLOCK_SIZES, DecodeProblem
 from tilebook.kernels.decode.space import splits
 from tilebook.launch import intercepted

@@ -14,9 +14,8 @@ import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
 from tilebook.kernels.attention import flash4
-from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import CAUSAL, form
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.op import Config
 from tilebook.tuner.verify import Case, truths, verify
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import tilebook
 from tilebook import dispatch, source
-from tilebook.kernels import varlen
 from tilebook.kernels.attention.form import form
-from tilebook.kernels.varlen import attention_varlen_bwd, attention_varlen_fwd, eager, kernels
+from tilebook.kernels.varlen import eager, kernels, ops
+from tilebook.kernels.varlen.ops import attention_varlen_bwd, attention_varlen_fwd
 from tilebook.kernels.varlen.problem import BackwardProblem, ForwardProblem, simplest
 from tilebook.op import Config, UsageError
 from tilebook.tuner.verify import Case, verify
@@ -391,7 +391,7 @@ def test_limits_that_hide_nothing_are_dropped_and_no_others(corner):
 
 def test_attention_inner_loops_are_part_of_the_digest(monkeypatch):
     """A verdict must not outlive a change of the code that it was measured with."""
-    for implementation, loop in ((varlen._triton_fwd, "attend"), (varlen._triton_bwd, "column_step")):
+    for implementation, loop in ((ops._triton_fwd, "attend"), (ops._triton_bwd, "column_step")):
         before = source.digest(implementation.function)
         monkeypatch.setattr(kernels, loop, kernels.located)
         assert source.digest(implementation.function) != before

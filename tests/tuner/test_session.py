@@ -2,11 +2,13 @@
 
 import dataclasses
 import time
+from concurrent.futures import Future
 
 import pytest
 from fakes import FakePool, FakeRunner, tune
 from toy import SPACE, Scaling, make_op
 
+from tilebook.errors import CompilerError
 from tilebook.op import Config
 from tilebook.registry import Failure, Registry, Revocation, Status, VerdictStatus
 from tilebook.tuner.progress import Run
@@ -275,3 +277,29 @@ def test_a_measurement_replaces_a_prediction_but_not_the_reverse(path):
     states, registry = tune(path, None)
     assert states[0].skipped
     assert registry.verdicts()[0].status is VerdictStatus.MEASURED
+
+
+def test_a_defect_of_ours_is_not_taken_for_a_problem_s_failure(path):
+    class Defective(FakeRunner):
+        def confirm(self, candidates, rounds, seed, *, fresh=False):
+            raise RuntimeError("deque mutated during iteration")
+
+    with pytest.raises(RuntimeError, match="deque mutated"):
+        tune(path, Defective(valley))
+
+
+def test_a_defect_of_a_compile_process_ends_one_candidate_and_not_the_run(path):
+    class Broken(FakePool):
+        def submit(self, op, implementation, problem, config):
+            if config["BLOCK"] != 64:
+                return super().submit(op, implementation, problem, config)
+            future: Future = Future()
+            future.set_exception(CompilerError("Traceback\n  a frame\nKeyError: 'out of luck'"))
+            return future
+
+    states, registry = tune(path, FakeRunner(valley), Broken())
+    assert states[0].error == ""
+    assert Config(registry.verdicts()[0].config) == BEST
+    broken = [trial for trial in registry.trials() if trial.config.get("BLOCK") == 64]
+    assert broken
+    assert {(trial.failure, trial.reason) for trial in broken} == {(Failure.COMPILE_ERROR, "KeyError: 'out of luck'")}

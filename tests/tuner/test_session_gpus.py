@@ -8,6 +8,7 @@ from fakes import FakePool, FakeRunner, tune
 from test_session import BEST, valley
 from toy import Scaling
 
+from tilebook.errors import TuningError
 from tilebook.op import Config
 from tilebook.registry import Registry
 from tilebook.tuner.progress import Run
@@ -32,7 +33,7 @@ class Gpu(FakeRunner):
         if self.together is not None and len(self.problems) == 1:
             self.together.wait(20)
         if self.broken(problem):
-            raise RuntimeError("no CUDA-capable device is detected")
+            raise TuningError("no CUDA-capable device is detected")
 
     def attempt(self, candidate, incumbent_ms):
         if self.stops is not None:

@@ -9,6 +9,7 @@ from fakes import FakePool, FakeRunner, tune
 from test_session import BEST, valley
 from toy import SPACE, Scaling, make_op
 
+from tilebook.errors import TuningError
 from tilebook.op import Config, Space, powers_of_two
 from tilebook.registry import Failure, Registry, Revocation, VerdictStatus
 from tilebook.tuner import known
@@ -193,7 +194,7 @@ def test_where_its_source_changed_all_of_it_is_measured_anew_and_nothing_of_ours
 def test_an_interrupted_run_resumes_each(path):
     class Ending(FakeRunner):
         def confirm(self, candidates, rounds, seed, *, fresh=False):
-            raise RuntimeError("out of time")
+            raise TuningError("out of time")
 
     first, second = Ending(times), FakeRunner(times)
     tune(path, first, op=two())

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import device as devices
 from tilebook import dispatch, op
-from tilebook.autograd import once
+from tilebook.call import Entry, Tensors, recorded, vector, way
+from tilebook.call import rows as rows_first
 from tilebook.device import Device
 from tilebook.launch import launch
 from tilebook.op import Config, Cost, Space, powers_of_two
@@ -96,14 +97,14 @@ def _rstd(x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.rsqrt(x.square().mean(-1) + eps)
 
 
-@op.define("rms_norm_fwd", Problem)
+@op.define("rms_norm_fwd", Problem, fused=lambda problem: True)
 def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x (M, N), weight (N,) → y (M, N) in the dtype of x, rstd (M,) in fp32."""
     rstd = _rstd(x.double(), eps)
     return (x.double() * rstd[:, None] * weight.double()).to(x.dtype), rstd.float()
 
 
-@op.define("rms_norm_bwd", BackwardProblem, direction="bwd")
+@op.define("rms_norm_bwd", BackwardProblem, direction="bwd", fused=lambda problem: True)
 def rms_norm_bwd(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,6 +119,8 @@ def _backward(
     normal, g = x * rstd[:, None], dy * weight
     return rstd[:, None] * (g - normal * (g * normal).mean(-1, keepdim=True)), (dy * normal).sum(0)
 
+
+rms_norm_fwd.backward = rms_norm_bwd
 
 # Spaces
 
@@ -346,7 +349,7 @@ def _torch_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch
     if _fused(x, weight):
         y, rstd = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
         return y, rstd[..., 0]
-    return _plain(x, weight, eps), _rstd(x.float(), eps)
+    return _plain((x, weight), (eps,)), _rstd(x.float(), eps)
 
 
 @rms_norm_bwd.implementation("torch")
@@ -365,62 +368,117 @@ def _fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype == weight.dtype
 
 
-def _plain(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    if weight.dtype == x.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, choice: dispatch.Choice
-    ) -> torch.Tensor:  # fmt: skip
-        y, rstd = choice(x, weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.choice = choice
+def _plain(tensors: tuple[Any, ...], options: tuple[float]) -> torch.Tensor:
+    """y in PyTorch's own functions."""
+    (x, weight), (eps,) = tensors, options
+    if weight is None or weight.dtype == x.dtype:
+        y: torch.Tensor = torch.rms_norm(x, x.shape[-1:], weight, eps)
         return y
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx, dweight = ctx.choice.follow(rms_norm_bwd, (dy,), dy, *ctx.saved_tensors)
-        return dx, dweight, None, None
+    return torch.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+# As one of PyTorch's ops
+
+
+def _entry_forward(choice: Any, tensors: Tensors, options: tuple[float]) -> tuple[torch.Tensor, ...]:
+    if choice is None:
+        x, weight = tensors
+        assert x is not None
+        assert weight is not None
+        tensors = rows_first(x), vector(weight)
+        choice = dispatch.lookup(rms_norm_fwd, (*tensors, *options))
+    return choice(*tensors, *options)  # type: ignore[no-any-return]
+
+
+def _entry_backward(
+    dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[float], needs: Sequence[bool]
+) -> Tensors:
+    x, weight = tensors
+    assert weight is not None
+    dx, dweight = dispatch.run(rms_norm_bwd, dy, x, vector(weight), *kept)
+    return dx, dweight
+
+
+def _entry_fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
+    x = tensors[0]
+    assert x is not None
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+NORM = Entry(
+    name="rms_norm",
+    tensors=("x", "weight"),
+    options=("float eps",),
+    outputs=("y", "rstd"),
+    kept=(1,),
+    forward=_entry_forward,
+    backward=_entry_backward,
+    plain=_plain,
+    fake=_entry_fake,
+    shards=lambda tensors: [dict.fromkeys(("x", "y", "rstd"), 0)],
+)
+
+_HOST_BOUND = 1 << 22
+"""Elements up to which the GPU is done with an eager call before the host has made the next one."""
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
     """y = x / √(mean(x²) + eps) · weight over the last axis (Zhang & Sennrich, 2019, eq. 4), in fp32 inside.
 
     Args:
         x: (…, N), floating point; any strides, fastest where the last axis is contiguous.
-        weight: (N,), in the dtype of x or another.
+        weight: (N,), in the dtype of x or another; None for ones.
         eps: added to the mean square, so that a zero vector stays one.
 
     Returns:
         (…, N) in the dtype of x.
 
-    Kernels of ours run for fp16, bf16 and fp32 with N ≤ 65536 on a GPU; all else runs as plain PyTorch. Differentiable
-    once in x and weight; both gradients repeat bit for bit.
+    Kernels of ours run for fp16, bf16 and fp32 with N ≤ 65536 on a GPU where a verdict has them ahead; all else, and
+    `torch.compile`, runs as plain PyTorch. Differentiable in x and weight; both gradients of our kernels repeat bit for
+    bit.
 
     Raises:
         ValueError: a weight that does not fit x in shape or device, or tensors that are not floating point.
     """
-    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.ndim and x.numel() else x
-    choice = dispatch.known(rms_norm_fwd, flat, weight, eps)
-    if choice is None or choice.source == "fallback":
+    if has_torch_function((x, weight)):
+        found: torch.Tensor = handle_torch_function(rms_norm, (x, weight), x, weight, eps)
+        return found
+    route = way(x, weight)
+    if route == "pytorch" or weight is None or torch.compiler.is_compiling() or not x.ndim:
         _check(x, weight)
-        usual = x.numel() and weight.dtype != torch.float64
-        choice = dispatch.find(rms_norm_fwd, flat, weight, eps) if usual else None
-        if choice is None:
-            return _plain(x, weight, eps)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        y: torch.Tensor = _RMSNorm.apply(flat, weight, eps, choice)
-    else:
-        y = choice(flat, weight, eps)[0]
-    return y if x.ndim == 2 else y.view(x.shape)
+        return _plain((x, weight), (eps,))
+    if route == "direct" and x.numel() <= _HOST_BOUND and x.dtype == weight.dtype and not _graph():
+        if x.shape[-1:] != weight.shape or not weight.is_cuda:
+            _check(x, weight)
+        return torch.rms_norm(x, weight.shape, weight, eps)  # type: ignore[no-any-return]
+    flat = rows_first(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x)
+    tensors = flat, vector(weight)
+    choice = dispatch.known(rms_norm_fwd, (*tensors, eps)) if route == "direct" else None
+    if choice is None:
+        _check(x, weight)
+        if not x.numel() or weight.dtype == torch.float64:
+            return _plain((x, weight), (eps,))
+        if route == "op":
+            if NORM.left_to_pytorch(lambda: (rms_norm_fwd, Problem.of(*tensors, eps)), tensors):
+                return _plain((x, weight), (eps,))
+            return NORM.through(tensors, (eps,))[0].view(x.shape)
+        choice = dispatch.lookup(rms_norm_fwd, (*tensors, eps))
+    if choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native):
+        choice.calls += 1
+        return _plain((x, weight), (eps,))
+    return NORM.direct(choice, tensors, (eps,))[0].view(x.shape)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
+def _graph() -> bool:
+    """Is a graph being captured, which is replayed without the host, or an implementation forced?"""
+    return dispatch.forced() or torch.cuda.is_current_stream_capturing()
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor | None) -> None:
+    if weight is None:
+        if x.ndim < 1 or not x.is_floating_point():
+            raise ValueError(f"x must be floating point (…, N), not {x.dtype} {tuple(x.shape)}")
+        return
     if x.ndim < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(f"expected x (…, N) and weight (N,), not {tuple(x.shape)} and {tuple(weight.shape)}")
     if weight.device != x.device:

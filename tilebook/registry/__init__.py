@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tilebook.errors import RegistryError
     from tilebook.registry.exchange import ImportReport, export, load
     from tilebook.registry.layers import DenyList, Layers
     from tilebook.registry.records import (
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
         canonical,
     )
     from tilebook.registry.store import Registry, ship
-    from tilebook.registry.target import Locked, RegistryError
+    from tilebook.registry.target import Locked
 
 __all__ = [
     "ConfigValue",
@@ -56,12 +57,16 @@ _MODULES = {
     "exchange": ("ImportReport", "export", "load"),
     "layers": ("DenyList", "Layers"),
     "store": ("Registry", "ship"),
-    "target": ("Locked", "RegistryError"),
+    "target": ("Locked",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "RegistryError":
+        from tilebook.errors import RegistryError
+
+        return RegistryError
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'records')}"), name)

@@ -12,8 +12,9 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from tilebook.errors import RegistryError
 from tilebook.registry import sqlitefile
-from tilebook.registry.target import APPLICATION_ID, Locked, RegistryError, Target, sniff
+from tilebook.registry.target import APPLICATION_ID, Locked, Target, sniff
 
 __all__ = ["APPLICATION_ID", "RegistryError", "Target", "connect_sqlite", "explained", "make_engine", "sniff"]
 

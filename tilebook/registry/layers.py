@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
+from tilebook.errors import RegistryError
 from tilebook.registry.records import ConfigValue, Device, Miss, Revocation, Verdict
-from tilebook.registry.target import RegistryError, Target, user_folder
+from tilebook.registry.target import Target, user_folder
 
 if TYPE_CHECKING:
     from tilebook.registry.store import Registry

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Engine, inspect, text
 
+from tilebook.errors import RegistryError
 from tilebook.registry import backend, sqlitefile
 from tilebook.registry.backend import connect_sqlite, make_engine
 from tilebook.registry.models import Base, RevocationRow
@@ -20,7 +21,6 @@ from tilebook.registry.target import (
     APPLICATION_ID,
     OLDEST_READABLE,
     SCHEMA_VERSION,
-    RegistryError,
     Target,
     sniff,
 )

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from tilebook.errors import RegistryError
 from tilebook.registry import sqlitefile
 from tilebook.registry.checks import ConfigValue, quoted
 from tilebook.registry.codec import revocation_from, verdict_from
 from tilebook.registry.layers import Layers, standing, union
 from tilebook.registry.records import Device, Revocation, Verdict
-from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Locked, RegistryError, Target
+from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Locked, Target
 
 _T = TypeVar("_T")
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 from sqlalchemy import Engine, Select, insert, select, update
 from sqlalchemy.orm import Session, contains_eager
 
+from tilebook.errors import RegistryError
 from tilebook.registry import schema
 from tilebook.registry.backend import connect_sqlite, explained
 from tilebook.registry.checks import quoted
@@ -31,7 +32,7 @@ from tilebook.registry.rows import (
     verdict_columns,
     verdict_of,
 )
-from tilebook.registry.target import RegistryError, Target, sniff
+from tilebook.registry.target import Target, sniff
 
 log = logging.getLogger("tilebook.registry")
 

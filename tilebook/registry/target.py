@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tilebook.errors import RegistryError
 from tilebook.registry.checks import quoted
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x74696C65  # "tile", in the SQLite header
 SCHEMA_VERSION = 2  # the revision of the newest migration as a number; migrations are named 0001, 0002, ...
 OLDEST_READABLE = 1
-
-
-class RegistryError(Exception):
-    """A registry that cannot be used; the message is one line that says which and why."""
 
 
 class Locked(RegistryError):

@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def compile_here(
 
     def collect(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         compiled = kernel.warmup(*args, grid=grid, **meta)
-        binaries.append(_binary(compiled, grid, args, meta))
+        binaries.append(_binary(compiled, grid, _passed(kernel, args, meta)))
         if getattr(compiled.metadata, "tmem_size", 0) > MAX_TENSOR_MEMORY:
             raise _Rejected(f"tensor memory {compiled.metadata.tmem_size} columns > {MAX_TENSOR_MEMORY}")
 
@@ -138,12 +138,30 @@ def compile_here(
     return Compiled(tuple(binaries), time.monotonic() - began, *failure)
 
 
-def _binary(compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: Mapping[str, Any]) -> Binary:
+def _passed(kernel: Any, args: tuple[Any, ...], meta: Mapping[str, Any]) -> Iterator[Any]:
+    """What a launch passes at run time, in order. A struct's fields count as if each were an argument of its own, and
+    what the compiler makes a constant of does not: how arguments are written down is no part of what runs."""
+    import triton.language as tl
+
+    def flat(value: Any) -> Iterator[Any]:
+        if isinstance(value, tuple):
+            for each in value:
+                yield from flat(each)
+        elif value is not None and not isinstance(value, tl.constexpr):
+            yield value
+
+    named = {**meta, **dict(zip(kernel.arg_names, args, strict=False))}
+    for parameter in kernel.params:
+        if not parameter.is_constexpr and parameter.name in named:
+            yield from flat(named[parameter.name])
+
+
+def _binary(compiled: Any, grid: tuple[int, ...], passed: Iterable[Any]) -> Binary:
     facts = binary.facts(compiled.asm)
     metadata = compiled.metadata
     # Constexprs are in the code already. Two of these differ, and the same code runs differently.
     options = [getattr(metadata, name, None) for name in ("num_ctas", "launch_cooperative_grid", "launch_pdl")]
-    launch = json.dumps([list(grid), [_shown(arg) for arg in args], options])
+    launch = json.dumps([list(grid), [_shown(each) for each in passed], options])
     return Binary(
         metadata.name,
         facts.code,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tilebook.errors import TuningError
 from tilebook.registry import Json, Verdict, VerdictStatus
 from tilebook.tuner.runner import Candidate, Runner
 from tilebook.tuner.stats import Ratio, median, speedup
@@ -75,7 +76,7 @@ def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
     """Interleaves the finalists with the default and every other implementation, and what wins with the default again
     in a fresh process. Promoted is the first in order of merit that beats the default beyond doubt both times.
 
-    extra: candidates to be among the finalists however they did. Raises RuntimeError where the default fails.
+    extra: candidates to be among the finalists however they did. Raises TuningError where the default fails.
     """
     began = time.monotonic()
     tuning.phase("confirming")
@@ -108,7 +109,7 @@ def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
 def predict(tuning: Tuning) -> Verdict:
     """The config that the model ranks first; the default where the model sees no difference worth a change."""
     if not tuning.times:
-        raise RuntimeError("no config of the space compiles for this GPU")
+        raise TuningError("no config of the space compiles for this GPU")
     ranked = sorted(tuning.times, key=lambda c: (tuning.times[c], tuning.burden(c)))
     chosen = ranked[0]
     if tuning.default in tuning.times and tuning.times[tuning.default] <= DOUBT * tuning.times[chosen]:
@@ -144,7 +145,7 @@ def _qualify(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequ
     """The contest of all finalists. Where one fails its last verification the next moves up, and all run again."""
     while True:
         if tuning.default not in tuning.times:
-            raise RuntimeError("the default config did not pass: there is nothing to compare with")
+            raise TuningError("the default config did not pass: there is nothing to compare with")
         searched = {entrant.name for entrant in tuning.entrants}
         others = [c for c in tuning.times if c.implementation not in searched]
         wanted = [tuning.default, *finalists(tuning), *(c for c in extra if c in tuning.times), *others]
@@ -163,7 +164,7 @@ def _contest(
         if attempt.failure is None:
             passed[candidate] = attempt.samples_ms
         elif candidate == tuning.default:
-            raise RuntimeError(f"the default config fails when confirmed: {attempt.failure}: {attempt.reason}")
+            raise TuningError(f"the default config fails when confirmed: {attempt.failure}: {attempt.reason}")
         else:
             failed += 1
             tuning.drop(candidate, attempt)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tilebook.op import Config
 from tilebook.registry import Failure, Json, Trial
-from tilebook.tuner.compile import Compiled, Compilers
+from tilebook.tuner.compile import Compiled, Compilers, outcome
 from tilebook.tuner.model import predict
 from tilebook.tuner.runner import Attempt, Candidate, Runner
 from tilebook.tuner.tuning import Entrant, Tuning
@@ -179,7 +179,7 @@ class Explorer:
         done = self._pool.wait(self._compiling, timeout_s=0.0) if self._compiling else ()
         for future in self._compiling:
             if future in done:
-                return self._compiling.pop(future), future.result()
+                return self._compiling.pop(future), outcome(future)
         return None
 
     def _wait(self) -> None:

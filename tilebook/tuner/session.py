@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilebook.device import Device
+from tilebook.errors import TuningError, one_line
 from tilebook.op import Config, Cost, Op, Problem, Space
 from tilebook.registry import Trial, Verdict
 from tilebook.tuner import decide
@@ -93,10 +94,10 @@ class Session:
             else:
                 state.verdict = self._tune(op, problem, fields, standing, state, deadline)
                 self._known.record((), state.verdict)
-        except RuntimeError as broken:
+        except TuningError as broken:
             if self._closed:
                 raise Stopped from broken
-            state.error = str(broken)
+            state.error = one_line(broken)
             for explorer in self._explorers:
                 explorer.close()
         return state
@@ -171,7 +172,7 @@ class Session:
         allowed = frozenset(field.feasible)
         default = next((each for each in field.space.defaults(problem, self._gpu) if each in allowed), None)
         if default is None:
-            raise RuntimeError(f"every config of {field.name} is {'revoked' if field.revoked else 'rejected'}")
+            raise TuningError(f"every config of {field.name} is {'revoked' if field.revoked else 'rejected'}")
         first = [default, *finalists]
         candidates = self._by_roofline(field.space, problem, field.feasible)
         if new is not None:

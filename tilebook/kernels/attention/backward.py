@@ -14,11 +14,11 @@ import torch
 import triton
 
 from tilebook.device import Device
-from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.backward_columns import attention_bwd_dkdv
 from tilebook.kernels.attention.backward_rows import attention_bwd_dq
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.forward_space import proven, supports, usual
+from tilebook.kernels.attention.ops import attention_bwd
 from tilebook.kernels.attention.problem import BackwardProblem
 from tilebook.kernels.attention.scores import options
 from tilebook.kernels.attention.tiles import (
@@ -35,26 +35,7 @@ from tilebook.kernels.attention.tiles import (
     too_large,
 )
 from tilebook.launch import HOST_DESCRIPTORS_S, launch
-from tilebook.op import Config, Cost, Space, define
-
-
-@define("attention_bwd", BackwardProblem, direction="bwd")
-def attention_bwd(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    form: Form,
-    scale: float,
-    *extras: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of `attention_fwd`: dq like q, dk and dv like k and v, summed over the query heads that share them.
-
-    Where the form wants it also dbias, like the bias, summed over what the bias is broadcast along.
-    """
-    return eager.backward(do, q, k, v, form, scale, *extras)
+from tilebook.op import Config, Cost, Space
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tilebook import device as devices
-from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.forward_space import MADE_BY_KERNEL, SPACE, by_place, proven, supports
-from tilebook.kernels.attention.problem import ForwardProblem
+from tilebook.kernels.attention.forward_space import MADE_BY_KERNEL, SPACE, proven, supports
+from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.kernels.attention.scores import (
     columns_seen,
     looked_up,
@@ -26,33 +24,17 @@ from tilebook.kernels.attention.tiles import (
     LOG2E,
     addressable,
     capped,
-    dealt,
     describable,
     describe,
-    in_group,
     like,
-    load_group,
     load_tile,
     offset,
     place,
     rounded,
-    store_group,
     store_tile,
-    turns,
 )
 from tilebook.launch import launch
-from tilebook.op import Config, define
-
-
-@define("attention_fwd", ForwardProblem)
-def attention_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (B, H, Sq, D), k and v (B, Hkv, Sk, D) → o (B, H, Sq, D), lse (B, H, Sq) in fp32, natural log. scale > 0.
-
-    extras: what the form asks for: bias, slopes, seed. A row that sees nothing is 0, and its lse -inf.
-    """
-    return eager.forward(q, k, v, form, scale, *extras)
+from tilebook.op import Config
 
 
 @triton.jit
@@ -99,16 +81,15 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    SPECIALIZED: tl.constexpr = False,
 ):
     """Columns `first` … `last`, in whole blocks: the running Σ p v, Σ p and maximum of each row.
 
     `scale` brings scores to powers of two, and maxima are in them; where something is done to the scores themselves
     (`SCORED`) both are in natural units, and differences are taken first: biases may be huge. Up to 64 wide, Σ p is in
-    eight parts a row, which meet when all is added up. `SPECIALIZED`: warps of their own load tiles and issue products.
+    eight parts a row, which meet when all is added up.
     """
     before, after, mask, _bias, base, stride_bm, stride_bn, _slope, _softcap, seed, dropout = extras
-    for column in tl.range(first, last, BLOCK_N, warp_specialize=SPECIALIZED):
+    for column in tl.range(first, last, BLOCK_N):
         column = tl.multiple_of(column, BLOCK_N)
         k_tile = load_tile(
             k, batch, kv_head, column, stride_kb, stride_kh, stride_ks, n_k, BLOCK_N, D, WIDTH, MASKED, DESCRIPTORS
@@ -160,41 +141,39 @@ def attend(
     return acc, weight, peak
 
 
-@triton.jit
-def _placed(number, n_blocks, n_pairs, n_heads, group, HEADS: tl.constexpr, LAST_FIRST: tl.constexpr,
-            BLOCK_M: tl.constexpr):  # fmt: skip
-    """(block, pair, batch, head, head of k and v, first row) of tile `number`."""
-    block, pair = place(number, n_blocks, n_pairs, HEADS)
-    if LAST_FIRST:
+@triton.jit(do_not_specialize=["n_pairs", "n_heads", "group", "n_q", "n_k", "before", "after"])
+def _attention_fwd(
+    q, k, v, o, lse,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
+    n_pairs, n_heads, group, n_q, n_k, scale, before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
+    slopes, stride_ab, stride_ah, softcap, seed, dropout,
+    CAUSAL: tl.constexpr, BANDED: tl.constexpr, SCORED: tl.constexpr, GAPS: tl.constexpr, TF32: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, MADE: tl.constexpr,
+):  # fmt: skip
+    """o and lse of one block of rows. With `MADE` q, k and v are pointers, of which each program makes its tensor
+    descriptors."""
+    n_blocks = tl.cdiv(n_q, BLOCK_M)
+    block, pair = place(tl.program_id(0), n_blocks, n_pairs, HEADS)
+    if CAUSAL or (after is not None and before is None):
         block = n_blocks - 1 - block  # the last rows see the most columns: start with them
     batch, head = pair // n_heads, pair % n_heads
-    return block, pair, batch, head, head // group, block * BLOCK_M
-
-
-@triton.jit
-def _tile(
-    place_of, q, k, v, o, lse, strides, n_q, n_k, scale, form,
-    CAUSAL: tl.constexpr, BANDED: tl.constexpr, SCORED: tl.constexpr, GAPS: tl.constexpr, TF32: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr, SPECIALIZED: tl.constexpr,
-):  # fmt: skip
-    """o and lse of one block of rows of one head, or with `GROUP` of that many heads."""
-    block, pair, batch, head, kv_head, row = place_of
-    (stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os) = strides  # fmt: skip
-    (before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
-     slopes, stride_ab, stride_ah, softcap, seed, dropout) = form  # fmt: skip
-    first_row = row
-    height = BLOCK_M
-    if GROUP > 1:
-        q_tile = load_group(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, GROUP)
-        first_row = block * BLOCK_M // GROUP
-        height = (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1 - first_row
-        row = (row + tl.arange(0, BLOCK_M)) // GROUP - tl.arange(0, BLOCK_M)  # `attend` adds the range again
-    else:
-        q_tile = load_tile(
-            q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS
+    kv_head = head // group
+    row = block * BLOCK_M
+    if MADE:
+        n_batch, n_kv = n_pairs // n_heads, n_heads // group
+        k = tl.make_tensor_descriptor(
+            k, [n_batch, n_kv, n_k, WIDTH], [stride_kb, stride_kh, stride_ks, 1], [1, 1, BLOCK_N, D]
         )
+        v = tl.make_tensor_descriptor(
+            v, [n_batch, n_kv, n_k, WIDTH], [stride_vb, stride_vh, stride_vs, 1], [1, 1, BLOCK_N, D]
+        )
+        q = tl.make_tensor_descriptor(
+            q, [n_batch, n_heads, n_q, WIDTH], [stride_qb, stride_qh, stride_qs, 1], [1, 1, BLOCK_M, D]
+        )
+
+    q_tile = load_tile(q, batch, head, row, stride_qb, stride_qh, stride_qs, n_q, BLOCK_M, D, WIDTH, True, DESCRIPTORS)
     q_tile = rounded(q_tile, TF32)
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     weight = tl.zeros([BLOCK_M, 8] if WIDTH <= 64 else [BLOCK_M], dtype=tl.float32)
@@ -203,10 +182,10 @@ def _tile(
     last = n_k
     whole = n_k // BLOCK_N * BLOCK_N  # columns before this one need no mask
     if CAUSAL:
-        last = tl.minimum(first_row + height, n_k)
-        whole = tl.minimum(first_row + 1, n_k) // BLOCK_N * BLOCK_N
+        last = tl.minimum(row + BLOCK_M, n_k)
+        whole = tl.minimum(row + 1, n_k) // BLOCK_N * BLOCK_N
     if BANDED:
-        first, clear, whole, last = columns_seen(first_row, height, n_k, before, after)
+        first, clear, whole, last = columns_seen(row, BLOCK_M, n_k, before, after)
         first = first // BLOCK_N * BLOCK_N
         clear = tl.minimum(tl.cdiv(clear, BLOCK_N) * BLOCK_N, tl.cdiv(last, BLOCK_N) * BLOCK_N)
         whole = tl.maximum(whole // BLOCK_N * BLOCK_N, clear)
@@ -224,17 +203,17 @@ def _tile(
         acc, weight, peak = attend(
             acc, weight, peak, q_tile, k, v, batch, kv_head, pair, first, clear, row,
             stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
-            True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, SPECIALIZED,
+            True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
         )  # fmt: skip
     acc, weight, peak = attend(
         acc, weight, peak, q_tile, k, v, batch, kv_head, pair, clear if BANDED else 0, whole, row,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
-        False, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, SPECIALIZED,
+        False, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
     acc, weight, peak = attend(
         acc, weight, peak, q_tile, k, v, batch, kv_head, pair, whole, last, row,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, n_q, n_k, factor, extras,
-        True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, SPECIALIZED,
+        True, CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS,
     )  # fmt: skip
 
     if WIDTH <= 64:
@@ -244,73 +223,11 @@ def _tile(
         share = tl.where(weight == 0.0, 1.0, weight)  # a row that sees nothing is 0, and its log-sum-exp -inf
     if dropout is not None:
         share = share * (1.0 - dropout)
-    if GROUP > 1:
-        row = block * BLOCK_M
-        tile = acc / share[:, None]
-        store_group(o, tile, batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH, GROUP)
-        rows, at = in_group(pair, row, n_q, 1, BLOCK_M, GROUP)
-        at = lse + at
-    else:
-        store_tile(o, acc / share[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
-        rows = row + tl.arange(0, BLOCK_M)
-        at = lse + pair.to(tl.int64) * n_q + rows
+    store_tile(o, acc / share[:, None], batch, head, row, stride_ob, stride_oh, stride_os, n_q, BLOCK_M, D, WIDTH)
+    rows = row + tl.arange(0, BLOCK_M)
+    at = lse + pair.to(tl.int64) * n_q + rows
     total = peak + tl.log2(weight) * LN2 if SCORED else (peak + tl.log2(weight)) * LN2
     tl.store(at, total, mask=rows < n_q)
-
-
-@triton.jit(do_not_specialize=["n_pairs", "n_heads", "group", "n_q", "n_k", "before", "after"])
-def _attention_fwd(
-    q, k, v, o, lse,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
-    n_pairs, n_heads, group, n_q, n_k, scale, before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
-    slopes, stride_ab, stride_ah, softcap, seed, dropout,
-    CAUSAL: tl.constexpr, BANDED: tl.constexpr, SCORED: tl.constexpr, GAPS: tl.constexpr, TF32: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr, MADE: tl.constexpr, PERSISTENT: tl.constexpr,
-    SPECIALIZED: tl.constexpr,
-):  # fmt: skip
-    """With `GROUP` above 1 that many query heads share a tile: heads and pairs are then those of k and v.
-
-    With `MADE` q, k and v are pointers, of which each program makes its tensor descriptors. With `PERSISTENT` there are
-    fewer programs than tiles.
-    """
-    n_blocks = tl.cdiv(n_q * GROUP, BLOCK_M) if GROUP > 1 else tl.cdiv(n_q, BLOCK_M)
-    LAST_FIRST: tl.constexpr = CAUSAL or (after is not None and before is None)
-    if not PERSISTENT:
-        tile = _placed(tl.program_id(0), n_blocks, n_pairs, n_heads, group, HEADS, LAST_FIRST, BLOCK_M)
-    if MADE:
-        n_batch, n_kv = n_pairs // n_heads, n_heads // group
-        k = tl.make_tensor_descriptor(
-            k, [n_batch, n_kv, n_k, WIDTH], [stride_kb, stride_kh, stride_ks, 1], [1, 1, BLOCK_N, D]
-        )
-        v = tl.make_tensor_descriptor(
-            v, [n_batch, n_kv, n_k, WIDTH], [stride_vb, stride_vh, stride_vs, 1], [1, 1, BLOCK_N, D]
-        )
-        if GROUP == 1:
-            q = tl.make_tensor_descriptor(
-                q, [n_batch, n_heads, n_q, WIDTH], [stride_qb, stride_qh, stride_qs, 1], [1, 1, BLOCK_M, D]
-            )
-    strides = (
-        stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-        stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
-    )  # fmt: skip
-    form = (
-        before, after, mask, bias, stride_bb, stride_bh, stride_bm, stride_bn,
-        slopes, stride_ab, stride_ah, softcap, seed, dropout,
-    )  # fmt: skip
-    if PERSISTENT:
-        for turn in tl.range(0, turns(n_blocks * n_pairs)):
-            tile = _placed(dealt(turn), n_blocks, n_pairs, n_heads, group, HEADS, LAST_FIRST, BLOCK_M)
-            _tile(
-                tile, q, k, v, o, lse, strides, n_q, n_k, scale, form,
-                CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, GROUP, SPECIALIZED,
-            )  # fmt: skip
-    else:
-        _tile(
-            tile, q, k, v, o, lse, strides, n_q, n_k, scale, form,
-            CAUSAL, BANDED, SCORED, GAPS, TF32, D, WIDTH, BLOCK_M, BLOCK_N, DESCRIPTORS, GROUP, SPECIALIZED,
-        )  # fmt: skip
 
 
 @attention_fwd.implementation("triton", space=SPACE, supports=supports, proven=proven)
@@ -327,27 +244,21 @@ def _triton(
     (batch, heads, n_q, _), (heads_kv, n_k) = q.shape, k.shape[1:3]
     o, lse = like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
-    shared = heads // heads_kv if config.get("PACK") and by_place(form) else 1
-    descriptors = bool(config["DESCRIPTORS"]) and describable(k, v) and (shared > 1 or describable(q))
-    loaded: tuple[Any, ...] = q, k, v
+    descriptors = bool(config["DESCRIPTORS"]) and describable(q, k, v)
     made = descriptors and config["DESCRIPTORS"] == MADE_BY_KERNEL
+    loaded: tuple[Any, ...] = q, k, v
     if descriptors and not made:
-        loaded = q if shared > 1 else describe(q, rows), describe(k, columns), describe(v, columns)
-    programs = triton.cdiv(n_q * shared, rows) * batch * heads // shared
-    persistent = int(config.get("PERSISTENT", 0))
-    if persistent:
-        sms = 2 if q.is_cpu else devices.current(q.device.index or 0).sm_count
-        programs = min(programs, persistent * sms)
+        loaded = describe(q, rows), describe(k, columns), describe(v, columns)
     launch(
         _attention_fwd,
-        (programs,),
+        (triton.cdiv(n_q, rows) * batch * heads,),
         *loaded,
         o,
         lse,
         *(step for x in (q, k, v, o) for step in x.stride()[:3]),
-        batch * heads // shared,
-        heads // shared,
-        heads // heads_kv // shared,
+        batch * heads,
+        heads,
+        heads // heads_kv,
         n_q,
         n_k,
         scale,
@@ -356,10 +267,7 @@ def _triton(
         BLOCK_N=columns,
         HEADS=config["HEADS"],
         DESCRIPTORS=descriptors,
-        GROUP=shared,
         MADE=made,
-        PERSISTENT=persistent > 0,
-        SPECIALIZED=bool(config.get("SPECIALIZED", 0)),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
         **capped(int(config.get("MAXNREG", 0))),

@@ -5,12 +5,10 @@ from __future__ import annotations
 import triton
 
 from tilebook.device import Device
-from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.problem import ForwardProblem
 from tilebook.kernels.attention.tiles import (
     asynchronous,
     crowded,
-    misfit,
     oversized,
     pointless,
     rows_and_tiles,
@@ -39,36 +37,6 @@ MADE_BY_KERNEL = 2
 """The value of DESCRIPTORS that costs the host nothing: each program makes its own, in memory of the launcher's."""
 
 
-def by_place(form: Form) -> bool:
-    """Is it place alone that decides about a score? Then rows of several heads may share a tile."""
-    return not (form.softcap or form.bias or form.alibi or form.dropout)
-
-
-def _together(problem: ForwardProblem, config: Config) -> int:
-    """Query heads that share a tile."""
-    return problem.heads // problem.heads_kv if config.get("PACK") else 1
-
-
-def _specialized(problem: ForwardProblem, config: Config, device: Device) -> str | None:
-    """Why warps of their own for loads and products are not for this config, or None.
-
-    Triton's pass for Hopper (3.6, 3.9) fails at a second loop over columns and at pointers, passes more than 4 warps
-    over. Given one loop of 128 rows it has each half of q loaded by the descriptor of both, past the end of its buffer
-    (3.9 notices, and fails); given 64 rows, two groups of warps that do the same work.
-    """
-    if not config.get("SPECIALIZED"):
-        return None
-    if not 100 <= device.capability < 120:
-        return "warps are specialised for tcgen05 alone: Triton's pass for Hopper overruns the tiles of q"
-    if problem.exact or not config["DESCRIPTORS"]:
-        return "only loads by TMA are a single warp's work"
-    if config.number("num_stages") == 1:
-        return "without a ring of tiles those who load would wait for those who multiply"
-    if config.get("MAXNREG"):
-        return "specialised warps have an SM's registers to themselves, and share them out"
-    return None
-
-
 def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | None:
     rows, columns, warps, stages, heads, descriptors = (
         config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "HEADS", "DESCRIPTORS")
@@ -85,15 +53,7 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
         return "the host has the time to make the tensor descriptors that every program would make"
     if device.backend == "hip" and stages > 2:
         return "more than 2 stages do not pay on AMD GPUs"
-    if config.get("PACK"):
-        if problem.heads == problem.heads_kv or not by_place(problem.form):
-            return "only query heads that share keys and values can share a tile, and scores that place alone decides"
-        if problem.seq_q >= 2 * rows:
-            return "tiles are full without rows of other heads"
-        if heads > 1:
-            return "heads that share a tile need not take turns"
-    together = _together(problem, config)
-    if oversized(rows, problem.seq_q * together, 64) or oversized(columns, problem.seq_k, 32):
+    if oversized(rows, problem.seq_q, 64) or oversized(columns, problem.seq_k, 32):
         return "a block is larger than the sequence"
     fewest = 4 if problem.exact else 16
     if rows < fewest * warps:
@@ -106,20 +66,11 @@ def _reject(problem: ForwardProblem, config: Config, device: Device) -> str | No
     operand = 0 if asynchronous(device) else rows * width // 2  # q as two halves in a register
     scores = rows * columns * (1 + problem.companions)
     shared, tiles = _shared(problem, config, device), rows * width + scores + operand
-    each = int(config.get("PERSISTENT", 0))
-    if each and device.capability == 90:
-        return "a loop over tiles takes 20 to 70 registers more, and Hopper loses the programs that those are"
-    if each and (config.get("PACK") or cap):
-        return "persistent programs are for many full tiles, and as many as fit without a cap on registers"
-    if each and not descriptors and device.capability >= 90:
-        return "with tensor descriptors a persistent program has less to do between its tiles"
-    programs = triton.cdiv(problem.seq_q * together, rows) * problem.batch * problem.heads // together
+    programs = triton.cdiv(problem.seq_q, rows) * problem.batch * problem.heads
     return (
         too_large(shared, device)
         or crowded(tiles, warps, device)
         or pointless(cap, tiles, warps, shared, programs, device)
-        or _specialized(problem, config, device)
-        or misfit(each, tiles, warps, shared, programs, bool(config.get("SPECIALIZED")), device)
     )
 
 
@@ -134,7 +85,7 @@ def _shared(problem: ForwardProblem, config: Config, device: Device) -> int:
     table = problem.table_itemsize * rows * columns * max(1, stages - 1)  # tiles of a bias or mask wait there too
     if not asynchronous(device):  # q moves on to registers, and its place is used again
         return max(rows + min(2, stages) * columns, ring) * width + scores + table
-    barriers = 1024 * (3 if config.get("SPECIALIZED") else 1) if config["DESCRIPTORS"] else 0
+    barriers = 1024 if config["DESCRIPTORS"] else 0
     return (rows + ring) * width + barriers + table
 
 
@@ -165,9 +116,9 @@ def _default(problem: ForwardProblem, device: Device) -> Config:
 
 def _work(problem: ForwardProblem, config: Config) -> Cost:
     """Every block of rows reads q once, and k and v up to its last unmasked column, in whole blocks."""
-    rows, columns, together = config.number("BLOCK_M"), config.number("BLOCK_N"), _together(problem, config)
-    blocks = rows_and_tiles(problem.seq_q, problem.seq_k, rows, columns, *problem.limits, together)
-    tiles, heads = sum(visited for _, visited in blocks), problem.batch * problem.heads // together
+    rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
+    blocks = rows_and_tiles(problem.seq_q, problem.seq_k, rows, columns, *problem.limits)
+    tiles, heads = sum(visited for _, visited in blocks), problem.batch * problem.heads
     width = problem.width * problem.torch_dtype.itemsize
     read = len(blocks) * rows * width + 2 * tiles * columns * width
     return Cost(4.0 * heads * tiles * rows * columns * problem.width, heads * read + problem.queries * (width + 4))
@@ -182,12 +133,9 @@ SPACE = Space(
         "HEADS": (1, 2, 4, 8),
         "DESCRIPTORS": (MADE_BY_KERNEL, 0, 1),  # either kind is a step from pointers
         "MAXNREG": (0, 168, 128),
-        "PACK": (0, 1),
-        "PERSISTENT": (0, 1, 2, 3, 4),  # programs an SM; 0: one a tile
-        "SPECIALIZED": (0, 1),
     },
     reject=_reject,
     default=_default,
     work=_work,
-    later={"MAXNREG": 0, "PACK": 0, "PERSISTENT": 0, "SPECIALIZED": 0},
+    later={"MAXNREG": 0},
 )

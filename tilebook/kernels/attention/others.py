@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tilebook.device import Device
-from tilebook.kernels.attention import efficient, flash2, flash3, flash4, flex, peers
-from tilebook.kernels.attention.backward import attention_bwd
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention import efficient, flash4, flex, peers, torch_flash
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 
 
 def _register(
@@ -38,7 +37,5 @@ attention_bwd.implementation(
     "flash_attention_4", available=flash4.available, supports=flash4.supports, deterministic=False
 )(flash4.backward)
 _register("mem_efficient", efficient.forward, efficient.backward, efficient.available, efficient.supports)
-_register("torch_flash", flash2.torch_forward, flash2.torch_backward, flash2.torch_available, flash2.torch_supports)
+_register("torch_flash", torch_flash.forward, torch_flash.backward, torch_flash.available, torch_flash.supports)
 _register("flex_attention", flex.forward, None, flex.available, flex.supports)
-_register("flash_attention_2", flash2.forward, flash2.backward, flash2.available, flash2.supports)
-_register("flash_attention_3", flash3.forward, flash3.backward, flash3.available, flash3.supports)

@@ -35,21 +35,6 @@ def place(program, n_blocks, n_pairs, HEADS: tl.constexpr):
 
 
 @triton.jit
-def dealt(turn):
-    """Number of a persistent program's tile of that turn. Every other turn goes round the other way: who got a long
-    tile of a causal mask gets a short one next."""
-    here, all_ = tl.program_id(0), tl.num_programs(0)
-    return turn * all_ + tl.where(turn % 2 == 1, all_ - 1 - here, here)
-
-
-@triton.jit
-def turns(n_tiles):
-    """How many tiles are a persistent program's."""
-    whole = n_tiles // tl.num_programs(0)
-    return whole + tl.where(dealt(whole) < n_tiles, 1, 0)
-
-
-@triton.jit
 def offset(batch, head, stride_b, stride_h):
     """Of a head's first element; 64 bits wide, as tensors may hold more than 2³¹ elements."""
     return batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
@@ -138,59 +123,6 @@ def rounded(tile, TF32: tl.constexpr):
     return tile
 
 
-@triton.jit
-def in_group(head, row, stride_h, stride_s, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """(position, offset) of each of a group's rows from `row` on: of every position the rows of all its heads."""
-    rows = row + tl.arange(0, ROWS)
-    position, member = rows // GROUP, rows % GROUP
-    return position, (head * GROUP + member).to(tl.int64) * stride_h + position.to(tl.int64) * stride_s
-
-
-@triton.jit
-def load_group(
-    source,
-    batch,
-    head,
-    row,
-    stride_b,
-    stride_h,
-    stride_s,
-    n_rows,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Rows of the `GROUP` query heads of a key/value head, [ROWS, D], as `in_group` has them; zero past `n_rows`."""
-    position, at = in_group(head, row, stride_h, stride_s, ROWS, GROUP)
-    there = (position < n_rows)[:, None] & (tl.arange(0, D) < WIDTH)[None, :]
-    base = source + batch.to(tl.int64) * stride_b
-    return tl.load(base + at[:, None] + tl.arange(0, D)[None, :], mask=there, other=0.0)
-
-
-@triton.jit
-def store_group(
-    out,
-    tile,
-    batch,
-    head,
-    row,
-    stride_b,
-    stride_h,
-    stride_s,
-    n_rows,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Writes a tile to where `load_group` reads it, rounded to the dtype of `out`."""
-    position, at = in_group(head, row, stride_h, stride_s, ROWS, GROUP)
-    there = (position < n_rows)[:, None] & (tl.arange(0, D) < WIDTH)[None, :]
-    base = out + batch.to(tl.int64) * stride_b
-    tl.store(base + at[:, None] + tl.arange(0, D)[None, :], tile.to(out.dtype.element_ty), mask=there)
-
-
 def addressable(x: torch.Tensor) -> torch.Tensor:
     """`x`, copied only if the kernels cannot address it: rows contiguous, and a tile's rows within 2³¹ elements."""
     return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 23 else x.contiguous()
@@ -261,27 +193,6 @@ def pointless(cap: int, elements: int, warps: int, shared: int, programs: int, d
     return "its tiles need fewer registers than that as it is" if 2 * tiles < cap else None
 
 
-def misfit(each: int, elements: int, warps: int, shared: int, tiles: int, alone: bool, device: Device) -> str | None:
-    """Why `each` persistent programs an SM are too many or too few, or None.
-
-    elements, shared: as in `pointless`; tiles: how many there are to deal out. How many registers a thread takes only
-    the compiler knows: any number of programs between those of the fewest and of the most is one to try. With `alone` a
-    program takes all that an SM has.
-    """
-    if not each:
-        return None
-    if tiles <= each * device.sm_count:
-        return "every tile has a program of its own as it is"
-    threads, room = device.warp_size * warps, device.shared_per_sm // (shared + 1024)
-    own = elements // threads
-    most, fewest = (device.registers_per_sm // (registers * threads) for registers in (own + 30, min(2 * own, 256)))
-    if alone:
-        most, fewest = 1, 1
-    if each > min(room, most, device.threads_per_sm // threads):
-        return f"{each} persistent programs do not fit onto an SM"
-    return "an SM has room for more persistent programs" if each < min(room, fewest) else None
-
-
 def capped(registers: int) -> dict[str, int]:
     """The launch option that caps registers a thread; none for 0."""
     return {"maxnreg": registers} if registers else {}
@@ -293,16 +204,12 @@ def oversized(block: int, length: int, smallest: int) -> bool:
 
 
 def rows_and_tiles(
-    n_rows: int, n_columns: int, rows: int, columns: int, before: int | None, after: int | None, heads: int = 1
+    n_rows: int, n_columns: int, rows: int, columns: int, before: int | None, after: int | None
 ) -> Sequence[tuple[int, int]]:
-    """For each block of rows its first row and how many blocks of columns it visits, of those in the band.
-
-    heads: how many share a block, which then has the same row of each before the next (see `load_group`).
-    """
+    """For each block of rows its first row and how many blocks of columns it visits, of those in the band."""
     found = []
-    for row in range(0, n_rows * heads, rows):
-        top, below = row // heads, (row + rows - 1) // heads + 1
-        first = 0 if before is None else max(top - before, 0) // columns
-        last = n_columns if after is None else min(below + after, n_columns)
+    for row in range(0, n_rows, rows):
+        first = 0 if before is None else max(row - before, 0) // columns
+        last = n_columns if after is None else min(row + rows + after, n_columns)
         found.append((row, max(-(-last // columns) - first, 0)))
     return found

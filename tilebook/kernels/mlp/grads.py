@@ -17,9 +17,10 @@ import triton.language as tl
 
 from tilebook import op
 from tilebook.device import Device
+from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.kernels import _product, _store
-from tilebook.kernels.mlp.problem import ACTIVATIONS, Problem
-from tilebook.kernels.mlp.products import rows_of
+from tilebook.kernels.mlp.problem import Problem
+from tilebook.kernels.mlp.products import fused, rows_of
 from tilebook.launch import launch
 from tilebook.op import Config, Cost, Space
 
@@ -63,7 +64,7 @@ def each_alone(
     )
 
 
-@op.define("mlp_grads_bwd", GradsProblem, direction="bwd")
+@op.define("mlp_grads_bwd", GradsProblem, direction="bwd", fused=fused)
 def mlp_grads_bwd(
     dy: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, w1: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:

@@ -10,9 +10,8 @@ from typing import Any, Self
 import torch
 
 from tilebook import op
+from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.op import Cost
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 
 _MOST_ELEMENTS = 1 << 26  # of a neighbour's tensor: verification must stay cheap
 

@@ -11,16 +11,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilebook import op
 from tilebook.kernels.mlp.kernels import act_bwd_kernel, down_fwd_kernel, up_fwd_kernel
-from tilebook.kernels.mlp.problem import BackwardProblem, DownProblem, UpProblem
+from tilebook.kernels.mlp.problem import BackwardProblem, DownProblem, Problem, UpProblem
+from tilebook.kernels.mlp.pytorch import act
 from tilebook.kernels.mlp.space import SPACE
 from tilebook.launch import launch
 from tilebook.op import Config
 
-
-def act(z: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "relu":
-        return F.relu(z)
-    return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+_SMALL = 1 << 21
+"""Rows times widths of both layers, below which a product takes a GPU a few microseconds."""
 
 
 def _act_bwd(dh: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor:
@@ -31,7 +29,12 @@ def _act_bwd(dh: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor
     return dz
 
 
-@op.define("mlp_up_fwd", UpProblem)
+def fused(problem: Problem) -> bool:
+    """PyTorch's products serve, but for those so small that the host's cost is all there is: ours are fewer calls."""
+    return problem.rows * problem.width * problem.inner > _SMALL
+
+
+@op.define("mlp_up_fwd", UpProblem, fused=fused)
 def mlp_up_fwd(
     x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, activation: str, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,13 +43,13 @@ def mlp_up_fwd(
     return act(z, activation), z if save else z.new_empty(0)
 
 
-@op.define("mlp_down_fwd", DownProblem)
+@op.define("mlp_down_fwd", DownProblem, fused=fused)
 def mlp_down_fwd(h: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> tuple[torch.Tensor]:
     """y = h W2ᵀ + b2."""
     return (F.linear(h, w2, b2),)
 
 
-@op.define("mlp_act_bwd", BackwardProblem, direction="bwd")
+@op.define("mlp_act_bwd", BackwardProblem, direction="bwd", fused=fused)
 def mlp_act_bwd(
     dy: torch.Tensor, w2: torch.Tensor, z: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:

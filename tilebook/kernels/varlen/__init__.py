@@ -5,289 +5,29 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import triton
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.autograd import once
-from tilebook.kernels.attention import eager as attention
-from tilebook.kernels.attention import peers
+from tilebook.call import autocast, recorded, rows, tf32_allowed, untraceable, way
+from tilebook.kernels.attention.check import numbers, sides
 from tilebook.kernels.attention.form import Form, form
-from tilebook.kernels.attention.forward_space import supports
-from tilebook.kernels.attention.tiles import PACKED, describable, like
-from tilebook.kernels.varlen import eager, flash
-from tilebook.kernels.varlen.blocks import addressable, describe, n_blocks
 from tilebook.kernels.varlen.check import check
-from tilebook.kernels.varlen.kernels import varlen_bwd_dkdv, varlen_bwd_dq, varlen_fwd
-from tilebook.kernels.varlen.problem import BackwardProblem, ForwardProblem, simplest
-from tilebook.kernels.varlen.space import SPACE, SPACE_BWD
-from tilebook.launch import launch
-from tilebook.op import Config, define
+from tilebook.kernels.varlen.entry import VARLEN, registered
+from tilebook.kernels.varlen.limits import bucket, simplest
+from tilebook.kernels.varlen.pytorch import log_sum_exp, plain
 
 __all__ = ["attention_varlen"]
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-
-@define("attention_varlen_fwd", ForwardProblem)
-def attention_varlen_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    form: Form,
-    scale: float,
-) -> Pair:
-    """q (T, H, D), k and v (Tk, Hkv, D) → o (T, H, D), lse (H, T) in fp32, natural log. scale > 0.
-
-    A row that sees nothing is 0, and its lse -inf; so are rows behind the last sequence.
-    """
-    return eager.forward(attention.forward, q, k, v, cu_q, cu_k, form, scale)
-
-
-@define("attention_varlen_bwd", BackwardProblem, direction="bwd")
-def attention_varlen_bwd(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    form: Form,
-    scale: float,
-) -> Triple:
-    """Gradients of `attention_varlen_fwd`: dq like q, dk and dv like k and v, 0 behind the last sequence."""
-
-    def attend(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
-        return attention.backward(do, q, k, v, *rest[2:])  # without what a forward pass rounded
-
-    return eager.backward(attend, do, q, k, v, o, lse, cu_q, cu_k, form, scale)
-
-
-def _meta(form: Form, q: torch.Tensor) -> dict[str, Any]:
-    """What the kernels are told of a form and the head dimension."""
-    exact = q.dtype == torch.float32
-    return {
-        "left": form.left if form.left >= 0 else None,
-        "right": form.right if form.right >= 0 else None,
-        "softcap": form.softcap or None,
-        "BOTTOM_RIGHT": form.bottom_right,
-        "LIMITED": form.left >= 0 or form.right >= 0,
-        # In powers of two a score costs one instruction less, and a rounding more than fp32 has to spare.
-        "SCORED": exact or form.softcap > 0,
-        "TF32": not exact or (form.tf32 and not q.is_cpu),  # an interpreter multiplies fp32 in full
-        "D": triton.next_power_of_2(q.shape[2]),
-        "WIDTH": q.shape[2],
-    }
-
-
-def _steps(*tensors: torch.Tensor) -> list[int]:
-    """From row to row and from head to head, of each."""
-    return [step for x in tensors for step in x.stride()[:2]]
-
-
-def _supports(problem: ForwardProblem) -> bool:
-    return supports(problem.even)
-
-
-def _proven(problem: ForwardProblem) -> bool:
-    """Seen right on an H200 in any form: 16 bits, these widths."""
-    return problem.dtype in ("bf16", "fp16") and problem.head_dim in (32, 64, 128)
-
-
-@attention_varlen_fwd.implementation("triton", space=SPACE, supports=_supports, proven=_proven)
-def _triton_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    form: Form,
-    scale: float,
-    *,
-    config: Config,
-) -> Pair:
-    q, k, v, cu_q, cu_k = addressable(q), addressable(k), addressable(v), cu_q.contiguous(), cu_k.contiguous()
-    (total_q, heads, _), (total_k, heads_kv, _), n_sequences = q.shape, k.shape, len(cu_q) - 1
-    o, lse = like(q), torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
-    rows, columns = config.number("BLOCK_M"), config.number("BLOCK_N")
-    descriptors = bool(config["DESCRIPTORS"]) and describable(q, k, v)
-    launch(
-        varlen_fwd,
-        (n_blocks(total_q, n_sequences, rows) * heads,),
-        *((describe(q, rows), describe(k, columns), describe(v, columns)) if descriptors else (q, k, v)),
-        o,
-        lse,
-        cu_q,
-        cu_k,
-        *_steps(q, k, v, o),
-        n_sequences,
-        heads,
-        heads // heads_kv,
-        total_q,
-        total_k,
-        scale,
-        **_meta(form, q),
-        BLOCK_M=rows,
-        BLOCK_N=columns,
-        HEADS=config["HEADS"],
-        DESCRIPTORS=PACKED.value if descriptors else False,
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-    )
-    return o, lse
-
-
-@attention_varlen_bwd.implementation("triton", space=SPACE_BWD, supports=_supports, proven=_proven)
-def _triton_bwd(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    form: Form,
-    scale: float,
-    *,
-    config: Config,
-) -> Triple:
-    do, q, k, v, o = (addressable(x) for x in (do, q, k, v, o))
-    lse, cu_q, cu_k = lse.contiguous(), cu_q.contiguous(), cu_k.contiguous()
-    (total_q, heads, _), (total_k, heads_kv, _), n_sequences = q.shape, k.shape, len(cu_q) - 1
-    dq, dk, dv, delta = like(q), like(k), like(v), torch.empty_like(lse)
-    descriptors = bool(config["DESCRIPTORS"]) and describable(do, q, k, v)
-
-    def start(kernel: Any, axis: str, held: str, total: int, n_heads: int, *args: Any) -> None:
-        """Starts one of the two kernels, whose axes end with `axis`; each program holds a block of `held`."""
-        block = config.number(f"{held}{axis}")
-        launch(
-            kernel,
-            (n_blocks(total, n_sequences, block) * n_heads,),
-            *args,
-            n_sequences,
-            n_heads,
-            heads // heads_kv,
-            total_q,
-            total_k,
-            scale,
-            **_meta(form, q),
-            BLOCK_M=config[f"BLOCK_M{axis}"],
-            BLOCK_N=config[f"BLOCK_N{axis}"],
-            HEADS=config["HEADS"],
-            DESCRIPTORS=PACKED.value if descriptors else False,
-            num_warps=config[f"num_warps{axis}"],
-            num_stages=config[f"num_stages{axis}"],
-        )
-
-    def loaded(axis: str) -> tuple[Any, ...]:
-        """q, k, v and do as that kernel loads them."""
-        if not descriptors:
-            return q, k, v, do
-        rows, columns = config.number(f"BLOCK_M{axis}"), config.number(f"BLOCK_N{axis}")
-        return describe(q, rows), describe(k, columns), describe(v, columns), describe(do, rows)
-
-    # dq first: that kernel also makes the delta that the other one reads.
-    start(
-        varlen_bwd_dq, "2", "BLOCK_M", total_q, heads,
-        *loaded("2"), o, lse, delta, dq, cu_q, cu_k,
-        *_steps(q, k, v, do, o, dq),
-    )  # fmt: skip
-    start(
-        varlen_bwd_dkdv, "1", "BLOCK_N", total_k, heads_kv,
-        *loaded("1"), lse, delta, dk, dv, cu_q, cu_k,
-        *_steps(q, k, v, do, dk, dv),
-    )  # fmt: skip
-    return dq, dk, dv
-
-
-@attention_varlen_fwd.implementation("torch")
-def _torch_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    form: Form,
-    scale: float,
-) -> Pair:
-    return eager.forward(peers.torch_forward, q, k, v, cu_q, cu_k, form, scale)
-
-
-@attention_varlen_bwd.implementation("torch", deterministic=False)
-def _torch_bwd(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    form: Form,
-    scale: float,
-) -> Triple:
-    return eager.backward(peers.torch_backward, do, q, k, v, o, lse, cu_q, cu_k, form, scale)
-
-
-attention_varlen_fwd.implementation("flash_attention_2", available=flash.available, supports=flash.supports)(
-    flash.forward
-)
-attention_varlen_bwd.implementation(
-    "flash_attention_2", available=flash.available, supports=flash.supports, deterministic=False
-)(flash.backward)
-
-
-class _Varlen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, choice: dispatch.Choice | None, *args: Any) -> Pair:
-        o, lse = choice(*args) if choice is not None else _torch_fwd(*args)
-        q, k, v, cu_q, cu_k, *rest = args
-        ctx.save_for_backward(q, k, v, o, lse, cu_q, cu_k)
-        ctx.call = choice, rest
-        ctx.mark_non_differentiable(lse)
-        return o, lse
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, do: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        if do.stride(-1) != 1:  # a gradient expanded from a sum, say
-            do = do.contiguous()
-        choice, rest = ctx.call
-        args = do, *ctx.saved_tensors, *rest
-        grads = choice.follow(attention_varlen_bwd, (do,), *args) if choice is not None else _torch_bwd(*args)
-        return None, *grads, *[None] * 6
-
-
-def _form(
-    causal: bool | str, window: Any, softcap: float, max_q: int, max_k: int, tf32: bool, deterministic: bool
-) -> Form:
+def _form(causal: bool | str, window: Any, max_q: int, max_k: int, **rest: Any) -> Form:
     """The form of a call, in its simplest terms."""
     if causal not in (False, True, "top_left", "bottom_right"):
         raise ValueError(f"causal must be a bool, 'bottom_right' or 'top_left', not {causal!r}")
-    left, right = (-1 if side is None else int(side) for side in (window or (-1, -1)))
-    if left < -1 or right < -1:
-        raise ValueError(f"window must be two numbers of columns, -1 or None for no limit; got {window}")
-    if softcap < 0:
-        raise ValueError(f"softcap must not be negative; got {softcap}")
-    left, right, corner = simplest(max_q, max_k, left, 0 if causal else right, causal != "top_left")
-    return form(left=left, right=right, bottom_right=corner, softcap=softcap, tf32=tf32, deterministic=deterministic)
+    left, right = sides(window)
+    right, corner = 0 if causal else right, causal != "top_left"
+    if not torch.compiler.is_compiling():  # a trace may not know the lengths; the op simplifies when it runs
+        left, right, corner = simplest(max_q, max_k, left, right, corner)
+    return form(left=left, right=right, bottom_right=corner, **rest)
 
 
 def attention_varlen(
@@ -341,32 +81,51 @@ def attention_varlen(
     D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32 factors are rounded to tf32 where
     `torch.backends.cuda.matmul.allow_tf32` has it. They never read a length on the host, so a CUDA graph that captured
     a call follows the lengths. Without a verdict that covers a call they serve bf16 and fp16 with D 128.
-    Everything else, and `torch.compile`, runs the same in PyTorch, a sequence at a time, and has to wait for the
-    lengths. Under autocast q, k and v are cast as there.
+    Everything else runs the same in PyTorch, a sequence at a time, and has to wait for the lengths. Under autocast q, k
+    and v are cast as there. `torch.compile` sees one op, `tilebook::attention_varlen_fwd`.
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            attention_varlen, tensors, *tensors, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal,
+            scale=scale, window=window, softcap=softcap, return_lse=return_lse, deterministic=deterministic,
+        )  # fmt: skip
+    route = untraceable(way(*tensors))
+    q, k, v = autocast(q, k, v)
+    numbers(scale, softcap, 0.0)
     factor = scale
     if factor is None:
         factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
-    # Rounded up, so that packs whose longest sequences differ a little are one call to dispatch.
-    max_q, max_k = (1 << max(0, n - 1).bit_length() if isinstance(n, int) else n for n in (max_seqlen_q, max_seqlen_k))
-    tf32 = q.dtype == torch.float32 and peers.tf32_allowed()
-    found = _form(causal, window, softcap, max_q, max_k, tf32, deterministic)
-    args = q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, found, factor
-    choice = dispatch.known(attention_varlen_fwd, *args)
-    if choice is None or choice.source == "fallback":
-        check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        args = q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, found, factor
-        usual = q.numel() and k.numel() and len(cu_seqlens_q) > 1 and factor > 0
-        choice = dispatch.find(attention_varlen_fwd, *args) if usual else None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        o, lse = _Varlen.apply(choice, *args)
+    max_q, max_k = max_seqlen_q, max_seqlen_k
+    if type(max_q) is int and type(max_k) is int and not torch.compiler.is_compiling():
+        max_q, max_k = bucket(max_q), bucket(max_k)
     else:
-        o, lse = choice(*args) if choice is not None else _torch_fwd(*args)
+        check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    found = _form(
+        causal, window, max_q, max_k, softcap=softcap, tf32=q.dtype == torch.float32 and tf32_allowed(),
+        deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    tensors, options = (q, k, v, cu_seqlens_q, cu_seqlens_k), (max_q, max_k, found, factor)
+    choice = dispatch.known(registered()[0], (*tensors, *options)) if route == "direct" else None
+    if choice is None:
+        check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        usual = q.numel() and k.numel() and len(cu_seqlens_q) > 1 and factor > 0
+        if route == "pytorch" or not usual:
+            return _plain(tensors, options, return_lse)
+        tensors = (rows(q), rows(k), rows(v), cu_seqlens_q, cu_seqlens_k)
+        if route == "op":
+            o, lse = VARLEN.through(tensors, options)
+            return (o, lse) if return_lse else o
+        choice = dispatch.lookup(registered()[0], (*tensors, *options))
+    if choice.native and not (recorded(tensors) and not dispatch.backward_of(choice).native):
+        choice.calls += 1
+        return _plain(tensors, options, return_lse)
+    o, lse = VARLEN.direct(choice, tensors, options)
     return (o, lse) if return_lse else o
+
+
+def _plain(tensors: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
+    o = plain(tensors, options)  # type: ignore[arg-type]
+    return (o, log_sum_exp(tensors, options)) if return_lse else o  # type: ignore[arg-type]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tilebook.device import Device
-from tilebook.kernels.attention.backward import attention_bwd
-from tilebook.kernels.attention.forward import attention_fwd
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.tiles import asynchronous
 from tilebook.kernels.varlen.problem import ForwardProblem
 from tilebook.op import Config, Cost, Op, Space
