@@ -50,6 +50,8 @@ CALLS = {
 def test_in_pytorchs_place_it_does_not_call_itself(device, what, dtype):
     *shapes, options = CALLS[what]
     inputs = tuple(torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes)
+    if device == "cuda" and options.get("dropout_p") == 1.0:
+        pytest.skip("PyTorch's kernels make NaN of it, or refuse it")
     with in_place():
         assert_no_worse(
             lambda *qkv: F.scaled_dot_product_attention(*qkv, **options), lambda *qkv: SDPA(*qkv, **options), inputs
