@@ -82,6 +82,9 @@ class Choice:
             raise broken
         try:
             outputs = spare(*args)
+        except torch.OutOfMemoryError:
+            self.calls -= 1
+            raise
         except Exception:
             # Nothing takes this call, so that the call is at fault, and the choice stays as good as it was.
             self.calls -= 1
