@@ -8,6 +8,7 @@ import pytest
 import torch
 from dispatch_samples import (
     COMPOSED,
+    FUSED,
     GPU,
     OP,
     OTHER,
@@ -138,7 +139,8 @@ def test_what_is_forced_on_an_op_that_lacks_it_leaves_the_op_as_it_is(here):
 
 def test_a_backward_pass_is_forced_by_itself(here):
     with here.use("triton"):
-        choice = here.lookup(doubling(ours), (torch.ones(4),))
+        choice = here.lookup(OP, FUSED.inputs("meta", 0))
+    assert not choice.native
     assert here.backward_of(choice) is choice
 
 
@@ -255,7 +257,8 @@ def test_out_of_memory_is_the_callers_to_handle(here, where):
     op, x = doubling(*((hungry, ours) if where == "kernel" else (broken, hungry))), on_gpu(torch.ones(4))
     with pytest.raises(torch.OutOfMemoryError):
         here.run(op, x)
-    assert here.known(op, (x,)).spare is None
+    choice = here.known(op, (x,))
+    assert (choice.calls, choice.spare) == (0, None)
 
 
 # While a graph is captured

@@ -102,9 +102,10 @@ class Dispatch:
         if choice is None:
             choice = self.choose(op, op.problem.of(*args), args[0].device)
             if self._settled(choice):
-                while len(self._memo) >= _MOST_CHOICES:
-                    self._memo.pop(next(iter(self._memo)), None)
-                self._memo[known] = choice
+                with self._lock:  # another thread's choice would change what is walked here
+                    while len(self._memo) >= _MOST_CHOICES:
+                        del self._memo[next(iter(self._memo))]
+                    self._memo[known] = choice
         return choice
 
     def choose(self, op: Op[Any], problem: Problem, device: torch.device) -> Choice:

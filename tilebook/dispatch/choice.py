@@ -65,6 +65,7 @@ class Choice:
                 return outputs
             return self._run(*args)
         except torch.OutOfMemoryError:
+            self.calls -= 1  # it may have been before anything was compiled
             raise
         except Exception as broken:
             return self._serve_instead(broken, args)
