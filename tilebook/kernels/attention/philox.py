@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tilebook.kernels.attention.scores import PHILOX_ROUNDS
+from tilebook.kernels.attention.triton.scores import PHILOX_ROUNDS
 
 _WORD = 0xFFFFFFFF
 _FACTORS = 0xD2511F53, 0xCD9E8D57

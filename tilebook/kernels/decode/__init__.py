@@ -11,8 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tilebook import device as devices
 from tilebook import dispatch
 from tilebook.kernels.attention.form import PLAIN
+from tilebook.kernels.attention.layout import describable, like
 from tilebook.kernels.attention.peers import cudnn_available, cudnn_forward
-from tilebook.kernels.attention.tiles import describable, like
 from tilebook.kernels.decode import eager
 from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.kernels import decode_kernel, merge_kernel
