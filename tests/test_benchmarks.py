@@ -1,5 +1,6 @@
 """Programs that measure run to their end without a GPU, so that what a GPU is spent on is not their mistakes."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -31,3 +32,13 @@ def test_precisions_are_compared_forward_and_backward(tmp_path):
     for row in document["results"]:
         # Ours too, but where Triton's interpreter and NumPy are at odds.
         assert {"torch", "sdpa"} <= set(row["candidates"])
+
+
+def test_tables_of_speed_in_the_documentation_are_those_of_the_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gains = importlib.import_module("gains")
+    rows = json.loads((BENCHMARKS / "results/nvidia-h200/fa.json").read_text())["results"]
+    root = BENCHMARKS.parent
+    assert "\n".join(gains.gains_table(rows)) in (root / "README.md").read_text()
+    for direction in ("fwd", "bwd"):
+        assert "\n".join(gains.rates_table(rows, direction)) in (root / "docs/kernels/attention.md").read_text()

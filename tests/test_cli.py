@@ -1,5 +1,6 @@
 """The command line as a subprocess, the way a user has it, without a GPU."""
 
+import functools
 import json
 import os
 import signal
@@ -258,10 +259,12 @@ def test_ctrl_c_ends_in_one_line_and_leaves_no_process(run):
         time.sleep(0.1)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("tilebook: interrupted")
     assert "Traceback" not in err
+    for op in ("mlp_up_fwd", "mlp_down_fwd"):
+        assert f"not reached: {op} M4096,H64,I64 bf16: interrupted" in out
 
 
 def test_suites_add_up():
@@ -334,6 +337,17 @@ def test_bad_usage_of_the_program_itself(run, arguments):
     process = run(*arguments)
     assert (process.returncode, process.out) == (2, "")
     assert "Traceback" not in process.err
+
+
+def test_a_kernel_family_that_cannot_be_imported_is_one_line_and_the_others_are_served(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr(ops, "_OPS", dict(ops._OPS))
+    monkeypatch.setattr(ops, "_load_families", functools.cache(ops._load_families.__wrapped__))
+    monkeypatch.setitem(sys.modules, "tilebook.kernels.decode", None)
+    result = CliRunner().invoke(main, ["show", "--op", "rms_norm_fwd"])
+    assert result.exit_code == 0, result.stderr
+    (said,) = [line for line in result.stderr.splitlines() if line.strip()]
+    assert said.startswith("tilebook: kernel family decode cannot be imported: ModuleNotFoundError")
 
 
 FOREIGN = {

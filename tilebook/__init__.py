@@ -5,30 +5,47 @@ The public functions are those of the kernel families (`tilebook.attention`, `ti
 
 from __future__ import annotations
 
-import importlib.util
-import pkgutil
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tilebook.kernels.attention import attention, scaled_dot_product_attention
+    from tilebook.kernels.decode import attention_decode
+    from tilebook.kernels.mlp import mlp
+    from tilebook.kernels.norms import layer_norm, rms_norm
+    from tilebook.kernels.varlen import attention_varlen
+
+__all__ = [
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "layer_norm",
+    "mlp",
+    "rms_norm",
+    "scaled_dot_product_attention",
+]
 
 __version__ = "0.1.0"
 
+_FAMILY = {
+    "attention": "attention",
+    "attention_decode": "decode",
+    "attention_varlen": "varlen",
+    "layer_norm": "norms",
+    "mlp": "mlp",
+    "rms_norm": "norms",
+    "scaled_dot_product_attention": "attention",
+}
+"""Public function → the kernel family whose `__all__` has it. A family is imported when it is first asked for."""
 
-def _public() -> dict[str, str]:
-    """Public function → module of the kernel family that offers it."""
-    kernels = importlib.import_module("tilebook.kernels")
-    names = [f"tilebook.kernels.{family.name}" for family in pkgutil.iter_modules(kernels.__path__)]
-    return {function: name for name in names for function in importlib.import_module(name).__all__}
+if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
-
-def __getattr__(name: str) -> Any:
-    # Families are found, not listed, so that adding one touches one file; and `import tilebook` stays light.
-    # A module of the package is none of theirs, and `from tilebook import …` asks here before it imports one.
-    own = name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is not None
-    if not own and name in (public := _public()):
-        found = getattr(importlib.import_module(public[name]), name)
-        globals()[name] = found
+    def __getattr__(name: str) -> Any:
+        if name not in _FAMILY:
+            raise AttributeError(f"module 'tilebook' has no attribute {name!r}")
+        found = globals()[name] = getattr(importlib.import_module(f"tilebook.kernels.{_FAMILY[name]}"), name)
         return found
-    raise AttributeError(f"module 'tilebook' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_public()})
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tilebook.problem import UsageError
+from tilebook.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.util
 import itertools
 import json
 import math
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -181,15 +183,30 @@ class Op(Generic[P]):
 
     `reference` is eager PyTorch in the dtype of its inputs: called on inputs upcast to fp32 it gives the truth that
     every implementation is judged by. The implementation named `torch` is the fallback where no kernel applies, and
-    its error against the truth is the yardstick for the others.
+    its error against the truth is the yardstick for the others. `fused` says for which problems PyTorch's own function
+    is one that people would have called and that is fast: those it serves wherever no verdict of their own says more.
+    `native` names the implementations that are what this function runs by itself for a problem on a GPU, so that a call
+    which one of them won is left to it.
     """
 
-    def __init__(self, name: str, problem: type[P], reference: Callable[..., Any], direction: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        problem: type[P],
+        reference: Callable[..., Any],
+        direction: str,
+        fused: Callable[[P], bool] = lambda problem: False,
+        native: Callable[[str, P, Device], bool] = lambda name, problem, device: name == "torch",
+        family: str = "",
+    ) -> None:
         self.name = name
         self.problem = problem
         self.reference = reference
         self.direction = direction
-        self.family = reference.__module__.removeprefix("tilebook.kernels.").split(".")[0]
+        self.fused = fused
+        self.native = native
+        self.backward: Op[Any] | None = None  # the op of the gradients, posed by a problem with the same fields
+        self.family = family or reference.__module__.removeprefix("tilebook.kernels.").split(".")[0]
         self.implementations: dict[str, Implementation] = {}
 
     def __repr__(self) -> str:
@@ -222,8 +239,9 @@ class Op(Generic[P]):
 
     @property
     def tunable(self) -> Implementation:
-        """Our own kernel, the first of ours that has a space: its default is the baseline, and what runs by default."""
-        return next(each for each in self.tunables if not each.external)
+        """Our own kernel, named `triton`, else the first with a space: its default is the baseline."""
+        ours = self.implementations.get("triton")
+        return ours if ours is not None else next(each for each in self.tunables if not each.external)
 
     @property
     def digest(self) -> str:
@@ -234,26 +252,52 @@ class Op(Generic[P]):
 _OPS: dict[str, Op[Any]] = {}
 
 
-def define(name: str, problem: type[P], *, direction: str = "fwd") -> Callable[[Callable[..., Any]], Op[P]]:
-    """Makes the decorated reference function an op. `direction` is "fwd" or "bwd"."""
+def define(
+    name: str,
+    problem: type[P],
+    *,
+    direction: str = "fwd",
+    fused: Callable[[P], bool] = lambda problem: False,
+    native: Callable[[str, P, Device], bool] = lambda name, problem, device: name == "torch",
+    family: str = "",
+) -> Callable[[Callable[..., Any]], Op[P]]:
+    """Makes the decorated reference function an op. `direction` is "fwd" or "bwd"; the rest as `Op` has it.
+
+    family: what the command line calls it and its like, where that is not the name of its folder.
+    """
 
     def register(reference: Callable[..., Any]) -> Op[P]:
-        made = Op(name, problem, reference, direction)
+        made = Op(name, problem, reference, direction, fused, native, family)
         _OPS[name] = made
         return made
 
     return register
 
 
+def _everything(family: str) -> str:
+    """The module that registers a family's ops and loads Triton; public functions do without until a kernel runs."""
+    found = importlib.util.find_spec(family)
+    package = found is not None and found.submodule_search_locations is not None
+    return f"{family}.ops" if package and importlib.util.find_spec(f"{family}.ops") is not None else family
+
+
 @functools.cache
-def _load_families() -> None:
-    kernels = importlib.import_module("tilebook.kernels")
+def _load_families() -> Sequence[str]:
+    """Imports every kernel family; says of those that cannot be imported why. Of these no op stays registered."""
+    kernels, broken = importlib.import_module("tilebook.kernels"), []
     for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"tilebook.kernels.{module.name}")
+        try:
+            importlib.import_module(_everything(f"tilebook.kernels.{module.name}"))
+        except Exception as error:  # a change of Triton's or Gluon's interface must not take all the others down
+            broken.append(f"kernel family {module.name} cannot be imported: {type(error).__name__}: {error}")
+            warnings.warn(broken[-1], RuntimeWarning, stacklevel=3)
+            for name in [name for name, each in _OPS.items() if each.family == module.name]:
+                del _OPS[name]
+    return broken
 
 
 def ops() -> Mapping[str, Op[Any]]:
-    """Every op of every kernel family, by name."""
+    """Every op of every kernel family, by name. A family that cannot be imported is left out, with a warning."""
     _load_families()
     return _OPS
 
@@ -263,7 +307,8 @@ def get(name: str) -> Op[Any]:
     try:
         return ops()[name]
     except KeyError:
-        raise UsageError(f"no op {name!r}; there are {', '.join(sorted(ops()))}") from None
+        known = f"no op {name!r}; there are {', '.join(sorted(ops()))}"
+        raise UsageError("; ".join([known, *_load_families()])) from None
 
 
 def families() -> Mapping[str, Sequence[Op[Any]]]:

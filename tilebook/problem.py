@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
+from tilebook.errors import UsageError
+
 if TYPE_CHECKING:
     from tilebook.device import Device
 
@@ -60,10 +62,6 @@ def normal(
         return torch.empty(shape, dtype=dtype, device=device)
     drawn = torch.randn(shape, generator=source, device=device, dtype=dtype)
     return drawn if scale == 1.0 else drawn * scale
-
-
-class UsageError(ValueError):
-    """A name, shape or option that the user got wrong; its text is one clear line."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tilebook.errors import TuningError
 from tilebook.registry import Failure
 from tilebook.tuner.runner import Candidate, GpuRunner, Limits
 
@@ -88,7 +89,7 @@ def test_a_finalist_that_breaks_the_process_is_found_and_the_others_are_confirme
 
 
 def test_what_cannot_be_prepared_is_an_error_and_the_next_problem_is_not_harmed(runner):
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(TuningError, match="out of memory"):
         runner.prepare(OP, problem(13))
     runner.prepare(OP, problem(2))
     assert runner.attempt(GOOD, None).failure is None
@@ -96,9 +97,9 @@ def test_what_cannot_be_prepared_is_an_error_and_the_next_problem_is_not_harmed(
 
 def test_a_closed_runner_starts_nothing_any_more(runner):
     runner.close()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TuningError):
         runner.attempt(GOOD, None)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TuningError):
         runner.confirm([GOOD, OTHER], 1, 0)
     assert not runner._child.alive
     assert not runner._spare.alive

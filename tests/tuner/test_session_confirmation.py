@@ -5,6 +5,7 @@ from fakes import FakeRunner, tune
 from test_session import BEST, valley
 from toy import SPACE
 
+from tilebook.errors import TuningError
 from tilebook.op import Config
 from tilebook.registry import Failure, Status, VerdictStatus
 from tilebook.tuner.runner import Candidate
@@ -107,7 +108,7 @@ def test_a_finalist_that_failed_at_last_does_not_come_back_in_a_resumed_run(path
     class Dying(FakeRunner):
         def confirm(self, candidates, rounds, seed, *, fresh=False):
             if self.confirmed:
-                raise RuntimeError("the machine is going down")
+                raise TuningError("the machine is going down")
             return super().confirm(candidates, rounds, seed, fresh=fresh)
 
     dying = Dying(valley)

@@ -8,6 +8,7 @@ from fakes import FakePool, FakeRunner, tune
 from test_session import BEST, valley
 from toy import SPACE, make_op
 
+from tilebook.errors import TuningError
 from tilebook.op import Config, Space
 from tilebook.registry import Failure, Registry, VerdictStatus
 from tilebook.tuner.known import Field, searched, unsearched
@@ -169,7 +170,7 @@ def test_trials_and_verdicts_of_the_other_mode_do_not_count_and_the_last_verdict
 def test_a_resumed_run_has_the_counts_of_one_that_was_not_interrupted(path, tmp_path):
     class Ending(FakeRunner):
         def confirm(self, candidates, rounds, seed, *, fresh=False):
-            raise RuntimeError("out of time")
+            raise TuningError("out of time")
 
     def risky(candidate):
         late = candidate.config.get("num_warps") == 16

@@ -10,9 +10,9 @@ from fakes import GPU, FakePool, FakeRunner
 from toy import SPACE, Scaling, make_op
 
 from tilebook.cli import main
+from tilebook.errors import CompilerError
 from tilebook.op import Config, Space, UsageError
 from tilebook.registry import Failure, Status
-from tilebook.tuner.compile import CompilerError
 from tilebook.tuner.progress import Run
 from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.sweep import read, record

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
+
+from tilebook.errors import one_line
 
 REGISTRY = click.option(
     "--registry", metavar="PATH", help="Registry file or SQLAlchemy URL (default: $TILEBOOK_REGISTRY, else the user's)."
@@ -26,21 +29,25 @@ class _Tidy(click.Group):
     """A group whose expected errors are one line on stderr, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from tilebook.op import UsageError
-        from tilebook.registry import RegistryError
+        from tilebook.errors import TilebookError, UsageError
+
+        def told(message: Warning | str, *_: Any, **__: Any) -> None:
+            click.echo(f"tilebook: {one_line(message)}", err=True)
 
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = told
+                return super().invoke(ctx)
         except UsageError as wrong:
             _fail(str(wrong), 2)
-        except (RegistryError, OSError) as broken:
+        except (TilebookError, OSError) as broken:
             _fail(str(broken), 1)
         except KeyboardInterrupt:
             _fail("interrupted; what was done is kept, and the same command goes on from there", 130)
 
 
 def _fail(text: str, status: int) -> NoReturn:
-    click.echo(f"tilebook: {' '.join(text.split())}", err=True)
+    click.echo(f"tilebook: {one_line(text)}", err=True)
     raise SystemExit(status)
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+from tilebook.errors import TuningError
 from tilebook.tuner.processes import has_exited, kill_group, kill_marked
 
 Json = dict[str, Any]
@@ -40,7 +41,7 @@ _SHOWN_STDERR = 2_048
 _MAX_REPLY = 64 << 20
 
 
-class ChildError(Exception):
+class ChildError(TuningError):
     """A child did not answer."""
 
 

@@ -19,14 +19,11 @@ from typing import Any, Protocol, Self
 
 from tilebook import op as ops
 from tilebook.device import Device
+from tilebook.errors import CompilerError
 from tilebook.tuner.child import Child, ChildDied, ChildNotStarted, ChildTimedOut, Json
 
 _MAX_WORKERS = 32  # each holds PyTorch and Triton, about 0.5 GB
 _MAX_REASON = 500
-
-
-class CompilerError(Exception):
-    """A compile process failed at something that is no candidate's fault."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,17 @@ class Compiled:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         return cls(**{**data, "binaries": tuple(Binary(**each) for each in data["binaries"])})
+
+
+def outcome(future: Future[Compiled]) -> Compiled:
+    """What became of a compilation; a defect of the compile process is that candidate's failure, and no more.
+
+    Raises ChildNotStarted where no process can start.
+    """
+    try:
+        return future.result()
+    except CompilerError as error:
+        return Compiled((), 0.0, "compile_error", str(error).strip().splitlines()[-1][:_MAX_REASON])
 
 
 def block_registers(kernel: Binary, device: Device) -> int:

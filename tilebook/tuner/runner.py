@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tilebook.errors import TuningError
 from tilebook.op import Config, Op, Problem
 from tilebook.registry import Failure, Json
 from tilebook.tuner.child import Child, ChildDied, ChildError, ChildTimedOut
@@ -54,15 +55,15 @@ class Runner(Protocol):
     """What the session needs of a GPU; a recorded sweep or a test can stand in for one."""
 
     def prepare(self, op: Op[Any], problem: Problem) -> None:
-        """Makes inputs and truths for a problem. Raises RuntimeError where that cannot be done."""
+        """Makes inputs and truths for a problem. Raises TuningError where that cannot be done."""
 
     def attempt(self, candidate: Candidate, incumbent_ms: float | None) -> Attempt:
-        """Verifies the candidate, then times it. Raises RuntimeError where no process can be made ready for it."""
+        """Verifies the candidate, then times it. Raises TuningError where no process can be made ready for it."""
 
     def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, *, fresh: bool = False) -> list[Attempt]:
         """Verifies each candidate again, more thoroughly, and times those that pass interleaved, `rounds` samples each.
 
-        fresh: in a process that has run no candidate before; it then stays the one that measures. Raises RuntimeError
+        fresh: in a process that has run no candidate before; it then stays the one that measures. Raises TuningError
         where no samples can be had.
         """
 
@@ -135,7 +136,7 @@ class GpuRunner:
             self._healthy(self._spare)  # returns once its start is over, and with it all that could disturb
         try:
             return self._confirm(candidates, rounds, seed, self._limit_s(self._limits.confirm_s, candidates))
-        except RuntimeError:
+        except TuningError:
             if self._closed or len(candidates) == 1:
                 raise
         # One of them broke the process, and would every time: each alone shows which, and the rest goes on without.
@@ -150,7 +151,7 @@ class GpuRunner:
         reply = self._ask({"do": "confirm", "candidates": listed, "rounds": rounds, "seed": seed}, limit_s)
         if "error" in reply:
             self._child.close()
-            raise RuntimeError(_text(reply))
+            raise TuningError(_text(reply))
         return [
             Attempt(None, "", median(samples), tuple(samples))
             if failed is None
@@ -162,7 +163,7 @@ class GpuRunner:
         self._ensure()
         try:
             return self._confirm([candidate], 1, seed, self._limit_s(self._limits.attempt_s, [candidate]))[0]
-        except RuntimeError as broken:
+        except TuningError as broken:
             return Attempt(Failure.RUN_ERROR, str(broken))
 
     def _limit_s(self, base_s: float, candidates: Sequence[Candidate]) -> float:
@@ -192,7 +193,7 @@ class GpuRunner:
             )
             if "error" in reply:
                 self._child.close()
-                raise RuntimeError(_text(reply))
+                raise TuningError(_text(reply))
             self._prepared = True
 
     def _swap(self) -> None:
@@ -207,13 +208,13 @@ class GpuRunner:
 
     def _ask(self, message: dict[str, Json], limit_s: float) -> dict[str, Any]:
         if self._closed:
-            raise RuntimeError("the runner is closed")
+            raise TuningError("the runner is closed")
         try:
             reply = self._child.request(message, limit_s)
         except ChildTimedOut:
-            raise RuntimeError(f"no answer to {message['do']!r} within {limit_s:.0f} s") from None
+            raise TuningError(f"no answer to {message['do']!r} within {limit_s:.0f} s") from None
         except ChildDied as died:
-            raise RuntimeError(f"the worker died: {died}") from None
+            raise TuningError(f"the worker died: {died}") from None
         assert isinstance(reply, dict)
         return reply
 

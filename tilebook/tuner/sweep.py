@@ -23,10 +23,11 @@ from typing import Any, Self, TextIO
 
 from tilebook import device as devices
 from tilebook.device import Device
-from tilebook.op import Config, Implementation, Op, Problem, UsageError
+from tilebook.errors import TuningError, UsageError, one_line
+from tilebook.op import Config, Implementation, Op, Problem
 from tilebook.registry import Failure, Json, Status
 from tilebook.report.live import view
-from tilebook.tuner.compile import Compiled, CompilePool, CompilerError, Compilers
+from tilebook.tuner.compile import Compiled, CompilePool, Compilers, outcome
 from tilebook.tuner.known import source_of
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Attempt, Candidate, GpuRunner, Runner
@@ -251,11 +252,7 @@ def _compiled(futures: Mapping[Future[Compiled], Config]) -> Iterator[tuple[Conf
     """The first candidate, then the others as they come from the compilers."""
     first = list(futures)[:1]  # the default, unless it was measured before: without it nothing can be replayed
     for future in itertools.chain(first, as_completed([each for each in futures if each not in first])):
-        try:
-            yield futures[future], future.result()
-        except CompilerError as error:
-            gist = str(error).strip().splitlines()[-1]
-            yield futures[future], Compiled((), 0.0, Failure.COMPILE_ERROR.value, gist)
+        yield futures[future], outcome(future)
 
 
 def record(
@@ -307,8 +304,8 @@ def record(
             finally:
                 for future in futures:
                     future.cancel()
-    except RuntimeError as broken:
-        state.error = str(broken)
+    except TuningError as broken:
+        state.error = one_line(broken)
     finally:
         run.end(state)
 
@@ -338,7 +335,7 @@ def record_problems(
     with CompilePool(gpu, workers) as pool:
         try:
             runner.start()
-            with view(len(problems), True, None) as run:
+            with view(len(problems), True) as run:
                 for op, problem in problems:
                     path = out if single else out / file_name(op, problem, implementation)
                     record(op, problem, gpu, path, pool, runner, run, most, seed, implementation)

@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tilebook.errors import TuningError
 from tilebook.op import Config, Implementation, Op, Problem
 
 FACTOR = 2.0
@@ -64,7 +65,7 @@ class NotRepeatable(Wrong):
     """Two runs on the same inputs differ, though the implementation is declared deterministic."""
 
 
-class NoYardstick(RuntimeError):
+class NoYardstick(TuningError):
     """PyTorch's own answer is not finite where the truth is: nothing says how large an error may be."""
 
 

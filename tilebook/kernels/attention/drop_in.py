@@ -5,9 +5,48 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.overrides import has_torch_function
 
 from tilebook import dispatch
+from tilebook.call import way
+from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
+
+_Tensor = torch.Tensor
+_here = dispatch.here
+_compiling, _capturing = torch.compiler.is_compiling, torch.cuda.is_current_stream_capturing
+_batched: Any = torch._C._functorch.peek_interpreter_stack
+
+_HOST_BOUND, _HOST_BOUND_TRAINING = 1 << 27, 3 << 27
+"""Elements of q times keys up to which the GPU is done with an eager call before the host has made the next.
+
+About 15 µs of an H200 forward, 100 µs forward and backward: PyTorch's function costs the host 20 µs and 115 µs.
+"""
+
+
+def bounded_by_the_host(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Is this an eager call so small that it takes as long as the host takes, which PyTorch's function costs least?
+
+    Only for tensors of one shape, whose arguments need no other check than PyTorch's. A graph that is captured is
+    replayed without the host.
+    """
+    if (
+        not type(q) is type(k) is type(v) is _Tensor
+        or _compiling()
+        or _here.forced is not None
+        or _batched() is not None
+    ):
+        return False
+    if not q.get_device() == k.get_device() == v.get_device() >= 0 or not q.dtype == k.dtype == v.dtype:
+        return False
+    shape = q.shape
+    if len(shape) != 4 or shape != k.shape or shape != v.shape:
+        return False
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not 0 < q.numel() * shape[2] <= (_HOST_BOUND_TRAINING if training else _HOST_BOUND):
+        return False
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:  # cuDNN does not look before it loads
+        return False
+    return not (_capturing() or torch.are_deterministic_algorithms_enabled())
 
 
 def scaled_dot_product_attention(
@@ -17,6 +56,7 @@ def scaled_dot_product_attention(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
@@ -38,13 +78,17 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError, ValueError: what PyTorch does not take either.
 
-    What `tilebook.attention` has no kernel for (E ≠ Ev, batch dimensions to broadcast, nested tensors) is PyTorch's.
+    What `tilebook.attention` has no kernel for (E ≠ Ev, batch dimensions to broadcast, nested tensors) is PyTorch's,
+    and so is what overrides PyTorch's function: tensor subclasses, modes, `torch.nn.attention.bias.CausalBias`.
     """
+    if attn_mask is None and not dropout_p and (scale is None or scale > 0) and bounded_by_the_host(query, key, value):
+        return plain_sdpa(query, key, value, None, 0.0, is_causal, scale=scale)  # type: ignore[no-any-return]
+    overridden = has_torch_function((query, key, value, attn_mask))
+    if overridden or not _fits(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+        given: Any = {"enable_gqa": True} if enable_gqa else {}
+        return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **given)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attention  # the package imports this module
 
-    options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    if not _fits(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
-        return F.scaled_dot_product_attention(query, key, value, **options, enable_gqa=enable_gqa)
     lead = query.shape[:-3]
     q, k, v = (x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None] for x in (query, key, value))
     mask = attn_mask
@@ -61,22 +105,36 @@ def _fits(
     mask: torch.Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    scale: Any,
     enable_gqa: bool,
 ) -> bool:
     """Is this a call that `attention` takes, and not PyTorch's own to serve or to refuse?"""
-    if not dispatch.may_serve(query) or any(x.is_nested for x in (query, key, value)):
+    if not all(isinstance(x, torch.Tensor) and not x.is_nested for x in (query, key, value)):
+        return False
+    if way(query, key, value, optional=(mask,)) == "pytorch":
+        return False
+    if not (2 <= query.ndim == key.ndim == value.ndim) or not (query.numel() and key.numel()):
         return False
     heads = query.ndim < 3 or query.shape[-3] == key.shape[-3] or (enable_gqa and query.shape[-3] % key.shape[-3] == 0)
-    whole = mask is None or mask.dtype == torch.bool or mask.is_floating_point()
     return (
-        2 <= query.ndim == key.ndim == value.ndim
-        and query.shape[:-3] == key.shape[:-3]
+        query.shape[:-3] == key.shape[:-3]
         and key.shape == value.shape
         and query.shape[-1] == key.shape[-1]
         and query.dtype == key.dtype == value.dtype
+        and query.device == key.device == value.device
         and heads
-        and whole
+        and (scale is None or isinstance(scale, int | float))
         and 0 <= dropout_p < 1
         and not (is_causal and mask is not None)
-        and (mask is None or (mask.ndim <= query.ndim and mask.device == query.device))
+        and (mask is None or _takes(mask, query, key))
     )
+
+
+def _takes(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Does PyTorch take this mask beside this query?"""
+    known = mask.dtype in (torch.bool, torch.float32, query.dtype)
+    scores = (*query.shape[:-1], key.shape[-2])
+    broadcasts = mask.ndim <= len(scores) and all(
+        n in (1, m) for n, m in zip(mask.shape[::-1], scores[::-1], strict=False)
+    )
+    return known and broadcasts and mask.device == query.device

@@ -78,7 +78,7 @@ class _Piece:
         batches, heads = self.heads
         pairs = (batches * (heads_kv * group) + heads)[..., None, None]
         rows, columns = self._grid
-        return survives(seed, pairs, rows, columns, self.form.dropout) / (1 - self.form.dropout)
+        return survives(seed, pairs, rows, columns, self.form.dropout).float() / (1 - self.form.dropout)
 
 
 def _pieces(

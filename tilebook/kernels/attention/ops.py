@@ -6,11 +6,17 @@ import torch
 
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
+from tilebook.kernels.attention.native import native
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
 from tilebook.op import define
 
 
-@define("attention_fwd", ForwardProblem)
+def _fused(problem: ForwardProblem) -> bool:
+    """Has PyTorch a kernel that anybody would call? Those that take a mask err in rows that see nothing."""
+    return problem.form.plain and not problem.deterministic
+
+
+@define("attention_fwd", ForwardProblem, fused=_fused, native=native)
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,7 +27,7 @@ def attention_fwd(
     return eager.forward(q, k, v, form, scale, *extras)
 
 
-@define("attention_bwd", BackwardProblem, direction="bwd")
+@define("attention_bwd", BackwardProblem, direction="bwd", fused=_fused, native=native)
 def attention_bwd(
     do: torch.Tensor,
     q: torch.Tensor,
@@ -38,3 +44,8 @@ def attention_bwd(
     Where the form wants it also dbias, like the bias, summed over what the bias is broadcast along.
     """
     return eager.backward(do, q, k, v, form, scale, *extras)
+
+
+attention_fwd.backward = attention_bwd
+
+from tilebook.kernels.attention import implementations  # noqa: E402, F401 (what computes the ops registers itself)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
+from tilebook.call import tf32_allowed
 from tilebook.device import Device
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
+from tilebook.kernels.attention.pytorch import sdpa
+from tilebook.layout import aligned
+from tilebook.torch_ops import recording
 
 _aten = torch.ops.aten
 _HALVES = (torch.float16, torch.bfloat16)
@@ -38,6 +41,7 @@ def cudnn_supports(problem: ForwardProblem | BackwardProblem) -> bool:
 def cudnn_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = aligned(q), aligned(k), aligned(v)
     o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, form.causal, False, scale=scale)
     return o, lse.view(q.shape[:-1])
 
@@ -54,24 +58,35 @@ def cudnn_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # not read: there is no dropout
     lengths = q.shape[2], k.shape[2]
+    do, q, k, v, o = (aligned(x) for x in (do, q, k, v, o))
+    lse = lse.contiguous()[..., None]
     dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, o, lse[..., None], seed, seed, None, None, None, *lengths, 0.0, form.causal, scale=scale
+        do,
+        q,
+        k,
+        v,
+        o,
+        lse.contiguous()[..., None],
+        seed,
+        seed,
+        None,
+        None,
+        None,
+        *lengths,
+        0.0,
+        form.causal,
+        scale=scale,
     )
     return dq, dk, dv
 
 
-def tf32_allowed() -> bool:
-    """May products of fp32 tensors round their factors to tf32? As PyTorch's matrix products are told."""
-    try:
-        return bool(torch.backends.cuda.matmul.allow_tf32)
-    except RuntimeError:  # set through the newer of two interfaces, which the older one refuses to read
-        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
-def _flash_applies(q: torch.Tensor, k: torch.Tensor, form: Form) -> bool:
-    """Will SDPA on the GPU pick FlashAttention-2, whose log-sum-exp can then be had?"""
-    square = not form.causal or q.shape[2] == k.shape[2]
-    return q.is_cuda and q.dtype in _HALVES and q.shape[-1] % 8 == 0 and form.plain and square
+def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float) -> SDPBackend:
+    """The kernel that PyTorch's function picks for this call on the GPU; on the CPU it is composed."""
+    if not q.is_cuda:
+        return SDPBackend.MATH
+    grouped = q.shape[1] != k.shape[1]
+    found = torch._fused_sdp_choice(q, k, v, None, 0.0, form.causal, scale=scale, enable_gqa=grouped)
+    return SDPBackend(found)
 
 
 @contextmanager
@@ -98,27 +113,18 @@ def sum_heads(x: torch.Tensor, heads_kv: int) -> torch.Tensor:
     return x if x.shape[1] == heads_kv else x.unflatten(1, (heads_kv, -1)).sum(2)
 
 
-def sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`F.scaled_dot_product_attention`, grouped where head counts differ; a bias only without a causal mask."""
-    grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    mask = bias if bias is None or bias.dtype == torch.bool else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
-
-
 def torch_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not form.plain or form.tf32:  # SDPA's kernels do not round to tf32
         with _precision(form):
             return eager.forward(q, k, v, form, scale, *extras)
-    if not _flash_applies(q, k, form):
+    if q.is_cuda:
+        q, k, v = aligned(q), aligned(k), aligned(v)
+    backend = _backend(q, k, v, form, scale)
+    if backend == SDPBackend.CUDNN_ATTENTION:
+        return cudnn_forward(q, k, v, form, scale)
+    if backend != SDPBackend.FLASH_ATTENTION or q.shape[-1] % 8:
         o = sdpa(q, k, v, form.causal, scale)
         return o, eager.log_sum_exp(q.float(), k.float(), form, scale)
     heads = q.shape[1]
@@ -142,8 +148,13 @@ def torch_backward(
     if not form.plain or form.tf32:
         with _precision(form):
             return eager.backward(do, q, k, v, form, scale, *extras)
-    if not _flash_applies(q, k, form):
-        with torch.enable_grad():
+    if q.is_cuda:
+        do, q, k, v, o, lse = (*(aligned(x) for x in (do, q, k, v, o)), lse.contiguous())
+    backend = _backend(q, k, v, form, scale)
+    if backend == SDPBackend.CUDNN_ATTENTION:
+        return cudnn_backward(do, q, k, v, o, lse, form, scale)
+    if backend != SDPBackend.FLASH_ATTENTION or q.shape[-1] % 8:
+        with recording():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             dq, dk, dv = torch.autograd.grad(sdpa(q, k, v, form.causal, scale), (q, k, v), do)
         return dq, dk, dv

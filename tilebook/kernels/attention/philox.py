@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tilebook.kernels.attention.triton.scores import PHILOX_ROUNDS
-
+_ROUNDS = 7
 _WORD = 0xFFFFFFFF
 _FACTORS = 0xD2511F53, 0xCD9E8D57
 _KEYS = 0x9E3779B9, 0xBB67AE85
@@ -27,7 +26,7 @@ def survives(
     zero = torch.zeros_like(pairs)
     c0, c1, c2, c3 = columns, rows, pairs, zero
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(PHILOX_ROUNDS.value):
+    for _ in range(_ROUNDS):
         (high_a, low_a), (high_b, low_b) = _multiplied(_FACTORS[0], c0), _multiplied(_FACTORS[1], c2)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + _KEYS[0]) & _WORD, (k1 + _KEYS[1]) & _WORD

@@ -8,54 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.autograd import once
-from tilebook.kernels.mlp.grads import each_alone, mlp_grads_bwd
-from tilebook.kernels.mlp.problem import ACTIVATIONS
-from tilebook.kernels.mlp.products import act, mlp_act_bwd, mlp_down_fwd, mlp_up_fwd
+from tilebook.call import autocast, recorded, way
+from tilebook.kernels.mlp.entry import MLP, registered
+from tilebook.kernels.mlp.form import ACTIVATIONS
+from tilebook.kernels.mlp.pytorch import plain
+from tilebook.layout import rows, vector
 
 __all__ = ["mlp"]
-
-
-class _MLP(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        w1: torch.Tensor,
-        b1: torch.Tensor,
-        w2: torch.Tensor,
-        b2: torch.Tensor,
-        activation: str,
-        choice: dispatch.Choice,
-    ) -> torch.Tensor:
-        save = any(ctx.needs_input_grad[:4])
-        h, z = choice(x, w1, b1, activation, save) if save else dispatch.run(mlp_up_fwd, x, w1, b1, activation, False)
-        if save:
-            ctx.save_for_backward(x, z, w1, w2)
-            ctx.call = activation, choice
-        return choice.follow(mlp_down_fwd, (w2, b2), h, w2, b2)[0]
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:5]
-        if not any(needed[:4]):
-            return None, None, None, None, dy.sum(0), None, None
-        x, z, w1, w2 = ctx.saved_tensors
-        activation, choice = ctx.call
-        if not any(needed[:3]):
-            dw2 = torch.mm(dy.t(), act(z, activation)) if needed[3] else None
-            return None, None, None, dw2, dy.sum(0) if needed[4] else None, None, None
-        dz, h = choice.follow(mlp_act_bwd, (dy, w2), dy, w2, z, activation)
-        if all(needed):
-            return *choice.follow(mlp_grads_bwd, (dy,), dy, h, dz, x, w1), None, None
-        dx, dw1, db1, dw2, db2 = (
-            make() if need else None for need, make in zip(needed, each_alone(dy, h, dz, x, w1), strict=True)
-        )
-        return dx, dw1, db1, dw2, db2, None, None
 
 
 def mlp(
@@ -83,30 +45,50 @@ def mlp(
     Returns:
         (…, H) in the dtype of x; under autocast in autocast's dtype, as `torch.nn.functional.linear` does.
 
-    Kernels of ours run for fp16 and bf16 on a GPU, with fp32 accumulation; all else (other dtypes, the CPU, no bias, an
-    empty x) runs as plain PyTorch, with the same result. Differentiable once in every tensor.
+    Kernels of ours run for fp16 and bf16 on a GPU, with fp32 accumulation, where a verdict has them ahead; all else
+    (other dtypes, the CPU, no bias, an empty x) runs as plain PyTorch, with the same result. Differentiable in every
+    tensor. `torch.compile` traces plain PyTorch, which its own compiler fuses.
 
     Raises:
         ValueError: ranks, sizes, dtypes or devices that do not fit together, or an unknown activation.
     """
+    given = x, w1, b1, w2, b2
+    if has_torch_function(given):
+        found: torch.Tensor = handle_torch_function(mlp, given, *given, activation=activation)
+        return found
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-    if torch.is_autocast_enabled(x.device.type):
-        x, w1, w2 = _autocast(x), _autocast(w1), _autocast(w2)
-        b1, b2 = (None if bias is None else _autocast(bias) for bias in (b1, b2))
-    training = torch.is_grad_enabled()
-    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.ndim else x
-    choice = dispatch.known(mlp_up_fwd, flat, w1, b1, activation, training)
-    if choice is None or choice.source == "fallback" or not _fits(w2, b2, w1):
+    route = way(x, w1, w2, optional=(b1, b2))
+    x, w1, b1, w2, b2 = autocast(*given)
+    if route == "pytorch" or b1 is None or b2 is None or torch.compiler.is_compiling():
         _check(x, w1, b1, w2, b2)
-        usual = b1 is not None and b2 is not None and x.numel() and w1.numel()
-        choice = dispatch.find(mlp_up_fwd, flat, w1, b1, activation, training) if usual else None
-        if choice is None:
-            return F.linear(act(F.linear(x, w1, b1), activation), w2, b2)
-    if training:
-        y: torch.Tensor = _MLP.apply(flat, w1, b1, w2, b2, activation, choice)
-    else:
-        (y,) = dispatch.run(mlp_down_fwd, choice(flat, w1, b1, activation, False)[0], w2, b2)
+        return plain((x, w1, b1, w2, b2), (activation,))
+    flat = rows(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.ndim else x)
+    tensors = flat, w1, vector(b1), w2, vector(b2)
+    options = activation, recorded(tensors)
+    args = (*tensors, *options)
+    choice = dispatch.known(registered()[0], args) if route == "direct" else None
+    if choice is None:
+        _check(x, w1, b1, w2, b2)
+        if not (x.numel() and w1.numel()) or (
+            route == "op" and MLP.left_to_pytorch(lambda: _problem(tensors, options), tensors)
+        ):
+            return plain((x, w1, b1, w2, b2), options)
+        if route == "op":
+            return _shaped(MLP.through(tensors, options)[0], x)
+        choice = dispatch.lookup(registered()[0], (*tensors[:3], *options), args)
+    if choice.native and (not options[1] or dispatch.backward_of(choice).native):
+        choice.calls += 1
+        return plain((x, w1, b1, w2, b2), options)
+    return _shaped(MLP.direct(choice, tensors, options)[0], x)
+
+
+def _problem(tensors: tuple[Any, ...], options: tuple[str, bool]) -> tuple[Any, Any]:
+    op = registered()[0]
+    return op, op.problem.of(*tensors[:3], *options)
+
+
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -132,24 +114,5 @@ def _check(
         raise ValueError(f"x must be floating point, not {x.dtype}")
 
 
-def _fits(w2: torch.Tensor, b2: torch.Tensor | None, w1: torch.Tensor) -> bool:
-    """Does the second layer go with the first, which has been seen before?"""
-    inner, width = w1.shape
-    return (
-        b2 is not None
-        and w2.shape == (width, inner)
-        and b2.shape == (width,)
-        and w2.dtype == b2.dtype == w1.dtype
-        and w2.device == b2.device == w1.device
-    )
-
-
 def _shape(tensor: torch.Tensor) -> str:
     return str(tuple(tensor.shape))
-
-
-def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """What autocast makes of an operand of a product: all floating point but fp64 takes its dtype."""
-    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))

@@ -1,4 +1,4 @@
-"""The configs of the MLP kernels: one product with three epilogues, hence one space."""
+"""The configs of the MLP kernels: one product with three epilogues, hence one space; the gradients have their own."""
 
 from __future__ import annotations
 
@@ -94,4 +94,82 @@ SPACE = Space(
     reject=_reject,
     default=_default,
     work=_work,
+)
+
+
+# The gradients in one launch
+
+
+def grads_tiles(problem: Problem, block_m: int, block_n: int) -> tuple[int, int, int]:
+    """How many tiles dW1, dW2 and dx have."""
+    m, width, inner = problem.rows, problem.width, problem.inner
+    shapes = ((inner, width), (width, inner), (m, width))
+    one, two, three = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) for rows, columns in shapes)
+    return one, two, three
+
+
+def _reject_grads(problem: Problem, config: Config, device: Device) -> str | None:
+    block_m, block_n, block_k = (config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    warps, stages = config.number("num_warps"), config.number("num_stages")
+    in_flight = stages if device.capability >= 90 else stages - 1
+    shared = problem.torch_dtype.itemsize * in_flight * block_k * (block_m + block_n)
+    accumulators = block_m * block_n // (device.warp_size * warps)
+    if shared > device.shared_per_block:
+        return f"{shared} bytes of tiles in flight, of {device.shared_per_block} shared memory"
+    if accumulators >= 256:
+        return f"{accumulators} accumulators a thread spill"
+    if accumulators < 16:
+        return f"{accumulators} accumulators a thread do not keep the tensor cores busy"
+    widest = max(problem.width, problem.inner)
+    for block, axis, extent in ((block_m, "M", widest), (block_n, "N", widest), (block_k, "K", widest)):
+        if block > max(64, triton.next_power_of_2(extent)):
+            return f"a block of {block} along {axis} is mostly padding for {extent} features"
+    if 90 <= device.capability < 120 and block_k < 64:
+        return "BLOCK_K below 64 leaves half of a 128-byte shared memory line empty"
+    if device.backend == "hip" and stages > 2:
+        return "more than two stages do not pay where loads go through registers"
+    return None
+
+
+def _default_grads(problem: Problem, device: Device) -> Config:
+    """The largest of three tiles that still gives every SM one."""
+    for block_m, block_n in ((128, 128), (64, 128), (64, 64)):
+        if sum(grads_tiles(problem, block_m, block_n)) >= device.sm_count and block_n <= 2 * problem.width:
+            break
+    if device.backend == "hip":
+        block_k, stages = 32, 2
+    elif device.shared_per_block >= 3 * 2 * 64 * (block_m + block_n) and device.capability >= 90:
+        block_k, stages = 64, 3
+    else:
+        block_k, stages = 32, 3
+    warps = 8 if block_m * block_n == 128 * 128 else 4
+    return Config(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, num_warps=warps, num_stages=stages)
+
+
+def _work_grads(problem: Problem, config: Config) -> Cost:
+    """Padded tiles; each reads its rows and columns of the operands anew, so what L2 serves counts as bytes too."""
+    block_m, block_n, block_k = (config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    flops = moved = 0.0
+    for tiles, length in zip(
+        grads_tiles(problem, block_m, block_n), (problem.rows, problem.rows, problem.inner), strict=True
+    ):
+        depth = triton.cdiv(length, block_k) * block_k
+        flops += 2.0 * tiles * block_m * block_n * depth
+        moved += tiles * ((block_m + block_n) * depth + block_m * block_n)
+    moved += problem.rows * (problem.width + problem.inner)
+    return Cost(flops, moved * problem.torch_dtype.itemsize)
+
+
+SPACE_GRADS = Space(
+    axes={
+        "BLOCK_M": (64, 128, 256),
+        "BLOCK_N": (64, 128, 256),
+        "BLOCK_K": (32, 64, 128),
+        "GROUP_M": (1, 8),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4, 5),
+    },
+    reject=_reject_grads,
+    default=_default_grads,
+    work=_work_grads,
 )

@@ -5,52 +5,30 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.autograd import once
-from tilebook.kernels.attention import peers
+from tilebook.call import autocast, recorded, tf32_allowed, untraceable, way
+from tilebook.kernels.attention.check import numbers, sides
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen.check import check
-from tilebook.kernels.varlen.ops import Pair, attention_varlen_bwd, attention_varlen_fwd, torch_backward, torch_forward
-from tilebook.kernels.varlen.problem import simplest
+from tilebook.kernels.varlen.entry import VARLEN, registered
+from tilebook.kernels.varlen.limits import bucket, simplest
+from tilebook.kernels.varlen.pytorch import log_sum_exp, plain
+from tilebook.layout import rows
 
 __all__ = ["attention_varlen"]
 
 
-class _Varlen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, choice: dispatch.Choice | None, *args: Any) -> Pair:
-        o, lse = choice(*args) if choice is not None else torch_forward(*args)
-        q, k, v, cu_q, cu_k, *rest = args
-        ctx.save_for_backward(q, k, v, o, lse, cu_q, cu_k)
-        ctx.call = choice, rest
-        ctx.mark_non_differentiable(lse)
-        return o, lse
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, do: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        if do.stride(-1) != 1:  # a gradient expanded from a sum, say
-            do = do.contiguous()
-        choice, rest = ctx.call
-        args = do, *ctx.saved_tensors, *rest
-        grads = choice.follow(attention_varlen_bwd, (do,), *args) if choice is not None else torch_backward(*args)
-        return None, *grads, *[None] * 6
-
-
-def _form(
-    causal: bool | str, window: Any, softcap: float, max_q: int, max_k: int, tf32: bool, deterministic: bool
-) -> Form:
+def _form(causal: bool | str, window: Any, max_q: int, max_k: int, **rest: Any) -> Form:
     """The form of a call, in its simplest terms."""
     if causal not in (False, True, "top_left", "bottom_right"):
         raise ValueError(f"causal must be a bool, 'bottom_right' or 'top_left', not {causal!r}")
-    left, right = (-1 if side is None else int(side) for side in (window or (-1, -1)))
-    if left < -1 or right < -1:
-        raise ValueError(f"window must be two numbers of columns, -1 or None for no limit; got {window}")
-    if softcap < 0:
-        raise ValueError(f"softcap must not be negative; got {softcap}")
-    left, right, corner = simplest(max_q, max_k, left, 0 if causal else right, causal != "top_left")
-    return form(left=left, right=right, bottom_right=corner, softcap=softcap, tf32=tf32, deterministic=deterministic)
+    left, right = sides(window)
+    right, corner = 0 if causal else right, causal != "top_left"
+    if not torch.compiler.is_compiling():  # a trace may not know the lengths; the op simplifies when it runs
+        left, right, corner = simplest(max_q, max_k, left, right, corner)
+    return form(left=left, right=right, bottom_right=corner, **rest)
 
 
 def attention_varlen(
@@ -104,32 +82,51 @@ def attention_varlen(
     D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32 factors are rounded to tf32 where
     `torch.backends.cuda.matmul.allow_tf32` has it. They never read a length on the host, so a CUDA graph that captured
     a call follows the lengths. Without a verdict that covers a call they serve bf16 and fp16 with D 128.
-    Everything else, and `torch.compile`, runs the same in PyTorch, a sequence at a time, and has to wait for the
-    lengths. Under autocast q, k and v are cast as there.
+    Everything else runs the same in PyTorch, a sequence at a time, and has to wait for the lengths. Under autocast q, k
+    and v are cast as there. `torch.compile` sees one op, `tilebook::attention_varlen_fwd`.
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            attention_varlen, tensors, *tensors, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal,
+            scale=scale, window=window, softcap=softcap, return_lse=return_lse, deterministic=deterministic,
+        )  # fmt: skip
+    route = untraceable(way(*tensors), *tensors)
+    q, k, v = autocast(q, k, v)
+    scale = numbers(scale, softcap)
     factor = scale
     if factor is None:
         factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
-    # Rounded up, so that packs whose longest sequences differ a little are one call to dispatch.
-    max_q, max_k = (1 << max(0, n - 1).bit_length() if isinstance(n, int) else n for n in (max_seqlen_q, max_seqlen_k))
-    tf32 = q.dtype == torch.float32 and peers.tf32_allowed()
-    found = _form(causal, window, softcap, max_q, max_k, tf32, deterministic)
-    args = q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, found, factor
-    choice = dispatch.known(attention_varlen_fwd, *args)
-    if choice is None or choice.source == "fallback":
-        check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        args = q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, found, factor
-        usual = q.numel() and k.numel() and len(cu_seqlens_q) > 1 and factor > 0
-        choice = dispatch.find(attention_varlen_fwd, *args) if usual else None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        o, lse = _Varlen.apply(choice, *args)
+    max_q, max_k = max_seqlen_q, max_seqlen_k
+    if type(max_q) is int and type(max_k) is int and not torch.compiler.is_compiling():
+        max_q, max_k = bucket(max_q), bucket(max_k)
     else:
-        o, lse = choice(*args) if choice is not None else torch_forward(*args)
+        check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    found = _form(
+        causal, window, max_q, max_k, softcap=softcap, tf32=q.dtype == torch.float32 and tf32_allowed(),
+        deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    tensors, options = (q, k, v, cu_seqlens_q, cu_seqlens_k), (max_q, max_k, found, factor)
+    choice = dispatch.known(registered()[0], (*tensors, *options)) if route == "direct" else None
+    if choice is None:
+        check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        usual = q.numel() and k.numel() and len(cu_seqlens_q) > 1 and factor > 0
+        if route == "pytorch" or not usual:
+            return _plain(tensors, options, return_lse)
+        tensors = (rows(q), rows(k), rows(v), cu_seqlens_q, cu_seqlens_k)
+        if route == "op":
+            o, lse = VARLEN.through(tensors, options)
+            return (o, lse) if return_lse else o
+        choice = dispatch.lookup(registered()[0], (*tensors, *options))
+    if choice.native and not (recorded(tensors) and not dispatch.backward_of(choice).native):
+        choice.calls += 1
+        return _plain(tensors, options, return_lse)
+    o, lse = VARLEN.direct(choice, tensors, options)
     return (o, lse) if return_lse else o
+
+
+def _plain(tensors: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
+    o = plain(tensors, options)  # type: ignore[arg-type]
+    return (o, log_sum_exp(tensors, options)) if return_lse else o  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def check(
     if len(set(devices)) > 1:
         raise ValueError(f"all tensors must be on one device; got {', '.join(map(str, devices))}")
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not isinstance(longest, int) or longest < 0:
+        if not isinstance(longest, int | torch.SymInt) or longest < 0:
             raise ValueError(f"{name} must be an int and not negative; got {longest!r}")
     if cu_seqlens_q.device.type == "cpu":  # they can be read without waiting
         for name, ends, total in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):

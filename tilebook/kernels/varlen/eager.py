@@ -14,7 +14,7 @@ from tilebook.kernels.attention.form import Form, form, simplest
 Outputs = tuple[torch.Tensor, ...]
 
 
-def _sequences(
+def sequences(
     cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, asked: Form
 ) -> Iterator[tuple[slice, slice, Form]]:
     """Rows of q, rows of k, and the form in its simplest terms, of each sequence that has both."""
@@ -28,7 +28,7 @@ def _sequences(
             yield rows, columns, own
 
 
-def _batched(x: torch.Tensor, part: slice) -> torch.Tensor:
+def batched(x: torch.Tensor, part: slice) -> torch.Tensor:
     """(T, H, D) → (1, H, S, D)"""
     return x[part].transpose(0, 1)[None]
 
@@ -46,8 +46,8 @@ def forward(
     """o (T, H, D) and lse (H, T) by `attend(q, k, v, form, scale)`, which takes (B, H, S, D)."""
     o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[1::-1], -torch.inf, dtype=torch.float32, device=q.device)
-    for rows, columns, own in _sequences(cu_seqlens_q, cu_seqlens_k, form):
-        o_part, lse_part = attend(_batched(q, rows), _batched(k, columns), _batched(v, columns), own, scale)
+    for rows, columns, own in sequences(cu_seqlens_q, cu_seqlens_k, form):
+        o_part, lse_part = attend(batched(q, rows), batched(k, columns), batched(v, columns), own, scale)
         o[rows], lse[:, rows] = o_part[0].transpose(0, 1), lse_part[0]
     return o, lse
 
@@ -67,13 +67,13 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv by `attend(do, q, k, v, o, lse, form, scale)`."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    for rows, columns, own in _sequences(cu_seqlens_q, cu_seqlens_k, form):
+    for rows, columns, own in sequences(cu_seqlens_q, cu_seqlens_k, form):
         parts = attend(
-            _batched(do, rows),
-            _batched(q, rows),
-            _batched(k, columns),
-            _batched(v, columns),
-            _batched(o, rows),
+            batched(do, rows),
+            batched(q, rows),
+            batched(k, columns),
+            batched(v, columns),
+            batched(o, rows),
             lse[None, :, rows].contiguous(),  # FlashAttention-2 reads it by address, whatever its strides
             own,
             scale,

@@ -151,3 +151,4 @@ attention_varlen_fwd.implementation("flash_attention_2", available=flash.availab
 attention_varlen_bwd.implementation(
     "flash_attention_2", available=flash.available, supports=flash.supports, deterministic=False
 )(flash.backward)
+attention_varlen_fwd.backward = attention_varlen_bwd

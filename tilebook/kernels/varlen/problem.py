@@ -16,6 +16,7 @@ from tilebook.kernels.attention import eager as attention
 from tilebook.kernels.attention import problem as padded
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen import eager
+from tilebook.kernels.varlen.limits import simplest
 from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, normal, pattern, size
 
 SOFTCAP = 3.0
@@ -23,17 +24,6 @@ SOFTCAP = 3.0
 
 _SPREAD = 6.0
 """Binary orders of magnitude between the weights by which tokens are shared out among sequences."""
-
-
-def simplest(max_q: int, max_k: int, left: int, right: int, bottom_right: bool) -> tuple[int, int, bool]:
-    """The same band in every sequence up to these lengths, without limits that hide nothing; -1 is no limit.
-
-    No limits have no diagonal: it is called bottom-right then.
-    """
-    longest_left, longest_right = (max_k, max_q) if bottom_right else (max_q, max_k)
-    left = -1 if left >= longest_left - 1 else max(left, -1)
-    right = -1 if right >= longest_right - 1 else max(right, -1)
-    return left, right, bottom_right or (left < 0 and right < 0)
 
 
 def _shared_out(total: int, longest: int, count: int, source: random.Random) -> list[int]:

@@ -1,63 +1,20 @@
-"""The MLP's three products: up with the activation, down, and the activation's backward; ours beside PyTorch's."""
+"""How the MLP's kernels are started."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tilebook import op
+from tilebook.kernels.mlp.grads_kernels import grads_kernel
 from tilebook.kernels.mlp.kernels import act_bwd_kernel, down_fwd_kernel, up_fwd_kernel
-from tilebook.kernels.mlp.problem import BackwardProblem, DownProblem, UpProblem
-from tilebook.kernels.mlp.space import SPACE
 from tilebook.launch import launch
 from tilebook.op import Config
 
 
-def act(z: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "relu":
-        return F.relu(z)
-    return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _act_bwd(dh: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "relu":
-        dz: torch.Tensor = torch.ops.aten.threshold_backward(dh, z, 0)
-    else:
-        dz = torch.ops.aten.gelu_backward(dh, z, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return dz
-
-
-@op.define("mlp_up_fwd", UpProblem)
-def mlp_up_fwd(
-    x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, activation: str, save: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """h = act(z), z = x W1ᵀ + b1. Without `save`, z is not kept: an empty tensor stands for it."""
-    z = F.linear(x, w1, b1)
-    return act(z, activation), z if save else z.new_empty(0)
-
-
-@op.define("mlp_down_fwd", DownProblem)
-def mlp_down_fwd(h: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> tuple[torch.Tensor]:
-    """y = h W2ᵀ + b2."""
-    return (F.linear(h, w2, b2),)
-
-
-@op.define("mlp_act_bwd", BackwardProblem, direction="bwd")
-def mlp_act_bwd(
-    dy: torch.Tensor, w2: torch.Tensor, z: torch.Tensor, activation: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dz = (dy W2) ⊙ act′(z), and h = act(z) again, which the forward did not keep."""
-    return _act_bwd(dy @ w2, z, activation), act(z, activation)
-
-
-# Ours
-
-
-def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """The matrix with contiguous rows that do not overlap; a copy only where it is not so."""
     if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]:
         return tensor
@@ -114,35 +71,59 @@ def _described(tensor: torch.Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
 
 
-@mlp_up_fwd.implementation("triton", space=SPACE, supports=lambda problem: problem.dtype in ("bf16", "fp16"))
-def _triton_up(
+def up(
     x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, activation: str, save: bool, *, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
     h = x.new_empty(x.shape[0], w1.shape[0])
     z = torch.empty_like(h) if save else x.new_empty(0)
     # What is not saved is not written, but the kernel takes a tensor for it all the same.
     outputs = (h, z if save else h)
-    _start(up_fwd_kernel, config, rows_of(x), rows_of(w1), False, (b1,), outputs, ACTIVATION=activation, SAVE=save)
+    _start(
+        up_fwd_kernel, config, _rows(x), _rows(w1), False, (b1.contiguous(),), outputs, ACTIVATION=activation, SAVE=save
+    )
     return h, z
 
 
-@mlp_down_fwd.implementation("triton", space=SPACE, supports=lambda problem: problem.dtype in ("bf16", "fp16"))
-def _triton_down(h: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor, *, config: Config) -> tuple[torch.Tensor]:
+def down(h: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor, *, config: Config) -> tuple[torch.Tensor]:
     y = h.new_empty(h.shape[0], w2.shape[0])
-    _start(down_fwd_kernel, config, rows_of(h), rows_of(w2), False, (b2,), (y,))
+    _start(down_fwd_kernel, config, _rows(h), _rows(w2), False, (b2.contiguous(),), (y,))
     return (y,)
 
 
-@mlp_act_bwd.implementation("triton", space=SPACE, supports=lambda problem: problem.dtype in ("bf16", "fp16"))
-def _triton_bwd(
+def act_bwd(
     dy: torch.Tensor, w2: torch.Tensor, z: torch.Tensor, activation: str, *, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    z = z.contiguous()
     dz, h = torch.empty_like(z), torch.empty_like(z)
-    _start(act_bwd_kernel, config, rows_of(dy), rows_of(w2), True, (), (z, dz, h), ACTIVATION=activation)
+    _start(act_bwd_kernel, config, _rows(dy), _rows(w2), True, (), (z, dz, h), ACTIVATION=activation)
     return dz, h
 
 
-# PyTorch's, as the references have it
-
-for each in (mlp_up_fwd, mlp_down_fwd, mlp_act_bwd):
-    each.implementation("torch")(each.reference)
+def grads(
+    dy: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, *, config: Config
+) -> tuple[torch.Tensor, ...]:
+    dy, h, dz, x, w1 = _rows(dy), h.contiguous(), dz.contiguous(), _rows(x), _rows(w1)
+    (m, width), inner = dy.shape, h.shape[1]
+    dx, dw1, db1 = x.new_empty(m, width), w1.new_empty(inner, width), dz.new_empty(inner)
+    dw2, db2 = h.new_empty(width, inner), dy.new_empty(width)
+    block_m, block_n, block_k = config.number("BLOCK_M"), config.number("BLOCK_N"), config.number("BLOCK_K")
+    # The sums have as many accumulators a thread as leave room for loads in flight.
+    columns = 64
+    rows = 32 * 32 * config.number("num_warps") // columns
+    tiles = triton.cdiv(inner, block_m) * triton.cdiv(width, block_n)
+    tiles += triton.cdiv(width, block_m) * triton.cdiv(inner, block_n)
+    tiles += triton.cdiv(m, block_m) * triton.cdiv(width, block_n)
+    launch(
+        grads_kernel,
+        (tiles + triton.cdiv(inner, columns) + triton.cdiv(width, columns),),
+        *(dy, h, dz, x, w1, dx, dw1, db1, dw2, db2),
+        *(dy.stride(0), x.stride(0), w1.stride(0), m, width, inner),
+        EVEN_H=width % block_m == 0 and width % block_n == 0,
+        EVEN_I=inner % block_m == 0 and inner % block_n == 0,
+        EVEN_DEPTH=inner % block_k == 0,
+        EVEN_N=width % block_n == 0,
+        ROWS=rows,
+        COLUMNS=columns,
+        **config,
+    )
+    return dx, dw1, db1, dw2, db2

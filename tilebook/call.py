@@ -1,0 +1,227 @@
+"""The way in: from a public function to PyTorch's dispatcher, or past it where that provably does the same.
+
+Every differentiable family is one `Entry`. It registers two ops with PyTorch, `tilebook::<name>_fwd` and `_bwd`, with
+all that PyTorch asks of an op, so that fake tensors, transforms, subclasses, `torch.compile` and export work because
+PyTorch does it. A call of ordinary CUDA tensors outside of all of that goes the direct way: the same choice, the same
+gradients, without the dispatcher's cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tilebook import dispatch, torch_ops
+
+Tensors = tuple[torch.Tensor | None, ...]
+Way = Literal["direct", "op", "pytorch"]
+
+_ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
+_functorch: Any = torch._C._functorch
+_profiler: Any = torch.autograd.profiler
+
+# Asked once: a trace cannot ask.
+_AUTOCAST = tuple(
+    kind for kind in ("cuda", "cpu", "xpu", "hpu", "mps", "mtia") if torch.amp.is_autocast_available(kind)
+)
+
+
+def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) -> Way:
+    """How a call with these tensors is to run. Raises ValueError for what is no tensor; `optional` may be None.
+
+    direct:  past the dispatcher. For CUDA tensors of PyTorch's own classes, outside every mode, transform and trace.
+    op:      as an op of PyTorch's, which knows what to do with all the rest.
+    pytorch: as PyTorch's own functions: on the CPU, and where an op of ours would lose something, as a forward-mode
+             derivative, a derivative by `torch.func`, or a node of a script's graph.
+    """
+    first: Any = tensors[0]
+    if torch.compiler.is_compiling():
+        return "op" if first.is_cuda or dispatch.forced() else "pytorch"
+    ordinary = True
+    for each in (*tensors, *[x for x in optional if x is not None]):
+        if type(each) not in _ORDINARY:
+            if not isinstance(each, torch.Tensor):
+                raise ValueError(f"expected a tensor, not {type(each).__name__}")
+            ordinary = False
+    if not (first.is_cuda or dispatch.forced()):
+        return "pytorch"
+    if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
+        return "pytorch"
+    if _functorch.peek_interpreter_stack() is not None:
+        return "pytorch" if _differentiating() else "op"
+    # A profiler shows ops by name.
+    usual = ordinary and not torch._C._len_torch_dispatch_stack() and not _profiler._is_profiler_enabled
+    return "direct" if usual else "op"
+
+
+def untraceable(route: Way, *tensors: torch.Tensor) -> Way:
+    """The way of a call whose plain form reads numbers on the host, which no trace can: there the op stands for it."""
+    unknown = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or any(x.is_meta for x in tensors)
+    return "op" if route == "pytorch" and unknown else route
+
+
+def _differentiating() -> bool:
+    """Is `torch.func.grad`, `vjp` or `jvp` among the transforms under way? They take PyTorch's functions apart."""
+    kinds = _functorch.TransformType
+    return any(each.key() in (kinds.Grad, kinds.Jvp) for each in _functorch.get_interpreter_stack() or ())
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a product's factors on this tensor's device, or None where it is off."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if kind in _AUTOCAST and torch.is_autocast_enabled(kind) else None
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors as autocast hands them to a product: all floating point but fp64 takes its dtype."""
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
+        return tensors
+    return tuple(_cast(x, dtype) if isinstance(x, torch.Tensor) else x for x in tensors)
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def recorded(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Will gradients of a call with these tensors be wanted?"""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def tf32_allowed() -> bool:
+    """May products of fp32 tensors round their factors to tf32? As PyTorch's matrix products are told."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # set through the newer of two interfaces, which the older one refuses to read
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+@dataclass(eq=False)
+class Entry:
+    """One differentiable family: its tensors, how to run it forward and backward, and what it is in plain PyTorch.
+
+    name:     of the ops, with _fwd and _bwd behind it.
+    tensors:  the names of the arguments that are tensors, in order; "?" behind those that may be None.
+    options:  the other arguments, as PyTorch's schemas write them.
+    outputs:  the names of what a forward pass gives. The first is the result, the rest statistics without gradient.
+    kept:     which outputs a backward pass wants, beside the tensors.
+    forward:  (choice or None, tensors, options) → outputs, by dispatch.
+    backward: (gradient, tensors, kept, options, needs) → gradients of the tensors, None where not needed, by dispatch;
+              None for what has no gradients, whose one op then bears the name alone.
+    plain:    (tensors, options) → the result, in PyTorch's own functions.
+    fake:     (tensors, options as the schema has them) → empty outputs, laid out as those of the op are.
+    pack, unpack: options as the family has them ↔ as the schema has them.
+    casts:    are the tensors factors of products, which autocast casts?
+    fold:     may a batch of problems (see `torch.vmap`) be more of the first axis, if only these tensors have one?
+    flops:    (shapes of the tensors) → floating-point operations forward and backward, as PyTorch counts its own.
+    shards:   (what DTensor says of the tensors, by name) → axes that may be cut over GPUs (see `tilebook.sharding`).
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    options: tuple[str, ...]
+    outputs: tuple[str, ...]
+    kept: tuple[int, ...]
+    forward: Callable[[Any, Tensors, tuple[Any, ...]], tuple[torch.Tensor, ...]]
+    backward: Callable[[torch.Tensor, Tensors, Tensors, tuple[Any, ...], Sequence[bool]], Tensors] | None
+    plain: Callable[[Tensors, tuple[Any, ...]], torch.Tensor]
+    fake: Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
+    pack: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda options: options
+    unpack: Callable[[Tensors, tuple[Any, ...]], tuple[Any, ...]] = lambda tensors, options: options
+    casts: bool = False
+    fold: tuple[str, ...] = ()
+    flops: Callable[..., tuple[int, int]] | None = None
+    shards: Callable[[dict[str, Any]], list[dict[str, int | None]]] | None = None
+
+    op: Any = field(init=False)
+    op_backward: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.op, self.op_backward = torch_ops.register(self)
+        torch_ops.shard(self)
+
+    def direct(self, choice: Any, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        """The outputs, past the dispatcher; differentiable in the first where gradients are recorded."""
+        if recorded(tensors):
+            return _Direct.apply(self, choice, options, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+        return self.forward(choice, tensors, options)
+
+    def through(self, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        """The outputs, by PyTorch's dispatcher."""
+        if not torch.compiler.is_compiling():
+            torch_ops.shard(self)
+        return tuple(self.op(*tensors, *self.pack(options)))
+
+    def left_to_pytorch(self, posed: Callable[[], tuple[Any, Any]], tensors: Tensors) -> bool:
+        """Is a call on the op's way one that PyTorch's own function serves? `posed` gives its op and problem.
+
+        A trace does not know: its graph serves other lengths, and other GPUs.
+        """
+        sizes = [n for x in tensors if x is not None for n in x.shape]
+        if torch.compiler.is_compiling() or dispatch.forced() or not all(type(n) is int for n in sizes):
+            return False
+        if not torch.cuda.is_available():
+            return False
+        first = tensors[0]
+        assert first is not None
+        with _disable_current_modes():  # what problems cost is computed, not part of the program
+            op, problem = posed()
+            choice = dispatch.choose(op, problem, first.device)
+        return choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native)
+
+    def gradients(
+        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
+    ) -> Tensors:
+        """Gradients of the tensors that need one, None for the others. `options` as the family has them."""
+        assert self.backward is not None
+        route = way(dy, optional=(*tensors, *kept))
+        if not torch._C._has_storage(dy):  # a batch of cotangents, by a mechanism older than torch.func's
+            route = "op"
+        if torch.is_grad_enabled() or (route == "pytorch" and (forward_ad._current_level >= 0 or _differentiating())):
+            return self._differentiable(dy, tensors, options, needs)
+        if dy.stride(-1) != 1 if dy.ndim else False:  # a gradient expanded from a sum, say
+            dy = dy.contiguous()
+        if route != "op":
+            return self.backward(dy, tensors, kept, options, needs)
+        found = self.op_backward(dy, *tensors, *kept, *self.pack(options), list(needs))
+        return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
+
+    def _differentiable(
+        self, dy: torch.Tensor, tensors: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
+    ) -> Tensors:
+        """Gradients that can be differentiated again, as far as PyTorch's own functions can be."""
+        wanted = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
+        with torch.enable_grad():
+            found = iter(torch.autograd.grad(self.plain(tensors, options), wanted, dy, create_graph=True))
+        return tuple(next(found) if need else None for need in needs)
+
+
+class _Direct(torch.autograd.Function):
+    """The autograd function of every family, for the direct way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, entry: Entry, choice: Any, options: tuple[Any, ...], *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        outputs = entry.forward(choice, tensors, options)
+        ctx.save_for_backward(*tensors, *[outputs[which] for which in entry.kept])
+        ctx.call = entry, options
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+        entry, options = ctx.call
+        needs = ctx.needs_input_grad[3:]
+        if dy is None:
+            return (None,) * (3 + len(needs))
+        saved = ctx.saved_tensors
+        count = len(entry.tensors)
+        return None, None, None, *entry.gradients(dy, saved[:count], saved[count:], options, needs)

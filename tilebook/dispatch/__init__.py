@@ -1,0 +1,210 @@
+"""Runs an op with what serves it best on this GPU: a known call's choice → verdicts → PyTorch's own or our default.
+
+Never tunes, never waits, never raises into training: where the registry is missing or broken, or a winner does not run
+here, something else computes the right numbers, after one warning. What a registry revokes never runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from tilebook import device as devices
+from tilebook import registry as store
+from tilebook.dispatch.choice import Choice, Outputs, Source
+from tilebook.dispatch.misses import misses_of, store_misses
+from tilebook.dispatch.snapshot import FARTHEST, Snapshot, pytorch
+from tilebook.layout import fits
+from tilebook.op import Config, Op, Problem
+
+__all__ = [
+    "FARTHEST",
+    "Choice",
+    "Dispatch",
+    "Outputs",
+    "Snapshot",
+    "Source",
+    "backward_of",
+    "choose",
+    "forced",
+    "key",
+    "known",
+    "lookup",
+    "misses",
+    "reload",
+    "run",
+    "use",
+]
+
+# Choices kept in memory; a program whose shapes never repeat must not grow for ever.
+_MOST_CHOICES = 10_000
+
+
+def key(op: Op[Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    """All that a choice and its plan depend on: whose call, and what every argument is like and where it lies."""
+    parts: list[Any] = [op]
+    for each in args:
+        if isinstance(each, torch.Tensor):
+            parts += (each.shape, each.stride(), each.dtype, each.data_ptr() & 15, each.get_device())
+        else:
+            parts.append(each)
+    return tuple(parts)
+
+
+class Dispatch:
+    """Choices made so far and what they were made from. A program has one; tests make more."""
+
+    def __init__(self) -> None:
+        self.forced: tuple[str, Config | None] | None = None
+        self._lock = threading.Lock()
+        self._memo: dict[tuple[Any, ...], Choice] = {}
+        self._snapshots: dict[int, Snapshot] = {}
+        self._warned: set[str] = set()
+
+    def run(self, op: Op[Any], *args: Any) -> Outputs:
+        """One call of the op with the implementation and config chosen for it; PyTorch's where no kernel can run it."""
+        return self.lookup(op, args)(*args)
+
+    def known(self, op: Op[Any], args: Sequence[Any]) -> Choice | None:
+        """The choice for a call like one made before, else None. Such a call needs no checks: it has passed them."""
+        return None if self.forced is not None else self._memo.get(key(op, args))
+
+    def backward_of(self, choice: Choice) -> Choice:
+        """What would run for the backward pass of a choice's problem; the choice itself where none is known."""
+        if choice.backward is None:
+            op, gpu = choice.implementation.op.backward, choice.gpu
+            if op is None or gpu is None or choice.source == "forced":
+                choice.backward = choice
+            else:
+                problem = op.problem(**{f.name: getattr(choice.problem, f.name) for f in fields(choice.problem)})
+                snapshot = next((each for each in self._snapshots.values() if each.gpu == gpu), None)
+                choice.backward = pytorch(op, problem, gpu) if snapshot is None else snapshot.choose(op, problem)
+        return choice.backward
+
+    def lookup(self, op: Op[Any], args: Sequence[Any], call: Sequence[Any] | None = None) -> Choice:
+        """What runs this call. A call like one made before is known by its key, in about a microsecond an argument.
+
+        `call` is all that the caller looks at to know it again, where that is more than the op's arguments.
+        """
+        if self.forced is not None and (choice := self._force(op, args)) is not None:
+            return choice
+        if not args[0].is_cuda:
+            return pytorch(op, op.problem.of(*args))
+        known = key(op, args if call is None else call)
+        choice = self._memo.get(known)
+        if choice is None:
+            choice = self.choose(op, op.problem.of(*args), args[0].device)
+            choice.aligned = all(fits(x) for x in args[:3] if isinstance(x, torch.Tensor))
+            if self._settled(choice):
+                while len(self._memo) >= _MOST_CHOICES:
+                    self._memo.pop(next(iter(self._memo)), None)
+                self._memo[known] = choice
+        return choice
+
+    def choose(self, op: Op[Any], problem: Problem, device: torch.device) -> Choice:
+        """What would run for this problem on this device. Reads the registry once per process and device."""
+        if device.type != "cuda":
+            return pytorch(op, problem)
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        gpu = devices.current(index)
+        with self._lock:
+            if index not in self._snapshots:
+                if torch.cuda.is_current_stream_capturing():
+                    # Nothing may be read now, so nobody knows whether the default is revoked.
+                    return pytorch(op, problem, gpu)
+                self._snapshots[index] = Snapshot(gpu)
+            snapshot = self._snapshots[index]
+        try:
+            choice = snapshot.choose(op, problem)
+        except Exception as broken:  # a verdict that nobody thought of must not stop a training run
+            self._warn_once(f"{op.name} {problem.label}", f"no verdict could be used ({broken}); the default serves")
+            choice = snapshot.default(op, problem)
+        choice.instead = self._spare
+        return choice
+
+    @contextmanager
+    def use(self, implementation: str, config: Config | None = None) -> Iterator[None]:
+        """Inside the block every op that has it runs this implementation, with this config or its default.
+
+        For tests and comparisons: it holds for what is revoked, and for tensors on the CPU too (a Triton kernel then
+        needs `TRITON_INTERPRET=1`), in every thread.
+        """
+        previous, self.forced = self.forced, (implementation, config)
+        try:
+            yield
+        finally:
+            self.forced = previous
+
+    def reload(self) -> None:
+        """Forgets what was read: the next call reads the registry again."""
+        with self._lock:
+            self._memo.clear()
+            self._snapshots.clear()
+            self._warned.clear()
+
+    def misses(self) -> list[store.Miss]:
+        """The problems that this process asked for and no verdict covers, heaviest first."""
+        return misses_of(list(self._memo.values()))
+
+    def _settled(self, choice: Choice) -> bool:
+        """May this choice be kept? Not one made blind, because a graph was being captured."""
+        return choice.gpu is None or choice.gpu in [snapshot.gpu for snapshot in self._snapshots.values()]
+
+    def _force(self, op: Op[Any], args: Sequence[Any]) -> Choice | None:
+        """The choice that `use` asks for, if the op has it and it can run this."""
+        assert self.forced is not None
+        name, config = self.forced
+        implementation, problem = op.implementations.get(name), op.problem.of(*args)
+        if implementation is None or not implementation.supports(problem):
+            return None
+        space = implementation.space
+        if space is not None and config is not None:
+            config = space.config(config)
+        if space is None or (config is not None and not space.contains(config)):
+            config = None
+        gpu = devices.current(args[0].get_device()) if args[0].is_cuda else devices.find("H200")
+        if space is not None and config is None:
+            config = space.default(problem, gpu)
+        return Choice(implementation, config, "forced", problem, gpu)
+
+    def _spare(self, broken: Choice) -> Choice | None:
+        """What serves instead of a choice that raised: the default config, then PyTorch, whose errors are real."""
+        op = broken.implementation.op
+        plain = pytorch(op, broken.problem, broken.gpu)
+        if broken.implementation is plain.implementation:
+            return None
+        snapshot = next((each for each in self._snapshots.values() if each.gpu == broken.gpu), None)
+        spare = plain if snapshot is None else snapshot.default(op, broken.problem)
+        if (spare.implementation, spare.config) == (broken.implementation, broken.config):
+            spare = plain
+        spare.instead = self._spare
+        return spare
+
+    def _warn_once(self, about: str, text: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(f"tilebook: {about}: {text}", RuntimeWarning, stacklevel=4)
+
+
+here = Dispatch()
+"""The program's own."""
+
+run, lookup, known, choose, backward_of = here.run, here.lookup, here.known, here.choose, here.backward_of
+use, reload, misses = here.use, here.reload, here.misses
+
+
+def forced() -> bool:
+    """Is an implementation being forced, by `use`?"""
+    return here.forced is not None
+
+
+@atexit.register
+def _store_misses() -> None:
+    store_misses(here.misses())

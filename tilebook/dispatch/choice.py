@@ -1,0 +1,110 @@
+"""What runs for one problem, and how it is repeated at least cost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from tilebook.device import Device
+from tilebook.op import Config, Implementation, Problem
+from tilebook.replay import Plan, record
+
+Outputs = tuple[torch.Tensor, ...]
+Source = Literal["exact", "nearest", "default", "fallback", "forced"]
+
+# The first call may compile, and what is called once is not worth a plan.
+_RECORDED_CALL = 2
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """An implementation and its config for one problem on one GPU, and why.
+
+    `calls` counts how often it ran; `plan` repeats it at least cost. `spare` runs instead once this one has raised
+    where the spare did not; `instead` makes the spare. `native` says that PyTorch's own function would run the
+    same here, so that the call may be left to it; `backward` is what the backward pass would run; `aligned` says that
+    the tensors of its calls lie as kernels that load whole vectors want them.
+    """
+
+    implementation: Implementation
+    config: Config | None
+    source: Source
+    problem: Problem
+    gpu: Device | None = None
+    layer: str = ""
+    verdict: Any = None
+    instead: Callable[[Choice], Choice | None] = field(default=lambda choice: None, repr=False)
+    calls: int = 0
+    plan: Plan | None = None
+    spare: Choice | None = None
+    native: bool = field(init=False)
+    backward: Choice | None = None
+    aligned: bool = True
+
+    def __post_init__(self) -> None:
+        forced = self.source == "forced"
+        op, name = self.implementation.op, self.implementation.name
+        self.native = not forced and (self.gpu is None or op.native(name, self.problem, self.gpu))
+
+    def __call__(self, *args: Any) -> Outputs:
+        """One call of the op. A choice that raises where its spare does not is replaced, now and from now on."""
+        self.calls += 1
+        if self.plan is not None:
+            return self.plan(args)
+        if self.spare is not None:
+            return self.spare(*args)
+        if self.calls == 1 and self._compiles and _capturing(args[0]):
+            # Compiling and loading a kernel while a graph is captured can spoil the graph: PyTorch's own serves.
+            self.calls = 0
+            return self._pytorch(*args)
+        try:
+            if self.calls == _RECORDED_CALL and self._compiles and not self.implementation.external and args[0].is_cuda:
+                outputs, self.plan = record(self._run, args)
+                return outputs
+            return self._run(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as broken:
+            return self._serve_instead(broken, args)
+
+    @property
+    def _compiles(self) -> bool:
+        return self.implementation.space is not None
+
+    def _pytorch(self, *args: Any) -> Outputs:
+        return self.implementation.op.implementations["torch"](*args)
+
+    def _serve_instead(self, broken: Exception, args: Sequence[Any]) -> Outputs:
+        spare = self.instead(self)
+        if spare is None:
+            raise broken
+        try:
+            outputs = spare(*args)
+        except Exception:
+            # Nothing takes this call, so that the call is at fault, and the choice stays as good as it was.
+            self.calls -= 1
+            raise broken from None
+        self.spare = spare
+        warnings.warn(
+            f"tilebook: {self.implementation.op.name} {self.problem.label}: {self.implementation.name} "
+            f"{self.config or ''} failed ({type(broken).__name__}: {str(broken)[:200]}); "
+            f"{spare.implementation.name} serves instead",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return outputs
+
+    def _run(self, *args: Any) -> Outputs:
+        first = args[0]
+        if self.config is not None and first.is_cuda and torch.cuda.current_device() != first.get_device():
+            with torch.cuda.device(first.device):  # Triton starts kernels on the current GPU, PyTorch on the tensor's
+                return self.implementation(*args, config=self.config)
+        return self.implementation(*args, config=self.config)
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,40 @@
+"""The ledger of problems that programs asked for and no verdict covers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from tilebook import registry as store
+from tilebook.dispatch.choice import Choice
+
+# An implementation of ours reaches about this share of the roofline: enough to weigh one miss against another.
+_TYPICAL_EFFICIENCY = 0.5
+
+
+def misses_of(choices: Sequence[Choice]) -> list[store.Miss]:
+    """Those of the choices that no verdict covers, heaviest first."""
+    found = []
+    for choice in choices:
+        if choice.gpu is None or choice.source == "exact" or not choice.calls:
+            continue
+        gpu = choice.gpu
+        where = store.Device(gpu.name, gpu.arch, gpu.sm_count)
+        time_ms = 1e3 * choice.problem.floor_s(gpu) / _TYPICAL_EFFICIENCY
+        if math.isfinite(time_ms):
+            found.append(store.Miss(choice.implementation.op.name, choice.problem.key, where, choice.calls, time_ms))
+    return sorted(found, key=lambda miss: -miss.calls * miss.time_ms)
+
+
+def store_misses(counted: Sequence[store.Miss]) -> None:
+    """Adds a process's misses to the ledger, where a registry that can be written exists already."""
+    try:
+        there = [
+            target for name, target in store.Layers.default().layers if name != "shipped" and Path(target).exists()
+        ]
+        if counted and there:
+            with store.Registry.open(there[0], write=True) as registry:
+                registry.count_misses(counted)
+    except Exception:  # the program is over; what it computed stands
+        return

@@ -1,0 +1,139 @@
+"""Attention as one of PyTorch's ops: schema, shapes, gradients. Loads no kernel before one is to run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tilebook import dispatch
+from tilebook.call import Entry, Tensors
+from tilebook.kernels.attention.form import Form, form, simplest
+from tilebook.kernels.attention.pytorch import plain
+from tilebook.layout import rows
+from tilebook.sharding import divides
+
+Options = tuple[Form, float]
+
+
+@functools.cache
+def registered() -> Any:
+    """(forward, backward), as the tuner and the registry know them."""
+    from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+
+    return attention_fwd, attention_bwd
+
+
+def arguments(tensors: Tensors, options: Options) -> tuple[Any, ...]:
+    """The forward op's arguments."""
+    q, k, v, *extras = tensors
+    return (q, k, v, *options, *[x for x in extras if x is not None])
+
+
+def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
+    if choice is None:
+        q, k, v, *extras = tensors
+        tensors = (*(rows(x) for x in (q, k, v) if x is not None), *extras)
+        choice = dispatch.lookup(registered()[0], arguments(tensors, options))
+    return choice(*arguments(tensors, options))  # type: ignore[no-any-return]
+
+
+def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Options, needs: Sequence[bool]) -> Tensors:
+    q, k, v, bias, *others = tensors
+    (o, lse), (found, scale) = kept, options
+    # What was saved may have come back otherwise than it was.
+    dy, q, k, v, o = (rows(x) for x in (dy, q, k, v, o) if x is not None)
+    lse = lse if lse is None else lse.contiguous()
+    if bias is not None and bias.dtype != torch.bool and (found.bias == "dbias") != needs[3]:
+        found = form(**{**_values(found), "bias": "dbias" if needs[3] else "bias"})
+    extras = [x for x in (bias, *others) if x is not None]
+    grads = dispatch.run(registered()[1], dy, q, k, v, o, lse, found, scale, *extras)
+    return (*grads[:3], grads[3] if needs[3] else None, None, None)
+
+
+def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
+    q = tensors[0]
+    assert q is not None
+    o = torch.empty_like(q)
+    if o.stride(-1) != 1:
+        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return o, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+
+
+_NAMES = ("left", "right", "bottom_right", "softcap", "bias", "alibi", "dropout", "tf32", "deterministic")
+
+
+def _values(found: Form) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in _NAMES}
+
+
+def _pack(options: Options) -> tuple[Any, ...]:
+    found, scale = options
+    return (
+        scale, found.left, found.right, found.bottom_right, found.softcap, found.dropout, found.tf32,
+        found.deterministic,
+    )  # fmt: skip
+
+
+def _unpack(tensors: Tensors, values: tuple[Any, ...]) -> Options:
+    """The form in its simplest terms, which a trace with symbolic lengths could not know."""
+    q, k, _, bias, slopes, _ = tensors
+    assert q is not None
+    assert k is not None
+    scale, left, right, corner, softcap, dropout, tf32, deterministic = values
+    if left >= 0 or right > 0 or corner:
+        left, right, corner = simplest(q.shape[2], k.shape[2], left, right, corner)
+    kind: Any = "" if bias is None else "mask" if bias.dtype == torch.bool else "bias"
+    found = form(
+        left=left, right=right, bottom_right=corner, softcap=softcap, bias=kind, alibi=slopes is not None,
+        dropout=dropout, tf32=tf32, deterministic=deterministic,
+    )  # fmt: skip
+    return found, scale
+
+
+def _flops(q: Any, k: Any, v: Any, *_: Any) -> tuple[int, int]:
+    """As PyTorch counts them: every pair of a row and a column, masked or not."""
+    batch, heads, seq_q, width = q
+    one = 2 * batch * heads * seq_q * k[2] * width
+    return 2 * one, 5 * one
+
+
+def _shards(tensors: dict[str, Any]) -> list[dict[str, int | None]]:
+    """By batch, and by heads where each GPU gets whole groups of them. What drops depends on the place in the batch."""
+    q, k, bias, slopes = (tensors.get(name) for name in ("q", "k", "bias", "alibi_slopes"))
+    if tensors.get("seed") is not None:
+        return []
+
+    def cut(axis: int) -> dict[str, int | None]:
+        found: dict[str, int | None] = dict.fromkeys(("q", "k", "v", "o", "lse"), axis)
+        if bias is not None and bias.shape[axis] > 1:
+            found["bias"] = axis
+        if slopes is not None and axis - 2 + len(slopes.shape) >= 0:
+            found["alibi_slopes"] = axis - 2 + len(slopes.shape)
+        return found
+
+    return [cut(axis) for axis in (0, 1) if q is not None and k is not None and divides(q, axis) and divides(k, axis)]
+
+
+ATTENTION = Entry(
+    name="attention",
+    tensors=("q", "k", "v", "bias?", "alibi_slopes?", "seed?"),
+    options=(
+        "float scale", "int left", "int right", "bool bottom_right", "float softcap", "float dropout", "bool tf32",
+        "bool deterministic",
+    ),
+    outputs=("o", "lse"),
+    kept=(0, 1),
+    forward=_forward,
+    backward=_backward,
+    plain=plain,
+    fake=_fake,
+    pack=_pack,
+    unpack=_unpack,
+    casts=True,
+    fold=("q", "k", "v"),
+    flops=_flops,
+    shards=_shards,
+)  # fmt: skip

@@ -1,0 +1,69 @@
+"""Attention in PyTorch's own functions, differentiable by its autograd: what runs where no kernel serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tilebook.kernels.attention import eager
+from tilebook.kernels.attention.form import Form
+
+# Bound here once: a program may put our drop-in in the place of PyTorch's function.
+scaled_dot_product_attention: Any = torch._C._nn.scaled_dot_product_attention
+
+
+def sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """PyTorch's function, grouped where head counts differ; a bias only without a causal mask.
+
+    Rows that see nothing are 0, and so are their gradients, also where PyTorch's kernel makes a mean or NaN of them.
+    """
+    if scale is not None and scale <= 0 and q.is_cuda:  # of which cuDNN makes NaN
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    if bias is None:
+        o: torch.Tensor = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
+        return o
+    mask, hidden = bias if bias.dtype == torch.bool else bias.to(q.dtype), None
+    if q.is_cuda:  # rows that see nothing see everything, and then count for nothing
+        hidden = ~mask.any(-1, True) if mask.dtype == torch.bool else mask.amax(-1, True) == -torch.inf
+        mask = mask | hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, 0.0)
+    o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
+    return o if hidden is None else o.masked_fill(hidden, 0.0)
+
+
+def nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The result where there is no row, or nothing to see: zeros, with zeros for gradients."""
+    unseen = k.flatten()[:0].sum() + v.flatten()[:0].sum()
+    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0) + unseen
+
+
+def plain(tensors: tuple[Any, ...], options: tuple[Form, float | None]) -> torch.Tensor:
+    """The result for an entry's tensors (q, k, v, bias, slopes, seed) and options (form, scale)."""
+    (q, k, v, *extras), (form, scale) = tensors, options
+    if not (q.numel() and k.numel()):
+        return nothing(q, k, v)
+    given = [x for x in extras if x is not None]
+    # PyTorch's rule for a batch of calls does not know masks that all share.
+    batched = bool(given) and torch._C._functorch.peek_interpreter_stack() is not None
+    if not form.composed and not batched:
+        return sdpa(q, k, v, form.causal, scale, *given)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return eager.composed(q, k, v, form, factor, *given)[0]
+
+
+def log_sum_exp(tensors: tuple[Any, ...], options: tuple[Form, float]) -> torch.Tensor:
+    """The natural log-sum-exp of each row's scores, (B, H, Sq) in fp32, without gradient."""
+    (q, k, _, *extras), (form, scale) = tensors, options
+    if not (q.numel() and k.numel()):
+        return torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32, device=q.device)
+    with torch.no_grad():
+        given = [x for x in extras if x is not None]
+        return eager.log_sum_exp(q.float(), k.float(), form, scale, *given)

@@ -1,0 +1,67 @@
+"""Decoding as one of PyTorch's ops: schema and shapes; it has no gradients. Loads no kernel before one runs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from tilebook import dispatch
+from tilebook.call import Entry, Tensors
+from tilebook.kernels.decode.pytorch import plain
+from tilebook.layout import rows
+from tilebook.sharding import divides
+
+
+@functools.cache
+def registered() -> Any:
+    """The op, as the tuner and the registry know it."""
+    from tilebook.kernels.decode.ops import decode
+
+    return decode
+
+
+def _forward(choice: Any, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    if choice is None:
+        q, k, v, *rest = tensors
+        tensors = (*(rows(x) for x in (q, k, v) if x is not None), *rest)
+        choice = dispatch.lookup(registered(), (*tensors, *options))
+    return choice(*tensors, *options)  # type: ignore[no-any-return]
+
+
+def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
+    q = tensors[0]
+    assert q is not None
+    o = torch.empty_like(q)
+    if o.stride(-1) != 1:
+        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return o, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+
+
+def _shards(tensors: dict[str, Any]) -> list[dict[str, int | None]]:
+    """By batch, and by heads where each GPU gets whole groups of them; blocks of a paged cache are everybody's."""
+    q, k, paged = tensors["q"], tensors["k"], tensors.get("block_table") is not None
+    batch: dict[str, int | None] = dict.fromkeys(("q", "o", "lse", "seq_lens", "block_table"), 0)
+    if not paged:
+        batch |= {"k": 0, "v": 0}
+    axis = 2 if paged else 1
+    heads: dict[str, int | None] = {"q": 1, "o": 1, "lse": 1, "k": axis, "v": axis}
+    possible = ((batch, divides(q, 0)), (heads, divides(q, 1) and divides(k, axis)))
+    return [cut for cut, even in possible if even]
+
+
+DECODE = Entry(
+    name="attention_decode",
+    tensors=("q", "k", "v", "seq_lens?", "block_table?"),
+    options=("bool causal", "float scale", "float softcap", "int? window"),
+    outputs=("o", "lse"),
+    kept=(),
+    forward=_forward,
+    backward=None,
+    plain=plain,
+    fake=_fake,
+    fold=("q", "k", "v"),
+    flops=lambda q, k, *_: (4 * q[0] * q[1] * q[2] * k[2] * q[3], 0),
+    shards=_shards,
+)

@@ -1,0 +1,3 @@
+"""What an MLP block may be."""
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu")

@@ -1,0 +1,40 @@
+"""The MLP block in PyTorch's own functions, differentiable by its autograd: what runs where no kernel serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Bound here once: a program may put other functions in the places of PyTorch's.
+_linear: Any = torch._C._nn.linear
+_gelu: Any = torch._C._nn.gelu
+
+
+def act(z: torch.Tensor, activation: str) -> torch.Tensor:
+    """The activation, elementwise."""
+    if activation == "relu":
+        return torch.relu(z)
+    found: torch.Tensor = _gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return found
+
+
+def plain(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> torch.Tensor:
+    """y for an entry's tensors (x, w1, b1, w2, b2), biases None or not, and options (activation, …)."""
+    x, w1, b1, w2, b2 = tensors
+    y: torch.Tensor = _linear(act(_linear(x, w1, b1), options[0]), w2, b2)
+    return y
+
+
+def each_alone(
+    dy: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, w1: torch.Tensor
+) -> tuple[Callable[[], torch.Tensor], ...]:
+    """What computes dx, dW1, db1, dW2, db2, for when only some of them are asked for."""
+    return (
+        lambda: torch.mm(dz, w1),
+        lambda: torch.mm(dz.t(), x),
+        lambda: dz.sum(0),
+        lambda: torch.mm(dy.t(), h),
+        lambda: dy.sum(0),
+    )

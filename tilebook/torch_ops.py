@@ -1,0 +1,251 @@
+"""What PyTorch is told of our ops: schema, shapes, gradients, autocast, vmap, operation counts, sharding."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from tilebook.call import Entry, Tensors
+
+_library: Any = torch.library.Library("tilebook", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+_BACKENDS = ("CPU", "CUDA")
+
+
+def register(entry: Entry) -> tuple[Any, Any]:
+    """Makes `tilebook::<name>_fwd` and `tilebook::<name>_bwd` of an entry, and returns them."""
+    forward, backward = names(entry)
+    tensors = ", ".join(f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in entry.tensors)
+    options = "".join(f", {option}" for option in entry.options)
+    outs = ", ".join(f"Tensor {name}" for name in entry.outputs)
+    _define(f"{forward}({tensors}{options}) -> ({outs})", _forward(entry), _fake_forward(entry))
+    torch.library.register_vmap(f"tilebook::{forward}", _batched(entry, forward, entry.tensors), lib=_library)
+    if entry.backward is not None:
+        kept = "".join(f", Tensor {entry.outputs[which]}" for which in entry.kept)
+        inputs = f"Tensor dy, {tensors}{kept}{options}, bool[] needs"
+        grads = ", ".join("Tensor" for _ in entry.tensors)
+        _define(f"{backward}({inputs}) -> ({grads})", _backward(entry), _fake_backward(entry))
+        given = ("dy", *entry.tensors, *(entry.outputs[which] for which in entry.kept))
+        torch.library.register_vmap(f"tilebook::{backward}", _batched(entry, backward, given), lib=_library)
+        torch.library.register_autograd(
+            f"tilebook::{forward}", _gradients(entry), setup_context=_keep(entry), lib=_library
+        )
+        torch.library.register_autograd(f"tilebook::{backward}", _only_once(backward), lib=_library)
+    if entry.casts:
+        for kind in ("cpu", "cuda"):
+            _library.impl(forward, _cast(entry, kind), f"Autocast{kind.upper()}")
+    if entry.flops is not None:
+        _count(entry)
+    ops = torch.ops.tilebook
+    return getattr(ops, forward).default, getattr(ops, backward).default if entry.backward is not None else None
+
+
+def names(entry: Entry) -> tuple[str, str]:
+    """Of the op, and of the op of its gradients."""
+    return (entry.name, "") if entry.backward is None else (f"{entry.name}_fwd", f"{entry.name}_bwd")
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for backend in _BACKENDS:
+        _library.impl(name, run, backend)
+    torch.library.register_fake(f"tilebook::{name}", fake, lib=_library)
+
+
+def _split(entry: Entry, args: Sequence[Any]) -> tuple[Tensors, tuple[Any, ...]]:
+    """Tensors, and options as the family has them, of a forward op's arguments."""
+    count = len(entry.tensors)
+    tensors = tuple(args[:count])
+    return tensors, entry.unpack(tensors, tuple(args[count:]))
+
+
+def _laid(made: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """`made`, laid out in memory as `model`, which is what was promised while a graph was traced."""
+    if made.stride() == model.stride() or made.numel() == 0 or made.is_meta:
+        return made
+    return torch.empty_strided(model.shape, model.stride(), dtype=made.dtype, device=made.device).copy_(made)
+
+
+def _forward(entry: Entry) -> Callable[..., Any]:
+    def run(*args: Any) -> tuple[torch.Tensor, ...]:
+        tensors, options = _split(entry, args)
+        models = _on_meta(lambda meta: entry.fake(meta, args[len(meta) :]), tensors)
+        outputs = entry.forward(None, tensors, options)
+        return tuple(_laid(made, model) for made, model in zip(outputs, models, strict=True))
+
+    return run
+
+
+def _on_meta(call: Callable[[Tensors], Any], tensors: Tensors) -> Any:
+    return call(
+        tuple(
+            x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors
+        )
+    )
+
+
+def _fake_forward(entry: Entry) -> Callable[..., Any]:
+    def fake(*args: Any) -> tuple[torch.Tensor, ...]:
+        count = len(entry.tensors)
+        return entry.fake(tuple(args[:count]), args[count:])
+
+    return fake
+
+
+def _parts(entry: Entry, args: Sequence[Any]) -> tuple[torch.Tensor, Tensors, Tensors, tuple[Any, ...], list[bool]]:
+    """(gradient, tensors, kept, options, needs) of a backward op's arguments."""
+    count, kept = len(entry.tensors), len(entry.kept)
+    dy, tensors, rest = args[0], tuple(args[1 : 1 + count]), args[1 + count + kept :]
+    return dy, tensors, tuple(args[1 + count : 1 + count + kept]), entry.unpack(tensors, tuple(rest[:-1])), rest[-1]
+
+
+def _backward(entry: Entry) -> Callable[..., Any]:
+    def run(*args: Any) -> tuple[torch.Tensor, ...]:
+        dy, tensors, kept, options, needs = _parts(entry, args)
+        assert entry.backward is not None
+        found = entry.backward(dy, tensors, kept, options, needs)
+        models = _empty_gradients(tensors, needs, dy)
+        return tuple(model if grad is None else _laid(grad, model) for grad, model in zip(found, models, strict=True))
+
+    return run
+
+
+def _fake_backward(entry: Entry) -> Callable[..., Any]:
+    def fake(*args: Any) -> tuple[torch.Tensor, ...]:
+        return _empty_gradients(args[1 : 1 + len(entry.tensors)], args[-1], args[0])
+
+    return fake
+
+
+def _empty_gradients(tensors: Sequence[Any], needs: Sequence[bool], dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A gradient's place for each tensor that needs one, nothing for the others."""
+    return tuple(
+        torch.empty_like(x) if need and x is not None else dy.new_empty(0)
+        for x, need in zip(tensors, needs, strict=True)
+    )
+
+
+def _keep(entry: Entry) -> Callable[..., None]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        count = len(entry.tensors)
+        ctx.save_for_backward(*inputs[:count], *[output[which] for which in entry.kept])
+        ctx.options = inputs[count:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+
+    return setup
+
+
+def _gradients(entry: Entry) -> Callable[..., Any]:
+    def backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+        count, needs = len(entry.tensors), list(ctx.needs_input_grad)
+        if dy is None:
+            return (None,) * len(needs)
+        saved = ctx.saved_tensors
+        tensors = saved[:count]
+        found = entry.gradients(dy, tensors, saved[count:], entry.unpack(tensors, ctx.options), needs[:count])
+        return *found, *[None] * (len(needs) - count)
+
+    return backward
+
+
+def _only_once(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"tilebook::{name} cannot be differentiated again")
+
+    return backward
+
+
+def _batched(entry: Entry, name: str, names: Sequence[str]) -> Callable[..., Any]:
+    """A batch of problems as more of the first axis where all that has a batch may have it so; else one by one."""
+    foldable = {*entry.fold, "dy", *entry.outputs}
+
+    def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        op = getattr(torch.ops.tilebook, name)
+        tensors, options = args[: len(names)], args[len(names) :]
+        dims = in_dims[: len(names)]
+        size = info.batch_size
+        with_batch = [each.rstrip("?") in foldable for each, dim in zip(names, dims, strict=True) if dim is not None]
+        others = [
+            x for each, x, dim in zip(names, tensors, dims, strict=True)
+            if x is not None and each.rstrip("?") not in foldable
+        ]  # fmt: skip
+        if all(with_batch) and not others and entry.fold:
+            folded = [
+                x if x is None else _moved(x, dim, size).flatten(0, 1) for x, dim in zip(tensors, dims, strict=True)
+            ]
+            outputs = op(*folded, *options)
+            made = tuple(x if x.ndim == 1 and not x.numel() else x.unflatten(0, (size, -1)) for x in outputs)
+            return made, tuple(None if x.ndim == 1 and not x.numel() else 0 for x in made)
+        each_one = [
+            op(*[x if dim is None else x.select(dim, at) for x, dim in zip(tensors, dims, strict=True)], *options)
+            for at in range(size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*each_one, strict=True)), (0,) * len(each_one[0])
+
+    return run
+
+
+def _moved(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _cast(entry: Entry, kind: str) -> Callable[..., Any]:
+    key = getattr(torch._C.DispatchKey, f"Autocast{kind.upper()}")
+
+    def run(*args: Any) -> Any:
+        from tilebook.call import autocast
+
+        count = len(entry.tensors)
+        tensors = autocast(*args[:count])
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return entry.op(*tensors, *args[count:])
+
+    return run
+
+
+def _count(entry: Entry) -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    count, flops = len(entry.tensors), entry.flops
+    assert flops is not None
+
+    def forward(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+        return flops(*shapes[:count])[0]
+
+    def backward(dy: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
+        return flops(*shapes[:count])[1]
+
+    for name, formula in zip(names(entry), (forward, backward), strict=True):
+        if name:
+            register_flop_formula(getattr(torch.ops.tilebook, name))(formula)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Inside the block autograd records, also inside an op, where PyTorch passes it by."""
+    keys = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA, torch._C.DispatchKey.ADInplaceOrView)
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (*keys, torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
+_sharded: set[str] = set()
+
+
+def shard(entry: Entry) -> None:
+    """Tells DTensor how an entry's ops may be split, once there is a DTensor."""
+    if entry.name in _sharded or "torch.distributed.tensor" not in sys.modules:
+        return
+    from tilebook.sharding import register as register_sharding
+
+    register_sharding(entry)
+    _sharded.add(entry.name)
