@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilebook.kernels.attention.tiles import LN2, LOG2E
+from tilebook.kernels.attention.triton.tiles import LN2, LOG2E
 
 
 @triton.jit

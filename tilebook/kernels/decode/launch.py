@@ -9,7 +9,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilebook import device as devices
-from tilebook.kernels.attention.tiles import describable, like
+from tilebook.kernels.attention.layout import describable, like
 from tilebook.kernels.decode.kernels import decode_kernel, merge_kernel
 from tilebook.kernels.decode.space import block_m, splits
 from tilebook.launch import launch
