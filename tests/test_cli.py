@@ -259,10 +259,12 @@ def test_ctrl_c_ends_in_one_line_and_leaves_no_process(run):
         time.sleep(0.1)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("tilebook: interrupted")
     assert "Traceback" not in err
+    for op in ("mlp_up_fwd", "mlp_down_fwd"):
+        assert f"not reached: {op} M4096,H64,I64 bf16: interrupted" in out
 
 
 def test_suites_add_up():

@@ -38,7 +38,8 @@ def ledger(tmp_path, monkeypatch):
 
 def test_misses_are_tuned_heaviest_first_but_not_what_is_covered_or_nobody_can_tune(ledger):
     def labels(families=(), direction="both"):
-        return [f"{op.name} {p.label}" for op, p in _missed(families, (), (), direction, "H200", str(ledger))]
+        found = _missed(families, (), (), direction, "H200", str(ledger))
+        return [f"{each.op.name} {each.problem.label}" for each in found]
 
     fwd, bwd, mlp = (
         "attention_fwd B2,H4,S300,D64,causal",

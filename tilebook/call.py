@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook import dispatch, torch_ops
 
@@ -22,6 +23,12 @@ Way = Literal["direct", "op", "pytorch"]
 
 _ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 _functorch: Any = torch._C._functorch
+_profiler: Any = torch.autograd.profiler
+
+# Asked once: a trace cannot ask.
+_AUTOCAST = tuple(
+    kind for kind in ("cuda", "cpu", "xpu", "hpu", "mps", "mtia") if torch.amp.is_autocast_available(kind)
+)
 
 
 def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) -> Way:
@@ -47,13 +54,15 @@ def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) ->
         return "pytorch"
     if _functorch.peek_interpreter_stack() is not None:
         return "pytorch" if _differentiating() else "op"
-    return "direct" if ordinary and not torch._C._len_torch_dispatch_stack() else "op"
+    # A profiler shows ops by name.
+    usual = ordinary and not torch._C._len_torch_dispatch_stack() and not _profiler._is_profiler_enabled
+    return "direct" if usual else "op"
 
 
-def untraceable(route: Way) -> Way:
+def untraceable(route: Way, *tensors: torch.Tensor) -> Way:
     """The way of a call whose plain form reads numbers on the host, which no trace can: there the op stands for it."""
-    tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return "op" if route == "pytorch" and tracing else route
+    unknown = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or any(x.is_meta for x in tensors)
+    return "op" if route == "pytorch" and unknown else route
 
 
 def _differentiating() -> bool:
@@ -65,9 +74,7 @@ def _differentiating() -> bool:
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives a product's factors on this tensor's device, or None where it is off."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if kind in _AUTOCAST and torch.is_autocast_enabled(kind) else None
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -80,16 +87,6 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
-def vector(x: torch.Tensor) -> torch.Tensor:
-    """A vector whose elements lie side by side: kernels step through weights and biases one by one."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """A tensor whose last axis is contiguous, a copy only where it is not so."""
-    return x if x.stride(-1) == 1 or x.ndim == 0 else x.contiguous()
 
 
 def recorded(tensors: Sequence[torch.Tensor | None]) -> bool:
@@ -173,8 +170,9 @@ class Entry:
             return False
         first = tensors[0]
         assert first is not None
-        op, problem = posed()
-        choice = dispatch.choose(op, problem, first.device)
+        with _disable_current_modes():  # what problems cost is computed, not part of the program
+            op, problem = posed()
+            choice = dispatch.choose(op, problem, first.device)
         return choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native)
 
     def gradients(
@@ -183,6 +181,8 @@ class Entry:
         """Gradients of the tensors that need one, None for the others. `options` as the family has them."""
         assert self.backward is not None
         route = way(dy, optional=(*tensors, *kept))
+        if not torch._C._has_storage(dy):  # a batch of cotangents, by a mechanism older than torch.func's
+            route = "op"
         if torch.is_grad_enabled() or (route == "pytorch" and (forward_ad._current_level >= 0 or _differentiating())):
             return self._differentiable(dy, tensors, options, needs)
         if dy.stride(-1) != 1 if dy.ndim else False:  # a gradient expanded from a sum, say

@@ -107,7 +107,7 @@ def test_hooks_see_what_is_saved_and_it_is_not_more_than_pytorch_saves(device, f
 
         with saved_tensors_hooks(pack, _same):
             o = function(*inputs)
-            torch.autograd.grad(o, inputs[: family.trained], cotangent(o))
+        torch.autograd.grad(o, inputs[: family.trained], cotangent(o))
         return sum(found.values())
 
     most = saved(family.plain)

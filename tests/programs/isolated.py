@@ -19,7 +19,7 @@ TESTS = Path(__file__).parents[1]
 def run(module, function, seconds=120, **arguments):
     """The function of a module in a fresh process; its failure is the test's, its skip too."""
     paths = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "programs.isolated", module, function, json.dumps(arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, check=False)

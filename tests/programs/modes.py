@@ -278,7 +278,11 @@ def test_the_flop_counter_counts_what_it_counts_of_pytorch(device, family):
             torch.autograd.grad(o, inputs[: family.trained], cotangent(o))
         return forward.get_total_flops(), backward.get_total_flops()
 
-    expected = counted(family.plain)
+    try:
+        expected = counted(family.plain)
+    except AssertionError:
+        pytest.skip("PyTorch's own formula does not take this call")
+    family.ours(*inputs)  # a counter knows the ops that there are when it is made
     for _ in range(some_calls(inputs)):
         assert counted(family.ours) == expected
 

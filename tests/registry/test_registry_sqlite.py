@@ -17,10 +17,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from registry_samples import A100, miss, predicted, problem, revocation, trial, verdict
+from registry_samples import A100, H200, miss, predicted, problem, revocation, trial, verdict
 
 import tilebook.registry
-from tilebook.registry import Registry, RegistryError, Status, ship
+from tilebook.registry import Registry, RegistryError, Status, serving, ship
 from tilebook.registry.backend import connect_sqlite
 
 REPOSITORY = Path(tilebook.registry.__file__).parents[2]
@@ -122,17 +122,102 @@ def test_a_wal_registry_is_refused_for_reading_and_converted_by_a_writer(path: P
         assert len(reader.trials()) == 20
 
 
-@pytest.mark.parametrize("kind", ["VIEW", "TRIGGER"])
-def test_what_is_not_a_table_is_not_read(path: Path, kind: str) -> None:
+def _redefine(path: Path, table: str, old: str, new: str) -> None:
+    """Changes the definition of a table behind SQLite's back."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA writable_schema=ON")
+    changed = connection.execute(
+        "UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE type = 'table' AND name = ? AND instr(sql, ?)",
+        [old, new, table, old],
+    )
+    assert changed.rowcount == 1
+    connection.close()
+
+
+ENDLESS = "(WITH RECURSIVE n(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n) SELECT max(id) AS id FROM n)"
+SLOW = "instr(hex(zeroblob(20000000)), hex(zeroblob(10000000)) || '1') > 0"
+
+
+def _view(path: Path) -> None:
+    _sqlite(path, "PRAGMA foreign_keys=OFF", "DROP TABLE verdict", f"CREATE VIEW verdict AS SELECT * FROM {ENDLESS}")
+
+
+def _trigger(path: Path) -> None:
+    _sqlite(path, "CREATE TRIGGER t AFTER INSERT ON trial BEGIN DELETE FROM verdict; END")
+
+
+def _generated_column(path: Path) -> None:
+    _redefine(path, "verdict", "origin VARCHAR(64) NOT NULL", f"origin TEXT GENERATED ALWAYS AS ({SLOW}) VIRTUAL")
+
+
+def _unnamed_generated_column(path: Path) -> None:
+    _redefine(path, "trial", "reason TEXT NOT NULL", f"reason as({SLOW})")
+
+
+def _check(path: Path) -> None:
+    _redefine(path, "trial", "reason TEXT NOT NULL", f"reason TEXT NOT NULL CHECK ({SLOW})")
+
+
+def _default(path: Path) -> None:
+    _redefine(path, "trial", "reason TEXT NOT NULL", f"reason TEXT NOT NULL DEFAULT ({SLOW})")
+
+
+def _index_on_an_expression(path: Path) -> None:
+    _sqlite(path, "CREATE INDEX i ON trial (abs(id))")
+
+
+def _virtual_table(path: Path) -> None:
+    _sqlite(path, "CREATE VIRTUAL TABLE notes USING fts5(reason)")
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _fifo_for_a_journal(path: Path) -> None:
+    os.mkfifo(path.with_name(path.name + "-journal"))
+
+
+def _directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _view,
+        _trigger,
+        _generated_column,
+        _unnamed_generated_column,
+        _check,
+        _default,
+        _index_on_an_expression,
+        _virtual_table,
+        _fifo,
+        _fifo_for_a_journal,
+        _directory,
+    ],
+)
+def test_nothing_that_a_stranger_made_to_run_is_run(path: Path, spoil: object) -> None:
     _fill(path)
-    if kind == "VIEW":
-        endless = "WITH RECURSIVE n(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n) SELECT max(id) AS id FROM n"
-        _sqlite(path, "PRAGMA foreign_keys=OFF", "DROP TABLE verdict", f"CREATE VIEW verdict AS {endless}")
-    else:
-        _sqlite(path, "CREATE TRIGGER t AFTER INSERT ON trial BEGIN DELETE FROM verdict; END")
+    spoil(path)  # type: ignore[operator]
+    began = time.monotonic()
     for write in (False, True):
-        with pytest.raises(RegistryError, match="corrupt"):
+        with pytest.raises(RegistryError, match=r"corrupt|not a regular file|Is a directory"):
             Registry.open(path, write=write)
+    table = serving.read(H200.name, H200.arch, H200.sm_count, str(path))
+    assert [each for each in table.verdicts("rms_norm_fwd") if each.layer == "explicit"] == []
+    assert len(table.problems) == 1
+    assert time.monotonic() - began < 1
+
+
+def test_an_analyzed_registry_is_still_one(path: Path) -> None:
+    _fill(path)
+    _sqlite(path, "ANALYZE")
+    with Registry.open(path) as reader:
+        assert reader.verdicts() == [verdict()]
 
 
 def test_a_locked_registry_is_one_clear_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,20 +352,31 @@ def test_a_killed_writer_loses_no_committed_trial(path: Path) -> None:
     assert len(kept) <= len(committed) + 20, "at most the one trial in flight at each death is there unannounced"
 
 
-def test_a_death_in_mid_write_is_named_to_readers_and_mended_by_a_writer(path: Path) -> None:
-    _fill(path)
+def die_in_mid_write(path: Path) -> None:
     worker = os.fork()
     if worker == 0:
         connection = connect_sqlite(path, "rw")
         connection.execute("PRAGMA cache_size=1")  # spills changed pages into the file before the commit
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("UPDATE trial SET reason = hex(randomblob(2000))")
+        connection.execute("UPDATE verdict SET trusted = 0")
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(worker, 0)
     assert path.with_name("registry.db-journal").exists()
-    with pytest.raises(RegistryError, match="open it once for writing"):
-        Registry.open(path)
+
+
+def test_after_a_death_in_mid_write_readers_read_a_recovered_copy_and_a_writer_mends_the_file(path: Path) -> None:
+    _fill(path)
+    die_in_mid_write(path)
+    left = path.read_bytes()
+    with Registry.open(path) as reader:
+        assert (len(reader.trials()), reader.corrupt) == (20, 0)
+        assert (reader.verdicts(), reader.problems) == ([verdict()], [])
+    served = serving.read(H200.name, H200.arch, H200.sm_count, str(path)).verdicts("rms_norm_fwd")[0]
+    assert (served.layer, served.trusted) == ("explicit", True)
+    assert path.read_bytes() == left, "a reader changes nothing"
     Registry.open(path, write=True).close()
+    assert path.read_bytes() != left
     with Registry.open(path) as reader:
         assert len(reader.trials()) == 20
 

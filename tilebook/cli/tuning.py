@@ -12,6 +12,7 @@ from tilebook.cli.common import FORMAT, REGISTRY, SUITES, main, print_rows
 
 if TYPE_CHECKING:
     from tilebook.op import Op, Problem
+    from tilebook.report.status import Asked
 
 
 class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -51,7 +52,8 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--budget",
     type=_Seconds(),
     metavar="TIME",
-    help="Stop searching after this time (180s, 5m), shared by the problems (default: none, until each has converged).",
+    help="End after about this time (180s, 5m): what is worth most of the GPU's time comes first and has most of it,"
+    " what is not reached is said (default: none, until each has converged).",
 )
 @click.option(
     "--trials",
@@ -97,8 +99,11 @@ def tune(
     """
     from tilebook.tuner.run import tune_problems
 
+    weights: list[float] | None = None
     if misses:
-        problems = _missed(families, suites, shapes, direction, gpu, registry)
+        missed = _missed(families, suites, shapes, direction, gpu, registry)
+        problems = [(each.op, each.problem) for each in missed]
+        weights = [each.weight_s for each in missed]
         if not problems:
             click.echo("tilebook: nothing to do: no problem that was asked for lacks a verdict", err=True)
             if format_ == "json":
@@ -106,7 +111,7 @@ def tune(
             return
     else:
         problems = _problems(families, suites, shapes, dtype, direction)
-    states, rows = tune_problems(
+    outcome = tune_problems(
         problems,
         gpu=gpu,
         gpus=gpus,
@@ -118,12 +123,15 @@ def tune(
         workers=workers,
         seed=seed,
         force=force,
+        weights=weights,
     )
-    print_rows(rows, format_, tuned=True)
-    for state in states:
+    print_rows(outcome.rows, format_, tuned=True)
+    for state in outcome.states:
         if state.error:
             click.echo(f"tilebook: {state.op} {state.label}: {state.error}", err=True)
-    if any(state.error for state in states):
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    if any(state.error for state in outcome.states):
         raise SystemExit(1)
 
 
@@ -145,8 +153,8 @@ def _missed(
     direction: str,
     gpu: str | None,
     registry: str | None,
-) -> list[tuple[Op[Any], Problem]]:
-    """What the ledger has that a tune could change."""
+) -> list[Asked]:
+    """What the ledger has that a tune could change, heaviest first."""
     from tilebook import device as devices
     from tilebook.op import UsageError
     from tilebook.report.status import asked, target
@@ -157,7 +165,7 @@ def _missed(
     device = target(gpu)
     here = devices.present() and device == devices.current()
     return [
-        (each.op, each.problem)
+        each
         for each in asked(device, registry)
         if each.op in chosen and each.tunable and not (each.covered if here else each.exact)
     ]

@@ -21,6 +21,7 @@ from tilebook import registry as store
 from tilebook.dispatch.choice import Choice, Outputs, Source
 from tilebook.dispatch.misses import misses_of, store_misses
 from tilebook.dispatch.snapshot import FARTHEST, Snapshot, pytorch
+from tilebook.layout import fits
 from tilebook.op import Config, Op, Problem
 
 __all__ = [
@@ -100,6 +101,7 @@ class Dispatch:
         choice = self._memo.get(known)
         if choice is None:
             choice = self.choose(op, op.problem.of(*args), args[0].device)
+            choice.aligned = all(fits(x) for x in args[:3] if isinstance(x, torch.Tensor))
             if self._settled(choice):
                 while len(self._memo) >= _MOST_CHOICES:
                     self._memo.pop(next(iter(self._memo)), None)

@@ -26,7 +26,8 @@ class Choice:
 
     `calls` counts how often it ran; `plan` repeats it at least cost. `spare` runs instead once this one has raised
     where the spare did not; `instead` makes the spare. `native` says that PyTorch's own function would run the
-    same here, so that the call may be left to it; `backward` is what the backward pass would run.
+    same here, so that the call may be left to it; `backward` is what the backward pass would run; `aligned` says that
+    the tensors of its calls lie as kernels that load whole vectors want them.
     """
 
     implementation: Implementation
@@ -42,6 +43,7 @@ class Choice:
     spare: Choice | None = None
     native: bool = field(init=False)
     backward: Choice | None = None
+    aligned: bool = True
 
     def __post_init__(self) -> None:
         forced = self.source == "forced"

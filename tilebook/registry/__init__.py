@@ -1,23 +1,33 @@
-"""The registry: every trial, every verdict, who measured it, where, how sure. It knows names, keys and JSON only."""
+"""The registry: every trial, every verdict, who measured it, where, how sure. It knows names, keys and JSON only.
 
-from tilebook.registry.backend import RegistryError
-from tilebook.registry.exchange import ImportReport, export, load
-from tilebook.registry.layers import DenyList, Layers
-from tilebook.registry.records import (
-    ConfigValue,
-    Device,
-    Environment,
-    Failure,
-    Json,
-    Miss,
-    Revocation,
-    Status,
-    Trial,
-    Verdict,
-    VerdictStatus,
-    canonical,
-)
-from tilebook.registry.store import Registry, ship
+A name is imported when it is first asked for: what dispatch reads (`tilebook.registry.serving`) needs no SQLAlchemy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tilebook.errors import RegistryError
+    from tilebook.registry.exchange import ImportReport, export, load
+    from tilebook.registry.layers import DenyList, Layers
+    from tilebook.registry.records import (
+        ConfigValue,
+        Device,
+        Environment,
+        Failure,
+        Json,
+        Miss,
+        Revocation,
+        Status,
+        Trial,
+        Verdict,
+        VerdictStatus,
+        canonical,
+    )
+    from tilebook.registry.store import Registry, ship
+    from tilebook.registry.target import Locked
 
 __all__ = [
     "ConfigValue",
@@ -28,6 +38,7 @@ __all__ = [
     "ImportReport",
     "Json",
     "Layers",
+    "Locked",
     "Miss",
     "Registry",
     "RegistryError",
@@ -41,3 +52,27 @@ __all__ = [
     "load",
     "ship",
 ]
+
+_MODULES = {
+    "exchange": ("ImportReport", "export", "load"),
+    "layers": ("DenyList", "Layers"),
+    "store": ("Registry", "ship"),
+    "target": ("Locked",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RegistryError":
+        from tilebook.errors import RegistryError
+
+        return RegistryError
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'records')}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

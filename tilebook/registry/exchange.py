@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from tilebook.registry.backend import RegistryError
+from tilebook.errors import RegistryError
 from tilebook.registry.checks import Json, canonical, quoted
 from tilebook.registry.codec import revocation_from, trial_from, verdict_from
 from tilebook.registry.records import Revocation, Trial, Verdict, VerdictStatus

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
-from tilebook.registry.backend import RegistryError, Target
+from tilebook.errors import RegistryError
 from tilebook.registry.records import ConfigValue, Device, Miss, Revocation, Verdict
-from tilebook.registry.store import Registry
+from tilebook.registry.target import Target, user_folder
+
+if TYPE_CHECKING:
+    from tilebook.registry.store import Registry
 
 REGISTRY_VARIABLE = "TILEBOOK_REGISTRY"
 SHIPPED = Path(__file__).parent.parent / "registry.db"
@@ -27,12 +31,11 @@ class Layers:
     @classmethod
     def default(cls, explicit: str | Path | None = None) -> Self:
         """ "explicit" (the argument, else $TILEBOOK_REGISTRY, where given), "user", "shipped"."""
-        import platformdirs
-
         first = str(explicit or os.environ.get(REGISTRY_VARIABLE, ""))
-        user = Path(platformdirs.user_data_dir("tilebook", appauthor=False)) / "registry.db"
         layers = [("explicit", first)] if first else []
-        return cls([*layers, ("user", str(user)), ("shipped", str(SHIPPED))])
+        with contextlib.suppress(RegistryError):  # without a home there is no user layer, and the others serve
+            layers.append(("user", str(user_folder() / "registry.db")))
+        return cls([*layers, ("shipped", str(SHIPPED))])
 
     def read(
         self, *, op: str | None = None, device: Device | None = None
@@ -42,14 +45,14 @@ class Layers:
             (name, *both)
             for name, both in self._read(lambda each: (each.verdicts(op=op, device=device), each.revocations()))
         ]
-        return _best((name, v) for name, v, _ in found), _union((name, r) for name, _, r in found)
+        return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
 
     def revocations(self) -> list[tuple[str, Revocation]]:
         """Those of all layers together, with the name of the first layer that has each scope (trusted, if any is).
 
         No layer can take back what another revokes. Refreshes `problems`.
         """
-        return _union(self._read(Registry.revocations))
+        return union(self._read(lambda each: each.revocations()))
 
     def misses(self, device: Device) -> list[Miss]:
         """The ledgers of all layers together, heaviest first: calls times a call's GPU time. Refreshes `problems`."""
@@ -73,6 +76,8 @@ class Layers:
 
     def writer(self) -> Registry:
         """The first layer that can be written, opened for it: the explicit one and no other, where there is one."""
+        from tilebook.registry.store import Registry
+
         problems = []
         for name, target in self.layers:
             if name == "shipped":
@@ -87,6 +92,8 @@ class Layers:
 
     def _read(self, query: Callable[[Registry], _T]) -> Iterator[tuple[str, _T]]:
         """What each layer answers, in order; what is wrong with a layer goes to `problems`."""
+        from tilebook.registry.store import Registry
+
         self.problems = []
         for name, target in self.layers:
             try:
@@ -130,12 +137,13 @@ def _best(found: Iterable[tuple[str, Sequence[Verdict]]]) -> list[tuple[str, Ver
     for name, verdicts in found:
         for verdict in verdicts:
             key = (verdict.op, verdict.problem, verdict.device, verdict.kernel)
-            if key not in best or _standing(verdict) > _standing(best[key][1]):
+            if key not in best or standing(verdict) > standing(best[key][1]):
                 best[key] = (name, verdict)
     return list(best.values())
 
 
-def _union(found: Iterable[tuple[str, Sequence[Revocation]]]) -> list[tuple[str, Revocation]]:
+def union(found: Iterable[tuple[str, Sequence[Revocation]]]) -> list[tuple[str, Revocation]]:
+    """The revocations of all layers, with the name of the first layer that has each scope (trusted, if any is)."""
     union: dict[str, tuple[str, Revocation]] = {}
     for name, revocations in found:
         for each in revocations:
@@ -144,5 +152,16 @@ def _union(found: Iterable[tuple[str, Sequence[Revocation]]]) -> list[tuple[str,
     return list(union.values())
 
 
-def _standing(verdict: Verdict) -> int:
+class Standing(Protocol):
+    """What of a verdict says which of two hides the other."""
+
+    @property
+    def trusted(self) -> bool: ...
+
+    @property
+    def measured(self) -> bool: ...
+
+
+def standing(verdict: Standing) -> int:
+    """2 for a trusted measurement, 1 for a trusted prediction, 0 for what may not be served."""
     return 0 if not verdict.trusted else 2 if verdict.measured else 1

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import sqlite3
 import threading
 from collections.abc import Collection
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 
 from sqlalchemy import Connection, Engine, inspect, text
 
-from tilebook.registry.backend import (
+from tilebook.errors import RegistryError
+from tilebook.registry import backend, sqlitefile
+from tilebook.registry.backend import connect_sqlite, make_engine
+from tilebook.registry.models import Base, RevocationRow
+from tilebook.registry.target import (
     APPLICATION_ID,
-    RegistryError,
+    OLDEST_READABLE,
+    SCHEMA_VERSION,
     Target,
-    connect_sqlite,
-    damage,
-    make_engine,
     sniff,
 )
-from tilebook.registry.models import Base, RevocationRow
 
-# The revision of the newest migration as a number; migrations are named 0001, 0002, ...
-SCHEMA_VERSION = 2
-OLDEST_READABLE = 1  # what came later is a table of its own, which readers of an older registry find empty
 VERSION_TABLE = "tilebook_alembic_version"
+# Alembic's `op` and `context` are global, so upgrades of one process go one after the other.
+_upgrading = threading.Lock()
+_SINCE = {RevocationRow.__tablename__: 2}  # the schema that brought a table, where it was not the first
 
 
 def version(connection: Connection) -> int | None:
@@ -43,66 +48,67 @@ def has_revocations(connection: Connection) -> bool:
     return inspect(connection).has_table(RevocationRow.__tablename__)
 
 
-def check(found: int | None, target: Target, oldest: int = SCHEMA_VERSION) -> None:
-    """Raises RegistryError unless the schema is one from `oldest` to this version's."""
-    if found is None:
-        raise RegistryError(f"{target.label} is not a tilebook registry")
-    if found > SCHEMA_VERSION:
-        raise RegistryError(
-            f"registry {target.label} has schema {found}, newer than {SCHEMA_VERSION}: it needs a newer tilebook"
-        )
-    if found < oldest:
-        raise RegistryError(
-            f"registry {target.label} has schema {found}, older than {oldest}:"
-            " opening it for writing (tilebook tune) upgrades it"
-        )
+def check(found: int | None, target: Target, oldest: int | None = None) -> None:
+    """Raises RegistryError unless the schema is this version's, or one from `oldest` on."""
+    sqlitefile.refuse_version(found, target.label, SCHEMA_VERSION if oldest is None else oldest, SCHEMA_VERSION)
 
 
-_upgrading = threading.Lock()
-"""Alembic keeps the migration under way in module globals: one thread at a time may have one."""
+def open_reader(target: Target, cleanup: ExitStack, wait_s: float | None = None) -> tuple[Engine, str]:
+    """An engine that only reads a registry that exists and has a readable schema, and the file's `damage`.
+
+    What the engine needs for as long as it is used is undone by `cleanup`.
+    """
+    if target.path is None:
+        engine = make_engine(target, write=False, wait_s=wait_s)
+        with engine.begin() as connection:
+            check(version(connection), target, OLDEST_READABLE)
+        return engine, ""
+    place = cleanup.enter_context(sqlitefile.readable(target.path))
+    with closing(connect_sqlite(place, "ro", wait_s)) as raw:
+        sqlitefile.refuse_foreign_schema(raw, target.path)
+        found = sqlitefile.check_version(raw, target.path, OLDEST_READABLE, SCHEMA_VERSION)
+        _check_tables(sqlitefile.tables(raw), target, found)
+        damage = sqlitefile.damage(raw, place, backend.READER_CHECKS_BYTES)
+    return make_engine(replace(target, path=place), write=False, wait_s=wait_s), damage
 
 
-def open_reader(target: Target) -> tuple[Engine, str]:
-    """An engine that can only read, for a registry that exists and has a readable schema, and its `damage`."""
-    if target.path is not None:
-        header = sniff(target)
-        if header is None:
-            raise RegistryError(f"there is no registry at {target.label}")
-        if header.wal:
-            raise RegistryError(
-                f"registry {target.label} is in WAL mode, which cannot be read without creating files:"
-                " open it once for writing"
-            )
-    engine = make_engine(target, write=False)
-    with engine.begin() as connection:
-        found = version(connection)
-        check(found, target, OLDEST_READABLE)
-        _check_tables(connection, target, optional=() if found == SCHEMA_VERSION else (RevocationRow.__tablename__,))
-        return engine, damage(connection, target, write=False)
-
-
-def open_writer(target: Target) -> Engine:
+def open_writer(target: Target, wait_s: float | None = None) -> Engine:
     """An engine that writes; the database is created or upgraded first, under the lock that every writer takes."""
     if target.path is not None:
-        header = sniff(target)
+        header = sniff(target.path)
         if header is None:
             target.path.parent.mkdir(parents=True, exist_ok=True)
         elif header.wal:
-            with closing(connect_sqlite(target.path, "rw")) as raw:
+            with closing(connect_sqlite(target.path, "rw", wait_s)) as raw:
                 raw.execute("PRAGMA journal_mode=DELETE")
-    with make_engine(target, write=True, create=True).begin() as connection:
-        if found := damage(connection, target, write=True):
-            raise RegistryError(
-                f"registry {target.label} is corrupt: {found}; export what is left of it and import that into a new one"
-            )
+    with make_engine(target, write=True, create=True, wait_s=wait_s).begin() as connection:
+        if target.path is not None:
+            _examine(connection, target.path)
         if _needs_upgrade(connection, target):
             with _upgrading:
                 _upgrade(connection)
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
                 connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
-        _check_tables(connection, target)
-    return make_engine(target, write=True)
+            if target.path is not None:
+                _check_tables(sqlitefile.tables(_raw(connection)), target, SCHEMA_VERSION)
+    return make_engine(target, write=True, wait_s=wait_s)
+
+
+def _raw(connection: Connection) -> sqlite3.Connection:
+    raw = connection.connection.dbapi_connection
+    assert isinstance(raw, sqlite3.Connection)
+    return raw
+
+
+def _examine(connection: Connection, path: Path) -> None:
+    """Refuses a file that is not to be written: its schema is not ours, or what SQLite has in it is damaged."""
+    raw = _raw(connection)
+    sqlitefile.refuse_foreign_schema(raw, path)
+    if found := sqlitefile.damage(raw, path, math.inf):
+        raise RegistryError(
+            f"registry {path} is corrupt: {found}; export what is left of it and import that into a new one"
+        )
 
 
 def _needs_upgrade(connection: Connection, target: Target) -> bool:
@@ -118,15 +124,9 @@ def _needs_upgrade(connection: Connection, target: Target) -> bool:
     return found != SCHEMA_VERSION
 
 
-def _check_tables(connection: Connection, target: Target, optional: Collection[str] = ()) -> None:
-    """A view may stand where a table should and never return; names and kinds are checked before any is read."""
-    if connection.dialect.name != "sqlite":
-        return
-    rows = connection.exec_driver_sql("SELECT type, name FROM sqlite_master WHERE type IN ('table', 'view', 'trigger')")
-    found = {(kind, name) for kind, name in rows}
-    extra = {name for kind, name in found if kind != "table"}
-    missing = {name for name in Base.metadata.tables if ("table", name) not in found and name not in optional}
-    if extra or missing:
+def _check_tables(found: Collection[str], target: Target, version: int) -> None:
+    wanted = {name for name in Base.metadata.tables if version >= _SINCE.get(name, 1)}
+    if not wanted <= set(found):
         raise RegistryError(f"registry {target.label} is corrupt: its tables are not those of a tilebook registry")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple, Self, TypeVar
 from sqlalchemy import Engine, Select, insert, select, update
 from sqlalchemy.orm import Session, contains_eager
 
+from tilebook.errors import RegistryError
 from tilebook.registry import schema
-from tilebook.registry.backend import RegistryError, Target, connect_sqlite, explained, sniff
+from tilebook.registry.backend import connect_sqlite, explained
 from tilebook.registry.checks import quoted
 from tilebook.registry.models import DeviceRow, KernelRow, MissRow, ProblemRow, RevocationRow, TrialRow, VerdictRow
 from tilebook.registry.records import Device, Miss, Revocation, Status, Trial, Verdict
@@ -30,6 +32,7 @@ from tilebook.registry.rows import (
     verdict_columns,
     verdict_of,
 )
+from tilebook.registry.target import Target, sniff
 
 log = logging.getLogger("tilebook.registry")
 
@@ -88,7 +91,15 @@ class Registry:
     Connections are opened for each operation, so an instance may be used from several threads and after a fork.
     """
 
-    def __init__(self, target: Target, engine: Engine, writable: bool, raw: str, damage: str = "") -> None:
+    def __init__(
+        self,
+        target: Target,
+        engine: Engine,
+        writable: bool,
+        raw: str,
+        damage: str = "",
+        cleanup: ExitStack | None = None,
+    ) -> None:
         self._target = target
         self._engine: Engine | None = engine
         self.target = raw
@@ -96,19 +107,24 @@ class Registry:
         self.writable = writable
         self.corrupt = 0
         self.problems: list[str] = []
+        self._cleanup = weakref.finalize(self, (cleanup or ExitStack()).close)
         if damage:
             self._problem(f"the file is damaged ({damage}); rows may be missing")
 
     @classmethod
-    def open(cls, target: str | Path, *, write: bool = False) -> Self:
+    def open(cls, target: str | Path, *, write: bool = False, wait_s: float | None = None) -> Self:
         """Opens a path or SQLAlchemy URL; `write` creates the parent directory, the file and the newest schema.
 
-        Raises RegistryError: missing, unreadable, foreign, corrupt, locked, of a newer schema, or (for reading) older.
+        wait_s: how long to wait for another process's lock, now and in each operation; None for what is usual.
+        Raises RegistryError: missing, unreadable, foreign, corrupt, of a newer schema, or (for reading) older;
+        Locked, one of them, where the lock is still held.
         """
         parsed = Target.parse(target)
-        with explained(parsed):
-            engine, damage = (schema.open_writer(parsed), "") if write else schema.open_reader(parsed)
-        return cls(parsed, engine, write, str(target), damage)
+        with explained(parsed), ExitStack() as opening:
+            if write:
+                return cls(parsed, schema.open_writer(parsed, wait_s), True, str(target))
+            engine, damage = schema.open_reader(parsed, opening, wait_s)
+            return cls(parsed, engine, False, str(target), damage, opening.pop_all())
 
     def record(self, trials: Iterable[Trial] = (), verdict: Verdict | None = None) -> None:
         """Stores trials and a verdict in one transaction; the verdict replaces one of the same key (see above)."""
@@ -229,6 +245,7 @@ class Registry:
         if self._engine is not None:
             self._engine.dispose()
         self._engine = None
+        self._cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -360,7 +377,8 @@ def ship(source: Registry, path: str | Path, *, trials: bool = False) -> int:
     """
     place = Path(path).absolute()
     target = Target.parse(place)
-    sniff(target)
+    assert target.path is not None
+    sniff(target.path)
     verdicts = [replace(verdict, origin="shipped") for verdict in source.verdicts() if verdict.trusted]
     keys = {(v.op, v.problem, v.device, v.kernel) for v in verdicts}
     kept = [t for t in source.trials() if t.status is Status.OK and (t.op, t.problem, t.device, t.kernel) in keys]

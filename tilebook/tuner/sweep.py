@@ -335,7 +335,7 @@ def record_problems(
     with CompilePool(gpu, workers) as pool:
         try:
             runner.start()
-            with view(len(problems), True, None) as run:
+            with view(len(problems), True) as run:
                 for op, problem in problems:
                     path = out if single else out / file_name(op, problem, implementation)
                     record(op, problem, gpu, path, pool, runner, run, most, seed, implementation)

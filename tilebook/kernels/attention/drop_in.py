@@ -11,6 +11,11 @@ from tilebook import dispatch
 from tilebook.call import way
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 
+_Tensor = torch.Tensor
+_here = dispatch.here
+_compiling, _capturing = torch.compiler.is_compiling, torch.cuda.is_current_stream_capturing
+_batched: Any = torch._C._functorch.peek_interpreter_stack
+
 _HOST_BOUND, _HOST_BOUND_TRAINING = 1 << 27, 3 << 27
 """Elements of q times keys up to which the GPU is done with an eager call before the host has made the next.
 
@@ -24,24 +29,24 @@ def bounded_by_the_host(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bo
     Only for tensors of one shape, whose arguments need no other check than PyTorch's. A graph that is captured is
     replayed without the host.
     """
-    if torch.compiler.is_compiling() or not type(q) is type(k) is type(v) is torch.Tensor:
-        return False
     if (
-        not q.is_cuda
-        or dispatch.forced()
-        or q.ndim != 4
-        or q.shape != k.shape
-        or k.shape != v.shape
-        or not q.dtype == k.dtype == v.dtype
+        not type(q) is type(k) is type(v) is _Tensor
+        or _compiling()
+        or _here.forced is not None
+        or _batched() is not None
     ):
         return False
-    if not k.is_cuda or not v.is_cuda:
+    if not q.get_device() == k.get_device() == v.get_device() >= 0 or not q.dtype == k.dtype == v.dtype:
+        return False
+    shape = q.shape
+    if len(shape) != 4 or shape != k.shape or shape != v.shape:
         return False
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    size = q.numel() * k.shape[2]
-    return 0 < size <= (_HOST_BOUND_TRAINING if training else _HOST_BOUND) and not (
-        torch.cuda.is_current_stream_capturing() or torch.are_deterministic_algorithms_enabled()
-    )
+    if not 0 < q.numel() * shape[2] <= (_HOST_BOUND_TRAINING if training else _HOST_BOUND):
+        return False
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:  # cuDNN does not look before it loads
+        return False
+    return not (_capturing() or torch.are_deterministic_algorithms_enabled())
 
 
 def scaled_dot_product_attention(
@@ -76,13 +81,10 @@ def scaled_dot_product_attention(
     What `tilebook.attention` has no kernel for (E ≠ Ev, batch dimensions to broadcast, nested tensors) is PyTorch's,
     and so is what overrides PyTorch's function: tensor subclasses, modes, `torch.nn.attention.bias.CausalBias`.
     """
-    tensors = query, key, value, attn_mask
-    small = attn_mask is None and not dropout_p and not has_torch_function(tensors)
-    if (
-        (small and bounded_by_the_host(query, key, value))
-        or has_torch_function(tensors)
-        or not _fits(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    ):
+    if attn_mask is None and not dropout_p and (scale is None or scale > 0) and bounded_by_the_host(query, key, value):
+        return plain_sdpa(query, key, value, None, 0.0, is_causal, scale=scale)  # type: ignore[no-any-return]
+    overridden = has_torch_function((query, key, value, attn_mask))
+    if overridden or not _fits(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
         given: Any = {"enable_gqa": True} if enable_gqa else {}
         return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **given)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attention  # the package imports this module

@@ -8,12 +8,13 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import recorded, rows, way
+from tilebook.call import recorded, way
 from tilebook.kernels.attention.check import numbers
 from tilebook.kernels.decode import eager
 from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.entry import DECODE, registered
 from tilebook.kernels.decode.pytorch import plain
+from tilebook.layout import aligned, rows
 
 __all__ = ["attention_decode"]
 
@@ -90,6 +91,7 @@ def attention_decode(
         choice = dispatch.lookup(registered(), (*tensors, *options))
     if choice.native:
         choice.calls += 1
+        tensors = tensors if choice.aligned else (aligned(q), aligned(k), aligned(v), seq_lens, block_table)
         return _plain(tensors, options, return_lse)
     o, lse = DECODE.direct(choice, tensors, options)
     return (o, lse) if return_lse else o

@@ -11,10 +11,11 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import autocast, recorded, rows, vector, way
+from tilebook.call import autocast, recorded, way
 from tilebook.kernels.mlp.entry import MLP, registered
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
+from tilebook.layout import rows, vector
 
 __all__ = ["mlp"]
 

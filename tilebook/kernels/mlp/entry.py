@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from tilebook import dispatch
-from tilebook.call import Entry, Tensors, rows, vector
+from tilebook.call import Entry, Tensors
 from tilebook.kernels.mlp.pytorch import act, each_alone, plain
+from tilebook.layout import rows, vector
 
 Options = tuple[str, bool]
 """The activation, and whether z = x W1ᵀ + b1 is kept for a backward pass."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from tilebook import dispatch
-from tilebook.call import Entry, Tensors, rows, vector
+from tilebook.call import Entry, Tensors
 from tilebook.kernels.norms.pytorch import layer, rms
+from tilebook.layout import rows, vector
 
 
 @functools.cache

@@ -1,0 +1,110 @@
+"""Where a registry lives: a SQLite file or a PostgreSQL database. Standard library only, as all that dispatch imports.
+
+A SQLite file is recognised by its first 100 bytes before SQLite sees it, so a foreign file is never touched, not even
+to replay its journal.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tilebook.errors import RegistryError
+from tilebook.registry.checks import quoted
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+APPLICATION_ID = 0x74696C65  # "tile", in the SQLite header
+SCHEMA_VERSION = 2  # the revision of the newest migration as a number; migrations are named 0001, 0002, ...
+OLDEST_READABLE = 1
+
+
+class Locked(RegistryError):
+    """Another process holds the registry's lock: the same may work later."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parsed registry address; `path` for SQLite, `url` for PostgreSQL. `label` hides the password."""
+
+    path: Path | None
+    url: URL | None
+    label: str
+
+    @classmethod
+    def parse(cls, target: str | Path) -> Target:
+        """Raises RegistryError for what is no address of a registry."""
+        text = str(target)
+        if isinstance(target, Path) or "://" not in text:
+            if not text:
+                raise RegistryError("the registry's path is empty")
+            try:
+                path = Path(text).expanduser().absolute()
+            except (RuntimeError, OSError) as error:
+                raise RegistryError(f"registry {text}: {error}") from error
+            return cls(path, None, str(path))
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        try:
+            url = make_url(text)
+        except (ArgumentError, ValueError):
+            raise RegistryError("the registry's URL cannot be parsed") from None
+        backend = url.drivername.partition("+")[0]
+        if backend == "sqlite":
+            if not url.database or url.database.startswith((":memory:", "file:")) or url.query:
+                raise RegistryError("a SQLite registry is a plain file: sqlite:///path/to/registry.db")
+            return cls.parse(Path(url.database))
+        if backend in ("postgresql", "postgres"):
+            return cls(None, url.set(drivername="postgresql+psycopg"), url.render_as_string(hide_password=True))
+        raise RegistryError(f"a registry is a SQLite file or a PostgreSQL URL, not {backend}")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first 100 bytes of a SQLite file say; None stands for a file that is missing or empty."""
+
+    version: int
+    wal: bool
+
+
+def sniff(path: Path) -> Header | None:
+    """Reads a SQLite file's header without SQLite. Raises RegistryError for what is not a tilebook registry."""
+    try:
+        # A FIFO would keep `open` waiting for somebody to write, and one in a journal's place SQLite itself.
+        for name in (path, *(path.with_name(path.name + end) for end in ("-journal", "-wal"))):
+            if os.path.exists(name) and not os.path.isdir(name) and not stat.S_ISREG(os.stat(name).st_mode):
+                raise RegistryError(f"cannot read registry {path}: {quoted(str(name.name))} is not a regular file")
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+            head = file.read(100)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RegistryError(f"cannot read registry {path}: {error.strerror}") from error
+    if not head:
+        return None
+    if len(head) < 100 or not head.startswith(b"SQLite format 3\0"):
+        raise RegistryError(f"foreign registry file {path}: it is not a SQLite database")
+    if struct.unpack(">I", head[68:72]) != (APPLICATION_ID,):
+        raise RegistryError(f"{path} is a SQLite database, but not a tilebook registry")
+    return Header(version=struct.unpack(">I", head[60:64])[0], wal=2 in head[18:20])
+
+
+def user_folder() -> Path:
+    """The user's data directory, as platformdirs has it. Raises RegistryError where the user has no home."""
+    if sys.platform.startswith(("linux", "freebsd")):
+        # Asked for by every process that dispatches, so not worth an import.
+        data = os.environ.get("XDG_DATA_HOME", "")
+        base = data if data.strip() else os.path.expanduser("~/.local/share")
+        if not data.strip() and base.startswith("~"):
+            raise RegistryError("there is no user registry: neither HOME nor the password file names a home directory")
+        return Path(base) / "tilebook"
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("tilebook", appauthor=False))
