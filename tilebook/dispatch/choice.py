@@ -74,7 +74,7 @@ class Choice:
 
     @property
     def _compiles(self) -> bool:
-        return self.implementation.space is not None
+        return self.implementation.space is not None or bool(self.implementation.external)
 
     def _pytorch(self, *args: Any) -> Outputs:
         return self.implementation.op.implementations["torch"](*args)
