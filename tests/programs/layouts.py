@@ -105,13 +105,13 @@ def test_one_weight_expanded_to_all_columns_gives_pytorchs_numbers(device):
 
 @pytest.mark.parametrize("layout", ["every other element", "one for all", "one element off"])
 def test_biases_with_a_stride_give_pytorchs_numbers(device, layout):
-    x, w1, b1, w2, b2 = FAMILIES["mlp"].leaves(device)
+    x, w1, b1, w2, b2 = FAMILIES["mlp"].leaves(device, torch.bfloat16)
     assert_no_worse(tilebook.mlp, plain_mlp, (x, w1, laid_out(b1, layout), w2, b2), what="b1")
     assert_no_worse(tilebook.mlp, plain_mlp, (x, w1, b1, w2, laid_out(b2, layout)), what="b2")
 
 
 def test_one_zero_expanded_to_a_bias_gives_pytorchs_numbers(device):
-    x, w1, b1, w2, b2 = FAMILIES["mlp"].leaves(device)
+    x, w1, b1, w2, b2 = FAMILIES["mlp"].leaves(device, torch.bfloat16)
     zero = torch.zeros(1, device=device, dtype=x.dtype)
     inputs = x, w1, zero.expand_as(b1).requires_grad_(), w2, zero.expand_as(b2).requires_grad_()
     assert_no_worse(tilebook.mlp, plain_mlp, inputs)
