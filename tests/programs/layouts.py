@@ -67,7 +67,8 @@ def test_tensors_of_any_layout_give_pytorchs_numbers(device, layout):
         inputs = tuple(laid_out(x, layout) for x in family.leaves(device))
         assert_no_worse(family.ours, family.plain, inputs)
 
-    each(FAMILIES, body)
+    # PyTorch's CPU kernel itself errs where the heads of a sequence overlap.
+    each([name for name in FAMILIES if device == "cuda" or (name, layout) != ("varlen", "overlapping")], body)
 
 
 @pytest.mark.parametrize("blocks", [False, True], ids=["attention", "blocks"])
