@@ -215,6 +215,7 @@ def test_a_vision_transformer_of_timm_trains_the_same(device):
 @pytest.mark.filterwarnings("ignore")
 def test_accelerate_trains_a_module_that_calls_us(device):
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(cpu=device == "cpu", mixed_precision="bf16")
     ours, plain = blocks(device)
     losses = []
