@@ -25,6 +25,13 @@ def fresh(inputs):
     return tuple(x.detach().requires_grad_(x.requires_grad) for x in inputs)
 
 
+def dense(inputs):
+    """The same inputs as new leaves in memory of their own, where PyTorch's kernels can load them however they like."""
+    return tuple(
+        x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad) for x in inputs
+    )
+
+
 def doubled(inputs):
     """The same inputs in fp64, as new leaves."""
     return tuple(
@@ -70,13 +77,6 @@ def some_calls(inputs):
     return 4 if inputs[0].is_cuda else 1
 
 
-def compact(inputs):
-    """The same numbers as new leaves, each tensor in one piece."""
-    return tuple(
-        x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad) for x in inputs
-    )
-
-
 def _on_some_path(plain, inputs):
     """PyTorch's values and gradients, of tensors that its kernels take without breaking down.
 
@@ -84,7 +84,7 @@ def _on_some_path(plain, inputs):
     """
     raised = None
     try:
-        theirs = value_and_gradients(plain, compact(inputs))
+        theirs = value_and_gradients(plain, dense(inputs))
         if all(x.isfinite().all() for x in theirs if x.is_floating_point()):
             return theirs, None
     except RuntimeError as refused:
@@ -92,7 +92,7 @@ def _on_some_path(plain, inputs):
             raise
         raised = refused
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return value_and_gradients(plain, compact(inputs)), raised
+        return value_and_gradients(plain, dense(inputs)), raised
 
 
 def assert_no_worse(ours, plain, inputs, *, calls=None, context=contextlib.nullcontext, what="", blur=1.0):
