@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 import triton
 
-from tilebook import op
+from tilebook import models, op
 from tilebook.op import Cost
 
 
@@ -59,7 +59,8 @@ class Problem(op.Problem):
 
     @classmethod
     def suites(cls) -> Mapping[str, Sequence[Self]]:
-        return {"norms": [cls.parse(f"M8192,N{width}", "bf16") for width in (1024, 4096, 16384)]}
+        norms = [cls.parse(f"M8192,N{width}", "bf16") for width in (1024, 4096, 16384)]
+        return {"norms": norms, "models": [cls.parse(*each) for each in models.shapes("norms")]}
 
     def _random(self, device: torch.device | str, seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
         source = op.generator(device, seed)
