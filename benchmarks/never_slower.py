@@ -70,8 +70,8 @@ def _each(cells: list[Cell], until: float) -> Iterator[tuple[Cell, Row]]:
         print(json.dumps(row), flush=True)
 
 
-def _kernels(step: Any, given: Any, device: str) -> list[str]:
-    """The names of the kernels that a call starts, each once and in order; on the CPU those of PyTorch's ops."""
+def _kernels(step: Any, given: Any, device: str) -> list[str] | None:
+    """The kernels that a call starts, each once and in order; on the CPU PyTorch's ops. None where nobody can tell."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -84,7 +84,7 @@ def _kernels(step: Any, given: Any, device: str) -> list[str]:
             torch.cuda.synchronize()
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
     names = [each.name for each in seen.events() if each.device_type == kind]
-    return list(dict.fromkeys(name[:160] for name in names if not name.startswith(("Mem", "mem"))))
+    return list(dict.fromkeys(name[:160] for name in names if not name.startswith(("Mem", "mem")))) or None
 
 
 def _free() -> None:
@@ -111,11 +111,14 @@ def note_kernels(cells: list[Cell], device: str, until: float) -> None:
     assert "tilebook" not in sys.modules
 
 
-def judge(cells: list[Cell], device: str, until: float) -> None:
+def judge(cells: list[Cell], device: str, until: float, workers: int) -> None:
     """Runs every call, which compiles it, and says how far its outputs are from what fp32 has."""
+    import torch
     from truth import errors, reference
     from yardsticks import inputs, ours, step, yardsticks
 
+    if device == "cuda":  # one that asks for too much must not take it from the others
+        torch.cuda.set_per_process_memory_fraction(0.9 / (workers + 1))
     for cell, row in _each(cells, until):
         row["errors"] = found = dict[str, list[float]]()
         try:
@@ -217,8 +220,9 @@ def _run(task: str, cells: list[Cell], given: argparse.Namespace, until: float) 
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as spec:
         json.dump([cell.json() for cell in cells], spec)
     command = [sys.executable, __file__, *sys.argv[1:], "--task", task, "--spec", spec.name, "--until", str(until)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "KINETO_LOG_LEVEL": "99"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    # A pool of compilers in each of several processes would be more than the machine has.
+    environment = {"PYTHONUNBUFFERED": "1", "KINETO_LOG_LEVEL": "99", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
 
 
 def _rows(running: list[subprocess.Popen[str]], until: float) -> Iterator[Row]:
@@ -282,11 +286,11 @@ def main() -> None:
     given = _arguments().parse_args()
     if given.task:
         cells = [Cell(**each) for each in json.loads(Path(given.spec).read_text())]
-        tasks: dict[str, Any] = {"judge": judge, "kernels": note_kernels}
-        if given.task == "clock":
-            return clock(cells, given.device, given.until, given)
-        tasks[given.task](cells, given.device, given.until)
-        return None
+        if given.task == "kernels":
+            return note_kernels(cells, given.device, given.until)
+        if given.task == "judge":
+            return judge(cells, given.device, given.until, given.workers)
+        return clock(cells, given.device, given.until, given)
 
     from figures import report, write
 

@@ -80,22 +80,25 @@ class Clock:
         """(what replays `launches` calls over the rotated inputs, the pool of its memory)."""
         if self.device != "cuda":
             return lambda: [step(sets[n % len(sets)]) for n in range(launches)], None
+        captured = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             step(sets[0])
-        torch.cuda.synchronize()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured, pool=pool, stream=self._stream):
-            for n in range(launches):
-                step(sets[n % len(sets)])
+            torch.cuda.synchronize()
+            captured.capture_begin(*[] if pool is None else [pool])
+            try:
+                for n in range(launches):
+                    step(sets[n % len(sets)])
+            finally:
+                captured.capture_end()
         captured.replay()
         torch.cuda.synchronize()
         return captured.replay, captured.pool()
 
     def replayed(self, steps: dict[str, Step], sets: Sequence[Inputs], rounds: int) -> Series:
         """ms a call of each, replayed in a new random order each round; all with as many launches in a graph."""
-        slowest = min(self.estimate(step, sets[0]) for step in steps.values())
-        launches = max(1, min(_MOST_LAUNCHES, math.ceil(SAMPLE_MS / max(slowest, 1e-3))))
+        fastest = min(self.estimate(step, sets[0]) for step in steps.values())
+        launches = max(1, min(_MOST_LAUNCHES, math.ceil(SAMPLE_MS / max(fastest, 1e-3))))
         replays: dict[str, Callable[[], Any]] = {}
         pool: Any = None
         for name, step in steps.items():
@@ -108,7 +111,8 @@ class Clock:
 
     def eager(self, steps: dict[str, Step], sets: Sequence[Inputs], rounds: int) -> Series:
         """ms a call of each as a program makes them, one after the other and without waiting, until all are done."""
-        calls = max(5, min(200, math.ceil(EAGER_MS / max(1e-3, *(self.estimate(s, sets[0]) for s in steps.values())))))
+        slowest = max(self.estimate(step, sets[0]) for step in steps.values())
+        calls = max(2, min(200, math.ceil(EAGER_MS / max(slowest, 1e-3))))
 
         def seconds(step: Step) -> float:
             self.synchronize()
