@@ -21,6 +21,9 @@ _OP = {
 }
 """The op whose suites pose the calls of a kind. Attention that PyTorch fuses no kernel for is of the kind "forms"."""
 
+DRAWN = {kind: op for op, kind in _OP.items() if kind in ("attention", "mlp", "norms")}
+"""Kinds of which problems are drawn, and the op that poses them."""
+
 _LEAST_TRAINED_ROWS = 256
 
 
@@ -126,8 +129,8 @@ def drawn(seed: int, count: int) -> list[Cell]:
     }
     problems = 0
     while problems < count:
-        name = ("attention_fwd", "mlp_up_fwd", "rms_norm_fwd")[problems % 3]
-        kind, dtype = _OP[name], "fp16" if source.random() < 0.2 else "bf16"
+        kind, name = list(DRAWN.items())[problems % len(DRAWN)]
+        dtype = "fp16" if source.random() < 0.2 else "bf16"
         problem = ops.get(name).problem.parse(_DRAW[kind](source), dtype)
         if (problem.label, dtype) in posed[kind]:
             continue

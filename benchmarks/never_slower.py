@@ -2,6 +2,7 @@
 
     python benchmarks/never_slower.py --seconds 200 --out benchmarks/results/nvidia-h200/never_slower.json
     python benchmarks/never_slower.py --device cpu --tiny --seconds 60 --out /tmp/tried.json        # no GPU, no figures
+    python benchmarks/never_slower.py --classes drawn --tune-a-tenth | sh           # then again with --classes drawn
 
 Ratios are the time of PyTorch's own call over that of tilebook's. For forms that PyTorch fuses no kernel for, it is the
 best of PyTorch's function with a mask, `varlen_attn`, FlexAttention compiled and flash-attn-4. Cells come in batches in
@@ -27,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cells import KINDS, Cell, drawn, of_suites, tiny
+from cells import DRAWN, KINDS, Cell, drawn, of_suites, tiny
 
 Row = dict[str, Any]
 
@@ -55,6 +56,26 @@ def chosen(given: argparse.Namespace) -> list[Cell]:
     if given.sample:
         found = [cell for cell in found if [c for c in found if c.group == cell.group].index(cell) < given.sample]
     return found
+
+
+def tune_a_tenth(cells: list[Cell]) -> list[str]:
+    """Commands that tune every tenth of the drawn problems of each kind, to measure what that does for the others."""
+    from tilebook import op as ops
+
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for kind, op in DRAWN.items():
+        problems = sorted({(cell.label, cell.dtype) for cell in cells if (cell.kind, cell.source) == (kind, "drawn")})
+        for label, dtype in problems[::10]:
+            wanted.setdefault((ops.get(op).family, dtype), []).append(f"--shape {label}")
+    return [f"tilebook tune {family} --dtype {dtype} {' '.join(of)}" for (family, dtype), of in wanted.items()]
+
+
+def without_flash4() -> None:
+    """The package is as good as not installed in this process."""
+    from tilebook.kernels.attention import flash4
+
+    flash4._installed = lambda: False
+    sys.modules["flash_attn.cute"] = None  # type: ignore[assignment]
 
 
 # What a process started for a batch does: prints one line of JSON a cell.
@@ -252,6 +273,8 @@ def batch(cells: list[Cell], given: argparse.Namespace, until: float) -> list[Ro
     found: dict[str, Row] = {}
     prepared = time.time() + _PREPARING * (until - time.time())
     workers = max(1, given.workers)
+    # What FlexAttention compiles for takes seconds each, and must not keep the others waiting.
+    cells = sorted(cells, key=lambda cell: cell.kind in ("forms", "packed"))
     running = [_run("judge", cells[n::workers], given, prepared) for n in range(workers) if cells[n::workers]]
     names = [_run("kernels", cells, given, prepared)]
     for row in _rows([*running, *names], prepared):
@@ -288,10 +311,17 @@ def main() -> None:
         cells = [Cell(**each) for each in json.loads(Path(given.spec).read_text())]
         if given.task == "kernels":
             return note_kernels(cells, given.device, given.until)
+        if given.without_flash4:
+            without_flash4()
         if given.task == "judge":
             return judge(cells, given.device, given.until, given.workers)
         return clock(cells, given.device, given.until, given)
 
+    if given.tune_a_tenth:
+        print("\n".join(tune_a_tenth(chosen(given))))
+        return None
+    if given.out is None:
+        raise SystemExit("--out is missing")
     from figures import report, write
 
     started = time.time()
@@ -309,7 +339,7 @@ def main() -> None:
 
 def _arguments() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--out", type=Path, required=True)
+    found.add_argument("--out", type=Path)
     found.add_argument("--seconds", type=float, default=600, help="stops by then with what it has")
     found.add_argument("--classes", help=f"of {', '.join(KINDS)} and drawn; all if not given")
     found.add_argument("--suites", default="models,fa,seeds,varlen")
@@ -318,6 +348,8 @@ def _arguments() -> argparse.ArgumentParser:
     found.add_argument("--drawn", type=int, default=150, help="problems drawn, of no suite")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--modes", default="graph,eager")
+    found.add_argument("--without-flash4", action="store_true", help="as if flash-attn-4 were not installed")
+    found.add_argument("--tune-a-tenth", action="store_true", help="only print what tunes a tenth of those drawn")
     found.add_argument("--rounds", type=int, default=11)
     found.add_argument("--batch", type=int, default=120, help="cells that one process times")
     found.add_argument("--workers", type=int, default=6, help="processes that compile and judge a batch")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tilebook import op as ops
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -63,6 +65,33 @@ def test_an_output_that_is_wrong_is_seen(benchmark):
     assert not program._whole(cell, {"errors": {"torch": fine, "tilebook": broken}})["right"]
     nothing = truth.errors(cell, (o * torch.nan, *grads), reference)
     assert not program._whole(cell, {"errors": {"torch": fine, "tilebook": nothing}})["right"]
+
+
+def test_a_tenth_of_the_drawn_problems_is_named_as_tune_takes_it(benchmark):
+    cells, program = benchmark("cells"), benchmark("never_slower")
+    commands = program.tune_a_tenth(cells.drawn(0, 60))
+    shapes = [word for command in commands for word in command.split() if "," in word]
+    assert len(shapes) == 6
+    for command in commands:
+        _, _, family, _, dtype, *rest = command.split()
+        for label in rest[1::2]:
+            ops.families()[family][0].problem.parse(label, dtype)
+
+
+def test_a_class_says_its_mean_its_worst_and_where(benchmark):
+    figures = benchmark("figures")
+    rows = [
+        {"group": "mlp forward", "name": name, "own": own, "eager": {
+            "yardstick": "torch", "ms": {"torch": ms}, "ratio": [0, ratio, 9], "noise": [0, noise, 9]}}
+        for name, own, ms, ratio, noise in (("a", True, 0.04, 2.0, 0.5), ("b", False, 0.06, 0.5, 1.0))
+    ]  # fmt: skip
+    found = figures.classes(rows, "eager")
+    assert found["mlp forward"]["mean"] == 1.0
+    assert (found["mlp forward"]["worst"], found["mlp forward"]["worst_at"]) == (0.5, "b")
+    assert found["mlp forward"]["noise"] == 2.0
+    assert (found["mlp forward"]["own"], found["mlp forward"]["below_0.97"]) == (1, 1)
+    assert found["all, below 50 µs"]["worst"] == 2.0
+    assert found["all, from 50 µs"]["worst"] == 0.5
 
 
 def test_the_program_ends_in_time_with_ratios_noise_kernels_and_errors_of_every_cell(tmp_path):
