@@ -1,5 +1,6 @@
 """The command line as a subprocess, the way a user has it, without a GPU."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -398,3 +399,52 @@ def test_help_is_quick_and_names_the_commands(run):
     assert process.returncode == 0
     assert time.monotonic() - start < 5
     assert all(name in process.out for name in ("tune", "show", "explain", "export", "import", "revoke"))
+
+
+def test_a_terminal_without_unicode_gets_plain_text(run):
+    with Registry.open(run.registry, write=True) as registry:
+        registry.record(verdict=dataclasses.replace(MEASURED, evidence={"tried": 7, "seconds": {"total": 3.0}}))
+    for command in (["show"], ["explain", *EXPLAIN[1:]], ["status", "--gpu", "H200"], ["revoke", "--list"]):
+        process = run(*command, "--registry", run.registry, PYTHONIOENCODING="ascii")
+        assert process.returncode == 0, process.err
+        assert process.out.isascii()
+        assert "?" not in process.out
+    (told,) = run("explain", "nö", "--shape", "…", PYTHONIOENCODING="ascii").err.splitlines()
+    assert "no op 'n?'" in told
+
+
+def test_a_run_s_table_and_messages_are_plain_text_where_unicode_cannot_be_printed(run):
+    command = ["tune", "mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", "H200", "--budget", "1s"]
+    process = run(*command, "--registry", run.registry, PYTHONIOENCODING="ascii")
+    assert process.returncode == 0, process.err
+    assert (process.out + process.err).isascii()
+
+
+UNUSABLE = "/proc/nope"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nothing can be made")
+def test_a_compile_cache_that_cannot_be_written_is_one_line(run):
+    process = run(*TUNE, "--registry", run.registry, TRITON_CACHE_DIR=UNUSABLE)
+    assert process.returncode == 1
+    (said,) = process.err.strip().splitlines()
+    assert said.startswith(f"tilebook: Triton's cache {UNUSABLE} cannot be written")
+    assert "TRITON_CACHE_DIR" in said
+    assert not run.registry.exists()
+
+
+def test_the_package_is_a_program(run):
+    done = subprocess.run([sys.executable, "-m", "tilebook", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: tilebook " in done.stdout
+    assert "tune" in done.stdout
+
+
+def test_fp32_problems_can_be_tuned_and_tf32_is_theirs_alone():
+    attention = ops.get("attention_fwd").problem
+    assert [problem.dtype for _, problem in _problems(["attention"], [], [SHAPE], "fp32", "fwd")] == ["fp32"]
+    assert attention.parse(f"{SHAPE},tf32", "fp32").tf32
+    with pytest.raises(ops.UsageError, match="tf32"):
+        attention.parse(f"{SHAPE},tf32", "bf16")
+    result = CliRunner().invoke(main, ["tune", "attention", "--shape", f"{SHAPE},tf32", "--gpu", "H200"])
+    assert (result.exit_code, "tf32" in result.stderr) == (2, True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from importlib import metadata
 from typing import Any
 
@@ -101,20 +103,44 @@ CATALOGUE: Mapping[str, Device] = {
 }
 
 
+# What a driver appends to a model's name without making it another model. A "Laptop GPU" or a MIG slice is another.
+_PACKAGING = re.compile(r"\d+gb|sxm\d*|pcie|hbm\d\w*|nvl|oam|hgx|dgx")
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.lower())
+
+
+def _is_model(name: str, model: str) -> bool:
+    """Does a GPU of this name belong to that model of the catalogue?"""
+    own, its = _words(name), set(_words(model))
+    return its <= set(own) and all(word in its or _PACKAGING.fullmatch(word) for word in own)
+
+
 def find(name: str) -> Device:
-    """The catalogue's GPU whose name contains `name` ("H200", "rtx 4090"). Raises UsageError with the known names."""
-    wanted = " ".join(name.lower().split())
-    found = [device for device in CATALOGUE.values() if wanted and wanted in device.name.lower()]
-    exact = [device for device in found if wanted == device.name.lower()]
-    if len(exact or found) != 1:
-        problem = "is ambiguous" if found else "is not in the catalogue"
-        raise UsageError(f"GPU {name!r} {problem}; known: {', '.join(CATALOGUE)}")
-    return (exact or found)[0]
+    """The catalogue's GPU that is called so, in whole words: "H200", "rtx 4090", "NVIDIA H100 80GB HBM3".
+
+    Raises UsageError on any other name, with the known ones, nearest first.
+    """
+    wanted = set(_words(name))
+    found = [each for each in CATALOGUE.values() if wanted and wanted <= set(_words(each.name))]
+    found = found or [each for each in CATALOGUE.values() if _is_model(name, each.name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"GPU {name!r} is ambiguous: {', '.join(each.name for each in found)}")
+
+    def unlike(known: str) -> float:
+        alike = [SequenceMatcher(None, word, its).ratio() for word in wanted for its in _words(known)]
+        return -max(alike, default=0.0)
+
+    known = ", ".join(sorted(CATALOGUE, key=unlike))
+    raise UsageError(f"GPU {name!r} is not in the catalogue; known, nearest first: {known}")
 
 
 def is_here(model: Device, gpu: Device) -> bool:
     """Is this machine's GPU of that model of the catalogue? An "NVIDIA H100 80GB HBM3" is an "NVIDIA H100"."""
-    return model.name in gpu.name
+    return _is_model(gpu.name, model.name)
 
 
 @functools.cache
@@ -155,7 +181,7 @@ def current(index: int = 0) -> Device:
 
 
 def _similar(name: str) -> Device | None:
-    matches = [device for device in CATALOGUE.values() if device.name in name]
+    matches = [device for device in CATALOGUE.values() if _is_model(name, device.name)]
     return matches[0] if len(matches) == 1 else None
 
 

@@ -234,6 +234,8 @@ class Problem:
                 if like is None:
                     raise UsageError(f"shape {text!r} lacks {field.metadata['letter']}; expected {cls.grammar()}")
                 values[field.name] = values[like]
+        if values.get("tf32") and dtype != "fp32":
+            raise UsageError(f"shape {text!r}: tf32 is a way to multiply fp32 tensors, not {dtype}")
         problem = cls(**values)
         problem.check()
         return problem

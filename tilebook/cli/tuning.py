@@ -37,7 +37,9 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64,causal; repeatable."
 )
 @click.option("--misses", is_flag=True, help="What programs asked for and no verdict covers, heaviest first.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True, help="With --shape."
+)
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
 @click.option("--gpu", metavar="NAME", help="Tune for this GPU model without one, from the catalogue.")
 @click.option("--gpus", metavar="all|0,1,…", help="Measure on these GPUs of this host, side by side (default: 0).")
@@ -197,7 +199,9 @@ def _problems(
 @click.argument("what", metavar="FAMILY|OP")
 @SUITES
 @click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True, help="With --shape."
+)
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
 @click.option("--implementation", metavar="NAME", help="Whose space (default: our own kernel's).")
 @click.option("--most", type=click.IntRange(min=1), help="Configs of each space, chosen at random (default: all).")

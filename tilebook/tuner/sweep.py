@@ -27,7 +27,7 @@ from tilebook.errors import TuningError, UsageError, one_line
 from tilebook.op import Config, Implementation, Op, Problem
 from tilebook.registry import Failure, Json, Status
 from tilebook.report.live import view
-from tilebook.tuner.compile import Compiled, CompilePool, Compilers, outcome
+from tilebook.tuner.compile import Compiled, CompilePool, Compilers, check_cache, outcome
 from tilebook.tuner.known import source_of
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Attempt, Candidate, GpuRunner, Runner
@@ -327,6 +327,7 @@ def record_problems(
         tunable(op, implementation)
     if not devices.present():
         raise UsageError("there is no GPU here, and a sweep is measured or it is nothing")
+    check_cache()
     single = out.suffix == ".jsonl"
     if single and len(problems) != 1:
         raise UsageError(f"{len(problems)} problems do not go into one file: give --out a directory")
