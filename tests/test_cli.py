@@ -448,3 +448,31 @@ def test_fp32_problems_can_be_tuned_and_tf32_is_theirs_alone():
         attention.parse(f"{SHAPE},tf32", "bf16")
     result = CliRunner().invoke(main, ["tune", "attention", "--shape", f"{SHAPE},tf32", "--gpu", "H200"])
     assert (result.exit_code, "tf32" in result.stderr) == (2, True)
+
+
+def test_a_shape_is_tuned_as_the_bucket_that_a_call_with_it_asks_for(capsys):
+    shapes = ["M4099,N5120", "M5000,N5120", "M8192,N1024"]
+    found = _problems(["rms_norm"], [], shapes, "bf16", "fwd")
+    assert [problem.label for _, problem in found] == ["M8192,N5120", "M8192,N1024"]
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        f"tilebook: rms_norm_fwd {shape}: calls of this shape ask for M8192,N5120, which is tuned"
+        for shape in shapes[:2]
+    ]
+    ((op, problem),) = _problems(["decode"], [], ["B2,H8,Hkv2,S1,Sk3001,D128"], "bf16", "fwd")
+    assert problem == op.problem.of(*op.problem.parse("B2,H8,Hkv2,S1,Sk3001,D128", "bf16").inputs("cpu", 0))
+    assert "Sk4096" in problem.label
+
+
+def test_explain_answers_for_the_bucket_that_a_call_asks_for(cli):
+    said = json.loads(cli("explain", "rms_norm_fwd", "--shape", "M4099,N5120", "--gpu", "H200", "--format", "json"))
+    assert (said["problem"], said["asked"]) == ("M8192,N5120", "M4099,N5120")
+    assert "rms_norm_fwd M4099,N5120 (asks for M8192,N5120)" in cli(
+        "explain", "rms_norm_fwd", "--shape", "M4099,N5120", "--gpu", "H200"
+    )
+
+
+def test_what_suites_tune_is_what_calls_ask_for():
+    for name, members in ops.suites(ops.ops().values()).items():
+        for _, problem in members:
+            assert problem.bucket() == problem, (name, problem.label)

@@ -137,6 +137,10 @@ class Problem:
         """Random arguments for one call of the op; the same seed gives the same arguments."""
         raise NotImplementedError
 
+    def bucket(self) -> Self:
+        """The problem that a call of these dimensions poses, which dispatch asks for: `of` may round some of them."""
+        return type(self).of(*self.inputs("meta", 0))
+
     def cost(self) -> Cost:
         raise NotImplementedError
 

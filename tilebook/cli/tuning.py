@@ -173,6 +173,16 @@ def _missed(
     ]
 
 
+def _bucket(op: Op[Any], shape: str, dtype: str) -> Problem:
+    """The problem that calls of this shape ask for, which is not always the shape itself; then it says so."""
+    written: Problem = op.problem.parse(shape, dtype)
+    asked = written.bucket()
+    if asked != written:
+        told = f"{op.name} {written.label}: calls of this shape ask for {asked.label}, which is tuned"
+        click.echo(f"tilebook: {told}", err=True)
+    return asked
+
+
 def _problems(
     families: Sequence[str], suites: Sequence[str], shapes: Sequence[str], dtype: str, direction: str
 ) -> list[tuple[Op[Any], Problem]]:
@@ -184,7 +194,7 @@ def _problems(
     if shapes:
         if len(families) != 1:
             raise ops.UsageError("--shape needs exactly one family, such as: tilebook tune attention --shape …")
-        return [(op, op.problem.parse(shape, dtype)) for shape in shapes for op in chosen]
+        return list(dict.fromkeys((op, _bucket(op, shape, dtype)) for shape in shapes for op in chosen))
     named = ops.suites(chosen)
     found: list[tuple[Op[Any], Problem]] = []
     for name in suites or ["quick"]:
