@@ -1,6 +1,7 @@
 """Which GPU a name means."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -63,3 +64,13 @@ def test_the_gpu_here_belongs_to_a_model_or_to_none(here, model):
     found = [each.name for each in devices.CATALOGUE.values() if devices.is_here(each, gpu)]
     assert found == ([model] if model else [])
     assert devices._similar(here) == (devices.CATALOGUE[model] if model else None)
+
+
+def test_who_poses_as_a_gpu_has_it_for_a_while_and_in_its_own_thread_alone(monkeypatch):
+    here, absent = devices.find("H100"), devices.find("B200")
+    monkeypatch.setattr(devices, "_present", lambda index: here)
+    with devices.posing_as(absent):
+        assert devices.current() == devices.current(3) == absent
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(devices.current).result() == here
+    assert devices.current() == here

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from importlib import metadata
@@ -143,9 +145,26 @@ def is_here(model: Device, gpu: Device) -> bool:
     return _is_model(gpu.name, model.name)
 
 
-@functools.cache
+_posed: ContextVar[Device | None] = ContextVar("tilebook_posed_gpu", default=None)
+
+
+@contextmanager
+def posing_as(gpu: Device) -> Iterator[None]:
+    """While the block lasts, `current` is this GPU, whatever is here: to compile for a GPU that is not."""
+    token = _posed.set(gpu)
+    try:
+        yield
+    finally:
+        _posed.reset(token)
+
+
 def current(index: int = 0) -> Device:
     """The GPU with this CUDA index. Limits are the driver's; rates come from the catalogue, else from an estimate."""
+    return _posed.get() or _present(index)
+
+
+@functools.cache
+def _present(index: int) -> Device:
     properties: Any = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch, shared = properties.gcnArchName.split(":")[0], 65_536

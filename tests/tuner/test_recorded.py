@@ -139,8 +139,8 @@ def test_attempts_are_answered_as_recorded():
     (spilled,) = submit(machine, D)
     machine.wait([spilled], 1.0)
     assert spilled.result().failure == "spills"
-    assert machine.attempt(Candidate("triton", C), 1.5).failure is Failure.SLOW
-    kept = machine.attempt(Candidate("triton", C), 2.5)
+    assert machine.attempt(Candidate("triton", C), 3.0).failure is Failure.SLOW
+    kept = machine.attempt(Candidate("triton", C), 5.0)
     assert (kept.failure, kept.time_ms, len(kept.samples_ms)) == (None, 4.0, 3)
 
 

@@ -131,10 +131,10 @@ class _Killed(BaseException):
 
 def test_a_run_cut_short_resumes_without_measuring_anything_twice(path):
     class Mortal(FakeRunner):
-        def attempt(self, candidate, incumbent_ms):
+        def attempt(self, candidate, most_ms):
             if len(self.attempted) == 12:
                 raise _Killed
-            return super().attempt(candidate, incumbent_ms)
+            return super().attempt(candidate, most_ms)
 
     first, second = Mortal(valley), FakeRunner(valley)
     with pytest.raises(_Killed):

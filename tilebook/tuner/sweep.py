@@ -31,7 +31,6 @@ from tilebook.tuner.compile import Compiled, CompilePool, Compilers, check_cache
 from tilebook.tuner.known import source_of
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Attempt, Candidate, GpuRunner, Runner
-from tilebook.tuner.worker import FAR
 
 FORMAT = "tilebook-sweep"
 VERSION = 1
@@ -240,8 +239,7 @@ class Recorder:
 
     def _attempt(self, candidate: Candidate) -> Attempt:
         best = self._best_ms if self._is_ours(candidate) and candidate != self._default else None
-        # The runner drops what is FAR times slower than the incumbent it is told.
-        attempt = self._runner.attempt(candidate, None if best is None else best * SLOW / FAR)
+        attempt = self._runner.attempt(candidate, None if best is None else best * SLOW)
         if attempt.failure is Failure.SLOW and attempt.time_ms is not None and best is not None:
             reason = f"{attempt.time_ms / best:.1f} times slower than the best so far; time_ms is a first estimate"
             attempt = dataclasses.replace(attempt, reason=reason)
