@@ -23,8 +23,9 @@ import torch
 
 from tilebook import device as devices
 from tilebook.device import Device
+from tilebook.occupancy import programs_per_sm
 from tilebook.op import Config, Implementation, Op, Problem, get
-from tilebook.tuner.compile import Compiled, CompilePool, block_registers
+from tilebook.tuner.compile import Compiled, CompilePool
 from tilebook.tuner.runner import Attempt, Candidate, GpuRunner, Limits
 
 SHAPES = (
@@ -43,12 +44,7 @@ LIMITS = Limits(prepare_s=120.0, attempt_s=60.0, confirm_s=120.0)
 def programs(compiled: Compiled, gpu: Device) -> int:
     """How many programs of the main kernel share an SM."""
     main = max(compiled.binaries, key=lambda each: each.registers * each.warps)
-    reserved = 1024  # shared memory that a program takes beside its own
-    return min(
-        gpu.registers_per_sm // block_registers(main, gpu),
-        gpu.shared_per_sm // (main.shared + reserved),
-        gpu.threads_per_sm // (main.warps * gpu.warp_size),
-    )
+    return programs_per_sm(main.warps, main.registers, main.shared, gpu)
 
 
 def in_turns(configs: Iterable[Config]) -> list[Config]:

@@ -18,7 +18,7 @@ import torch
 from tilebook.errors import UsageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """A GPU model: what a verdict is made for. Sizes in bytes, rates in bytes/s and dense bf16 FLOP/s.
 
@@ -39,6 +39,11 @@ class Device:
     warp_size: int = 32
 
     @property
+    def identity(self) -> tuple[str, str, int]:
+        """What the registry knows it by: the arguments of its own `Device`."""
+        return self.name, self.arch, self.sm_count
+
+    @property
     def backend(self) -> str:
         """Triton's name of the backend: "cuda" or "hip"."""
         return "cuda" if self.arch.startswith("sm_") else "hip"
@@ -51,59 +56,101 @@ class Device:
 
 _GB, _MB, _TERA = 10**9, 1 << 20, 1e12
 
+# Compute capabilities 8.9 and 12.0 share these limits.
+_GEFORCE: dict[str, Any] = {"shared_per_block": 101_376, "shared_per_sm": 102_400, "threads_per_sm": 1536}
+_HOPPER: dict[str, Any] = {"shared_per_block": 232_448, "shared_per_sm": 233_472}  # and Blackwell of the data centre
+
 # Datasheets for memory, bandwidth and the dense bf16 rate with fp32 accumulation; the CUDA programming guide's table of
 # compute capabilities for the per-block and per-SM limits.
 CATALOGUE: Mapping[str, Device] = {
     device.name: device
     for device in (
-        Device("NVIDIA A100", "sm_80", 108, 80 * _GB, 2.04e12, 312 * _TERA, 40 * _MB, 166_912, 167_936),
-        Device("NVIDIA H100", "sm_90", 132, 80 * _GB, 3.35e12, 989 * _TERA, 50 * _MB, 232_448, 233_472),
-        Device("NVIDIA H200", "sm_90", 132, 141 * _GB, 4.8e12, 989 * _TERA, 60 * _MB, 232_448, 233_472),
-        Device("NVIDIA B200", "sm_100", 148, 180 * _GB, 8.0e12, 2250 * _TERA, 126 * _MB, 232_448, 233_472),
-        Device("NVIDIA L4", "sm_89", 58, 24 * _GB, 0.3e12, 121 * _TERA, 48 * _MB, 101_376, 102_400, 65536, 1536),
         Device(
-            "NVIDIA GeForce RTX 4090",
-            "sm_89",
-            128,
-            24 * _GB,
-            1.008e12,
-            165 * _TERA,
-            72 * _MB,
-            101_376,
-            102_400,
-            65536,
-            1536,
+            name="NVIDIA A100",
+            arch="sm_80",
+            sm_count=108,
+            memory=80 * _GB,
+            bandwidth=2.04e12,
+            flops=312 * _TERA,
+            l2=40 * _MB,
+            shared_per_block=166_912,
+            shared_per_sm=167_936,
         ),
         Device(
-            "NVIDIA GeForce RTX 5090",
-            "sm_120",
-            170,
-            32 * _GB,
-            1.792e12,
-            210 * _TERA,
-            96 * _MB,
-            101_376,
-            102_400,
-            65536,
-            1536,
+            name="NVIDIA H100",
+            arch="sm_90",
+            sm_count=132,
+            memory=80 * _GB,
+            bandwidth=3.35e12,
+            flops=989 * _TERA,
+            l2=50 * _MB,
+            **_HOPPER,
         ),
         Device(
-            "AMD Instinct MI300X",
-            "gfx942",
-            304,
-            192 * _GB,
-            5.3e12,
-            1307 * _TERA,
-            256 * _MB,
-            65_536,
-            65_536,
-            131_072,
-            2048,
-            64,
+            name="NVIDIA H200",
+            arch="sm_90",
+            sm_count=132,
+            memory=141 * _GB,
+            bandwidth=4.8e12,
+            flops=989 * _TERA,
+            l2=60 * _MB,
+            **_HOPPER,
+        ),
+        Device(
+            name="NVIDIA B200",
+            arch="sm_100",
+            sm_count=148,
+            memory=180 * _GB,
+            bandwidth=8.0e12,
+            flops=2250 * _TERA,
+            l2=126 * _MB,
+            **_HOPPER,
+        ),
+        Device(
+            name="NVIDIA L4",
+            arch="sm_89",
+            sm_count=58,
+            memory=24 * _GB,
+            bandwidth=0.3e12,
+            flops=121 * _TERA,
+            l2=48 * _MB,
+            **_GEFORCE,
+        ),
+        Device(
+            name="NVIDIA GeForce RTX 4090",
+            arch="sm_89",
+            sm_count=128,
+            memory=24 * _GB,
+            bandwidth=1.008e12,
+            flops=165 * _TERA,
+            l2=72 * _MB,
+            **_GEFORCE,
+        ),
+        Device(
+            name="NVIDIA GeForce RTX 5090",
+            arch="sm_120",
+            sm_count=170,
+            memory=32 * _GB,
+            bandwidth=1.792e12,
+            flops=210 * _TERA,
+            l2=96 * _MB,
+            **_GEFORCE,
+        ),
+        Device(
+            name="AMD Instinct MI300X",
+            arch="gfx942",
+            sm_count=304,
+            memory=192 * _GB,
+            bandwidth=5.3e12,
+            flops=1307 * _TERA,
+            l2=256 * _MB,
+            shared_per_block=65_536,
+            shared_per_sm=65_536,
+            registers_per_sm=131_072,
+            warp_size=64,
         ),
     )
 }
-
 
 # What a driver appends to a model's name without making it another model. A "Laptop GPU" or a MIG slice is another.
 _PACKAGING = re.compile(r"\d+gb|sxm\d*|pcie|hbm\d\w*|nvl|oam|hgx|dgx")
@@ -175,15 +222,15 @@ def _present(index: int) -> Device:
     known = _similar(properties.name)
     # An unknown model: 4096 dense bf16 flops per SM and cycle at 1.5 GHz, and an A100's bandwidth per SM.
     base = known or Device(
-        properties.name,
-        arch,
-        properties.multi_processor_count,
-        properties.total_memory,
-        19e9 * properties.multi_processor_count,
-        4096 * 1.5e9 * properties.multi_processor_count,
-        properties.L2_cache_size,
-        shared,
-        per_sm,
+        name=properties.name,
+        arch=arch,
+        sm_count=properties.multi_processor_count,
+        memory=properties.total_memory,
+        bandwidth=19e9 * properties.multi_processor_count,
+        flops=4096 * 1.5e9 * properties.multi_processor_count,
+        l2=properties.L2_cache_size,
+        shared_per_block=shared,
+        shared_per_sm=per_sm,
     )
     return replace(
         base,

@@ -113,7 +113,7 @@ class Snapshot:
         self._verdicts: dict[str, list[tuple[str, store.Verdict, Problem]]] = {}
         try:
             layers = store.Layers.default(explicit)
-            found, revoked = layers.read(device=store.Device(gpu.name, gpu.arch, gpu.sm_count))
+            found, revoked = layers.read(device=store.Device(*gpu.identity))
             problems = list(layers.problems)
         except Exception as broken:  # whatever is wrong with it, training goes on
             found, revoked, problems = [], [], [f"the registry cannot be read: {broken}"]
@@ -372,7 +372,7 @@ def misses() -> list[store.Miss]:
         if choice.gpu is None or choice.source == "exact" or not choice.calls:
             continue
         gpu = choice.gpu
-        where = store.Device(gpu.name, gpu.arch, gpu.sm_count)
+        where = store.Device(*gpu.identity)
         time_ms = 1e3 * choice.problem.floor_s(gpu) / _TYPICAL_EFFICIENCY
         if math.isfinite(time_ms):
             found.append(store.Miss(choice.implementation.op.name, choice.problem.key, where, choice.calls, time_ms))

@@ -97,11 +97,6 @@ def outcome(future: Future[Compiled]) -> Compiled:
         return Compiled((), 0.0, "compile_error", str(error).strip().splitlines()[-1][:_MAX_REASON])
 
 
-def block_registers(kernel: Binary, device: Device) -> int:
-    """Registers that one program takes: handed out to a warp eight per thread at a time."""
-    return -(-kernel.registers // 8) * 8 * device.warp_size * kernel.warps
-
-
 class Compilers(Protocol):
     """What the session needs of a compile pool; a recorded sweep or a test can stand in for one."""
 

@@ -24,9 +24,10 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.device import Device
 from tilebook.launch import intercepted
+from tilebook.occupancy import program_registers
 from tilebook.tuner import binary
 from tilebook.tuner.child import Json, serve
-from tilebook.tuner.compile import Binary, Compiled, block_registers
+from tilebook.tuner.compile import Binary, Compiled
 
 MAX_SPILLS = 512  # bytes of local memory per thread; below this spills are recorded, above it they cost too much to try
 MAX_TENSOR_MEMORY = 512  # columns of a Blackwell SM
@@ -169,7 +170,7 @@ def _limits(binaries: Sequence[Binary], device: Device) -> tuple[str | None, str
     for each in binaries:
         if each.shared > device.shared_per_block:
             return "out_of_resources", f"{each.name}: {_too_much_shared(each.shared, device)}"
-        needed = block_registers(each, device)
+        needed = program_registers(each.registers, each.warps, device)
         if needed > device.registers_per_sm:
             return "out_of_resources", f"{each.name}: {needed} registers > {device.registers_per_sm}"
     for each in binaries:
