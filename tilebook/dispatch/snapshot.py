@@ -31,7 +31,7 @@ class Snapshot:
         self._verdicts: dict[str, list[tuple[str, store.Verdict, Problem]]] = {}
         try:
             layers = store.Layers.default(explicit)
-            found, revoked = layers.read(device=store.Device(gpu.name, gpu.arch, gpu.sm_count))
+            found, revoked = layers.read(device=store.Device(*gpu.identity))
             problems = list(layers.problems)
         except Exception as broken:  # whatever is wrong with it, training goes on
             found, revoked, problems = [], [], [f"the registry cannot be read: {broken}"]
