@@ -199,7 +199,7 @@ class Entry:
     ) -> Tensors:
         """Gradients of the tensors that need one, None for the others. `options` as the family has them.
 
-        op: the forward pass was one of PyTorch's ops, and so is the backward pass; `options` are as its schema has them.
+        op: the forward pass was one of PyTorch's ops, and so is this one; `options` are as its schema has them.
         """
         assert self.backward is not None
         route = way(dy, optional=(*tensors, *kept))

@@ -133,7 +133,7 @@ def _fits(
 
 
 def _refuse(query: Any, key: Any, value: Any, dropout_p: float) -> None:
-    """Raises RuntimeError, as PyTorch does, for what its cuDNN path refuses: asked again, that path ends the process."""
+    """Raises RuntimeError, as PyTorch does, for what cuDNN refuses: asked again, its path ends the process."""
     tensors = query, key, value
     if not all(isinstance(x, torch.Tensor) and x.is_cuda and not x.is_nested and x.ndim > 1 for x in tensors):
         return
