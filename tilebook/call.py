@@ -27,7 +27,8 @@ _functorch: Any = torch._C._functorch
 def way(*tensors: torch.Tensor | None) -> Way:
     """How a call with these tensors, the first of them not None, is to run.
 
-    direct:  past the dispatcher. For CUDA tensors of PyTorch's own classes, outside every mode, transform and trace.
+    direct:  past the dispatcher. For CUDA tensors of PyTorch's own classes that are what their memory holds (a lazy
+             negation is not), outside every mode, transform and trace.
     op:      as an op of PyTorch's, which knows what to do with all the rest.
     pytorch: as PyTorch's own functions: on the CPU, and where an op of ours would lose something, as a forward-mode
              derivative, a derivative by `torch.func`, or a node of a script's graph.
@@ -45,7 +46,7 @@ def way(*tensors: torch.Tensor | None) -> Way:
     if torch._C._len_torch_dispatch_stack():
         return "op"
     for each in tensors:
-        if each is not None and type(each) not in _ORDINARY:
+        if each is not None and (type(each) not in _ORDINARY or each.is_neg()):
             return "op"
     return "direct"
 
@@ -84,12 +85,12 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def vector(x: torch.Tensor) -> torch.Tensor:
     """A vector whose elements lie side by side: kernels step through weights and biases one by one."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
     """A tensor whose last axis is contiguous, a copy only where it is not so."""
-    return x if x.stride(-1) == 1 or x.ndim == 0 else x.contiguous()
+    return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
 def recorded(tensors: Sequence[torch.Tensor | None]) -> bool:
@@ -120,9 +121,10 @@ class Entry:
     plain:    (tensors, options) → the result, in PyTorch's own functions.
     fake:     (tensors, options as the schema has them) → empty outputs, laid out as those of the op are.
     pack, unpack: options as the family has them ↔ as the schema has them.
-    casts:    are the tensors factors of products, which autocast casts?
+    casts:    the tensors that are factors of products, which autocast casts.
     fold:     may a batch of problems (see `torch.vmap`) be more of the first axis, if only these tensors have one?
-    flops:    (shapes of the tensors) → floating-point operations forward and backward, as PyTorch counts its own.
+    flops:    (tensors, options as the schema has them, needs) → floating-point operations, as PyTorch counts its own:
+              of a forward pass where needs is None, else of the gradients that are needed.
     shards:   (what DTensor says of the tensors, by name) → axes that may be cut over GPUs (see `tilebook.sharding`).
     """
 
@@ -137,9 +139,9 @@ class Entry:
     fake: Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
     pack: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda options: options
     unpack: Callable[[Tensors, tuple[Any, ...]], tuple[Any, ...]] = lambda tensors, options: options
-    casts: bool = False
+    casts: tuple[str, ...] = ()
     fold: tuple[str, ...] = ()
-    flops: Callable[..., tuple[int, int]] | None = None
+    flops: Callable[[Tensors, Any, Sequence[bool] | None], int] | None = None
     shards: Callable[[dict[str, Any]], list[dict[str, int | None]]] | None = None
 
     op: Any = field(init=False)
@@ -178,16 +180,24 @@ class Entry:
         return choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native)
 
     def gradients(
-        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
+        self,
+        dy: torch.Tensor,
+        tensors: Tensors,
+        kept: Tensors,
+        options: tuple[Any, ...],
+        needs: Sequence[bool],
+        *,
+        op: bool = False,
     ) -> Tensors:
-        """Gradients of the tensors that need one, None for the others. `options` as the family has them."""
+        """Gradients of the tensors that need one, None for the others. `options` as the family has them.
+
+        op: what went forward was the op, and so is what goes backward: its tensors may be those of a trace.
+        """
         assert self.backward is not None
-        route = way(dy, *tensors, *kept)
-        if torch.is_grad_enabled() or (route == "pytorch" and (forward_ad._current_level >= 0 or _differentiating())):
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _differentiating():
             return self._differentiable(dy, tensors, options, needs)
-        if dy.stride(-1) != 1 if dy.ndim else False:  # a gradient expanded from a sum, say
-            dy = dy.contiguous()
-        if route != "op":
+        dy = rows(dy)  # a gradient expanded from a sum, say
+        if not op and way(dy, *tensors, *kept) != "op":
             return self.backward(dy, tensors, kept, options, needs)
         found = self.op_backward(dy, *tensors, *kept, *self.pack(options), list(needs))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))

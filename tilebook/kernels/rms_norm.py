@@ -393,9 +393,10 @@ def _entry_forward(choice: Any, tensors: Tensors, options: tuple[float]) -> tupl
 def _entry_backward(
     dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[float], needs: Sequence[bool]
 ) -> Tensors:
-    x, weight = tensors
+    (x, weight), (rstd,) = tensors, kept
     assert weight is not None
-    dx, dweight = dispatch.run(rms_norm_bwd, dy, x, vector(weight), *kept)
+    assert rstd is not None
+    dx, dweight = dispatch.run(rms_norm_bwd, dy, x, vector(weight), vector(rstd))
     return dx, dweight
 
 

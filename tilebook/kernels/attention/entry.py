@@ -41,11 +41,13 @@ def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Ten
 
 def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Options, needs: Sequence[bool]) -> Tensors:
     q, k, v, bias, *others = tensors
-    found, scale = options
+    (o, lse), (found, scale) = kept, options
+    assert lse is not None
+    lse = lse.contiguous()  # FlashAttention-2 reads it by address, whatever its strides
     if bias is not None and bias.dtype != torch.bool and (found.bias == "dbias") != needs[3]:
         found = form(**{**_values(found), "bias": "dbias" if needs[3] else "bias"})
     extras = [x for x in (bias, *others) if x is not None]
-    grads = dispatch.run(registered()[1], dy, q, k, v, *kept, found, scale, *extras)
+    grads = dispatch.run(registered()[1], dy, q, k, v, o, lse, found, scale, *extras)
     return (*grads[:3], grads[3] if needs[3] else None, None, None)
 
 
@@ -89,11 +91,12 @@ def _unpack(tensors: Tensors, values: tuple[Any, ...]) -> Options:
     return found, scale
 
 
-def _flops(q: Any, k: Any, v: Any, *_: Any) -> tuple[int, int]:
-    """As PyTorch counts them: every pair of a row and a column, masked or not."""
-    batch, heads, seq_q, width = q
-    one = 2 * batch * heads * seq_q * k[2] * width
-    return 2 * one, 5 * one
+def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
+    """Two products forward, five backward, of every pair of a row and a column, masked or not."""
+    q, k, *_ = tensors
+    assert q is not None
+    assert k is not None
+    return (4 if needs is None else 10) * q.numel() * k.shape[2]
 
 
 def _shards(tensors: dict[str, Any]) -> list[dict[str, int | None]]:
@@ -128,7 +131,7 @@ ATTENTION = Entry(
     fake=_fake,
     pack=_pack,
     unpack=_unpack,
-    casts=True,
+    casts=("q", "k", "v"),
     fold=("q", "k", "v"),
     flops=_flops,
     shards=_shards,

@@ -32,8 +32,10 @@ def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Ten
 
 
 def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Options, needs: Sequence[bool]) -> Tensors:
-    q, k, v, cu_q, cu_k = tensors
-    return *dispatch.run(registered()[1], dy, q, k, v, *kept, cu_q, cu_k, *options), None, None
+    (q, k, v, cu_q, cu_k), (o, lse) = tensors, kept
+    assert lse is not None
+    lse = lse.contiguous()  # FlashAttention-2 reads it by address, whatever its strides
+    return *dispatch.run(registered()[1], dy, q, k, v, o, lse, cu_q, cu_k, *options), None, None
 
 
 def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
@@ -43,6 +45,19 @@ def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
     if o.stride(-1) != 1:
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return o, torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+
+
+def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
+    """Those of attention for each sequence, which has the greatest length where a trace does not know its own."""
+    q, _, _, *ends = tensors
+    assert q is not None
+    lengths = [
+        x.diff().tolist() if type(x) is torch.Tensor and not x.is_meta else [most] * (len(x) - 1)
+        for x, most in zip(ends, options[:2], strict=True)
+        if x is not None
+    ]
+    pairs = sum(n_q * n_k for n_q, n_k in zip(*lengths, strict=True))
+    return int((4 if needs is None else 10) * q.shape[1] * q.shape[2] * pairs)
 
 
 def _pack(options: Options) -> tuple[Any, ...]:
@@ -79,7 +94,8 @@ VARLEN = Entry(
     fake=_fake,
     pack=_pack,
     unpack=_unpack,
-    casts=True,
+    casts=("q", "k", "v"),
+    flops=_flops,
 )  # fmt: skip
 
 
