@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook import dispatch, torch_ops
+from tilebook.layout import rows
 
 Tensors = tuple[torch.Tensor | None, ...]
 Way = Literal["direct", "op", "pytorch"]
@@ -34,7 +35,8 @@ _AUTOCAST = tuple(
 def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) -> Way:
     """How a call with these tensors is to run. Raises ValueError for what is no tensor; `optional` may be None.
 
-    direct:  past the dispatcher. For CUDA tensors of PyTorch's own classes, outside every mode, transform and trace.
+    direct:  past the dispatcher. For CUDA tensors of PyTorch's own classes that are what their memory holds (a lazy
+             negation is not), outside every mode, transform and trace.
     op:      as an op of PyTorch's, which knows what to do with all the rest.
     pytorch: as PyTorch's own functions: on the CPU, and where an op of ours would lose something, as a forward-mode
              derivative, a derivative by `torch.func`, or a node of a script's graph.
@@ -44,7 +46,7 @@ def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) ->
         return "op" if first.is_cuda or dispatch.forced() else "pytorch"
     ordinary = True
     for each in (*tensors, *[x for x in optional if x is not None]):
-        if type(each) not in _ORDINARY:
+        if type(each) not in _ORDINARY or each.is_neg():
             if not isinstance(each, torch.Tensor):
                 raise ValueError(f"expected a tensor, not {type(each).__name__}")
             ordinary = False
@@ -130,9 +132,10 @@ class Entry:
     plain:    (tensors, options) → the result, in PyTorch's own functions.
     fake:     (tensors, options as the schema has them) → empty outputs, laid out as those of the op are.
     pack, unpack: options as the family has them ↔ as the schema has them.
-    casts:    are the tensors factors of products, which autocast casts?
+    casts:    the tensors that are factors of products, which autocast casts.
     fold:     may a batch of problems (see `torch.vmap`) be more of the first axis, if only these tensors have one?
-    flops:    (shapes of the tensors) → floating-point operations forward and backward, as PyTorch counts its own.
+    flops:    (tensors, options as the schema has them, needs) → floating-point operations, as PyTorch counts its own:
+              of a forward pass where needs is None, else of the gradients that are needed.
     shards:   (what DTensor says of the tensors, by name) → axes that may be cut over GPUs (see `tilebook.sharding`).
     """
 
@@ -147,9 +150,9 @@ class Entry:
     fake: Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
     pack: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda options: options
     unpack: Callable[[Tensors, tuple[Any, ...]], tuple[Any, ...]] = lambda tensors, options: options
-    casts: bool = False
+    casts: tuple[str, ...] = ()
     fold: tuple[str, ...] = ()
-    flops: Callable[..., tuple[int, int]] | None = None
+    flops: Callable[[Tensors, Any, Sequence[bool] | None], int] | None = None
     shards: Callable[[dict[str, Any]], list[dict[str, int | None]]] | None = None
 
     op: Any = field(init=False)
@@ -195,24 +198,23 @@ class Entry:
         kept: Tensors,
         options: tuple[Any, ...],
         needs: Sequence[bool],
+        *,
         op: bool = False,
     ) -> Tensors:
         """Gradients of the tensors that need one, None for the others. `options` as the family has them.
 
-        op: the forward pass was one of PyTorch's ops, and so is this one; `options` are as its schema has them.
+        op: what went forward was the op, and so is what goes backward: its tensors may be those of a trace, and
+            `options` are as its schema has them.
         """
         assert self.backward is not None
-        route = way(dy, optional=(*tensors, *kept))
-        # No storage: a batch of cotangents, by a mechanism older than torch.func's.
-        if op or dy.is_meta or not (torch.compiler.is_compiling() or torch._C._has_storage(dy)):
-            route = "op"
-        if torch.is_grad_enabled() or (route == "pytorch" and (forward_ad._current_level >= 0 or _differentiating())):
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _differentiating():
             return self._differentiable(dy, tensors, self.unpack(tensors, options) if op else options, needs)
-        if dy.stride(-1) != 1 if dy.ndim else False:  # a gradient expanded from a sum, say
-            dy = dy.contiguous()
-        if route != "op":
+        dy = rows(dy)  # a gradient expanded from a sum, say
+        # No storage: a batch of cotangents, by a mechanism older than torch.func's.
+        packed, op = op, op or dy.is_meta or not (torch.compiler.is_compiling() or torch._C._has_storage(dy))
+        if not op and way(dy, optional=(*tensors, *kept)) != "op":
             return self.backward(dy, tensors, kept, options, needs)
-        given = options if op else self.pack(options)
+        given = options if packed else self.pack(options)
         found = self.op_backward(dy, *tensors, *kept, *given, list(needs))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 

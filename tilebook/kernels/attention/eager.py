@@ -88,7 +88,7 @@ def _pieces(
     (batch, heads, n_q, _), (heads_kv, n_k) = q.shape, k.shape[1:3]
     pairs, group = batch * heads_kv, heads // heads_kv
     some = max(1, _PIECE // max(1, group * n_q * n_k))
-    rows = n_q if some > 1 else max(1, min(n_q, _PIECE // max(1, group * n_k)))
+    rows = max(1, n_q if some > 1 else min(n_q, _PIECE // max(1, group * n_k)))
     for first in range(0, pairs, some):
         for row in range(0, n_q, rows):
             pair, part = slice(first, first + some), slice(row, min(row + rows, n_q))

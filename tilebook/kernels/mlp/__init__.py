@@ -63,7 +63,7 @@ def mlp(
     if route == "pytorch" or b1 is None or b2 is None or torch.compiler.is_compiling():
         _check(x, w1, b1, w2, b2)
         return plain((x, w1, b1, w2, b2), (activation,))
-    flat = rows(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.ndim else x)
+    flat = rows(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() and x.ndim else x)
     tensors = flat, w1, vector(b1), w2, vector(b2)
     options = activation, recorded(tensors)
     args = (*tensors, *options)
