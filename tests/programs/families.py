@@ -121,6 +121,11 @@ def _rows(device, dtype, generator):
     return rand(generator, (2, 40, n), device, dtype), 1 + 0.1 * rand(generator, (n,), device, dtype)
 
 
+def _rows_and_bias(device, dtype, generator):
+    x, weight = _rows(device, dtype, generator)
+    return x, weight, 0.1 * rand(generator, tuple(weight.shape), device, dtype)
+
+
 def _lower_half(device, dtype, generator):
     return torch.ones(small(96, device), small(96, device), dtype=torch.bool).tril(3).to(device)
 
@@ -131,6 +136,10 @@ def _table(device, dtype, generator):
 
 def plain_mlp(x, w1, b1, w2, b2):
     return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+
+def plain_layer_norm(x, weight, bias):
+    return F.layer_norm(x, weight.shape, weight, bias)
 
 
 def plain_norm(x, weight):
@@ -201,6 +210,7 @@ FAMILIES = {
             0,
         ),
         Family("mlp", lambda *args: tilebook.mlp(*args), plain_mlp, _linear_weights, 5),
+        Family("layer_norm", lambda *args: tilebook.layer_norm(*args), plain_layer_norm, _rows_and_bias, 3),
         Family("rms_norm", lambda x, weight: tilebook.rms_norm(x, weight), plain_norm, _rows, 2),
     )
 }

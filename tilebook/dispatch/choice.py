@@ -67,13 +67,14 @@ class Choice:
                 return outputs
             return self._run(*args)
         except torch.OutOfMemoryError:
+            self.calls -= 1  # it may have been before anything was compiled
             raise
         except Exception as broken:
             return self._serve_instead(broken, args)
 
     @property
     def _compiles(self) -> bool:
-        return self.implementation.space is not None
+        return self.implementation.space is not None or bool(self.implementation.external)
 
     def _pytorch(self, *args: Any) -> Outputs:
         return self.implementation.op.implementations["torch"](*args)
@@ -84,6 +85,9 @@ class Choice:
             raise broken
         try:
             outputs = spare(*args)
+        except torch.OutOfMemoryError:
+            self.calls -= 1
+            raise
         except Exception:
             # Nothing takes this call, so that the call is at fault, and the choice stays as good as it was.
             self.calls -= 1

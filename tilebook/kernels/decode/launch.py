@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilebook import device as devices
 from tilebook.kernels.attention.layout import describable, like
-from tilebook.kernels.decode.kernels import decode_kernel, merge_kernel
+from tilebook.kernels.decode.kernels import Scores, Steps, Tile, decode_kernel, merge_kernel
 from tilebook.kernels.decode.space import block_m, splits
 from tilebook.launch import launch
 from tilebook.op import Config
@@ -65,57 +66,27 @@ def decode(
     if n_splits > 1:
         part = torch.empty((n_splits, n_rows, width), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((n_splits, n_rows), dtype=torch.float32, device=q.device)
+    constants = dict(
+        CAUSAL=causal and n_q > 1, WINDOWED=window is not None, CAPPED=softcap > 0, SPLIT=n_splits > 1,
+        PAGE=block_size if paged else 0, D=width, BLOCK_D=block_d, BLOCK_M=rows, BLOCK_N=block_n,
+        DESCRIPTORS=descriptors,
+    )  # fmt: skip
     launch(
         decode_kernel,
         (programs * n_splits,),
         q,
         *((_describe(k, block_n, paged), _describe(v, block_n, paged)) if descriptors else (k, v)),
-        seq_lens,
-        block_table,
-        part,
-        part_lse,
-        *q.stride()[:3],
-        *(x.stride(axis) for x in (k, v) for axis in axes),
-        *o.stride()[:3],
+        *(seq_lens, block_table, part, part_lse),
+        Steps(*q.stride()[:3], *(x.stride(axis) for x in (k, v) for axis in axes), *o.stride()[:3]),
         block_table.stride(0) if block_table is not None else 0,
-        heads_kv,
-        group,
-        n_q,
-        n_k,
-        n_rows,
-        n_splits,
-        scale,
-        softcap,
-        window or 0,
-        CAUSAL=causal and n_q > 1,
-        WINDOWED=window is not None,
-        CAPPED=softcap > 0,
-        SPLIT=n_splits > 1,
-        PAGE=block_size if paged else 0,
-        D=width,
-        BLOCK_D=block_d,
-        BLOCK_M=rows,
-        BLOCK_N=block_n,
-        DESCRIPTORS=descriptors,
+        *(heads_kv, group, n_q, n_k, n_rows, n_splits, Scores(scale, softcap), window or 0),
+        Tile(**{name: tl.constexpr(value) for name, value in constants.items()}),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
     if n_splits > 1:
         launch(
-            merge_kernel,
-            (n_rows,),
-            part,
-            part_lse,
-            o,
-            lse,
-            *o.stride()[:3],
-            heads,
-            n_q,
-            n_rows,
-            n_splits,
-            D=width,
-            BLOCK_D=block_d,
-            MOST=triton.next_power_of_2(n_splits),
-            num_warps=4,
-        )
+            merge_kernel, (n_rows,), part, part_lse, o, lse, *o.stride()[:3], heads, n_q, n_rows, n_splits,
+            D=width, BLOCK_D=block_d, MOST=triton.next_power_of_2(n_splits), num_warps=4,
+        )  # fmt: skip
     return o, lse

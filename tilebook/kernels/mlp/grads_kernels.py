@@ -10,24 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilebook.kernels.mlp.kernels import _product, _store
+from tilebook.kernels.mlp.kernels import place, product, store
+
+COLUMNS = tl.constexpr(64)
+"""Columns that a program sums up. As many accumulators a thread as leave room for loads in flight make its rows."""
 
 
 @triton.jit
-def _outer(
-    a, b, out, lda, ldb, tile, R, C, K,
-    EVEN_R: tl.constexpr, EVEN_C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Tile number `tile` of out (R, C) = aᵀ b, for a (K, R) and b (K, C)."""
-    across = tl.cdiv(C, BLOCK_N)
-    r0, c0 = tile // across * BLOCK_M, tile % across * BLOCK_N
-    depth = tl.arange(0, BLOCK_K)
-    rows, columns = r0 + tl.arange(0, BLOCK_M), c0 + tl.arange(0, BLOCK_N)
+def _outer(a, b, out, lda, ldb, number, R, C, K, tile, EVEN_R: tl.constexpr, EVEN_C: tl.constexpr):
+    """Tile number `number` of out (R, C) = aᵀ b, for a (K, R) and b (K, C)."""
+    across = tl.cdiv(C, tile.BLOCK_N)
+    r0, c0 = number // across * tile.BLOCK_M, number % across * tile.BLOCK_N
+    depth = tl.arange(0, tile.BLOCK_K)
+    rows, columns = r0 + tl.arange(0, tile.BLOCK_M), c0 + tl.arange(0, tile.BLOCK_N)
     a_ptrs = a + depth[:, None].to(tl.int64) * lda + rows[None, :]
     b_ptrs = b + depth[:, None].to(tl.int64) * ldb + columns[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
+    acc = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
+    for k in range(0, K, tile.BLOCK_K):
         # Masked always: K is the number of tokens, and a kernel for each way it divides would be one too many.
         left_mask = (depth < K - k)[:, None]
         right_mask = left_mask
@@ -38,13 +37,13 @@ def _outer(
         left = tl.load(a_ptrs, mask=left_mask, other=0.0)
         right = tl.load(b_ptrs, mask=right_mask, other=0.0)
         acc = tl.dot(left.T, right, acc)
-        a_ptrs += BLOCK_K * lda
-        b_ptrs += BLOCK_K * ldb
-    _store(out, acc.to(out.dtype.element_ty), r0, c0, R, C, 0)
+        a_ptrs += tile.BLOCK_K * lda
+        b_ptrs += tile.BLOCK_K * ldb
+    store(out, acc.to(out.dtype.element_ty), r0, c0, R, C, 0)
 
 
 @triton.jit
-def _column_sums(a, out, lda, c0, C, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _column_sums(a, out, lda, c0, C, K, ROWS: tl.constexpr):
     """COLUMNS sums over the K rows of a (K, C), from column c0 on."""
     rows, columns = tl.arange(0, ROWS), c0 + tl.arange(0, COLUMNS)
     inside = (columns < C)[None, :]
@@ -58,38 +57,29 @@ def _column_sums(a, out, lda, c0, C, K, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 @triton.jit(do_not_specialize=["M"])
 def grads_kernel(
-    dy, h, dz, x, w1, dx, dw1, db1, dw2, db2, ldy, ldx, ldw, M, WIDTH, INNER,
-    EVEN_H: tl.constexpr, EVEN_I: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dy, h, dz, x, w1, dx, dw1, db1, dw2, db2, ldy, ldx, ldw, M, WIDTH, INNER, tile,
+    EVEN_H: tl.constexpr, EVEN_I: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The longest tiles first: those of dW1 and dW2, which sum over all rows, then those of dx, then the bias sums.
 
-    EVEN_H, EVEN_I: BLOCK_M and BLOCK_N divide WIDTH, INNER. EVEN_N: BLOCK_N divides WIDTH. EVEN_DEPTH: BLOCK_K, INNER.
+    tile is that of dx. EVEN_H, EVEN_I: BLOCK_M and BLOCK_N divide WIDTH, INNER.
     """
     pid = tl.program_id(0)
-    n_w1 = tl.cdiv(INNER, BLOCK_M) * tl.cdiv(WIDTH, BLOCK_N)
-    n_w2 = tl.cdiv(WIDTH, BLOCK_M) * tl.cdiv(INNER, BLOCK_N)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(WIDTH, BLOCK_N)
-    n_x = tiles_m * tiles_n
+    n_w1 = tl.cdiv(INNER, tile.BLOCK_M) * tl.cdiv(WIDTH, tile.BLOCK_N)
+    n_w2 = tl.cdiv(WIDTH, tile.BLOCK_M) * tl.cdiv(INNER, tile.BLOCK_N)
+    n_x = tl.cdiv(M, tile.BLOCK_M) * tl.cdiv(WIDTH, tile.BLOCK_N)
     if pid < n_w1:
-        _outer(dz, x, dw1, INNER, ldx, pid, INNER, WIDTH, M, EVEN_I, EVEN_H, BLOCK_M, BLOCK_N, BLOCK_K)
+        _outer(dz, x, dw1, INNER, ldx, pid, INNER, WIDTH, M, tile, EVEN_I, EVEN_H)
     elif pid < n_w1 + n_w2:
-        _outer(dy, h, dw2, ldy, INNER, pid - n_w1, WIDTH, INNER, M, EVEN_H, EVEN_I, BLOCK_M, BLOCK_N, BLOCK_K)
+        _outer(dy, h, dw2, ldy, INNER, pid - n_w1, WIDTH, INNER, M, tile, EVEN_H, EVEN_I)
     elif pid < n_w1 + n_w2 + n_x:
-        tile = pid - n_w1 - n_w2
-        first = tile // (GROUP_M * tiles_n) * GROUP_M
-        height = tl.minimum(tiles_m - first, GROUP_M)
-        inside = tile % (GROUP_M * tiles_n)
-        m0, n0 = (first + inside % height) * BLOCK_M, (inside // height) * BLOCK_N
-        acc = _product(
-            dz, w1, INNER, ldw, m0, n0, M, WIDTH, INNER, True, EVEN_N, EVEN_DEPTH, 0, BLOCK_M, BLOCK_N, BLOCK_K
-        )  # fmt: skip
-        _store(dx, acc.to(dx.dtype.element_ty), m0, n0, M, WIDTH, 0)
+        m0, n0 = place(pid - n_w1 - n_w2, M, WIDTH, tile)
+        acc = product(dz, w1, INNER, ldw, m0, n0, M, WIDTH, INNER, tile, True)
+        store(dx, acc.to(dx.dtype.element_ty), m0, n0, M, WIDTH, 0)
     else:
         c0 = (pid - n_w1 - n_w2 - n_x) * COLUMNS
         padded = tl.cdiv(INNER, COLUMNS) * COLUMNS
         if c0 < padded:
-            _column_sums(dz, db1, INNER, c0, INNER, M, ROWS, COLUMNS)
+            _column_sums(dz, db1, INNER, c0, INNER, M, ROWS)
         else:
-            _column_sums(dy, db2, ldy, c0 - padded, WIDTH, M, ROWS, COLUMNS)
+            _column_sums(dy, db2, ldy, c0 - padded, WIDTH, M, ROWS)

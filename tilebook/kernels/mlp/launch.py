@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tilebook.kernels.mlp.grads_kernels import grads_kernel
-from tilebook.kernels.mlp.kernels import act_bwd_kernel, down_fwd_kernel, up_fwd_kernel
+from tilebook.kernels.mlp.grads_kernels import COLUMNS, grads_kernel
+from tilebook.kernels.mlp.kernels import Tile, act_bwd_kernel, down_fwd_kernel, up_fwd_kernel
 from tilebook.launch import launch
 from tilebook.op import Config
 
@@ -50,21 +51,21 @@ def _start(
     launch(
         kernel,
         (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
-        left,
-        right,
-        *vectors,
-        *outputs,
-        a.stride(0),
-        b.stride(0),
-        m,
-        n,
-        k,
-        EVEN_N=n % block_n == 0,
-        EVEN_K=k % block_k == 0,
-        **{**config, "DESCRIPTORS": descriptors},
-        PART=part,
+        *(left, right, *vectors, *outputs, a.stride(0), b.stride(0), m, n, k),
+        _tile(config, n, k, descriptors, part),
+        **_warps(config),
         **constants,
     )
+
+
+def _tile(config: Config, n: int, k: int, descriptors: int, part: int) -> Tile:
+    """The constants of a product with these sizes."""
+    blocks = [config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")]
+    return Tile(*map(tl.constexpr, (*blocks, n % blocks[1] == 0, k % blocks[2] == 0, descriptors, part)))
+
+
+def _warps(config: Config) -> dict[str, Any]:
+    return {option: config[option] for option in ("num_warps", "num_stages")}
 
 
 def _described(tensor: torch.Tensor, rows: int, columns: int) -> Any:
@@ -106,10 +107,8 @@ def grads(
     (m, width), inner = dy.shape, h.shape[1]
     dx, dw1, db1 = x.new_empty(m, width), w1.new_empty(inner, width), dz.new_empty(inner)
     dw2, db2 = h.new_empty(width, inner), dy.new_empty(width)
-    block_m, block_n, block_k = config.number("BLOCK_M"), config.number("BLOCK_N"), config.number("BLOCK_K")
-    # The sums have as many accumulators a thread as leave room for loads in flight.
-    columns = 64
-    rows = 32 * 32 * config.number("num_warps") // columns
+    block_m, block_n = config.number("BLOCK_M"), config.number("BLOCK_N")
+    columns = COLUMNS.value
     tiles = triton.cdiv(inner, block_m) * triton.cdiv(width, block_n)
     tiles += triton.cdiv(width, block_m) * triton.cdiv(inner, block_n)
     tiles += triton.cdiv(m, block_m) * triton.cdiv(width, block_n)
@@ -118,12 +117,10 @@ def grads(
         (tiles + triton.cdiv(inner, columns) + triton.cdiv(width, columns),),
         *(dy, h, dz, x, w1, dx, dw1, db1, dw2, db2),
         *(dy.stride(0), x.stride(0), w1.stride(0), m, width, inner),
+        _tile(config, width, inner, 0, 0),
         EVEN_H=width % block_m == 0 and width % block_n == 0,
         EVEN_I=inner % block_m == 0 and inner % block_n == 0,
-        EVEN_DEPTH=inner % block_k == 0,
-        EVEN_N=width % block_n == 0,
-        ROWS=rows,
-        COLUMNS=columns,
-        **config,
+        ROWS=32 * 32 * config.number("num_warps") // columns,
+        **_warps(config),
     )
     return dx, dw1, db1, dw2, db2

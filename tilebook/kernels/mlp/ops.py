@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tilebook import op
+from tilebook import inductor, op
 from tilebook.kernels.mlp import launch
 from tilebook.kernels.mlp.problem import BackwardProblem, DownProblem, GradsProblem, Problem, UpProblem
 from tilebook.kernels.mlp.pytorch import act, each_alone
@@ -13,6 +13,9 @@ from tilebook.kernels.mlp.space import SPACE, SPACE_GRADS
 
 _SMALL = 1 << 21
 """Rows times widths of both layers, below which a product takes a GPU a few microseconds."""
+
+LEAST_FLOPS = 2e10
+"""Below this a GPU is done before the host has found a compiled call again."""
 
 MOST_FLOPS = 1e11
 """Beyond this each product fills a GPU by itself, and cuBLAS's are the faster ones."""
@@ -70,6 +73,10 @@ def _supports_grads(problem: Problem) -> bool:
     return _supports(problem) and problem.cost().flops <= MOST_FLOPS
 
 
+def _outlasts_the_host(problem: Problem) -> bool:
+    return problem.dtype != "fp32" and problem.cost().flops > LEAST_FLOPS
+
+
 mlp_up_fwd.implementation("triton", space=SPACE, supports=_supports)(launch.up)
 mlp_down_fwd.implementation("triton", space=SPACE, supports=_supports)(launch.down)
 mlp_act_bwd.implementation("triton", space=SPACE, supports=_supports)(launch.act_bwd)
@@ -77,5 +84,6 @@ mlp_grads_bwd.implementation("triton", space=SPACE_GRADS, supports=_supports_gra
 
 for each in (mlp_up_fwd, mlp_down_fwd, mlp_act_bwd, mlp_grads_bwd):  # PyTorch's, as the references have it
     each.implementation("torch")(each.reference)
+    inductor.register(each, each.reference, supports=_outlasts_the_host)
 
 mlp_up_fwd.backward = mlp_act_bwd

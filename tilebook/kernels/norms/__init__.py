@@ -8,13 +8,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook import dispatch
 from tilebook.call import Entry, recorded, way
 from tilebook.kernels.norms.entry import LAYER_NORM, RMS_NORM, addressed, registered
+from tilebook.kernels.norms.pytorch import HOST_BOUND
 
 __all__ = ["layer_norm", "rms_norm"]
 
 Vector = torch.Tensor | None
-
-_HOST_BOUND = 1 << 22
-"""Elements up to which the GPU is done with an eager call before the host has made the next one."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
@@ -77,7 +75,7 @@ def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float
     if route == "pytorch" or torch.compiler.is_compiling() or not x.ndim or alone:
         _check(entry, x, vectors)
         return entry.plain((x, *vectors), (eps,))
-    if route == "direct" and x.numel() <= _HOST_BOUND and not _graph() and _usual(x, vectors):
+    if route == "direct" and x.numel() <= HOST_BOUND and not _graph() and _usual(x, vectors):
         return entry.plain((x, *vectors), (eps,))
     forward = registered(entry.name)[0]
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x

@@ -10,10 +10,10 @@ from typing import Any, Self
 
 import torch
 
-from tilebook import op
+from tilebook import inductor, op
 from tilebook.kernels.norms import launch
 from tilebook.kernels.norms.problem import Norm, rstd
-from tilebook.kernels.norms.rms import fused, supports
+from tilebook.kernels.norms.rms import fused, outlasts_the_host, supports
 from tilebook.kernels.norms.space import SPACE, SPACE_BWD
 from tilebook.op import Config, Cost
 
@@ -72,12 +72,16 @@ class LayerNormBackwardProblem(Norm):
 @op.define("layer_norm_fwd", LayerNormProblem, family="layer_norm", fused=fused)
 def layer_norm_fwd(x: torch.Tensor, weight: Vector, bias: Vector, eps: float) -> Outputs:
     """x (M, N), weight and bias (N,) or None → y (M, N) in the dtype of x, mean and rstd (M,) in fp32."""
-    mean = x.double().mean(-1)
-    centred = x.double() - mean[:, None]
+    return _forward(torch.float64, x, weight, bias, eps)
+
+
+def _forward(dtype: torch.dtype, x: torch.Tensor, weight: Vector, bias: Vector, eps: float) -> Outputs:
+    mean = x.to(dtype).mean(-1)
+    centred = x.to(dtype) - mean[:, None]
     scale = rstd(centred, eps)
     y = centred * scale[:, None]
-    y = y if weight is None else y * weight.double()
-    return (y if bias is None else y + bias.double()).to(x.dtype), mean.float(), scale.float()
+    y = y if weight is None else y * weight.to(dtype)
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype), mean.float(), scale.float()
 
 
 @op.define("layer_norm_bwd", LayerNormBackwardProblem, direction="bwd", family="layer_norm", fused=fused)
@@ -86,9 +90,21 @@ def layer_norm_bwd(
 ) -> Outputs:
     """x̂ = (x − mean) · rstd, g = dy · weight → dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)), then, where there are a
     weight and a bias, dweight = Σ dy · x̂ and dbias = Σ dy over the rows."""
-    scale, upper = rstd.double()[:, None], dy.double()
-    normal = (x.double() - mean.double()[:, None]) * scale
-    g = upper if weight is None else upper * weight.double()
+    return _backward(torch.float64, dy, x, weight, bias, mean, rstd)
+
+
+def _backward(
+    dtype: torch.dtype,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: Vector,
+    bias: Vector,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> Outputs:
+    scale, upper = rstd.to(dtype)[:, None], dy.to(dtype)
+    normal = (x.to(dtype) - mean.to(dtype)[:, None]) * scale
+    g = upper if weight is None else upper * weight.to(dtype)
     dx = scale * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
     sums = ((weight, upper * normal), (bias, upper))
     return dx.to(x.dtype), *(each.sum(0).to(vector.dtype) for vector, each in sums if vector is not None)
@@ -137,5 +153,8 @@ def _torch_bwd(
     )
     return tuple(each.to(like.dtype) for each, like in zip(found, (x, weight, bias), strict=True) if like is not None)
 
+
+inductor.register(layer_norm_fwd, _forward, torch.float32, supports=outlasts_the_host)
+inductor.register(layer_norm_bwd, _backward, torch.float32, supports=outlasts_the_host)
 
 layer_norm_fwd.backward = layer_norm_bwd

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+HOST_BOUND = 1 << 22
+"""Elements up to which the GPU is done with an eager call before the host has made the next one."""
+
 
 def rms(tensors: tuple[Any, ...], options: tuple[float]) -> torch.Tensor:
     """RMSNorm's y for an entry's tensors (x, weight), weight None or not, and options (eps,)."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from tilebook import op
+from tilebook import inductor, op
 from tilebook.kernels.norms import launch
 from tilebook.kernels.norms.problem import BackwardProblem, Norm, Problem, rstd
-from tilebook.kernels.norms.pytorch import rms
+from tilebook.kernels.norms.pytorch import HOST_BOUND, rms
 from tilebook.kernels.norms.space import SPACE, SPACE_BWD
 
 # References, in fp64: fp32 inputs are judged too
@@ -23,9 +23,7 @@ def fused(problem: Norm) -> bool:
 @op.define("rms_norm_fwd", Problem, family="rms_norm", fused=fused)
 def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, ...]:
     """x (M, N), weight (N,) or None → y (M, N) in the dtype of x, rstd (M,) in fp32."""
-    scale = rstd(x.double(), eps)
-    y = x.double() * scale[:, None]
-    return (y if weight is None else y * weight.double()).to(x.dtype), scale.float()
+    return _forward(torch.float64, x, weight, eps)
 
 
 @op.define("rms_norm_bwd", BackwardProblem, direction="bwd", family="rms_norm", fused=fused)
@@ -37,6 +35,12 @@ def rms_norm_bwd(
     Without a weight there is dx alone.
     """
     return _backward(torch.float64, dy, x, weight, rstd)
+
+
+def _forward(dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, ...]:
+    scale = rstd(x.to(dtype), eps)
+    y = x.to(dtype) * scale[:, None]
+    return (y if weight is None else y * weight.to(dtype)).to(x.dtype), scale.float()
 
 
 def _backward(
@@ -81,5 +85,12 @@ def _alike(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
     """Does PyTorch have a kernel for this, whose statistic can then be had?"""
     return x.is_cuda and (weight is None or x.dtype == weight.dtype)
 
+
+def outlasts_the_host(problem: Norm) -> bool:
+    return problem.rows * problem.width > HOST_BOUND
+
+
+inductor.register(rms_norm_fwd, _forward, torch.float32, supports=outlasts_the_host)
+inductor.register(rms_norm_bwd, _backward, torch.float32, supports=outlasts_the_host)
 
 rms_norm_fwd.backward = rms_norm_bwd
