@@ -30,7 +30,7 @@ def ledger(tmp_path, monkeypatch):
     path = tmp_path / "ledger.db"
     with Registry.open(path, write=True) as registry:
         registry.count_misses(
-            Miss(op, ops.get(op).problem.parse(shape, "bf16").key, Device(gpu.name, gpu.arch, gpu.sm_count), calls, ms)
+            Miss(op, ops.get(op).problem.parse(shape, "bf16").key, Device(*gpu.identity), calls, ms)
             for op, shape, calls, ms in counted
         )
     return path

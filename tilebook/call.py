@@ -89,6 +89,19 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
+def left_whole(choice: Any, tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Is a call on the direct way left to PyTorch's own function, with its own gradients?
+
+    Not where what is saved for the backward pass may come back otherwise: its kernels do not look at what they load.
+    """
+    if not choice.native:
+        return False
+    if not recorded(tensors):
+        return True
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return not hooked and bool(dispatch.backward_of(choice).native)
+
+
 def recorded(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Will gradients of a call with these tensors be wanted?"""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -176,20 +189,31 @@ class Entry:
         return choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native)
 
     def gradients(
-        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
+        self,
+        dy: torch.Tensor,
+        tensors: Tensors,
+        kept: Tensors,
+        options: tuple[Any, ...],
+        needs: Sequence[bool],
+        op: bool = False,
     ) -> Tensors:
-        """Gradients of the tensors that need one, None for the others. `options` as the family has them."""
+        """Gradients of the tensors that need one, None for the others. `options` as the family has them.
+
+        op: the forward pass was one of PyTorch's ops, and so is this one; `options` are as its schema has them.
+        """
         assert self.backward is not None
         route = way(dy, optional=(*tensors, *kept))
-        if not torch._C._has_storage(dy):  # a batch of cotangents, by a mechanism older than torch.func's
+        # No storage: a batch of cotangents, by a mechanism older than torch.func's.
+        if op or dy.is_meta or not (torch.compiler.is_compiling() or torch._C._has_storage(dy)):
             route = "op"
         if torch.is_grad_enabled() or (route == "pytorch" and (forward_ad._current_level >= 0 or _differentiating())):
-            return self._differentiable(dy, tensors, options, needs)
+            return self._differentiable(dy, tensors, self.unpack(tensors, options) if op else options, needs)
         if dy.stride(-1) != 1 if dy.ndim else False:  # a gradient expanded from a sum, say
             dy = dy.contiguous()
         if route != "op":
             return self.backward(dy, tensors, kept, options, needs)
-        found = self.op_backward(dy, *tensors, *kept, *self.pack(options), list(needs))
+        given = options if op else self.pack(options)
+        found = self.op_backward(dy, *tensors, *kept, *given, list(needs))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
     def _differentiable(

@@ -1,5 +1,6 @@
 """Hooks, checkpoints, streams, threads and what else comes between a forward pass and its backward pass."""
 
+import contextlib
 import functools
 import threading
 
@@ -8,7 +9,7 @@ import torch
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from programs.compare import assert_as_near, cotangent, doubled, fresh, some_calls, value_and_gradients
+from programs.compare import assert_as_near, cotangent, dense, doubled, fresh, some_calls, value_and_gradients
 from programs.families import FAMILIES, TRAINED, families
 from programs.isolated import alone_on_a_gpu, each
 from programs.layouts import laid_out
@@ -44,10 +45,10 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("hook", HOOKS)
 @alone_on_a_gpu
-def test_saved_tensors_that_come_back_otherwise_give_the_same_gradients(device, hook):
-    def body(name):
+def test_saved_tensors_that_come_back_otherwise_give_the_same_gradients(device):
+    def body(which):
+        hook, name = which.split(": ")
         family = FAMILIES[name]
         inputs = family.leaves(device)
         theirs, truth = expected(family, inputs)
@@ -67,30 +68,31 @@ def test_saved_tensors_that_come_back_otherwise_give_the_same_gradients(device, 
             assert_as_near(step(family.ours), theirs, truth, f"call {call + 1}")
         assert_as_near(value_and_gradients(family.ours, fresh(inputs)), theirs, truth, "after")
 
-    each(TRAINED, body)
+    each([f"{hook}: {name}" for hook in HOOKS for name in TRAINED], body)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "every other element", "one for all", "cut out of a larger one"])
 @alone_on_a_gpu
-def test_steps_with_and_without_saving_on_the_cpu_give_the_same_gradients(device, layout):
+def test_steps_with_and_without_saving_on_the_cpu_give_the_same_gradients(device):
     """Any mix, of inputs that are not contiguous: a plan of one kind of step must not serve the other."""
 
-    def body(name):
+    def body(which):
+        layout, name = which.split(": ")
         family = FAMILIES[name]
         inputs = tuple(laid_out(x, layout) for x in family.leaves(device))
-        theirs, truth = expected(family, inputs)
+        theirs, truth = (
+            value_and_gradients(family.plain, dense(inputs)),
+            value_and_gradients(family.plain, doubled(inputs)),
+        )
         for mix in ("ppppssssp", "sssspppps", "pspspspsp") if device == "cuda" else ("psp",):
             for step, kind in enumerate(mix):
                 leaves = fresh(inputs)
-                if kind == "s":
-                    with save_on_cpu(pin_memory=False):
-                        o = family.ours(*leaves)
-                else:
+                with save_on_cpu(pin_memory=False) if kind == "s" else contextlib.nullcontext():
                     o = family.ours(*leaves)
                 gradients = torch.autograd.grad(o, leaves[: family.trained], cotangent(o))
                 assert_as_near([o.detach(), *gradients], theirs, truth, f"{mix} step {step}")
 
-    each(TRAINED, body)
+    layouts = "transposed", "every other element", "one for all", "cut out of a larger one"
+    each([f"{layout}: {name}" for layout in layouts for name in TRAINED], body)
 
 
 @families(*TRAINED)

@@ -36,9 +36,8 @@ def _one_for_all(x):
 
 def _overlapping(x):
     """Each row begins one element after the last one."""
-    steps = [0] * x.ndim
-    steps[-2:] = 1, 1
-    return x.flatten().as_strided(x.shape, steps)
+    x = x.contiguous()
+    return x.as_strided(x.shape, (*x.stride()[:-2], 1, 1))
 
 
 LAYOUTS = {
@@ -68,13 +67,15 @@ def test_tensors_of_any_layout_give_pytorchs_numbers(device, layout):
         inputs = tuple(laid_out(x, layout) for x in family.leaves(device))
         assert_no_worse(family.ours, family.plain, inputs)
 
-    each(FAMILIES, body)
+    # PyTorch's CPU kernel itself errs where the heads of a sequence overlap.
+    each([name for name in FAMILIES if device == "cuda" or (name, layout) != ("varlen", "overlapping")], body)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("blocks", [False, True], ids=["attention", "blocks"])
 @alone_on_a_gpu
-def test_one_tensor_of_another_layout_after_good_calls_gives_pytorchs_numbers(device, layout):
-    def body(name):
+def test_one_tensor_of_another_layout_after_good_calls_gives_pytorchs_numbers(device, blocks):
+    def body(which):
+        layout, name = which.split(": ")
         family = FAMILIES[name]
         inputs = family.leaves(device)
         assert_no_worse(family.ours, family.plain, inputs)
@@ -82,7 +83,10 @@ def test_one_tensor_of_another_layout_after_good_calls_gives_pytorchs_numbers(de
             changed = (*inputs[:i], laid_out(x, layout), *inputs[i + 1 :])
             assert_no_worse(family.ours, family.plain, changed, calls=2, what=f"input {i}")
 
-    each(FAMILIES if device == "cuda" else ["mlp", "rms_norm"], body)
+    names = [name for name in FAMILIES if (name in ("mlp", "rms_norm")) == blocks]
+    if device == "cpu" and not blocks:
+        names = ["decode"]
+    each([f"{layout}: {name}" for layout in LAYOUTS for name in names], body)
 
 
 def test_a_weight_with_a_stride_gives_pytorchs_numbers(device):
@@ -101,13 +105,13 @@ def test_one_weight_expanded_to_all_columns_gives_pytorchs_numbers(device):
 
 @pytest.mark.parametrize("layout", ["every other element", "one for all", "one element off"])
 def test_biases_with_a_stride_give_pytorchs_numbers(device, layout):
-    x, w1, b1, w2, b2 = FAMILIES["mlp"].leaves(device)
+    x, w1, b1, w2, b2 = FAMILIES["mlp"].leaves(device, torch.bfloat16)
     assert_no_worse(tilebook.mlp, plain_mlp, (x, w1, laid_out(b1, layout), w2, b2), what="b1")
     assert_no_worse(tilebook.mlp, plain_mlp, (x, w1, b1, w2, laid_out(b2, layout)), what="b2")
 
 
 def test_one_zero_expanded_to_a_bias_gives_pytorchs_numbers(device):
-    x, w1, b1, w2, b2 = FAMILIES["mlp"].leaves(device)
+    x, w1, b1, w2, b2 = FAMILIES["mlp"].leaves(device, torch.bfloat16)
     zero = torch.zeros(1, device=device, dtype=x.dtype)
     inputs = x, w1, zero.expand_as(b1).requires_grad_(), w2, zero.expand_as(b2).requires_grad_()
     assert_no_worse(tilebook.mlp, plain_mlp, inputs)
@@ -138,6 +142,14 @@ def test_broadcast_keys_of_pytorchs_own_tests_are_served(device, causal):
         )
 
 
+def _masked(q, k, v, mask):
+    return tilebook.scaled_dot_product_attention(q, k, v, mask)
+
+
+def _attention_masked(q, k, v, mask):
+    return tilebook.attention(q, k, v, attn_mask=mask)
+
+
 @pytest.mark.parametrize("kind", ["boolean", "added"])
 @alone_on_a_gpu
 def test_masks_cut_out_of_larger_ones_give_pytorchs_numbers(device, kind):
@@ -158,17 +170,13 @@ def test_masks_cut_out_of_larger_ones_give_pytorchs_numbers(device, kind):
             "one number for all": large[0, 2:3, 1:2],
         }.items():
             try:
-                assert_same_outcome(
-                    lambda q, k, v, mask: tilebook.scaled_dot_product_attention(q, k, v, mask),
-                    lambda q, k, v, mask: SDPA(q, k, v, mask),
-                    (q, k, v, mask),
-                )
-                assert_no_worse(
-                    lambda q, k, v, mask: tilebook.attention(q, k, v, attn_mask=mask),
-                    lambda q, k, v, mask: SDPA(q, k, v, mask.contiguous()),
-                    (q, k, v, mask),
-                )
-            except AssertionError as failure:
+                assert_no_worse(_masked, SDPA, (q, k, v, mask))
+            except RuntimeError:
+                with pytest.raises(RuntimeError):  # what PyTorch refuses too
+                    SDPA(q, k, v, mask)
+            try:
+                assert_no_worse(_attention_masked, SDPA, (q, k, v, mask))
+            except (AssertionError, ValueError) as failure:
                 wrong.append(f"{seq_q}×{seq_k}, {name}: {failure}")
     assert not wrong, "\n".join(wrong)
 

@@ -1,5 +1,6 @@
 """Programs by their processes: without Triton, forked, spawned, at their end; what is registered with PyTorch."""
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
@@ -165,7 +166,8 @@ def registered():
 
 def recorded(family, device):
     inputs = fresh(family.leaves(device))
-    with Recorder() as recorder:
+    # What PyTorch's own functions serve would not be called as an op of ours.
+    with tilebook.dispatch.use("triton") if device == "cuda" else contextlib.nullcontext(), Recorder() as recorder:
         o = family.ours(*inputs)
         if family.trained:
             torch.autograd.grad(o, inputs[: family.trained], cotangent(o))

@@ -224,7 +224,10 @@ def test_twenty_lengths_compile_no_more_graphs_than_pytorchs(device, family, dyn
             return *tensors, ends
     else:
         ours, plain, flat = family.ours, family.plain, inputs_of
-    allowed, expected = _graphs(plain, flat, lengths, dynamic=dynamic)
+    try:
+        allowed, expected = _graphs(plain, flat, lengths, dynamic=dynamic)
+    except RuntimeError as refused:
+        pytest.skip(f"PyTorch itself does not compile this: {str(refused)[:80]}")
     needed, results = _graphs(ours, flat, lengths, dynamic=dynamic)
     assert needed <= allowed
     for n, got, theirs in zip(lengths, results, expected, strict=True):

@@ -29,7 +29,10 @@ def quiet(function):
 def agree(ours, plain, inputs, what=""):
     """Two functions of the same inputs that give tuples of tensors."""
     truth = plain(*(x.detach().double() if x.is_floating_point() else x for x in inputs))
-    theirs = plain(*(x.detach() for x in inputs))
+    try:
+        theirs = plain(*(x.detach() for x in inputs))
+    except (RuntimeError, NotImplementedError) as refused:
+        pytest.skip(f"PyTorch does not either: {refused}")
     for _ in range(some_calls(inputs)):
         assert_as_near(ours(*(x.detach() for x in inputs)), theirs, truth, what)
 

@@ -60,7 +60,7 @@ class FakeRunner:
         assert isinstance(value, float)
         return value * self._random.lognormvariate(0, self._noise)
 
-    def attempt(self, candidate, incumbent_ms):
+    def attempt(self, candidate, most_ms):
         self.attempted.append(candidate)
         value = self._time_ms(candidate)
         if isinstance(value, Failure):
@@ -110,9 +110,9 @@ class TimedRunner(FakeRunner):
         self._proven = set()
         self.clock.now += self.costs["prepare"]
 
-    def attempt(self, candidate, incumbent_ms):
+    def attempt(self, candidate, most_ms):
         self.clock.now += self.costs.get(candidate.implementation, self.costs["attempt"])
-        return super().attempt(candidate, incumbent_ms)
+        return super().attempt(candidate, most_ms)
 
     def confirm(self, candidates, rounds, seed, *, fresh=False):
         if fresh:

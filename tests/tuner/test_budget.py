@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from fakes import Clock, FakeRunner, TimedRunner, tune
+from fakes import Clock, FakePool, FakeRunner, TimedRunner, tune
 from test_session import BEST, valley
 from toy import Scaling, make_op
 
@@ -104,7 +104,6 @@ def test_a_share_is_what_a_problem_needs_and_a_part_of_what_is_over_by_weight():
     assert budget.share([one] * 4, gpus=4) == pytest.approx(100.0)
     assert budget.share([one] * 1000) == pytest.approx(need, rel=0.2), "to as many as it is enough for, from the first"
     assert Budget().share([one]) == float("inf")
-    budget.note("a", "prepare", 2.0)
     clock.now = 105.0
     assert budget.share([one]) is None
 
@@ -201,6 +200,23 @@ def test_what_hangs_is_ended_by_the_real_clock(path, monkeypatch):
     assert "the budget ended while confirming" in {state.unreached for state in states}
     assert registry.verdicts() == []
     assert registry.trials()
+
+
+def test_predictions_keep_to_a_budget_too(path):
+    clock = Clock()
+
+    class Slow(FakePool):
+        def submit(self, op, implementation, problem, config):
+            clock.now += 1.0
+            return super().submit(op, implementation, problem, config)
+
+    run = Run(len(SHAPES), False, Budget(30.0, measured=False, clock=clock))
+    states, registry = tune(path, None, Slow(), SHAPES, run=run)
+    assert clock.now <= 1.15 * 30 + 20
+    assert states[-1].verdict is not None
+    assert states[0].unreached == "the budget was spent before its turn"
+    assert states[0].feasible == 0, "not even its space was listed"
+    assert {verdict.status for verdict in registry.verdicts()} == {VerdictStatus.PREDICTED}
 
 
 def test_after_ctrl_c_every_problem_has_a_verdict_or_is_named_as_not_reached(path):

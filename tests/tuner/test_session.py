@@ -131,10 +131,10 @@ class _Killed(BaseException):
 
 def test_a_run_cut_short_resumes_without_measuring_anything_twice(path):
     class Mortal(FakeRunner):
-        def attempt(self, candidate, incumbent_ms):
+        def attempt(self, candidate, most_ms):
             if len(self.attempted) == 12:
                 raise _Killed
-            return super().attempt(candidate, incumbent_ms)
+            return super().attempt(candidate, most_ms)
 
     first, second = Mortal(valley), FakeRunner(valley)
     with pytest.raises(_Killed):
@@ -295,3 +295,11 @@ def test_a_defect_of_a_compile_process_ends_one_candidate_and_not_the_run(path):
     broken = [trial for trial in registry.trials() if trial.config.get("BLOCK") == 64]
     assert broken
     assert {(trial.failure, trial.reason) for trial in broken} == {(Failure.COMPILE_ERROR, "KeyError: 'out of luck'")}
+
+
+def test_a_problem_that_our_kernel_does_not_run_is_refused_before_anything_is_compiled(path):
+    op, pool = make_op(), FakePool()
+    op.implementations["triton"] = dataclasses.replace(op.tunable, supports=lambda problem: False)
+    states, registry = tune(path, FakeRunner(valley), pool, op=op)
+    assert "does not run this problem" in states[0].error
+    assert (pool.submitted, registry.verdicts()) == ([], [])

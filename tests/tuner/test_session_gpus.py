@@ -35,11 +35,11 @@ class Gpu(FakeRunner):
         if self.broken(problem):
             raise TuningError("no CUDA-capable device is detected")
 
-    def attempt(self, candidate, incumbent_ms):
+    def attempt(self, candidate, most_ms):
         if self.stops is not None:
             raise self.stops
         time.sleep(0.001)
-        return super().attempt(candidate, incumbent_ms)
+        return super().attempt(candidate, most_ms)
 
     def close(self):
         self.closed = True

@@ -37,7 +37,9 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64,causal; repeatable."
 )
 @click.option("--misses", is_flag=True, help="What programs asked for and no verdict covers, heaviest first.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True, help="With --shape."
+)
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
 @click.option("--gpu", metavar="NAME", help="Tune for this GPU model without one, from the catalogue.")
 @click.option("--gpus", metavar="all|0,1,…", help="Measure on these GPUs of this host, side by side (default: 0).")
@@ -171,6 +173,16 @@ def _missed(
     ]
 
 
+def _bucket(op: Op[Any], shape: str, dtype: str) -> Problem:
+    """The problem that calls of this shape ask for, which is not always the shape itself; then it says so."""
+    written: Problem = op.problem.parse(shape, dtype)
+    asked = written.bucket()
+    if asked != written:
+        told = f"{op.name} {written.label}: calls of this shape ask for {asked.label}, which is tuned"
+        click.echo(f"tilebook: {told}", err=True)
+    return asked
+
+
 def _problems(
     families: Sequence[str], suites: Sequence[str], shapes: Sequence[str], dtype: str, direction: str
 ) -> list[tuple[Op[Any], Problem]]:
@@ -182,7 +194,7 @@ def _problems(
     if shapes:
         if len(families) != 1:
             raise ops.UsageError("--shape needs exactly one family, such as: tilebook tune attention --shape …")
-        return [(op, op.problem.parse(shape, dtype)) for shape in shapes for op in chosen]
+        return list(dict.fromkeys((op, _bucket(op, shape, dtype)) for shape in shapes for op in chosen))
     named = ops.suites(chosen)
     found: list[tuple[Op[Any], Problem]] = []
     for name in suites or ["quick"]:
@@ -197,7 +209,9 @@ def _problems(
 @click.argument("what", metavar="FAMILY|OP")
 @SUITES
 @click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True, help="With --shape."
+)
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
 @click.option("--implementation", metavar="NAME", help="Whose space (default: our own kernel's).")
 @click.option("--most", type=click.IntRange(min=1), help="Configs of each space, chosen at random (default: all).")

@@ -67,6 +67,7 @@ class Choice:
                 return outputs
             return self._run(*args)
         except torch.OutOfMemoryError:
+            self.calls -= 1  # it may have been before anything was compiled
             raise
         except Exception as broken:
             return self._serve_instead(broken, args)
@@ -84,6 +85,9 @@ class Choice:
             raise broken
         try:
             outputs = spare(*args)
+        except torch.OutOfMemoryError:
+            self.calls -= 1
+            raise
         except Exception:
             # Nothing takes this call, so that the call is at fault, and the choice stays as good as it was.
             self.calls -= 1

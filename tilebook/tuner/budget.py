@@ -51,6 +51,7 @@ class Budget:
     measured: bool = True
     clock: Callable[[], float] = time.monotonic
     began: float = field(init=False)
+    _begun: bool = False
     _took: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,8 +114,9 @@ class Budget:
         if self.seconds is None:
             return float("inf")
         now, own, needed = self.clock(), self.least(jobs[0]), 0.0
-        if self._took and now + own > (self.end + self.last) / 2:
+        if self._begun and now + own > (self.end + self.last) / 2:
             return None
+        self._begun = True
         left = max(0.0, self.end - now)
         reached: list[Job] = []
         for job in jobs:

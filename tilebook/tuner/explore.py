@@ -27,16 +27,19 @@ PATIENCE = 48
 
 _POLISH = 32  # … and after so many the neighbourhood of the best is compiled, to be there when it does
 
+FAR = 2.0
+"""A candidate whose first estimate is so many times the best time so far is not sampled."""
+
 AHEAD = 2
 """Candidates given to the GPU at a time: the one it measures, and the next."""
 
 
 def timed_attempt(
-    runner: Runner, candidate: Candidate, incumbent_ms: float | None, clock: Callable[[], float]
+    runner: Runner, candidate: Candidate, most_ms: float | None, clock: Callable[[], float]
 ) -> tuple[Attempt, float]:
     """The attempt, with the seconds that it took."""
     began = clock()
-    attempt = runner.attempt(candidate, incumbent_ms)
+    attempt = runner.attempt(candidate, most_ms)
     return attempt, clock() - began
 
 
@@ -237,8 +240,8 @@ class Explorer:
                 candidate, best = self._entrant.candidate(config), self._search.best
                 self._tuning.compiled[candidate] = compiled
                 # Its own best: however far behind, its best few are what serves where the winner cannot run.
-                incumbent_ms = None if config == self._entrant.default or best is None else best[1]
-                future = self._gpu.submit(timed_attempt, self._runner, candidate, incumbent_ms, self._clock)
+                most_ms = None if config == self._entrant.default or best is None else FAR * best[1]
+                future = self._gpu.submit(timed_attempt, self._runner, candidate, most_ms, self._clock)
                 self._measuring.append((config, compiled, future))
             self._submit()
 

@@ -52,7 +52,7 @@ class Known:
     def __init__(
         self, registry: Registry, layers: Layers, gpu: Device, environment: Mapping[str, str], mode: str
     ) -> None:
-        self.device = store.Device(gpu.name, gpu.arch, gpu.sm_count)
+        self.device = store.Device(*gpu.identity)
         self.environment = store.Environment(dict(environment))
         self.mode = mode
         self._registry, self._layers = registry, layers

@@ -15,7 +15,7 @@ from tilebook.registry import Layers
 from tilebook.report.live import view
 from tilebook.report.rows import row, unreached
 from tilebook.tuner.budget import Budget
-from tilebook.tuner.compile import CompilePool
+from tilebook.tuner.compile import CompilePool, check_cache
 from tilebook.tuner.known import PREDICTED, Known
 from tilebook.tuner.measure import Mode
 from tilebook.tuner.progress import ProblemState
@@ -99,6 +99,7 @@ def tune_problems(
     device, chosen = _target(gpu, gpus)
     if method != "grid":
         sampler(method, seed)
+    check_cache()
     layers = Layers.default(registry)
     options = Options(trials=trials, seed=seed, method=method, force=force)
     environment = {k: v for k, v in devices.environment().items() if chosen or k not in ("driver", "cudnn")}

@@ -124,6 +124,8 @@ class Session:
                 state.verdict, state.skipped = standing, True
                 return state
             state.verdict = standing
+            if not op.tunable.can_run(problem, self._gpu):
+                raise TuningError("our kernel does not run this problem, so PyTorch's implementation serves it")
             if not turn.may_end(0.0):
                 raise OutOfTime("the budget was spent before its turn")
             state.verdict = self._tune(op, problem, fields, standing, state, turn)

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import autocast, recorded, tf32_allowed, way
+from tilebook.call import autocast, left_whole, tf32_allowed, way
 from tilebook.kernels.attention.check import Causal, check, checked_form, numbers, together
 from tilebook.kernels.attention.drop_in import bounded_by_the_host, scaled_dot_product_attention
 from tilebook.kernels.attention.entry import ATTENTION, arguments, registered
@@ -129,7 +129,7 @@ def attention(
             o, lse = ATTENTION.through(tensors, options)
             return (o, lse) if return_lse else o
         choice = dispatch.lookup(registered()[0], arguments(tensors, options))
-    if choice.native and not return_lse and (not recorded(tensors) or dispatch.backward_of(choice).native):
+    if not return_lse and left_whole(choice, tensors):
         choice.calls += 1
         return plain(tensors if choice.aligned else (aligned(q), aligned(k), aligned(v), *extras), (form, scale))
     o, lse = ATTENTION.direct(choice, tensors, options)

@@ -85,6 +85,8 @@ def scaled_dot_product_attention(
         return plain_sdpa(query, key, value, None, 0.0, is_causal, scale=scale)  # type: ignore[no-any-return]
     overridden = has_torch_function((query, key, value, attn_mask))
     if overridden or not _fits(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+        if not overridden:
+            _refuse(query, key, value, dropout_p)
         given: Any = {"enable_gqa": True} if enable_gqa else {}
         return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **given)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attention  # the package imports this module
@@ -128,6 +130,18 @@ def _fits(
         and not (is_causal and mask is not None)
         and (mask is None or _takes(mask, query, key))
     )
+
+
+def _refuse(query: Any, key: Any, value: Any, dropout_p: float) -> None:
+    """Raises RuntimeError, as PyTorch does, for what cuDNN refuses: asked again, its path ends the process."""
+    tensors = query, key, value
+    if not all(isinstance(x, torch.Tensor) and x.is_cuda and not x.is_nested and x.ndim > 1 for x in tensors):
+        return
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+        raise RuntimeError(f"query, key and value do not go together: {shapes}")
+    if not 0 <= dropout_p < 1:
+        raise RuntimeError(f"dropout_p must lie in [0, 1), not {dropout_p}")
 
 
 def _takes(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:

@@ -66,7 +66,7 @@ def cudnn_backward(
         k,
         v,
         o,
-        lse.contiguous()[..., None],
+        lse,
         seed,
         seed,
         None,

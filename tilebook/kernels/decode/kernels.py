@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tilebook.kernels.attention.tiles import LN2, LOG2E
+from tilebook.kernels.attention.triton.tiles import LN2, LOG2E
 
 
 class Steps(NamedTuple):

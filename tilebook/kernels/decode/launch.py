@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilebook import device as devices
-from tilebook.kernels.attention.tiles import describable, like
+from tilebook.kernels.attention.layout import describable, like
 from tilebook.kernels.decode.kernels import Scores, Steps, Tile, decode_kernel, merge_kernel
 from tilebook.kernels.decode.space import block_m, splits
 from tilebook.launch import launch

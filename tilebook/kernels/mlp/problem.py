@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from tilebook import op
+from tilebook import models, op
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.op import Cost
 
@@ -66,7 +66,10 @@ class Problem(op.Problem):
     @classmethod
     def suites(cls) -> Mapping[str, Sequence[Self]]:
         cct, distilbert = (cls.parse(text, "bf16") for text in ("M1568,H384,I1152", "M4096,H768,I3072"))
-        return {"quick": [cct], "seeds": [cct, distilbert]}
+        found = dict.fromkeys(cls.parse(*each) for each in models.shapes("mlp"))
+        trained = cls in (BackwardProblem, GradsProblem)
+        kept = [each for each in found if each.rows >= models.LEAST_TRAINED_ROWS or not trained]
+        return {"quick": [cct], "seeds": [cct, distilbert], "models": kept}
 
     def _random(self, device: torch.device | str, seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
         """Normal tensors; a matrix of weights (after the first shape) keeps the scale of what it multiplies."""

@@ -75,7 +75,7 @@ def _default(problem: Problem, device: Device) -> Config:
     for block_m, block_n in ((128, 128), (64, 128), (64, 64)):
         tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
         # A tile more than half empty does twice the work.
-        if tiles >= device.sm_count and n > block_n // 2:
+        if tiles >= device.sm_count and n > block_n // 2 and m > block_m // 2:
             break
     described = device.capability >= 90 and tiles >= 2 * device.sm_count
     described = described and not (problem.width % 8 or problem.inner % 8)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 import triton
 
-from tilebook import op
+from tilebook import models, op
 from tilebook.op import Cost
 
 
@@ -67,7 +67,8 @@ class Norm(op.Problem):
 
     @classmethod
     def suites(cls) -> Mapping[str, Sequence[Self]]:
-        return {"norms": [cls.parse(f"M8192,N{width}", "bf16") for width in (1024, 4096, 16384)]}
+        norms = [cls.parse(f"M8192,N{width}", "bf16") for width in (1024, 4096, 16384)]
+        return {"norms": norms, "models": [cls.parse(*each) for each in models.shapes("norms")]}
 
     def drawn(self, device: torch.device | str, seed: int, matrices: int) -> tuple[list[torch.Tensor], list[Any]]:
         """So many random (M, N), and (N,) for each vector there may be, None for those that are not there."""

@@ -6,15 +6,8 @@ import triton
 
 from tilebook.device import Device
 from tilebook.kernels.attention.problem import ForwardProblem
-from tilebook.kernels.attention.tiles import (
-    asynchronous,
-    crowded,
-    oversized,
-    pointless,
-    rows_and_tiles,
-    too_large,
-)
 from tilebook.launch import HOST_DESCRIPTORS_S
+from tilebook.occupancy import asynchronous, crowded, oversized, pointless, rows_and_tiles, too_large
 from tilebook.op import DTYPES, Config, Cost, Space
 
 

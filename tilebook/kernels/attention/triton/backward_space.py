@@ -1,45 +1,21 @@
-"""dq, dk and dv from do, with the softmax recomputed from q, k and the log-sum-exp (FlashAttention-2, Dao 2023).
-
-With s = scale · q kᵀ, p = exp(s - lse), dp = do vᵀ and delta = Σ o do of each row:
-ds = p (dp - delta), dv = pᵀ do, dk = scale · dsᵀ q, dq = scale · ds k. Two kernels, each with the sum it makes in
-registers, so that nothing is added up in memory and the result is the same every time.
-"""
+"""The configs of the backward pass, whose two kernels have axes of their own: which can run, and the default."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 import triton
 
 from tilebook.device import Device
-from tilebook.kernels.attention.backward_columns import attention_bwd_dkdv
-from tilebook.kernels.attention.backward_rows import attention_bwd_dq
-from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.forward_space import proven, supports, usual
-from tilebook.kernels.attention.ops import attention_bwd
 from tilebook.kernels.attention.problem import BackwardProblem
-from tilebook.kernels.attention.scores import options
-from tilebook.kernels.attention.tiles import (
-    addressable,
-    asynchronous,
-    capped,
-    crowded,
-    describable,
-    describe,
-    like,
-    oversized,
-    pointless,
-    rows_and_tiles,
-    too_large,
-)
-from tilebook.launch import HOST_DESCRIPTORS_S, launch
+from tilebook.kernels.attention.triton.forward_space import usual
+from tilebook.launch import HOST_DESCRIPTORS_S
+from tilebook.occupancy import asynchronous, crowded, oversized, pointless, rows_and_tiles, too_large
 from tilebook.op import Config, Cost, Space
 
 
 @dataclass(frozen=True)
-class _Half:
+class Half:
     """One of the two kernels: which way it goes, and the names of its axes end with `axis`."""
 
     axis: str
@@ -65,13 +41,13 @@ class _Half:
         return 2 if self.axis == "1" else 1
 
 
-def _halves(config: Config) -> tuple[_Half, _Half]:
+def halves(config: Config) -> tuple[Half, Half]:
     """The dk/dv kernel and the dq kernel."""
     names = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
 
-    def half(axis: str) -> _Half:
+    def half(axis: str) -> Half:
         rows, columns, warps, stages = (config.number(f"{name}{axis}") for name in names)
-        return _Half(axis, rows, columns, warps, stages, int(config.get(f"MAXNREG{axis}", 0)))
+        return Half(axis, rows, columns, warps, stages, int(config.get(f"MAXNREG{axis}", 0)))
 
     return half("1"), half("2")
 
@@ -86,7 +62,7 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
         return "the GPU would wait for the host to make its tensor descriptors"
     if heads > 1 and (not problem.causal or heads > problem.batch * problem.heads_kv):
         return "taking turns between heads only balances causal masks, over as many heads as there are"
-    for half in _halves(config):
+    for half in halves(config):
         if device.backend == "hip" and half.stages > 2:
             return "more than 2 stages do not pay on AMD GPUs"
         if asynchronous(device) and half.held < 64 and not problem.exact:
@@ -117,16 +93,16 @@ def _reject(problem: BackwardProblem, config: Config, device: Device) -> str | N
 
 def needs(problem: BackwardProblem, config: Config, device: Device) -> list[tuple[int, int]]:
     """fp32 numbers in registers and bytes of shared memory of a program, of the dk/dv kernel and of the dq kernel."""
-    return [(_tiles(problem, half, device), _shared(problem, half, device)) for half in _halves(config)]
+    return [(_tiles(problem, half, device), _shared(problem, half, device)) for half in halves(config)]
 
 
-def _tiles(problem: BackwardProblem, half: _Half, device: Device) -> int:
+def _tiles(problem: BackwardProblem, half: Half, device: Device) -> int:
     """fp32 numbers that a program holds: sums, then scores with their gradients and what those need."""
     operands = 0 if asynchronous(device) else problem.width  # two held tiles, two halves in a register
     return half.held * (half.sums * problem.width + (2 + problem.companions) * half.swept + operands)
 
 
-def _shared(problem: BackwardProblem, half: _Half, device: Device) -> int:
+def _shared(problem: BackwardProblem, half: Half, device: Device) -> int:
     """Bytes of shared memory, as compiled kernels report them or a little more: two held tiles, a ring of two swept."""
     width = problem.width * problem.torch_dtype.itemsize
     scores = half.held * half.swept * problem.torch_dtype.itemsize  # where they pass through shared memory
@@ -196,7 +172,7 @@ def _work(problem: BackwardProblem, config: Config) -> Cost:
     """
     width, heads = problem.width * problem.torch_dtype.itemsize, problem.batch * problem.heads
     flops = read = 0.0
-    for half, products in zip(_halves(config), (4, 5 if problem.dropout else 3), strict=True):
+    for half, products in zip(halves(config), (4, 5 if problem.dropout else 3), strict=True):
         # By blocks of rows for both: the pairs of blocks that a mask leaves do not depend on who sweeps whom.
         blocks = rows_and_tiles(problem.seq_q, problem.seq_k, half.rows, half.columns, *problem.limits)
         tiles = sum(visited for _, visited in blocks)
@@ -225,87 +201,3 @@ SPACE = Space(
     work=_work,
     later={"MAXNREG1": 0, "MAXNREG2": 0},
 )
-
-
-@attention_bwd.implementation("triton", space=SPACE, supports=supports, proven=proven)
-def _triton(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    form: Form,
-    scale: float,
-    *extras: torch.Tensor,
-    config: Config,
-) -> tuple[torch.Tensor, ...]:
-    do, q, k, v, o = (addressable(x) for x in (do, q, k, v, o))
-    lse = lse.contiguous()
-    (batch, heads, n_q, _), (heads_kv, n_k) = q.shape, k.shape[1:3]
-    dq, dk, dv, delta = like(q), like(k), like(v), torch.empty_like(lse)
-    dbias = None
-    if form.bias == "dbias":
-        dbias = torch.empty((batch, heads, n_q, n_k), dtype=extras[0].dtype, device=q.device)
-    dkdv, rows = _halves(config)
-    descriptors = bool(config["DESCRIPTORS"]) and describable(do, q, k, v)
-    optional = options(form, extras, q, k)
-
-    def loaded(half: _Half) -> tuple[Any, ...]:
-        """q, k, v and do as that kernel loads them."""
-        if not descriptors:
-            return q, k, v, do
-        return describe(q, half.rows), describe(k, half.columns), describe(v, half.columns), describe(do, half.rows)
-
-    def meta(half: _Half) -> dict[str, Any]:
-        return optional | {
-            "BLOCK_M": half.rows,
-            "BLOCK_N": half.columns,
-            "HEADS": config["HEADS"],
-            "DESCRIPTORS": descriptors,
-            "num_warps": half.warps,
-            "num_stages": half.stages,
-            **capped(half.cap),
-        }
-
-    # dq first: that kernel also makes the delta that the other one reads.
-    launch(
-        attention_bwd_dq,
-        (triton.cdiv(n_q, rows.rows) * batch * heads,),
-        *loaded(rows),
-        o,
-        lse,
-        delta,
-        dq,
-        *(step for x in (q, k, v, do, o, dq) for step in x.stride()[:3]),
-        batch * heads,
-        heads,
-        heads // heads_kv,
-        n_q,
-        n_k,
-        scale,
-        **meta(rows),
-        dbias=dbias,
-    )
-    launch(
-        attention_bwd_dkdv,
-        (triton.cdiv(n_k, dkdv.columns) * batch * heads_kv,),
-        *loaded(dkdv),
-        lse,
-        delta,
-        dk,
-        dv,
-        *(step for x in (q, k, v, do, dk, dv) for step in x.stride()[:3]),
-        batch * heads_kv,
-        heads_kv,
-        heads // heads_kv,
-        n_q,
-        n_k,
-        scale,
-        **meta(dkdv),
-    )
-    if dbias is None:
-        return dq, dk, dv
-    shape = extras[0].shape
-    across = [axis for axis, (n, size) in enumerate(zip(shape, dbias.shape, strict=True)) if n != size]
-    return dq, dk, dv, dbias.sum(across, keepdim=True) if across else dbias
