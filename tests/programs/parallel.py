@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tilebook
 from programs.compare import cotangent, some_calls
-from programs.families import FAMILIES, usual
+from programs.families import BLOCKS, FAMILIES, usual
 from programs.isolated import each, run
 from programs.transforms import blocks
 
@@ -107,7 +107,7 @@ def dtensors(device, rank, ranks):
     mesh = init_device_mesh(torch.device(device).type, (ranks,))
 
     def placement(name, i, x):
-        if name in ("mlp", "rms_norm"):
+        if name in BLOCKS:
             return Shard(0) if i == 0 else Replicate()
         if name == "varlen":
             return Shard(1) if i < 3 else Replicate()  # by heads
