@@ -190,9 +190,7 @@ def test_every_registered_op_is_called_by_some_program(device):
     ops = registered()
     if not ops:
         pytest.skip("nothing is registered with PyTorch")
-    seen = {
-        str(func).rsplit(".", 1)[0].replace(".", "::")
-        for f in FAMILIES.values()
-        for func, *_ in recorded(f, device).values()
-    }
+    if device == "cpu":
+        pytest.skip("CPU tensors run PyTorch's own code")
+    seen = {func.name().split(".")[0] for f in FAMILIES.values() for func, *_ in recorded(f, device).values()}
     assert {name.split(".")[0] for name in ops} <= seen
