@@ -237,9 +237,11 @@ class Entry:
         self, dy: torch.Tensor, tensors: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
         """Gradients that can be differentiated again, as far as PyTorch's own functions can be."""
-        wanted = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
         with torch.enable_grad():
-            found = iter(torch.autograd.grad(self.plain(tensors, options), wanted, dy, create_graph=True))
+            # Views stand for the tensors: one may have been made of another, or be given twice.
+            apart = tuple(x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True))
+            wanted = [x for x, need in zip(apart, needs, strict=True) if need and x is not None]
+            found = iter(torch.autograd.grad(self.plain(apart, options), wanted, dy, create_graph=True))
         return tuple(next(found) if need else None for need in needs)
 
 
