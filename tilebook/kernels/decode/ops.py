@@ -8,7 +8,8 @@ import torch
 
 from tilebook.kernels.attention.form import PLAIN
 from tilebook.kernels.attention.native import cudnn_first
-from tilebook.kernels.attention.peers import cudnn_available, cudnn_forward, torch_forward
+from tilebook.kernels.attention.peers import cudnn
+from tilebook.kernels.attention.peers import torch as pytorch
 from tilebook.kernels.decode import eager, launch
 from tilebook.kernels.decode.problem import DecodeProblem
 from tilebook.kernels.decode.pytorch import simple
@@ -69,7 +70,7 @@ def _torch(
     window: int | None,
 ) -> Outputs:
     if simple(q, seq_lens, block_table, softcap, window) and q.is_cuda:
-        return torch_forward(q, k, v, PLAIN, scale)
+        return pytorch.forward(q, k, v, PLAIN, scale)
     return eager.decode(q, k, v, seq_lens, block_table, causal, scale, softcap, window)
 
 
@@ -102,7 +103,7 @@ def _flash(
 
 @decode.implementation(
     "cudnn",
-    available=cudnn_available,
+    available=cudnn.available,
     supports=lambda problem: _plain(problem) and problem.seq_q == 1 and problem.head_dim <= 128,
 )
 def _cudnn(
@@ -116,4 +117,4 @@ def _cudnn(
     softcap: float,
     window: None,
 ) -> Outputs:
-    return cudnn_forward(q, k, v, PLAIN, scale)  # its causal mask is aligned at the other corner
+    return cudnn.forward(q, k, v, PLAIN, scale)  # its causal mask is aligned at the other corner
