@@ -12,13 +12,14 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from flat_verdict import flat_verdict
 
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.cli import main
 from tilebook.cli.tuning import _problems
 from tilebook.op import Config, Space
-from tilebook.registry import Device, Environment, Registry, Revocation, Verdict, VerdictStatus
+from tilebook.registry import Device, Environment, Registry, Revocation, VerdictStatus
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine without a GPU")
 
@@ -117,7 +118,7 @@ def cli(tmp_path, monkeypatch):
 ATTENTION, H200 = ops.get("attention_fwd"), devices.find("H200")
 SHAPE = "B4,H16,S2048,D64"
 WINNER = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "HEADS": 1, "DESCRIPTORS": 0}
-MEASURED = Verdict(
+MEASURED = flat_verdict(
     op=ATTENTION.name,
     problem=ATTENTION.problem.parse(SHAPE, "bf16").key,
     device=Device(H200.name, H200.arch, H200.sm_count),

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from tilebook.errors import RegistryError
-from tilebook.registry.records import ConfigValue, Device, Miss, Revocation, Verdict
+from tilebook.registry.records import ConfigValue, Device, Miss, Revocation
 from tilebook.registry.target import Target, user_folder
+from tilebook.registry.verdict import Verdict
 
 if TYPE_CHECKING:
     from tilebook.registry.store import Registry
@@ -128,7 +129,7 @@ class DenyList:
 
     def winner(self, verdict: Verdict) -> Revocation | None:
         """Why a verdict's winner may not run, or None where it may."""
-        kernel = verdict.kernel_of(verdict.implementation)
+        kernel = verdict.source_of(verdict.implementation)
         return self.find(verdict.op, kernel, verdict.device.arch, verdict.implementation, verdict.config)
 
 

@@ -87,7 +87,7 @@ class Known:
             if self.mode == PREDICTED:
                 if verdict.measured or same:
                     return verdict
-            elif verdict.measured and same and verdict.evidence.get("mode", "graph") == self.mode:
+            elif verdict.measured and same and verdict.mode == self.mode:
                 return verdict
         return None
 
@@ -149,11 +149,11 @@ def unsearched(verdict: Verdict, field: Field) -> list[Config] | None:
     implementation was not searched then, or has other source now. None where it had them all, or, of our own kernel,
     where the verdict does not say, as those of old do not."""
     ours = field.name == field.implementation.op.tunable.name
-    spaces: Any = verdict.evidence.get("spaces")
-    then: Any = spaces.get(field.name) if isinstance(spaces, dict) else verdict.evidence.get("space") if ours else None
+    spaces: Any = verdict.notes.get("spaces")
+    then: Any = spaces.get(field.name) if isinstance(spaces, dict) else verdict.notes.get("space") if ours else None
     if not isinstance(then, dict):
         return None if ours else field.feasible
-    if source_of(field.implementation) != verdict.kernel_of(field.name):
+    if source_of(field.implementation) != verdict.source_of(field.name):
         return field.feasible
     if then.get("digest") == searched(field.space, field.feasible)["digest"]:
         return None
@@ -162,7 +162,7 @@ def unsearched(verdict: Verdict, field: Field) -> list[Config] | None:
         later = field.space.later
         places = ((config, _place(then["axes"], config, later)) for config in field.feasible)
         return [config for config, place in places if place is None or not bits >> place & 1] or None
-    except (AttributeError, KeyError, TypeError, ValueError):  # evidence is free-form, and may be somebody else's
+    except (KeyError, ValueError):  # its axes or points are left out
         return None
 
 
