@@ -17,7 +17,7 @@ from tilebook.errors import RegistryError
 from tilebook.registry import legacy, sqlitefile
 from tilebook.registry.checks import DAMAGE, quoted
 from tilebook.registry.codec import revocation_from
-from tilebook.registry.layers import Layers, standing, union
+from tilebook.registry.layers import Layers, Text, shipped_registry, standing, union
 from tilebook.registry.records import Device, Revocation
 from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Finalist, Served, from_columns, of
 from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Locked, Target
@@ -94,6 +94,8 @@ class Table:
             return None
         if parsed.path is None:
             return _Database(name, target)
+        if name == "shipped" and (text := shipped_registry(parsed.path)) is not None:
+            return _Text(text)
         return None if name != "explicit" and not parsed.path.exists() else _File(name, parsed.path)
 
     def _ask(self, layer: _Layer, query: Callable[[], list[_T]]) -> list[_T] | None:
@@ -150,6 +152,26 @@ class _Database:
         with Registry.open(self._target) as registry:
             found = registry.revocations()
             self.problems += registry.problems
+        return found
+
+
+class _Text:
+    """What ships, where no file can be built from its text."""
+
+    name = "shipped"
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self.problems: list[str] = []
+
+    def verdicts(self, op: str, device: Device) -> list[Served]:
+        found = self._text.verdicts(op=op, device=device)
+        self.problems += self._text.problems
+        return [of(verdict, self.name) for verdict in found]
+
+    def revocations(self) -> list[Revocation]:
+        found = self._text.revocations()
+        self.problems += self._text.problems
         return found
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -17,8 +15,9 @@ from sqlalchemy import Engine, Select, insert, select, text, update
 from sqlalchemy.orm import Session, contains_eager, selectinload
 
 from tilebook.errors import RegistryError
-from tilebook.registry import legacy, schema
-from tilebook.registry.backend import connect_sqlite, explained
+from tilebook.registry import legacy, schema, shipped
+from tilebook.registry.backend import explained
+from tilebook.registry.columns import finalist_columns, revocation_columns, trial_columns, verdict_columns
 from tilebook.registry.models import (
     DeviceRow,
     FinalistRow,
@@ -29,18 +28,8 @@ from tilebook.registry.models import (
     TrialRow,
     VerdictRow,
 )
-from tilebook.registry.records import Device, Miss, Revocation, Status, Trial
-from tilebook.registry.rows import (
-    Keys,
-    finalist_columns,
-    miss_of,
-    revocation_columns,
-    revocation_of,
-    trial_columns,
-    trial_of,
-    verdict_columns,
-    verdict_of,
-)
+from tilebook.registry.records import Device, Miss, Revocation, Trial
+from tilebook.registry.rows import Keys, miss_of, revocation_of, trial_of, verdict_of
 from tilebook.registry.serving import lost_revocation
 from tilebook.registry.target import SCHEMA_VERSION, Target, sniff
 from tilebook.registry.verdict import Verdict
@@ -349,7 +338,7 @@ def _select(
 def _add_trials(session: Session, keys: Keys, trials: Sequence[Trial], origin: str) -> int:
     new: dict[str, dict[str, Any]] = {}
     for trial in trials:
-        columns = trial_columns(trial, keys, origin)
+        columns = {**keys.of(trial), **trial_columns(trial, origin)}
         new[columns["sha256"]] = columns
     known: set[str] = set()
     hashes = list(new)
@@ -413,29 +402,15 @@ def _goes_before(new: Revocation, existing: Revocation) -> bool:
     return rank(new) < rank(existing)
 
 
-def ship(source: Registry, path: str | Path, *, trials: bool = False) -> int:
-    """Writes the registry that a package ships: what is trusted of verdicts and revocations, and the passed trials
-    behind the verdicts when asked.
+def ship(source: Registry, path: str | Path) -> int:
+    """Writes what a package ships: the text beside `path` and, built from it, the registry at `path`; see `shipped`.
 
-    The file is compact and in rollback-journal mode, so it opens from a read-only directory; it appears whole or not
-    at all. Returns the number of verdicts. Raises RegistryError, also when `path` holds something else than a registry.
+    What is trusted of verdicts and revocations goes in; trials stay behind. The file is in rollback-journal mode, so it
+    opens from a read-only directory, and appears whole or not at all. Returns the number of verdicts. Raises
+    RegistryError, also when `path` holds something else than a registry.
     """
-    place = Path(path).absolute()
-    target = Target.parse(place)
+    target = Target.parse(Path(path).absolute())
     assert target.path is not None
     sniff(target.path)
-    verdicts = [replace(verdict, origin="shipped") for verdict in source.verdicts() if verdict.trusted]
-    keys = {(v.op, v.problem, v.device, v.kernel) for v in verdicts}
-    kept = [t for t in source.trials() if t.status is Status.OK and (t.op, t.problem, t.device, t.kernel) in keys]
-    revoked = [replace(each, origin="shipped") for each in source.revocations() if each.trusted]
     with explained(target):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".tilebook-ship-") as folder:
-            draft = Path(folder) / place.name
-            with Registry.open(draft, write=True) as registry:
-                registry.merge(kept if trials else (), verdicts, revoked, origin="shipped")
-            with closing(connect_sqlite(draft, "rw")) as connection:
-                connection.execute("VACUUM")
-            draft.chmod(0o644)
-            os.replace(draft, place)
-    return len(verdicts)
+        return shipped.write(target.path, source.verdicts(), source.revocations())

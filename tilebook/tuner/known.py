@@ -162,8 +162,8 @@ def unsearched(verdict: Verdict, field: Field) -> list[Config] | None:
         later = field.space.later
         places = ((config, _place(then["axes"], config, later)) for config in field.feasible)
         return [config for config, place in places if place is None or not bits >> place & 1] or None
-    except (KeyError, ValueError):  # its axes or points are left out
-        return None
+    except (KeyError, ValueError):  # it leaves out which points there were, as what ships does
+        return field.feasible
 
 
 def _place(axes: Mapping[str, Sequence[Any]], config: Mapping[str, Any], later: Mapping[str, Any]) -> int | None:

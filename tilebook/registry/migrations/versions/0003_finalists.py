@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from alembic import op
 
 from tilebook.registry import legacy
+from tilebook.registry.columns import finalist_columns, verdict_columns
 from tilebook.registry.models import UtcDateTime
-from tilebook.registry.rows import finalist_columns, verdict_columns
 
 revision = "0003"
 down_revision = "0002"
