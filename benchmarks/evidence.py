@@ -3,7 +3,8 @@
     python benchmarks/evidence.py --suite fa --registry PATH --out benchmarks/results/nvidia-h200/fa.json
 
 A verdict's candidates were sampled interleaved, 30 rounds in random order, in one process. `default` is our kernel's
-default config, `tuned` the fastest of our kernels, `torch` what `F.scaled_dot_product_attention` would pick by itself.
+default config, `tuned` the fastest of our kernels, `dispatched` what serves, `torch` what PyTorch's own function runs.
+In verdicts of plain attention older than that rule `torch` is FlashAttention-2 on every GPU (see `gains.py`).
 Where no other config of ours was among the finalists, `tuned` is the search's best, scaled by the default's two times:
 `from_search`. `current` says whether the verdict is of the kernels as they are now.
 """

@@ -1,6 +1,10 @@
 """What one call costs the host, in µs: tilebook's functions beside PyTorch's, at shapes too small to keep a GPU busy.
 
-python benchmarks/host_cost.py --out benchmarks/results/nvidia-h200/host_cost.json
+    python benchmarks/host_cost.py --out benchmarks/results/nvidia-h200/host_cost.json
+    python benchmarks/host_cost.py --dry-run --out /tmp/tried.json      # on the CPU: does the program run to its end?
+
+Calls are asynchronous and alternate; PyTorch's take part twice, and what the two differ by is the noise. Packs have
+PyTorch's `varlen_attn` beside them where there is one.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,58 +26,176 @@ from tilebook import device as devices
 
 TURNS = 15
 
+Function = Callable[..., torch.Tensor]
 
-def cost_us(call: Callable[[], Any], calls: int) -> float:
+
+@dataclass(frozen=True)
+class Case:
+    """One public function and what people call instead. `leaves` have gradients in training, `others` have none."""
+
+    name: str
+    theirs: Function
+    ours: Function
+    leaves: list[torch.Tensor]
+    others: tuple[torch.Tensor, ...] = ()
+    trains: bool = True
+
+
+def cases(device: str) -> list[Case]:
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    def heads(batch: int, heads: int, heads_kv: int, length: int, head_dim: int, keys: int = 0) -> list[torch.Tensor]:
+        key = (batch, heads_kv, keys or length, head_dim)
+        return [random(batch, heads, length, head_dim), random(*key), random(*key)]
+
+    sdpa, drop_in = F.scaled_dot_product_attention, tilebook.scaled_dot_product_attention
+    seen = torch.arange(128, device=device) < torch.tensor([90, 128], device=device)[:, None, None, None]
+    cu = torch.tensor([0, 100, 128], dtype=torch.int32, device=device)
+
+    def padded(function: Function) -> Function:
+        return lambda q, k, v, mask: function(q, k, v, mask)
+
+    def grouped(function: Function) -> Function:
+        return lambda q, k, v: function(q, k, v, is_causal=True, enable_gqa=True)
+
+    found = [
+        Case("attention B1,H2,S64,D64", sdpa, tilebook.attention, heads(1, 2, 2, 64, 64)),
+        Case("attention B8,H6,S196,D64", sdpa, tilebook.attention, heads(8, 6, 6, 196, 64)),
+        Case(
+            "attention B1,H8,Hkv2,S128,D128,causal",
+            grouped(sdpa),
+            lambda q, k, v: tilebook.attention(q, k, v, causal=True),
+            heads(1, 8, 2, 128, 128),
+        ),
+        Case("scaled_dot_product_attention B8,H6,S196,D64", sdpa, drop_in, heads(8, 6, 6, 196, 64)),
+        Case(
+            "scaled_dot_product_attention B1,H8,Hkv2,S128,D128,causal",
+            grouped(sdpa),
+            grouped(drop_in),
+            heads(1, 8, 2, 128, 128),
+        ),
+        Case(
+            "scaled_dot_product_attention B2,H12,S128,D64,maskbk",
+            padded(sdpa),
+            padded(drop_in),
+            heads(2, 12, 12, 128, 64),
+            (seen,),
+        ),
+        Case(
+            "attention_decode B2,H8,Hkv2,S1,Sk256,D128",
+            lambda q, k, v: sdpa(q, k, v, enable_gqa=True),
+            tilebook.attention_decode,
+            heads(2, 8, 2, 1, 128, 256),
+            trains=False,
+        ),
+        Case(
+            "mlp M32,H64,I128",
+            lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
+            tilebook.mlp,
+            [random(32, 64), random(128, 64), random(128), random(64, 128), random(64)],
+        ),
+    ]
+    for dtype in (torch.bfloat16, torch.float32):
+        found.append(
+            Case(
+                f"rms_norm M16,N1024 {str(dtype).removeprefix('torch.')}",
+                lambda x, w: F.rms_norm(x, w.shape, w, 1e-6),
+                tilebook.rms_norm,
+                [random(16, 1024, dtype=dtype), random(1024, dtype=dtype)],
+            )
+        )
+    packed = _varlen_attn()
+    if packed is not None and device == "cuda":
+        found.append(
+            Case(
+                "attention_varlen B2,H4,T128,S100,D64",
+                lambda q, k, v, cu: packed(q, k, v, cu, cu, 100, 100),
+                lambda q, k, v, cu: tilebook.attention_varlen(q, k, v, cu, cu, max_seqlen_q=100, max_seqlen_k=100),
+                [random(128, 4, 64) for _ in range(3)],
+                (cu,),
+            )
+        )
+    return found
+
+
+def _varlen_attn() -> Any:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # PyTorch before 2.10
+        return None
+    return varlen_attn
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def cost_us(call: Callable[[], Any], calls: int, device: str) -> float:
     """Host time of one asynchronous call."""
-    torch.cuda.synchronize()
+    _synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         call()
     seconds = time.perf_counter() - start
-    torch.cuda.synchronize()
+    _synchronize(device)
     return seconds / calls * 1e6
 
 
-def compare(theirs: Callable[[], Any], ours: Callable[[], Any], calls: int) -> dict[str, Any]:
-    """In turns, so that what else the machine does meets both alike: medians, and quartiles of the ratio of a turn."""
-    turns = [(cost_us(theirs, calls), cost_us(ours, calls)) for _ in range(TURNS + 1)][1:]
-    ratios = statistics.quantiles([mine / other for other, mine in turns], n=4)
-    other, mine = (round(statistics.median(each), 1) for each in zip(*turns, strict=True))
-    return {"pytorch": other, "tilebook": mine, "ratio": [round(ratio, 2) for ratio in ratios]}
+def compare(
+    theirs: Callable[[], Any], ours: Callable[[], Any], calls: int, device: str, turns: int = TURNS
+) -> dict[str, Any]:
+    """In turns, so that what else the machine does meets all alike: medians, and quartiles of the ratio of a turn."""
+    rows = [[cost_us(call, calls, device) for call in (theirs, ours, theirs)] for _ in range(turns + 1)][1:]
+    other, mine, again = (statistics.median(each) for each in zip(*rows, strict=True))
+    return {
+        "pytorch": round(other, 1),
+        "tilebook": round(mine, 1),
+        "more": round(statistics.median(b - a for a, b, _ in rows), 1),
+        "ratio": [round(r, 2) for r in statistics.quantiles([b / a for a, b, _ in rows], n=4, method="inclusive")],
+        "noise": round(again / other, 3),
+    }
+
+
+def measure(case: Case, device: str, calls: int, turns: int) -> dict[str, Any]:
+    with torch.no_grad():
+        found = {
+            "forward": compare(
+                lambda: case.theirs(*case.leaves, *case.others),
+                lambda: case.ours(*case.leaves, *case.others),
+                calls,
+                device,
+                turns,
+            )
+        }
+    if not case.trains:
+        return found
+    leaves = [x.clone().requires_grad_() for x in case.leaves]
+    dy = torch.randn_like(case.theirs(*leaves, *case.others)).detach()
+
+    def step(function: Function) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(*leaves, *case.others), leaves, dy)
+
+    return {
+        **found,
+        "forward+backward": compare(step(case.theirs), step(case.ours), max(2, calls // 2), device, turns),
+    }
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
+    arguments.add_argument("--dry-run", action="store_true", help="a few calls, on the CPU")
     given = arguments.parse_args()
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    tiny, cct = ([random(*shape) for _ in range(3)] for shape in ((1, 2, 64, 64), (8, 6, 196, 64)))
-    mlp = [random(32, 64), random(128, 64), random(128), random(64, 128), random(64)]
-    calls: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[torch.Tensor]]] = {
-        "attention B1,H2,S64,D64": (F.scaled_dot_product_attention, tilebook.attention, tiny),
-        "attention B8,H6,S196,D64": (F.scaled_dot_product_attention, tilebook.attention, cct),
-        "mlp M32,H64,I128": (
-            lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
-            tilebook.mlp,
-            mlp,
-        ),
-    }
+    device, calls, turns = ("cpu", 2, 2) if given.dry_run else ("cuda", 200, TURNS)
     results: dict[str, Any] = {}
-    for name, (theirs, ours, inputs) in calls.items():
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        dy = torch.randn_like(theirs(*inputs))
-
-        def step(function: Callable[..., Any], a: list[torch.Tensor] = leaves, g: torch.Tensor = dy) -> Any:
-            return lambda: torch.autograd.grad(function(*a), a, g)
-
-        with torch.no_grad():
-            forward = compare(lambda f=theirs, a=inputs: f(*a), lambda f=ours, a=inputs: f(*a), 200)
-        results[name] = {"forward": forward, "forward+backward": compare(step(theirs), step(ours), 100)}
-        print(name, results[name], flush=True)
-    save(given.out, "host cost, microseconds a call", devices.current().name, results=results)
+    for case in cases(device):
+        results[case.name] = measure(case, device, calls, turns)
+        for step, found in results[case.name].items():
+            print(f"{found['more']:+7.1f} µs  {case.name} {step}: {found}", flush=True)
+    name = "cpu" if given.dry_run else devices.current().name
+    save(given.out, "host cost, microseconds a call", name, results=results)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Programs that measure run to their end without a GPU, so that what a GPU is spent on is not their mistakes."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import tilebook
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -31,3 +34,23 @@ def test_precisions_are_compared_forward_and_backward(tmp_path):
     for row in document["results"]:
         # Ours too, but where Triton's interpreter and NumPy are at odds.
         assert {"torch", "sdpa"} <= set(row["candidates"])
+
+
+def test_tables_of_speed_in_the_documentation_are_those_of_the_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gains = importlib.import_module("gains")
+    rows = json.loads((BENCHMARKS / "results/nvidia-h200/fa.json").read_text())["results"]
+    root = BENCHMARKS.parent
+    assert "\n".join(gains.gains_table(rows)) in (root / "README.md").read_text()
+    for direction in ("fwd", "bwd"):
+        assert "\n".join(gains.rates_table(rows, direction)) in (root / "docs/kernels/attention.md").read_text()
+
+
+def test_what_a_call_costs_the_host_is_asked_of_every_public_function(tmp_path):
+    document, _ = run("host_cost.py", tmp_path / "host.json")
+    asked = {name.split()[0] for name in document["results"]}
+    # Packs have nothing beside them on the CPU.
+    assert asked == {*tilebook.__all__} - {"attention_varlen"}
+    for name, row in document["results"].items():
+        assert ("forward+backward" in row) == ("decode" not in name)
+        assert all(len(each["ratio"]) == 3 for each in row.values())

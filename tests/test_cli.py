@@ -1,5 +1,6 @@
 """The command line as a subprocess, the way a user has it, without a GPU."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -121,7 +122,7 @@ WINNER = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "HEADS
 MEASURED = flat_verdict(
     op=ATTENTION.name,
     problem=ATTENTION.problem.parse(SHAPE, "bf16").key,
-    device=Device(H200.name, H200.arch, H200.sm_count),
+    device=Device(*H200.identity),
     environment=Environment({"triton": "3.6.0"}),
     kernel=ATTENTION.digest,
     status=VerdictStatus.MEASURED,
@@ -260,10 +261,12 @@ def test_ctrl_c_ends_in_one_line_and_leaves_no_process(run):
         time.sleep(0.1)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("tilebook: interrupted")
     assert "Traceback" not in err
+    for op in ("mlp_up_fwd", "mlp_down_fwd"):
+        assert f"not reached: {op} M4096,H64,I64 bf16: interrupted" in out
 
 
 def test_suites_add_up():
@@ -397,3 +400,80 @@ def test_help_is_quick_and_names_the_commands(run):
     assert process.returncode == 0
     assert time.monotonic() - start < 5
     assert all(name in process.out for name in ("tune", "show", "explain", "export", "import", "revoke"))
+
+
+def test_a_terminal_without_unicode_gets_plain_text(run):
+    with Registry.open(run.registry, write=True) as registry:
+        registry.record(verdict=dataclasses.replace(MEASURED, notes={"tried": 7, "seconds": {"total": 3.0}}))
+    for command in (["show"], ["explain", *EXPLAIN[1:]], ["status", "--gpu", "H200"], ["revoke", "--list"]):
+        process = run(*command, "--registry", run.registry, PYTHONIOENCODING="ascii")
+        assert process.returncode == 0, process.err
+        assert process.out.isascii()
+        assert "?" not in process.out
+    (told,) = run("explain", "nö", "--shape", "…", PYTHONIOENCODING="ascii").err.splitlines()
+    assert "no op 'n?'" in told
+
+
+def test_a_run_s_table_and_messages_are_plain_text_where_unicode_cannot_be_printed(run):
+    command = ["tune", "mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", "H200", "--budget", "1s"]
+    process = run(*command, "--registry", run.registry, PYTHONIOENCODING="ascii")
+    assert process.returncode == 0, process.err
+    assert (process.out + process.err).isascii()
+
+
+UNUSABLE = "/proc/nope"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nothing can be made")
+def test_a_compile_cache_that_cannot_be_written_is_one_line(run):
+    process = run(*TUNE, "--registry", run.registry, TRITON_CACHE_DIR=UNUSABLE)
+    assert process.returncode == 1
+    (said,) = process.err.strip().splitlines()
+    assert said.startswith(f"tilebook: Triton's cache {UNUSABLE} cannot be written")
+    assert "TRITON_CACHE_DIR" in said
+    assert not run.registry.exists()
+
+
+def test_the_package_is_a_program(run):
+    done = subprocess.run([sys.executable, "-m", "tilebook", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: tilebook " in done.stdout
+    assert "tune" in done.stdout
+
+
+def test_fp32_problems_can_be_tuned_and_tf32_is_theirs_alone():
+    attention = ops.get("attention_fwd").problem
+    assert [problem.dtype for _, problem in _problems(["attention"], [], [SHAPE], "fp32", "fwd")] == ["fp32"]
+    assert attention.parse(f"{SHAPE},tf32", "fp32").tf32
+    with pytest.raises(ops.UsageError, match="tf32"):
+        attention.parse(f"{SHAPE},tf32", "bf16")
+    result = CliRunner().invoke(main, ["tune", "attention", "--shape", f"{SHAPE},tf32", "--gpu", "H200"])
+    assert (result.exit_code, "tf32" in result.stderr) == (2, True)
+
+
+def test_a_shape_is_tuned_as_the_bucket_that_a_call_with_it_asks_for(capsys):
+    shapes = ["M4099,N5120", "M5000,N5120", "M8192,N1024"]
+    found = _problems(["rms_norm"], [], shapes, "bf16", "fwd")
+    assert [problem.label for _, problem in found] == ["M8192,N5120", "M8192,N1024"]
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        f"tilebook: rms_norm_fwd {shape}: calls of this shape ask for M8192,N5120, which is tuned"
+        for shape in shapes[:2]
+    ]
+    ((op, problem),) = _problems(["decode"], [], ["B2,H8,Hkv2,S1,Sk3001,D128"], "bf16", "fwd")
+    assert problem == op.problem.of(*op.problem.parse("B2,H8,Hkv2,S1,Sk3001,D128", "bf16").inputs("cpu", 0))
+    assert "Sk4096" in problem.label
+
+
+def test_explain_answers_for_the_bucket_that_a_call_asks_for(cli):
+    said = json.loads(cli("explain", "rms_norm_fwd", "--shape", "M4099,N5120", "--gpu", "H200", "--format", "json"))
+    assert (said["problem"], said["asked"]) == ("M8192,N5120", "M4099,N5120")
+    assert "rms_norm_fwd M4099,N5120 (asks for M8192,N5120)" in cli(
+        "explain", "rms_norm_fwd", "--shape", "M4099,N5120", "--gpu", "H200"
+    )
+
+
+def test_what_suites_tune_is_what_calls_ask_for():
+    for name, members in ops.suites(ops.ops().values()).items():
+        for _, problem in members:
+            assert problem.bucket() == problem, (name, problem.label)

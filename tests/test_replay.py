@@ -2,6 +2,7 @@
 
 import ctypes
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -94,6 +95,59 @@ def test_plan_repeats_the_launches_on_new_tensors_without_the_jit():
     assert kernel.starts == [(4, 1, 1), (4, 1, 1)]
 
 
+class Fields(NamedTuple):
+    x: Any
+    y: Any
+    scale: Any
+    bias: Any = None
+
+
+class Struct(Quiet):
+    """The same with its tensors and the scale in a struct, beside one of numbers."""
+
+    arg_names = ("sizes", "fields")
+
+    def __getitem__(self, grid):
+        def run(sizes, fields, *, num_warps):
+            self.jit += 1
+            self.compute(*fields[:3], 16)
+            compiled = Compiled(None, self.starts)
+            compiled.run = lambda *args: self._again(*args[9:])
+            return compiled
+
+        return run
+
+    def _again(self, sizes, fields):
+        x, y, scale, bias = fields
+        assert (sizes, bias) == (((1, 2), (3, 4)), None)
+        self.compute(_at(x), _at(y), scale, 16)
+
+
+def _with_structs(kernel, sizes):
+    def call(x):
+        y = torch.empty_like(x)
+        launch(kernel, (4,), sizes, Fields(x, y, 3.0), num_warps=4)
+        return (y,)
+
+    return call
+
+
+def test_tensors_in_a_struct_are_new_each_time_like_any():
+    kernel, x = Struct(), torch.randn(8, 8)
+    (y,), plan = record(_with_structs(kernel, ((1, 2), (3, 4))), (x,))
+    assert torch.equal(y, 3 * x)
+    for _ in range(2):
+        fresh = torch.randn(8, 8)
+        (again,) = plan((fresh,))
+        assert torch.equal(again, 3 * fresh)
+        assert again.data_ptr() != y.data_ptr()
+    assert kernel.jit == 1
+
+
+def _passes_a_struct_of_structs(x):
+    return _with_structs(Struct(), ((x, 2), (3, 4)))(x)
+
+
 def _zeroes(x):
     y = torch.zeros_like(x)
     launch(Quiet(), (1,), x, y, 2.0, BLOCK=16, num_warps=4)
@@ -123,9 +177,10 @@ def _launches_nothing(x):
     return (torch.empty_like(x),)
 
 
-@pytest.mark.parametrize(
-    "function", [_zeroes, _post_processes, _fills_in_place, _passes_a_view, _launches_nothing, launcher(Quiet(False))]
-)
+SHY = (_zeroes, _post_processes, _fills_in_place, _passes_a_view, _passes_a_struct_of_structs, _launches_nothing)
+
+
+@pytest.mark.parametrize("function", [*SHY, launcher(Quiet(False))])
 def test_a_launcher_that_does_more_than_allocate_and_launch_gets_no_plan(function):
     outputs, plan = record(function, (torch.randn(8, 8),))
     assert plan is None

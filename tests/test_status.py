@@ -30,7 +30,7 @@ def ledger(tmp_path, monkeypatch):
     path = tmp_path / "ledger.db"
     with Registry.open(path, write=True) as registry:
         registry.count_misses(
-            Miss(op, ops.get(op).problem.parse(shape, "bf16").key, Device(gpu.name, gpu.arch, gpu.sm_count), calls, ms)
+            Miss(op, ops.get(op).problem.parse(shape, "bf16").key, Device(*gpu.identity), calls, ms)
             for op, shape, calls, ms in counted
         )
     return path
@@ -38,7 +38,8 @@ def ledger(tmp_path, monkeypatch):
 
 def test_misses_are_tuned_heaviest_first_but_not_what_is_covered_or_nobody_can_tune(ledger):
     def labels(families=(), direction="both"):
-        return [f"{op.name} {p.label}" for op, p in _missed(families, (), (), direction, "H200", str(ledger))]
+        found = _missed(families, (), (), direction, "H200", str(ledger))
+        return [f"{each.op.name} {each.problem.label}" for each in found]
 
     fwd, bwd, mlp = (
         "attention_fwd B2,H4,S300,D64,causal",

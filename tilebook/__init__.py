@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.decode import attention_decode
     from tilebook.kernels.mlp import mlp
-    from tilebook.kernels.rms_norm import rms_norm
+    from tilebook.kernels.norms import layer_norm, rms_norm
     from tilebook.kernels.varlen import attention_varlen
 
 __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "layer_norm",
     "mlp",
     "rms_norm",
     "scaled_dot_product_attention",
@@ -30,8 +31,9 @@ _FAMILY = {
     "attention": "attention",
     "attention_decode": "decode",
     "attention_varlen": "varlen",
+    "layer_norm": "norms",
     "mlp": "mlp",
-    "rms_norm": "rms_norm",
+    "rms_norm": "norms",
     "scaled_dot_product_attention": "attention",
 }
 """Public function → the kernel family whose `__all__` has it. A family is imported when it is first asked for."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook import dispatch, torch_ops
 
@@ -22,38 +23,46 @@ Way = Literal["direct", "op", "pytorch"]
 
 _ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 _functorch: Any = torch._C._functorch
+_profiler: Any = torch.autograd.profiler
+
+# Asked once: a trace cannot ask.
+_AUTOCAST = tuple(
+    kind for kind in ("cuda", "cpu", "xpu", "hpu", "mps", "mtia") if torch.amp.is_autocast_available(kind)
+)
 
 
-def way(*tensors: torch.Tensor | None) -> Way:
-    """How a call with these tensors, the first of them not None, is to run.
+def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) -> Way:
+    """How a call with these tensors is to run. Raises ValueError for what is no tensor; `optional` may be None.
 
     direct:  past the dispatcher. For CUDA tensors of PyTorch's own classes, outside every mode, transform and trace.
     op:      as an op of PyTorch's, which knows what to do with all the rest.
     pytorch: as PyTorch's own functions: on the CPU, and where an op of ours would lose something, as a forward-mode
              derivative, a derivative by `torch.func`, or a node of a script's graph.
     """
-    first = tensors[0]
-    assert first is not None
+    first: Any = tensors[0]
     if torch.compiler.is_compiling():
         return "op" if first.is_cuda or dispatch.forced() else "pytorch"
+    ordinary = True
+    for each in (*tensors, *[x for x in optional if x is not None]):
+        if type(each) not in _ORDINARY:
+            if not isinstance(each, torch.Tensor):
+                raise ValueError(f"expected a tensor, not {type(each).__name__}")
+            ordinary = False
     if not (first.is_cuda or dispatch.forced()):
         return "pytorch"
     if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return "pytorch"
     if _functorch.peek_interpreter_stack() is not None:
         return "pytorch" if _differentiating() else "op"
-    if torch._C._len_torch_dispatch_stack():
-        return "op"
-    for each in tensors:
-        if each is not None and type(each) not in _ORDINARY:
-            return "op"
-    return "direct"
+    # A profiler shows ops by name.
+    usual = ordinary and not torch._C._len_torch_dispatch_stack() and not _profiler._is_profiler_enabled
+    return "direct" if usual else "op"
 
 
-def untraceable(route: Way) -> Way:
+def untraceable(route: Way, *tensors: torch.Tensor) -> Way:
     """The way of a call whose plain form reads numbers on the host, which no trace can: there the op stands for it."""
-    tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return "op" if route == "pytorch" and tracing else route
+    unknown = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or any(x.is_meta for x in tensors)
+    return "op" if route == "pytorch" and unknown else route
 
 
 def _differentiating() -> bool:
@@ -65,9 +74,7 @@ def _differentiating() -> bool:
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives a product's factors on this tensor's device, or None where it is off."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if kind in _AUTOCAST and torch.is_autocast_enabled(kind) else None
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -82,14 +89,17 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def vector(x: torch.Tensor) -> torch.Tensor:
-    """A vector whose elements lie side by side: kernels step through weights and biases one by one."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def left_whole(choice: Any, tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Is a call on the direct way left to PyTorch's own function, with its own gradients?
 
-
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """A tensor whose last axis is contiguous, a copy only where it is not so."""
-    return x if x.stride(-1) == 1 or x.ndim == 0 else x.contiguous()
+    Not where what is saved for the backward pass may come back otherwise: its kernels do not look at what they load.
+    """
+    if not choice.native:
+        return False
+    if not recorded(tensors):
+        return True
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return not hooked and bool(dispatch.backward_of(choice).native)
 
 
 def recorded(tensors: Sequence[torch.Tensor | None]) -> bool:
@@ -173,23 +183,37 @@ class Entry:
             return False
         first = tensors[0]
         assert first is not None
-        op, problem = posed()
-        choice = dispatch.choose(op, problem, first.device)
+        with _disable_current_modes():  # what problems cost is computed, not part of the program
+            op, problem = posed()
+            choice = dispatch.choose(op, problem, first.device)
         return choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native)
 
     def gradients(
-        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
+        self,
+        dy: torch.Tensor,
+        tensors: Tensors,
+        kept: Tensors,
+        options: tuple[Any, ...],
+        needs: Sequence[bool],
+        op: bool = False,
     ) -> Tensors:
-        """Gradients of the tensors that need one, None for the others. `options` as the family has them."""
+        """Gradients of the tensors that need one, None for the others. `options` as the family has them.
+
+        op: the forward pass was one of PyTorch's ops, and so is this one; `options` are as its schema has them.
+        """
         assert self.backward is not None
-        route = way(dy, *tensors, *kept)
+        route = way(dy, optional=(*tensors, *kept))
+        # No storage: a batch of cotangents, by a mechanism older than torch.func's.
+        if op or dy.is_meta or not (torch.compiler.is_compiling() or torch._C._has_storage(dy)):
+            route = "op"
         if torch.is_grad_enabled() or (route == "pytorch" and (forward_ad._current_level >= 0 or _differentiating())):
-            return self._differentiable(dy, tensors, options, needs)
+            return self._differentiable(dy, tensors, self.unpack(tensors, options) if op else options, needs)
         if dy.stride(-1) != 1 if dy.ndim else False:  # a gradient expanded from a sum, say
             dy = dy.contiguous()
         if route != "op":
             return self.backward(dy, tensors, kept, options, needs)
-        found = self.op_backward(dy, *tensors, *kept, *self.pack(options), list(needs))
+        given = options if op else self.pack(options)
+        found = self.op_backward(dy, *tensors, *kept, *given, list(needs))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
     def _differentiable(

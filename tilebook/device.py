@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from importlib import metadata
 from typing import Any
 
@@ -14,7 +18,7 @@ import torch
 from tilebook.errors import UsageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """A GPU model: what a verdict is made for. Sizes in bytes, rates in bytes/s and dense bf16 FLOP/s.
 
@@ -35,6 +39,11 @@ class Device:
     warp_size: int = 32
 
     @property
+    def identity(self) -> tuple[str, str, int]:
+        """What the registry knows it by: the arguments of its own `Device`."""
+        return self.name, self.arch, self.sm_count
+
+    @property
     def backend(self) -> str:
         """Triton's name of the backend: "cuda" or "hip"."""
         return "cuda" if self.arch.startswith("sm_") else "hip"
@@ -47,79 +56,162 @@ class Device:
 
 _GB, _MB, _TERA = 10**9, 1 << 20, 1e12
 
+# Compute capabilities 8.9 and 12.0 share these limits.
+_GEFORCE: dict[str, Any] = {"shared_per_block": 101_376, "shared_per_sm": 102_400, "threads_per_sm": 1536}
+_HOPPER: dict[str, Any] = {"shared_per_block": 232_448, "shared_per_sm": 233_472}  # and Blackwell of the data centre
+
 # Datasheets for memory, bandwidth and the dense bf16 rate with fp32 accumulation; the CUDA programming guide's table of
 # compute capabilities for the per-block and per-SM limits.
 CATALOGUE: Mapping[str, Device] = {
     device.name: device
     for device in (
-        Device("NVIDIA A100", "sm_80", 108, 80 * _GB, 2.04e12, 312 * _TERA, 40 * _MB, 166_912, 167_936),
-        Device("NVIDIA H100", "sm_90", 132, 80 * _GB, 3.35e12, 989 * _TERA, 50 * _MB, 232_448, 233_472),
-        Device("NVIDIA H200", "sm_90", 132, 141 * _GB, 4.8e12, 989 * _TERA, 60 * _MB, 232_448, 233_472),
-        Device("NVIDIA B200", "sm_100", 148, 180 * _GB, 8.0e12, 2250 * _TERA, 126 * _MB, 232_448, 233_472),
-        Device("NVIDIA L4", "sm_89", 58, 24 * _GB, 0.3e12, 121 * _TERA, 48 * _MB, 101_376, 102_400, 65536, 1536),
         Device(
-            "NVIDIA GeForce RTX 4090",
-            "sm_89",
-            128,
-            24 * _GB,
-            1.008e12,
-            165 * _TERA,
-            72 * _MB,
-            101_376,
-            102_400,
-            65536,
-            1536,
+            name="NVIDIA A100",
+            arch="sm_80",
+            sm_count=108,
+            memory=80 * _GB,
+            bandwidth=2.04e12,
+            flops=312 * _TERA,
+            l2=40 * _MB,
+            shared_per_block=166_912,
+            shared_per_sm=167_936,
         ),
         Device(
-            "NVIDIA GeForce RTX 5090",
-            "sm_120",
-            170,
-            32 * _GB,
-            1.792e12,
-            210 * _TERA,
-            96 * _MB,
-            101_376,
-            102_400,
-            65536,
-            1536,
+            name="NVIDIA H100",
+            arch="sm_90",
+            sm_count=132,
+            memory=80 * _GB,
+            bandwidth=3.35e12,
+            flops=989 * _TERA,
+            l2=50 * _MB,
+            **_HOPPER,
         ),
         Device(
-            "AMD Instinct MI300X",
-            "gfx942",
-            304,
-            192 * _GB,
-            5.3e12,
-            1307 * _TERA,
-            256 * _MB,
-            65_536,
-            65_536,
-            131_072,
-            2048,
-            64,
+            name="NVIDIA H200",
+            arch="sm_90",
+            sm_count=132,
+            memory=141 * _GB,
+            bandwidth=4.8e12,
+            flops=989 * _TERA,
+            l2=60 * _MB,
+            **_HOPPER,
+        ),
+        Device(
+            name="NVIDIA B200",
+            arch="sm_100",
+            sm_count=148,
+            memory=180 * _GB,
+            bandwidth=8.0e12,
+            flops=2250 * _TERA,
+            l2=126 * _MB,
+            **_HOPPER,
+        ),
+        Device(
+            name="NVIDIA L4",
+            arch="sm_89",
+            sm_count=58,
+            memory=24 * _GB,
+            bandwidth=0.3e12,
+            flops=121 * _TERA,
+            l2=48 * _MB,
+            **_GEFORCE,
+        ),
+        Device(
+            name="NVIDIA GeForce RTX 4090",
+            arch="sm_89",
+            sm_count=128,
+            memory=24 * _GB,
+            bandwidth=1.008e12,
+            flops=165 * _TERA,
+            l2=72 * _MB,
+            **_GEFORCE,
+        ),
+        Device(
+            name="NVIDIA GeForce RTX 5090",
+            arch="sm_120",
+            sm_count=170,
+            memory=32 * _GB,
+            bandwidth=1.792e12,
+            flops=210 * _TERA,
+            l2=96 * _MB,
+            **_GEFORCE,
+        ),
+        Device(
+            name="AMD Instinct MI300X",
+            arch="gfx942",
+            sm_count=304,
+            memory=192 * _GB,
+            bandwidth=5.3e12,
+            flops=1307 * _TERA,
+            l2=256 * _MB,
+            shared_per_block=65_536,
+            shared_per_sm=65_536,
+            registers_per_sm=131_072,
+            warp_size=64,
         ),
     )
 }
 
+# What a driver appends to a model's name without making it another model. A "Laptop GPU" or a MIG slice is another.
+_PACKAGING = re.compile(r"\d+gb|sxm\d*|pcie|hbm\d\w*|nvl|oam|hgx|dgx")
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.lower())
+
+
+def _is_model(name: str, model: str) -> bool:
+    """Does a GPU of this name belong to that model of the catalogue?"""
+    own, its = _words(name), set(_words(model))
+    return its <= set(own) and all(word in its or _PACKAGING.fullmatch(word) for word in own)
+
 
 def find(name: str) -> Device:
-    """The catalogue's GPU whose name contains `name` ("H200", "rtx 4090"). Raises UsageError with the known names."""
-    wanted = " ".join(name.lower().split())
-    found = [device for device in CATALOGUE.values() if wanted and wanted in device.name.lower()]
-    exact = [device for device in found if wanted == device.name.lower()]
-    if len(exact or found) != 1:
-        problem = "is ambiguous" if found else "is not in the catalogue"
-        raise UsageError(f"GPU {name!r} {problem}; known: {', '.join(CATALOGUE)}")
-    return (exact or found)[0]
+    """The catalogue's GPU that is called so, in whole words: "H200", "rtx 4090", "NVIDIA H100 80GB HBM3".
+
+    Raises UsageError on any other name, with the known ones, nearest first.
+    """
+    wanted = set(_words(name))
+    found = [each for each in CATALOGUE.values() if wanted and wanted <= set(_words(each.name))]
+    found = found or [each for each in CATALOGUE.values() if _is_model(name, each.name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"GPU {name!r} is ambiguous: {', '.join(each.name for each in found)}")
+
+    def unlike(known: str) -> float:
+        alike = [SequenceMatcher(None, word, its).ratio() for word in wanted for its in _words(known)]
+        return -max(alike, default=0.0)
+
+    known = ", ".join(sorted(CATALOGUE, key=unlike))
+    raise UsageError(f"GPU {name!r} is not in the catalogue; known, nearest first: {known}")
 
 
 def is_here(model: Device, gpu: Device) -> bool:
     """Is this machine's GPU of that model of the catalogue? An "NVIDIA H100 80GB HBM3" is an "NVIDIA H100"."""
-    return model.name in gpu.name
+    return _is_model(gpu.name, model.name)
+
+
+_posed: ContextVar[Device | None] = ContextVar("tilebook_posed_gpu", default=None)
+
+
+@contextmanager
+def posing_as(gpu: Device) -> Iterator[None]:
+    """While the block lasts, `current` is this GPU, whatever is here: to compile for a GPU that is not."""
+    token = _posed.set(gpu)
+    try:
+        yield
+    finally:
+        _posed.reset(token)
+
+
+def current(index: int = 0) -> Device:
+    """The GPU with this CUDA index. Limits are the driver's; rates come from the catalogue, else from an estimate."""
+    return _posed.get() or _present(index)
 
 
 @functools.cache
-def current(index: int = 0) -> Device:
-    """The GPU with this CUDA index. Limits are the driver's; rates come from the catalogue, else from an estimate."""
+def _present(index: int) -> Device:
     properties: Any = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch, shared = properties.gcnArchName.split(":")[0], 65_536
@@ -130,15 +222,15 @@ def current(index: int = 0) -> Device:
     known = _similar(properties.name)
     # An unknown model: 4096 dense bf16 flops per SM and cycle at 1.5 GHz, and an A100's bandwidth per SM.
     base = known or Device(
-        properties.name,
-        arch,
-        properties.multi_processor_count,
-        properties.total_memory,
-        19e9 * properties.multi_processor_count,
-        4096 * 1.5e9 * properties.multi_processor_count,
-        properties.L2_cache_size,
-        shared,
-        per_sm,
+        name=properties.name,
+        arch=arch,
+        sm_count=properties.multi_processor_count,
+        memory=properties.total_memory,
+        bandwidth=19e9 * properties.multi_processor_count,
+        flops=4096 * 1.5e9 * properties.multi_processor_count,
+        l2=properties.L2_cache_size,
+        shared_per_block=shared,
+        shared_per_sm=per_sm,
     )
     return replace(
         base,
@@ -155,7 +247,7 @@ def current(index: int = 0) -> Device:
 
 
 def _similar(name: str) -> Device | None:
-    matches = [device for device in CATALOGUE.values() if device.name in name]
+    matches = [device for device in CATALOGUE.values() if _is_model(name, device.name)]
     return matches[0] if len(matches) == 1 else None
 
 

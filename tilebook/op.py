@@ -197,6 +197,7 @@ class Op(Generic[P]):
         direction: str,
         fused: Callable[[P], bool] = lambda problem: False,
         native: Callable[[str, P, Device], bool] = lambda name, problem, device: name == "torch",
+        family: str = "",
     ) -> None:
         self.name = name
         self.problem = problem
@@ -205,7 +206,7 @@ class Op(Generic[P]):
         self.fused = fused
         self.native = native
         self.backward: Op[Any] | None = None  # the op of the gradients, posed by a problem with the same fields
-        self.family = reference.__module__.removeprefix("tilebook.kernels.").split(".")[0]
+        self.family = family or reference.__module__.removeprefix("tilebook.kernels.").split(".")[0]
         self.implementations: dict[str, Implementation] = {}
 
     def __repr__(self) -> str:
@@ -258,11 +259,15 @@ def define(
     direction: str = "fwd",
     fused: Callable[[P], bool] = lambda problem: False,
     native: Callable[[str, P, Device], bool] = lambda name, problem, device: name == "torch",
+    family: str = "",
 ) -> Callable[[Callable[..., Any]], Op[P]]:
-    """Makes the decorated reference function an op. `direction` is "fwd" or "bwd"; the rest as `Op` has it."""
+    """Makes the decorated reference function an op. `direction` is "fwd" or "bwd"; the rest as `Op` has it.
+
+    family: what the command line calls it and its like, where that is not the name of its folder.
+    """
 
     def register(reference: Callable[..., Any]) -> Op[P]:
-        made = Op(name, problem, reference, direction, fused, native)
+        made = Op(name, problem, reference, direction, fused, native, family)
         _OPS[name] = made
         return made
 

@@ -137,6 +137,10 @@ class Problem:
         """Random arguments for one call of the op; the same seed gives the same arguments."""
         raise NotImplementedError
 
+    def bucket(self) -> Self:
+        """The problem that a call of these dimensions poses, which dispatch asks for: `of` may round some of them."""
+        return type(self).of(*self.inputs("meta", 0))
+
     def cost(self) -> Cost:
         raise NotImplementedError
 
@@ -234,6 +238,8 @@ class Problem:
                 if like is None:
                     raise UsageError(f"shape {text!r} lacks {field.metadata['letter']}; expected {cls.grammar()}")
                 values[field.name] = values[like]
+        if values.get("tf32") and dtype != "fp32":
+            raise UsageError(f"shape {text!r}: tf32 is a way to multiply fp32 tensors, not {dtype}")
         problem = cls(**values)
         problem.check()
         return problem

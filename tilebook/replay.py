@@ -67,12 +67,17 @@ class Plan:
     def _repeat(self, args: Sequence[Any]) -> Outputs:
         slots = [*args, *[make() for make in self._makers]]
         stream = self._stream(self._gpu)
-        for start, (x, y, z), function, metadata, template, tensors, descriptors in self._launches:
+        for start, (x, y, z), function, metadata, template, tensors, descriptors, structs in self._launches:
             full = template.copy()
             for position, slot in tensors:
                 full[position] = slots[slot].data_ptr()  # an address spares the launcher asking the driver about it
             for position, slot, describe in descriptors:
                 full[position] = describe(slots[slot])
+            for position, fields, places in structs:
+                filled = fields.copy()
+                for field, slot in places:
+                    filled[field] = slots[slot].data_ptr()
+                full[position] = tuple(filled)
             # What Triton's own launch comes down to once it has found the compiled kernel; the Nones are its hooks.
             start(x, y, z, stream, function, metadata, None, None, None, *full)
         return tuple([slots[slot] for slot in self._outputs])
@@ -126,12 +131,19 @@ def _plan(watch: _Watch, started: Sequence[Any], args: Sequence[Any], outputs: O
     for compiled, grid, full in started:
         if compiled is None or not hasattr(compiled, "asm"):
             raise _Unrepeatable
-        template, tensors, descriptors = list(full), [], []
+        template, tensors, descriptors, structs = list(full), [], [], []
         for position, value in enumerate(full):
             if isinstance(value, torch.Tensor):
                 tensors.append((position, slot_of(value)))
             elif hasattr(value, "block_shape"):
                 descriptors.append((position, slot_of(value.base), _describer(value)))
+            elif isinstance(value, tuple):
+                places = [(field, slot_of(x)) for field, x in enumerate(value) if isinstance(x, torch.Tensor)]
+                if any(_has_tensors(x) for x in value):
+                    raise _Unrepeatable
+                if not places:
+                    continue
+                structs.append((position, list(value), places))
             else:
                 continue
             template[position] = None
@@ -139,9 +151,16 @@ def _plan(watch: _Watch, started: Sequence[Any], args: Sequence[Any], outputs: O
         run = compiled.run
         if getattr(getattr(compiled, "metadata", None), "global_scratch_size", 0):
             run = functools.partial(launch.with_scratch, run)  # Triton's part of the launch asks for it
-        launches.append((run, size, compiled.function, compiled.packed_metadata, template, tensors, descriptors))
+        launches.append(
+            (run, size, compiled.function, compiled.packed_metadata, template, tensors, descriptors, structs)
+        )
     makers = [_maker(x) for x in watch.made]
     return Plan(args[0].get_device(), makers, launches, [slot_of(output) for output in outputs])
+
+
+def _has_tensors(value: Any) -> bool:
+    """Is it a struct that holds tensors, which nobody looks for inside of another?"""
+    return isinstance(value, tuple) and any(isinstance(x, torch.Tensor) or _has_tensors(x) for x in value)
 
 
 def _maker(made: torch.Tensor) -> Callable[[], torch.Tensor]:

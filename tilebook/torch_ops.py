@@ -149,7 +149,7 @@ def _gradients(entry: Entry) -> Callable[..., Any]:
             return (None,) * len(needs)
         saved = ctx.saved_tensors
         tensors = saved[:count]
-        found = entry.gradients(dy, tensors, saved[count:], entry.unpack(tensors, ctx.options), needs[:count])
+        found = entry.gradients(dy, tensors, saved[count:], ctx.options, needs[:count], True)
         return *found, *[None] * (len(needs) - count)
 
     return backward

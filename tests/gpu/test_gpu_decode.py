@@ -7,7 +7,7 @@ import torch
 
 import tilebook
 from tilebook import device as devices
-from tilebook.kernels.decode import decode
+from tilebook.kernels.decode.ops import decode
 from tilebook.kernels.decode.problem import DecodeProblem
 from tilebook.op import Config
 from tilebook.tuner.verify import Case, verify

@@ -18,7 +18,7 @@ from tilebook import dispatch
 from tilebook.kernels.attention import eager, peers
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
-from tilebook.kernels.attention.tiles import rounded
+from tilebook.kernels.attention.triton.tiles import rounded
 from tilebook.launch import intercepted
 from tilebook.op import UsageError
 from tilebook.tuner.verify import Case, truths, verify

@@ -8,6 +8,7 @@ import torch
 from tilebook import device as devices
 from tilebook.kernels.attention.form import PLAIN
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+from tilebook.kernels.attention.triton.args import MADE, POINTERS, Tile
 from tilebook.launch import intercepted
 from tilebook.tuner.compile import CompilePool
 from tilebook.tuner.verify import Case, verify
@@ -23,6 +24,14 @@ def options(op, problem, config):
     with intercepted(lambda kernel, grid, args, meta: started.append(meta)):
         op.tunable(*problem.inputs("meta", 0), config=config)
     return started
+
+
+def loads(*inputs, config):
+    """How a call's forward kernel loads its tiles."""
+    started = []
+    with intercepted(lambda kernel, grid, args, meta: started.append(args)):
+        attention_fwd.tunable(*inputs, config=config)
+    return next(each.DESCRIPTORS.value for each in started[0] if isinstance(each, Tile))
 
 
 @pytest.mark.parametrize("op", [attention_fwd, attention_bwd], ids=lambda op: op.name)
@@ -108,17 +117,14 @@ def _compiles(problem, config, gpu):
 def test_descriptors_made_by_the_kernel_are_right(text, dtype):
     problem = FORWARD.parse(text, dtype)
     config = attention_fwd.tunable.space.default(problem, H200).replace(DESCRIPTORS=2)
-    assert options(attention_fwd, problem, config)[0]["MADE"]
+    assert loads(*problem.inputs("meta", 0), config=config) == MADE.value
     verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
 
 
 def test_tensors_that_no_descriptor_can_address_go_by_pointers():
     q, k, v = (torch.empty(1, 2, 20, 36, device="meta", dtype=torch.float16)[..., :32] for _ in range(3))
-    started = []
-    with intercepted(lambda kernel, grid, args, meta: started.append(meta)):
-        config = attention_fwd.tunable.space.default(FORWARD.of(q, k, v, PLAIN, 1.0), H200).replace(DESCRIPTORS=2)
-        attention_fwd.tunable(q, k, v, PLAIN, 1.0, config=config)
-    assert (started[0]["DESCRIPTORS"], started[0]["MADE"]) == (False, False)
+    config = attention_fwd.tunable.space.default(FORWARD.of(q, k, v, PLAIN, 1.0), H200).replace(DESCRIPTORS=2)
+    assert loads(q, k, v, PLAIN, 1.0, config=config) == POINTERS.value
 
 
 @pytest.mark.parametrize(

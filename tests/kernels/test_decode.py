@@ -172,6 +172,8 @@ def test_any_strides_will_do(descriptors):
     assert torch.equal(o, expected[0])
     assert torch.equal(lse, expected[1])
     assert o.transpose(1, 2).is_contiguous()  # as q lies in memory
+    turned = q.mT.contiguous().mT
+    assert torch.equal(decode.tunable(turned, k, v, lens, None, *rest, config=config)[0], expected[0])
     (k_blocks, table), (v_blocks, _) = _paged(dense[1], 16), _paged(dense[2], 16)
     for cut in (F.pad(table, (0, 3))[:, :4], table.t().contiguous().t()):
         assert torch.equal(decode.tunable(q, k_blocks, v_blocks, lens, cut, *rest, config=config)[0], expected[0])

@@ -186,6 +186,34 @@ def test_transposed_inputs_and_expanded_gradients_give_the_same():
 
 
 @interpreted
+@pytest.mark.parametrize("vector", [lambda b: torch.stack((b, -b), 1)[:, 0], lambda b: b[:1].expand(len(b))])
+def test_biases_are_taken_with_their_strides(vector):
+    x, w1, b1, w2, b2 = block(dtype=torch.bfloat16)
+    dy = torch.randn(40, 48, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def strided(x, w1, b1, w2, b2):
+        return tilebook.mlp(x, w1, vector(b1), w2, vector(b2))
+
+    def dense(x, w1, b1, w2, b2):
+        return tilebook.mlp(x, w1, vector(b1).contiguous(), w2, vector(b2).contiguous())
+
+    with dispatch.use("triton"):
+        ours, right = (gradients(each, (x, w1, b1, w2, b2), dy) for each in (strided, dense))
+    for mine, other in zip(ours, right, strict=True):
+        assert torch.equal(mine, other)
+
+
+@interpreted
+def test_the_activations_backward_takes_z_with_its_strides():
+    x, w1, b1, w2, _ = (tensor.detach() for tensor in block(dtype=torch.bfloat16))
+    with dispatch.use("triton"):
+        _, z = dispatch.run(op.get("mlp_up_fwd"), x, w1, b1, "gelu", True)
+        dy, turned = torch.ones(40, 48, dtype=torch.bfloat16), z.t().contiguous().t()
+        right, mine = (dispatch.run(op.get("mlp_act_bwd"), dy, w2, each, "gelu") for each in (z, turned))
+    assert all(torch.equal(one, other) for one, other in zip(right, mine, strict=True))
+
+
+@interpreted
 def test_backward_recomputes_the_activation_bit_for_bit():
     for activation in ("gelu", "gelu_tanh", "relu"):
         for dtype in (torch.bfloat16, torch.float16):

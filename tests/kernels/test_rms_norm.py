@@ -18,8 +18,8 @@ CONFIGS = [
 ]
 
 
-def plain(x, weight, eps=1e-6):
-    return F.rms_norm(x, weight.shape, weight, eps)
+def plain(x, weight=None, eps=1e-6):
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def pair(shape, dtype=torch.float32, seed=0):
@@ -89,6 +89,27 @@ def test_kernels_and_their_gradients_err_at_most_twice_as_much_as_pytorch(shape,
 
 
 @interpreted
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 33, 100), torch.bfloat16), ((7, 1500), torch.float32)])
+def test_without_a_weight_it_is_as_with_ones(shape, dtype):
+    x, _ = pair(shape, dtype)
+    dy = torch.randn(shape).to(dtype)
+    with dispatch.use("triton"):
+        bare = gradients(tilebook.rms_norm, (x,), dy)
+        ones = gradients(lambda x: tilebook.rms_norm(x, torch.ones(shape[-1], dtype=dtype)), (x,), dy)
+    for mine, right, pytorch in zip(bare, ones, gradients(plain, (x,), dy), strict=True):
+        assert torch.equal(mine, right)
+        torch.testing.assert_close(mine, pytorch, rtol=2**-7, atol=2**-7)
+    assert torch.equal(tilebook.rms_norm(x), plain(x))
+
+
+def test_keys_of_before_there_was_one_without_a_weight_stay_valid():
+    for each in OPS:
+        problem = each.problem.parse("M8,N16", "bf16")
+        assert problem.key == '{"dtype":"bf16","rows":8,"width":16}'
+        assert each.problem.parse("M8,N16,bare", "bf16").distance(problem) == float("inf")
+
+
+@interpreted
 def test_gradients_repeat_bit_for_bit():
     tensors = pair((100, 96), torch.bfloat16)
     with dispatch.use("triton"):
@@ -109,6 +130,34 @@ def test_views_and_expanded_gradients_give_the_same():
         (expanded,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
         (dense,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert torch.equal(expanded, dense)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "vector",
+    [lambda base: torch.stack((base, -base), 1)[:, 0], lambda base: base[:1].expand(48)],
+    ids=["column of a matrix", "one number expanded"],
+)
+def test_a_weight_is_taken_with_its_stride(vector):
+    x, base = pair((40, 48))
+    dy = torch.randn(40, 48)
+    with dispatch.use("triton"):
+        ours = gradients(lambda *given: tilebook.rms_norm(given[0], vector(given[1])), (x, base), dy)
+    theirs = gradients(lambda *given: plain(given[0], vector(given[1])), (x, base), dy)
+    for mine, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_a_launcher_takes_vectors_with_their_strides():
+    x, weight = (tensor.detach() for tensor in pair((40, 48)))
+    strided = torch.stack((weight, -weight), 1)[:, 0]
+    with dispatch.use("triton"):
+        y, rstd = dispatch.run(OPS[0], x, weight, 1e-6)
+        assert torch.equal(dispatch.run(OPS[0], x, strided, 1e-6)[0], y)
+        apart = torch.stack((rstd, -rstd), 1)[:, 0]
+        dense, other = (dispatch.run(OPS[1], x, x, *vectors) for vectors in ((weight, rstd), (strided, apart)))
+    assert all(torch.equal(mine, right) for mine, right in zip(dense, other, strict=True))
 
 
 @interpreted
@@ -133,7 +182,7 @@ def test_zeros_stay_zeros_and_empty_stays_empty():
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [
-        (torch.zeros(()), torch.zeros(8), r"expected x \(…, N\) and weight \(N,\), not \(\) and \(8,\)"),
+        (torch.zeros(()), torch.zeros(8), r"x must be floating point \(…, N\), not torch.float32 \(\)"),
         (torch.zeros(3, 8), torch.zeros(7), r"not \(3, 8\) and \(7,\)"),
         (torch.zeros(3, 8), torch.zeros(8, device="meta"), "weight is on meta, but x on cpu"),
         (torch.zeros(3, 8, dtype=torch.int64), torch.zeros(8), "must be floating point"),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import tilebook
 from tilebook import dispatch, source
 from tilebook.kernels.attention.form import form
-from tilebook.kernels.varlen import eager, kernels, ops
+from tilebook.kernels.attention.triton import columns, forward
+from tilebook.kernels.varlen import eager, ops
 from tilebook.kernels.varlen.ops import attention_varlen_bwd, attention_varlen_fwd
 from tilebook.kernels.varlen.problem import BackwardProblem, ForwardProblem, simplest
 from tilebook.op import Config, UsageError
@@ -391,7 +392,8 @@ def test_limits_that_hide_nothing_are_dropped_and_no_others(corner):
 
 def test_attention_inner_loops_are_part_of_the_digest(monkeypatch):
     """A verdict must not outlive a change of the code that it was measured with."""
-    for implementation, loop in ((ops._triton_fwd, "attend"), (ops._triton_bwd, "column_step")):
+    loops = (ops._triton_fwd, forward, "attend"), (ops._triton_bwd, columns, "column_step")
+    for implementation, module, loop in loops:
         before = source.digest(implementation.function)
-        monkeypatch.setattr(kernels, loop, kernels.located)
+        monkeypatch.setattr(module, loop, module.store_tile)
         assert source.digest(implementation.function) != before

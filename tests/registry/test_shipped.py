@@ -21,7 +21,7 @@ def test_every_verdict_is_of_the_kernels_as_they_are(name):
             assert each.external or each.digest in ("", verdict.kernel_of(each.name)), each.name
 
 
-def test_what_won_is_what_serves():
+def test_what_won_is_what_serves_where_it_was_measured(monkeypatch):
     gpu = devices.find("H200")
     snapshot = Snapshot(gpu)
     for verdict in VERDICTS:
@@ -29,5 +29,6 @@ def test_what_won_is_what_serves():
         problem = op.problem.from_key(verdict.problem)
         here = [name for name, _ in verdict.ranking() if name in op.implementations]  # some were removed since
         names = [name for name in here if op.implementations[name].can_run(problem, gpu)]
+        monkeypatch.setattr(devices, "environment", lambda known=verdict.environment.versions: known)
         choice = snapshot.choose(op, problem)
         assert (choice.source, choice.implementation.name) == ("exact", names[0]), problem.label

@@ -60,7 +60,7 @@ class FakeRunner:
         assert isinstance(value, float)
         return value * self._random.lognormvariate(0, self._noise)
 
-    def attempt(self, candidate, incumbent_ms):
+    def attempt(self, candidate, most_ms):
         self.attempted.append(candidate)
         value = self._time_ms(candidate)
         if isinstance(value, Failure):
@@ -79,6 +79,51 @@ class FakeRunner:
         return Attempt(None, "", sorted(samples)[rounds // 2], samples)
 
     def close(self) -> None: ...
+
+
+class Clock:
+    """Time that passes where somebody says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TimedRunner(FakeRunner):
+    """As slow as a GPU, by a simulated clock.
+
+    costs: seconds for "prepare", "attempt" (or an implementation's name), "truths", which a process makes once before
+    it confirms, and "verify", for each finalist that it has not verified before.
+    """
+
+    def __init__(self, clock: Clock, time_ms: Callable[[Candidate], float | Failure], **costs: float) -> None:
+        super().__init__(time_ms)
+        self.clock = clock
+        self.costs = {"prepare": 2.0, "attempt": 0.2, "truths": 2.0, "verify": 0.5, **costs}
+        self.problems: list[str] = []
+        self._proven: set[Candidate | str] = set()
+
+    def prepare(self, op, problem):
+        self.problems.append(problem.label)
+        self._proven = set()
+        self.clock.now += self.costs["prepare"]
+
+    def attempt(self, candidate, most_ms):
+        self.clock.now += self.costs.get(candidate.implementation, self.costs["attempt"])
+        return super().attempt(candidate, most_ms)
+
+    def confirm(self, candidates, rounds, seed, *, fresh=False):
+        if fresh:
+            self._proven = set()
+            self.clock.now += self.costs["prepare"]
+        todo = {"truths", *candidates} - self._proven
+        self.clock.now += sum(self.costs["truths" if each == "truths" else "verify"] for each in todo)
+        self._proven |= todo
+        attempts = super().confirm(candidates, rounds, seed, fresh=fresh)
+        self.clock.now += rounds * sum(attempt.time_ms or 0.0 for attempt in attempts) / 1e3
+        return attempts
 
 
 class Memory:
@@ -109,7 +154,7 @@ def tune_in_memory(op, runner, **options) -> Verdict:
     return state.verdict
 
 
-def tune(path, runner, pool=None, problems=None, op=None, run=None, mode="graph", **options):
+def tune(path, runner, pool=None, problems=None, op=None, run=None, mode="graph", weights=None, **options):
     """Tunes toy problems into the registry at `path`, on the GPU behind `runner` or behind each of a list of them;
     returns (states, registry opened for reading)."""
     op = op or make_op()
@@ -123,5 +168,5 @@ def tune(path, runner, pool=None, problems=None, op=None, run=None, mode="graph"
             Session(GPU, known, pool or FakePool(), each, Options(**options), run, index)
             for index, each in enumerate(runners)
         ]
-        states = tune_all(sessions, [(op, problem) for problem in problems], run)
+        states = tune_all(sessions, [(op, problem) for problem in problems], run, weights)
     return states, Registry.open(path)

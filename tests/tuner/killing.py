@@ -28,9 +28,9 @@ class _SlowRunner(FakeRunner):
 
     attempt_s = 0.002
 
-    def attempt(self, candidate, incumbent_ms):
+    def attempt(self, candidate, most_ms):
         time.sleep(self.attempt_s)
-        return super().attempt(candidate, incumbent_ms)
+        return super().attempt(candidate, most_ms)
 
     def confirm(self, candidates, rounds, seed, *, fresh=False):
         time.sleep(0.02)

@@ -16,7 +16,7 @@ import pytest
 from toy_op import ToyProblem
 
 from tilebook import op as ops
-from tilebook.device import Device, find
+from tilebook.device import find
 from tilebook.op import UsageError
 from tilebook.tuner.child import ChildNotStarted
 from tilebook.tuner.compile import Compiled, CompilePool
@@ -93,7 +93,7 @@ def test_too_much_shared_memory_is_found_before_code_is_generated(compile_one: C
 
 
 def test_too_many_registers_for_one_program(cache: Path) -> None:
-    small = Device("small", "sm_90", 1, 1, 1.0, 1.0, 1, 232_448, 233_472, registers_per_sm=1024)
+    small = dataclasses.replace(find("H200"), name="small", registers_per_sm=1024)
     with CompilePool(small, workers=1, modules=["toy_op"]) as pool:
         compiled = pool.submit("toy", "ours", problem(), config("scale")).result(180)
     assert compiled.failure == "out_of_resources"

@@ -111,14 +111,14 @@ def _confirm(server, *candidates, seed=0):
     ("kind", "failure"), [("good", None), ("mutates", "wrong_answer"), ("does_not_compile", "compile_error")]
 )
 def test_a_worker_names_the_class_of_a_failure(server, kind, failure):
-    assert server.handle({"do": "attempt", "incumbent_ms": None, **_named(kind)})["failure"] == failure
+    assert server.handle({"do": "attempt", "most_ms": None, **_named(kind)})["failure"] == failure
     (failed,) = _confirm(server, _named(kind))["failures"]
     assert (failed and failed["failure"]) == failure
 
 
 def test_a_worker_leaves_unknown_errors_to_whoever_drives_it(server):
     with pytest.raises(KeyError):
-        server.handle({"do": "attempt", "incumbent_ms": None, **_named("raises")})
+        server.handle({"do": "attempt", "most_ms": None, **_named("raises")})
 
 
 def test_finalists_that_fail_are_named_and_the_others_timed(server):

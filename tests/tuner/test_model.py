@@ -1,4 +1,4 @@
-"""The performance model: CUDA's occupancy arithmetic, and that worse is never predicted faster."""
+"""The performance model: what is worse is never predicted faster."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 from tilebook.device import find
 from tilebook.op import Cost
 from tilebook.tuner.compile import Binary, Compiled
-from tilebook.tuner.model import blocks_per_sm, predict
+from tilebook.tuner.model import predict
 
 H200 = find("H200")
 KERNEL = Binary("k", "h", grid=1320, shared=65_536, registers=128, spills=0, warps=8, stages=3)
@@ -20,31 +20,6 @@ def kernel(**changes: int) -> Binary:
 def time_ms(work: Cost | None = None, gpu: str = "H200", **changes: int) -> float:
     floor = Cost(1e12, 1e8)
     return predict(floor, work or floor, Compiled((kernel(**changes),)), find(gpu)).time_ms
-
-
-# Expected values: CUDA Occupancy Calculator, and for MI300X its 512 registers per lane on each of four SIMDs.
-@pytest.mark.parametrize(
-    ("gpu", "warps", "registers", "shared", "blocks"),
-    [
-        ("A100", 4, 32, 0, 16),  # 2048 threads
-        ("A100", 1, 16, 0, 32),  # 32 blocks at most
-        ("A100", 8, 128, 0, 2),  # 65536 registers
-        ("A100", 4, 255, 0, 2),  # 255 are handed out as 256
-        ("A100", 4, 33, 0, 12),  # 33 as 40: 51 warps, in fours 48
-        ("A100", 4, 32, 40_000, 4),  # 164 KiB, 1 KiB of it reserved per block
-        ("A100", 4, 32, 166_912, 1),
-        ("H200", 12, 168, 0, 1),  # FlashAttention-3's three warpgroups
-        ("H200", 4, 64, 98_304, 2),
-        ("H200", 8, 255, 232_448, 1),
-        ("H200", 16, 255, 0, 0),
-        ("L4", 1, 16, 0, 24),  # 24 blocks and 1536 threads at most
-        ("L4", 8, 32, 0, 6),
-        ("MI300X", 4, 128, 0, 4),
-        ("MI300X", 4, 64, 65_536, 1),
-    ],
-)
-def test_blocks_per_sm(gpu: str, warps: int, registers: int, shared: int, blocks: int) -> None:
-    assert blocks_per_sm(kernel(warps=warps, registers=registers, shared=shared), find(gpu)) == blocks
 
 
 def test_occupancy_and_waves() -> None:

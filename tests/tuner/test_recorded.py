@@ -6,17 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
-from fakes import FakePool, FakeRunner
+from fakes import FakePool, FakeRunner, Memory
 
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Config
-from tilebook.registry import Failure, Registry, VerdictStatus
+from tilebook.registry import Failure, Layers, Registry, VerdictStatus
 from tilebook.tuner.compile import Binary, Compiled
+from tilebook.tuner.known import PREDICTED, Known
+from tilebook.tuner.model import predict
 from tilebook.tuner.progress import Run
 from tilebook.tuner.recorded import Lane, Machine, Step, beginning, default, neighbours, recorded_op, tune
 from tilebook.tuner.runner import Attempt, Candidate
-from tilebook.tuner.session import Options
+from tilebook.tuner.session import Options, Session
 from tilebook.tuner.sweep import Measured, Sweep, read, record
 
 SWEEPS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / "sweeps"
@@ -31,6 +33,23 @@ def line(config, compile_s, time_ms, run_s=1.0, failure=None):
     samples = () if failure else (time_ms, time_ms * 1.01, time_ms * 0.99)
     attempt = Attempt(failure, failure or "", None if failure else time_ms, samples)
     return Measured(Candidate("triton", config), compiled, attempt, 0.0 if broken else run_s)
+
+
+@pytest.mark.parametrize("name", ["attention_fwd-B4-H16-S2048-D64-causal-bf16", "mlp_up_fwd-M4096-H768-I3072-bf16"])
+def test_to_predict_the_search_finds_what_the_model_thinks_fastest_in_a_fraction_of_the_space(name):
+    sweep = read(SWEEPS / f"{name}.jsonl")
+    op, machine, memory = recorded_op(sweep), Machine(sweep), Memory()
+    problem, work = op.problem.from_key(sweep.header["problem"]), op.tunable.space.work
+    known = Known(memory, Layers([]), sweep.device, sweep.header["environment"], PREDICTED)
+    session = Session(sweep.device, known, machine, None, Options(), Run(1, False))
+    state = session.tune(op, problem)
+    assert state.tried < len(sweep.ours) / 2
+    compiles = {each.candidate.config: each.compiled for each in sweep.ours if each.compiled.failure is None}
+    everywhere = [
+        predict(problem.cost(), work(problem, config), compiled, sweep.device).time_ms
+        for config, compiled in compiles.items()
+    ]
+    assert state.best_ms == pytest.approx(min(everywhere))
 
 
 SWEEP = Sweep(
@@ -120,8 +139,8 @@ def test_attempts_are_answered_as_recorded():
     (spilled,) = submit(machine, D)
     machine.wait([spilled], 1.0)
     assert spilled.result().failure == "spills"
-    assert machine.attempt(Candidate("triton", C), 1.5).failure is Failure.SLOW
-    kept = machine.attempt(Candidate("triton", C), 2.5)
+    assert machine.attempt(Candidate("triton", C), 3.0).failure is Failure.SLOW
+    kept = machine.attempt(Candidate("triton", C), 5.0)
     assert (kept.failure, kept.time_ms, len(kept.samples_ms)) == (None, 4.0, 3)
 
 

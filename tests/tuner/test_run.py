@@ -89,13 +89,11 @@ def test_a_run_has_a_runner_for_each_gpu_and_each_gets_its_share(two_gpus, monke
     monkeypatch.setattr(Started, "made", [])
     op = make_op()
     problems = [(op, Scaling(64 << n, 64)) for n in range(3)]
-    states, rows = runs.tune_problems(
-        problems, gpus="all", mode="eager", trials=6, registry=str(tmp_path / "registry.db")
-    )
+    outcome = runs.tune_problems(problems, gpus="all", mode="eager", trials=6, registry=str(tmp_path / "registry.db"))
     assert [runner.mode for runner in Started.made] == ["eager", "eager"]
-    assert {state.gpu for state in states} <= {0, 1}
-    assert [each["mode"] for each in rows] == ["eager"] * 3
-    assert not any(state.error for state in states)
+    assert {state.gpu for state in outcome.states} <= {0, 1}
+    assert [each["mode"] for each in outcome.rows] == ["eager"] * 3
+    assert not any(state.error for state in outcome.states)
 
 
 @pytest.fixture
@@ -126,7 +124,7 @@ def test_the_table_says_what_won_by_how_much_and_what_it_took(tuned, width, monk
 
 
 def test_a_finished_problem_is_one_line_on_stderr(tmp_path, capsys):
-    with view(1, True, None) as run:
+    with view(1, True) as run:
         tune(tmp_path / "registry.db", FakeRunner(valley), run=run)
     (said,) = capsys.readouterr().err.splitlines()
     assert re.match(r"\[1/1\] scaling_fwd M64,H64: 4\.\d+x \[4\.\d+, 4\.\d+\] over the default: triton BLOCK=128", said)

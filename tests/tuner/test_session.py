@@ -1,7 +1,6 @@
 """A whole tuning run against a compiler and a GPU that answer from a formula, into a real registry."""
 
 import dataclasses
-import time
 from concurrent.futures import Future
 
 import pytest
@@ -11,7 +10,7 @@ from toy import SPACE, Scaling, make_op
 from tilebook.errors import CompilerError
 from tilebook.op import Config
 from tilebook.registry import Failure, Registry, Revocation, Status, VerdictStatus
-from tilebook.tuner.progress import Run
+from tilebook.tuner.explore import PATIENCE
 from tilebook.tuner.runner import Candidate
 
 BEST = Config(BLOCK=128, num_warps=4, num_stages=3)
@@ -132,10 +131,10 @@ class _Killed(BaseException):
 
 def test_a_run_cut_short_resumes_without_measuring_anything_twice(path):
     class Mortal(FakeRunner):
-        def attempt(self, candidate, incumbent_ms):
+        def attempt(self, candidate, most_ms):
             if len(self.attempted) == 12:
                 raise _Killed
-            return super().attempt(candidate, incumbent_ms)
+            return super().attempt(candidate, most_ms)
 
     first, second = Mortal(valley), FakeRunner(valley)
     with pytest.raises(_Killed):
@@ -245,13 +244,6 @@ def test_trials_limit_the_candidates_before_the_polish(path):
     assert 10 <= len(pool.submitted) <= 10 + 2 * 3 * 3 + near_default
 
 
-def test_deadline_ends_the_search_with_a_verdict(path):
-    runner = FakeRunner(valley)
-    states, registry = tune(path, runner, run=Run(1, True, deadline=time.monotonic()))
-    assert states[0].tried <= 10
-    assert len(registry.verdicts()) == 1
-
-
 def test_winner_of_the_nearest_problem_is_tried_right_after_the_default(path):
     tune(path, FakeRunner(valley), problems=[Scaling(64, 64)])
     runner = FakeRunner(valley)
@@ -260,12 +252,12 @@ def test_winner_of_the_nearest_problem_is_tried_right_after_the_default(path):
     assert ours[1] == BEST
 
 
-def test_without_a_gpu_every_feasible_config_is_compiled_and_nothing_is_claimed(path):
+def test_without_a_gpu_the_search_ends_when_the_model_sees_no_gain_any_more_and_nothing_is_claimed(path):
     pool, op = FakePool(), make_op()
     states, registry = tune(path, None, pool, op=op)
-    feasible = SPACE.feasible(Scaling(64, 64), None)
-    assert len(pool.submitted) == len(feasible) == states[0].compiled
+    assert PATIENCE <= len(pool.submitted) == states[0].compiled < len(SPACE.feasible(Scaling(64, 64), None))
     (verdict,) = registry.verdicts()
+    assert verdict.evidence["searches"]["triton"]["ended"] == "converged"
     assert verdict.status is VerdictStatus.PREDICTED
     assert (verdict.time_ms, verdict.speedup, verdict.default_time_ms) == (None, None, None)
     assert all(trial.time_ms is None and not trial.samples_ms for trial in registry.trials())
@@ -303,3 +295,11 @@ def test_a_defect_of_a_compile_process_ends_one_candidate_and_not_the_run(path):
     broken = [trial for trial in registry.trials() if trial.config.get("BLOCK") == 64]
     assert broken
     assert {(trial.failure, trial.reason) for trial in broken} == {(Failure.COMPILE_ERROR, "KeyError: 'out of luck'")}
+
+
+def test_a_problem_that_our_kernel_does_not_run_is_refused_before_anything_is_compiled(path):
+    op, pool = make_op(), FakePool()
+    op.implementations["triton"] = dataclasses.replace(op.tunable, supports=lambda problem: False)
+    states, registry = tune(path, FakeRunner(valley), pool, op=op)
+    assert "does not run this problem" in states[0].error
+    assert (pool.submitted, registry.verdicts()) == ([], [])

@@ -1,11 +1,10 @@
 """An op with several implementations that have a space: each is searched, in its own space, and any may win."""
 
 import dataclasses
-import time
 
 import pytest
 import torch
-from fakes import FakePool, FakeRunner, tune
+from fakes import Clock, FakePool, FakeRunner, TimedRunner, tune
 from test_session import BEST, valley
 from toy import SPACE, Scaling, make_op
 
@@ -13,6 +12,7 @@ from tilebook.errors import TuningError
 from tilebook.op import Config, Space, powers_of_two
 from tilebook.registry import Failure, Registry, Revocation, VerdictStatus
 from tilebook.tuner import known
+from tilebook.tuner.budget import Budget
 from tilebook.tuner.progress import Run
 from tilebook.tuner.runner import Candidate
 
@@ -123,8 +123,9 @@ def test_trials_limit_each_and_each_has_its_share_of_the_time(path, tmp_path):
     runner = FakeRunner(lambda c: 1.0, noise=0.0)
     tune(path, runner, op=two(), trials=6)
     assert all(6 <= len(configs(runner, name)) <= 6 + 6 for name in ("triton", "other"))
-    late = FakeRunner(times)
-    tune(tmp_path / "late.db", late, op=two(), run=Run(1, True, deadline=time.monotonic()))
+    clock = Clock()
+    late = TimedRunner(clock, times, attempt=1.0)
+    tune(tmp_path / "late.db", late, op=two(), run=Run(1, True, Budget(20.0, clock=clock)))
     assert configs(late)[0] == FIRST
     assert SPACE.default(None, None) in configs(late, "triton")
     assert len(late.attempted) < 20

@@ -41,13 +41,13 @@ class SlowRunner(FakeRunner):
         self._seconds, self.at_a_time, self._inside = seconds, 0, 0
         self._lock = threading.Lock()
 
-    def attempt(self, candidate, incumbent_ms):
+    def attempt(self, candidate, most_ms):
         with self._lock:
             self._inside += 1
             self.at_a_time = max(self.at_a_time, self._inside)
         time.sleep(self._seconds)
         self._inside -= 1
-        return super().attempt(candidate, incumbent_ms)
+        return super().attempt(candidate, most_ms)
 
 
 def test_the_gpu_is_busy_while_candidates_are_compiled_asked_for_and_stored(tmp_path):

@@ -187,10 +187,10 @@ def test_ctrl_c_ends_the_run_at_once_and_keeps_its_trials(path):
     class Interrupted(FakeRunner):
         closed = False
 
-        def attempt(self, candidate, incumbent_ms):
+        def attempt(self, candidate, most_ms):
             if len(self.attempted) == 10:
                 signal.raise_signal(signal.SIGINT)
-            return super().attempt(candidate, incumbent_ms)
+            return super().attempt(candidate, most_ms)
 
         def close(self):
             self.closed = True

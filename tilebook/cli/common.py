@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import sys
 import warnings
@@ -25,8 +27,58 @@ SUITES = click.option(
 FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
 
 
+# What we print beyond ASCII, where it cannot be printed.
+_PLAIN = {
+    "…": "...",
+    "–": "-",
+    "−": "-",
+    "×": "x",
+    "→": "->",
+    "·": "*",
+    "≤": "<=",
+    "µ": "u",
+    "━": "=",
+    "╌": "-",
+    "─": "-",
+}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """A codec's error handler: what the terminal has no sign for becomes plain text."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(sign, "?") for sign in text), error.end
+
+
+codecs.register_error("tilebook.plain", _plain)
+
+
+class _Ascii(io.TextIOWrapper):
+    """An ASCII stream by another name: click takes one that says so for a mistake, and writes UTF-8 into it."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "plain"
+
+
+def _printable(stream: Any) -> Any:
+    """The stream, or one in its place, on which whatever we print can be printed."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.reconfigure(errors="tilebook.plain")
+    if isinstance(stream, _Ascii) or codecs.lookup(stream.encoding).name != "ascii":
+        return stream
+    lines = stream.line_buffering
+    return _Ascii(stream.detach(), encoding="ascii", errors="tilebook.plain", line_buffering=lines, write_through=True)
+
+
 class _Tidy(click.Group):
-    """A group whose expected errors are one line on stderr, without a traceback."""
+    """A group whose expected errors are one line on stderr, without a traceback. It prints on any terminal."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        sys.stdout, sys.stderr = _printable(sys.stdout), _printable(sys.stderr)
+        return super().main(*args, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
         from tilebook.errors import TilebookError, UsageError

@@ -12,6 +12,7 @@ from tilebook.cli.common import FORMAT, REGISTRY, SUITES, main, print_rows
 
 if TYPE_CHECKING:
     from tilebook.op import Op, Problem
+    from tilebook.report.status import Asked
 
 
 class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -36,7 +37,9 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64,causal; repeatable."
 )
 @click.option("--misses", is_flag=True, help="What programs asked for and no verdict covers, heaviest first.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True, help="With --shape."
+)
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
 @click.option("--gpu", metavar="NAME", help="Tune for this GPU model without one, from the catalogue.")
 @click.option("--gpus", metavar="all|0,1,…", help="Measure on these GPUs of this host, side by side (default: 0).")
@@ -51,7 +54,8 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--budget",
     type=_Seconds(),
     metavar="TIME",
-    help="Stop searching after this time (180s, 5m), shared by the problems (default: none, until each has converged).",
+    help="End after about this time (180s, 5m): what is worth most of the GPU's time comes first and has most of it,"
+    " what is not reached is said (default: none, until each has converged).",
 )
 @click.option(
     "--trials",
@@ -97,8 +101,11 @@ def tune(
     """
     from tilebook.tuner.run import tune_problems
 
+    weights: list[float] | None = None
     if misses:
-        problems = _missed(families, suites, shapes, direction, gpu, registry)
+        missed = _missed(families, suites, shapes, direction, gpu, registry)
+        problems = [(each.op, each.problem) for each in missed]
+        weights = [each.weight_s for each in missed]
         if not problems:
             click.echo("tilebook: nothing to do: no problem that was asked for lacks a verdict", err=True)
             if format_ == "json":
@@ -106,7 +113,7 @@ def tune(
             return
     else:
         problems = _problems(families, suites, shapes, dtype, direction)
-    states, rows = tune_problems(
+    outcome = tune_problems(
         problems,
         gpu=gpu,
         gpus=gpus,
@@ -118,12 +125,15 @@ def tune(
         workers=workers,
         seed=seed,
         force=force,
+        weights=weights,
     )
-    print_rows(rows, format_, tuned=True)
-    for state in states:
+    print_rows(outcome.rows, format_, tuned=True)
+    for state in outcome.states:
         if state.error:
             click.echo(f"tilebook: {state.op} {state.label}: {state.error}", err=True)
-    if any(state.error for state in states):
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    if any(state.error for state in outcome.states):
         raise SystemExit(1)
 
 
@@ -145,8 +155,8 @@ def _missed(
     direction: str,
     gpu: str | None,
     registry: str | None,
-) -> list[tuple[Op[Any], Problem]]:
-    """What the ledger has that a tune could change."""
+) -> list[Asked]:
+    """What the ledger has that a tune could change, heaviest first."""
     from tilebook import device as devices
     from tilebook.op import UsageError
     from tilebook.report.status import asked, target
@@ -157,10 +167,20 @@ def _missed(
     device = target(gpu)
     here = devices.present() and device == devices.current()
     return [
-        (each.op, each.problem)
+        each
         for each in asked(device, registry)
         if each.op in chosen and each.tunable and not (each.covered if here else each.exact)
     ]
+
+
+def _bucket(op: Op[Any], shape: str, dtype: str) -> Problem:
+    """The problem that calls of this shape ask for, which is not always the shape itself; then it says so."""
+    written: Problem = op.problem.parse(shape, dtype)
+    asked = written.bucket()
+    if asked != written:
+        told = f"{op.name} {written.label}: calls of this shape ask for {asked.label}, which is tuned"
+        click.echo(f"tilebook: {told}", err=True)
+    return asked
 
 
 def _problems(
@@ -174,7 +194,7 @@ def _problems(
     if shapes:
         if len(families) != 1:
             raise ops.UsageError("--shape needs exactly one family, such as: tilebook tune attention --shape …")
-        return [(op, op.problem.parse(shape, dtype)) for shape in shapes for op in chosen]
+        return list(dict.fromkeys((op, _bucket(op, shape, dtype)) for shape in shapes for op in chosen))
     named = ops.suites(chosen)
     found: list[tuple[Op[Any], Problem]] = []
     for name in suites or ["quick"]:
@@ -189,7 +209,9 @@ def _problems(
 @click.argument("what", metavar="FAMILY|OP")
 @SUITES
 @click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="With --shape.")
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True, help="With --shape."
+)
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
 @click.option("--implementation", metavar="NAME", help="Whose space (default: our own kernel's).")
 @click.option("--most", type=click.IntRange(min=1), help="Configs of each space, chosen at random (default: all).")

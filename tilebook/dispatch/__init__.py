@@ -18,9 +18,11 @@ import torch
 
 from tilebook import device as devices
 from tilebook import registry as store
+from tilebook.device import Device
 from tilebook.dispatch.choice import Choice, Outputs, Source
 from tilebook.dispatch.misses import misses_of, store_misses
 from tilebook.dispatch.snapshot import FARTHEST, Snapshot, pytorch
+from tilebook.layout import fits
 from tilebook.op import Config, Op, Problem
 
 __all__ = [
@@ -83,8 +85,8 @@ class Dispatch:
                 choice.backward = choice
             else:
                 problem = op.problem(**{f.name: getattr(choice.problem, f.name) for f in fields(choice.problem)})
-                snapshot = next((each for each in self._snapshots.values() if each.gpu == gpu), None)
-                choice.backward = pytorch(op, problem, gpu) if snapshot is None else snapshot.choose(op, problem)
+                snapshot = self._snapshot_of(gpu)
+                choice.backward = pytorch(op, problem, gpu) if snapshot is None else self._choose(snapshot, op, problem)
         return choice.backward
 
     def lookup(self, op: Op[Any], args: Sequence[Any], call: Sequence[Any] | None = None) -> Choice:
@@ -100,10 +102,12 @@ class Dispatch:
         choice = self._memo.get(known)
         if choice is None:
             choice = self.choose(op, op.problem.of(*args), args[0].device)
+            choice.aligned = all(fits(x) for x in args[:3] if isinstance(x, torch.Tensor))
             if self._settled(choice):
-                while len(self._memo) >= _MOST_CHOICES:
-                    self._memo.pop(next(iter(self._memo)), None)
-                self._memo[known] = choice
+                with self._lock:  # another thread's choice would change what is walked here
+                    while len(self._memo) >= _MOST_CHOICES:
+                        del self._memo[next(iter(self._memo))]
+                    self._memo[known] = choice
         return choice
 
     def choose(self, op: Op[Any], problem: Problem, device: torch.device) -> Choice:
@@ -119,11 +123,7 @@ class Dispatch:
                     return pytorch(op, problem, gpu)
                 self._snapshots[index] = Snapshot(gpu)
             snapshot = self._snapshots[index]
-        try:
-            choice = snapshot.choose(op, problem)
-        except Exception as broken:  # a verdict that nobody thought of must not stop a training run
-            self._warn_once(f"{op.name} {problem.label}", f"no verdict could be used ({broken}); the default serves")
-            choice = snapshot.default(op, problem)
+        choice = self._choose(snapshot, op, problem)
         choice.instead = self._spare
         return choice
 
@@ -151,9 +151,20 @@ class Dispatch:
         """The problems that this process asked for and no verdict covers, heaviest first."""
         return misses_of(list(self._memo.values()))
 
+    def _choose(self, snapshot: Snapshot, op: Op[Any], problem: Problem) -> Choice:
+        try:
+            return snapshot.choose(op, problem)
+        except Exception as broken:  # a verdict that nobody thought of must not stop a training run
+            self._warn_once(f"{op.name} {problem.label}", f"no verdict could be used ({broken}); the default serves")
+            return snapshot.default(op, problem)
+
+    def _snapshot_of(self, gpu: Device | None) -> Snapshot | None:
+        """What has been read of the verdicts for this GPU model, if anything has."""
+        return next((each for each in list(self._snapshots.values()) if each.gpu == gpu), None)
+
     def _settled(self, choice: Choice) -> bool:
         """May this choice be kept? Not one made blind, because a graph was being captured."""
-        return choice.gpu is None or choice.gpu in [snapshot.gpu for snapshot in self._snapshots.values()]
+        return choice.gpu is None or self._snapshot_of(choice.gpu) is not None
 
     def _force(self, op: Op[Any], args: Sequence[Any]) -> Choice | None:
         """The choice that `use` asks for, if the op has it and it can run this."""
@@ -173,12 +184,12 @@ class Dispatch:
         return Choice(implementation, config, "forced", problem, gpu)
 
     def _spare(self, broken: Choice) -> Choice | None:
-        """What serves instead of a choice that raised: the default config, then PyTorch, whose errors are real."""
+        """What serves instead of a choice that raised: the default, then PyTorch, whose errors are real."""
         op = broken.implementation.op
         plain = pytorch(op, broken.problem, broken.gpu)
         if broken.implementation is plain.implementation:
             return None
-        snapshot = next((each for each in self._snapshots.values() if each.gpu == broken.gpu), None)
+        snapshot = self._snapshot_of(broken.gpu)
         spare = plain if snapshot is None else snapshot.default(op, broken.problem)
         if (spare.implementation, spare.config) == (broken.implementation, broken.config):
             spare = plain

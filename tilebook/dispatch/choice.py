@@ -26,7 +26,8 @@ class Choice:
 
     `calls` counts how often it ran; `plan` repeats it at least cost. `spare` runs instead once this one has raised
     where the spare did not; `instead` makes the spare. `native` says that PyTorch's own function would run the
-    same here, so that the call may be left to it; `backward` is what the backward pass would run.
+    same here, so that the call may be left to it; `backward` is what the backward pass would run; `aligned` says that
+    the tensors of its calls lie as kernels that load whole vectors want them.
     """
 
     implementation: Implementation
@@ -42,6 +43,7 @@ class Choice:
     spare: Choice | None = None
     native: bool = field(init=False)
     backward: Choice | None = None
+    aligned: bool = True
 
     def __post_init__(self) -> None:
         forced = self.source == "forced"
@@ -65,13 +67,14 @@ class Choice:
                 return outputs
             return self._run(*args)
         except torch.OutOfMemoryError:
+            self.calls -= 1  # it may have been before anything was compiled
             raise
         except Exception as broken:
             return self._serve_instead(broken, args)
 
     @property
     def _compiles(self) -> bool:
-        return self.implementation.space is not None
+        return self.implementation.space is not None or bool(self.implementation.external)
 
     def _pytorch(self, *args: Any) -> Outputs:
         return self.implementation.op.implementations["torch"](*args)
@@ -82,6 +85,9 @@ class Choice:
             raise broken
         try:
             outputs = spare(*args)
+        except torch.OutOfMemoryError:
+            self.calls -= 1
+            raise
         except Exception:
             # Nothing takes this call, so that the call is at fault, and the choice stays as good as it was.
             self.calls -= 1

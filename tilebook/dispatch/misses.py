@@ -20,7 +20,7 @@ def misses_of(choices: Sequence[Choice]) -> list[store.Miss]:
         if choice.gpu is None or choice.source == "exact" or not choice.calls:
             continue
         gpu = choice.gpu
-        where = store.Device(gpu.name, gpu.arch, gpu.sm_count)
+        where = store.Device(*gpu.identity)
         time_ms = 1e3 * choice.problem.floor_s(gpu) / _TYPICAL_EFFICIENCY
         if math.isfinite(time_ms):
             found.append(store.Miss(choice.implementation.op.name, choice.problem.key, where, choice.calls, time_ms))

@@ -31,7 +31,7 @@ class Snapshot:
         self._verdicts: dict[str, list[tuple[str, store.Verdict, Problem]]] = {}
         try:
             layers = store.Layers.default(explicit)
-            found, revoked = layers.read(device=store.Device(gpu.name, gpu.arch, gpu.sm_count))
+            found, revoked = layers.read(device=store.Device(*gpu.identity))
             problems = list(layers.problems)
         except Exception as broken:  # whatever is wrong with it, training goes on
             found, revoked, problems = [], [], [f"the registry cannot be read: {broken}"]
@@ -58,7 +58,9 @@ class Snapshot:
         return next(choice for choice in self.candidates(op, problem) if self.revocation(choice) is None)
 
     def default(self, op: Op[Any], problem: Problem) -> Choice:
-        """What runs where no verdict serves: our kernel with its default config, or what may stand in for it."""
+        """What runs where no verdict serves: PyTorch's kernel where it has one, else ours with its default config."""
+        if op.fused(problem):
+            return pytorch(op, problem, self.gpu)
         return next(choice for choice in self._defaults(op, problem) if self.revocation(choice) is None)
 
     def revocation(self, choice: Choice) -> store.Revocation | None:
@@ -74,9 +76,10 @@ class Snapshot:
         """All that can run this problem here, revoked or not, best first; PyTorch's own implementation ends it."""
         found = self.verdicts(op)
         for layer, verdict, _ in found:
-            if verdict.problem == problem.key and self._counts(op, problem, verdict):
+            if verdict.problem == problem.key:
                 for candidate in self._feasible(op, problem, verdict):
-                    yield Choice(*candidate, "exact", problem, self.gpu, layer, verdict)
+                    if self._counts(candidate[0], problem, verdict):
+                        yield Choice(*candidate, "exact", problem, self.gpu, layer, verdict)
         if op.fused(problem):
             # Faster than PyTorch's own kernel only where that was measured: a neighbour's verdict is no evidence.
             yield pytorch(op, problem, self.gpu)
@@ -91,12 +94,13 @@ class Snapshot:
                 yield Choice(*candidate, "nearest", problem, self.gpu, layer, verdict)
         yield from self._defaults(op, problem)
 
-    def _counts(self, op: Op[Any], problem: Problem, verdict: store.Verdict) -> bool:
-        """Does an exact verdict say something here about what PyTorch's own call would do?
+    def _counts(self, candidate: Implementation, problem: Problem, verdict: store.Verdict) -> bool:
+        """Does an exact verdict say of this finalist how it compares here with what PyTorch's own call would do?
 
         A prediction compares our configs with each other only. In another environment PyTorch's own may have become
         faster, so that a thin margin over it no longer counts.
         """
+        op = candidate.op
         if not op.fused(problem):
             return True
         if not verdict.measured:
@@ -106,7 +110,8 @@ class Snapshot:
             return True
         times = _times(verdict)
         native = [ms for name, ms in times.items() if op.native(name, problem, self.gpu)]
-        return not native or min(native) >= _THIN * min(times.values())
+        its = times.get(candidate.name, verdict.time_ms)
+        return not native or its is None or min(native) >= _THIN * its
 
     def _feasible(
         self, op: Op[Any], problem: Problem, verdict: store.Verdict

@@ -239,6 +239,11 @@ def _space(value: object, what: str) -> None:
             raise ValueError(f"an axis of {what} is not a list of values: {quoted(values)}")
 
 
+def _searches(value: object, what: str) -> None:
+    for search in _mapping(value, what).values():
+        _count(_mapping(search, what).get("asked", 0), what)
+
+
 def _candidates(value: object, what: str) -> None:
     for each in value if isinstance(value, list) else [value]:
         candidate = fields(each, what, ("implementation", "config"))
@@ -251,6 +256,8 @@ _NOTES: Mapping[str, Callable[[object, str], None]] = {
     "reused": _count,
     "infeasible": _count,
     "revoked": _count,
+    "unconfirmed": _count,
+    "searches": _searches,
     "rejected": _counts,
     "seconds": _numbers,
     "busy": _number,

@@ -12,7 +12,11 @@ from tilebook.report.status import target
 
 
 def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
-    """A text for people and the same as data. Raises UsageError where there is no GPU here and none was named."""
+    """A text for people and the same as data. Raises UsageError where there is no GPU here and none was named.
+
+    A call asks for the problem's bucket; `asked` is the problem as it was written.
+    """
+    asked, problem = problem.label, problem.bucket()
     device = target(gpu)
     snapshot = Snapshot(device, registry)
     choice = snapshot.choose(op, problem)
@@ -24,6 +28,7 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
     data: dict[str, Any] = {
         "op": op.name,
         "problem": problem.label,
+        "asked": asked,
         "device": device.name,
         "source": choice.source,
         "implementation": choice.implementation.name,
@@ -36,7 +41,7 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
         "revoked": passed,
     }
     lines = [
-        f"{op.name} {problem.label} on {device.name}",
+        f"{op.name} {asked}{f' (asks for {problem.label})' if asked != problem.label else ''} on {device.name}",
         f"  runs     {choice.implementation.name} {choice.config or ''}".rstrip(),
         *(f"  revoked  {each['implementation']} {_written(each['config'])}: {each['reason']}" for each in passed),
         f"  because  {_reason(choice.source, data['verdict'], [each['source'] for each in passed])}",

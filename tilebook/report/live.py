@@ -13,6 +13,8 @@ from rich.text import Text
 
 from tilebook.registry import VerdictStatus
 from tilebook.report.rows import seconds as _time
+from tilebook.tuner.budget import Budget
+from tilebook.tuner.known import cut_short
 from tilebook.tuner.progress import ProblemState, Run
 
 _HEARTBEAT_S = 15.0
@@ -26,6 +28,9 @@ def line(state: ProblemState) -> str:
         return f"{name}: failed: {state.error}"
     if state.skipped:
         return f"{name}: has a verdict already"
+    if state.unreached:
+        stands = "" if state.verdict is None else "; the verdict from before stands"
+        return f"{name}: not reached: {state.unreached}{stands}; {_counts(state)}, {_time(state.elapsed_s)}"
     verdict, outcome = state.verdict, "no verdict"
     if verdict is not None:
         chosen = " ".join([verdict.implementation, *(f"{axis}={value}" for axis, value in verdict.config.items())])
@@ -36,7 +41,8 @@ def line(state: ProblemState) -> str:
             outcome = f"the default wins: {chosen}"
         else:
             outcome = f"predicted: {chosen}"
-    return f"{name}: {outcome}; {_counts(state)}, {_time(state.elapsed_s)}{_busy(state)}"
+    cut = "; cut short by the budget, another run goes on" if verdict is not None and cut_short(verdict) else ""
+    return f"{name}: {outcome}{cut}; {_counts(state)}, {_time(state.elapsed_s)}{_busy(state)}"
 
 
 def _counts(state: ProblemState) -> str:
@@ -100,14 +106,14 @@ class _View(Run):
 
     def render(self) -> Group:
         parts = [part for state in self.now for part in _panel(state, self)]
-        left = f", {_time(max(0.0, self.deadline - time.monotonic()))} left" if self.deadline is not None else ""
+        left = f", {_time(max(0.0, self.budget.left_s))} left" if self.budget.limited else ""
         return Group(*parts, Text(f"{len(self.done)} of {self.total} problems done{left}"))
 
 
 @contextmanager
-def view(total: int, measured: bool, deadline: float | None, gpus: int = 1) -> Iterator[Run]:
+def view(total: int, measured: bool, budget: Budget | None = None, gpus: int = 1) -> Iterator[Run]:
     """A run that shows itself on stderr while the block lasts."""
-    run = _View(total, measured, deadline, gpus)
+    run = _View(total, measured, budget or Budget(), gpus)
     run.console = Console(file=sys.stderr, highlight=False, markup=False)
     if not run.console.is_terminal:
         yield run

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.registry import Revocation, Verdict
+from tilebook.tuner.known import cut_short
 
 
 def stale(verdict: Verdict) -> list[str]:
@@ -18,6 +19,10 @@ def stale(verdict: Verdict) -> list[str]:
         for name, version in sorted(verdict.environment.versions.items())
         if name in here and here[name] != version and name not in ("python", "tilebook")
     ]
+
+
+UNREACHED = "not reached"
+"""The status of a problem for which a run found no time; it has a verdict's row without a verdict."""
 
 
 def _label(verdict: Verdict) -> str:
@@ -57,10 +62,18 @@ def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> d
         "infeasible": verdict.evidence.get("infeasible"),
         "seconds": verdict.evidence.get("seconds"),
         "busy": verdict.evidence.get("busy"),
+        "cut_short": cut_short(verdict),
         "mode": verdict.evidence.get("mode"),
         "others": _others(others if isinstance(others, list) else []),
         "measured_at": verdict.created_at.isoformat(),
     }
+
+
+def unreached(op: str, problem: str, device: str, why: str) -> dict[str, Any]:
+    """A problem that a run did not reach, with the fields of a verdict's row and the reason beside."""
+    unknown = ("time_ms", "default_time_ms", "speedup", "speedup_low", "speedup_high", "implementation", "layer")
+    named = {"op": op, "problem": problem, "device": device, "status": UNREACHED, "reason": why}
+    return {**named, **dict.fromkeys(unknown), "config": {}, "others": {}, "stale": False}
 
 
 def _others(candidates: Sequence[Any]) -> dict[str, float]:
@@ -85,6 +98,12 @@ def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False) -
     from rich.table import Table
 
     console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
+    left_out = [each for each in rows if each["status"] == UNREACHED]
+    rows = [each for each in rows if each["status"] != UNREACHED]
+    for each in left_out:
+        console.print(f"not reached: {each['op']} {each['problem']}: {each['reason']}", soft_wrap=True)
+    if not rows and left_out:
+        return
     if not rows:
         console.print("no verdicts: run `tilebook tune` first")
         return
@@ -124,6 +143,7 @@ def _outcome(each: dict[str, Any]) -> list[str]:
         ratio = f"{each['speedup']:.3f}\n[{each['speedup_low']:.3f}, {each['speedup_high']:.3f}]"
     flags = [each["status"], each["layer"]]
     flags += [each["mode"]] if each["mode"] == "eager" else []
+    flags += ["cut short"] if each["cut_short"] else []
     flags += ["stale"] if each["stale"] else []
     flags += [] if each["trusted"] else ["not trusted"]
     flags += ["revoked"] if each["revoked"] else []

@@ -56,7 +56,7 @@ def asked(gpu: Device, registry: str | None = None) -> list[Asked]:
     snapshot, known = Snapshot(gpu, registry), ops.ops()
     layers = store.Layers.default(registry)
     found = []
-    for miss in layers.misses(_key(gpu)):
+    for miss in layers.misses(store.Device(*gpu.identity)):
         if miss.op in known:
             try:
                 problem = known[miss.op].problem.from_key(miss.problem)
@@ -65,10 +65,6 @@ def asked(gpu: Device, registry: str | None = None) -> list[Asked]:
             choice = snapshot.choose(known[miss.op], problem)
             found.append(Asked(known[miss.op], problem, miss.calls, miss.time_ms, choice))
     return found
-
-
-def _key(gpu: Device) -> store.Device:
-    return store.Device(gpu.name, gpu.arch, gpu.sm_count)
 
 
 def target(gpu: str | None) -> Device:
@@ -88,7 +84,7 @@ def status(gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
     """A text for people and the same as data: verdicts by kind, what was asked for, the share of it that is covered."""
     device = target(gpu)
     layers = store.Layers.default(registry)
-    verdicts = [row(verdict, layer) for layer, verdict in layers.verdicts(device=_key(device))]
+    verdicts = [row(verdict, layer) for layer, verdict in layers.verdicts(device=store.Device(*device.identity))]
     problems = list(layers.problems)
     if registry and problems:
         raise store.RegistryError(problems[0])

@@ -9,17 +9,19 @@ import json
 import os
 import queue
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from tilebook import op as ops
 from tilebook.device import Device
-from tilebook.errors import CompilerError
+from tilebook.errors import CompilerError, TuningError
 from tilebook.tuner.child import Child, ChildDied, ChildNotStarted, ChildTimedOut, Json
 
 _MAX_WORKERS = 32  # each holds PyTorch and Triton, about 0.5 GB
@@ -73,6 +75,20 @@ class Compiled:
         return cls(**{**data, "binaries": tuple(Binary(**each) for each in data["binaries"])})
 
 
+def check_cache() -> None:
+    """Raises TuningError where Triton cannot keep what it compiles: every candidate would fail at that."""
+    import triton
+
+    folder = Path(triton.knobs.cache.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        wish = "set TRITON_CACHE_DIR to a folder that can"
+        raise TuningError(f"Triton's cache {folder} cannot be written ({error.strerror}): {wish}") from None
+
+
 def outcome(future: Future[Compiled]) -> Compiled:
     """What became of a compilation; a defect of the compile process is that candidate's failure, and no more.
 
@@ -82,11 +98,6 @@ def outcome(future: Future[Compiled]) -> Compiled:
         return future.result()
     except CompilerError as error:
         return Compiled((), 0.0, "compile_error", str(error).strip().splitlines()[-1][:_MAX_REASON])
-
-
-def block_registers(kernel: Binary, device: Device) -> int:
-    """Registers that one program takes: handed out to a warp eight per thread at a time."""
-    return -(-kernel.registers // 8) * 8 * device.warp_size * kernel.warps
 
 
 class Compilers(Protocol):

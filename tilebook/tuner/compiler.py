@@ -24,9 +24,10 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.device import Device
 from tilebook.launch import intercepted
+from tilebook.occupancy import program_registers
 from tilebook.tuner import binary
 from tilebook.tuner.child import Json, serve
-from tilebook.tuner.compile import Binary, Compiled, block_registers
+from tilebook.tuner.compile import Binary, Compiled
 
 MAX_SPILLS = 512  # bytes of local memory per thread; below this spills are recorded, above it they cost too much to try
 MAX_TENSOR_MEMORY = 512  # columns of a Blackwell SM
@@ -57,7 +58,7 @@ class _Driver:
 
 
 def _pose_as(device: Device) -> None:
-    """Makes Triton, and whoever asks `tilebook.device.current`, believe that this process has `device`."""
+    """Makes Triton believe that this process has `device`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
@@ -65,8 +66,6 @@ def _pose_as(device: Device) -> None:
     arch: int | str = device.capability if device.backend == "cuda" else device.arch
     target = GPUTarget(device.backend, arch, device.warp_size)
     triton.runtime.driver.set_active(_Driver(target))
-    devices.current.cache_clear()
-    setattr(devices, "current", lambda index=0: device)  # noqa: B010 (mypy rejects the plain assignment)
 
     # Shared memory is known before code is generated, and the code of hopeless candidates takes longest: 7 s and more.
     backend = type(make_backend(target))
@@ -107,7 +106,7 @@ class _Light(TorchFunctionMode):
 def compile_here(
     device: Device, op: str, implementation: str, problem_key: str, config: Mapping[str, ops.Value]
 ) -> Compiled:
-    """Compiles one candidate in this process, which must already pose as `device`."""
+    """Compiles one candidate in this process, in which Triton must already believe that it has `device`."""
     chosen = ops.get(op)
     if implementation not in chosen.implementations:
         raise ops.UsageError(f"{op} has no implementation {implementation!r}")
@@ -128,7 +127,7 @@ def compile_here(
                 inputs = problem.inputs("meta", 0)
         except Exception as error:
             raise RuntimeError(f"inputs on the meta device: {_gist(error)}") from error
-        with intercepted(collect), _Light(), torch.no_grad():
+        with devices.posing_as(device), intercepted(collect), _Light(), torch.no_grad():
             chosen.implementations[implementation](*inputs, config=ops.Config(config))
         failure = _limits(binaries, device) if binaries else ("compile_error", "the launcher started no kernel")
     except _Rejected as error:
@@ -189,7 +188,7 @@ def _limits(binaries: Sequence[Binary], device: Device) -> tuple[str | None, str
     for each in binaries:
         if each.shared > device.shared_per_block:
             return "out_of_resources", f"{each.name}: {_too_much_shared(each.shared, device)}"
-        needed = block_registers(each, device)
+        needed = program_registers(each.registers, each.warps, device)
         if needed > device.registers_per_sm:
             return "out_of_resources", f"{each.name}: {needed} registers > {device.registers_per_sm}"
     for each in binaries:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tilebook.errors import TuningError
+from tilebook.errors import OutOfTime, TuningError
 from tilebook.registry import Again, Finalist, Json, Speedup, Verdict, VerdictStatus
+from tilebook.tuner.budget import Turn
+from tilebook.tuner.measure import SAMPLE_MS
 from tilebook.tuner.runner import Candidate, Runner
 from tilebook.tuner.stats import Ratio, median, speedup
 from tilebook.tuner.tuning import Tuning
@@ -34,6 +35,7 @@ took 1.18–1.20 times as long as the best for attention; the model's first choi
 
 _FASTEST, _LIGHTEST = 5, 5  # finalists of each implementation that has a space
 _TRIES = 3  # finalists that get the fresh process
+_FEWEST = 3  # that a contest has, the default among them, however short the time
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,16 @@ class Contest:
         return [candidate for candidate in ranked if self.ratios[candidate].value * factor >= fastest]
 
 
-def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate] = ()) -> Verdict:
+def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate], turn: Turn) -> Verdict:
     """Interleaves the finalists with the default and every other implementation, and what wins with the default again
     in a fresh process. Promoted is the first in order of merit that beats the default beyond doubt both times.
 
-    extra: candidates to be among the finalists however they did. Raises TuningError where the default fails.
+    extra: candidates to be among the finalists however they did. turn: where time is short there are fewer finalists.
+    Raises TuningError where the default fails, OutOfTime where a winner cannot be confirmed any more.
     """
-    began = time.monotonic()
+    began = turn.now()
     tuning.phase("confirming")
-    first = _qualify(tuning, runner, rounds, seed, extra)
+    first = (_within if turn.limited else _qualify)(tuning, runner, rounds, seed, extra, turn)
     again: dict[Candidate, Contest] = {}
     chosen, ratio = tuning.default, Ratio(1.0, 1.0, 1.0)
     for candidate in _by_merit(tuning, first):
@@ -74,13 +77,22 @@ def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
             break
         if first.ratios[candidate].low <= PROMOTION:
             continue
+        fresh_s = turn.expected("each" if again else "fresh")
+        if not (turn.affords(fresh_s) if again else turn.may_end(fresh_s)):
+            if again:
+                tuning.unconfirmed += 1
+                break
+            raise OutOfTime("the budget ended before its winner could be confirmed in a fresh process")
         tuning.phase("confirming in a fresh process")
+        started = turn.now()
         repeat, _ = _contest(tuning, runner, [tuning.default, candidate], rounds, seed + 1, fresh=not again)
+        if not again:
+            turn.note("fresh", turn.now() - started)
         again[candidate] = repeat
         if candidate in repeat.samples and repeat.ratios[candidate].low > PROMOTION:
             chosen, ratio = candidate, _both(first.ratios[candidate], repeat.ratios[candidate])
             break
-    tuning.state.confirming_s += time.monotonic() - began
+    tuning.state.confirming_s += turn.now() - began
     # What failed in the fresh process is out: to be served when the winner cannot be, least of all.
     first = Contest({c: samples for c, samples in first.samples.items() if c in tuning.times}, first.seed)
     status = VerdictStatus.DEFAULT if chosen == tuning.default else VerdictStatus.MEASURED
@@ -132,17 +144,49 @@ def _finalists(tuning: Tuning, implementation: str) -> list[Candidate]:
     return list(dict.fromkeys([*near[:_FASTEST], *sorted(equal, key=tuning.burden)[:_LIGHTEST]]))
 
 
-def _qualify(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate]) -> Contest:
+def _qualify(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate], turn: Turn) -> Contest:
     """The contest of all finalists. Where one fails its last verification the next moves up, and all run again."""
     while True:
-        if tuning.default not in tuning.times:
-            raise TuningError("the default config did not pass: there is nothing to compare with")
-        searched = {entrant.name for entrant in tuning.entrants}
-        others = [c for c in tuning.times if c.implementation not in searched]
-        wanted = [tuning.default, *finalists(tuning), *(c for c in extra if c in tuning.times), *others]
-        contest, failed = _contest(tuning, runner, list(dict.fromkeys(wanted)), rounds, seed)
+        contest, failed = _contest(tuning, runner, _wanted(tuning, extra), rounds, seed)
         if not failed:
             return contest
+
+
+def _wanted(tuning: Tuning, extra: Sequence[Candidate]) -> list[Candidate]:
+    """Who takes part: the default first, then the finalists, and every implementation that has no space."""
+    if tuning.default not in tuning.times:
+        raise TuningError("the default config did not pass: there is nothing to compare with")
+    searched = {entrant.name for entrant in tuning.entrants}
+    others = [c for c in tuning.times if c.implementation not in searched]
+    wanted = [tuning.default, *finalists(tuning), *(c for c in extra if c in tuning.times), *others]
+    return list(dict.fromkeys(wanted))
+
+
+def _within(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate], turn: Turn) -> Contest:
+    """The contest of those finalists that there is time to verify, the fastest first, one by one.
+
+    The default, the fastest of all and the fastest that has a space are among them, or it is no contest.
+    """
+    default, *rest = _wanted(tuning, extra)
+    tuned = {entrant.name for entrant in tuning.entrants}
+    rest.sort(key=lambda c: (tuning.times[c], tuning.burden(c)))
+    ahead = [c for c in rest if c.implementation in tuned][:1]
+    wanted = [default, *dict.fromkeys([*rest[:1], *ahead, *rest])]
+    passed: list[Candidate] = []
+    for place, candidate in enumerate(wanted):
+        part, lasting = "each" if passed else "first", [*passed, candidate]
+        sampling_s = rounds * sum(max(SAMPLE_MS, tuning.times[c]) for c in lasting) / 1e3
+        needed = turn.expected(part) + sampling_s + turn.expected("fresh")
+        if place < _FEWEST and not turn.may_end(needed):
+            raise OutOfTime("the budget ended before its winner could be confirmed")
+        if place >= _FEWEST and not turn.affords(needed):
+            tuning.unconfirmed = len(wanted) - place
+            break
+        began = turn.now()
+        contest, _ = _contest(tuning, runner, [candidate], 1, seed)
+        turn.note(part, turn.now() - began)
+        passed += contest.samples
+    return _contest(tuning, runner, passed, rounds, seed)[0]
 
 
 def _contest(

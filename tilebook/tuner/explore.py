@@ -6,17 +6,18 @@ search, storing the trial and asking for more happen meanwhile.
 
 from __future__ import annotations
 
-import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 
 from tilebook.op import Config
 from tilebook.registry import Failure, Json, Trial
+from tilebook.tuner.budget import Turn
 from tilebook.tuner.compile import Compiled, Compilers, outcome
 from tilebook.tuner.model import predict
 from tilebook.tuner.runner import Attempt, Candidate, Runner
-from tilebook.tuner.tuning import Entrant, Tuning
+from tilebook.tuner.tuning import Ending, Entrant, Searched, Tuning
 
 GAIN = 0.99
 """What does not lower the best time below this share of it has gained nothing."""
@@ -26,15 +27,20 @@ PATIENCE = 48
 
 _POLISH = 32  # … and after so many the neighbourhood of the best is compiled, to be there when it does
 
+FAR = 2.0
+"""A candidate whose first estimate is so many times the best time so far is not sampled."""
+
 AHEAD = 2
 """Candidates given to the GPU at a time: the one it measures, and the next."""
 
 
-def timed_attempt(runner: Runner, candidate: Candidate, incumbent_ms: float | None) -> tuple[Attempt, float]:
+def timed_attempt(
+    runner: Runner, candidate: Candidate, most_ms: float | None, clock: Callable[[], float]
+) -> tuple[Attempt, float]:
     """The attempt, with the seconds that it took."""
-    began = time.monotonic()
-    attempt = runner.attempt(candidate, incumbent_ms)
-    return attempt, time.monotonic() - began
+    began = clock()
+    attempt = runner.attempt(candidate, most_ms)
+    return attempt, clock() - began
 
 
 class Stopped(Exception):
@@ -43,10 +49,15 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Bounds:
-    """limit: candidates, before the neighbourhood of the best. width: candidates compiling, or compiled and waiting."""
+    """limit: candidates, before the neighbourhood of the best. width: candidates compiling, or compiled and waiting.
+
+    patience: candidates without a gain. turn: the problem's part of the run's time.
+    """
 
     limit: int
     width: int
+    patience: int
+    turn: Turn
 
 
 class Explorer:
@@ -57,6 +68,7 @@ class Explorer:
     ) -> None:
         self._tuning, self._entrant, self._search = tuning, entrant, entrant.search
         self._pool, self._runner, self._gpu, self._bounds = pool, runner, gpu, bounds
+        self._clock, self._part = bounds.turn.now, f"try {entrant.name}"
         self._compiling: dict[Future[Compiled], Config] = {}
         self._measuring: deque[tuple[Config, Compiled, Future[tuple[Attempt, float]]]] = deque()
         self._twins_of: dict[Config, list[tuple[Config, Compiled]]] = {}  # same code as one that is being measured
@@ -64,7 +76,8 @@ class Explorer:
         self._gainless = 0
         self._best_ms = float("inf")
         self._patient = True
-        self._deadline: float | None = None
+        self._deadline = float("inf")
+        self._ended = False
         self._following: Explorer | None = None
         self._begun: Explorer | None = None
         self._centre: tuple[Config, float] | None = None
@@ -96,13 +109,13 @@ class Explorer:
             return True
         return False
 
-    def run(self, deadline: float | None, following: Explorer | None = None) -> None:
+    def run(self, deadline: float, following: Explorer | None = None) -> None:
         """Explores until the limit, the deadline, or no more gain; then the neighbourhood of the best until it is.
 
         following: begins once this one has little left to compile, and measures wherever the GPU would wait for that.
         """
         state, self._deadline, self._following = self._tuning.state, deadline, following
-        began, measured = time.monotonic(), state.measuring_s
+        began, measured = self._clock(), state.measuring_s
         alone = len(self._tuning.entrants) == 1
         self._tuning.phase("searching" if alone else f"searching {self._entrant.name}")
         try:
@@ -114,12 +127,14 @@ class Explorer:
                 elif self._compiling:
                     self._wait()
                 else:
+                    self._ended = True
                     break
             while self._measuring:
                 self._finish_one()
         finally:
             if self._runner is not None:
-                state.waiting_s += max(0.0, time.monotonic() - began - (state.measuring_s - measured))
+                state.waiting_s += max(0.0, self._clock() - began - (state.measuring_s - measured))
+            self._tuning.searches[self._entrant.name] = Searched(self._asked, self.ending)
 
     def close(self) -> None:
         """Gives up what is compiling, and waits until the GPU's thread is free for the next problem."""
@@ -128,9 +143,21 @@ class Explorer:
         wait([future for _, _, future in self._measuring if not future.cancel()])
 
     @property
+    def ending(self) -> Ending:
+        """What ended the search."""
+        if not self._ended:
+            return "budget"
+        if not self._patient:
+            return "converged"
+        return "all" if self._search.exhausted else "trials"
+
+    @property
     def _late(self) -> bool:
-        late = self._deadline is not None and time.monotonic() > self._deadline
-        return late and self._search.told(self._entrant.default)
+        """Is there no time for another candidate? For our own default there is: nothing can be decided without it."""
+        now = self._clock()
+        if now + (len(self._measuring) + 1) * self._bounds.turn.expected(self._part) <= self._deadline:
+            return False
+        return self._entrant is not self._tuning.entrants[0] or self._search.told(self._entrant.default)
 
     # Asking and compiling
 
@@ -213,8 +240,8 @@ class Explorer:
                 candidate, best = self._entrant.candidate(config), self._search.best
                 self._tuning.compiled[candidate] = compiled
                 # Its own best: however far behind, its best few are what serves where the winner cannot run.
-                incumbent_ms = None if config == self._entrant.default or best is None else best[1]
-                future = self._gpu.submit(timed_attempt, self._runner, candidate, incumbent_ms)
+                most_ms = None if config == self._entrant.default or best is None else FAR * best[1]
+                future = self._gpu.submit(timed_attempt, self._runner, candidate, most_ms, self._clock)
                 self._measuring.append((config, compiled, future))
             self._submit()
 
@@ -228,6 +255,7 @@ class Explorer:
         attempt, seconds = future.result()
         self._measuring.popleft()
         self._tuning.state.measuring_s += seconds
+        self._bounds.turn.note(self._part, seconds)
         self._judge(config, compiled, attempt)
         for twin, code in self._twins_of.pop(config, ()):
             self._judge_twin(twin, code, config)
@@ -265,8 +293,7 @@ class Explorer:
         best = self._search.best
         if best is not None and best[1] < GAIN * self._best_ms:
             self._best_ms, self._gainless = best[1], 0
-        # A prediction costs nothing but compiling, and without a GPU to ask all of the space is tried.
-        if self._runner is not None and self._gainless >= PATIENCE:
+        if self._gainless >= self._bounds.patience:
             self._patient = False
 
     def _check(self) -> None:

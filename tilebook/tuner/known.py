@@ -52,7 +52,7 @@ class Known:
     def __init__(
         self, registry: Registry, layers: Layers, gpu: Device, environment: Mapping[str, str], mode: str
     ) -> None:
-        self.device = store.Device(gpu.name, gpu.arch, gpu.sm_count)
+        self.device = store.Device(*gpu.identity)
         self.environment = store.Environment(dict(environment))
         self.mode = mode
         self._registry, self._layers = registry, layers
@@ -74,8 +74,11 @@ class Known:
         feasible = [config for config in runnable if not self.revoked(implementation, config)]
         return Field(implementation, feasible, len(implementation.space) - len(runnable), len(runnable) - len(feasible))
 
-    def standing(self, op: Op[Any], problem: Problem, fields: Sequence[Field]) -> Verdict | None:
-        """The verdict that answers this run's question already, though perhaps for smaller spaces, or fewer."""
+    def standing(self, op: Op[Any], problem: Problem, fields: Sequence[Field] = ()) -> Verdict | None:
+        """The verdict that answers this run's question already, though perhaps for smaller spaces, or fewer.
+
+        fields: what may run now, where that is known; a verdict whose winner is not among it does not count.
+        """
         feasible = {each.name: each.feasible for each in fields}
         found = self._registry.verdicts(op=op.name, problem=problem.key, device=self.device, kernel=op.digest)
         for verdict in found:
@@ -164,6 +167,25 @@ def unsearched(verdict: Verdict, field: Field) -> list[Config] | None:
         return [config for config, place in places if place is None or not bits >> place & 1] or None
     except (KeyError, ValueError):  # it leaves out which points there were, as what ships does
         return field.feasible
+
+
+def cut_short(verdict: Verdict) -> bool:
+    """Did the budget keep something out that another run would look at?"""
+    searches: Any = verdict.notes.get("searches")
+    names = list(searches) if isinstance(searches, dict) else []
+    left_out = verdict.notes.get("unmeasured"), verdict.evidence.get("unconfirmed")
+    return any(left_out) or any(unfinished(verdict, name, 0) for name in names)
+
+
+def unfinished(verdict: Verdict, implementation: str, limit: int) -> bool:
+    """Did the search behind a verdict end before its time, and would a run with this limit of candidates go on?"""
+    searches: Any = verdict.notes.get("searches")
+    its = searches.get(implementation) if isinstance(searches, dict) else None
+    if not isinstance(its, dict):
+        return False
+    asked = its.get("asked")
+    more = isinstance(asked, int) and asked < limit
+    return its.get("ended") == "budget" or (its.get("ended") == "trials" and more)
 
 
 def _place(axes: Mapping[str, Sequence[Any]], config: Mapping[str, Any], later: Mapping[str, Any]) -> int | None:

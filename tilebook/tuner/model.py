@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from tilebook.device import Device
+from tilebook.occupancy import programs_per_sm
 from tilebook.problem import Cost
-from tilebook.tuner.compile import Binary, Compiled, block_registers
+from tilebook.tuner.compile import Binary, Compiled
 
 # What well-tuned kernels reach of the datasheet's rates.
 _COMPUTE_SHARE = 0.75
@@ -17,11 +18,6 @@ _L2_MISSES = 0.25  # of re-reads, once the tensors outgrow the L2 cache
 _HALF_HIDDEN = 4.0  # loads in flight (warps × stages) at which half of the time goes into waiting
 _SPILL_BYTES = 512.0  # per thread: as much doubles the time
 _LAUNCH_S = 2.5e-6
-
-_SHARED_RESERVED = 1024  # per program, by CUDA since sm_80
-_SHARED_UNIT = 128
-_WARPS_UNIT = 4  # warps are spread evenly over four register files
-_THREADS_PER_BLOCK_SLOT = 64  # 32 programs on an SM that holds 2048 threads, 24 on one that holds 1536
 
 
 @dataclass(frozen=True)
@@ -36,19 +32,6 @@ class Prediction:
     occupancy: float
     waves: float
     bound: str
-
-
-def blocks_per_sm(kernel: Binary, device: Device) -> int:
-    """Programs that one SM holds at a time; 0 where not even one fits."""
-    cuda = device.backend == "cuda"
-    slots = device.threads_per_sm // _THREADS_PER_BLOCK_SLOT
-    by_threads = device.threads_per_sm // (kernel.warps * device.warp_size)
-    per_warp = max(1, block_registers(kernel, device) // kernel.warps)
-    warps = device.registers_per_sm // per_warp
-    by_registers = warps // _WARPS_UNIT * _WARPS_UNIT // kernel.warps
-    shared = -(-kernel.shared // _SHARED_UNIT) * _SHARED_UNIT + (_SHARED_RESERVED if cuda else 0)
-    by_shared = device.shared_per_sm // shared if shared else slots
-    return min(slots, by_threads, by_registers, by_shared)
 
 
 def predict(op_cost: Cost, work: Cost | None, compiled: Compiled, device: Device) -> Prediction:
@@ -82,7 +65,7 @@ def predict(op_cost: Cost, work: Cost | None, compiled: Compiled, device: Device
 
 
 def _kernel(kernel: Binary, share: float, floor: Cost, work: Cost, device: Device) -> Prediction:
-    blocks = max(1, blocks_per_sm(kernel, device))
+    blocks = max(1, programs_per_sm(kernel.warps, kernel.registers, kernel.shared, device))
     grid = max(1, kernel.grid)
     rounds = math.ceil(grid / device.sm_count)  # programs that the busiest SM runs, one beside or after the other
     busy = grid / (rounds * device.sm_count)

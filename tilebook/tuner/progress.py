@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tilebook.registry import Failure, Verdict
+from tilebook.tuner.budget import Budget
 
 
 @dataclass
@@ -17,6 +18,8 @@ class ProblemState:
 
     compiling_s: summed over the compile processes. measuring_s, waiting_s: while candidates were tried, how long the
     GPU worked and how long it waited for one. confirming_s: the finalists' interleaved samples, fresh process included.
+    unreached: why there is no verdict of this run though nothing went wrong; one from before may stand. clock: what
+    the times are by.
     """
 
     op: str
@@ -39,11 +42,17 @@ class ProblemState:
     measuring_s: float = 0.0
     waiting_s: float = 0.0
     confirming_s: float = 0.0
-    started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
+    dtype: str = ""
     verdict: Verdict | None = None
     skipped: bool = False
+    unreached: str = ""
     error: str = ""
+    clock: Callable[[], float] = time.monotonic
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
 
     @property
     def tried(self) -> int:
@@ -51,7 +60,7 @@ class ProblemState:
 
     @property
     def elapsed_s(self) -> float:
-        return self.seconds or time.monotonic() - self.started
+        return self.seconds or self.clock() - self.started
 
     @property
     def busy(self) -> float | None:
@@ -62,11 +71,11 @@ class ProblemState:
 
 @dataclass
 class Run:
-    """A whole run: its finished problems, those under way (one a GPU), and when it must end."""
+    """A whole run: its finished problems, those under way (one a GPU), and its time."""
 
     total: int
     measured: bool
-    deadline: float | None = None
+    budget: Budget = field(default_factory=Budget)
     gpus: int = 1
     done: list[ProblemState] = field(default_factory=list)
     now: list[ProblemState] = field(default_factory=list)
@@ -82,16 +91,9 @@ class Run:
 
     def end(self, state: ProblemState, again: bool = False) -> None:
         """`again`: it failed here, and another GPU will try it."""
-        state.seconds = max(time.monotonic() - state.started, 1e-9)
+        state.seconds = max(state.clock() - state.started, 1e-9)
         with self._lock:
             self.now = [each for each in self.now if each is not state]
             if not again:
                 self.done.append(state)
         self.changed()
-
-    def share(self, problems: int) -> float | None:
-        """When the next problem must end, if so many are left for all GPUs; None without a deadline."""
-        if self.deadline is None:
-            return None
-        now = time.monotonic()
-        return now + max(0.0, self.deadline - now) / math.ceil(problems / self.gpus)

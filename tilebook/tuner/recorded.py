@@ -28,7 +28,6 @@ from tilebook.tuner.session import Options, Session
 from tilebook.tuner.shards import tune_all
 from tilebook.tuner.stats import median
 from tilebook.tuner.sweep import Sweep
-from tilebook.tuner.worker import FAR
 
 _T = TypeVar("_T")
 
@@ -110,7 +109,7 @@ class Machine:
 
     def prepare(self, op: Op[Any], problem: Problem) -> None: ...
 
-    def attempt(self, candidate: Candidate, incumbent_ms: float | None) -> Attempt:
+    def attempt(self, candidate: Candidate, most_ms: float | None) -> Attempt:
         measured = self._measured[candidate]
         attempt = measured.attempt
         self.now = self._gpu_free = max(self.now, self._gpu_free) + measured.run_s
@@ -118,8 +117,8 @@ class Machine:
             return attempt
         if candidate.implementation == self._ours:
             self.steps.append(Step(self.now, self._asked[candidate], attempt.time_ms))
-        if incumbent_ms is not None and attempt.time_ms > FAR * incumbent_ms:
-            text = f"{attempt.time_ms / incumbent_ms:.1f} times slower than the best so far"
+        if most_ms is not None and attempt.time_ms > most_ms:
+            text = f"the first estimate, {attempt.time_ms:.4g} ms, is over {most_ms:.4g} ms"
             return replace(attempt, failure=Failure.SLOW, reason=text, samples_ms=())
         return attempt
 

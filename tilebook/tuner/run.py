@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from tilebook import device as devices
 from tilebook.op import Op, Problem, UsageError
 from tilebook.registry import Layers
 from tilebook.report.live import view
-from tilebook.report.rows import row
-from tilebook.tuner.compile import CompilePool
+from tilebook.report.rows import row, unreached
+from tilebook.tuner.budget import Budget
+from tilebook.tuner.compile import CompilePool, check_cache
 from tilebook.tuner.known import PREDICTED, Known
 from tilebook.tuner.measure import Mode
 from tilebook.tuner.progress import ProblemState
@@ -62,6 +63,18 @@ def indices(gpus: str | None, count: int) -> list[int]:
     return sorted(set(chosen))
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run: the states of its problems, and a row for each that has a verdict or was not reached.
+
+    interrupted: by Ctrl-C.
+    """
+
+    states: Sequence[ProblemState]
+    rows: Sequence[dict[str, Any]]
+    interrupted: bool = False
+
+
 def tune_problems(
     problems: Sequence[tuple[Op[Any], Problem]],
     *,
@@ -75,16 +88,19 @@ def tune_problems(
     workers: int | None = None,
     seed: int = 0,
     force: bool = False,
-) -> tuple[list[ProblemState], list[dict[str, Any]]]:
-    """Tunes the problems and returns what happened to each, with the rows of their verdicts.
+    weights: Sequence[float] | None = None,
+) -> Outcome:
+    """Tunes the problems and returns what happened to each, also after Ctrl-C.
 
+    weights: what each is worth, so much of the budget it gets; by default the least time that a call takes.
     Raises UsageError for an unknown GPU or search, RegistryError where the registry cannot be written.
     """
+    budget = Budget(budget_s)
     device, chosen = _target(gpu, gpus)
     if method != "grid":
         sampler(method, seed)
+    check_cache()
     layers = Layers.default(registry)
-    deadline = None if budget_s is None else time.monotonic() + budget_s
     options = Options(trials=trials, seed=seed, method=method, force=force)
     environment = {k: v for k, v in devices.environment().items() if chosen or k not in ("driver", "cudnn")}
     runners = [GpuRunner(index, mode) for index in chosen[: len(problems)]]
@@ -94,12 +110,24 @@ def tune_problems(
         for runner in runners:
             runner.start()
         pool.start()
-        with view(len(problems), bool(runners), deadline, max(1, len(runners))) as run:
+        budget.measured = bool(runners)
+        interrupted = False
+        with view(len(problems), bool(runners), budget, max(1, len(runners))) as run:
             known = Known(writer, layers, device, environment, mode if runners else PREDICTED)
             sessions = [
                 Session(device, known, pool, runner, options, run, index)
                 for index, runner in zip(chosen, runners, strict=False)
             ] or [Session(device, known, pool, None, options, run)]
-            states = tune_all(sessions, problems, run)
+            try:
+                states = tune_all(sessions, problems, run, weights)
+            except KeyboardInterrupt:
+                states, interrupted = run.done, True
     layer = layers.layers[0][0]
-    return states, [row(state.verdict, layer) for state in states if state.verdict is not None]
+    return Outcome(states, [shown for state in states if (shown := _row(state, layer, device.name))], interrupted)
+
+
+def _row(state: ProblemState, layer: str, gpu: str) -> dict[str, Any] | None:
+    if state.verdict is not None:
+        return row(state.verdict, layer)
+    problem = f"{state.label} {state.dtype}".strip()
+    return unreached(state.op, problem, gpu, state.unreached) if state.unreached else None

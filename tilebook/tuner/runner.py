@@ -57,8 +57,10 @@ class Runner(Protocol):
     def prepare(self, op: Op[Any], problem: Problem) -> None:
         """Makes inputs and truths for a problem. Raises TuningError where that cannot be done."""
 
-    def attempt(self, candidate: Candidate, incumbent_ms: float | None) -> Attempt:
-        """Verifies the candidate, then times it. Raises TuningError where no process can be made ready for it."""
+    def attempt(self, candidate: Candidate, most_ms: float | None) -> Attempt:
+        """Verifies the candidate, then times it; one whose first estimate is over `most_ms` is SLOW, and not sampled.
+
+        Raises TuningError where no process can be made ready for it."""
 
     def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, *, fresh: bool = False) -> list[Attempt]:
         """Verifies each candidate again, more thoroughly, and times those that pass interleaved, `rounds` samples each.
@@ -105,10 +107,10 @@ class GpuRunner:
         self._ensure()
         self._start_spare()
 
-    def attempt(self, candidate: Candidate, incumbent_ms: float | None) -> Attempt:
+    def attempt(self, candidate: Candidate, most_ms: float | None) -> Attempt:
         self._ensure()
         self._start_spare()
-        message: dict[str, Json] = {"do": "attempt", **_named(candidate), "incumbent_ms": incumbent_ms}
+        message: dict[str, Json] = {"do": "attempt", **_named(candidate), "most_ms": most_ms}
         limit_s = self._limit_s(self._limits.attempt_s, [candidate])
         try:
             reply: Any = self._child.request(message, limit_s)

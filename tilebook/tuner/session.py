@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from tilebook.device import Device
-from tilebook.errors import TuningError, one_line
+from tilebook.errors import OutOfTime, TuningError, one_line
 from tilebook.op import Config, Cost, Op, Problem, Space
 from tilebook.registry import Trial, Verdict
 from tilebook.tuner import decide
+from tilebook.tuner.budget import Job, Turn
 from tilebook.tuner.compile import Compilers
-from tilebook.tuner.explore import AHEAD, Bounds, Explorer, Stopped, timed_attempt
-from tilebook.tuner.known import Field, Known, unsearched
+from tilebook.tuner.explore import AHEAD, PATIENCE, Bounds, Explorer, Stopped, timed_attempt
+from tilebook.tuner.known import Field, Known, cut_short, unfinished, unsearched
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Candidate, Runner
 from tilebook.tuner.search import Search
@@ -32,6 +33,15 @@ class Options:
     method: str = "tpe"
     rounds: int = 30
     force: bool = False
+
+
+class Outlook(IntEnum):
+    """What there is to do for a problem, what is most wanted first."""
+
+    NEW = 0
+    CUT = 1
+    SETTLED = 2
+    """It has a verdict that nothing can be added to, unless a space has grown since."""
 
 
 _KEPT = 3  # finalists of a standing verdict that take part again
@@ -60,7 +70,12 @@ class Session:
         self._width = max(4, pool.workers // run.gpus + AHEAD)
         self._lane = lane or ThreadPoolExecutor(1, f"tilebook-gpu-{index}")
         self._explorers: list[Explorer] = []
-        self._closed = False
+        self._closed = self._expired = self._prepared = False
+
+    def expire(self) -> None:
+        """The run's time is up: as `close`, but the problem being tuned counts as not reached."""
+        self._expired = True
+        self.close()
 
     def close(self) -> None:
         """Ends what is under way, from any thread: a problem being tuned raises Stopped, and its trials stay."""
@@ -71,12 +86,26 @@ class Session:
         if self._runner is not None:
             self._runner.close()
 
-    def tune(self, op: Op[Any], problem: Problem, deadline: float | None = None) -> ProblemState:
-        """Tunes one problem until `deadline` (of the monotonic clock), and stores its trials and its verdict.
+    def job(self, op: Op[Any], problem: Problem, weight: float | None = None) -> Job:
+        """What a share is asked for. weight: where nobody says, the least time that a call takes on this GPU."""
+        others = () if self._runner is None else [each.implementation for each in self._others(op, problem)]
+        return Job(op.name, problem.floor_s(self._gpu) if weight is None else weight, others)
 
-        What goes wrong with the problem or the GPU is the state's `error`. The caller ends the state's part in the run.
+    def outlook(self, op: Op[Any], problem: Problem) -> Outlook:
+        """What there is to do for a problem, as far as its verdict tells."""
+        standing = None if self._options.force else self._known.standing(op, problem)
+        if standing is None:
+            return Outlook.NEW
+        return Outlook.CUT if cut_short(standing) else Outlook.SETTLED
+
+    def tune(self, op: Op[Any], problem: Problem, until: float = float("inf")) -> ProblemState:
+        """Tunes one problem until about then, by the run's clock, and stores its trials and its verdict.
+
+        What goes wrong with the problem or the GPU is the state's `error`; `unreached` says that there was no time for
+        a verdict. The caller ends the state's part in the run.
         """
         fields = self._fields(op, problem)
+        turn = Turn(self._run.budget, op.name, until)
         state = ProblemState(
             op.name,
             problem.label,
@@ -85,22 +114,40 @@ class Session:
             sum(self._limit(each) for each in fields),
             self.index,
             revoked=sum(each.revoked for each in fields),
+            dtype=getattr(problem, "dtype", ""),
+            clock=self._run.budget.clock,
         )
         self._run.begin(state)
         try:
             standing = None if self._options.force else self._known.standing(op, problem, fields)
-            if standing is not None and all(unsearched(standing, each) is None for each in fields):
+            if standing is not None and self._settled(standing, fields):
                 state.verdict, state.skipped = standing, True
-            else:
-                state.verdict = self._tune(op, problem, fields, standing, state, deadline)
-                self._known.record((), state.verdict)
-        except TuningError as broken:
-            if self._closed:
+                return state
+            state.verdict = standing
+            if not op.tunable.can_run(problem, self._gpu):
+                raise TuningError("our kernel does not run this problem, so PyTorch's implementation serves it")
+            if not turn.may_end(0.0):
+                raise OutOfTime("the budget was spent before its turn")
+            state.verdict = self._tune(op, problem, fields, standing, state, turn)
+            self._known.record((), state.verdict)
+        except (Stopped, TuningError) as broken:
+            if self._expired:
+                state.unreached = f"the budget ended while {state.phase}"
+            elif self._closed:
                 raise Stopped from broken
-            state.error = one_line(broken)
+            elif isinstance(broken, OutOfTime):
+                state.unreached = one_line(broken)
+            else:
+                state.verdict, state.error = None, one_line(broken)
             for explorer in self._explorers:
                 explorer.close()
         return state
+
+    def _settled(self, standing: Verdict, fields: Sequence[Field]) -> bool:
+        """Is there nothing that a run with these options would try beyond what the verdict was chosen from?"""
+        if cut_short(standing):
+            return False
+        return not any(unfinished(standing, f.name, self._limit(f)) or unsearched(standing, f) for f in fields)
 
     def _fields(self, op: Op[Any], problem: Problem) -> list[Field]:
         """What is to be searched: the space of our own kernel, then those of the others that can run here.
@@ -122,9 +169,9 @@ class Session:
         fields: Sequence[Field],
         standing: Verdict | None,
         state: ProblemState,
-        deadline: float | None,
+        turn: Turn,
     ) -> Verdict:
-        """standing: the verdict over smaller spaces, or fewer."""
+        """standing: the verdict over smaller spaces, or fewer, or one that was cut short."""
         entrants: list[Entrant] = []
         known: list[tuple[dict[Config, Trial], bool]] = []
         before: list[Candidate] = []
@@ -132,7 +179,9 @@ class Session:
             finalists = _finalists(standing, each)
             before += [Candidate(each.name, config) for config in finalists]
             trials = {} if self._options.force else self._known.trials(op, problem, each)
-            new = None if standing is None else unsearched(standing, each) or []
+            new: list[Config] | None = None
+            if standing is not None and not unfinished(standing, each.name, self._limit(each)):
+                new = unsearched(standing, each) or []
             entrants.append(self._entrant(op, problem, each, trials, finalists, new))
             known.append((trials, new is None))
         ours, ours_before = entrants[0], known[0][0]
@@ -140,7 +189,7 @@ class Session:
             del ours_before[ours.default]  # nothing can be decided without it, so it gets another chance
         tuning = Tuning(op, problem, self._gpu, entrants, self._known, state, self._run)
         self._explorers = [
-            Explorer(tuning, each, self._pool, self._runner, self._lane, Bounds(self._limit(field), self._width))
+            Explorer(tuning, each, self._pool, self._runner, self._lane, self._bounds(field, turn))
             for each, field in zip(entrants, fields, strict=True)
         ]
         for explorer, (trials, settled) in zip(self._explorers, known, strict=True):
@@ -149,14 +198,21 @@ class Session:
         self._explorers.sort(key=lambda each: each.effort)
         self._explorers[0].begin()
         if self._runner is None:
-            self._explore(deadline)
+            self._explore(turn.until)
             return decide.predict(tuning)
+        began = turn.now()
         self._runner.prepare(op, problem)
-        fallback, *others = self._others(tuning)
-        self._measure(tuning, self._runner, [fallback])  # while the compilers start
-        self._explore(deadline)
-        self._measure(tuning, self._runner, others)
-        return decide.confirm(tuning, self._runner, self._options.rounds, self._options.seed, before)
+        if self._prepared:  # the first time a process had to start
+            turn.note("prepare", turn.now() - began)
+        self._prepared = True
+        fallback, *others = self._others(op, problem)
+        self._measure(tuning, self._runner, [fallback], turn)  # while the compilers start
+        self._explore(turn.search_until([each.implementation for each in others]))
+        self._measure(tuning, self._runner, others, turn)
+        return decide.confirm(tuning, self._runner, self._options.rounds, self._options.seed, before, turn)
+
+    def _bounds(self, field: Field, turn: Turn) -> Bounds:
+        return Bounds(self._limit(field), self._width, PATIENCE, turn)
 
     def _entrant(
         self,
@@ -178,20 +234,19 @@ class Session:
         if new is not None:
             wanted = {*new, *trials, *first}
             candidates = [config for config in candidates if config in wanted]
-        method = self._options.method if self._runner is not None else "grid"
         seeds = [*first, *self._known.seeds(op, problem, field)]
-        search = Search(field.space, candidates, seeds, method, self._options.seed)
+        search = Search(field.space, candidates, seeds, self._options.method, self._options.seed)
         return Entrant(field.implementation, field.feasible, default, search)
 
-    def _explore(self, deadline: float | None) -> None:
+    def _explore(self, deadline: float) -> None:
         """One implementation after the other, each with its share of the time that is left.
 
         Small spaces come first: they are done soon, and the best may be one of theirs.
         """
         left = len(self._explorers)
         for explorer, following in itertools.zip_longest(self._explorers, self._explorers[1:]):
-            now = time.monotonic()
-            explorer.run(None if deadline is None else now + max(0.0, deadline - now) / left, following)
+            now = self._run.budget.clock()
+            explorer.run(now + max(0.0, deadline - now) / left, following)
             explorer.close()
             left -= 1
 
@@ -206,22 +261,36 @@ class Session:
 
         return sorted(feasible, key=lambda config: floor_s(work(problem, config)))
 
-    def _others(self, tuning: Tuning) -> list[Candidate]:
-        """Every implementation without a space that can run the problem: PyTorch's own choice first, then cuDNN …"""
+    def _others(self, op: Op[Any], problem: Problem) -> list[Candidate]:
+        """Every implementation without a space that can run the problem: PyTorch's own choice first, then, where there
+        is a budget, those that take least time to measure."""
         running = [
             Candidate(name)
-            for name, each in tuning.op.implementations.items()
-            if each.space is None and not self._known.revoked(each, {}) and each.can_run(tuning.problem, self._gpu)
+            for name, each in op.implementations.items()
+            if each.space is None and not self._known.revoked(each, {}) and each.can_run(problem, self._gpu)
         ]
-        return sorted(running, key=lambda candidate: candidate.implementation != "torch")
 
-    def _measure(self, tuning: Tuning, runner: Runner, others: Iterable[Candidate]) -> None:
-        """Verifies and times these. Some compile at their first call, for seconds in which no candidate is measured."""
+        def order(candidate: Candidate) -> tuple[bool, float]:
+            budget, name = self._run.budget, candidate.implementation
+            return name != "torch", budget.expected(op.name, f"measure {name}") if budget.limited else 0.0
+
+        return sorted(running, key=order)
+
+    def _measure(self, tuning: Tuning, runner: Runner, others: Iterable[Candidate], turn: Turn) -> None:
+        """Verifies and times these, PyTorch's own choice always, the rest where there is time for them.
+
+        Some compile at their first call, for seconds in which no candidate is measured.
+        """
         for candidate in others:
+            part = f"measure {candidate.implementation}"
+            if candidate.implementation != "torch" and not turn.affords(turn.expected(part) + turn.finish()):
+                tuning.unmeasured.append(candidate.implementation)
+                continue
             tuning.phase(f"measuring {candidate}")
-            attempt, seconds = timed_attempt(runner, candidate, None)
+            attempt, seconds = timed_attempt(runner, candidate, None, turn.now)
             if self._closed:
                 raise Stopped
+            turn.note(part, seconds)
             tuning.state.measuring_s += seconds
             tuning.record(candidate, attempt, {})
 

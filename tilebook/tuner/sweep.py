@@ -27,11 +27,10 @@ from tilebook.errors import TuningError, UsageError, one_line
 from tilebook.op import Config, Implementation, Op, Problem
 from tilebook.registry import Failure, Json, Status
 from tilebook.report.live import view
-from tilebook.tuner.compile import Compiled, CompilePool, Compilers, outcome
+from tilebook.tuner.compile import Compiled, CompilePool, Compilers, check_cache, outcome
 from tilebook.tuner.known import source_of
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Attempt, Candidate, GpuRunner, Runner
-from tilebook.tuner.worker import FAR
 
 FORMAT = "tilebook-sweep"
 VERSION = 1
@@ -240,8 +239,7 @@ class Recorder:
 
     def _attempt(self, candidate: Candidate) -> Attempt:
         best = self._best_ms if self._is_ours(candidate) and candidate != self._default else None
-        # The runner drops what is FAR times slower than the incumbent it is told.
-        attempt = self._runner.attempt(candidate, None if best is None else best * SLOW / FAR)
+        attempt = self._runner.attempt(candidate, None if best is None else best * SLOW)
         if attempt.failure is Failure.SLOW and attempt.time_ms is not None and best is not None:
             reason = f"{attempt.time_ms / best:.1f} times slower than the best so far; time_ms is a first estimate"
             attempt = dataclasses.replace(attempt, reason=reason)
@@ -327,6 +325,7 @@ def record_problems(
         tunable(op, implementation)
     if not devices.present():
         raise UsageError("there is no GPU here, and a sweep is measured or it is nothing")
+    check_cache()
     single = out.suffix == ".jsonl"
     if single and len(problems) != 1:
         raise UsageError(f"{len(problems)} problems do not go into one file: give --out a directory")
@@ -335,7 +334,7 @@ def record_problems(
     with CompilePool(gpu, workers) as pool:
         try:
             runner.start()
-            with view(len(problems), True, None) as run:
+            with view(len(problems), True) as run:
                 for op, problem in problems:
                     path = out if single else out / file_name(op, problem, implementation)
                     record(op, problem, gpu, path, pool, runner, run, most, seed, implementation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tilebook.device import Device
 from tilebook.op import Config, Implementation, Op, Problem, Space
@@ -45,11 +45,24 @@ class Entrant:
         return Candidate(self.name, config)
 
 
+Ending = Literal["converged", "all", "trials", "budget"]
+"""What ended a search: no more gain, no more configs, --trials, or the budget."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """How far a search has come: candidates asked for, in this run and those before it, and what ended it."""
+
+    asked: int
+    ended: Ending
+
+
 @dataclass
 class Tuning:
     """The candidates of one problem on one GPU. times: ms of those that passed, measured or predicted.
 
-    entrants: our own kernel first, whose default is what the others' times are compared with.
+    entrants: our own kernel first, whose default is what the others' times are compared with. searches: by
+    implementation. unmeasured, unconfirmed: implementations without a space, and finalists, that there was no time for.
     """
 
     op: Op[Any]
@@ -61,6 +74,9 @@ class Tuning:
     run: Run
     times: dict[Candidate, float] = field(default_factory=dict)
     compiled: dict[Candidate, Compiled] = field(default_factory=dict)
+    searches: dict[str, Searched] = field(default_factory=dict)
+    unmeasured: list[str] = field(default_factory=list)
+    unconfirmed: int = 0
 
     @property
     def default(self) -> Candidate:
@@ -184,6 +200,9 @@ class Tuning:
         state = self.state
         return {
             "spaces": {each.name: searched(each.space, each.feasible) for each in self.entrants},
+            "searches": {name: {"asked": each.asked, "ended": each.ended} for name, each in self.searches.items()},
+            "unmeasured": list(self.unmeasured),
+            "unconfirmed": self.unconfirmed,
             "tried": state.tried,
             "reused": state.reused,
             "rejected": {failure.value: n for failure, n in sorted(state.rejected.items())},

@@ -26,9 +26,6 @@ from tilebook.tuner.verify import FINAL_REPEATS, NotRepeatable, Wrong, final_cas
 
 SAMPLES = 15
 
-FAR = 2.0
-"""A candidate is dropped after a first estimate when it is this many times slower than the incumbent."""
-
 _CLASSES = {
     "CompilationError": Failure.COMPILE_ERROR,  # Triton's; its kinds of compilation errors derive from it
     "PTXASError": Failure.COMPILE_ERROR,
@@ -117,9 +114,9 @@ class Server:
         facts = {"errors": [[[e.max, e.rms] for e in case] for case in errors]}
         try:
             estimate = self._bench.estimate(run)
-            incumbent = message["incumbent_ms"]
-            if incumbent is not None and estimate > FAR * incumbent:
-                text = f"{estimate / incumbent:.1f} times slower than the best so far"
+            most_ms = message["most_ms"]
+            if most_ms is not None and estimate > most_ms:
+                text = f"the first estimate, {estimate:.4g} ms, is over {most_ms:.4g} ms"
                 return _reply(Failure.SLOW, text, time_ms=estimate, facts=facts)
             samples = self._bench.capture(run, estimate).samples(SAMPLES)
         except torch.OutOfMemoryError as broken:

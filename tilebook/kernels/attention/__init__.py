@@ -8,13 +8,14 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import autocast, recorded, rows, tf32_allowed, way
+from tilebook.call import autocast, left_whole, tf32_allowed, way
 from tilebook.kernels.attention.check import Causal, check, checked_form, numbers, together
 from tilebook.kernels.attention.drop_in import bounded_by_the_host, scaled_dot_product_attention
 from tilebook.kernels.attention.entry import ATTENTION, arguments, registered
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.pytorch import log_sum_exp, plain
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
+from tilebook.layout import aligned, rows
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -76,6 +77,11 @@ def attention(
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
+    optional = window is not None or softcap or dropout_p or deterministic or alibi_slopes is not None
+    usual = not optional and bias is None and attn_mask is None and (causal is False or causal is True)
+    usual_scale = scale is None or (type(scale) is float and scale > 0)
+    if usual and usual_scale and not return_lse and bounded_by_the_host(q, k, v):
+        return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale)
     others = bias, attn_mask, alibi_slopes
     if has_torch_function((q, k, v, *others)):
         if type(attn_mask).__name__ == "CausalBias" and bias is None and not causal:
@@ -86,20 +92,15 @@ def attention(
                 alibi_slopes=alibi_slopes, bias=bias, attn_mask=attn_mask, dropout_p=dropout_p, return_lse=return_lse,
                 deterministic=deterministic,
             )  # fmt: skip
-    optional = window is not None or softcap or dropout_p or deterministic or alibi_slopes is not None
-    usual = not optional and bias is None and attn_mask is None and (causal is False or causal is True)
-    if usual and not return_lse and bounded_by_the_host(q, k, v):
-        return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale)
-    found_way = way(q, k, v, bias, attn_mask, alibi_slopes)
+    found_way = way(q, k, v, optional=others)
     q, k, v = autocast(q, k, v)
     table: torch.Tensor | None = None
     seed: torch.Tensor | None = None
     if usual and q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled():
-        if isinstance(scale, torch.Tensor):
-            numbers(scale, 0.0, 0.0)
+        scale = scale if scale is None or type(scale) is float else numbers(scale)
         form = CAUSAL if causal else PLAIN
     else:
-        numbers(scale, softcap, dropout_p)
+        scale = numbers(scale, softcap, dropout_p)
         bias = together(bias, attn_mask)
         form = checked_form(
             q, k, causal, window, bias, softcap=softcap, alibi=alibi_slopes is not None, dropout=dropout_p,
@@ -128,9 +129,9 @@ def attention(
             o, lse = ATTENTION.through(tensors, options)
             return (o, lse) if return_lse else o
         choice = dispatch.lookup(registered()[0], arguments(tensors, options))
-    if choice.native and not return_lse and (not recorded(tensors) or dispatch.backward_of(choice).native):
+    if not return_lse and left_whole(choice, tensors):
         choice.calls += 1
-        return plain(tensors, (form, scale))
+        return plain(tensors if choice.aligned else (aligned(q), aligned(k), aligned(v), *extras), (form, scale))
     o, lse = ATTENTION.direct(choice, tensors, options)
     return (o, lse) if return_lse else o
 

@@ -43,14 +43,15 @@ def check(
         )
 
 
-def numbers(scale: Any, softcap: float, dropout_p: float) -> None:
-    """Raises TypeError or ValueError for numbers that are none, or out of range."""
-    if isinstance(scale, torch.Tensor):
+def numbers(scale: Any, softcap: float = 0.0, dropout_p: float = 0.0) -> float | None:
+    """The scale as a float. Raises TypeError or ValueError for numbers that are none, or out of range."""
+    if isinstance(scale, torch.Tensor) and scale.requires_grad:
         raise TypeError("scale must be a number, not a tensor: it would get no gradient")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1); got {dropout_p}")
     if softcap < 0:
         raise ValueError(f"softcap must not be negative; got {softcap}")
+    return None if scale is None else float(scale)
 
 
 def sides(window: Any) -> tuple[int, int]:

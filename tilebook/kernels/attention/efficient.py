@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form, banded
+from tilebook.kernels.attention.layout import like
 from tilebook.kernels.attention.peers import repeat_heads, sum_heads
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
-from tilebook.kernels.attention.tiles import like
 from tilebook.op import DTYPES
 
 _aten = torch.ops.aten

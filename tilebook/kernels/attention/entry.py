@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from tilebook import dispatch
-from tilebook.call import Entry, Tensors, rows
+from tilebook.call import Entry, Tensors
 from tilebook.kernels.attention.form import Form, form, simplest
 from tilebook.kernels.attention.pytorch import plain
+from tilebook.layout import rows
 from tilebook.sharding import divides
 
 Options = tuple[Form, float]
@@ -41,11 +42,14 @@ def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Ten
 
 def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Options, needs: Sequence[bool]) -> Tensors:
     q, k, v, bias, *others = tensors
-    found, scale = options
+    (o, lse), (found, scale) = kept, options
+    # What was saved may have come back otherwise than it was.
+    dy, q, k, v, o = (rows(x) for x in (dy, q, k, v, o) if x is not None)
+    lse = lse if lse is None else lse.contiguous()
     if bias is not None and bias.dtype != torch.bool and (found.bias == "dbias") != needs[3]:
         found = form(**{**_values(found), "bias": "dbias" if needs[3] else "bias"})
     extras = [x for x in (bias, *others) if x is not None]
-    grads = dispatch.run(registered()[1], dy, q, k, v, *kept, found, scale, *extras)
+    grads = dispatch.run(registered()[1], dy, q, k, v, o, lse, found, scale, *extras)
     return (*grads[:3], grads[3] if needs[3] else None, None, None)
 
 

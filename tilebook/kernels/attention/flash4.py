@@ -10,8 +10,8 @@ import torch
 
 from tilebook.device import Device, package_version
 from tilebook.kernels.attention.form import Form, sides
+from tilebook.kernels.attention.layout import like
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
-from tilebook.kernels.attention.tiles import like
 from tilebook.op import Config, Space
 
 PACKAGE = "flash-attn-4"

@@ -13,10 +13,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.gluon_kernels import attention_fwd_gluon
+from tilebook.kernels.attention.layout import describable, like
 from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.kernels.attention.problem import ForwardProblem
-from tilebook.kernels.attention.tiles import describable, like, rows_and_tiles, too_large
 from tilebook.launch import launch
+from tilebook.occupancy import rows_and_tiles, too_large
 from tilebook.op import Config, Cost, Space
 
 LEAST_FLOPS = 2e10

@@ -14,6 +14,7 @@ from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
 from tilebook.kernels.attention.pytorch import sdpa
+from tilebook.layout import aligned
 from tilebook.torch_ops import recording
 
 _aten = torch.ops.aten
@@ -40,6 +41,7 @@ def cudnn_supports(problem: ForwardProblem | BackwardProblem) -> bool:
 def cudnn_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = aligned(q), aligned(k), aligned(v)
     o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, form.causal, False, scale=scale)
     return o, lse.view(q.shape[:-1])
 
@@ -56,8 +58,24 @@ def cudnn_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # not read: there is no dropout
     lengths = q.shape[2], k.shape[2]
+    do, q, k, v, o = (aligned(x) for x in (do, q, k, v, o))
+    lse = lse.contiguous()[..., None]
     dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, o, lse[..., None], seed, seed, None, None, None, *lengths, 0.0, form.causal, scale=scale
+        do,
+        q,
+        k,
+        v,
+        o,
+        lse,
+        seed,
+        seed,
+        None,
+        None,
+        None,
+        *lengths,
+        0.0,
+        form.causal,
+        scale=scale,
     )
     return dq, dk, dv
 
@@ -69,11 +87,6 @@ def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scal
     grouped = q.shape[1] != k.shape[1]
     found = torch._fused_sdp_choice(q, k, v, None, 0.0, form.causal, scale=scale, enable_gqa=grouped)
     return SDPBackend(found)
-
-
-def _stepped(x: torch.Tensor) -> torch.Tensor:
-    """The tensor without axes of step 0, which cuDNN's output would have to have as well."""
-    return x.contiguous() if 0 in [step for step, n in zip(x.stride(), x.shape, strict=True) if n > 1] else x
 
 
 @contextmanager
@@ -106,9 +119,11 @@ def torch_forward(
     if not form.plain or form.tf32:  # SDPA's kernels do not round to tf32
         with _precision(form):
             return eager.forward(q, k, v, form, scale, *extras)
+    if q.is_cuda:
+        q, k, v = aligned(q), aligned(k), aligned(v)
     backend = _backend(q, k, v, form, scale)
     if backend == SDPBackend.CUDNN_ATTENTION:
-        return cudnn_forward(_stepped(q), _stepped(k), _stepped(v), form, scale)
+        return cudnn_forward(q, k, v, form, scale)
     if backend != SDPBackend.FLASH_ATTENTION or q.shape[-1] % 8:
         o = sdpa(q, k, v, form.causal, scale)
         return o, eager.log_sum_exp(q.float(), k.float(), form, scale)
@@ -133,9 +148,11 @@ def torch_backward(
     if not form.plain or form.tf32:
         with _precision(form):
             return eager.backward(do, q, k, v, form, scale, *extras)
+    if q.is_cuda:
+        do, q, k, v, o, lse = (*(aligned(x) for x in (do, q, k, v, o)), lse.contiguous())
     backend = _backend(q, k, v, form, scale)
     if backend == SDPBackend.CUDNN_ATTENTION:
-        return cudnn_backward(_stepped(do), _stepped(q), _stepped(k), _stepped(v), _stepped(o), lse, form, scale)
+        return cudnn_backward(do, q, k, v, o, lse, form, scale)
     if backend != SDPBackend.FLASH_ATTENTION or q.shape[-1] % 8:
         with recording():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))

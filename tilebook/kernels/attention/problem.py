@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 import triton
 
+from tilebook import models
 from tilebook.kernels.attention.form import Form, banded, extras, form, limits, simplest
 from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, normal, pattern, size
 
@@ -316,8 +317,9 @@ class ForwardProblem(Problem):
             for mask in ("", ",causal")
             for s in (512, 1024, 2048, 4096, 8192, 16384)
         ]
-        return {name: [cls.parse(text, "bf16") for text in texts] for name, texts in
-                (("quick", quick), ("seeds", seeds), ("fa", fa))}  # fmt: skip
+        found = {name: [cls.parse(text, "bf16") for text in texts] for name, texts in
+                 (("quick", quick), ("seeds", seeds), ("fa", fa))}  # fmt: skip
+        return {**found, "models": list(dict.fromkeys(cls.parse(*each) for each in models.shapes("attention")))}
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,18 @@ def sdpa(
 
     Rows that see nothing are 0, and so are their gradients, also where PyTorch's kernel makes a mean or NaN of them.
     """
-    mask = bias if bias is None or bias.dtype == torch.bool else bias.to(q.dtype)
+    if scale is not None and scale <= 0 and q.is_cuda:  # of which cuDNN makes NaN
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    o: torch.Tensor = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
-    if mask is None or not q.is_cuda:
+    if bias is None:
+        o: torch.Tensor = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
         return o
-    hidden = ~mask.any(-1, True) if mask.dtype == torch.bool else mask.amax(-1, True) == -torch.inf
-    return o.masked_fill(hidden, 0.0)
+    mask, hidden = bias if bias.dtype == torch.bool else bias.to(q.dtype), None
+    if q.is_cuda:  # rows that see nothing see everything, and then count for nothing
+        hidden = ~mask.any(-1, True) if mask.dtype == torch.bool else mask.amax(-1, True) == -torch.inf
+        mask = mask | hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, 0.0)
+    o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
+    return o if hidden is None else o.masked_fill(hidden, 0.0)
 
 
 def nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -46,7 +51,9 @@ def plain(tensors: tuple[Any, ...], options: tuple[Form, float | None]) -> torch
     if not (q.numel() and k.numel()):
         return nothing(q, k, v)
     given = [x for x in extras if x is not None]
-    if not form.composed:
+    # PyTorch's rule for a batch of calls does not know masks that all share.
+    batched = bool(given) and torch._C._functorch.peek_interpreter_stack() is not None
+    if not form.composed and not batched:
         return sdpa(q, k, v, form.causal, scale, *given)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     return eager.composed(q, k, v, form, factor, *given)[0]

@@ -8,12 +8,13 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import recorded, rows, way
+from tilebook.call import recorded, way
 from tilebook.kernels.attention.check import numbers
 from tilebook.kernels.decode import eager
 from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.entry import DECODE, registered
 from tilebook.kernels.decode.pytorch import plain
+from tilebook.layout import aligned, rows
 
 __all__ = ["attention_decode"]
 
@@ -70,14 +71,14 @@ def attention_decode(
             attention_decode, tensors, q, k, v, seq_lens=seq_lens, block_table=block_table, causal=causal, scale=scale,
             softcap=softcap, window=window, return_lse=return_lse,
         )  # fmt: skip
+    route = way(q, k, v, optional=(seq_lens, block_table))
     if recorded((q, k, v)):
         raise ValueError("attention_decode has no backward: call it under torch.no_grad(), or use attention")
-    numbers(scale, softcap, 0.0)
+    scale = numbers(scale, softcap)
     factor = scale
     if factor is None:
         factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
     options = causal, factor, softcap, window
-    route = way(*tensors)
     choice = dispatch.known(registered(), (*tensors, *options)) if route == "direct" else None
     if choice is None:
         check(*tensors, softcap, window)
@@ -90,6 +91,7 @@ def attention_decode(
         choice = dispatch.lookup(registered(), (*tensors, *options))
     if choice.native:
         choice.calls += 1
+        tensors = tensors if choice.aligned else (aligned(q), aligned(k), aligned(v), seq_lens, block_table)
         return _plain(tensors, options, return_lse)
     o, lse = DECODE.direct(choice, tensors, options)
     return (o, lse) if return_lse else o

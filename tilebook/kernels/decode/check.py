@@ -23,7 +23,7 @@ def check(
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k and v must have the same head dimension; {shapes}")
     heads_kv = k.shape[1] if block_table is None else k.shape[2]
-    if not heads_kv or q.shape[1] % heads_kv:
+    if (q.shape[1] % heads_kv) if heads_kv else q.shape[1]:
         raise ValueError(f"the heads of q must be a multiple of the heads of k and v; {shapes}")
     if block_table is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"q, k and v must have the same batch size; {shapes}")
@@ -43,5 +43,5 @@ def check(
         raise ValueError(f"all tensors must be on one device; got {', '.join(map(str, devices))}")
     if softcap < 0:
         raise ValueError(f"softcap must not be negative; got {softcap}")
-    if window is not None and window < 1:
+    if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be at least 1; got {window}")

@@ -23,6 +23,8 @@ def decode(
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax in fp32, matrix products in the dtype of the inputs. Keeps the scores, B · H · S · keys in fp32."""
+    if not q.numel():
+        return q.clone(), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if block_table is not None:
         k, v = contiguous(k, block_table), contiguous(v, block_table)
     (batch, heads, n_q, width), (heads_kv, n_k) = q.shape, k.shape[1:3]

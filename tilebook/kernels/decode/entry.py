@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from tilebook import dispatch
-from tilebook.call import Entry, Tensors, rows
+from tilebook.call import Entry, Tensors
 from tilebook.kernels.decode.pytorch import plain
+from tilebook.layout import rows
 from tilebook.sharding import divides
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 import triton
 
+from tilebook import models
 from tilebook.op import Cost, Problem, UsageError, choice, dtype_name, flag, generator, normal, size
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -169,4 +170,5 @@ class DecodeProblem(Problem):
             "B64,H32,Hkv8,S1,Sk4096,D128",
             "B1,H32,Hkv8,S1,Sk131072,D128",
         ]
-        return {"decode": [cls.parse(text, "bf16") for text in decode]}
+        found = [cls.parse(*each) for each in models.shapes("decode")]
+        return {"decode": [cls.parse(text, "bf16") for text in decode], "models": found}

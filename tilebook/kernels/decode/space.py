@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 
 from tilebook.device import Device
-from tilebook.kernels.attention.tiles import asynchronous, crowded, oversized, too_large
 from tilebook.kernels.decode.problem import DecodeProblem
 from tilebook.launch import HOST_DESCRIPTORS_S
+from tilebook.occupancy import asynchronous, crowded, oversized, too_large
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 MOST_SPLITS = 128

@@ -11,10 +11,11 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import autocast, recorded, rows, vector, way
+from tilebook.call import autocast, recorded, way
 from tilebook.kernels.mlp.entry import MLP, registered
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
+from tilebook.layout import rows, vector
 
 __all__ = ["mlp"]
 
@@ -57,7 +58,7 @@ def mlp(
         return found
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-    route = way(*given)
+    route = way(x, w1, w2, optional=(b1, b2))
     x, w1, b1, w2, b2 = autocast(*given)
     if route == "pytorch" or b1 is None or b2 is None or torch.compiler.is_compiling():
         _check(x, w1, b1, w2, b2)

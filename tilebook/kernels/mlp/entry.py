@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from tilebook import dispatch
-from tilebook.call import Entry, Tensors, rows, vector
-from tilebook.kernels.mlp.pytorch import act, plain
+from tilebook.call import Entry, Tensors
+from tilebook.kernels.mlp.pytorch import act, each_alone, plain
+from tilebook.layout import rows, vector
 
 Options = tuple[str, bool]
 """The activation, and whether z = x W1ᵀ + b1 is kept for a backward pass."""
@@ -50,14 +51,8 @@ def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Option
     dz, h = dispatch.run(backward_of_act, dy, w2, z, activation)
     if all(needs):
         return dispatch.run(gradients, dy, h, dz, x, w1)
-    each_alone = (
-        lambda: torch.mm(dz, w1),
-        lambda: torch.mm(dz.t(), x),
-        lambda: dz.sum(0),
-        lambda: torch.mm(dy.t(), h),
-        lambda: dy.sum(0),
-    )
-    return tuple(make() if need else None for need, make in zip(needs, each_alone, strict=True))
+    each = each_alone(dy, h, dz, x, w1)
+    return tuple(make() if need else None for need, make in zip(needs, each, strict=True))
 
 
 def _fake(tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:

@@ -3,55 +3,66 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """First row and column of this program's tile; GROUP_M rows of tiles share the columns that they read in L2."""
-    pid = tl.program_id(0)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    first = pid // (GROUP_M * tiles_n) * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    inside = pid % (GROUP_M * tiles_n)
-    return (first + inside % height) * BLOCK_M, (inside // height) * BLOCK_N
+class Tile(NamedTuple):
+    """Constants of a product (M, K) times (K, N). EVEN_N, EVEN_K: a block divides N, K. PART: columns that an epilogue
+    works on at a time. DESCRIPTORS: as `space.SPACE` has them."""
+
+    BLOCK_M: Any
+    BLOCK_N: Any
+    BLOCK_K: Any
+    GROUP_M: Any
+    EVEN_N: Any
+    EVEN_K: Any
+    DESCRIPTORS: Any
+    PART: Any
 
 
 @triton.jit
-def _product(
-    a, b, lda, ldb, m0, n0, M, N, K,
-    B_IS_KN: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def place(pid, M, N, tile):
+    """First row and column of a program's tile; GROUP_M rows of tiles share the columns that they read in L2."""
+    tiles_m, tiles_n = tl.cdiv(M, tile.BLOCK_M), tl.cdiv(N, tile.BLOCK_N)
+    first = pid // (tile.GROUP_M * tiles_n) * tile.GROUP_M
+    height = tl.minimum(tiles_m - first, tile.GROUP_M)
+    inside = pid % (tile.GROUP_M * tiles_n)
+    return (first + inside % height) * tile.BLOCK_M, (inside // height) * tile.BLOCK_N
+
+
+@triton.jit
+def product(a, b, lda, ldb, m0, n0, M, N, K, tile, B_IS_KN: tl.constexpr):
     """The tile at (m0, n0) of a times b in fp32; a is (M, K), b is (K, N) or, as weights are stored, (N, K)."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if DESCRIPTORS:
-        for k in range(0, K, BLOCK_K):
+    acc = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
+    if tile.DESCRIPTORS:
+        for k in range(0, K, tile.BLOCK_K):
             left = a.load([m0, k])
             right = b.load([k, n0]) if B_IS_KN else b.load([n0, k]).T
             acc = tl.dot(left, right, acc)
     else:
         # Rows past the end repeat the last one: their products are never stored, and the loop needs no mask for them.
-        depth = tl.arange(0, BLOCK_K)
-        rows = tl.minimum(m0 + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
-        columns = n0 + tl.arange(0, BLOCK_N)
+        depth = tl.arange(0, tile.BLOCK_K)
+        rows = tl.minimum(m0 + tl.arange(0, tile.BLOCK_M), M - 1).to(tl.int64)
+        columns = n0 + tl.arange(0, tile.BLOCK_N)
         a_ptrs = a + rows[:, None] * lda + depth[None, :]
         if B_IS_KN:
             b_ptrs = b + depth[:, None].to(tl.int64) * ldb + columns[None, :]
         else:
             b_ptrs = b + tl.minimum(columns, N - 1)[None, :].to(tl.int64) * ldb + depth[:, None]
-        for k in range(0, K, BLOCK_K):
-            a_mask = None if EVEN_K else (depth < K - k)[None, :]
-            b_mask = None if EVEN_K else (depth < K - k)[:, None]
-            if B_IS_KN and not EVEN_N:
+        for k in range(0, K, tile.BLOCK_K):
+            a_mask = None if tile.EVEN_K else (depth < K - k)[None, :]
+            b_mask = None if tile.EVEN_K else (depth < K - k)[:, None]
+            if B_IS_KN and not tile.EVEN_N:
                 # Clamped columns would no longer be contiguous.
-                b_mask = (columns < N)[None, :] if EVEN_K else b_mask & (columns < N)[None, :]
-            left = tl.load(a_ptrs, mask=a_mask, other=None if EVEN_K else 0.0)
+                b_mask = (columns < N)[None, :] if tile.EVEN_K else b_mask & (columns < N)[None, :]
+            left = tl.load(a_ptrs, mask=a_mask, other=None if tile.EVEN_K else 0.0)
             right = tl.load(b_ptrs, mask=b_mask, other=None if b_mask is None else 0.0)
             acc = tl.dot(left, right, acc)
-            a_ptrs += BLOCK_K
-            b_ptrs += BLOCK_K * ldb if B_IS_KN else BLOCK_K
+            a_ptrs += tile.BLOCK_K
+            b_ptrs += tile.BLOCK_K * ldb if B_IS_KN else tile.BLOCK_K
     return acc
 
 
@@ -64,18 +75,18 @@ def _offsets(m0, n0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _store(out, tile, m0, n0, M, N, DESCRIPTORS: tl.constexpr):
+def store(out, values, m0, n0, M, N, DESCRIPTORS: tl.constexpr):
     if DESCRIPTORS == 2:
-        out.store([m0, n0], tile)
+        out.store([m0, n0], values)
     else:
-        offsets, inside = _offsets(m0, n0, M, N, tile.shape[0], tile.shape[1])
-        tl.store(out + offsets, tile, mask=inside)
+        offsets, inside = _offsets(m0, n0, M, N, values.shape[0], values.shape[1])
+        tl.store(out + offsets, values, mask=inside)
 
 
 @triton.jit
-def _halves(tile):
+def _halves(values):
     """The left and the right half of a tile; no data moves as long as warps divide the rows alone."""
-    return tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)).permute(0, 2, 1).split()
+    return tl.reshape(values, (values.shape[0], 2, values.shape[1] // 2)).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -133,90 +144,64 @@ def _activate_bwd(z, dh, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _up_epilogue(
-    acc, b1, h, z, m0, n0, M, N,
-    ACTIVATION: tl.constexpr, SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    if acc.shape[1] > PART:
+def _up_epilogue(acc, b1, h, z, m0, n0, M, N, tile, ACTIVATION: tl.constexpr, SAVE: tl.constexpr):
+    if acc.shape[1] > tile.PART:
         left, right = _halves(acc)
-        _up_epilogue(left, b1, h, z, m0, n0, M, N, ACTIVATION, SAVE, DESCRIPTORS, PART)
-        _up_epilogue(right, b1, h, z, m0, n0 + left.shape[1], M, N, ACTIVATION, SAVE, DESCRIPTORS, PART)
+        _up_epilogue(left, b1, h, z, m0, n0, M, N, tile, ACTIVATION, SAVE)
+        _up_epilogue(right, b1, h, z, m0, n0 + left.shape[1], M, N, tile, ACTIVATION, SAVE)
     else:
         # act is taken of the rounded z, so that the backward, which knows no other, recomputes the same h.
         rounded = (acc + _bias(b1, n0, N, acc.shape[1])).to(b1.dtype.element_ty)
         if SAVE:
-            _store(z, rounded, m0, n0, M, N, DESCRIPTORS)
+            store(z, rounded, m0, n0, M, N, tile.DESCRIPTORS)
         active = _activate(rounded.to(tl.float32), ACTIVATION)
-        _store(h, active.to(b1.dtype.element_ty), m0, n0, M, N, DESCRIPTORS)
+        store(h, active.to(b1.dtype.element_ty), m0, n0, M, N, tile.DESCRIPTORS)
 
 
 @triton.jit
-def _down_epilogue(acc, b2, y, m0, n0, M, N, DESCRIPTORS: tl.constexpr, PART: tl.constexpr):
-    if acc.shape[1] > PART:
+def _down_epilogue(acc, b2, y, m0, n0, M, N, tile):
+    if acc.shape[1] > tile.PART:
         left, right = _halves(acc)
-        _down_epilogue(left, b2, y, m0, n0, M, N, DESCRIPTORS, PART)
-        _down_epilogue(right, b2, y, m0, n0 + left.shape[1], M, N, DESCRIPTORS, PART)
+        _down_epilogue(left, b2, y, m0, n0, M, N, tile)
+        _down_epilogue(right, b2, y, m0, n0 + left.shape[1], M, N, tile)
     else:
-        tile = acc + _bias(b2, n0, N, acc.shape[1])
-        _store(y, tile.to(b2.dtype.element_ty), m0, n0, M, N, DESCRIPTORS)
+        values = acc + _bias(b2, n0, N, acc.shape[1])
+        store(y, values.to(b2.dtype.element_ty), m0, n0, M, N, tile.DESCRIPTORS)
 
 
 @triton.jit
-def _act_bwd_epilogue(
-    dh, z, dz, h, m0, n0, M, N, ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, PART: tl.constexpr
-):
-    if dh.shape[1] > PART:
+def _act_bwd_epilogue(dh, z, dz, h, m0, n0, M, N, tile, ACTIVATION: tl.constexpr):
+    if dh.shape[1] > tile.PART:
         left, right = _halves(dh)
-        _act_bwd_epilogue(left, z, dz, h, m0, n0, M, N, ACTIVATION, DESCRIPTORS, PART)
-        _act_bwd_epilogue(right, z, dz, h, m0, n0 + left.shape[1], M, N, ACTIVATION, DESCRIPTORS, PART)
+        _act_bwd_epilogue(left, z, dz, h, m0, n0, M, N, tile, ACTIVATION)
+        _act_bwd_epilogue(right, z, dz, h, m0, n0 + left.shape[1], M, N, tile, ACTIVATION)
     else:
-        if DESCRIPTORS == 2:
+        if tile.DESCRIPTORS == 2:
             saved = z.load([m0, n0])
         else:
             offsets, inside = _offsets(m0, n0, M, N, dh.shape[0], dh.shape[1])
             saved = tl.load(z + offsets, mask=inside, other=0.0)
         grad, active = _activate_bwd(saved.to(tl.float32), dh, ACTIVATION)
-        _store(dz, grad.to(saved.dtype), m0, n0, M, N, DESCRIPTORS)
-        _store(h, active.to(saved.dtype), m0, n0, M, N, DESCRIPTORS)
+        store(dz, grad.to(saved.dtype), m0, n0, M, N, tile.DESCRIPTORS)
+        store(h, active.to(saved.dtype), m0, n0, M, N, tile.DESCRIPTORS)
 
 
 @triton.jit(do_not_specialize=["M"])
-def up_fwd_kernel(
-    x, w1, b1, h, z, ldx, ldw, M, N, K,
-    ACTIVATION: tl.constexpr, SAVE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    acc = _product(
-        x, w1, ldx, ldw, m0, n0, M, N, K, False, EVEN_N, EVEN_K, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K
-    )  # fmt: skip
-    _up_epilogue(acc, b1, h, z, m0, n0, M, N, ACTIVATION, SAVE, DESCRIPTORS, PART)
+def up_fwd_kernel(x, w1, b1, h, z, ldx, ldw, M, N, K, tile, ACTIVATION: tl.constexpr, SAVE: tl.constexpr):
+    m0, n0 = place(tl.program_id(0), M, N, tile)
+    acc = product(x, w1, ldx, ldw, m0, n0, M, N, K, tile, False)
+    _up_epilogue(acc, b1, h, z, m0, n0, M, N, tile, ACTIVATION, SAVE)
 
 
 @triton.jit(do_not_specialize=["M"])
-def down_fwd_kernel(
-    h, w2, b2, y, ldh, ldw, M, N, K,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    acc = _product(
-        h, w2, ldh, ldw, m0, n0, M, N, K, False, EVEN_N, EVEN_K, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K
-    )  # fmt: skip
-    _down_epilogue(acc, b2, y, m0, n0, M, N, DESCRIPTORS, PART)
+def down_fwd_kernel(h, w2, b2, y, ldh, ldw, M, N, K, tile):
+    m0, n0 = place(tl.program_id(0), M, N, tile)
+    acc = product(h, w2, ldh, ldw, m0, n0, M, N, K, tile, False)
+    _down_epilogue(acc, b2, y, m0, n0, M, N, tile)
 
 
 @triton.jit(do_not_specialize=["M"])
-def act_bwd_kernel(
-    dy, w2, z, dz, h, lddy, ldw, M, N, K,
-    ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    dh = _product(
-        dy, w2, lddy, ldw, m0, n0, M, N, K, True, EVEN_N, EVEN_K, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K
-    )  # fmt: skip
-    _act_bwd_epilogue(dh, z, dz, h, m0, n0, M, N, ACTIVATION, DESCRIPTORS, PART)
+def act_bwd_kernel(dy, w2, z, dz, h, lddy, ldw, M, N, K, tile, ACTIVATION: tl.constexpr):
+    m0, n0 = place(tl.program_id(0), M, N, tile)
+    dh = product(dy, w2, lddy, ldw, m0, n0, M, N, K, tile, True)
+    _act_bwd_epilogue(dh, z, dz, h, m0, n0, M, N, tile, ACTIVATION)

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from tilebook import op
+from tilebook import models, op
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.op import Cost
 
@@ -66,7 +66,10 @@ class Problem(op.Problem):
     @classmethod
     def suites(cls) -> Mapping[str, Sequence[Self]]:
         cct, distilbert = (cls.parse(text, "bf16") for text in ("M1568,H384,I1152", "M4096,H768,I3072"))
-        return {"quick": [cct], "seeds": [cct, distilbert]}
+        found = dict.fromkeys(cls.parse(*each) for each in models.shapes("mlp"))
+        trained = cls in (BackwardProblem, GradsProblem)
+        kept = [each for each in found if each.rows >= models.LEAST_TRAINED_ROWS or not trained]
+        return {"quick": [cct], "seeds": [cct, distilbert], "models": kept}
 
     def _random(self, device: torch.device | str, seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
         """Normal tensors; a matrix of weights (after the first shape) keeps the scale of what it multiplies."""
@@ -132,3 +135,26 @@ class BackwardProblem(Problem):
     @property
     def tiles_moved(self) -> int:
         return 3
+
+
+@dataclass(frozen=True)
+class GradsProblem(Problem):
+    """dy, x (M, H), h, dz (M, I) and w1 (I, H) → dx (M, H), dw1 (I, H), db1 (I,), dw2 (H, I), db2 (H,)."""
+
+    def __post_init__(self) -> None:
+        # dz has seen the activation already: whatever it was, one verdict serves.
+        object.__setattr__(self, "activation", ACTIVATIONS[0])
+
+    @classmethod
+    def of(cls, dy: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, w1: torch.Tensor) -> GradsProblem:
+        return cls(op.dtype_name(dy.dtype), dy.shape[0], dy.shape[1], h.shape[1])
+
+    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        wide, inner = (self.rows, self.width), (self.rows, self.inner)
+        dy, h, dz, x, w1 = self._random(device, seed, wide, inner, inner, wide, (self.inner, self.width))
+        return dy, h, dz, x if x.is_meta else x * self.width**0.5, w1
+
+    def cost(self) -> Cost:
+        m, width, inner = self.rows, self.width, self.inner
+        moved = 3 * m * width + 2 * m * inner + 3 * width * inner + width + inner
+        return Cost(6.0 * m * width * inner, float(self.torch_dtype.itemsize * moved))

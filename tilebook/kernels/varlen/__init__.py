@@ -8,13 +8,14 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import autocast, recorded, rows, tf32_allowed, untraceable, way
+from tilebook.call import autocast, recorded, tf32_allowed, untraceable, way
 from tilebook.kernels.attention.check import numbers, sides
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen.check import check
 from tilebook.kernels.varlen.entry import VARLEN, registered
 from tilebook.kernels.varlen.limits import bucket, simplest
 from tilebook.kernels.varlen.pytorch import log_sum_exp, plain
+from tilebook.layout import rows
 
 __all__ = ["attention_varlen"]
 
@@ -92,9 +93,9 @@ def attention_varlen(
             attention_varlen, tensors, *tensors, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal,
             scale=scale, window=window, softcap=softcap, return_lse=return_lse, deterministic=deterministic,
         )  # fmt: skip
-    route = untraceable(way(*tensors))
+    route = untraceable(way(*tensors), *tensors)
     q, k, v = autocast(q, k, v)
-    numbers(scale, softcap, 0.0)
+    scale = numbers(scale, softcap)
     factor = scale
     if factor is None:
         factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from tilebook import dispatch
-from tilebook.call import Entry, Tensors, rows
+from tilebook.call import Entry, Tensors
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen.limits import bucket, simplest
 from tilebook.kernels.varlen.pytorch import Options, plain
+from tilebook.layout import rows
 
 
 @functools.cache
@@ -32,8 +33,10 @@ def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Ten
 
 
 def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Options, needs: Sequence[bool]) -> Tensors:
-    q, k, v, cu_q, cu_k = tensors
-    return *dispatch.run(registered()[1], dy, q, k, v, *kept, cu_q, cu_k, *options), None, None
+    # What was saved may have come back otherwise than it was.
+    dy, q, k, v, o = (rows(x) for x in (dy, *tensors[:3], kept[0]) if x is not None)
+    lse, cu_q, cu_k = (x.contiguous() for x in (kept[1], *tensors[3:]) if x is not None)
+    return *dispatch.run(registered()[1], dy, q, k, v, o, lse, cu_q, cu_k, *options), None, None
 
 
 def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.varlen.kernels import clear_rest
 from tilebook.kernels.varlen.problem import ForwardProblem
 from tilebook.launch import launch
 
@@ -35,6 +35,18 @@ def supports(problem: ForwardProblem) -> bool:
         and problem.diagonal == "bottom_right"
         and not problem.softcap
     )
+
+
+@triton.jit(do_not_specialize=["n_sequences", "total"])
+def clear_rest(x, cu_seqlens, stride, n_sequences, total, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros in those of ROWS rows of `x`, (total, WIDTH), that lie behind the last sequence."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    past = (rows >= tl.load(cu_seqlens + n_sequences)) & (rows < total)
+    for first in range(0, WIDTH, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        there = past[:, None] & (columns < WIDTH)[None, :]
+        nothing = tl.zeros([ROWS, BLOCK], dtype=x.dtype.element_ty)
+        tl.store(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], nothing, mask=there)
 
 
 def _sides(form: Form) -> dict[str, Any]:

@@ -18,7 +18,9 @@ Options = tuple[int, int, Form, float]
 
 def plain(tensors: tuple[Any, ...], options: Options) -> torch.Tensor:
     """o (T, H, D) of q (T, H, D), k and v (Tk, Hkv, D); 0 behind the last sequence and where nothing is seen."""
-    q, k, v, cu_q, cu_k = tensors
+    *packed, cu_q, cu_k = tensors
+    # PyTorch's kernel for the CPU reads past tensors whose rows all lie in one place.
+    q, k, v = (x.contiguous() if x.stride(0) == 0 else x for x in packed)
     _, _, form, scale = options
     o, parts = attention.nothing(q, k, v), {}
     for rows, columns, own in sequences(cu_q, cu_k, form):

@@ -6,8 +6,8 @@ from typing import Any
 
 from tilebook.device import Device
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
-from tilebook.kernels.attention.tiles import asynchronous
 from tilebook.kernels.varlen.problem import ForwardProblem
+from tilebook.occupancy import asynchronous
 from tilebook.op import Config, Cost, Op, Space
 
 

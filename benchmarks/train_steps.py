@@ -1,0 +1,244 @@
+"""Training steps of whole models: plain PyTorch against the same model with tilebook's functions put in by hand.
+
+    python benchmarks/train_steps.py --out benchmarks/results/nvidia-h200/train_steps.json [--only ViT] [--seconds 300]
+    python benchmarks/train_steps.py --device cpu --tiny --modes eager --out /tmp/tried.json     # no GPU, no figures
+
+bf16 autocast over fp32 weights, AdamW fused, eager and compiled. Both start from the same weights and see the same
+batches; their first losses must agree. Then blocks of steps alternate in one process, in a new random order each round;
+PyTorch's take part twice, and the ratio of the two is the noise. Attention, RMSNorm and the MLP are tilebook's, each
+where the model has it. ViT and DistilBERT are timm's and transformers' where these are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compare import save
+from small_models import (
+    BERT,
+    CCT,
+    PYTORCH,
+    TILEBOOK,
+    Foreign,
+    Functions,
+    Llama,
+    Sizes,
+    ViT,
+    attention_by,
+    timm_vit,
+    transformers_distilbert,
+)
+from torch import nn
+
+from tilebook import device as devices
+
+Make = Callable[[Sizes, Functions], nn.Module]
+
+CASES: dict[str, tuple[tuple[Make, ...], Sizes]] = {
+    "ViT-B/16 × 64": ((timm_vit, ViT), Sizes(12, 768, 12, 3072, 197, 64)),
+    "CCT-14 × 8": ((CCT,), Sizes(14, 384, 6, 1152, 196, 8)),
+    "CCT-14 × 128": ((CCT,), Sizes(14, 384, 6, 1152, 196, 128)),
+    "DistilBERT 16 × 256": (
+        (transformers_distilbert, BERT),
+        Sizes(6, 768, 12, 3072, 256, 16, vocabulary=30522, classes=2),
+    ),
+    "DistilBERT 64 × 512": (
+        (transformers_distilbert, BERT),
+        Sizes(6, 768, 12, 3072, 512, 64, vocabulary=30522, classes=2),
+    ),
+    "Llama-like 4 × 2048": ((Llama,), Sizes(4, 2048, 16, 8192, 2048, 4, heads_kv=4, vocabulary=128256)),
+}
+"""The first of the makers that can serves."""
+
+COMPARED_STEPS = 10
+LOSS_TOLERANCE = 0.02
+BLOCK_MS = 250.0
+"""A block of steps lasts about this long."""
+
+_BATCHES = 4
+
+
+class Run:
+    """One model in training."""
+
+    def __init__(self, model: nn.Module, use: Functions, sizes: Sizes, device: str, compiled: bool) -> None:
+        self._use, self._foreign = use, isinstance(model, Foreign)
+        self.model, self._device = model.to(device).train(), device
+        self._called = torch.compile(self.model) if compiled else self.model
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device == "cuda")
+        self._batches, self._next = _data(sizes, device), 0
+
+    def step(self) -> torch.Tensor:
+        """One step; the loss, which nobody waits for."""
+        given, wanted = self._batches[self._next % _BATCHES]
+        self._next += 1
+        with attention_by(self._use) if self._foreign else nullcontext():
+            with torch.autocast(self._device, torch.bfloat16):
+                out = self._called(given)
+                loss = F.cross_entropy(out.flatten(0, -2), wanted.flatten())
+            loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def _data(s: Sizes, device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    source = torch.Generator(device).manual_seed(1)
+
+    def whole(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=source, device=device)
+
+    found = []
+    for _ in range(_BATCHES):
+        if not s.vocabulary:
+            images = torch.randn(s.batch, 3, s.image, s.image, generator=source, device=device)
+            found.append((images, whole(s.classes, s.batch)))
+        elif s.heads_kv:
+            ids = whole(s.vocabulary, s.batch, s.tokens + 1)
+            found.append((ids[:, :-1], ids[:, 1:]))
+        else:
+            found.append((whole(s.vocabulary, s.batch, s.tokens), whole(s.classes, s.batch)))
+    return found
+
+
+def made(makers: tuple[Make, ...], sizes: Sizes, device: str, compiled: bool, tiny: bool) -> tuple[str, dict[str, Run]]:
+    """Where the model is from, and the model in training, plain and with tilebook's functions, of equal weights."""
+    for make in makers[-1:] if tiny else makers:
+        try:
+            torch.manual_seed(0)
+            plain, other = make(sizes, PYTORCH), make(sizes, TILEBOOK)
+            other.load_state_dict(copy.deepcopy(plain.state_dict()))
+        except Exception as missing:
+            if make is makers[-1]:
+                raise
+            print(f"  {make.__name__}: {type(missing).__name__}: {missing}; the definition here serves", flush=True)
+            continue
+        runs = {"pytorch": Run(plain, PYTORCH, sizes, device, compiled)}
+        return make.__name__, {**runs, "tilebook": Run(other, TILEBOOK, sizes, device, compiled)}
+    raise AssertionError("the last maker serves or raises")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def losses(runs: dict[str, Run]) -> dict[str, Any]:
+    """The first losses of both, which compile what is to be compiled, and how far they part at most."""
+    found = {name: [float(run.step()) for _ in range(COMPARED_STEPS)] for name, run in runs.items()}
+    apart = max(abs(a - b) / abs(a) for a, b in zip(found["pytorch"], found["tilebook"], strict=True))
+    return {"losses": found, "apart": apart, "agree": apart <= LOSS_TOLERANCE}
+
+
+def block(run: Run, steps: int, device: str) -> tuple[float, float]:
+    """(ms a step, the most bytes allocated beyond what lay there before)."""
+    resting = 0
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        resting = torch.cuda.memory_allocated()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        run.step()
+    synchronize(device)
+    ms = (time.perf_counter() - start) * 1e3 / steps
+    return ms, torch.cuda.max_memory_allocated() - resting if device == "cuda" else 0
+
+
+def measure(runs: dict[str, Run], rounds: int, device: str) -> dict[str, Any]:
+    """ms a step and peak memory of each, and the ratio to plain PyTorch round by round."""
+    estimate = max(block(run, 3, device)[0] for run in runs.values())
+    steps, order = max(2, math.ceil(BLOCK_MS / estimate)), random.Random(0)
+    if device == "cpu":
+        steps = 2
+    timed: dict[str, list[tuple[float, float]]] = {name: [] for name in (*runs, "again")}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name in order.sample(list(timed), len(timed)):
+                timed[name].append(block(runs["pytorch" if name == "again" else name], steps, device))
+    finally:
+        gc.enable()
+    ms = {name: [each for each, _ in series] for name, series in timed.items()}
+    ratios = {name: [a / b for a, b in zip(ms["pytorch"], ms[name], strict=True)] for name in ("tilebook", "again")}
+    ratio, noise = (
+        [round(value, 4) for value in statistics.quantiles(each, n=4, method="inclusive")] for each in ratios.values()
+    )
+    return {
+        "steps_a_block": steps,
+        "ms": {name: round(statistics.median(series), 4) for name, series in ms.items() if name != "again"},
+        "peak_mb": {name: round(max(b for _, b in timed[name]) / 2**20) for name in runs},
+        "ratio": ratio,
+        "noise": noise,
+    }
+
+
+def case(name: str, mode: str, given: argparse.Namespace) -> dict[str, Any]:
+    makers, sizes = CASES[name]
+    sizes = sizes.tiny() if given.tiny else sizes
+    row: dict[str, Any] = {"model": name, "mode": mode}
+    try:
+        row["source"], runs = made(makers, sizes, given.device, mode == "compiled", given.tiny)
+        row.update(losses(runs))
+        row.update(measure(runs, given.rounds, given.device))
+    except Exception as broken:
+        row["failed"] = f"{type(broken).__name__}: {broken}"[:500]
+    runs = {}
+    torch.compiler.reset()
+    gc.collect()
+    if given.device == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def shown(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{row['model']} {row['mode']}: {row['failed']}"
+    low, middle, high = row["ratio"]
+    ms, peak = row["ms"], row["peak_mb"]
+    return (
+        f"{middle:.3f} ({low:.3f} … {high:.3f}; noise {row['noise'][1]:.3f})  {row['model']} {row['mode']} "
+        f"({row['source']}): {ms['pytorch']:.2f} → {ms['tilebook']:.2f} ms, {peak['pytorch']} → {peak['tilebook']} MB, "
+        f"losses {row['apart']:.1e} apart{'' if row['agree'] else ': TOO FAR'}"
+    )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--out", type=Path, required=True)
+    arguments.add_argument("--only", default="", help="models whose name contains this")
+    arguments.add_argument("--modes", default="eager,compiled")
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--seconds", type=float, default=math.inf, help="begins no further model after that")
+    arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    arguments.add_argument("--tiny", action="store_true", help="small models, for a CPU: does the program run?")
+    given = arguments.parse_args()
+    started, rows = time.time(), list[dict[str, Any]]()
+    for mode in given.modes.split(","):
+        for name in CASES:
+            if given.only not in name or time.time() - started > given.seconds:
+                continue
+            rows.append(case(name, mode, given))
+            print(shown(rows[-1]), flush=True)
+            device = devices.current().name if given.device == "cuda" else "cpu"
+            save(given.out, "training steps", device, rounds=given.rounds, results=rows)
+    print("\nworst first")
+    for row in sorted(rows, key=lambda row: row.get("ratio", [0, 0, 0])[1]):
+        print(shown(row))
+
+
+if __name__ == "__main__":
+    main()

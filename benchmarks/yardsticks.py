@@ -1,0 +1,373 @@
+"""The calls that are compared: inputs, what a user of PyTorch would have called, what a user of tilebook calls.
+
+Nothing here but `ours` touches tilebook, so that a process can ask what PyTorch runs by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cells import Cell
+
+Tensors = list[torch.Tensor]
+Call = Callable[..., torch.Tensor]
+
+EPS = 1e-6
+
+
+@dataclass
+class Inputs:
+    """What a call takes: `leaves`, which have gradients in training, then `others`, masks, slopes and lengths.
+
+    `gradient` is that of the output.
+    """
+
+    leaves: Tensors
+    others: Tensors
+    gradient: torch.Tensor | None
+
+    def copy(self) -> Inputs:
+        leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in self.leaves]
+        gradient = None if self.gradient is None else self.gradient.clone()
+        return Inputs(leaves, self.others, gradient)
+
+    @property
+    def bytes(self) -> int:
+        given = [*self.leaves, *([] if self.gradient is None else [self.gradient])]
+        return sum(x.numel() * x.element_size() for x in given)
+
+
+def dtype_of(cell: Cell) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cell.dtype]
+
+
+def inputs(cell: Cell, device: str, seed: int = 0) -> Inputs:
+    source, dtype, s = torch.Generator(device).manual_seed(seed), dtype_of(cell), cell.sizes
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=source, device=device) * scale).to(dtype)
+
+    others: Tensors = []
+    if cell.kind == "mlp":
+        m, h, i = s["rows"], s["width"], s["inner"]
+        leaves = [random(m, h), random(i, h, scale=h**-0.5), random(i), random(h, i, scale=i**-0.5), random(h)]
+        out: tuple[int, ...] = (m, h)
+    elif cell.kind == "norms":
+        leaves, out = [random(s["rows"], s["width"]), random(s["width"])], (s["rows"], s["width"])
+    elif cell.kind == "packed":
+        total_q, total_k = sum(s["lengths_q"]), sum(s["lengths_k"])
+        out, key = (total_q, s["heads"], s["head_dim"]), (total_k, s["heads_kv"], s["head_dim"])
+        leaves = [random(*out), random(*key), random(*key)]
+        for lengths in (s["lengths_q"], s["lengths_k"]):
+            others.append(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device))
+    else:
+        out = (s["batch"], s["heads"], s["seq_q"], s["head_dim"])
+        key = (s["batch"], s["heads_kv"], s["seq_k"], s["head_dim"])
+        leaves = [random(*out), random(*key), random(*key)]
+        others = _tables(cell, device, source)
+        if s.get("bias") == "bias" and cell.step == "training":
+            leaves.append(others.pop(0))
+    gradient = None
+    if cell.step == "training":
+        gradient = random(*out)
+        for x in leaves:
+            x.requires_grad_()
+    return Inputs(leaves, others, gradient)
+
+
+def _tables(cell: Cell, device: str, source: torch.Generator) -> Tensors:
+    """The bias or mask, and ALiBi's slopes, where the form has them."""
+    s, found = cell.sizes, []
+    if s.get("bias"):
+        lengths = {"b": s["batch"], "h": s["heads"], "q": s["seq_q"], "k": s["seq_k"]}
+        shape = tuple(n if axis in s["axes"] else 1 for axis, n in lengths.items())
+        if s["bias"] == "mask":  # key padding: every sequence ends somewhere in its second half
+            ends = torch.randint(s["seq_k"] // 2, s["seq_k"] + 1, (*shape[:3], 1), generator=source, device=device)
+            found.append((torch.arange(s["seq_k"], device=device) < ends).expand(shape).contiguous())
+        else:
+            found.append(torch.randn(shape, generator=source, device=device).to(dtype_of(cell)))
+    if s.get("alibi"):
+        steps = torch.arange(1, s["heads"] + 1, device=device, dtype=torch.float32)
+        found.append(2.0 ** (-8.0 * steps / s["heads"]))
+    return found
+
+
+def scores_mask(cell: Cell, others: Tensors, device: str, rows: slice | None = None) -> torch.Tensor | None:
+    """All that the form does to scores by sums and masks, as PyTorch's `attn_mask`: booleans where they suffice."""
+    s, rest = cell.sizes, list(others)
+    mask: torch.Tensor | None = None
+    i = torch.arange(s["seq_q"], device=device)[rows or slice(None), None]
+    j = torch.arange(s["seq_k"], device=device)
+    left, right = s["left"], 0 if s["causal"] else s["right"]
+    if left >= 0 or right >= 0:
+        mask = torch.ones(len(i), s["seq_k"], dtype=torch.bool, device=device)
+        mask = mask & (j >= i - left) if left >= 0 else mask
+        mask = (mask & (j <= i + right) if right >= 0 else mask)[None, None]
+    added: torch.Tensor | None = None
+    if s["bias"]:
+        table = rest.pop(0)
+        table = table if rows is None or table.shape[2] == 1 else table[:, :, rows]
+        if s["bias"] == "mask":
+            mask = table if mask is None else mask & table
+        else:
+            added = table
+    if s["alibi"]:
+        slopes = rest.pop(0)[None, :, None, None]
+        added = -slopes * (i - j).abs() if added is None else added - slopes * (i - j).abs()
+    if added is None:
+        return mask
+    added = added.to(dtype_of(cell)) if rows is None else added
+    return added if mask is None else added.masked_fill(~mask, -torch.inf)
+
+
+def yardsticks(cell: Cell, given: Inputs, device: str) -> dict[str, Callable[[], Call]]:
+    """What people would call instead, by name, each made when it is asked for; one where PyTorch fuses the call."""
+    s = cell.sizes
+    grouped: dict[str, Any] = {"enable_gqa": True} if s.get("heads") != s.get("heads_kv") else {}
+    if cell.kind == "mlp":
+        return {"torch": lambda: _mlp(s["activation"])}
+    if cell.kind == "norms":
+        return {"torch": lambda: lambda x, w: F.rms_norm(x, w.shape, w, EPS)}
+    if cell.kind == "attention":
+        causal = s["causal"]
+        return {"torch": lambda: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, **grouped)}
+    if cell.kind == "decode":
+        reach = s["window"]
+
+        def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if reach:
+                k, v = k[:, :, -reach:], v[:, :, -reach:]
+            return F.scaled_dot_product_attention(q, k, v, **grouped)
+
+        return {"torch": lambda: decode}
+    if cell.kind == "packed":
+        return {
+            "varlen_attn": lambda: _varlen(cell),
+            "flex": lambda: _flex_packed(cell, device),
+            "flash-attn-4": lambda: _flash4_packed(cell),
+        }
+    found = {"flex": lambda: _flex(cell, device), "flash-attn-4": lambda: _flash4(cell)}
+    return {"sdpa with a mask": lambda: _masked(cell, given, device, grouped), **found}
+
+
+def _mlp(activation: str) -> Call:
+    act: Any = {"gelu": F.gelu, "relu": F.relu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    return lambda x, w1, b1, w2, b2: F.linear(act(F.linear(x, w1, b1)), w2, b2)
+
+
+def _masked(cell: Cell, given: Inputs, device: str, grouped: dict[str, Any]) -> Call:
+    if cell.sizes["softcap"]:
+        raise NotImplementedError("PyTorch's function caps no scores")
+    with torch.no_grad():
+        mask = scores_mask(cell, [*given.leaves[3:], *given.others], device)
+    trained = len(given.leaves) > 3
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        whole = scores_mask(cell, list(others), device) if trained else mask
+        return F.scaled_dot_product_attention(q, k, v, whole, **grouped)
+
+    return call
+
+
+_compiled: dict[str, Any] = {}
+
+
+def _compiled_flex(form: str, device: str) -> Any:
+    """FlexAttention, compiled once per form; further shapes of a form recompile it as in a user's program."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if form not in _compiled:
+        _compiled[form] = torch.compile(flex_attention) if device == "cuda" else flex_attention
+    return _compiled[form]
+
+
+def _flex(cell: Cell, device: str) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    s = cell.sizes
+    if s["bias"] == "bias" and cell.step == "training":
+        raise NotImplementedError("the gradient of a bias that FlexAttention reads is not compared")
+    left, right, cap = s["left"], 0 if s["causal"] else s["right"], s["softcap"]
+    padded = s["bias"] == "mask"
+    ends: Any = None
+
+    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+        keep = j >= 0
+        if left >= 0:
+            keep = keep & (j >= i - left)
+        if right >= 0:
+            keep = keep & (j <= i + right)
+        return keep & (j < ends[b]) if padded else keep
+
+    def changed(table: Any, slopes: Any) -> Any:
+        def score(x: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+            if cap:
+                x = cap * torch.tanh(x / cap)
+            if table is not None:
+                at = (at if n > 1 else 0 for at, n in zip((b, h, i, j), table.shape, strict=True))
+                x = x + table[tuple(at)]
+            return x if slopes is None else x - slopes[h] * (i - j).abs()
+
+        return score
+
+    kept: dict[str, Any] = {}
+    form = f"{left >= 0} {right >= 0} {cap} {s['bias']}{s['axes']} {s['alibi']}"
+    attend = _compiled_flex(form, device)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        nonlocal ends
+        if "mask" not in kept:  # made once, as for all layers of a model
+            if padded:
+                ends = others[0].sum(-1).flatten()
+            limited = left >= 0 or right >= 0 or padded
+            size = (s["batch"] if padded else None, None, s["seq_q"], s["seq_k"])
+            kept["mask"] = create_block_mask(seen, *size, device=device) if limited else None
+            rest = list(others)
+            table = rest.pop(0) if s["bias"] else None
+            slopes = rest.pop(0) if s["alibi"] else None
+            plain = not cap and slopes is None and (table is None or padded)
+            kept["score"] = None if plain else changed(None if padded else table, slopes)
+        found: torch.Tensor = attend(
+            q, k, v, score_mod=kept["score"], block_mask=kept["mask"], enable_gqa=s["heads"] != s["heads_kv"]
+        )
+        return found
+
+    return call
+
+
+def _named(function: Any, **options: Any) -> dict[str, Any]:
+    """The options that this version of a function takes under their names."""
+    taken = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in taken}
+
+
+def _flash4(cell: Cell) -> Call:
+    from flash_attn.cute import flash_attn_func
+
+    s = cell.sizes
+    if s["bias"] or s["alibi"]:
+        raise NotImplementedError("flash-attn-4 takes no bias")
+    right = 0 if s["causal"] else s["right"]
+    sides = tuple(None if n < 0 else n for n in (s["left"], right))
+    causal = s["causal"] and s["left"] < 0
+    window = {} if causal or sides == (None, None) else {"window_size": sides}
+    options = _named(flash_attn_func, causal=causal, softcap=s["softcap"], **window)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options)
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+    return call
+
+
+def _flash4_packed(cell: Cell) -> Call:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    s = cell.sizes
+    longest = {"max_seqlen_q": max(s["lengths_q"]), "max_seqlen_k": max(s["lengths_k"])}
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor) -> torch.Tensor:
+        options = _named(flash_attn_varlen_func, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=s["causal"], **longest)
+        found = flash_attn_varlen_func(q, k, v, **options)
+        return found[0] if isinstance(found, tuple) else found
+
+    return call
+
+
+def _varlen(cell: Cell) -> Call:
+    from torch.nn.attention.varlen import varlen_attn
+
+    s = cell.sizes
+    taken = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = _named(varlen_attn, enable_gqa=s["heads"] != s["heads_kv"])
+    if s["causal"]:
+        options |= {"is_causal": True} if "is_causal" in taken else {"window_size": (-1, 0)}
+    longest = max(s["lengths_q"]), max(s["lengths_k"])
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = varlen_attn(q, k, v, cu_q, cu_k, *longest, **options)
+        return found
+
+    return call
+
+
+def _flex_packed(cell: Cell, device: str) -> Call:
+    """FlexAttention over the whole pack as one sequence, with a mask that parts it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    s = cell.sizes
+    lengths = [torch.tensor(n, device=device) for n in (s["lengths_q"], s["lengths_k"])]
+    part_q, part_k = (torch.repeat_interleave(torch.arange(len(n), device=device), n) for n in lengths)
+    starts = [torch.cumsum(n, 0) - n for n in lengths]
+    shift = lengths[1] - lengths[0] + starts[1] - starts[0]  # from a row's place to that of its diagonal
+
+    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+        same = part_q[i] == part_k[j]
+        return same & (j <= i + shift[part_q[i]]) if s["causal"] else same
+
+    attend, kept = _compiled_flex(f"packed {s['causal']}", device), []
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *cu: torch.Tensor) -> torch.Tensor:
+        if not kept:
+            kept.append(create_block_mask(seen, None, None, len(part_q), len(part_k), device=device))
+        views = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        found: torch.Tensor = attend(*views, block_mask=kept[0], enable_gqa=s["heads"] != s["heads_kv"])
+        return found[0].transpose(0, 1)
+
+    return call
+
+
+def ours(cell: Cell) -> Call:
+    """tilebook's public function for the same call."""
+    import tilebook
+
+    s = cell.sizes
+    if cell.kind == "mlp":
+        return lambda *given: tilebook.mlp(*given, activation=s["activation"])
+    if cell.kind == "norms":
+        return lambda x, w: tilebook.rms_norm(x, w, EPS)
+    if cell.kind == "decode":
+        return lambda q, k, v: tilebook.attention_decode(q, k, v, window=s["window"] or None)
+    if cell.kind == "packed":
+        longest = {"max_seqlen_q": max(s["lengths_q"]), "max_seqlen_k": max(s["lengths_k"])}
+        return lambda *given: tilebook.attention_varlen(*given, causal=s["causal"], **longest)
+    if cell.kind == "attention":
+        return lambda q, k, v: tilebook.attention(q, k, v, causal=s["causal"])
+    banded = s["left"] >= 0 or s["right"] > 0
+    options = {"causal": s["causal"], "softcap": s["softcap"]}
+    options |= {"window": (s["left"], 0 if s["causal"] else s["right"])} if banded else {}
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        rest, named = list(others), dict[str, torch.Tensor]()
+        if s["bias"]:
+            named["attn_mask" if s["bias"] == "mask" else "bias"] = rest.pop(0)
+        if s["alibi"]:
+            named["alibi_slopes"] = rest.pop(0)
+        found: torch.Tensor = tilebook.attention(q, k, v, **options, **named)
+        return found
+
+    return call
+
+
+def step(cell: Cell, call: Call) -> Callable[[Inputs], Any]:
+    """The call as it is timed: by itself without gradients, or with the gradients of all leaves."""
+    if cell.step == "forward":
+
+        def forward(given: Inputs) -> Any:
+            with torch.no_grad():
+                return (call(*given.leaves, *given.others),)
+
+        return forward
+
+    def training(given: Inputs) -> Any:
+        with torch.enable_grad():
+            o = call(*given.leaves, *given.others)
+            return (o.detach(), *torch.autograd.grad(o, given.leaves, given.gradient))
+
+    return training

@@ -1,0 +1,64 @@
+"""The benchmark of training steps, tried on the CPU."""
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("small_models")
+
+
+def test_every_model_trains_and_both_have_the_same_losses(tmp_path):
+    out = tmp_path / "steps.json"
+    arguments = ["--device", "cpu", "--tiny", "--modes", "eager", "--rounds", "2", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "train_steps.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["results"]
+    assert len(rows) == 6
+    for row in rows:
+        assert "failed" not in row, row
+        assert row["agree"]
+        assert len(row["ratio"]) == len(row["noise"]) == 3
+
+
+def test_no_further_model_begins_once_time_is_over(tmp_path):
+    out = tmp_path / "steps.json"
+    arguments = ["--device", "cpu", "--tiny", "--modes", "eager", "--rounds", "2", "--out", str(out), "--seconds", "0"]
+    command = [sys.executable, str(BENCHMARKS / "train_steps.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not out.exists()
+
+
+class Attending(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_a_compiled_model_of_another_package_keeps_the_function_that_was_put_into_it(small_models):
+    """Both copies have one code and could share what was compiled of it."""
+    marked = replace(small_models.TILEBOOK, attention=lambda q, k, v: q + 1000)
+    x, found = torch.randn(1, 1, 4, 8), []
+    copies = {}
+    for use in (small_models.PYTORCH, marked):
+        model = small_models.Foreign(Attending(), use, lambda y: y)
+        copies[use] = torch.compile(model, backend="eager")
+    for _ in range(2):
+        for use, compiled in copies.items():
+            with small_models.attention_by(use):
+                found.append(compiled(x).max().item() > 500)
+    assert found == [False, True, False, True]

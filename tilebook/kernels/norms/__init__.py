@@ -1,0 +1,124 @@
+"""Norms over the last axis: RMSNorm (Zhang & Sennrich, 2019) and LayerNorm (Ba, Kiros & Hinton, 2016)."""
+
+from __future__ import annotations
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function
+
+from tilebook import dispatch
+from tilebook.call import Entry, recorded, way
+from tilebook.kernels.norms.entry import LAYER_NORM, RMS_NORM, addressed, registered
+from tilebook.kernels.norms.pytorch import HOST_BOUND
+
+__all__ = ["layer_norm", "rms_norm"]
+
+Vector = torch.Tensor | None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """y = x / √(mean(x²) + eps) · weight over the last axis (Zhang & Sennrich, 2019, eq. 4), in fp32 inside.
+
+    Args:
+        x: (…, N), floating point; any strides, fastest where the last axis is contiguous.
+        weight: (N,), in the dtype of x or another; None for ones.
+        eps: added to the mean square, so that a zero vector stays one.
+
+    Returns:
+        (…, N) in the dtype of x.
+
+    Kernels of ours run for fp16, bf16 and fp32 with N ≤ 65536 on a GPU where a verdict has them ahead; all else, and
+    `torch.compile`, runs as plain PyTorch. Differentiable in x and weight; both gradients of our kernels repeat bit for
+    bit.
+
+    Raises:
+        ValueError: a weight that does not fit x in shape or device, or tensors that are not floating point.
+    """
+    given = x, weight
+    if has_torch_function(given):
+        found: torch.Tensor = handle_torch_function(rms_norm, given, *given, eps)
+        return found
+    return _norm(RMS_NORM, x, (weight,), eps)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    """y = (x − mean(x)) / √(variance(x) + eps) · weight + bias over the last axis (Ba, Kiros & Hinton, 2016, eq. 4).
+
+    Args:
+        x: (…, N), floating point; any strides, fastest where the last axis is contiguous.
+        weight: (N,), in the dtype of x or another; ones if None.
+        bias: (N,), likewise; zeros if None.
+        eps: added to the variance, so that a constant vector becomes 0.
+
+    Returns:
+        (…, N) in the dtype of x, computed in fp32.
+
+    Kernels of ours run for fp16, bf16 and fp32 with N ≤ 65536 on a GPU where a verdict has them ahead; all else, a bias
+    without a weight, and `torch.compile`, runs as plain PyTorch. Differentiable in all three; the gradients of our
+    kernels repeat bit for bit.
+
+    Raises:
+        ValueError: a weight or bias that does not fit x in shape or device, or tensors that are not floating point.
+    """
+    given = x, weight, bias
+    if has_torch_function(given):
+        found: torch.Tensor = handle_torch_function(layer_norm, given, *given, eps)
+        return found
+    return _norm(LAYER_NORM, x, (weight, bias), eps)
+
+
+def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float) -> torch.Tensor:
+    """What all norms are: PyTorch's own function, or the kernels, whichever serves this call."""
+    route = way(x, optional=vectors)
+    alone = vectors[0] is None and any(each is not None for each in vectors)
+    if route == "pytorch" or torch.compiler.is_compiling() or not x.ndim or alone:
+        _check(entry, x, vectors)
+        return entry.plain((x, *vectors), (eps,))
+    if route == "direct" and x.numel() <= HOST_BOUND and not _graph() and _usual(x, vectors):
+        return entry.plain((x, *vectors), (eps,))
+    forward = registered(entry.name)[0]
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x
+    tensors = addressed((flat, *vectors))
+    choice = dispatch.known(forward, (*tensors, eps)) if route == "direct" else None
+    if choice is None:
+        _check(entry, x, vectors)
+        if not x.numel() or any(each is not None and each.dtype == torch.float64 for each in vectors):
+            return entry.plain((x, *vectors), (eps,))
+        if route == "op":
+            if entry.left_to_pytorch(lambda: (forward, forward.problem.of(*tensors, eps)), tensors):
+                return entry.plain((x, *vectors), (eps,))
+            return entry.through(tensors, (eps,))[0].view(x.shape)
+        choice = dispatch.lookup(forward, (*tensors, eps))
+    if choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native):
+        choice.calls += 1
+        return entry.plain((x, *vectors), (eps,))
+    return entry.direct(choice, tensors, (eps,))[0].view(x.shape)
+
+
+def _graph() -> bool:
+    """Is a graph being captured, which is replayed without the host, or an implementation forced?"""
+    return dispatch.forced() or torch.cuda.is_current_stream_capturing()
+
+
+def _usual(x: torch.Tensor, vectors: tuple[Vector, ...]) -> bool:
+    """Do the vectors go with x as PyTorch's kernels take them? Whatever else is wrong, PyTorch says."""
+    for each in vectors:
+        if each is not None and not (each.dtype == x.dtype and each.shape == x.shape[-1:] and each.is_cuda):
+            return False
+    return x.is_floating_point()
+
+
+def _check(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...]) -> None:
+    if x.ndim < 1 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point (…, N), not {x.dtype} {tuple(x.shape)}")
+    for name, each in zip(entry.tensors[1:], vectors, strict=True):
+        name = name.rstrip("?")
+        if each is None:
+            continue
+        if each.shape != x.shape[-1:]:
+            raise ValueError(f"expected x (…, N) and {name} (N,), not {tuple(x.shape)} and {tuple(each.shape)}")
+        if each.device != x.device:
+            raise ValueError(f"{name} is on {each.device}, but x on {x.device}")
+        if not each.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {each.dtype}")

@@ -1,0 +1,133 @@
+"""The problems that norms over the last axis pose, and the suites to tune."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import triton
+
+from tilebook import models, op
+from tilebook.op import Cost
+
+
+@dataclass(frozen=True)
+class Norm(op.Problem):
+    """`rows` vectors of `width`; calls round their rows up to a power of two, so that one verdict serves a bucket.
+
+    parameters: "affine" with all that the norm has (a weight, a bias), "unbiased" without the bias, "bare" with none.
+    """
+
+    EXACT = frozenset({"width"})
+    STATISTICS: ClassVar[int]
+    """Numbers of each row that a forward pass keeps, in fp32."""
+    VECTORS: ClassVar[int]
+    """Parameter vectors of an affine one."""
+
+    dtype: str
+    rows: int = op.size("M")
+    width: int = op.size("N")
+    parameters: str = op.choice("affine", "unbiased", "bare", elided=True)
+
+    @property
+    def vectors(self) -> int:
+        """How many parameter vectors there are, and hence gradients of such."""
+        return {"affine": self.VECTORS, "unbiased": 1, "bare": 0}[self.parameters]
+
+    @classmethod
+    def posed(cls, x: torch.Tensor, *vectors: torch.Tensor | None) -> Self:
+        """The problem of x (M, N) with these parameter vectors, None where one is left out."""
+        there = sum(vector is not None for vector in vectors)
+        parameters = "bare" if not there else "affine" if there == cls.VECTORS else "unbiased"
+        return cls(op.dtype_name(x.dtype), triton.next_power_of_2(x.shape[0]), x.shape[1], parameters)
+
+    def neighbours(self) -> Sequence[Self]:
+        more = min(max(1024, 2 * self.rows), (1 << 26) // self.width)  # cheap, and yet more than any GPU runs at once
+        rows = [333, 1, *([more] if more > self.rows else [])]
+        return [dataclasses.replace(self, rows=each) for each in rows if each != self.rows]
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        texts = (
+            ("M64,N128", "bf16"),
+            ("M17,N100", "fp16"),
+            ("M1,N1024", "bf16"),
+            ("M5,N1500", "fp32"),
+            ("M2,N1", "fp32"),
+            ("M100,N24", "bf16"),
+            ("M3,N4097", "fp16"),
+            ("M33,N64", "fp32"),
+            ("M9,N136,bare", "bf16"),
+            ("M6,N1500,bare", "fp32"),
+        )
+        return [cls.parse(text, dtype) for text, dtype in texts]
+
+    @classmethod
+    def suites(cls) -> Mapping[str, Sequence[Self]]:
+        norms = [cls.parse(f"M8192,N{width}", "bf16") for width in (1024, 4096, 16384)]
+        return {"norms": norms, "models": [cls.parse(*each) for each in models.shapes("norms")]}
+
+    def drawn(self, device: torch.device | str, seed: int, matrices: int) -> tuple[list[torch.Tensor], list[Any]]:
+        """So many random (M, N), and (N,) for each vector there may be, None for those that are not there."""
+        source = op.generator(device, seed)
+        shapes = [(self.rows, self.width)] * matrices + [(self.width,)] * self.vectors
+        drawn = [op.normal(shape, source, device, torch.float32).to(self.torch_dtype) for shape in shapes]
+        return drawn[:matrices], [*drawn[matrices:], *[None] * (self.VECTORS - self.vectors)]
+
+    def moved(self, matrices: int, vectors: int) -> float:
+        """Bytes of so many (M, N) and (N,), and of a row's statistics."""
+        itemsize = self.torch_dtype.itemsize
+        return float(itemsize * self.width * (matrices * self.rows + vectors) + 4 * self.STATISTICS * self.rows)
+
+
+@dataclass(frozen=True)
+class RMSProblem(Norm):
+    """What RMSNorm's forward and backward have in common."""
+
+    STATISTICS = 1
+    VECTORS = 1
+
+    def __post_init__(self) -> None:
+        if self.parameters == "unbiased":  # as it always is
+            object.__setattr__(self, "parameters", "affine")
+
+
+@dataclass(frozen=True)
+class Problem(RMSProblem):
+    """x, weight, eps → y, rstd."""
+
+    @classmethod
+    def of(cls, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> Self:
+        return cls.posed(x, weight)
+
+    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        (x,), vectors = self.drawn(device, seed, 1)
+        return x, *vectors, 1e-6
+
+    def cost(self) -> Cost:
+        return Cost(4.0 * self.rows * self.width, self.moved(2, self.vectors))
+
+
+@dataclass(frozen=True)
+class BackwardProblem(RMSProblem):
+    """dy, x, weight, rstd → dx, dweight."""
+
+    @classmethod
+    def of(cls, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor) -> Self:
+        return cls.posed(dy, weight)
+
+    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        (dy, x), vectors = self.drawn(device, seed, 2)
+        return dy, x, *vectors, torch.empty(self.rows, device=device) if x.is_meta else rstd(x.float(), 1e-6)
+
+    def cost(self) -> Cost:
+        # The weight is read, its gradient written.
+        return Cost(10.0 * self.rows * self.width, self.moved(3, 2 * self.vectors))
+
+
+def rstd(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / √(mean(x²) + eps) of each row."""
+    return torch.rsqrt(x.square().mean(-1) + eps)

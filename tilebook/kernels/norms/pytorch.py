@@ -1,0 +1,28 @@
+"""Norms in PyTorch's own functions, differentiable by its autograd: what runs where no kernel serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+HOST_BOUND = 1 << 22
+"""Elements up to which the GPU is done with an eager call before the host has made the next one."""
+
+
+def rms(tensors: tuple[Any, ...], options: tuple[float]) -> torch.Tensor:
+    """RMSNorm's y for an entry's tensors (x, weight), weight None or not, and options (eps,)."""
+    (x, weight), (eps,) = tensors, options
+    if weight is None or weight.dtype == x.dtype:
+        return torch.rms_norm(x, x.shape[-1:], weight, eps)
+    return torch.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def layer(tensors: tuple[Any, ...], options: tuple[float]) -> torch.Tensor:
+    """LayerNorm's y for an entry's tensors (x, weight, bias), vectors None or not, and options (eps,)."""
+    (x, weight, bias), (eps,) = tensors, options
+    given: Any = x
+    if any(each is not None and each.dtype != x.dtype for each in (weight, bias)):
+        given, weight, bias = (each if each is None else each.float() for each in tensors)
+    y = torch.layer_norm(given, x.shape[-1:], weight, bias, eps)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast would have it in fp32

@@ -1,0 +1,77 @@
+"""The configs of the norms' kernels, and what of them follows from problem and GPU."""
+
+from __future__ import annotations
+
+import triton
+
+from tilebook.device import Device
+from tilebook.kernels.norms.problem import Norm
+from tilebook.op import Config, Cost, Space, powers_of_two
+
+
+def _block(problem: Norm, config: Config) -> int:
+    """Columns in registers at a time; if they are not all, a row is read twice, the second time from the L2 cache."""
+    width: int = triton.next_power_of_2(problem.width)
+    return min(config.number("BLOCK"), width)
+
+
+def _reject(problem: Norm, config: Config, device: Device, registers: int) -> str | None:
+    """`registers`: how many each element takes."""
+    block, rows, warps = _block(problem, config), config.number("ROWS"), config.number("num_warps")
+    threads = warps * device.warp_size
+    if threads > 1024:
+        return f"{threads} threads in a block"
+    if block < config.number("BLOCK") and config["BLOCK"] != FORWARD_AXES["BLOCK"][0]:
+        return "a smaller BLOCK holds the row"
+    if rows > 1 and rows > triton.next_power_of_2(problem.rows):
+        return "more rows than there are"
+    most = min(device.registers_per_sm // threads, 256) // registers
+    if rows * block > most * threads:
+        return f"{rows * block // threads} elements a thread, of {most} that registers hold"
+    if warps > 1 and rows * block < 16 // problem.torch_dtype.itemsize * threads:
+        return "less than 16 bytes a thread"
+    return None
+
+
+def _reject_fwd(problem: Norm, config: Config, device: Device) -> str | None:
+    return _reject(problem, config, device, 2)
+
+
+def _reject_bwd(problem: Norm, config: Config, device: Device) -> str | None:
+    threads = config.number("num_warps") * device.warp_size
+    if config["PER_SM"] != 1 and config.number("PER_SM") * threads > device.threads_per_sm:
+        return "more programs than an SM can hold at once"
+    return _reject(problem, config, device, 3 + problem.vectors)  # sums over rows wait in registers as well
+
+
+def _default_fwd(problem: Norm, device: Device) -> Config:
+    """As many rows as have 1024 elements, else one row, 16384 columns at a time; 16 elements a thread."""
+    width = triton.next_power_of_2(problem.width)
+    rows = max(1, min(16, 1024 // width, triton.next_power_of_2(problem.rows)))
+    block = max(1024, min(16384, width))
+    warps = max(1, rows * min(block, width) // (16 * device.warp_size))
+    return Config(ROWS=rows, BLOCK=block, num_warps=warps)
+
+
+def _default_bwd(problem: Norm, device: Device) -> Config:
+    config = Config({**_default_fwd(problem, device), "PER_SM": 1 if problem.width > 4096 else 2})
+    # Half as many columns, twice as often, for what does not fit.
+    half = {"BLOCK": config.number("BLOCK") // 2, "num_warps": max(1, config.number("num_warps") // 2)}
+    return config if _reject_bwd(problem, config, device) is None else config.replace(**half)
+
+
+def _work(problem: Norm, config: Config) -> Cost:
+    """Rows in a last program that are not there count, and the second reading of what registers do not hold."""
+    floor = problem.cost()
+    rows = triton.cdiv(problem.rows, config.number("ROWS")) * config.number("ROWS")
+    again = 1.5 if _block(problem, config) < problem.width else 1.0
+    return Cost(floor.flops * rows / problem.rows, floor.bytes * again)
+
+
+FORWARD_AXES = {
+    "ROWS": powers_of_two(1, 16),
+    "BLOCK": powers_of_two(1024, 65536),
+    "num_warps": powers_of_two(1, 32),
+}
+SPACE = Space(FORWARD_AXES, _reject_fwd, _default_fwd, _work)
+SPACE_BWD = Space({**FORWARD_AXES, "PER_SM": powers_of_two(1, 8)}, _reject_bwd, _default_bwd, _work)
