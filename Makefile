@@ -13,6 +13,7 @@ SHIPPED_TRITON = 3.6.0
 
 setup: $(VENV)/ready
 
+# An editable install builds the registry that ships, tilebook/registry.db, from its text.
 # PyTorch first and pinned to a build that exists for the CPU alone: without a pin, pip brings gigabytes of CUDA along.
 # On a GPU machine where torch is installed already, use that: make VENV=… SYSTEM=--system-site-packages.
 $(VENV)/ready: pyproject.toml

@@ -13,13 +13,14 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from flat_verdict import flat_verdict
 
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.cli import main
 from tilebook.cli.tuning import _problems
 from tilebook.op import Config, Space
-from tilebook.registry import Device, Environment, Registry, Revocation, Verdict, VerdictStatus
+from tilebook.registry import Device, Environment, Registry, Revocation, VerdictStatus
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine without a GPU")
 
@@ -118,7 +119,7 @@ def cli(tmp_path, monkeypatch):
 ATTENTION, H200 = ops.get("attention_fwd"), devices.find("H200")
 SHAPE = "B4,H16,S2048,D64"
 WINNER = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "HEADS": 1, "DESCRIPTORS": 0}
-MEASURED = Verdict(
+MEASURED = flat_verdict(
     op=ATTENTION.name,
     problem=ATTENTION.problem.parse(SHAPE, "bf16").key,
     device=Device(*H200.identity),
@@ -403,7 +404,7 @@ def test_help_is_quick_and_names_the_commands(run):
 
 def test_a_terminal_without_unicode_gets_plain_text(run):
     with Registry.open(run.registry, write=True) as registry:
-        registry.record(verdict=dataclasses.replace(MEASURED, evidence={"tried": 7, "seconds": {"total": 3.0}}))
+        registry.record(verdict=dataclasses.replace(MEASURED, notes={"tried": 7, "seconds": {"total": 3.0}}))
     for command in (["show"], ["explain", *EXPLAIN[1:]], ["status", "--gpu", "H200"], ["revoke", "--list"]):
         process = run(*command, "--registry", run.registry, PYTHONIOENCODING="ascii")
         assert process.returncode == 0, process.err

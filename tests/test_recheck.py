@@ -5,6 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 from click.testing import CliRunner
+from flat_verdict import flat_verdict
 
 from tilebook import device as devices
 from tilebook import op as ops
@@ -58,16 +59,15 @@ def verdict(kernel=OLD, implementation="triton", codes=("a", "b", "c"), triton=N
         for place, (config, code) in enumerate(zip(CONFIGS, codes, strict=True))
     ]
     candidates.append({"implementation": "removed_since", "config": {"BLOCK": 1}, "time_ms": 9.0})
-    return store.Verdict(
-        "rms_norm_fwd",
-        PROBLEM.key,
-        store.Device(H200.name, H200.arch, H200.sm_count),
-        store.Environment(versions | ({"triton": triton} if triton else {})),
-        kernel,
-        store.VerdictStatus.MEASURED,
-        implementation,
-        FIRST if implementation == "triton" else {},
-        time_ms=1.0,
+    return flat_verdict(
+        op="rms_norm_fwd",
+        problem=PROBLEM.key,
+        device=store.Device(H200.name, H200.arch, H200.sm_count),
+        environment=store.Environment(versions | ({"triton": triton} if triton else {})),
+        kernel=kernel,
+        status=store.VerdictStatus.MEASURED,
+        implementation=implementation,
+        config=FIRST if implementation == "triton" else {},
         evidence={"candidates": candidates, "kernels": {"triton": kernel, "removed_since": OLD}},
     )
 
@@ -85,7 +85,7 @@ def test_the_same_code_of_other_source_takes_the_digests_of_that_source():
     assert rechecking.is_current(finding.after)
     assert not rechecking.is_current(given)
     assert finding.after.ranking() == given.ranking()
-    assert [each.code for each in rechecking.finalists(finding.after)[:3]] == [compiled(c).fingerprint for c in "abc"]
+    assert [each.code for each in finding.after.finalists[:3]] == [compiled(c).fingerprint for c in "abc"]
 
 
 @pytest.mark.parametrize("recorded", ["x", None], ids=["another code", "no code"])
@@ -203,6 +203,6 @@ def test_what_compilers_make_of_one_source_is_one_code(tmp_path, monkeypatch):
     with CompilePool(H200, workers=1) as pool:
         code = pool.submit("rms_norm_fwd", "triton", PROBLEM.key, FIRST).result().fingerprint
     given = verdict(kernel=OLD)
-    evidence = {"candidates": [{"implementation": "triton", "config": FIRST, "time_ms": 1.0, "code": code}]}
-    (finding,) = rechecking.recheck([dataclasses.replace(given, evidence=evidence)], workers=1)
+    finalists = (store.Finalist("triton", FIRST, 1.0, code=code),)
+    (finding,) = rechecking.recheck([dataclasses.replace(given, finalists=finalists)], workers=1)
     assert finding.outcome == "renewed"

@@ -7,30 +7,20 @@ compiles to the code that was measured takes the digests of today's source; what
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.device import Device
-from tilebook.registry import Json, Verdict
+from tilebook.registry import Finalist, Verdict
 from tilebook.tuner.compile import Compiled, CompilePool, Compilers
 
 Outcome = Literal["current", "renewed", "retired", "skipped"]
 """current: its source is today's. renewed: its code is, so its source digests are now. retired: the winner's code is
 another. skipped: what it needs to be compiled is not here; `reason` says what."""
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """One candidate of a verdict's ranking. code: the fingerprint of what was measured, empty where none was kept."""
-
-    implementation: str
-    config: Mapping[str, Any]
-    code: str
 
 
 @dataclass(frozen=True)
@@ -45,31 +35,17 @@ class Finding:
     after: Verdict | None = None
 
 
-def finalists(verdict: Verdict) -> list[Finalist]:
-    """The candidates of a verdict's ranking, best first, with the code that each was measured with."""
-    listed = verdict.evidence.get("candidates")
-    codes: dict[tuple[str, str], str] = {}
-    for each in listed if isinstance(listed, list) else []:
-        if isinstance(each, dict) and isinstance(each.get("code"), str):
-            codes[str(each.get("implementation")), _key(each.get("config"))] = str(each["code"])
-    return [Finalist(name, config, codes.get((name, _key(config)), "")) for name, config in verdict.ranking()]
-
-
-def _key(config: Any) -> str:
-    return json.dumps(config, sort_keys=True)
-
-
 def _ours(verdict: Verdict) -> list[Finalist]:
     """Those whose machine code we make: of implementations that are here and have a source of ours."""
     there = ops.get(verdict.op).implementations
-    return [each for each in finalists(verdict) if each.implementation in there and there[each.implementation].digest]
+    return [each for each in verdict.finalists if each.implementation in there and there[each.implementation].digest]
 
 
 def is_current(verdict: Verdict) -> bool:
     """Are the sources that the verdict names today's? Of finalists that were removed since, none is asked for."""
     op = ops.get(verdict.op)
     same = (
-        op.implementations[each.implementation].digest == verdict.kernel_of(each.implementation)
+        op.implementations[each.implementation].digest == verdict.source_of(each.implementation)
         for each in _ours(verdict)
     )
     return verdict.kernel == op.digest and all(same)
@@ -126,7 +102,7 @@ def _compared(verdicts: Sequence[Verdict], compilers: Compilers) -> Iterator[Fin
     for verdict in verdicts:
         mine = []
         for each in _ours(verdict):
-            key = verdict.op, each.implementation, verdict.problem, _key(each.config)
+            key = verdict.op, verdict.problem, *each.key
             if key not in futures:
                 config = _config(verdict, each)
                 futures[key] = compilers.submit(verdict.op, each.implementation, verdict.problem, config)
@@ -151,8 +127,7 @@ def _judged(verdict: Verdict, changed: Iterable[Finalist]) -> Finding:
     is left of the ranking is still what was measured; they are listed all the same.
     """
     others = tuple(changed)
-    winner = verdict.implementation, _key(dict(verdict.config))
-    if any((each.implementation, _key(dict(each.config))) == winner for each in others):
+    if verdict.winner in others:
         return Finding(verdict, "retired", others)
     if not others and is_current(verdict):
         return Finding(verdict, "current")
@@ -162,17 +137,7 @@ def _judged(verdict: Verdict, changed: Iterable[Finalist]) -> Finding:
 def _renewed(verdict: Verdict, without: Sequence[Finalist]) -> Verdict:
     """The verdict with the digests of today's source, and without the finalists whose code is another now."""
     op = ops.get(verdict.op)
-    gone = {(each.implementation, _key(dict(each.config))) for each in without}
-    evidence: dict[str, Json] = dict(verdict.evidence)
-    listed = evidence.get("candidates")
-    if isinstance(listed, list):
-        evidence["candidates"] = [
-            each
-            for each in listed
-            if not (isinstance(each, dict) and (each.get("implementation"), _key(each.get("config"))) in gone)
-        ]
-    kernels = evidence.get("kernels")
-    if isinstance(kernels, dict):
-        here = {name: op.implementations[name].digest for name in kernels if name in op.implementations}
-        evidence["kernels"] = {**kernels, **here}
-    return replace(verdict, kernel=op.digest, evidence=evidence)
+    kept = tuple(each for each in verdict.finalists if each not in without)
+    here = {name: op.implementations[name].digest for name in verdict.sources if name in op.implementations}
+    ours = {name: digest for name, digest in here.items() if digest}
+    return replace(verdict, kernel=op.digest, finalists=kept, sources={**verdict.sources, **ours})

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from flat_verdict import flat_verdict
 
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Config, Cost, Op, Problem, Space
-from tilebook.registry import Device, Environment, Revocation, Verdict, VerdictStatus
+from tilebook.registry import Device, Environment, Revocation, VerdictStatus
 
 GPU = devices.find("H200")
 OP = ops.get("attention_fwd")
@@ -57,7 +58,7 @@ def verdict(problem=FUSED, config=OTHER, implementation="triton", **changes):
         "speedup_low": 1.9,
         "speedup_high": 2.1,
     }
-    return Verdict(**{**fields, **changes})
+    return flat_verdict(**{**fields, **changes})
 
 
 def composed(**changes):

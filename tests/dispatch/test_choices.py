@@ -212,7 +212,7 @@ def test_another_implementation_with_a_space_serves_what_it_won(choose, second):
     assert (far.source, far.implementation) == ("default", OP.tunable)
 
 
-@pytest.mark.parametrize("kernels", [{"second": "0" * 64}, {}, {"third": "0" * 64}, "no", None], ids=str)
+@pytest.mark.parametrize("kernels", [{"second": "0" * 64}, {}, {"third": "0" * 64}], ids=str)
 def test_where_its_source_changed_or_is_not_told_the_next_candidate_serves(choose, second, kernels):
     choice = choose(second(kernels=kernels))
     assert (choice.source, choice.implementation.name, choice.config) == ("exact", "triton", OTHER)

@@ -7,11 +7,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tilebook.registry import (
+    Again,
     Device,
     Environment,
     Failure,
+    Finalist,
     Miss,
     Revocation,
+    Speedup,
     Status,
     Trial,
     Verdict,
@@ -60,29 +63,51 @@ def broken_trial(**changes: Any) -> Trial:
 
 
 def verdict(**changes: Any) -> Verdict:
-    base = Verdict(
-        op="rms_norm_fwd",
-        problem=problem(),
-        device=H200,
-        environment=SOFTWARE,
-        kernel=KERNEL,
-        status=VerdictStatus.MEASURED,
-        implementation="triton",
-        config={"BLOCK_M": 128, "num_warps": 8},
-        time_ms=0.1,
-        default_time_ms=0.123,
-        speedup=1.23,
-        speedup_low=1.2,
-        speedup_high=1.26,
-        evidence={"finalists": [{"name": "triton", "samples_ms": [0.1, 0.11, 0.1]}]},
-        created_at=START,
-    )
-    return replace(base, **changes)
+    """`changes` may name the winner's `implementation`, `config` and `time_ms` too."""
+    first = {"implementation": "triton", "config": {"BLOCK_M": 128, "num_warps": 8}, "time_ms": 0.1}
+    winner = Finalist(**{name: changes.pop(name, value) for name, value in first.items()})
+    fields = {
+        "op": "rms_norm_fwd",
+        "problem": problem(),
+        "device": H200,
+        "environment": SOFTWARE,
+        "kernel": KERNEL,
+        "status": VerdictStatus.MEASURED,
+        "finalists": (winner,),
+        "default_time_ms": 0.123,
+        "interval": Speedup(1.23, 1.2, 1.26),
+        "notes": {"tried": 7},
+        "created_at": START,
+    }
+    return Verdict(**{**fields, **changes})
 
 
 def predicted(**changes: Any) -> Verdict:
+    nothing = {"time_ms": None, "default_time_ms": None, "interval": None, "notes": {}}
+    return verdict(status=VerdictStatus.PREDICTED, **nothing, **changes)
+
+
+def evidenced(**changes: Any) -> Verdict:
+    """One with all that a verdict can have: losers, the default among them, samples, a second contest, sources."""
+    speedup = Speedup(1.1, 1.05, 1.15)
+    winner = Finalist(
+        "triton",
+        {"BLOCK_M": 128, "num_warps": 8},
+        time_ms=0.1,
+        speedup=speedup,
+        samples_ms=(0.1, 0.11, 0.1),
+        again=Again(speedup, (0.1, 0.2), (0.3, 0.4)),
+        code="ab" * 32,
+    )
+    default = Finalist("triton", {"BLOCK_M": 64}, 0.123, Speedup(1, 1, 1), (0.12, 0.123, 0.13), default=True)
     return verdict(
-        status=VerdictStatus.PREDICTED, speedup=None, speedup_low=None, speedup_high=None, evidence={}, **changes
+        **{
+            "finalists": (winner, Finalist("torch", {}, 0.11), default),
+            "mode": "eager",
+            "sources": {"triton": KERNEL, "other": "some-package 4.0"},
+            "notes": {"tried": 7, "rejected": {"slow": 3}, "busy": None, "spaces": {"triton": {"feasible": ["0f"]}}},
+            **changes,
+        }
     )
 
 

@@ -9,12 +9,14 @@ from datetime import timedelta
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from old_registry import make_old, old_verdicts
 from registry_samples import (
     A100,
     KERNEL,
     SOFTWARE,
     START,
     broken_trial,
+    evidenced,
     miss,
     predicted,
     problem,
@@ -24,7 +26,16 @@ from registry_samples import (
 )
 from sqlalchemy import create_engine, text
 
-from tilebook.registry import Environment, Registry, RegistryError, Trial, VerdictStatus
+from tilebook.registry import (
+    Environment,
+    Registry,
+    RegistryError,
+    Speedup,
+    Trial,
+    VerdictStatus,
+    canonical,
+    serving,
+)
 from tilebook.registry.backend import Target, make_engine
 from tilebook.registry.models import Base
 from tilebook.registry.schema import SCHEMA_VERSION, VERSION_TABLE
@@ -33,9 +44,9 @@ from tilebook.registry.schema import SCHEMA_VERSION, VERSION_TABLE
 class TestContract:
     def test_records_read_back_equal(self, registry: Registry) -> None:
         trials = [trial(0), trial(1, device=A100), broken_trial(), trial(2, kernel="ff" * 32)]
-        registry.record(trials, verdict())
+        registry.record(trials, evidenced())
         assert registry.trials() == trials
-        assert registry.verdicts() == [verdict()]
+        assert registry.verdicts() == [evidenced()]
         assert registry.trials()[2].failure == "compile_error"
         assert registry.corrupt == 0
 
@@ -144,19 +155,66 @@ class TestContract:
         with pytest.raises(RegistryError, match=r"older.*opening it for writing"):
             Registry.open(target)
 
-    def test_the_first_schema_is_read_as_it_is_and_upgraded_by_a_writer(self, registry: Registry, target: str) -> None:
-        registry.record([trial()], verdict())
-        _execute(target, "DROP TABLE revocation", "PRAGMA user_version=1")
-        _execute(target, f"UPDATE {VERSION_TABLE} SET version_num = '0001'", "PRAGMA user_version=1")
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_an_older_schema_is_read_as_it_is_and_upgraded_by_a_writer(self, target: str, version: int) -> None:
+        make_old(target, old_verdicts(), version)
+        readings = []
         for _ in range(2):
             with Registry.open(target) as reader:
-                assert (reader.trials(), reader.verdicts(), reader.revocations()) == ([trial()], [verdict()], [])
-                assert reader.problems == []
+                readings.append(reader.verdicts())
+                assert (reader.trials(), reader.revocations(), reader.problems) == ([], [], [])
+                (mlp,) = reader.verdicts(op="mlp_grads_bwd")
+        table = serving.read(mlp.device.name, mlp.device.arch, mlp.device.sm_count, target)
+        served = [each for each in table.verdicts("mlp_grads_bwd") if each.layer == "explicit"]
         with Registry.open(target, write=True) as upgraded:
+            readings.append(upgraded.verdicts())
             assert upgraded.revoke(revocation())
+            upgraded.record([trial()], evidenced())
         with Registry.open(target) as reader:
-            assert (reader.trials(), reader.verdicts()) == ([trial()], [verdict()])
-            assert reader.revocations() == [revocation()]
+            assert evidenced() in reader.verdicts()
+            readings.append([each for each in reader.verdicts() if each != evidenced()])
+            assert (reader.revocations(), reader.problems) == ([revocation()], [])
+        assert [len(each) for each in readings] == [4] * 4
+        assert readings == [readings[0]] * 4
+        again = serving.read(mlp.device.name, mlp.device.arch, mlp.device.sm_count, target)
+        assert served == [each for each in again.verdicts("mlp_grads_bwd") if each.layer == "explicit"]
+        assert [each.time_ms for each in served[0].finalists] == [each.time_ms for each in mlp.finalists]
+
+    def test_an_upgrade_loses_nothing_of_the_evidence(self, target: str) -> None:
+        make_old(target, old_verdicts())
+        with Registry.open(target, write=True) as upgraded:
+            found = {(each.op, each.problem): each for each in upgraded.verdicts()}
+        for old in old_verdicts():
+            new, evidence = found[old["op"], old["problem"]], old["evidence"]
+            assert (new.implementation, new.config, new.time_ms) == (
+                old["implementation"],
+                old["config"],
+                old["time_ms"],
+            )
+            assert new.interval == Speedup(old["speedup"], old["speedup_low"], old["speedup_high"])
+            assert new.default_time_ms == old["default_time_ms"]
+            finalists = {each.key: each for each in new.finalists}
+            assert len(finalists) == len(evidence["candidates"])
+            for place, each in enumerate(evidence["candidates"]):
+                kept = finalists[each["implementation"], canonical(each["config"])]
+                assert (kept.time_ms, list(kept.samples_ms)) == (each["time_ms"], each["samples_ms"])
+                assert kept.speedup == Speedup(*each["speedup"])
+                assert kept.default is (place == 0)
+            seconds = [each.again for each in new.finalists if each.again is not None]
+            for contest, again in zip(evidence.get("again", []), seconds, strict=True):
+                assert [list(again.default_samples_ms), list(again.samples_ms)] == [e["samples_ms"] for e in contest]
+            assert new.sources == evidence.get("kernels", {})
+            rest = {"candidates", "again", "kernels", "mode"}
+            assert new.notes == {name: value for name, value in evidence.items() if name not in rest}
+
+    def test_an_old_row_that_no_tuner_wrote_is_left_out_and_left_behind(self, target: str) -> None:
+        good, bad = old_verdicts()[:2]
+        make_old(target, [good, {**bad, "evidence": {"candidates": [{}]}}])
+        with Registry.open(target) as reader:
+            assert (len(reader.verdicts()), reader.corrupt) == (1, 1)
+            assert "left out 1 damaged row" in reader.problems[0]
+        with Registry.open(target, write=True) as upgraded:
+            assert (len(upgraded.verdicts()), upgraded.corrupt) == (1, 0)
 
     def test_revocations_add_up_and_the_first_of_a_scope_stays(self, registry: Registry, target: str) -> None:
         anything = revocation(kernel=None, arch=None, triton=None, config={}, created_at=START - timedelta(days=1))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -12,9 +13,31 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from registry_samples import A100, START, broken_trial, predicted, problem, revocation, trial, verdict
+from registry_samples import (
+    A100,
+    KERNEL,
+    START,
+    broken_trial,
+    evidenced,
+    predicted,
+    problem,
+    revocation,
+    trial,
+    verdict,
+)
 
-from tilebook.registry import Registry, RegistryError, Verdict, VerdictStatus, export, load
+from tilebook.registry import (
+    Again,
+    Finalist,
+    Registry,
+    RegistryError,
+    Speedup,
+    Verdict,
+    VerdictStatus,
+    export,
+    legacy,
+    load,
+)
 from tilebook.registry.exchange import import_rule
 
 ALLOWED = {"rms_norm_fwd": frozenset({"BLOCK_M", "num_warps", "use_tma", "order"})}
@@ -36,7 +59,7 @@ def signed(*records: Any, **header: Any) -> str:
     """A file whose digests are right whatever its records say: strings are lines, dicts become lines."""
     lines = [record if isinstance(record, str) else json.dumps(seal(record)) for record in records]
     body = "".join(line + "\n" for line in lines)
-    head = {"format": "tilebook-registry", "version": 2, "records": len(lines)}
+    head = {"format": "tilebook-registry", "version": 3, "records": len(lines)}
     head["sha256"] = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({**head, **header}) + "\n" + body
 
@@ -55,13 +78,29 @@ def a_verdict(**changes: Any) -> dict[str, Any]:
     return {"type": "verdict", **verdict().portable(), **changes}
 
 
+def an_old_verdict(**changes: Any) -> dict[str, Any]:
+    """As versions 1 and 2 of the format had it."""
+    today = verdict(config={"BLOCK_M": 128}).portable()
+    kept = {name: value for name, value in today.items() if name in legacy.FIELDS}
+    old = {
+        "implementation": "triton",
+        "config": {"BLOCK_M": 128},
+        "time_ms": 0.1,
+        "speedup": 1.23,
+        "speedup_low": 1.2,
+        "speedup_high": 1.26,
+        "evidence": {},
+    }
+    return {"type": "verdict", **kept, **old, **changes}
+
+
 def a_revocation(**changes: Any) -> dict[str, Any]:
     return {"type": "revocation", **revocation().portable(), **changes}
 
 
 def test_export_import_export_gives_the_same_bytes(registry: Registry, second: Registry) -> None:
     trials = [trial(3), broken_trial(), trial(1, device=A100), trial(2, op="mlp_fwd")]
-    registry.merge(trials, [verdict(), predicted(problem=problem(7)), verdict(device=A100)])
+    registry.merge(trials, [evidenced(), predicted(problem=problem(7)), verdict(device=A100)])
     first = exported(registry)
     report = load(second, io.StringIO(first), allowed=None)
     assert (report.trials, report.verdicts, report.skipped, report.replaced) == (4, 3, [], [])
@@ -114,8 +153,67 @@ def test_only_a_file_with_revocations_needs_a_reader_that_knows_them(registry: R
 
 
 def test_a_version_1_file_is_still_read(second: Registry) -> None:
-    report = load(second, io.StringIO(signed(a_trial(), a_verdict(), version=1)), allowed=ALLOWED)
+    old = an_old_verdict(
+        evidence={
+            "candidates": [
+                {"implementation": "triton", "config": {"BLOCK_M": 64}, "time_ms": 0.123, "speedup": [1.0, 1.0, 1.0]},
+                {"implementation": "torch", "config": {}, "time_ms": 0.11, "samples_ms": [0.1, 0.12]},
+                {"implementation": "triton", "config": {"BLOCK_M": 128}, "time_ms": 0.1, "speedup": [1.2, 1.1, 1.3]},
+            ],
+            "again": [
+                [
+                    {"implementation": "triton", "config": {"BLOCK_M": 64}, "samples_ms": [0.2], "time_ms": 0.2},
+                    {
+                        "implementation": "triton",
+                        "config": {"BLOCK_M": 128},
+                        "samples_ms": [0.1],
+                        "speedup": [2.0, 1.9, 2.1],
+                    },
+                ]
+            ],
+            "kernels": {"triton": KERNEL},
+            "mode": "eager",
+            "tried": 9,
+        }
+    )
+    report = load(second, io.StringIO(signed(a_trial(), old, version=1)), allowed=ALLOWED)
     assert (report.trials, report.verdicts, report.skipped) == (1, 1, [])
+    (found,) = second.verdicts()
+    assert [(each.implementation, each.time_ms, each.default) for each in found.finalists] == [
+        ("triton", 0.1, False),
+        ("torch", 0.11, False),
+        ("triton", 0.123, True),
+    ]
+    assert found.winner.again == Again(Speedup(2.0, 1.9, 2.1), (0.1,), (0.2,))
+    assert (found.mode, found.sources, found.notes) == ("eager", {"triton": KERNEL}, {"tried": 9})
+    assert found.interval == Speedup(1.23, 1.2, 1.26)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evidence": {"candidates": [{}]}},
+        {"evidence": {"candidates": {}}},
+        {"evidence": {"candidates": [{"implementation": "triton", "config": {}, "time_ms": "fast"}]}},
+        {"evidence": {"seconds": "many"}},
+        {"evidence": {"rejected": {"slow": "often"}}},
+        {"evidence": {"again": [[{"implementation": "triton"}]]}},
+        {"evidence": {"mode": "warp"}},
+        {"evidence": {"kernels": {"triton": 1}}},
+        {"speedup": None, "speedup_low": None, "speedup_high": None},
+        {"speedup_low": None},
+        {"time_ms": None},
+        {"time_ms": 0.0},
+        {"default_time_ms": None},
+        {"status": "predicted"},
+    ],
+    ids=str,
+)
+def test_an_old_verdict_that_no_tuner_wrote_is_refused(shared: Registry, changes: dict[str, Any]) -> None:
+    for version in (1, 2):
+        with pytest.raises(RegistryError, match=r"^line 2 of the import: "):
+            load(shared, io.StringIO(signed(an_old_verdict(**changes), version=version)), allowed=None)
+    assert shared.verdicts() == []
 
 
 def test_unknown_ops_and_config_keys_are_skipped_with_a_reason(second: Registry) -> None:
@@ -128,8 +226,8 @@ def test_unknown_ops_and_config_keys_are_skipped_with_a_reason(second: Registry)
 
 
 def test_the_configs_in_the_evidence_are_held_to_the_same_list(second: Registry) -> None:
-    finalist = {"implementation": "triton", "config": {"BLOCK_Q": 1}, "time_ms": 0.1}
-    report = load(second, io.StringIO(signed(a_verdict(evidence={"candidates": [finalist]}))), allowed=ALLOWED)
+    hostile = verdict(finalists=(verdict().winner, Finalist("triton", {"BLOCK_Q": 1}, 0.2)))
+    report = load(second, io.StringIO(signed({"type": "verdict", **hostile.portable()})), allowed=ALLOWED)
     assert report.skipped == ["line 2: rms_norm_fwd has no config key ['BLOCK_Q']"]
     assert second.verdicts() == []
 
@@ -140,7 +238,7 @@ FILES: dict[str, str] = {
     "not JSON": "hello\n",
     "another format": '{"format":"x"}\n',
     "header is a list": "[]\n",
-    "another version": signed(version=3),
+    "another version": signed(version=4),
     "version zero": signed(version=0),
     "a revocation in version 1": signed(a_revocation(), version=1),
     "version is a flag": signed(version=True),
@@ -211,7 +309,22 @@ LINES: dict[str, str | dict[str, Any]] = {
     "a revocation with a range of a million bounds": a_revocation(triton=",".join(f"<{n}" for n in range(10**5))),
     "a revocation with a range that is not one": a_revocation(triton="3.*"),
     "a revocation of a flag": a_revocation(kernel=True),
-    "interval upside down": a_verdict(speedup_low=2.0, speedup_high=1.0),
+    "interval upside down": a_verdict(interval=[1.5, 2.0, 1.0]),
+    "no interval": a_verdict(interval=None),
+    "half an interval": a_verdict(interval=[1.0, 0.9]),
+    "no finalists": a_verdict(finalists=[]),
+    "a finalist without fields": a_verdict(finalists=[{}]),
+    "a finalist twice": a_verdict(finalists=[verdict().winner.content()] * 2),
+    "a winner that took no time": a_verdict(finalists=[{**verdict().winner.content(), "time_ms": 0.0}]),
+    "a winner that was not measured": a_verdict(finalists=[{**verdict().winner.content(), "time_ms": None}]),
+    "losers out of order": a_verdict(finalists=[each.content() for each in evidenced().finalists][::-1]),
+    "a mode that is none": a_verdict(mode="warp"),
+    "sources that are numbers": a_verdict(sources={"triton": 1}),
+    "notes with a text for a count": a_verdict(notes={"tried": "many"}),
+    "notes with texts for seconds": a_verdict(notes={"seconds": {"total": "long"}}),
+    "a prediction with times": a_verdict(status="predicted"),
+    "a default of another time": a_verdict(finalists=[{**verdict().winner.content(), "default": True}]),
+    "a verdict as it was in version 2": an_old_verdict(),
     "long line": a_trial(reason="x" * (2 * 1024 * 1024)),
     "lone surrogate": '{"type":"\\ud800"}',
     "not JSON": "{]",
@@ -284,20 +397,21 @@ def _junk_registry(factory: pytest.TempPathFactory) -> Path:
 
 
 IMPORTED = verdict(origin="imported", trusted=False)
-WIDER = replace(IMPORTED, speedup_low=1.0, speedup_high=1.4)
+WIDER = replace(IMPORTED, interval=Speedup(1.23, 1.0, 1.4))
+SAMPLED = replace(IMPORTED, finalists=(Finalist("triton", {"BLOCK_M": 1}, 0.1, samples_ms=(0.1, 0.1)),))
 CONFLICTS: list[tuple[str, Verdict, Verdict, bool]] = [
     ("a local measurement stands", verdict(config={}), IMPORTED, False),
     ("a local default stands", verdict(status=VerdictStatus.DEFAULT), IMPORTED, False),
-    ("a local measurement stands against a tighter one", replace(WIDER, origin="local"), IMPORTED, False),
-    ("a measurement replaces a local prediction", predicted(), IMPORTED, True),
+    ("a local measurement stands against a tighter one", replace(WIDER, origin="local", trusted=True), IMPORTED, False),
+    ("a local prediction stands against a claim", predicted(), IMPORTED, False),
+    ("a trusted measurement replaces a local prediction", predicted(), replace(IMPORTED, trusted=True), True),
     ("a measurement replaces an imported prediction", predicted(origin="imported", trusted=False), IMPORTED, True),
-    ("a prediction replaces no measurement", IMPORTED, predicted(origin="imported", trusted=True), False),
+    ("a prediction replaces a claim", IMPORTED, predicted(origin="imported", trusted=True), True),
     ("a local prediction stands against another", predicted(), predicted(origin="imported", config={}), False),
     ("the tighter interval stands", IMPORTED, WIDER, False),
     ("the tighter interval replaces", WIDER, IMPORTED, True),
-    ("no interval is the widest", replace(IMPORTED, speedup_low=None), WIDER, True),
-    ("more samples replace", replace(IMPORTED, evidence={"s": [1]}), IMPORTED, True),
-    ("fewer samples do not", IMPORTED, replace(IMPORTED, evidence={"s": [1, 2]}), False),
+    ("more samples replace", IMPORTED, SAMPLED, True),
+    ("fewer samples do not", SAMPLED, IMPORTED, False),
     ("trust goes before the interval", replace(WIDER, trusted=True), IMPORTED, False),
     ("the same verdict, now trusted", IMPORTED, replace(IMPORTED, trusted=True), True),
     (
@@ -316,12 +430,52 @@ def test_conflicts_are_resolved_by_evidence(existing: Verdict, new: Verdict, rep
     choice = import_rule(existing, new)
     assert choice.replace is replaced
     assert choice.why
+    assert import_rule(new, existing).replace is not replaced
+
+
+CLAIMS = st.builds(
+    lambda changes, low, samples, later, predict: (predicted if predict else verdict)(
+        **changes,
+        **({} if predict else {"interval": Speedup(1.2, low, 1.3)}),
+        finalists=(Finalist("triton", {"n": samples}, None if predict else 0.1, samples_ms=(0.1,) * samples),),
+        created_at=START + timedelta(days=later),
+    ),
+    st.fixed_dictionaries({"trusted": st.booleans(), "origin": st.sampled_from(["local", "imported", "shipped"])}),
+    st.sampled_from([1.0, 1.1]),
+    st.integers(1, 2),
+    st.integers(0, 1),
+    st.booleans(),
+)
+REASONS = st.builds(
+    lambda reason, trusted, later: revocation(reason=reason, trusted=trusted, created_at=START + timedelta(days=later)),
+    st.sampled_from(["a", "b"]),
+    st.booleans(),
+    st.integers(0, 1),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(CLAIMS, min_size=2, max_size=4), st.lists(REASONS, max_size=3), st.randoms())
+def test_what_is_left_of_many_does_not_depend_on_the_order(
+    tmp_path: Path, claims: Any, reasons: Any, dice: Any
+) -> None:
+    left = []
+    for _ in range(2):
+        with Registry.open(tmp_path / f"{uuid.uuid4().hex}.db", write=True) as registry:
+            for each in claims:
+                registry.merge(verdicts=[each], rule=import_rule)
+            for reason in reasons:
+                registry.merge(revocations=[reason])
+            left.append((registry.verdicts(), registry.revocations()))
+        dice.shuffle(claims)
+        dice.shuffle(reasons)
+    assert left[0] == left[1]
 
 
 def test_the_report_says_what_became_of_each_conflict(registry: Registry) -> None:
     registry.merge(verdicts=[verdict(config={}), predicted(problem=problem(7))])
     text = signed(a_verdict(), a_verdict(problem=problem(7)))
-    report = load(registry, io.StringIO(text), allowed=ALLOWED)
+    report = load(registry, io.StringIO(text), allowed=ALLOWED, trust=True)
     assert report.verdicts == 1
-    assert [line.rpartition(": ")[2] for line in report.skipped] == ["the local verdict stands"]
-    assert [line.rpartition(": ")[2] for line in report.replaced] == ["an imported measurement replaces a prediction"]
+    assert [line.rpartition(": ")[2] for line in report.skipped] == ["one's own verdict stands against an imported one"]
+    assert [line.rpartition(": ")[2] for line in report.replaced] == ["a measurement stands against a prediction"]

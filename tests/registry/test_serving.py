@@ -64,13 +64,15 @@ def test_what_is_read_is_what_the_layers_hold_for_this_gpu(home: Path) -> None:
             whole.speedup_high,
         )
         assert [(each.implementation, each.config) for each in got.finalists] == whole.ranking()
-        assert got.finalists[0].time_ms == whole.time_ms
+        assert [each.time_ms for each in got.finalists] == [each.time_ms for each in whole.finalists]
+        assert [each.code for each in got.finalists] == [each.code for each in whole.finalists]
+        assert (got.sources, got.mode) == (whole.sources, whole.mode)
     assert [each.kernel for each in table.verdicts("mlp_fwd")] == ["ab" * 8]
     assert table.verdicts("unheard_of") == []
 
 
 def test_sources_are_those_of_the_time_of_measuring(home: Path) -> None:
-    put(home / "mine.db", verdict(evidence={"kernels": {"second": "ef" * 32}, "mode": "eager"}))
+    put(home / "mine.db", verdict(sources={"second": "ef" * 32}, mode="eager"))
     (found,) = read().verdicts(OP)
     assert (found.source_of("second"), found.source_of("triton"), found.mode) == ("ef" * 32, KERNEL, "eager")
 

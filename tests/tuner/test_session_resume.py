@@ -95,9 +95,9 @@ def test_a_verdict_of_old_says_only_what_was_searched_of_our_kernel(path):
     tune(path, FakeRunner(valley), op=SMALL)
     with Registry.open(path, write=True) as registry:
         (verdict,) = registry.verdicts()
-        evidence = {name: value for name, value in verdict.evidence.items() if name not in ("spaces", "kernels")}
-        evidence["space"] = verdict.evidence["spaces"]["triton"]
-        registry.record((), dataclasses.replace(verdict, evidence=evidence))
+        notes = {name: value for name, value in verdict.notes.items() if name != "spaces"}
+        notes["space"] = verdict.notes["spaces"]["triton"]
+        registry.record((), dataclasses.replace(verdict, notes=notes, sources={}))
     assert tune(path, FakeRunner(valley), op=SMALL)[0][0].skipped
     runner = FakeRunner(valley)
     states, _ = tune(path, runner, op=make_op())
@@ -109,20 +109,19 @@ def test_a_verdict_that_does_not_say_what_was_searched_counts_as_complete(path):
     tune(path, FakeRunner(valley), op=SMALL)
     with Registry.open(path, write=True) as registry:
         (verdict,) = registry.verdicts()
-        evidence = {name: value for name, value in verdict.evidence.items() if name not in ("spaces", "mode")}
-        registry.record((), dataclasses.replace(verdict, evidence=evidence))
+        notes = {name: value for name, value in verdict.notes.items() if name != "spaces"}
+        registry.record((), dataclasses.replace(verdict, notes=notes))
     states, _ = tune(path, FakeRunner(valley), op=make_op())
     assert states[0].skipped
 
 
 @pytest.mark.parametrize("spaces", ["no", {"triton": 1}, {"triton": {"digest": "x", "axes": [], "feasible": "zz"}}])
-def test_a_verdict_that_talks_nonsense_of_its_space_counts_as_complete(path, spaces):
+def test_a_verdict_that_talks_nonsense_of_its_space_cannot_be_made(path, spaces):
     tune(path, FakeRunner(valley))
-    with Registry.open(path, write=True) as registry:
+    with Registry.open(path) as registry:
         (verdict,) = registry.verdicts()
-        registry.record((), dataclasses.replace(verdict, evidence={**verdict.evidence, "spaces": spaces}))
-    states, _ = tune(path, FakeRunner(valley))
-    assert states[0].skipped
+    with pytest.raises(ValueError, match="space"):
+        dataclasses.replace(verdict, notes={**verdict.notes, "spaces": spaces})
 
 
 def test_spaces_of_any_size_are_described_exactly_whatever_the_order_of_their_axes(path):
@@ -132,8 +131,8 @@ def test_spaces_of_any_size_are_described_exactly_whatever_the_order_of_their_ax
     tune(path, FakeRunner(valley), op=SMALL)
     with Registry.open(path, write=True) as registry:
         (verdict,) = registry.verdicts()
-        evidence = {**verdict.evidence, "spaces": {"triton": searched(large, odd)}}
-        registry.record((), dataclasses.replace(verdict, evidence=evidence))
+        notes = {**verdict.notes, "spaces": {"triton": searched(large, odd)}}
+        registry.record((), dataclasses.replace(verdict, notes=notes))
         (stored,) = registry.verdicts()
     implementation = dataclasses.replace(SMALL.tunable, space=turned)
     assert unsearched(stored, Field(implementation, odd)) is None

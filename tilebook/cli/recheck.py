@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +74,7 @@ def _save(target: str, renewed: list[Finding], *, shipped: bool) -> None:
     """Puts renewed verdicts in the place of what they were. A user's registry keeps the old ones too, which dispatch
     passes over; what the package ships is written anew."""
     from tilebook import registry as store
+    from tilebook.registry import shipped as shipping
 
     after = [each.after for each in renewed if each.after is not None]
     if not shipped:
@@ -82,8 +82,7 @@ def _save(target: str, renewed: list[Finding], *, shipped: bool) -> None:
             registry.merge(verdicts=after)
         return
     before = {each.verdict.sha256 for each in renewed}
-    with tempfile.TemporaryDirectory() as folder, store.Registry.open(target) as old:
-        rest = [each for each in old.verdicts() if each.sha256 not in before]
-        with store.Registry.open(Path(folder) / "registry.db", write=True) as draft:
-            draft.merge(old.trials(), [*rest, *after], old.revocations(), origin="shipped")
-            store.ship(draft, target, trials=True)
+    layers = store.Layers([("shipped", target)])
+    found, revocations = layers.read()
+    rest = [verdict for _, verdict in found if verdict.sha256 not in before]
+    shipping.write(Path(target), [*rest, *after], [revocation for _, revocation in revocations])

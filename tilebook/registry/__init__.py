@@ -22,19 +22,20 @@ if TYPE_CHECKING:
         Revocation,
         Status,
         Trial,
-        Verdict,
-        VerdictStatus,
         canonical,
     )
     from tilebook.registry.store import Registry, ship
     from tilebook.registry.target import Locked
+    from tilebook.registry.verdict import Again, Finalist, Speedup, Verdict, VerdictStatus
 
 __all__ = [
+    "Again",
     "ConfigValue",
     "DenyList",
     "Device",
     "Environment",
     "Failure",
+    "Finalist",
     "ImportReport",
     "Json",
     "Layers",
@@ -43,6 +44,7 @@ __all__ = [
     "Registry",
     "RegistryError",
     "Revocation",
+    "Speedup",
     "Status",
     "Trial",
     "Verdict",
@@ -58,6 +60,7 @@ _MODULES = {
     "layers": ("DenyList", "Layers"),
     "store": ("Registry", "ship"),
     "target": ("Locked",),
+    "verdict": ("Again", "Finalist", "Speedup", "Verdict", "VerdictStatus"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

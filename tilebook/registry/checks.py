@@ -9,9 +9,9 @@ import json
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 ConfigValue: TypeAlias = int | str | bool
@@ -26,6 +26,7 @@ MAX_CONFIG = 64
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]{0,63}\Z")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 _CHOICE = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
+_HEX = re.compile(r"[0-9a-f]{0,4000}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{8,64}\Z")
 _BOUND = re.compile(r"(>=|<=|==|>|<)(\d{1,9}(?:\.\d{1,9}){0,5})\Z")
 _RELEASE = re.compile(r"\d{1,9}(?:\.\d{1,9})*")
@@ -36,6 +37,10 @@ _LINE_BREAK = re.compile(r"[\n\t]")
 
 # Triton reads this one as a path to replacement code, so no record may carry it, whatever an allow-list says.
 _FORBIDDEN_KEYS = frozenset({"ir_override"})
+
+
+# What bad values make of decoding: wrong types and texts, JSON that nests without end, a row whose partner is gone.
+DAMAGE = (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
 
 
 def canonical(value: Json) -> str:
@@ -165,6 +170,102 @@ def json_object(value: object, what: str) -> dict[str, Json]:
     if len(canonical(result)) > MAX_JSON:
         raise ValueError(f"{what} is longer than {MAX_JSON} characters")
     return result
+
+
+def fields(value: object, what: str, wanted: Sequence[str]) -> dict[str, Any]:
+    """A copy of an object that has these fields and no others."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"the {what} is not an object: {quoted(value)}")
+    if set(wanted) != value.keys():
+        missing, unknown = sorted(set(wanted) - value.keys()), sorted(map(str, value.keys() - set(wanted)))
+        raise ValueError(f"the {what}'s fields are wrong: missing {quoted(missing)}, unknown {quoted(unknown)}")
+    return dict(value)
+
+
+def sources(value: object) -> dict[str, str]:
+    """Implementation → the digest of its source, or its package and version."""
+    if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
+        raise ValueError(f"sources are not a mapping of at most {MAX_CONFIG} implementations")
+    return {name(key, "implementation"): label(item, f"source of {key}") for key, item in value.items()}
+
+
+def notes(value: object) -> dict[str, Json]:
+    """A verdict's notes: plain JSON, in which what people are shown has the type that they are shown it by."""
+    result = json_object(value, "notes")
+    for key, check in _NOTES.items():
+        if result.get(key) is not None:
+            check(result[key], key)
+    return result
+
+
+def _count(value: object, what: str) -> None:
+    integer(value, what, 0, 2**62)
+
+
+def _counts(value: object, what: str) -> None:
+    for item in _mapping(value, what).values():
+        _count(item, what)
+
+
+def _numbers(value: object, what: str) -> None:
+    for item in _mapping(value, what).values():
+        number(item, what)
+
+
+def _mapping(value: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} is not a mapping: {quoted(value)}")
+    return value
+
+
+def _number(value: object, what: str) -> None:
+    number(value, what)
+
+
+def _spaces(value: object, what: str) -> None:
+    for space in _mapping(value, what).values():
+        _space(space, what)
+
+
+def _space(value: object, what: str) -> None:
+    """The axes of a space and, as hex digits in pieces, a bit for each of its points that was feasible."""
+    space = _mapping(value, what)
+    digits = space.get("feasible", [])
+    pieces = digits if isinstance(digits, list) else [digits]
+    if not all(type(each) is str and _HEX.match(each) for each in pieces):
+        raise ValueError(f"the feasible points of {what} are not hex digits: {quoted(digits)}")
+    for values in _mapping(space.get("axes", {}), what).values():
+        if not isinstance(values, list):
+            raise ValueError(f"an axis of {what} is not a list of values: {quoted(values)}")
+
+
+def _searches(value: object, what: str) -> None:
+    for search in _mapping(value, what).values():
+        _count(_mapping(search, what).get("asked", 0), what)
+
+
+def _candidates(value: object, what: str) -> None:
+    for each in value if isinstance(value, list) else [value]:
+        candidate = fields(each, what, ("implementation", "config"))
+        name(candidate["implementation"], what)
+        config(candidate["config"])
+
+
+_NOTES: Mapping[str, Callable[[object, str], None]] = {
+    "tried": _count,
+    "reused": _count,
+    "infeasible": _count,
+    "revoked": _count,
+    "unconfirmed": _count,
+    "searches": _searches,
+    "rejected": _counts,
+    "seconds": _numbers,
+    "busy": _number,
+    "predicted_default_ms": _number,
+    "spaces": _spaces,
+    "space": _space,
+    "tied": _candidates,
+}
 
 
 def _json_key(value: object, what: str) -> str:

@@ -6,11 +6,12 @@ and text that a record would have had to clean. It serves rows of the database a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from tilebook.registry import checks
 from tilebook.registry.checks import canonical, parse_time, quoted
-from tilebook.registry.records import Device, Environment, Miss, Revocation, Trial, Verdict
+from tilebook.registry.records import Device, Environment, Miss, Revocation, Trial
+from tilebook.registry.verdict import Finalist, Speedup, Verdict
 
 
 def trial_from(data: object) -> Trial:
@@ -32,6 +33,10 @@ def verdict_from(data: object, *, origin: str, trusted: bool) -> Verdict:
     fields = _fields(data, "verdict", Verdict, without=("origin", "trusted"))
     fields["device"] = _device(fields["device"])
     fields["environment"] = Environment(fields["environment"])
+    if type(fields["finalists"]) is not list:
+        raise ValueError(f"finalists are not a list: {quoted(fields['finalists'])}")
+    fields["finalists"] = tuple(map(Finalist.of, fields["finalists"]))
+    fields["interval"] = Speedup.of(fields["interval"])
     fields["created_at"] = parse_time(fields["created_at"], "created_at")
     verdict = Verdict(**fields, origin=origin, trusted=trusted)
     _same(data, verdict.portable(), "verdict")
@@ -62,13 +67,7 @@ def _device(data: object) -> Device:
 
 
 def _fields(data: object, what: str, record: type[Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"the {what} is not an object: {quoted(data)}")
-    wanted = {name for name in record.__dataclass_fields__ if name not in without}
-    if wanted != data.keys():
-        missing, unknown = sorted(wanted - data.keys()), sorted(map(str, data.keys() - wanted))
-        raise ValueError(f"the {what}'s fields are wrong: missing {quoted(missing)}, unknown {quoted(unknown)}")
-    return dict(data)
+    return checks.fields(data, what, tuple(name for name in record.__dataclass_fields__ if name not in without))
 
 
 def _same(data: object, content: object, what: str) -> None:

@@ -1,34 +1,20 @@
-"""The exchange format: JSON Lines, a header and one self-describing record a line.
+"""Export and import of a registry in the exchange format, see `lines`.
 
-    {"format":"tilebook-registry","records":3,"sha256":"...","version":2}
-    {"type":"revocation","op":"attention_fwd",...,"sha256":"..."}
-    {"type":"verdict","op":"attention_fwd",...,"sha256":"..."}
-    {"type":"trial",...,"sha256":"..."}
-
-The header's digest is over the record lines as written, each with its newline; a record's is over its content. A file
-comes from a stranger: all of it is checked before any of it is written, and nothing in it is ever executed.
+A file comes from a stranger: all of it is checked before any of it is written, and nothing in it is ever executed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from tilebook.errors import RegistryError
-from tilebook.registry.checks import Json, canonical, quoted
-from tilebook.registry.codec import revocation_from, trial_from, verdict_from
-from tilebook.registry.records import Revocation, Trial, Verdict, VerdictStatus
+from tilebook.registry import lines
+from tilebook.registry.checks import quoted
+from tilebook.registry.lines import MAX_TOTAL
+from tilebook.registry.records import Revocation, Trial
 from tilebook.registry.store import Choice, Registry
-
-FORMAT = "tilebook-registry"
-# Version 2 added revocations. A file without any is written as version 1; a version 1 reader refuses one that has some,
-# which is better than to leave them out.
-VERSION = 2
-MAX_LINE = 2 * 1024 * 1024  # characters; a record's own limits keep its line below this
-MAX_TOTAL = 256 * 1024 * 1024  # characters
+from tilebook.registry.verdict import Verdict
 
 
 @dataclass
@@ -51,18 +37,9 @@ def export(registry: Registry, stream: TextIO) -> int:
 
     The same records give the same bytes, whichever registry holds them. Misses stay: they say what a user runs.
     """
-    revoked = [_line("revocation", revocation.portable()) for revocation in registry.revocations()]
-    lines = revoked + [_line("verdict", verdict.portable()) for verdict in registry.verdicts()]
-    trials = [(t.op, t.problem, t.created_at, _line("trial", t.content())) for t in registry.trials()]
-    lines += [line for *_, line in sorted(trials)]
-    whole = hashlib.sha256()
-    for line in lines:
-        whole.update(line.encode())
-    version = VERSION if revoked else 1
-    header: dict[str, Json] = {"format": FORMAT, "version": version, "records": len(lines), "sha256": whole.hexdigest()}
-    stream.write(canonical(header) + "\n")
-    stream.writelines(lines)
-    return len(lines)
+    found = lines.written(registry.revocations(), registry.verdicts(), registry.trials())
+    stream.writelines(found)
+    return len(found) - 1
 
 
 def load(
@@ -84,11 +61,7 @@ def load(
     trials: list[Trial] = []
     verdicts: list[Verdict] = []
     revocations: list[Revocation] = []
-    for number, data in _records(stream, max_total):
-        try:
-            record = _decode(data, trust)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise _malformed(number, str(error)) from error
+    for number, record in lines.read(stream, origin="imported", trusted=trust, max_total=max_total):
         refusal = _refusal(record, allowed)
         if refusal:
             report.skipped.append(f"line {number}: {refusal}")
@@ -107,134 +80,38 @@ def load(
 
 
 def import_rule(existing: Verdict, new: Verdict) -> Choice:
-    """Between a verdict that is here and an imported one: what was measured here, then evidence, then what was here.
+    """Between a verdict that is here and an imported one the stronger stands, whichever came first: see `strength`."""
+    mine, theirs = strength(existing), strength(new)
+    place = next((i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), len(_REASONS) - 1)
+    return Choice(theirs > mine, _REASONS[place])
 
-    The interval that a stranger claims counts only among verdicts of equal trust.
+
+def strength(verdict: Verdict) -> tuple[Any, ...]:
+    """A total order of verdicts on one key, so that what is left of many does not depend on who was merged first.
+
+    What may be served goes before what may not, since a stranger's claims are claims only; then measurements, one's
+    own, the tighter interval, more samples, the newer.
     """
-    if existing.portable() == new.portable():
-        return Choice(new.trusted and not existing.trusted, "the same verdict")
-    if existing.measured and not new.measured:
-        return Choice(False, "a prediction does not replace a measurement")
-    if existing.origin != "imported":
-        if new.measured and not existing.measured:
-            return Choice(True, "an imported measurement replaces a prediction")
-        return Choice(False, f"the {existing.origin} verdict stands")
-    if existing.trusted != new.trusted:
-        return Choice(new.trusted, "the trusted one of two imported verdicts stands")
-    if new.measured and not existing.measured:
-        return Choice(True, "an imported measurement replaces a prediction")
-    if existing.status is VerdictStatus.PREDICTED:
-        return Choice(new.created_at > existing.created_at, "the newer of two imported predictions stands")
-    old_width, new_width = _width(existing), _width(new)
-    if old_width != new_width:
-        return Choice(new_width < old_width, "the tighter of two imported intervals stands")
-    return Choice(_samples(new.evidence) > _samples(existing.evidence), "of two imported verdicts, more samples stand")
+    return (
+        verdict.trusted,
+        verdict.measured,
+        verdict.origin != "imported",
+        0.0 if verdict.interval is None else verdict.interval.low - verdict.interval.high,
+        sum(len(each.samples_ms) for each in verdict.finalists),
+        verdict.created_at,
+        verdict.sha256,
+    )
 
 
-def _width(verdict: Verdict) -> float:
-    if verdict.speedup_low is None or verdict.speedup_high is None:
-        return float("inf")
-    return verdict.speedup_high - verdict.speedup_low
-
-
-def _samples(evidence: Any) -> int:
-    """How many numbers stand in lists: evidence has its samples there, whatever the lists are called."""
-    if isinstance(evidence, Mapping):
-        return sum(map(_samples, evidence.values()))
-    if isinstance(evidence, list):
-        return sum(1 if type(item) in (int, float) else _samples(item) for item in evidence)
-    return 0
-
-
-def _line(kind: str, content: Mapping[str, Any]) -> str:
-    return canonical({**content, "type": kind, "sha256": _sha256(content)}) + "\n"
-
-
-def _sha256(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical(content).encode()).hexdigest()
-
-
-def _malformed(number: int, why: str) -> RegistryError:
-    return RegistryError(f"line {number} of the import: {why}")
-
-
-def _records(stream: TextIO, max_total: int) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Yields (line number, object); the header's promises are checked when the last line has been seen."""
-    head = _parse(1, _read_line(stream, 1, max_total))
-    if head.get("format") != FORMAT:
-        raise _malformed(1, "this is not a tilebook export")
-    if type(head.get("version")) is not int or not 1 <= head["version"] <= VERSION:
-        raise _malformed(1, f"export version {quoted(head.get('version'))} is not 1 to {VERSION}")
-    if head.keys() != {"format", "version", "records", "sha256"} or type(head["records"]) is not int:
-        raise _malformed(1, "the header's fields are wrong")
-    whole = hashlib.sha256()
-    left, number = max_total, 1
-    while line := _read_line(stream, number + 1, left):
-        number += 1
-        left -= len(line)
-        if number - 1 > head["records"]:
-            raise _malformed(number, f"the header promised {head['records']} records, and there are more")
-        whole.update(line.rstrip("\r\n").encode() + b"\n")
-        data = _parse(number, line)
-        if head["version"] == 1 and data.get("type") == "revocation":
-            raise _malformed(number, "version 1 of the format has no revocations")
-        yield number, data
-    if number - 1 != head["records"]:
-        raise _malformed(number, f"the header promised {head['records']} records, and there are {number - 1}")
-    if whole.hexdigest() != head["sha256"]:
-        raise _malformed(1, "the digest of the records is wrong")
-
-
-def _read_line(stream: TextIO, number: int, left: int) -> str:
-    try:
-        line = stream.readline(MAX_LINE + 1)
-        line.encode()
-    except UnicodeError as error:
-        raise _malformed(number, "the text is not UTF-8") from error
-    if len(line) > MAX_LINE:
-        raise _malformed(number, f"longer than {MAX_LINE} characters")
-    if len(line) > left:
-        raise _malformed(number, "the file is too large")
-    return line
-
-
-def _parse(number: int, line: str) -> dict[str, Any]:
-    try:
-        data = json.loads(line, object_pairs_hook=_object, parse_constant=_constant)
-    except RecursionError as error:
-        raise _malformed(number, "nested too deep") from error
-    except ValueError as error:
-        raise _malformed(number, f"not JSON: {error}") from error
-    if type(data) is not dict:
-        raise _malformed(number, "not a JSON object")
-    return data
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key is there twice")
-    return result
-
-
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _decode(data: dict[str, Any], trust: bool) -> Trial | Verdict | Revocation:
-    kind, claimed = data.pop("type", None), data.pop("sha256", None)
-    record: Trial | Verdict | Revocation
-    if kind == "trial":
-        record = trial_from(data)
-    elif kind == "verdict":
-        record = verdict_from(data, origin="imported", trusted=trust)
-    elif kind == "revocation":
-        record = revocation_from(data, origin="imported", trusted=trust)
-    else:
-        raise ValueError(f"unknown record type {quoted(kind)}")
-    if claimed != _sha256(data):
-        raise ValueError("the record's digest is wrong")
-    return record
+_REASONS = (
+    "a trusted verdict stands against one that is not",
+    "a measurement stands against a prediction",
+    "one's own verdict stands against an imported one",
+    "the tighter of two intervals stands",
+    "of two verdicts, the one with more samples stands",
+    "the newer of two verdicts stands",
+    "of two alike, the same one stands everywhere",
+)
 
 
 def _refusal(record: Trial | Verdict | Revocation, allowed: Mapping[str, frozenset[str]] | None) -> str:

@@ -6,11 +6,14 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from tilebook.errors import RegistryError
-from tilebook.registry.records import ConfigValue, Device, Miss, Revocation, Verdict
+from tilebook.registry import shipped
+from tilebook.registry.records import ConfigValue, Device, Miss, Revocation
 from tilebook.registry.target import Target, user_folder
+from tilebook.registry.verdict import Verdict
 
 if TYPE_CHECKING:
     from tilebook.registry.store import Registry
@@ -90,17 +93,20 @@ class Layers:
                 problems.append(str(error))
         raise RegistryError("no registry can be written: " + ("; ".join(problems) or "there is no user layer"))
 
-    def _read(self, query: Callable[[Registry], _T]) -> Iterator[tuple[str, _T]]:
+    def _read(self, query: Callable[[Readable], _T]) -> Iterator[tuple[str, _T]]:
         """What each layer answers, in order; what is wrong with a layer goes to `problems`."""
-        from tilebook.registry.store import Registry
-
         self.problems = []
         for name, target in self.layers:
             try:
                 path = Target.parse(target).path
-                if name != "explicit" and path is not None and not path.exists():
-                    continue
-                with Registry.open(target) as registry:
+                text = shipped_registry(path) if name == "shipped" and path is not None else None
+                if text is None:
+                    if name != "explicit" and path is not None and not path.exists():
+                        continue
+                    from tilebook.registry.store import Registry
+
+                    opened: Readable = Registry.open(target)
+                with text or opened as registry:
                     found = query(registry)
                     self.problems += registry.problems
             except (RegistryError, OSError) as error:
@@ -109,11 +115,75 @@ class Layers:
                 yield name, found
 
 
+class Readable(Protocol):
+    """What layers ask of a registry; `Registry` keeps the promises."""
+
+    problems: list[str]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def verdicts(
+        self,
+        *,
+        op: str | None = None,
+        problem: str | None = None,
+        device: Device | None = None,
+        kernel: str | None = None,
+    ) -> list[Verdict]: ...
+
+    def revocations(self) -> list[Revocation]: ...
+
+    def misses(self, *, device: Device | None = None) -> list[Miss]: ...
+
+
+def shipped_registry(path: Path) -> Text | None:
+    """The text of what ships, where no file can be built from it."""
+    return Text(shipped.text_of(path)) if shipped.ready(path) is None else None
+
+
+class Text:
+    """What ships, read from its text; the folder is that of `shipped.text_of`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.problems: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def verdicts(
+        self,
+        *,
+        op: str | None = None,
+        problem: str | None = None,
+        device: Device | None = None,
+        kernel: str | None = None,
+    ) -> list[Verdict]:
+        found, _, self.problems = shipped.read(self._folder, op, device)
+        return [each for each in found if problem in (None, each.problem) and kernel in (None, each.kernel)]
+
+    def revocations(self) -> list[Revocation]:
+        _, found, problems = shipped.read(self._folder, "")
+        self.problems += [each for each in problems if each not in self.problems]
+        return found
+
+    def misses(self, *, device: Device | None = None) -> list[Miss]:
+        return []
+
+
 class DenyList:
     """The revocations that are honoured under one version of Triton; "" where it is not known."""
 
-    def __init__(self, revocations: Iterable[tuple[str, Revocation]], triton: str) -> None:
-        self._revocations = [each for _, each in revocations if each.trusted]
+    def __init__(self, revocations: Iterable[Revocation], triton: str) -> None:
+        self._revocations = [each for each in revocations if each.trusted]
         self.ops = frozenset(each.op for each in self._revocations)
         self._triton = triton
 
@@ -128,7 +198,7 @@ class DenyList:
 
     def winner(self, verdict: Verdict) -> Revocation | None:
         """Why a verdict's winner may not run, or None where it may."""
-        kernel = verdict.kernel_of(verdict.implementation)
+        kernel = verdict.source_of(verdict.implementation)
         return self.find(verdict.op, kernel, verdict.device.arch, verdict.implementation, verdict.config)
 
 

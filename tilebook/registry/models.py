@@ -119,32 +119,60 @@ class TrialRow(Base):
 
 
 class VerdictRow(Base):
+    """`served` is a digest of what dispatch reads, without the samples and the notes: see `served.digest`."""
+
     __tablename__ = "verdict"
-    __table_args__ = (UniqueConstraint("problem_id", "device_id", "kernel_id"),)
+    __table_args__ = (
+        UniqueConstraint("problem_id", "device_id", "kernel_id"),
+        Index(None, "device_id", "kernel_id"),
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     sha256: Mapped[str] = mapped_column(String(64))
+    served: Mapped[str] = mapped_column(String(64))
     problem_id: Mapped[int] = mapped_column(ForeignKey("problem.id"))
     device_id: Mapped[int] = mapped_column(ForeignKey("device.id"))
     environment_id: Mapped[int] = mapped_column(ForeignKey("environment.id"))
     kernel_id: Mapped[int] = mapped_column(ForeignKey("kernel.id"))
     status: Mapped[str] = mapped_column(String(16))
-    implementation: Mapped[str] = mapped_column(String(64))
-    config: Mapped[str] = mapped_column(Text)
-    time_ms: Mapped[float | None] = mapped_column(Double)
+    mode: Mapped[str] = mapped_column(String(16))
     default_time_ms: Mapped[float | None] = mapped_column(Double)
     speedup: Mapped[float | None] = mapped_column(Double)
     speedup_low: Mapped[float | None] = mapped_column(Double)
     speedup_high: Mapped[float | None] = mapped_column(Double)
-    evidence: Mapped[str] = mapped_column(Text)
+    sources: Mapped[str] = mapped_column(Text)
     origin: Mapped[str] = mapped_column(String(64))
     trusted: Mapped[bool]
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    notes: Mapped[str] = mapped_column(Text)
 
     problem: Mapped[ProblemRow] = relationship()
     device: Mapped[DeviceRow] = relationship()
     environment: Mapped[EnvironmentRow] = relationship()
     kernel: Mapped[KernelRow] = relationship()
+    finalists: Mapped[list[FinalistRow]] = relationship(order_by="FinalistRow.place", cascade="all, delete-orphan")
+
+
+class FinalistRow(Base):
+    """A candidate of a verdict; `place` 0 is the winner. Samples are JSON: they are read together or not at all."""
+
+    __tablename__ = "finalist"
+    __table_args__ = (UniqueConstraint("verdict_id", "place"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    verdict_id: Mapped[int] = mapped_column(ForeignKey("verdict.id"))
+    place: Mapped[int]
+    implementation: Mapped[str] = mapped_column(String(64))
+    config: Mapped[str] = mapped_column(Text)
+    time_ms: Mapped[float | None] = mapped_column(Double)
+    code: Mapped[str] = mapped_column(String(64))
+    predicted_ms: Mapped[float | None] = mapped_column(Double)
+    is_default: Mapped[bool]
+    speedup: Mapped[float | None] = mapped_column(Double)
+    speedup_low: Mapped[float | None] = mapped_column(Double)
+    speedup_high: Mapped[float | None] = mapped_column(Double)
+    samples_ms: Mapped[str] = mapped_column(Text)
+    again: Mapped[str] = mapped_column(Text)
 
 
 class MissRow(Base):

@@ -25,8 +25,6 @@ __all__ = [
     "Revocation",
     "Status",
     "Trial",
-    "Verdict",
-    "VerdictStatus",
     "canonical",
 ]
 
@@ -57,19 +55,11 @@ class Failure(StrEnum):
     UNAVAILABLE = "unavailable"
 
 
-class VerdictStatus(StrEnum):
-    """MEASURED: a candidate beat the default. DEFAULT: measured, and the default won. PREDICTED: never run."""
-
-    MEASURED = "measured"
-    PREDICTED = "predicted"
-    DEFAULT = "default"
-
-
-def _now() -> datetime:
+def now() -> datetime:
     return datetime.now(UTC)
 
 
-def _digest(content: Json) -> str:
+def digest_of(content: Json) -> str:
     return hashlib.sha256(canonical(content).encode()).hexdigest()
 
 
@@ -91,7 +81,7 @@ class Device:
 
     @property
     def sha256(self) -> str:
-        return _digest(self.content())
+        return digest_of(self.content())
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class Environment:
 
     @property
     def sha256(self) -> str:
-        return _digest(self.content())
+        return digest_of(self.content())
 
     @property
     def digest(self) -> str:
@@ -140,10 +130,10 @@ class Trial:
     time_ms: float | None = None
     samples_ms: tuple[float, ...] = ()
     facts: Mapping[str, Json] = field(default_factory=dict)
-    created_at: datetime = field(default_factory=_now)
+    created_at: datetime = field(default_factory=now)
 
     def __post_init__(self) -> None:
-        _check_key(self.op, self.problem, self.device, self.environment, self.kernel)
+        check_key(self.op, self.problem, self.device, self.environment, self.kernel)
         checks.name(self.implementation, "implementation")
         put = object.__setattr__  # the dataclass is frozen for its users, not for its own normal form
         put(self, "config", checks.config(self.config))
@@ -179,104 +169,7 @@ class Trial:
 
     @property
     def sha256(self) -> str:
-        return _digest(self.content())
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What dispatch serves for a problem on a device, with the evidence.
-
-    `speedup` is default time over winner time, `speedup_low` and `speedup_high` its 95 % interval. `origin` says who
-    put it here ("local", "imported", "shipped"); only a `trusted` verdict may be served.
-    """
-
-    op: str
-    problem: str
-    device: Device
-    environment: Environment
-    kernel: str
-    status: VerdictStatus
-    implementation: str
-    config: Mapping[str, ConfigValue]
-    time_ms: float | None = None
-    default_time_ms: float | None = None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    evidence: Mapping[str, Json] = field(default_factory=dict)
-    origin: str = "local"
-    trusted: bool = True
-    created_at: datetime = field(default_factory=_now)
-
-    def __post_init__(self) -> None:
-        _check_key(self.op, self.problem, self.device, self.environment, self.kernel)
-        checks.name(self.implementation, "implementation")
-        checks.name(self.origin, "origin")
-        if type(self.trusted) is not bool:
-            raise ValueError(f"trusted is not a flag: {checks.quoted(self.trusted)}")
-        put = object.__setattr__
-        put(self, "config", checks.config(self.config))
-        put(self, "status", VerdictStatus(self.status))
-        for name in ("time_ms", "default_time_ms", "speedup", "speedup_low", "speedup_high"):
-            put(self, name, checks.optional_number(getattr(self, name), name))
-        if self.speedup_low is not None and self.speedup_high is not None and self.speedup_low > self.speedup_high:
-            raise ValueError(f"the speedup's interval is upside down: {self.speedup_low} to {self.speedup_high}")
-        put(self, "evidence", checks.json_object(self.evidence, "evidence"))
-        put(self, "created_at", checks.utc(self.created_at, "created_at"))
-
-    @property
-    def measured(self) -> bool:
-        """Whether a GPU was asked: the status is MEASURED or DEFAULT."""
-        return self.status is not VerdictStatus.PREDICTED
-
-    def ranking(self) -> list[tuple[str, dict[str, ConfigValue]]]:
-        """The winner, then the other finalists of the evidence, fastest first; what to fall back on, in order."""
-        ranked = [(self.implementation, dict(self.config))]
-        listed = self.evidence.get("candidates")
-        finalists = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-        for each in sorted(finalists, key=_evidence_ms):
-            implementation, config = each.get("implementation"), each.get("config")
-            if isinstance(implementation, str) and isinstance(config, dict):
-                try:
-                    pair = (implementation, checks.config(config))
-                except ValueError:  # evidence is free-form: what is not a config is nothing to fall back on
-                    continue
-                if pair not in ranked:
-                    ranked.append(pair)
-        return ranked
-
-    def kernel_of(self, implementation: str) -> str:
-        """The digest of the source that this implementation had; the op's kernel where the evidence has no other."""
-        kernels = self.evidence.get("kernels")
-        found = kernels.get(implementation) if isinstance(kernels, dict) else None
-        return found if isinstance(found, str) else self.kernel
-
-    def portable(self) -> dict[str, Json]:
-        """The content another machine can use: all but `origin` and `trusted`, which every registry decides itself."""
-        return {
-            "op": self.op,
-            "problem": self.problem,
-            "device": self.device.content(),
-            "environment": self.environment.content(),
-            "kernel": self.kernel,
-            "status": self.status.value,
-            "implementation": self.implementation,
-            "config": dict(self.config),
-            "time_ms": self.time_ms,
-            "default_time_ms": self.default_time_ms,
-            "speedup": self.speedup,
-            "speedup_low": self.speedup_low,
-            "speedup_high": self.speedup_high,
-            "evidence": dict(self.evidence),
-            "created_at": checks.time_text(self.created_at),
-        }
-
-    def content(self) -> dict[str, Json]:
-        return {**self.portable(), "origin": self.origin, "trusted": self.trusted}
-
-    @property
-    def sha256(self) -> str:
-        return _digest(self.content())
+        return digest_of(self.content())
 
 
 @dataclass(frozen=True)
@@ -296,7 +189,7 @@ class Revocation:
     config: Mapping[str, ConfigValue] = field(default_factory=dict)
     origin: str = "local"
     trusted: bool = True
-    created_at: datetime = field(default_factory=_now)
+    created_at: datetime = field(default_factory=now)
 
     def __post_init__(self) -> None:
         checks.name(self.op, "op")
@@ -343,10 +236,10 @@ class Revocation:
     @property
     def scope(self) -> str:
         """64 hex digits that name what is revoked, whoever does it and why; a registry holds each scope once."""
-        return _digest(self._scope())
+        return digest_of(self._scope())
 
     def portable(self) -> dict[str, Json]:
-        """The content another machine can use, see `Verdict.portable`."""
+        """The content another machine can use, all but `origin` and `trusted`, which every registry decides itself."""
         return {**self._scope(), "reason": self.reason, "created_at": checks.time_text(self.created_at)}
 
     def content(self) -> dict[str, Json]:
@@ -354,7 +247,7 @@ class Revocation:
 
     @property
     def sha256(self) -> str:
-        return _digest(self.content())
+        return digest_of(self.content())
 
 
 @dataclass(frozen=True)
@@ -366,7 +259,7 @@ class Miss:
     device: Device
     calls: int
     time_ms: float
-    last_seen: datetime = field(default_factory=_now)
+    last_seen: datetime = field(default_factory=now)
 
     def __post_init__(self) -> None:
         checks.name(self.op, "op")
@@ -394,10 +287,10 @@ class Miss:
 
     @property
     def sha256(self) -> str:
-        return _digest(self.content())
+        return digest_of(self.content())
 
 
-def _check_key(op: str, problem: str, device: Device, environment: Environment, kernel: str) -> None:
+def check_key(op: str, problem: str, device: Device, environment: Environment, kernel: str) -> None:
     checks.name(op, "op")
     checks.problem(problem)
     if not isinstance(device, Device):
@@ -405,8 +298,3 @@ def _check_key(op: str, problem: str, device: Device, environment: Environment, 
     if not isinstance(environment, Environment):
         raise ValueError(f"environment is not an Environment: {checks.quoted(environment)}")
     checks.digest(kernel, "kernel")
-
-
-def _evidence_ms(candidate: Mapping[str, Json]) -> float:
-    time_ms = candidate.get("time_ms", candidate.get("predicted_ms"))
-    return float(time_ms) if isinstance(time_ms, int | float) else float("inf")

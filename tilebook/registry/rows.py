@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tilebook.registry.checks import canonical, time_text
+from tilebook.registry import served
+from tilebook.registry.checks import DAMAGE, canonical, time_text
 from tilebook.registry.codec import miss_from, revocation_from, trial_from, verdict_from
 from tilebook.registry.models import (
     Base,
     DeviceRow,
     EnvironmentRow,
+    FinalistRow,
     KernelRow,
     MissRow,
     ProblemRow,
@@ -21,7 +23,8 @@ from tilebook.registry.models import (
     TrialRow,
     VerdictRow,
 )
-from tilebook.registry.records import Device, Environment, Miss, Revocation, Trial, Verdict
+from tilebook.registry.records import Device, Environment, Miss, Revocation, Trial
+from tilebook.registry.verdict import Verdict
 
 _Row = TypeVar("_Row", bound=Base)
 
@@ -77,94 +80,70 @@ class Keys:
         return self._ids[memo]
 
 
-def trial_columns(trial: Trial, keys: Keys, origin: str) -> dict[str, Any]:
-    return {
-        **keys.of(trial),
-        "sha256": trial.sha256,
-        "origin": origin,
-        "implementation": trial.implementation,
-        "config": canonical(trial.config),
-        "status": trial.status.value,
-        "failure": None if trial.failure is None else trial.failure.value,
-        "reason": trial.reason,
-        "time_ms": trial.time_ms,
-        "samples_ms": canonical(trial.samples_ms),
-        "facts": canonical(trial.facts),
-        "created_at": trial.created_at,
-    }
-
-
-def verdict_columns(verdict: Verdict, keys: Keys) -> dict[str, Any]:
-    return {
-        **keys.of(verdict),
-        "sha256": verdict.sha256,
-        "status": verdict.status.value,
-        "implementation": verdict.implementation,
-        "config": canonical(verdict.config),
-        "time_ms": verdict.time_ms,
-        "default_time_ms": verdict.default_time_ms,
-        "speedup": verdict.speedup,
-        "speedup_low": verdict.speedup_low,
-        "speedup_high": verdict.speedup_high,
-        "evidence": canonical(verdict.evidence),
-        "origin": verdict.origin,
-        "trusted": verdict.trusted,
-        "created_at": verdict.created_at,
-    }
-
-
-def revocation_columns(revocation: Revocation) -> dict[str, Any]:
-    return {
-        "sha256": revocation.sha256,
-        "scope": revocation.scope,
-        "op": revocation.op,
-        "implementation": revocation.implementation,
-        "kernel": revocation.kernel,
-        "arch": revocation.arch,
-        "triton": revocation.triton,
-        "config": canonical(revocation.config),
-        "reason": revocation.reason,
-        "origin": revocation.origin,
-        "trusted": revocation.trusted,
-        "created_at": revocation.created_at,
-    }
-
-
 def trial_of(row: TrialRow) -> Trial | None:
     """None where the row is damaged."""
     try:
         trial = trial_from(
             {
-                **_shared(row),
+                **_keys(row),
+                "implementation": row.implementation,
+                "config": json.loads(row.config),
+                "status": row.status,
+                "time_ms": row.time_ms,
+                "created_at": time_text(row.created_at),
                 "failure": row.failure,
                 "reason": row.reason,
                 "samples_ms": json.loads(row.samples_ms),
                 "facts": json.loads(row.facts),
             }
         )
-    except _DAMAGE:
+    except DAMAGE:
         return None
     return trial if trial.sha256 == row.sha256 else None
 
 
 def verdict_of(row: VerdictRow) -> Verdict | None:
-    """None where the row is damaged."""
+    """None where the row, or one of its finalists, is damaged."""
     try:
         verdict = verdict_from(
             {
-                **_shared(row),
+                **_keys(row),
+                "status": row.status,
+                "finalists": [_finalist(each, place) for place, each in enumerate(row.finalists)],
                 "default_time_ms": row.default_time_ms,
-                "speedup": row.speedup,
-                "speedup_low": row.speedup_low,
-                "speedup_high": row.speedup_high,
-                "evidence": json.loads(row.evidence),
+                "interval": _speedup(row),
+                "mode": row.mode,
+                "sources": json.loads(row.sources),
+                "notes": json.loads(row.notes),
+                "created_at": time_text(row.created_at),
             },
             origin=row.origin,
             trusted=row.trusted,
         )
-    except _DAMAGE:
+    except DAMAGE:
         return None
-    return verdict if verdict.sha256 == row.sha256 else None
+    return verdict if (verdict.sha256, served.digest(verdict)) == (row.sha256, row.served) else None
+
+
+def _finalist(row: FinalistRow, place: int) -> dict[str, Any]:
+    if row.place != place:
+        raise ValueError("a finalist is missing")
+    return {
+        "implementation": row.implementation,
+        "config": json.loads(row.config),
+        "time_ms": row.time_ms,
+        "speedup": _speedup(row),
+        "samples_ms": json.loads(row.samples_ms),
+        "again": json.loads(row.again),
+        "predicted_ms": row.predicted_ms,
+        "code": row.code,
+        "default": row.is_default,
+    }
+
+
+def _speedup(row: VerdictRow | FinalistRow) -> list[float | None] | None:
+    values = [row.speedup, row.speedup_low, row.speedup_high]
+    return None if values == [None] * 3 else values
 
 
 def revocation_of(row: RevocationRow) -> Revocation | None:
@@ -184,7 +163,7 @@ def revocation_of(row: RevocationRow) -> Revocation | None:
             origin=row.origin,
             trusted=row.trusted,
         )
-    except _DAMAGE:
+    except DAMAGE:
         return None
     return revocation if (revocation.sha256, revocation.scope) == (row.sha256, row.scope) else None
 
@@ -202,20 +181,16 @@ def miss_of(row: MissRow) -> Miss | None:
                 "last_seen": time_text(row.last_seen),
             }
         )
-    except _DAMAGE:
+    except DAMAGE:
         return None
     return miss if miss.sha256 == row.sha256 else None
-
-
-# What bad values make of decoding: wrong types and texts, JSON that nests without end, a row whose partner is gone.
-_DAMAGE = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def _device(row: DeviceRow) -> dict[str, Any]:
     return {"name": row.name, "arch": row.arch, "sm_count": row.sm_count}
 
 
-def _shared(row: TrialRow | VerdictRow) -> dict[str, Any]:
+def _keys(row: TrialRow | VerdictRow) -> dict[str, Any]:
     if row.problem.op != row.kernel.op:
         raise ValueError("the problem and the kernel belong to different ops")
     return {
@@ -224,9 +199,4 @@ def _shared(row: TrialRow | VerdictRow) -> dict[str, Any]:
         "device": _device(row.device),
         "environment": json.loads(row.environment.versions),
         "kernel": row.kernel.digest,
-        "implementation": row.implementation,
-        "config": json.loads(row.config),
-        "status": row.status,
-        "time_ms": row.time_ms,
-        "created_at": time_text(row.created_at),
     }

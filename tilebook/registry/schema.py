@@ -7,7 +7,7 @@ import sqlite3
 import threading
 from collections.abc import Collection
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 from tilebook.errors import RegistryError
 from tilebook.registry import backend, sqlitefile
 from tilebook.registry.backend import connect_sqlite, make_engine
-from tilebook.registry.models import Base, RevocationRow
+from tilebook.registry.models import Base, FinalistRow, RevocationRow
 from tilebook.registry.target import (
     APPLICATION_ID,
     OLDEST_READABLE,
@@ -28,7 +28,8 @@ from tilebook.registry.target import (
 VERSION_TABLE = "tilebook_alembic_version"
 # Alembic's `op` and `context` are global, so upgrades of one process go one after the other.
 _upgrading = threading.Lock()
-_SINCE = {RevocationRow.__tablename__: 2}  # the schema that brought a table, where it was not the first
+# The schema that brought a table, where it was not the first.
+_SINCE = {RevocationRow.__tablename__: 2, FinalistRow.__tablename__: 3}
 
 
 def version(connection: Connection) -> int | None:
@@ -53,23 +54,33 @@ def check(found: int | None, target: Target, oldest: int | None = None) -> None:
     sqlitefile.refuse_version(found, target.label, SCHEMA_VERSION if oldest is None else oldest, SCHEMA_VERSION)
 
 
-def open_reader(target: Target, cleanup: ExitStack, wait_s: float | None = None) -> tuple[Engine, str]:
-    """An engine that only reads a registry that exists and has a readable schema, and the file's `damage`.
+@dataclass(frozen=True)
+class Found:
+    """What a reader found: the schema's version, and what is damaged of a SQLite file's structure, "" for nothing."""
+
+    version: int
+    damage: str = ""
+
+
+def open_reader(target: Target, cleanup: ExitStack, wait_s: float | None = None) -> tuple[Engine, Found]:
+    """An engine that only reads a registry that exists and has a readable schema, and what it found.
 
     What the engine needs for as long as it is used is undone by `cleanup`.
     """
     if target.path is None:
         engine = make_engine(target, write=False, wait_s=wait_s)
         with engine.begin() as connection:
-            check(version(connection), target, OLDEST_READABLE)
-        return engine, ""
+            number = version(connection)
+        check(number, target, OLDEST_READABLE)
+        assert number is not None
+        return engine, Found(number)
     place = cleanup.enter_context(sqlitefile.readable(target.path))
     with closing(connect_sqlite(place, "ro", wait_s)) as raw:
         sqlitefile.refuse_foreign_schema(raw, target.path)
         found = sqlitefile.check_version(raw, target.path, OLDEST_READABLE, SCHEMA_VERSION)
         _check_tables(sqlitefile.tables(raw), target, found)
         damage = sqlitefile.damage(raw, place, backend.READER_CHECKS_BYTES)
-    return make_engine(replace(target, path=place), write=False, wait_s=wait_s), damage
+    return make_engine(replace(target, path=place), write=False, wait_s=wait_s), Found(found, damage)
 
 
 def open_writer(target: Target, wait_s: float | None = None) -> Engine:
@@ -130,7 +141,7 @@ def _check_tables(found: Collection[str], target: Target, version: int) -> None:
         raise RegistryError(f"registry {target.label} is corrupt: its tables are not those of a tilebook registry")
 
 
-def _upgrade(connection: Connection) -> None:
+def _upgrade(connection: Connection, revision: str = "head") -> None:
     from alembic import command
     from alembic.config import Config
 
@@ -139,4 +150,4 @@ def _upgrade(connection: Connection) -> None:
     config.set_main_option("script_location", script.replace("%", "%%"))
     config.attributes["connection"] = connection
     config.attributes["version_table"] = VERSION_TABLE
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)

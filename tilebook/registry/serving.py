@@ -8,75 +8,25 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tilebook.errors import RegistryError
-from tilebook.registry import sqlitefile
-from tilebook.registry.checks import ConfigValue, quoted
-from tilebook.registry.codec import revocation_from, verdict_from
-from tilebook.registry.layers import Layers, standing, union
-from tilebook.registry.records import Device, Revocation, Verdict
+from tilebook.registry import legacy, sqlitefile
+from tilebook.registry.checks import DAMAGE, quoted
+from tilebook.registry.codec import revocation_from
+from tilebook.registry.layers import Layers, Text, shipped_registry, standing, union
+from tilebook.registry.records import Device, Revocation
+from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Finalist, Served, from_columns, of
 from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Locked, Target
+
+__all__ = ["Finalist", "Served", "Table", "read"]
 
 _T = TypeVar("_T")
 
 READER_WAIT_S = 0.2  # a call of an op waits for it; a layer that stays locked is asked again with the next op
-
-
-@dataclass(frozen=True, slots=True)
-class Finalist:
-    """A candidate that a verdict found right. `time_ms` is of one call, None where nothing was measured.
-
-    code: the digest of its machine code; "" where it is not ours, or not known.
-    """
-
-    implementation: str
-    config: Mapping[str, ConfigValue]
-    time_ms: float | None
-    code: str
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What dispatch needs of a verdict.
-
-    problem:     canonical JSON. kernel: the digest of the op's own kernel when this was measured.
-    sources:     the digest that each implementation of ours had then, or the package and version of others'.
-    status:      "measured" (a candidate beat the default), "default" (the default won) or "predicted" (never run).
-    mode:        how calls were timed: "graph" or "eager".
-    trusted:     whether it may be served: whoever serves has to ask.
-    layer:       where it was found. origin: who put it there.
-    environment: versions of what it was measured with: torch, triton, cudnn …
-    speedup:     default's time over winner's, with its 95 % interval; None where nothing was measured.
-    finalists:   best first; the first is the winner.
-    """
-
-    op: str
-    problem: str
-    kernel: str
-    sources: Mapping[str, str]
-    status: str
-    mode: str
-    trusted: bool
-    layer: str
-    origin: str
-    environment: Mapping[str, str]
-    speedup: float | None
-    speedup_low: float | None
-    speedup_high: float | None
-    finalists: tuple[Finalist, ...]
-
-    @property
-    def measured(self) -> bool:
-        return self.status != "predicted"
-
-    def source_of(self, implementation: str) -> str:
-        """The digest of the source that this implementation had; the op's kernel where the verdict has no other."""
-        return self.sources.get(implementation, self.kernel)
 
 
 class Table:
@@ -117,6 +67,8 @@ class Table:
         best: dict[tuple[str, str], Served] = {}
         for layer in list(self._layers):
             place = layer.name, op
+            if layer.name not in self._revocations:
+                continue  # still locked: it was waited for just now
             if place not in self._verdicts:
                 found = self._ask(layer, lambda layer=layer: layer.verdicts(op, self._device))  # type: ignore[misc]
                 if found is None:
@@ -144,6 +96,8 @@ class Table:
             return None
         if parsed.path is None:
             return _Database(name, target)
+        if name == "shipped" and (text := shipped_registry(parsed.path)) is not None:
+            return _Text(text)
         return None if name != "explicit" and not parsed.path.exists() else _File(name, parsed.path)
 
     def _ask(self, layer: _Layer, query: Callable[[], list[_T]]) -> list[_T] | None:
@@ -179,30 +133,6 @@ class _Layer(Protocol):
     def revocations(self) -> list[Revocation]: ...
 
 
-def served(verdict: Verdict, layer: str) -> Served:
-    """What dispatch needs of a verdict that was read whole."""
-    kernels = verdict.evidence.get("kernels")
-    times = {_key(each): each.get("time_ms") for each in _candidates(verdict)}
-    return Served(
-        op=verdict.op,
-        problem=verdict.problem,
-        kernel=verdict.kernel,
-        sources={k: v for k, v in kernels.items() if isinstance(v, str)} if isinstance(kernels, dict) else {},
-        status=verdict.status.value,
-        mode=str(verdict.evidence.get("mode", "graph")),
-        trusted=verdict.trusted,
-        layer=layer,
-        origin=verdict.origin,
-        environment=verdict.environment.versions,
-        speedup=verdict.speedup,
-        speedup_low=verdict.speedup_low,
-        speedup_high=verdict.speedup_high,
-        finalists=tuple(
-            Finalist(name, config, times.get((name, _text(config))), "") for name, config in verdict.ranking()
-        ),
-    )
-
-
 class _Database:
     """A layer on PostgreSQL, by way of SQLAlchemy."""
 
@@ -216,7 +146,7 @@ class _Database:
         with Registry.open(self._target) as registry:
             found = registry.verdicts(op=op, device=device)
             self.problems += registry.problems
-        return [served(verdict, self.name) for verdict in found]
+        return [of(verdict, self.name) for verdict in found]
 
     def revocations(self) -> list[Revocation]:
         from tilebook.registry.store import Registry
@@ -227,6 +157,26 @@ class _Database:
         return found
 
 
+class _Text:
+    """What ships, where no file can be built from its text."""
+
+    name = "shipped"
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self.problems: list[str] = []
+
+    def verdicts(self, op: str, device: Device) -> list[Served]:
+        found = self._text.verdicts(op=op, device=device)
+        self.problems += self._text.problems
+        return [of(verdict, self.name) for verdict in found]
+
+    def revocations(self) -> list[Revocation]:
+        found = self._text.revocations()
+        self.problems += self._text.problems
+        return found
+
+
 class _File:
     """A layer in a SQLite file."""
 
@@ -234,13 +184,16 @@ class _File:
         self.name, self._path = name, path
         self.problems: list[str] = []
         self._examined: tuple[int, int, int] | None = None
+        self._schema = 0
 
     def verdicts(self, op: str, device: Device) -> list[Served]:
         with self._reading() as connection:
-            rows = connection.execute(_VERDICTS, [op, op, device.name, device.arch, device.sm_count]).fetchall()
-        found = [verdict for row in rows if (verdict := _verdict(row, op, device)) is not None]
-        self._lost(len(rows) - len(found), "damaged rows")
-        return [served(verdict, self.name) for verdict in found]
+            read = _verdicts if self._schema >= 3 else _old_verdicts
+            found = [*read(connection, self.name, op, device)]
+        intact = [verdict for verdict in found if verdict is not None]
+        if len(intact) < len(found):
+            self.problems.append(f"registry {self._path}: left out {len(found) - len(intact)} damaged rows")
+        return intact
 
     def revocations(self) -> list[Revocation]:
         with self._reading() as connection:
@@ -261,6 +214,7 @@ class _File:
         with sqlitefile.explained(self._path), sqlitefile.readable(self._path) as place:
             connection = sqlitefile.connect(place, "ro", READER_WAIT_S)
             try:
+                connection.execute("BEGIN")  # what belongs together is read of one state
                 self._examine(connection, place)
                 yield connection
             finally:
@@ -273,14 +227,10 @@ class _File:
         if state == self._examined:
             return
         sqlitefile.refuse_foreign_schema(connection, self._path)
-        sqlitefile.check_version(connection, self._path, OLDEST_READABLE, SCHEMA_VERSION)
+        self._schema = sqlitefile.check_version(connection, self._path, OLDEST_READABLE, SCHEMA_VERSION)
         if damage := sqlitefile.damage(connection, place):
             self.problems.append(f"registry {self._path}: the file is damaged ({damage}); rows may be missing")
         self._examined = state
-
-    def _lost(self, count: int, what: str) -> None:
-        if count:
-            self.problems.append(f"registry {self._path}: left out {count} {what}")
 
 
 def lost_revocation(scope: str) -> str:
@@ -290,46 +240,44 @@ def lost_revocation(scope: str) -> str:
     )
 
 
-# A row whose environment is gone must be counted as damaged rather than vanish.
-_VERDICTS = """
-SELECT p.key, k.digest, e.versions, v.status, v.implementation, v.config, v.time_ms, v.default_time_ms, v.speedup,
-       v.speedup_low, v.speedup_high, v.evidence, v.origin, v.trusted, v.created_at, v.sha256
-FROM device AS d JOIN problem AS p ON p.op = ? JOIN kernel AS k ON k.op = ?
-JOIN verdict AS v ON v.problem_id = p.id AND v.device_id = d.id AND v.kernel_id = k.id
-LEFT JOIN environment AS e ON e.id = v.environment_id
+# A row whose environment or problem is gone must be counted as damaged rather than vanish.
+_VERDICTS = f"""
+SELECT v.id, v.served, p.op, p.key, {COLUMNS}
+FROM device AS d JOIN kernel AS k ON k.op = ? JOIN verdict AS v ON v.device_id = d.id AND v.kernel_id = k.id
+LEFT JOIN problem AS p ON p.id = v.problem_id LEFT JOIN environment AS e ON e.id = v.environment_id
 WHERE d.name = ? AND d.arch = ? AND d.sm_count = ?
+"""
+_FINALISTS = f"""
+SELECT f.verdict_id, f.place, {FINALIST_COLUMNS}
+FROM device AS d JOIN kernel AS k ON k.op = ? JOIN verdict AS v ON v.device_id = d.id AND v.kernel_id = k.id
+JOIN finalist AS f ON f.verdict_id = v.id
+WHERE d.name = ? AND d.arch = ? AND d.sm_count = ?
+ORDER BY f.verdict_id, f.place
 """
 _REVOCATIONS = """
 SELECT sha256, scope, op, implementation, kernel, arch, triton, config, reason, origin, trusted, created_at
 FROM revocation
 """
 
-# What bad values make of decoding: wrong types and texts, JSON that nests without end.
-DAMAGE = (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
+
+def _verdicts(connection: sqlite3.Connection, layer: str, op: str, device: Device) -> Iterator[Served | None]:
+    """Those for this device; None for each row that is damaged."""
+    key = [op, device.name, device.arch, device.sm_count]
+    finalists: dict[int, list[tuple[Any, ...]]] = {}
+    for verdict, place, *values in connection.execute(_FINALISTS, key):
+        its = finalists.setdefault(verdict, [])
+        its.append(tuple(values) if place == len(its) else ())  # of one that is missing the digest will tell
+    for verdict, sha256, of_problem, problem, *columns in connection.execute(_VERDICTS, key):
+        known = of_problem == op and sha256 is not None
+        yield from_columns(layer, op, problem, device, columns, finalists.get(verdict, []), sha256) if known else None
 
 
-def _verdict(row: Sequence[Any], op: str, device: Device) -> Verdict | None:
-    """None where the row is damaged."""
-    names = [
-        "status",
-        "implementation",
-        "config",
-        "time_ms",
-        "default_time_ms",
-        "speedup",
-        "speedup_low",
-        "speedup_high",
-        "evidence",
-    ]
-    problem, kernel, versions, *values, origin, trusted, created_at, sha256 = row
-    try:
-        data = dict(zip(names, values, strict=True))
-        data |= {"config": json.loads(data["config"]), "evidence": json.loads(data["evidence"])}
-        data |= {"op": op, "problem": problem, "kernel": kernel, "device": device.content(), "created_at": created_at}
-        verdict = verdict_from({**data, "environment": json.loads(versions)}, origin=origin, trusted=_flag(trusted))
-    except DAMAGE:
-        return None
-    return verdict if verdict.sha256 == sha256 else None
+def _old_verdicts(connection: sqlite3.Connection, layer: str, op: str, device: Device) -> Iterator[Served | None]:
+    """As `_verdicts`, of a file that no writer has brought to today's schema yet."""
+    for row in connection.execute(legacy.ROWS):
+        if tuple(row[2:5]) == (device.name, device.arch, device.sm_count) and op in (row[0], row[6]):
+            verdict = legacy.verdict_or_none(row)
+            yield None if verdict is None else of(verdict, layer)
 
 
 def _revocation(row: Sequence[Any]) -> Revocation | None:
@@ -339,28 +287,9 @@ def _revocation(row: Sequence[Any]) -> Revocation | None:
     try:
         data = {**dict(zip(names, values, strict=True)), "created_at": created_at}
         data["config"] = json.loads(data["config"])
-        revocation = revocation_from(data, origin=origin, trusted=_flag(trusted))
+        if trusted not in (0, 1):
+            return None
+        revocation = revocation_from(data, origin=origin, trusted=bool(trusted))
     except DAMAGE:
         return None
     return revocation if (revocation.sha256, revocation.scope) == (sha256, scope) else None
-
-
-def _flag(value: Any) -> bool:
-    """SQLite's boolean."""
-    if value not in (0, 1):
-        raise ValueError(f"not a flag: {quoted(value)}")
-    return bool(value)
-
-
-def _candidates(verdict: Verdict) -> list[Any]:
-    listed = verdict.evidence.get("candidates")
-    found = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-    return [{"implementation": verdict.implementation, "config": verdict.config, "time_ms": verdict.time_ms}, *found]
-
-
-def _key(candidate: Mapping[str, Any]) -> tuple[str, str]:
-    return str(candidate.get("implementation")), _text(candidate.get("config"))
-
-
-def _text(config: Any) -> str:
-    return json.dumps(config, sort_keys=True, default=dict)

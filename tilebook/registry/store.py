@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
-from sqlalchemy import Engine, Select, insert, select, update
-from sqlalchemy.orm import Session, contains_eager
+from sqlalchemy import Engine, Select, insert, select, text, update
+from sqlalchemy.orm import Session, contains_eager, selectinload
 
 from tilebook.errors import RegistryError
-from tilebook.registry import schema
-from tilebook.registry.backend import connect_sqlite, explained
-from tilebook.registry.checks import quoted
-from tilebook.registry.models import DeviceRow, KernelRow, MissRow, ProblemRow, RevocationRow, TrialRow, VerdictRow
-from tilebook.registry.records import Device, Miss, Revocation, Status, Trial, Verdict
-from tilebook.registry.rows import (
-    Keys,
-    miss_of,
-    revocation_columns,
-    revocation_of,
-    trial_columns,
-    trial_of,
-    verdict_columns,
-    verdict_of,
+from tilebook.registry import legacy, schema, shipped
+from tilebook.registry.backend import explained
+from tilebook.registry.columns import finalist_columns, revocation_columns, trial_columns, verdict_columns
+from tilebook.registry.models import (
+    DeviceRow,
+    FinalistRow,
+    KernelRow,
+    MissRow,
+    ProblemRow,
+    RevocationRow,
+    TrialRow,
+    VerdictRow,
 )
-from tilebook.registry.target import Target, sniff
+from tilebook.registry.records import Device, Miss, Revocation, Trial
+from tilebook.registry.rows import Keys, miss_of, revocation_of, trial_of, verdict_of
+from tilebook.registry.serving import lost_revocation
+from tilebook.registry.target import SCHEMA_VERSION, Target, sniff
+from tilebook.registry.verdict import Verdict
 
 log = logging.getLogger("tilebook.registry")
 
@@ -63,7 +63,9 @@ class Merged:
 
 
 def local_rule(existing: Verdict, new: Verdict) -> Choice:
-    """The newest word counts, but a prediction never overwrites a measurement."""
+    """The newest word counts, but a prediction never overwrites a measurement that may be served."""
+    if new.trusted and not existing.trusted:
+        return Choice(True, "a trusted verdict replaces one that is not")
     if existing.measured and not new.measured:
         return Choice(False, "a prediction does not replace a measurement")
     return Choice(True, "newer")
@@ -79,8 +81,8 @@ class Registry:
     - Writers wait for one another, up to 30 s; any number of processes may create, open and write one registry at once.
     - Recording the same trial again changes nothing. There is at most one verdict for each (op, problem, device,
       kernel), and a prediction never replaces a measurement.
-    - Revocations add up: recording one of the same scope again changes nothing, but a trusted one replaces one that is
-      not. Only `unrevoke` removes any.
+    - Revocations add up: of one scope the first stands, but a trusted one before one that is not. Only `unrevoke`
+      removes any.
     - What is read equals what was recorded. A row whose SHA-256 does not match is left out, counted in `corrupt` and
       logged; `problems` has a line for all that was found damaged.
     - A SQLite file whose structure is damaged is read as far as it goes, with a line in `problems`, and never written.
@@ -97,7 +99,7 @@ class Registry:
         engine: Engine,
         writable: bool,
         raw: str,
-        damage: str = "",
+        found: schema.Found | None = None,
         cleanup: ExitStack | None = None,
     ) -> None:
         self._target = target
@@ -108,8 +110,9 @@ class Registry:
         self.corrupt = 0
         self.problems: list[str] = []
         self._cleanup = weakref.finalize(self, (cleanup or ExitStack()).close)
-        if damage:
-            self._problem(f"the file is damaged ({damage}); rows may be missing")
+        self._schema = SCHEMA_VERSION if found is None else found.version
+        if found is not None and found.damage:
+            self._problem(f"the file is damaged ({found.damage}); rows may be missing")
 
     @classmethod
     def open(cls, target: str | Path, *, write: bool = False, wait_s: float | None = None) -> Self:
@@ -123,8 +126,8 @@ class Registry:
         with explained(parsed), ExitStack() as opening:
             if write:
                 return cls(parsed, schema.open_writer(parsed, wait_s), True, str(target))
-            engine, damage = schema.open_reader(parsed, opening, wait_s)
-            return cls(parsed, engine, False, str(target), damage, opening.pop_all())
+            engine, found = schema.open_reader(parsed, opening, wait_s)
+            return cls(parsed, engine, False, str(target), found, opening.pop_all())
 
     def record(self, trials: Iterable[Trial] = (), verdict: Verdict | None = None) -> None:
         """Stores trials and a verdict in one transaction; the verdict replaces one of the same key (see above)."""
@@ -215,7 +218,11 @@ class Registry:
         kernel: str | None = None,
     ) -> list[Verdict]:
         """The verdicts that match, in the order of their keys."""
-        found = self._read(_select(VerdictRow, op, problem, device, kernel), verdict_of)
+        if self._schema < 3:
+            found = self._old_verdicts(op, problem, device, kernel)
+        else:
+            query = _select(VerdictRow, op, problem, device, kernel).options(selectinload(VerdictRow.finalists))
+            found = self._read(query, verdict_of)
         return sorted(found, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
 
     def revocations(self) -> list[Revocation]:
@@ -229,10 +236,7 @@ class Registry:
         lost = [scope for scope, revocation in found if revocation is None]
         self.corrupt = len(lost)
         for scope in lost:
-            self._problem(
-                f"left out a damaged revocation: what it revokes may run again;"
-                f" repeat it, or remove it with --undo {quoted(scope[:8])}"
-            )
+            self._problem(lost_revocation(scope))
         intact = [revocation for _, revocation in found if revocation is not None]
         return sorted(intact, key=lambda revocation: (revocation.created_at, revocation.scope))
 
@@ -274,14 +278,35 @@ class Registry:
             schema.check(schema.version(session.connection()), self._target)
             yield session
 
+    def _old_verdicts(
+        self, op: str | None, problem: str | None, device: Device | None, kernel: str | None
+    ) -> list[Verdict]:
+        """Those of a registry that has the schema of before, which only a writer may upgrade."""
+        with self._session() as session:
+            rows = session.execute(text(legacy.ROWS)).all()
+        found = [legacy.verdict_or_none(row) for row in rows]
+        intact = [verdict for verdict in found if verdict is not None]
+        self._count_lost(len(found) - len(intact))
+        return [
+            each
+            for each in intact
+            if op in (None, each.op)
+            and problem in (None, each.problem)
+            and device in (None, each.device)
+            and kernel in (None, each.kernel)
+        ]
+
     def _read(self, query: Select[_Row], decode: Callable[[_Row], _Record | None]) -> list[_Record]:
         with self._session() as session:
             found = [decode(row) for row in session.execute(query).scalars()]
         intact = [record for record in found if record is not None]
-        self.corrupt = len(found) - len(intact)
-        if self.corrupt:
-            self._problem(f"left out {self.corrupt} damaged rows")
+        self._count_lost(len(found) - len(intact))
         return intact
+
+    def _count_lost(self, lost: int) -> None:
+        self.corrupt = lost
+        if lost:
+            self._problem(f"left out {lost} damaged rows")
 
     def _problem(self, text: str) -> None:
         self.problems.append(f"registry {self.label}: {text}")
@@ -313,7 +338,7 @@ def _select(
 def _add_trials(session: Session, keys: Keys, trials: Sequence[Trial], origin: str) -> int:
     new: dict[str, dict[str, Any]] = {}
     for trial in trials:
-        columns = trial_columns(trial, keys, origin)
+        columns = {**keys.of(trial), **trial_columns(trial, origin)}
         new[columns["sha256"]] = columns
     known: set[str] = set()
     hashes = list(new)
@@ -330,8 +355,8 @@ def _add_trials(session: Session, keys: Keys, trials: Sequence[Trial], origin: s
 
 
 def _add_verdict(session: Session, keys: Keys, verdict: Verdict, rule: Rule, merged: Merged) -> None:
-    columns = verdict_columns(verdict, keys)
-    place = {name: columns[name] for name in ("problem_id", "device_id", "kernel_id")}
+    ids = keys.of(verdict)
+    place = {name: ids[name] for name in ("problem_id", "device_id", "kernel_id")}
     row = session.execute(select(VerdictRow).filter_by(**place)).scalar_one_or_none()
     existing = None if row is None else verdict_of(row)
     if existing is not None:
@@ -344,11 +369,11 @@ def _add_verdict(session: Session, keys: Keys, verdict: Verdict, rule: Rule, mer
         (merged.replaced if choice.replace else merged.kept).append(line)
         if not choice.replace:
             return
-    if row is None:
-        row = VerdictRow()
-        session.add(row)
-    for name, value in columns.items():
-        setattr(row, name, value)
+    if row is not None:
+        session.delete(row)
+        session.flush()
+    finalists = [FinalistRow(**finalist_columns(each, place)) for place, each in enumerate(verdict.finalists)]
+    session.add(VerdictRow(**ids, **verdict_columns(verdict), finalists=finalists))
     session.flush()
     merged.verdicts += 1
 
@@ -356,7 +381,7 @@ def _add_verdict(session: Session, keys: Keys, verdict: Verdict, rule: Rule, mer
 def _add_revocation(session: Session, revocation: Revocation, merged: Merged) -> None:
     row = session.execute(select(RevocationRow).filter_by(scope=revocation.scope)).scalar_one_or_none()
     existing = None if row is None else revocation_of(row)
-    if existing is not None and (existing.trusted or not revocation.trusted):
+    if existing is not None and not _goes_before(revocation, existing):
         merged.unchanged += 1
         return
     if row is None:
@@ -368,29 +393,24 @@ def _add_revocation(session: Session, revocation: Revocation, merged: Merged) ->
     merged.revocations += 1
 
 
-def ship(source: Registry, path: str | Path, *, trials: bool = False) -> int:
-    """Writes the registry that a package ships: what is trusted of verdicts and revocations, and the passed trials
-    behind the verdicts when asked.
+def _goes_before(new: Revocation, existing: Revocation) -> bool:
+    """The trusted one of two stands, then one's own, then the first; whichever was merged first."""
 
-    The file is compact and in rollback-journal mode, so it opens from a read-only directory; it appears whole or not
-    at all. Returns the number of verdicts. Raises RegistryError, also when `path` holds something else than a registry.
+    def rank(each: Revocation) -> tuple[object, ...]:
+        return not each.trusted, each.origin == "imported", each.created_at, each.sha256
+
+    return rank(new) < rank(existing)
+
+
+def ship(source: Registry, path: str | Path) -> int:
+    """Writes what a package ships: the text beside `path` and, built from it, the registry at `path`; see `shipped`.
+
+    What is trusted of verdicts and revocations goes in; trials stay behind. The file is in rollback-journal mode, so it
+    opens from a read-only directory, and appears whole or not at all. Returns the number of verdicts. Raises
+    RegistryError, also when `path` holds something else than a registry.
     """
-    place = Path(path).absolute()
-    target = Target.parse(place)
+    target = Target.parse(Path(path).absolute())
     assert target.path is not None
     sniff(target.path)
-    verdicts = [replace(verdict, origin="shipped") for verdict in source.verdicts() if verdict.trusted]
-    keys = {(v.op, v.problem, v.device, v.kernel) for v in verdicts}
-    kept = [t for t in source.trials() if t.status is Status.OK and (t.op, t.problem, t.device, t.kernel) in keys]
-    revoked = [replace(each, origin="shipped") for each in source.revocations() if each.trusted]
     with explained(target):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".tilebook-ship-") as folder:
-            draft = Path(folder) / place.name
-            with Registry.open(draft, write=True) as registry:
-                registry.merge(kept if trials else (), verdicts, revoked, origin="shipped")
-            with closing(connect_sqlite(draft, "rw")) as connection:
-                connection.execute("VACUUM")
-            draft.chmod(0o644)
-            os.replace(draft, place)
-    return len(verdicts)
+        return shipped.write(target.path, source.verdicts(), source.revocations())

@@ -38,7 +38,6 @@ def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> d
 
     `revocation` is what keeps the winner from being served; its reason becomes the field `revoked`, null without one.
     """
-    others = verdict.evidence.get("candidates")
     return {
         "op": verdict.op,
         "problem": _label(verdict),
@@ -51,20 +50,20 @@ def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> d
         "speedup": verdict.speedup,
         "speedup_low": verdict.speedup_low,
         "speedup_high": verdict.speedup_high,
-        "predicted_ms": verdict.evidence.get("predicted_ms"),
-        "predicted_default_ms": verdict.evidence.get("predicted_default_ms"),
+        "predicted_ms": verdict.winner.predicted_ms,
+        "predicted_default_ms": verdict.notes.get("predicted_default_ms"),
         "layer": layer,
         "stale": bool(stale(verdict)),
         "trusted": verdict.trusted,
         "revoked": None if revocation is None else revocation.reason,
-        "tried": verdict.evidence.get("tried"),
-        "rejected": verdict.evidence.get("rejected"),
-        "infeasible": verdict.evidence.get("infeasible"),
-        "seconds": verdict.evidence.get("seconds"),
-        "busy": verdict.evidence.get("busy"),
+        "tried": verdict.notes.get("tried"),
+        "rejected": verdict.notes.get("rejected"),
+        "infeasible": verdict.notes.get("infeasible"),
+        "seconds": verdict.notes.get("seconds"),
+        "busy": verdict.notes.get("busy"),
         "cut_short": cut_short(verdict),
-        "mode": verdict.evidence.get("mode"),
-        "others": _others(others if isinstance(others, list) else []),
+        "mode": verdict.mode,
+        "others": _others(verdict),
         "measured_at": verdict.created_at.isoformat(),
     }
 
@@ -76,13 +75,13 @@ def unreached(op: str, problem: str, device: str, why: str) -> dict[str, Any]:
     return {**named, **dict.fromkeys(unknown), "config": {}, "others": {}, "stale": False}
 
 
-def _others(candidates: Sequence[Any]) -> dict[str, float]:
-    """ms of the fastest of each implementation but our own kernel, whose default is the first, by name."""
+def _others(verdict: Verdict) -> dict[str, float]:
+    """ms of the fastest of each implementation but that of the default, our own kernel, by name."""
+    own = next((each.implementation for each in verdict.finalists if each.default), "")
     found: dict[str, float] = {}
-    for each in candidates:
-        name, time_ms = each["implementation"], each.get("time_ms")
-        if name != candidates[0]["implementation"] and time_ms is not None:
-            found[name] = min(time_ms, found.get(name, time_ms))
+    for each in verdict.finalists:
+        if each.implementation != own and each.time_ms is not None:
+            found[each.implementation] = min(each.time_ms, found.get(each.implementation, each.time_ms))
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tilebook.errors import OutOfTime, TuningError
-from tilebook.registry import Json, Verdict, VerdictStatus
+from tilebook.registry import Again, Finalist, Json, Speedup, Verdict, VerdictStatus
 from tilebook.tuner.budget import Turn
 from tilebook.tuner.measure import SAMPLE_MS
 from tilebook.tuner.runner import Candidate, Runner
@@ -59,20 +59,6 @@ class Contest:
         fastest = self.ratios[ranked[0]].value
         return [candidate for candidate in ranked if self.ratios[candidate].value * factor >= fastest]
 
-    def to_json(self) -> list[Json]:
-        rows: list[Json] = []
-        for candidate, samples in self.samples.items():
-            ratio = self.ratios[candidate]
-            rows.append(
-                {
-                    **_named(candidate),
-                    "time_ms": self.time_ms(candidate),
-                    "speedup": [ratio.value, ratio.low, ratio.high],
-                    "samples_ms": [round(sample, 6) for sample in samples],
-                }
-            )
-        return rows
-
 
 def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate], turn: Turn) -> Verdict:
     """Interleaves the finalists with the default and every other implementation, and what wins with the default again
@@ -84,7 +70,7 @@ def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
     began = turn.now()
     tuning.phase("confirming")
     first = (_within if turn.limited else _qualify)(tuning, runner, rounds, seed, extra, turn)
-    again: list[Contest] = []
+    again: dict[Candidate, Contest] = {}
     chosen, ratio = tuning.default, Ratio(1.0, 1.0, 1.0)
     for candidate in _by_merit(tuning, first):
         if candidate == tuning.default or len(again) == _TRIES:
@@ -102,20 +88,18 @@ def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
         repeat, _ = _contest(tuning, runner, [tuning.default, candidate], rounds, seed + 1, fresh=not again)
         if not again:
             turn.note("fresh", turn.now() - started)
-        again.append(repeat)
+        again[candidate] = repeat
         if candidate in repeat.samples and repeat.ratios[candidate].low > PROMOTION:
             chosen, ratio = candidate, _both(first.ratios[candidate], repeat.ratios[candidate])
             break
     tuning.state.confirming_s += turn.now() - began
     # What failed in the fresh process is out: to be served when the winner cannot be, least of all.
     first = Contest({c: samples for c, samples in first.samples.items() if c in tuning.times}, first.seed)
-    evidence: dict[str, Json] = {
-        "candidates": first.to_json(),
-        "again": [repeat.to_json() for repeat in again],
-        "tied": [_named(candidate) for candidate in _tie_set(tuning, first)],
-    }
     status = VerdictStatus.DEFAULT if chosen == tuning.default else VerdictStatus.MEASURED
-    return tuning.verdict(status, chosen, evidence, first.time_ms(chosen), first.time_ms(tuning.default), ratio)
+    ranked = [chosen, *(candidate for candidate in first.samples if candidate != chosen)]
+    found = [_finalist(tuning, candidate, first, again.get(candidate)) for candidate in ranked]
+    notes: dict[str, Json] = {"tied": [_named(candidate) for candidate in _tie_set(tuning, first)]}
+    return tuning.verdict(status, found, notes, first.time_ms(tuning.default), ratio)
 
 
 def predict(tuning: Tuning) -> Verdict:
@@ -126,12 +110,19 @@ def predict(tuning: Tuning) -> Verdict:
     chosen = ranked[0]
     if tuning.default in tuning.times and tuning.times[tuning.default] <= DOUBT * tuning.times[chosen]:
         chosen = tuning.default
-    evidence: dict[str, Json] = {
-        "predicted_ms": tuning.times[chosen],
-        "predicted_default_ms": tuning.times.get(tuning.default),
-        "candidates": [{**_named(c), "predicted_ms": tuning.times[c]} for c in ranked[:_FASTEST]],
-    }
-    return tuning.verdict(VerdictStatus.PREDICTED, chosen, evidence)
+    listed = [chosen, *(candidate for candidate in ranked[:_FASTEST] if candidate != chosen)]
+    found = [
+        Finalist(
+            c.implementation,
+            dict(c.config),
+            predicted_ms=tuning.times[c],
+            code=tuning.code(c),
+            default=c == tuning.default,
+        )
+        for c in listed
+    ]
+    notes: dict[str, Json] = {"predicted_default_ms": tuning.times.get(tuning.default)}
+    return tuning.verdict(VerdictStatus.PREDICTED, found, notes)
 
 
 def finalists(tuning: Tuning) -> list[Candidate]:
@@ -226,6 +217,32 @@ def _tie_set(tuning: Tuning, contest: Contest) -> list[Candidate]:
     tied = contest.tied(ALIKE)
     limit = ALIKE * tuning.times[tied[0]]
     return [*tied, *(c for c, ms in tuning.times.items() if c not in contest.samples and ms <= limit)]
+
+
+def _finalist(tuning: Tuning, candidate: Candidate, first: Contest, again: Contest | None) -> Finalist:
+    """What the contests say of a candidate; `again` counts where it passed once more."""
+    second = None
+    if again is not None and candidate in again.samples:
+        default, its = _rounded(again.samples[tuning.default]), _rounded(again.samples[candidate])
+        second = Again(_speedup(again.ratios[candidate]), its, default)
+    return Finalist(
+        candidate.implementation,
+        dict(candidate.config),
+        time_ms=first.time_ms(candidate),
+        speedup=_speedup(first.ratios[candidate]),
+        samples_ms=_rounded(first.samples[candidate]),
+        again=second,
+        code=tuning.code(candidate),
+        default=candidate == tuning.default,
+    )
+
+
+def _rounded(samples_ms: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(sample, 6) for sample in samples_ms)
+
+
+def _speedup(ratio: Ratio) -> Speedup:
+    return Speedup(ratio.value, ratio.low, ratio.high)
 
 
 def _both(one: Ratio, other: Ratio) -> Ratio:

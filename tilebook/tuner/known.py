@@ -56,7 +56,9 @@ class Known:
         self.environment = store.Environment(dict(environment))
         self.mode = mode
         self._registry, self._layers = registry, layers
-        self._denied = store.DenyList(layers.revocations(), self.environment.versions.get("triton", ""))
+        self._denied = store.DenyList(
+            (revocation for _, revocation in layers.revocations()), self.environment.versions.get("triton", "")
+        )
         self._writing = threading.Lock()
 
     def record(self, trials: Iterable[Trial] = (), verdict: Verdict | None = None) -> None:
@@ -90,7 +92,7 @@ class Known:
             if self.mode == PREDICTED:
                 if verdict.measured or same:
                     return verdict
-            elif verdict.measured and same and verdict.evidence.get("mode", "graph") == self.mode:
+            elif verdict.measured and same and verdict.mode == self.mode:
                 return verdict
         return None
 
@@ -152,11 +154,11 @@ def unsearched(verdict: Verdict, field: Field) -> list[Config] | None:
     implementation was not searched then, or has other source now. None where it had them all, or, of our own kernel,
     where the verdict does not say, as those of old do not."""
     ours = field.name == field.implementation.op.tunable.name
-    spaces: Any = verdict.evidence.get("spaces")
-    then: Any = spaces.get(field.name) if isinstance(spaces, dict) else verdict.evidence.get("space") if ours else None
+    spaces: Any = verdict.notes.get("spaces")
+    then: Any = spaces.get(field.name) if isinstance(spaces, dict) else verdict.notes.get("space") if ours else None
     if not isinstance(then, dict):
         return None if ours else field.feasible
-    if source_of(field.implementation) != verdict.kernel_of(field.name):
+    if source_of(field.implementation) != verdict.source_of(field.name):
         return field.feasible
     if then.get("digest") == searched(field.space, field.feasible)["digest"]:
         return None
@@ -165,21 +167,21 @@ def unsearched(verdict: Verdict, field: Field) -> list[Config] | None:
         later = field.space.later
         places = ((config, _place(then["axes"], config, later)) for config in field.feasible)
         return [config for config, place in places if place is None or not bits >> place & 1] or None
-    except (AttributeError, KeyError, TypeError, ValueError):  # evidence is free-form, and may be somebody else's
-        return None
+    except (KeyError, ValueError):  # it leaves out which points there were, as what ships does
+        return field.feasible
 
 
 def cut_short(verdict: Verdict) -> bool:
     """Did the budget keep something out that another run would look at?"""
-    searches: Any = verdict.evidence.get("searches")
+    searches: Any = verdict.notes.get("searches")
     names = list(searches) if isinstance(searches, dict) else []
-    left_out = verdict.evidence.get("unmeasured"), verdict.evidence.get("unconfirmed")
+    left_out = verdict.notes.get("unmeasured"), verdict.notes.get("unconfirmed")
     return any(left_out) or any(unfinished(verdict, name, 0) for name in names)
 
 
 def unfinished(verdict: Verdict, implementation: str, limit: int) -> bool:
     """Did the search behind a verdict end before its time, and would a run with this limit of candidates go on?"""
-    searches: Any = verdict.evidence.get("searches")
+    searches: Any = verdict.notes.get("searches")
     its = searches.get(implementation) if isinstance(searches, dict) else None
     if not isinstance(its, dict):
         return False

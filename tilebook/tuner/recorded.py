@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from tilebook import op as ops
 from tilebook.op import Config, Op, Problem, Space, Value
-from tilebook.registry import Failure, Layers, Registry, Verdict
+from tilebook.registry import Failure, Layers, Verdict
 from tilebook.registry.layers import SHIPPED
 from tilebook.tuner.compile import Compiled
 from tilebook.tuner.known import Known
@@ -202,8 +202,8 @@ def neighbours(sweep: Sweep, shipped: Path = SHIPPED) -> list[Verdict]:
     def kind(key: str) -> dict[str, Value]:
         return {name: value for name, value in json.loads(key).items() if name not in COUNTS}
 
-    with Registry.open(shipped) as registry:
-        found = [each for each in registry.verdicts(op=sweep.header["op"]) if kind(each.problem) != kind(own)]
+    verdicts = Layers([("shipped", str(shipped))]).verdicts(op=sweep.header["op"])
+    found = [each for _, each in verdicts if kind(each.problem) != kind(own)]
     return [each for each in found if problem_of(own).distance(problem_of(each.problem)) < math.inf]
 
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from tilebook.device import Device
 from tilebook.op import Config, Implementation, Op, Problem, Space
-from tilebook.registry import Failure, Json, Status, Trial, Verdict, VerdictStatus
+from tilebook.registry import Failure, Finalist, Json, Speedup, Status, Trial, Verdict, VerdictStatus
 from tilebook.tuner.compile import Compiled
-from tilebook.tuner.known import Known, searched, source_of, trial_kernel
+from tilebook.tuner.known import PREDICTED, Known, searched, source_of, trial_kernel
 from tilebook.tuner.progress import ProblemState, Run
 from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.search import Search
@@ -165,15 +165,21 @@ class Tuning:
             candidate.config.key,
         )
 
+    def code(self, candidate: Candidate) -> str:
+        """The digest of a candidate's machine code; empty where it is not ours."""
+        compiled = self.compiled.get(candidate)
+        ours = self.op.implementations[candidate.implementation].digest
+        return compiled.fingerprint if compiled is not None and ours else ""
+
     def verdict(
         self,
         status: VerdictStatus,
-        chosen: Candidate,
-        evidence: Mapping[str, Json],
-        time_ms: float | None = None,
+        finalists: Sequence[Finalist],
+        notes: Mapping[str, Json],
         default_ms: float | None = None,
         ratio: Ratio | None = None,
     ) -> Verdict:
+        """finalists: the winner first. ratio: the winner's against the default."""
         return Verdict(
             op=self.op.name,
             problem=self.problem.key,
@@ -181,23 +187,19 @@ class Tuning:
             environment=self.known.environment,
             kernel=self.op.digest,
             status=status,
-            implementation=chosen.implementation,
-            config=dict(chosen.config),
-            time_ms=time_ms,
+            finalists=tuple(finalists),
             default_time_ms=default_ms,
-            speedup=ratio.value if ratio else None,
-            speedup_low=ratio.low if ratio else None,
-            speedup_high=ratio.high if ratio else None,
-            evidence={**self._found(), **evidence},
+            interval=None if ratio is None else Speedup(ratio.value, ratio.low, ratio.high),
+            mode="graph" if self.known.mode == PREDICTED else self.known.mode,
+            sources={each.name: source_of(each.implementation) for each in self.entrants},
+            notes={**self._found(), **notes},
         )
 
     def _found(self) -> dict[str, Json]:
         """How the verdict was found: where, among how many, in what time."""
         state = self.state
         return {
-            "mode": self.known.mode,
             "spaces": {each.name: searched(each.space, each.feasible) for each in self.entrants},
-            "kernels": {each.name: source_of(each.implementation) for each in self.entrants},
             "searches": {name: {"asked": each.asked, "ended": each.ended} for name, each in self.searches.items()},
             "unmeasured": list(self.unmeasured),
             "unconfirmed": self.unconfirmed,
