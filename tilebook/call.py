@@ -63,7 +63,7 @@ def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) ->
 
 def untraceable(route: Way, *tensors: torch.Tensor) -> Way:
     """The way of a call whose plain form reads numbers on the host, which no trace can: there the op stands for it."""
-    unknown = watched() or any(x.is_meta for x in tensors)
+    unknown = watched() or any(x.is_meta or type(x) not in _ORDINARY for x in tensors)
     return "op" if route == "pytorch" and unknown else route
 
 
