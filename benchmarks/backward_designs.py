@@ -25,8 +25,8 @@ from tilebook import device as devices
 from tilebook.device import Device
 from tilebook.occupancy import programs_per_sm
 from tilebook.op import Config, Implementation, Op, Problem, get
-from tilebook.tuner.compile import Compiled, CompilePool
-from tilebook.tuner.runner import Attempt, Candidate, GpuRunner, Limits
+from tilebook.tuner.process.compile import Compiled, CompilePool
+from tilebook.tuner.process.runner import Attempt, Candidate, GpuRunner, Limits
 
 SHAPES = (
     "B8,H16,S2048,D128",

@@ -7,7 +7,7 @@ import pytest
 from tilebook import device as devices
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.replay import record
-from tilebook.tuner.verify import FINAL_REPEATS, Case, verify
+from tilebook.tuner.judge.verify import FINAL_REPEATS, Case, verify
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from tilebook import device as devices
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.forward import attention_fwd
 from tilebook.replay import record
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 pytestmark = pytest.mark.gpu
 

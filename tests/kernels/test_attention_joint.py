@@ -11,7 +11,7 @@ from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import PLAIN
 from tilebook.kernels.attention.forward import attention_fwd
 from tilebook.replay import record
-from tilebook.tuner.verify import Case, truths, verify
+from tilebook.tuner.judge.verify import Case, truths, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = devices.find("H200")

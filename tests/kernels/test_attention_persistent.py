@@ -11,8 +11,8 @@ from tilebook import device as devices
 from tilebook.kernels.attention.forward import attention_fwd
 from tilebook.kernels.attention.tiles import dealt, turns
 from tilebook.launch import intercepted
-from tilebook.tuner.compile import CompilePool
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
+from tilebook.tuner.process.compile import CompilePool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200, B200 = devices.find("H200"), devices.find("B200")

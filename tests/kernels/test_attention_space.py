@@ -11,8 +11,8 @@ from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.forward import attention_fwd
 from tilebook.launch import intercepted
-from tilebook.tuner.compile import CompilePool
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
+from tilebook.tuner.process.compile import CompilePool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = devices.find("H200")

@@ -18,7 +18,7 @@ from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import CAUSAL, form
 from tilebook.kernels.attention.forward import attention_fwd
 from tilebook.op import Config
-from tilebook.tuner.verify import Case, truths, verify
+from tilebook.tuner.judge.verify import Case, truths, verify
 
 FORWARD, BACKWARD = attention_fwd.problem, attention_bwd.problem
 NAME, H200 = "flash_attention_4", devices.find("H200")

@@ -14,7 +14,7 @@ from tilebook.kernels.attention import efficient, flash2, flash3, flex
 from tilebook.kernels.attention.backward import attention_bwd
 from tilebook.kernels.attention.form import CAUSAL, PLAIN, form, limits
 from tilebook.kernels.attention.forward import attention_fwd
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 FORWARD, BACKWARD = attention_fwd.problem, attention_bwd.problem
 H200 = devices.find("H200")
