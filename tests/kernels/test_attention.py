@@ -22,7 +22,7 @@ from tilebook.kernels.attention.pytorch import sdpa
 from tilebook.kernels.attention.triton.tiles import rounded
 from tilebook.launch import intercepted
 from tilebook.op import UsageError
-from tilebook.tuner.verify import Case, truths, verify
+from tilebook.tuner.judge.verify import Case, truths, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = devices.find("H200")

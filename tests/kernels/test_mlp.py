@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch, op
-from tilebook.tuner.verify import Case, error, floors, verify
+from tilebook.tuner.judge.verify import Case, error, floors, verify
 
 GRADS = op.get("mlp_grads_bwd")
 OPS = [op.get(name) for name in ("mlp_up_fwd", "mlp_down_fwd", "mlp_act_bwd")]
