@@ -119,13 +119,35 @@ def _passes_a_view(x):
     return (y,)
 
 
+def _reads_a_number(x):
+    y = torch.empty_like(x)
+    launch(Quiet(), (1,), x, y, x[0, 0].item(), BLOCK=16, num_warps=4)
+    return (y,)
+
+
+def _branches_on_a_number(x):
+    y = torch.empty_like(x)
+    launch(Quiet(), (1,), x, y, 2.0 if torch.equal(x, x) else 3.0, BLOCK=16, num_warps=4)
+    return (y,)
+
+
+def _lists(x):
+    y = torch.empty_like(x)
+    launch(Quiet(), (1,), x, y, float(len(x.tolist())), BLOCK=16, num_warps=4)
+    return (y,)
+
+
 def _launches_nothing(x):
     return (torch.empty_like(x),)
 
 
 @pytest.mark.parametrize(
-    "function", [_zeroes, _post_processes, _fills_in_place, _passes_a_view, _launches_nothing, launcher(Quiet(False))]
-)
+    "function",
+    [
+        _zeroes, _post_processes, _fills_in_place, _passes_a_view, _reads_a_number, _branches_on_a_number, _lists,
+        _launches_nothing, launcher(Quiet(False)),
+    ],
+)  # fmt: skip
 def test_a_launcher_that_does_more_than_allocate_and_launch_gets_no_plan(function):
     outputs, plan = record(function, (torch.randn(8, 8),))
     assert plan is None
