@@ -173,11 +173,32 @@ def _passes_a_view(x):
     return (y,)
 
 
+def _reads_a_number(x):
+    y = torch.empty_like(x)
+    launch(Quiet(), (1,), x, y, x[0, 0].item(), BLOCK=16, num_warps=4)
+    return (y,)
+
+
+def _branches_on_a_number(x):
+    y = torch.empty_like(x)
+    launch(Quiet(), (1,), x, y, 2.0 if torch.equal(x, x) else 3.0, BLOCK=16, num_warps=4)
+    return (y,)
+
+
+def _lists(x):
+    y = torch.empty_like(x)
+    launch(Quiet(), (1,), x, y, float(len(x.tolist())), BLOCK=16, num_warps=4)
+    return (y,)
+
+
 def _launches_nothing(x):
     return (torch.empty_like(x),)
 
 
-SHY = (_zeroes, _post_processes, _fills_in_place, _passes_a_view, _passes_a_struct_of_structs, _launches_nothing)
+SHY = (
+    _zeroes, _post_processes, _fills_in_place, _passes_a_view, _passes_a_struct_of_structs, _reads_a_number,
+    _branches_on_a_number, _lists, _launches_nothing,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("function", [*SHY, launcher(Quiet(False))])

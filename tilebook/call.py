@@ -165,7 +165,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         self.op, self.op_backward = torch_ops.register(self)
-        torch_ops.shard(self)
+        torch_ops.shard()
 
     def direct(self, choice: Any, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         """The outputs, past the dispatcher; differentiable in the first where gradients are recorded."""
@@ -175,8 +175,7 @@ class Entry:
 
     def through(self, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         """The outputs, by PyTorch's dispatcher."""
-        if not torch.compiler.is_compiling():
-            torch_ops.shard(self)
+        torch_ops.shard()
         return tuple(self.op(*tensors, *self.pack(options)))
 
     def left_to_pytorch(self, posed: Callable[[], tuple[Any, Any]], tensors: Tensors) -> bool:

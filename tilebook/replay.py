@@ -20,6 +20,14 @@ _ALLOCATORS = frozenset(
     {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided}
 )
 
+_DESCRIBING = frozenset(
+    {
+        "__get__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_contiguous",
+        "is_floating_point", "nelement", "numel", "size", "storage_offset", "stride",
+    }
+)  # fmt: skip
+"""Functions that look at no number of a tensor; `__get__` is every property."""
+
 Outputs = tuple[torch.Tensor, ...]
 
 
@@ -42,8 +50,8 @@ class _Watch(TorchFunctionMode):
         elif isinstance(result, torch.Tensor):
             # `x.contiguous()` of a contiguous tensor is the tensor; every other way to a tensor computes something.
             self.faithful &= func is torch.Tensor.contiguous and result is args[0]
-        elif getattr(func, "__name__", "") in ("__setitem__", "set_", "resize_"):
-            self.faithful = False
+        elif getattr(func, "__name__", "") not in _DESCRIBING:
+            self.faithful = False  # it read a number, which another call may not have, or changed one
         return result
 
 

@@ -41,6 +41,7 @@ def register(entry: Entry) -> tuple[Any, Any]:
             _library.impl(forward, _cast(entry, kind), f"Autocast{kind.upper()}")
     if entry.flops is not None:
         _count(entry)
+    _unsharded.append(entry)
     ops = torch.ops.tilebook
     return getattr(ops, forward).default, getattr(ops, backward).default if entry.backward is not None else None
 
@@ -244,14 +245,20 @@ def recording() -> Iterator[None]:
         yield
 
 
-_sharded: set[str] = set()
+_unsharded: list[Entry] = []
 
 
-def shard(entry: Entry) -> None:
-    """Tells DTensor how an entry's ops may be split, once there is a DTensor."""
-    if entry.name in _sharded or "torch.distributed.tensor" not in sys.modules:
-        return
+def shard() -> bool:
+    """Tells DTensor how our ops may be split, once there is a DTensor; has it been told?"""
+    if not _unsharded or "torch.distributed.tensor" not in sys.modules:
+        return not _unsharded
     from tilebook.sharding import register as register_sharding
 
-    register_sharding(entry)
-    _sharded.add(entry.name)
+    while _unsharded:
+        register_sharding(_unsharded.pop())
+    return True
+
+
+# A call that is compiled does so while it is traced, as `torch.compiler.assume_constant_result` has it, which would
+# load the compiler.
+shard._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen.limits import bucket, simplest
 from tilebook.kernels.varlen.pytorch import Options, plain
 from tilebook.layout import rows
+from tilebook.sharding import divides
 
 
 @functools.cache
@@ -80,6 +81,12 @@ def _unpack(tensors: Tensors, values: tuple[Any, ...]) -> Options:
     return max_q, max_k, found, scale
 
 
+def _shards(tensors: dict[str, Any]) -> list[dict[str, int | None]]:
+    """By heads where each GPU gets whole groups of them: sequences lie one after the other, of any lengths."""
+    heads: dict[str, int | None] = {**dict.fromkeys(("q", "k", "v", "o"), 1), "lse": 0}
+    return [heads] if divides(tensors["q"], 1) and divides(tensors["k"], 1) else []
+
+
 VARLEN = Entry(
     name="attention_varlen",
     tensors=("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"),
@@ -97,6 +104,7 @@ VARLEN = Entry(
     unpack=_unpack,
     casts=("q", "k", "v"),
     flops=_flops,
+    shards=_shards,
 )  # fmt: skip
 
 
