@@ -152,3 +152,5 @@ attention_varlen_bwd.implementation(
     "flash_attention_2", available=flash.available, supports=flash.supports, deterministic=False
 )(flash.backward)
 attention_varlen_fwd.backward = attention_varlen_bwd
+for each in (attention_varlen_fwd, attention_varlen_bwd):
+    each.captured = "flash_attention_2"  # PyTorch's own way goes sequence by sequence, and so has to read their lengths
