@@ -119,7 +119,7 @@ def _masked(s, rows, column, n_k, SCORES: gl.constexpr, BLOCK_N: gl.constexpr, C
 
 
 @gluon.jit
-def _soften(s, peak, factor, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
+def _soften(s, m_i, factor, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
     """p = exp2(factor · s - maximum), the new maximum, what old sums decay by, and each thread's own part of Σ p.
 
     A thread's columns of a row are every eighth and its neighbour. Their maximum in two steps is two chains of 16 and
@@ -127,8 +127,8 @@ def _soften(s, peak, factor, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
     """
     own = gl.max(s.reshape([ROWS, BLOCK_N // 8, 8]), 1)
     highest = gl.convert_layout(gl.max(own, 1), gl.SliceLayout(1, SCORES))
-    higher = gl.maximum(peak, highest * factor)
-    decay = gl.exp2(peak - higher)
+    higher = gl.maximum(m_i, highest * factor)
+    decay = gl.exp2(m_i - higher)
     p = gl.exp2(s * factor - higher[:, None])
     return p, higher, decay, gl.sum(p.reshape([ROWS, BLOCK_N // 8, 8]), 1)
 
@@ -136,7 +136,7 @@ def _soften(s, peak, factor, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
 @gluon.jit
 def _advance(
     q_tile, k_tiles, v_tiles, barriers, my_turn, your_turn, phase,
-    acc, p, peak, weight, at, more, factor,
+    acc, p, m_i, l_i, at, more, factor,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, SCORES: gl.constexpr,
     SUMS: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
@@ -156,29 +156,29 @@ def _advance(
     mbarrier.arrive(k_empty.index(stage))
     if TURNS:  # the neighbour's products come after these scores, and beside their softmax
         mbarrier.arrive(your_turn)
-    p_next, peak, decay, total = _soften(s, peak, factor, BLOCK_N, SCORES)
+    p_next, m_i, decay, total = _soften(s, m_i, factor, BLOCK_N, SCORES)
     # Waiting for what the next block needs keeps the compiler from moving the other wait in front of the exponentials:
     # it moves nothing across a branch. The weights are rounded after it, into the registers that the product reads.
     mbarrier.wait(k_full.index((at + 1) % STAGES), ((at + 1) // STAGES) & 1, pred=more)
     acc, _p, p_next = warpgroup_mma_wait(0, deps=[sums, p, p_next])
     mbarrier.arrive(v_empty.index(before))
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
-    weight = weight * gl.convert_layout(decay, gl.SliceLayout(1, weight.type.layout))[:, None] + total
-    return acc, gl.convert_layout(p_next.to(p.dtype), WEIGHTS), peak, weight
+    l_i = l_i * gl.convert_layout(decay, gl.SliceLayout(1, l_i.type.layout))[:, None] + total
+    return acc, gl.convert_layout(p_next.to(p.dtype), WEIGHTS), m_i, l_i
 
 
 @gluon.jit
-def _finish(sums, weight, peak, o, o_tile, lse, batch_head, row, rows, n_q, D: gl.constexpr, PART: gl.constexpr,
+def _finish(sums, l_i, m_i, o, o_tile, lse, batch_head, row, rows, n_q, D: gl.constexpr, PART: gl.constexpr,
             SCORES: gl.constexpr, SUMS: gl.constexpr):  # fmt: skip
     """o and log-sum-exp of a tile's rows."""
     batch, head, pair = batch_head
-    whole = gl.convert_layout(gl.sum(weight, 1), gl.SliceLayout(1, SCORES))
+    whole = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, SCORES))
     share = gl.convert_layout(1.0 / whole, gl.SliceLayout(1, SUMS))
     tma.store_wait(0)
     o_tile.reshape([ROWS, D]).store((sums * share[:, None]).to(o_tile.dtype))
     fence_async_shared()
     _store(o, [batch, head, row + PART * ROWS, 0], o_tile)
-    gl.store(lse + pair.to(gl.int64) * n_q + rows, (peak + gl.log2(whole)) * LN2, mask=rows < n_q)
+    gl.store(lse + pair.to(gl.int64) * n_q + rows, (m_i + gl.log2(whole)) * LN2, mask=rows < n_q)
 
 
 @gluon.jit
@@ -215,7 +215,7 @@ def _consume(
     s = warpgroup_mma(q_tiles.index(PART).reshape([ROWS, D]), keys, zeros, use_acc=False)
     mbarrier.arrive(k_empty.index(0))
     s = _masked(s, row + within, (blocks - 1) * BLOCK_N, n_k, SCORES, BLOCK_N, CAUSAL)
-    p, peak, _decay, weight = _soften(s, nothing, factor, BLOCK_N, SCORES)
+    p, m_i, _decay, l_i = _soften(s, nothing, factor, BLOCK_N, SCORES)
     p = gl.convert_layout(p.to(dtype), WEIGHTS)
     at = 1
     for turn in range(n_turns):
@@ -225,9 +225,9 @@ def _consume(
         rows = row + within
         mbarrier.wait(k_full.index(at % STAGES), (at // STAGES) & 1, pred=blocks > 1)
         for step in range(1, blocks):
-            acc, p, peak, weight = _advance(
+            acc, p, m_i, l_i = _advance(
                 q_tile, k_tiles, v_tiles, barriers, my_turn, your_turn, phase,
-                acc, p, peak, weight, at, step + 1 < blocks, factor,
+                acc, p, m_i, l_i, at, step + 1 < blocks, factor,
                 D, BLOCK_N, STAGES, TURNS, SCORES, SUMS, WEIGHTS,
             )  # fmt: skip
             phase ^= 1
@@ -252,15 +252,15 @@ def _consume(
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(stage), pred=more)
         s = _masked(s, next_row + within, (next_blocks - 1) * BLOCK_N, n_k, SCORES, BLOCK_N, CAUSAL)
-        p_next, next_peak, _decay, next_weight = _soften(s, nothing, factor, BLOCK_N, SCORES)
+        p_next, next_m_i, _decay, next_l_i = _soften(s, nothing, factor, BLOCK_N, SCORES)
         mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)  # again, for the branch
         acc, _p, p_next = warpgroup_mma_wait(0, deps=[sums, p, p_next])
         mbarrier.arrive(v_empty.index(before))
 
         old = pair // n_heads, pair % n_heads, pair
-        _finish(acc, weight, peak, o, o_tile, lse, old, row, rows, n_q, D, PART, SCORES, SUMS)
+        _finish(acc, l_i, m_i, o, o_tile, lse, old, row, rows, n_q, D, PART, SCORES, SUMS)
         p = gl.convert_layout(p_next.to(dtype), WEIGHTS)
-        peak, weight, pair, row, blocks = next_peak, next_weight, next_pair, next_row, next_blocks
+        m_i, l_i, pair, row, blocks = next_m_i, next_l_i, next_pair, next_row, next_blocks
         at += 1
     tma.store_wait(0)
 
