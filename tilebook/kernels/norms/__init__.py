@@ -79,7 +79,11 @@ def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float
             x.shape,
             x.stride(),
             x.dtype,
-            *[None if each is None else (each.shape, each.dtype) for each in vectors],
+            # What is no tensor is refused further down.
+            *[
+                None if each is None else (getattr(each, "shape", None), getattr(each, "dtype", None))
+                for each in vectors
+            ],
         )
         if recall(own, x, *given):
             return entry.plain((x, *vectors), (eps,))
