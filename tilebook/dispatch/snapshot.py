@@ -12,6 +12,7 @@ from tilebook import registry as store
 from tilebook.device import Device
 from tilebook.dispatch.choice import Choice
 from tilebook.op import Config, Implementation, Op, Problem
+from tilebook.registry.current import may_run, stands
 
 FARTHEST = 8.0
 """A verdict serves problems up to this distance: a factor of 256 in one dimension, or less in several."""
@@ -38,14 +39,15 @@ class Snapshot:
         self._raw = found
         self._denied = store.DenyList(revoked, devices.package_version("triton"))
         if problems:
-            warnings.warn(f"tilebook: {'; '.join(problems)}; default configs are used", RuntimeWarning, stacklevel=2)
+            told = f"tilebook: {'; '.join(problems)}; other registries serve, and default configs are used beside"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
 
     def verdicts(self, op: Op[Any]) -> list[tuple[str, store.Verdict, Problem]]:
         """The verdicts that may be served for this op: trusted, and made with the kernels as they are now."""
         if op.name not in self._verdicts:
             kept = []
             for layer, verdict in self._raw:
-                if verdict.op == op.name and verdict.trusted and verdict.kernel == op.digest:
+                if verdict.op == op.name and verdict.trusted and stands(verdict, op.digest):
                     try:
                         kept.append((layer, verdict, op.problem.from_key(verdict.problem)))
                     except (TypeError, ValueError):
@@ -121,7 +123,7 @@ class Snapshot:
             implementation = op.implementations.get(name)
             if implementation is None or not implementation.can_run(problem, self.gpu):
                 continue
-            if implementation.digest not in ("", verdict.kernel_of(name)):
+            if not may_run(verdict, name, implementation.digest):
                 continue
             space = implementation.space
             if space is None:
@@ -155,9 +157,7 @@ def pytorch(op: Op[Any], problem: Problem, gpu: Device | None = None) -> Choice:
 def _times(verdict: store.Verdict) -> dict[str, float]:
     """Milliseconds of each implementation's best finalist."""
     found: dict[str, float] = {}
-    listed = verdict.evidence.get("candidates")
-    for each in listed if isinstance(listed, list) else ():
-        name, ms = (each.get("implementation"), each.get("time_ms")) if isinstance(each, dict) else (None, None)
-        if isinstance(name, str) and isinstance(ms, int | float) and ms > 0:
-            found[name] = min(float(ms), found.get(name, math.inf))
+    for each in verdict.finalists:
+        if each.time_ms is not None:
+            found[each.implementation] = min(each.time_ms, found.get(each.implementation, math.inf))
     return found

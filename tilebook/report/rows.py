@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.registry import Revocation, Verdict
+from tilebook.registry.current import retired
 from tilebook.tuner.known import cut_short
 
 
@@ -33,12 +34,20 @@ def _label(verdict: Verdict) -> str:
         return verdict.problem  # an op or a field that this version does not know
 
 
+def is_retired(verdict: Verdict) -> bool:
+    """Is the winner not served, because its source or that of the op's own kernel is another now?"""
+    op = ops.ops().get(verdict.op)
+    if op is None:
+        return True
+    return retired(verdict, verdict.implementation, op.digest, op.digest_of)
+
+
 def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> dict[str, Any]:
     """One verdict as plain data; times in milliseconds, null where nothing was measured.
 
     `revocation` is what keeps the winner from being served; its reason becomes the field `revoked`, null without one.
     """
-    others = verdict.evidence.get("candidates")
+    notes = verdict.notes
     return {
         "op": verdict.op,
         "problem": _label(verdict),
@@ -51,20 +60,21 @@ def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> d
         "speedup": verdict.speedup,
         "speedup_low": verdict.speedup_low,
         "speedup_high": verdict.speedup_high,
-        "predicted_ms": verdict.evidence.get("predicted_ms"),
-        "predicted_default_ms": verdict.evidence.get("predicted_default_ms"),
+        "predicted_ms": verdict.winner.predicted_ms,
+        "predicted_default_ms": notes.get("predicted_default_ms"),
         "layer": layer,
         "stale": bool(stale(verdict)),
         "trusted": verdict.trusted,
+        "retired": is_retired(verdict),
         "revoked": None if revocation is None else revocation.reason,
-        "tried": verdict.evidence.get("tried"),
-        "rejected": verdict.evidence.get("rejected"),
-        "infeasible": verdict.evidence.get("infeasible"),
-        "seconds": verdict.evidence.get("seconds"),
-        "busy": verdict.evidence.get("busy"),
+        "tried": notes.get("tried"),
+        "rejected": notes.get("rejected"),
+        "infeasible": notes.get("infeasible"),
+        "seconds": notes.get("seconds"),
+        "busy": notes.get("busy"),
         "cut_short": cut_short(verdict),
-        "mode": verdict.evidence.get("mode"),
-        "others": _others(others if isinstance(others, list) else []),
+        "mode": verdict.mode,
+        "others": _others(verdict),
         "measured_at": verdict.created_at.isoformat(),
     }
 
@@ -76,13 +86,13 @@ def unreached(op: str, problem: str, device: str, why: str) -> dict[str, Any]:
     return {**named, **dict.fromkeys(unknown), "config": {}, "others": {}, "stale": False}
 
 
-def _others(candidates: Sequence[Any]) -> dict[str, float]:
-    """ms of the fastest of each implementation but our own kernel, whose default is the first, by name."""
+def _others(verdict: Verdict) -> dict[str, float]:
+    """ms of the fastest of each implementation but the one whose default is the baseline, by name."""
+    ours = next((each.implementation for each in verdict.finalists if each.default), verdict.implementation)
     found: dict[str, float] = {}
-    for each in candidates:
-        name, time_ms = each["implementation"], each.get("time_ms")
-        if name != candidates[0]["implementation"] and time_ms is not None:
-            found[name] = min(time_ms, found.get(name, time_ms))
+    for each in verdict.finalists:
+        if each.implementation != ours and each.time_ms is not None:
+            found[each.implementation] = min(each.time_ms, found.get(each.implementation, each.time_ms))
     return found
 
 
@@ -97,7 +107,8 @@ def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False) -
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
+    # Names come from registries, which may be a stranger's: nothing in them is markup.
+    console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False, emoji=False)
     left_out = [each for each in rows if each["status"] == UNREACHED]
     rows = [each for each in rows if each["status"] != UNREACHED]
     for each in left_out:
@@ -146,6 +157,7 @@ def _outcome(each: dict[str, Any]) -> list[str]:
     flags += ["cut short"] if each["cut_short"] else []
     flags += ["stale"] if each["stale"] else []
     flags += [] if each["trusted"] else ["not trusted"]
+    flags += ["retired"] if each["retired"] else []
     flags += ["revoked"] if each["revoked"] else []
     config = " ".join(f"{axis}={value}" for axis, value in each["config"].items())
     others = {name: _ms(time_ms) for name, time_ms in each["others"].items() if name != each["implementation"]}
