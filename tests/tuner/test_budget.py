@@ -14,7 +14,6 @@ from tilebook.op import Config
 from tilebook.registry import Registry, VerdictStatus
 from tilebook.tuner.budget import Budget, Job
 from tilebook.tuner.progress import Run
-from tilebook.tuner.runner import Candidate
 
 SHAPES = [Scaling(64 << n, 64) for n in range(8)]  # the last is the heaviest
 
