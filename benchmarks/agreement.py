@@ -34,15 +34,15 @@ from tilebook import op as ops
 from tilebook.device import Device
 from tilebook.op import Config, Op, Problem, UsageError
 from tilebook.registry import Layers, Verdict
-from tilebook.tuner.compile import CompilePool, Compilers
 from tilebook.tuner.known import Known
+from tilebook.tuner.process.compile import CompilePool, Compilers
+from tilebook.tuner.process.runner import GpuRunner, Runner
 from tilebook.tuner.progress import Run
-from tilebook.tuner.recorded import Lane, Machine, recorded_op
 from tilebook.tuner.run import indices
-from tilebook.tuner.runner import GpuRunner, Runner
 from tilebook.tuner.session import Options, Session
 from tilebook.tuner.shards import tune_all
-from tilebook.tuner.sweep import Sweep, read
+from tilebook.tuner.sweeps.recorded import Lane, Machine, recorded_op
+from tilebook.tuner.sweeps.sweep import Sweep, read
 
 WANTED = 0.95
 """Of the pairs that must agree: 19 of 20."""

@@ -30,8 +30,8 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.dispatch import Snapshot
 from tilebook.op import Op, Problem
-from tilebook.tuner.measure import Bench, interleave
-from tilebook.tuner.stats import median, speedup
+from tilebook.tuner.judge.measure import Bench, interleave
+from tilebook.tuner.judge.stats import median, speedup
 
 PROBLEMS = (
     *(

@@ -22,7 +22,7 @@ import triton
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Implementation, Op, Problem
-from tilebook.tuner.compile import CompilePool
+from tilebook.tuner.process.compile import CompilePool
 
 
 def compiled_ahead(op: Op[Any], gpu: devices.Device) -> list[Implementation]:

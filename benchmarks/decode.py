@@ -23,8 +23,8 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.dispatch import Snapshot
 from tilebook.kernels.decode.problem import DecodeProblem
-from tilebook.tuner.measure import Bench, Sampler, interleave
-from tilebook.tuner.stats import median, speedup
+from tilebook.tuner.judge.measure import Bench, Sampler, interleave
+from tilebook.tuner.judge.stats import median, speedup
 
 COPY_BYTES = 1 << 31
 

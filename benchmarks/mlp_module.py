@@ -20,7 +20,7 @@ from compare import save
 
 import tilebook
 from tilebook import device as devices
-from tilebook.tuner.stats import median, speedup
+from tilebook.tuner.judge.stats import median, speedup
 
 SHAPES = {"CCT-14": (1568, 384, 1152), "DistilBERT": (4096, 768, 3072)}
 

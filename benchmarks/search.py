@@ -34,7 +34,10 @@ import numpy as np
 import optuna
 
 from tilebook.op import Config
-from tilebook.tuner.recorded import (
+from tilebook.tuner.process.runner import Candidate
+from tilebook.tuner.search import INFEASIBLE_MS
+from tilebook.tuner.session import Options
+from tilebook.tuner.sweeps.recorded import (
     Machine,
     Step,
     beginning,
@@ -44,10 +47,7 @@ from tilebook.tuner.recorded import (
     todays_default,
     tune,
 )
-from tilebook.tuner.runner import Candidate
-from tilebook.tuner.search import INFEASIBLE_MS
-from tilebook.tuner.session import Options
-from tilebook.tuner.sweep import Measured, Sweep, read
+from tilebook.tuner.sweeps.sweep import Measured, Sweep, read
 
 SHARES = (0.15, 0.30)
 """Shares of the configs at which the methods are compared."""

@@ -31,9 +31,9 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Config, Op, Problem, Space
 from tilebook.registry import Registry, Trial, Verdict
-from tilebook.tuner.measure import Bench, interleave
-from tilebook.tuner.runner import Candidate
-from tilebook.tuner.stats import median, speedup
+from tilebook.tuner.judge.measure import Bench, interleave
+from tilebook.tuner.judge.stats import median, speedup
+from tilebook.tuner.process.runner import Candidate
 
 ROUNDS = 30
 SHARE = 0.98  # of what autotuning the whole spaces finds

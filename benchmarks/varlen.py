@@ -24,8 +24,8 @@ from tilebook import op as ops
 from tilebook.dispatch import Snapshot
 from tilebook.kernels.varlen.problem import ForwardProblem
 from tilebook.op import Op
-from tilebook.tuner.measure import Bench, interleave
-from tilebook.tuner.stats import median, speedup
+from tilebook.tuner.judge.measure import Bench, interleave
+from tilebook.tuner.judge.stats import median, speedup
 
 OPS = ("attention_varlen_fwd", "attention_varlen_bwd")
 SMALL = ForwardProblem.parse("B4,H4,Hkv2,T256,S128,D32,causal", "fp32")

@@ -10,7 +10,7 @@ from tilebook import dispatch, inductor
 from tilebook import op as ops
 from tilebook.dispatch.choice import Choice
 from tilebook.errors import TilebookError
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 OPS = [each for each in ops.ops().values() if inductor.NAME in each.implementations]
 NAMES = {

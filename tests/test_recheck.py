@@ -12,7 +12,7 @@ from tilebook import op as ops
 from tilebook import recheck as rechecking
 from tilebook import registry as store
 from tilebook.cli import main
-from tilebook.tuner.compile import Binary, Compiled, CompilePool
+from tilebook.tuner.process.compile import Binary, Compiled, CompilePool
 
 OP = ops.get("rms_norm_fwd")
 PROBLEM = OP.problem.parse("M64,N256", "bf16")

@@ -63,8 +63,13 @@ def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) ->
 
 def untraceable(route: Way, *tensors: torch.Tensor) -> Way:
     """The way of a call whose plain form reads numbers on the host, which no trace can: there the op stands for it."""
-    unknown = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or any(x.is_meta for x in tensors)
+    unknown = watched() or any(x.is_meta or type(x) not in _ORDINARY for x in tensors)
     return "op" if route == "pytorch" and unknown else route
+
+
+def watched() -> bool:
+    """Is a trace or a mode under way, which may have tensors without numbers?"""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
 
 
 def _differentiating() -> bool:
@@ -192,39 +197,51 @@ class Entry:
         return choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native)
 
     def gradients(
-        self,
-        dy: torch.Tensor,
-        tensors: Tensors,
-        kept: Tensors,
-        options: tuple[Any, ...],
-        needs: Sequence[bool],
-        *,
-        op: bool = False,
+        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
-        """Gradients of the tensors that need one, None for the others. `options` as the family has them.
-
-        op: what went forward was the op, and so is what goes backward: its tensors may be those of a trace, and
-            `options` are as its schema has them.
-        """
+        """Gradients of the tensors that need one, None for the others. `options` as the family has them."""
         assert self.backward is not None
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _differentiating():
-            return self._differentiable(dy, tensors, self.unpack(tensors, options) if op else options, needs)
-        dy = rows(dy)  # a gradient expanded from a sum, say
+        if self._differentiated():
+            return self._differentiable(dy, tensors, options, needs)
         # No storage: a batch of cotangents, by a mechanism older than torch.func's.
-        packed, op = op, op or dy.is_meta or not (torch.compiler.is_compiling() or torch._C._has_storage(dy))
-        if not op and way(dy, optional=(*tensors, *kept)) != "op":
-            return self.backward(dy, tensors, kept, options, needs)
-        given = options if packed else self.pack(options)
-        found = self.op_backward(dy, *tensors, *kept, *given, list(needs))
+        stored = torch.compiler.is_compiling() or torch._C._has_storage(dy)
+        if not stored or dy.is_meta or way(dy, optional=(*tensors, *kept)) == "op":
+            return self._by_op(dy, tensors, kept, self.pack(options), needs)
+        return self.backward(rows(dy), tensors, kept, options, needs)  # dy may be expanded from a sum
+
+    def gradients_of_op(
+        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
+    ) -> Tensors:
+        """The same where what went forward was the op, and so is what goes backward. `packed` as the schema has them.
+
+        In a trace nothing may look at them: lengths among them are symbols.
+        """
+        if self._differentiated():
+            return self._differentiable(dy, tensors, self.unpack(tensors, packed), needs)
+        return self._by_op(dy, tensors, kept, packed, needs)
+
+    @staticmethod
+    def _differentiated() -> bool:
+        """Will gradients be differentiated again?"""
+        if torch.is_grad_enabled():
+            return True
+        return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _differentiating())
+
+    def _by_op(
+        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
+    ) -> Tensors:
+        found = self.op_backward(rows(dy), *tensors, *kept, *packed, list(needs))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
     def _differentiable(
         self, dy: torch.Tensor, tensors: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
         """Gradients that can be differentiated again, as far as PyTorch's own functions can be."""
-        wanted = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
         with torch.enable_grad():
-            found = iter(torch.autograd.grad(self.plain(tensors, options), wanted, dy, create_graph=True))
+            # Views stand for the tensors: one may have been made of another, or be given twice.
+            apart = tuple(x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True))
+            wanted = [x for x, need in zip(apart, needs, strict=True) if need and x is not None]
+            found = iter(torch.autograd.grad(self.plain(apart, options), wanted, dy, create_graph=True))
         return tuple(next(found) if need else None for need in needs)
 
 

@@ -16,7 +16,7 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.device import Device
 from tilebook.registry import Finalist, Verdict
-from tilebook.tuner.compile import Compiled, CompilePool, Compilers
+from tilebook.tuner.process.compile import Compiled, CompilePool, Compilers
 
 Outcome = Literal["current", "renewed", "retired", "skipped"]
 """current: its source is today's. renewed: its code is, so its source digests are now. retired: the winner's code is

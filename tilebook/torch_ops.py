@@ -152,7 +152,7 @@ def _gradients(entry: Entry) -> Callable[..., Any]:
             return (None,) * len(needs)
         saved = ctx.saved_tensors
         tensors = saved[:count]
-        found = entry.gradients(dy, tensors, saved[count:], ctx.options, needs[:count], op=True)
+        found = entry.gradients_of_op(dy, tensors, saved[count:], ctx.options, needs[:count])
         return *found, *[None] * (len(needs) - count)
 
     return backward

@@ -20,9 +20,9 @@ from injected import Pair, problems
 from injected_tune import tune_injected
 
 from tilebook import device as devices
-from tilebook.tuner.child import Child
-from tilebook.tuner.processes import marked
-from tilebook.tuner.runner import GpuRunner, Limits
+from tilebook.tuner.process.child import Child
+from tilebook.tuner.process.processes import marked
+from tilebook.tuner.process.runner import GpuRunner, Limits
 
 EXPECTED = {
     "compile_error": {"compile_error"},

@@ -7,9 +7,9 @@ import torch
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.kernels.attention import flash4, flex
 from tilebook.kernels.attention.form import form
-from tilebook.tuner.verify import Case, Wrong, verify
+from tilebook.kernels.attention.peers import flash4, flex
+from tilebook.tuner.judge.verify import Case, Wrong, verify
 
 pytestmark = pytest.mark.gpu
 
@@ -85,7 +85,7 @@ def test_flex_attention_is_right_where_inductor_compiles_it(text, dtype):
 
 def test_flex_attention_leaves_no_process_behind():
     """The tuner takes a process that a candidate leaves behind for a fault."""
-    from tilebook.tuner.processes import children
+    from tilebook.tuner.process.processes import children
 
     before = set(children())
     q = torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.bfloat16)

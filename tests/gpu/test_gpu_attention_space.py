@@ -8,7 +8,7 @@ import torch
 from tilebook import device as devices
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.replay import record
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 pytestmark = pytest.mark.gpu
 

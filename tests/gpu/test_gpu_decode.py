@@ -10,7 +10,7 @@ from tilebook import device as devices
 from tilebook.kernels.decode.ops import decode
 from tilebook.kernels.decode.problem import DecodeProblem
 from tilebook.op import Config
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,7 @@ import pytest
 
 from tilebook import device as devices
 from tilebook.kernels.attention.ops import attention_fwd
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 pytestmark = pytest.mark.gpu
 FLASH = attention_fwd.implementations["flash_attention_4"]

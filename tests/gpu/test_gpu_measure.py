@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tilebook.tuner.measure import Bench
+from tilebook.tuner.judge.measure import Bench
 
 pytestmark = [
     pytest.mark.gpu,

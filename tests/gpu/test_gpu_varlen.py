@@ -13,7 +13,7 @@ from tilebook.kernels.attention.form import form
 from tilebook.kernels.varlen.ops import attention_varlen_bwd, attention_varlen_fwd
 from tilebook.kernels.varlen.problem import ForwardProblem
 from tilebook.launch import intercepted
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 pytestmark = pytest.mark.gpu
 

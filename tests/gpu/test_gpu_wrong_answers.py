@@ -13,9 +13,9 @@ from wrong_kernels import WRONG
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.tuner.compile import CompilePool
-from tilebook.tuner.runner import GpuRunner
-from tilebook.tuner.verify import Wrong, final_cases, trial_cases, verify
+from tilebook.tuner.judge.verify import Wrong, final_cases, trial_cases, verify
+from tilebook.tuner.process.compile import CompilePool
+from tilebook.tuner.process.runner import GpuRunner
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import torch
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 pytestmark = pytest.mark.gpu
 

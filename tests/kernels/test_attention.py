@@ -15,13 +15,14 @@ import triton.language as tl
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
-from tilebook.kernels.attention import eager, peers
+from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+from tilebook.kernels.attention.pytorch import sdpa
 from tilebook.kernels.attention.triton.tiles import rounded
 from tilebook.launch import intercepted
 from tilebook.op import UsageError
-from tilebook.tuner.verify import Case, truths, verify
+from tilebook.tuner.judge.verify import Case, truths, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = devices.find("H200")
@@ -205,7 +206,7 @@ def test_gradients_through_the_public_function(causal):
     with dispatch.use("triton"):
         o = tilebook.attention(*ours, causal=causal, scale=0.3)
         o.float().sum().backward()  # do is expanded from a scalar
-    truth = peers.sdpa(*exact, causal, 0.3)
+    truth = sdpa(*exact, causal, 0.3)
     truth.sum().backward()
     assert o.dtype == torch.bfloat16
     assert _relative(o, truth) < 5e-3

@@ -21,7 +21,7 @@ from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import form, simplest
 from tilebook.kernels.attention.philox import survives
 from tilebook.op import UsageError
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = devices.find("H200")

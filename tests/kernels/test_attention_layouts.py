@@ -6,6 +6,7 @@ import torch
 from tilebook import device as devices
 from tilebook.kernels.attention.form import PLAIN, form
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+from tilebook.kernels.attention.peers import flash4, torch_flash
 from tilebook.launch import intercepted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,3 +77,29 @@ def test_the_gluon_kernel_s_descriptors_have_addresses_and_steps_that_the_hardwa
     for each in described:
         assert each.base.data_ptr() % 16 == 0
         assert all(step * 2 % 16 == 0 for step in each.strides[:-1])
+
+
+def test_kernels_of_others_are_given_tensors_that_begin_where_they_load(monkeypatch):
+    """PyTorch's and FlashAttention's load 16 bytes at a time without looking; views may begin anywhere."""
+    given = []
+
+    def forward(*args, **options):
+        given.extend(x for x in args if isinstance(x, torch.Tensor))
+        return args[0], args[0].new_empty(2, 3, 40, dtype=torch.float32)
+
+    def backward(*args, **options):
+        given.extend(x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.float16)
+        return args[1:4]
+
+    class Aten:
+        _flash_attention_forward, _flash_attention_backward = staticmethod(forward), staticmethod(backward)
+
+    monkeypatch.setattr(flash4, "_functions", lambda: (forward, backward))
+    monkeypatch.setattr(torch_flash, "_aten", Aten)
+    q, k, v, do, o = (_cut(_random((2, 3, 40, 32), seed), 1, 32 + seed) for seed in range(5))
+    for module in (flash4, torch_flash):
+        _, lse = module.forward(q, k, v, PLAIN, 0.2)
+        module.backward(do, q, k, v, o, lse, PLAIN, 0.2)
+    assert len(given) == 16
+    assert all(x.data_ptr() % 16 == 0 for x in given)
+    assert all(step * 2 % 16 == 0 for x in given for step in x.stride()[:-1])

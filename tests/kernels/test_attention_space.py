@@ -10,8 +10,8 @@ from tilebook.kernels.attention.form import PLAIN
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.triton.args import MADE, POINTERS, Tile
 from tilebook.launch import intercepted
-from tilebook.tuner.compile import CompilePool
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
+from tilebook.tuner.process.compile import CompilePool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = devices.find("H200")

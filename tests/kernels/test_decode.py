@@ -21,7 +21,7 @@ from tilebook.kernels.decode.problem import BLOCK_SIZES, DecodeProblem
 from tilebook.kernels.decode.space import splits
 from tilebook.launch import intercepted
 from tilebook.op import Config, UsageError
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = devices.find("H200")

@@ -9,7 +9,7 @@ import tilebook
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Problem, UsageError
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 OPS = [op for op in ops.ops().values() if op.reference.__module__.startswith("tilebook.")]  # not other tests' toys
 EXAMPLES = [(op, problem) for op in OPS for problem in op.problem.examples()]

@@ -13,11 +13,11 @@ import torch
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
-from tilebook.kernels.attention import flash4
 from tilebook.kernels.attention.form import CAUSAL, form
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+from tilebook.kernels.attention.peers import flash4
 from tilebook.op import Config
-from tilebook.tuner.verify import Case, truths, verify
+from tilebook.tuner.judge.verify import Case, truths, verify
 
 FORWARD, BACKWARD = attention_fwd.problem, attention_bwd.problem
 NAME, H200 = "flash_attention_4", devices.find("H200")

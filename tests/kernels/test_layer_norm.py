@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch, op
-from tilebook.tuner.verify import Case, error, floors, verify
+from tilebook.tuner.judge.verify import Case, error, floors, verify
 
 OPS = [op.get(name) for name in ("layer_norm_fwd", "layer_norm_bwd")]
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the kernels themselves")

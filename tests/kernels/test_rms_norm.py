@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch, op
-from tilebook.tuner.verify import Case, error, floors, verify
+from tilebook.tuner.judge.verify import Case, error, floors, verify
 
 OPS = [op.get(name) for name in ("rms_norm_fwd", "rms_norm_bwd")]
 H200 = devices.find("H200")

@@ -19,7 +19,7 @@ from tilebook.kernels.varlen import eager, ops
 from tilebook.kernels.varlen.ops import attention_varlen_bwd, attention_varlen_fwd
 from tilebook.kernels.varlen.problem import BackwardProblem, ForwardProblem, simplest
 from tilebook.op import Config, UsageError
-from tilebook.tuner.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {"rtol": 2e-2, "atol": 1e-2}  # fp16 and bf16 results of a few dozen numbers of size 1

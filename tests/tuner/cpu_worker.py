@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from tilebook.tuner.child import serve
-from tilebook.tuner.worker import Server
+from tilebook.tuner.process.child import serve
+from tilebook.tuner.process.worker import Server
 
 
 class Clock:

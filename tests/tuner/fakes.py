@@ -11,10 +11,10 @@ from toy import make_op
 from tilebook import device as devices
 from tilebook.op import Config
 from tilebook.registry import Failure, Layers, Registry, Trial, Verdict
-from tilebook.tuner.compile import Binary, Compiled
 from tilebook.tuner.known import PREDICTED, Known
+from tilebook.tuner.process.compile import Binary, Compiled
+from tilebook.tuner.process.runner import Attempt, Candidate
 from tilebook.tuner.progress import Run
-from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.session import Options, Session
 from tilebook.tuner.shards import tune_all
 

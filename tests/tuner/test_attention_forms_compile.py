@@ -4,7 +4,7 @@ import pytest
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.tuner.compile import CompilePool
+from tilebook.tuner.process.compile import CompilePool
 
 TARGETS = {"NVIDIA A100": 4, "NVIDIA H200": 1, "NVIDIA B200": 4, "AMD Instinct MI300X": 8}  # every n-th form
 FORMS = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import tilebook
-from tilebook.tuner.child import Child, ChildDied, ChildNotStarted, ChildTimedOut
+from tilebook.tuner.process.child import Child, ChildDied, ChildNotStarted, ChildTimedOut
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -210,7 +210,7 @@ def test_a_child_outlives_the_thread_that_started_it(child: Child) -> None:
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_no_child_outlives_a_parent_that_was_killed(busy: bool) -> None:
     program = f"""
-        from tilebook.tuner.child import Child
+        from tilebook.tuner.process.child import Child
         child = Child("toy_child")
         print(child.request({{"do": "echo", "text": ""}}, 30)["pid"], flush=True)
         if {busy}:

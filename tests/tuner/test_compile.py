@@ -18,9 +18,9 @@ from toy_op import ToyProblem
 from tilebook import op as ops
 from tilebook.device import find
 from tilebook.op import UsageError
-from tilebook.tuner.child import ChildNotStarted
-from tilebook.tuner.compile import Compiled, CompilePool
-from tilebook.tuner.compiler import MAX_SPILLS
+from tilebook.tuner.process.child import ChildNotStarted
+from tilebook.tuner.process.compile import Compiled, CompilePool
+from tilebook.tuner.process.compiler import MAX_SPILLS
 
 pytest.importorskip("triton")
 
@@ -182,7 +182,7 @@ def test_a_second_compile_is_a_load_from_the_cache(compile_one: Compile) -> None
 def test_the_first_candidate_of_a_process_does_not_wait_while_libraries_load(cache: Path) -> None:
     program = """
         import json, sys
-        from tilebook.tuner import compiler
+        from tilebook.tuner.process import compiler
         def serve(handle):
             before = set(sys.modules)
             reply = handle(json.loads(sys.argv[2]))

@@ -8,7 +8,7 @@ import pytest
 
 from tilebook.errors import TuningError
 from tilebook.registry import Failure
-from tilebook.tuner.runner import Candidate, GpuRunner, Limits
+from tilebook.tuner.process.runner import Candidate, GpuRunner, Limits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are killed by group")
 

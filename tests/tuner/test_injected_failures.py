@@ -8,8 +8,8 @@ import pytest
 from injected import make_injected, problems
 from injected_tune import tune_injected
 
-from tilebook.tuner.child import Child
-from tilebook.tuner.runner import GpuRunner, Limits
+from tilebook.tuner.process.child import Child
+from tilebook.tuner.process.runner import GpuRunner, Limits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -13,14 +13,14 @@ from injected import Pair, make_injected
 import tilebook
 from tilebook import op as ops
 from tilebook.registry import Failure
-from tilebook.tuner.runner import GpuRunner, Limits
-from tilebook.tuner.worker import failure_of
+from tilebook.tuner.process.runner import GpuRunner, Limits
+from tilebook.tuner.process.worker import failure_of
 
 PROGRAM = """
 import os
 print("started", flush=True)
 from fakes import tune
-from tilebook.tuner.runner import GpuRunner
+from tilebook.tuner.process.runner import GpuRunner
 runner = GpuRunner(worker="toy_worker")
 states, registry = tune(os.environ["REGISTRY"], runner, trials=10)
 print(states[0].error, registry.verdicts()[0].status, flush=True)
@@ -129,7 +129,7 @@ def test_finalists_that_fail_are_named_and_the_others_timed(server):
 
 def test_a_finalist_is_verified_once_in_a_process(server, monkeypatch):
     _confirm(server, _named("good"), seed=5)
-    monkeypatch.setattr("tilebook.tuner.worker.verify", lambda *_: pytest.fail("verified again"))
+    monkeypatch.setattr("tilebook.tuner.process.worker.verify", lambda *_: pytest.fail("verified again"))
     assert _confirm(server, _named("good"), seed=5)["failures"] == [None]
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tilebook.tuner import measure
-from tilebook.tuner.measure import Bench, interleave
+from tilebook.tuner.judge import measure
+from tilebook.tuner.judge.measure import Bench, interleave
 
 MB = 1 << 20
 

@@ -6,8 +6,8 @@ import pytest
 
 from tilebook.device import find
 from tilebook.op import Cost
-from tilebook.tuner.compile import Binary, Compiled
 from tilebook.tuner.model import predict
+from tilebook.tuner.process.compile import Binary, Compiled
 
 H200 = find("H200")
 KERNEL = Binary("k", "h", grid=1320, shared=65_536, registers=128, spills=0, warps=8, stages=3)

@@ -12,14 +12,14 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Config
 from tilebook.registry import Failure, Layers, Registry, VerdictStatus
-from tilebook.tuner.compile import Binary, Compiled
 from tilebook.tuner.known import PREDICTED, Known
 from tilebook.tuner.model import predict
+from tilebook.tuner.process.compile import Binary, Compiled
+from tilebook.tuner.process.runner import Attempt, Candidate
 from tilebook.tuner.progress import Run
-from tilebook.tuner.recorded import Lane, Machine, Step, beginning, default, neighbours, recorded_op, tune
-from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.session import Options, Session
-from tilebook.tuner.sweep import Measured, Sweep, read, record
+from tilebook.tuner.sweeps.recorded import Lane, Machine, Step, beginning, default, neighbours, recorded_op, tune
+from tilebook.tuner.sweeps.sweep import Measured, Sweep, read, record
 
 SWEEPS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / "sweeps"
 ATTENTION = SWEEPS / "attention_fwd-B4-H16-S2048-D64-bf16.jsonl"

@@ -13,9 +13,11 @@ from toy import Scaling, make_op
 
 from tilebook import device as devices
 from tilebook.op import UsageError
+from tilebook.report import rows
 from tilebook.report.live import view
 from tilebook.report.rows import row, table
 from tilebook.tuner import run as runs
+from tilebook.tuner.progress import Run
 from tilebook.tuner.run import _target
 
 
@@ -92,7 +94,7 @@ def test_a_run_has_a_runner_for_each_gpu_and_each_gets_its_share(two_gpus, monke
     outcome = runs.tune_problems(problems, gpus="all", mode="eager", trials=6, registry=str(tmp_path / "registry.db"))
     assert [runner.mode for runner in Started.made] == ["eager", "eager"]
     assert {state.gpu for state in outcome.states} <= {0, 1}
-    assert [each["mode"] for each in outcome.rows] == ["eager"] * 3
+    assert [each["mode"] for each in rows.tuned(outcome.states, outcome.layer, outcome.gpu.name)] == ["eager"] * 3
     assert not any(state.error for state in outcome.states)
 
 
@@ -124,7 +126,8 @@ def test_the_table_says_what_won_by_how_much_and_what_it_took(tuned, width, monk
 
 
 def test_a_finished_problem_is_one_line_on_stderr(tmp_path, capsys):
-    with view(1, True) as run:
+    run = Run(1, True)
+    with view(run):
         tune(tmp_path / "registry.db", FakeRunner(valley), run=run)
     (said,) = capsys.readouterr().err.splitlines()
     assert re.match(r"\[1/1\] scaling_fwd M64,H64: 4\.\d+x \[4\.\d+, 4\.\d+\] over the default: triton BLOCK=128", said)

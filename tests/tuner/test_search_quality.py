@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tilebook.tuner.recorded import tune
 from tilebook.tuner.session import Options
-from tilebook.tuner.sweep import read
+from tilebook.tuner.sweeps.recorded import tune
+from tilebook.tuner.sweeps.sweep import read
 
 SWEEPS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / "sweeps"
 SEEDS = range(5)

@@ -11,7 +11,7 @@ from tilebook.errors import CompilerError
 from tilebook.op import Config
 from tilebook.registry import Failure, Registry, Revocation, Status, VerdictStatus
 from tilebook.tuner.explore import PATIENCE
-from tilebook.tuner.runner import Candidate
+from tilebook.tuner.process.runner import Candidate
 
 BEST = Config(BLOCK=128, num_warps=4, num_stages=3)
 

@@ -8,7 +8,7 @@ from toy import SPACE
 from tilebook.errors import TuningError
 from tilebook.op import Config
 from tilebook.registry import Failure, Status, VerdictStatus
-from tilebook.tuner.runner import Candidate
+from tilebook.tuner.process.runner import Candidate
 
 DEFAULT = Candidate("triton", SPACE.default(None, None))
 WINNER = Candidate("triton", BEST)

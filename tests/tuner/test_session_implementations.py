@@ -13,8 +13,8 @@ from tilebook.op import Config, Space, powers_of_two
 from tilebook.registry import Failure, Registry, Revocation, VerdictStatus
 from tilebook.tuner import known
 from tilebook.tuner.budget import Budget
+from tilebook.tuner.process.runner import Candidate
 from tilebook.tuner.progress import Run
-from tilebook.tuner.runner import Candidate
 
 AXES = {"TILE": powers_of_two(1, 128), "num_warps": (1, 2, 4)}
 FIRST = Config(TILE=1, num_warps=1)

@@ -12,7 +12,7 @@ from tilebook.errors import TuningError
 from tilebook.op import Config, Space
 from tilebook.registry import Failure, Registry, VerdictStatus
 from tilebook.tuner.known import Field, searched, unsearched
-from tilebook.tuner.runner import Candidate
+from tilebook.tuner.process.runner import Candidate
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from toy import SPACE, make_op
 
 from tilebook.op import Config, Op, Space
 from tilebook.registry import VerdictStatus
-from tilebook.tuner.runner import Candidate
+from tilebook.tuner.process.runner import Candidate
 
 DEFAULT = SPACE.default(None, None)
 

@@ -9,7 +9,7 @@ import pytest
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.tuner.compile import CompilePool
+from tilebook.tuner.process.compile import CompilePool
 
 TARGETS = ["NVIDIA A100", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X"]
 SAMPLED = 1

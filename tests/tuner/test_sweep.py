@@ -13,9 +13,9 @@ from tilebook.cli import main
 from tilebook.errors import CompilerError
 from tilebook.op import Config, Space, UsageError
 from tilebook.registry import Failure, Status
+from tilebook.tuner.process.runner import Attempt, Candidate
 from tilebook.tuner.progress import Run
-from tilebook.tuner.runner import Attempt, Candidate
-from tilebook.tuner.sweep import read, record
+from tilebook.tuner.sweeps.sweep import read, record
 
 PROBLEM = Scaling(64, 64)
 FEASIBLE = SPACE.feasible(PROBLEM, GPU)

@@ -9,7 +9,7 @@ import pytest
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.tuner.compile import CompilePool
+from tilebook.tuner.process.compile import CompilePool
 
 FORMS = [
     ("B16,H16,T16384,S2048,D64,causal", "bf16"),  # with tensor descriptors

@@ -7,7 +7,7 @@ import torch
 from toy import Scaling, make_op
 
 from tilebook.op import Config
-from tilebook.tuner.verify import (
+from tilebook.tuner.judge.verify import (
     GUARD,
     Case,
     NotRepeatable,

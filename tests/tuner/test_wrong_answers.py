@@ -8,8 +8,8 @@ from product_op import PROBLEMS, PRODUCT
 from wrong import COUNT, KINDS, ROWS, SELDOM, WIDTH
 from wrong_op import WRONG
 
-from tilebook.tuner.runner import GpuRunner
-from tilebook.tuner.verify import Wrong, final_cases, trial_cases, verify
+from tilebook.tuner.judge.verify import Wrong, final_cases, trial_cases, verify
+from tilebook.tuner.process.runner import GpuRunner
 
 
 @pytest.fixture(scope="module")

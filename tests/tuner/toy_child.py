@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from tilebook.tuner.child import Json, serve
+from tilebook.tuner.process.child import Json, serve
 
 
 def handle(message: Json) -> Json:

@@ -1,14 +1,14 @@
 """A GPU worker without a GPU, and without PyTorch, so that it starts at once: its candidates really break it.
 
-Speaks the protocol of `tilebook.tuner.worker`; run as a module by tests.
+Speaks the protocol of `tilebook.tuner.process.worker`; run as a module by tests.
 """
 
 import os
 import signal
 import time
 
-from tilebook.tuner.child import Json, serve
-from tilebook.tuner.processes import left_behind
+from tilebook.tuner.process.child import Json, serve
+from tilebook.tuner.process.processes import left_behind
 
 LOOP_S = 20
 _context = {"broken": False}  # as a kernel's fault leaves a CUDA context: every later call fails too

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from injected import Candidate, Pair
 
-from tilebook.tuner.verify import SEEDS
+from tilebook.tuner.judge.verify import SEEDS
 
 ROWS, WIDTH, COUNT = 64, 48, 20
 """Of the tuned problem, and how many candidates of a kind there are."""

@@ -99,6 +99,8 @@ def tune(
     grown since, only what is new is tried. A GPU model keeps one verdict a problem, so that tuning in the other mode
     replaces it.
     """
+    from tilebook.report.live import view
+    from tilebook.report.rows import tuned
     from tilebook.tuner.run import tune_problems
 
     weights: list[float] | None = None
@@ -126,8 +128,9 @@ def tune(
         seed=seed,
         force=force,
         weights=weights,
+        watch=view,
     )
-    print_rows(outcome.rows, format_, tuned=True)
+    print_rows(tuned(outcome.states, outcome.layer, outcome.gpu.name), format_, tuned=True)
     for state in outcome.states:
         if state.error:
             click.echo(f"tilebook: {state.op} {state.label}: {state.error}", err=True)
@@ -237,12 +240,15 @@ def sweep(
     The same command resumes a sweep that was interrupted.
     """
     from tilebook import op as ops
-    from tilebook.tuner.sweep import record_problems
+    from tilebook.report.live import view
+    from tilebook.tuner.sweeps.sweep import record_problems
 
     only = None if what in ops.families() else ops.get(what)
     family = only.family if only else what
     problems = [each for each in _problems([family], suites, shapes, dtype, direction) if only in (None, each[0])]
-    states = record_problems(problems, out, most=most, seed=seed, workers=workers, implementation=implementation)
+    states = record_problems(
+        problems, out, most=most, seed=seed, workers=workers, implementation=implementation, watch=view
+    )
     for state in states:
         if state.error:
             click.echo(f"tilebook: {state.op} {state.label}: {state.error}", err=True)

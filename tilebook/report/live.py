@@ -13,7 +13,6 @@ from rich.text import Text
 
 from tilebook.registry import VerdictStatus
 from tilebook.report.rows import seconds as _time
-from tilebook.tuner.budget import Budget
 from tilebook.tuner.known import cut_short
 from tilebook.tuner.progress import ProblemState, Run
 
@@ -79,45 +78,40 @@ def _panel(state: ProblemState, run: Run) -> list[Text]:
     return parts
 
 
-class _View(Run):
-    """Draws itself on a terminal; elsewhere it says every now and then that it lives."""
+class _View:
+    """Draws a run on a terminal; elsewhere it says every now and then that it lives, and what came of each problem."""
 
-    console: Console
-    terminal = False
-    _last = 0.0
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run, self.console = run, console
+        self._last = time.monotonic()
 
-    def begin(self, state: ProblemState) -> None:
-        self._last = self._last or time.monotonic()
-        super().begin(state)
-
-    def changed(self) -> None:
+    def changed(self, run: Run) -> None:
         now = time.monotonic()
-        if not self.terminal and self.now and now - self._last > _HEARTBEAT_S:
+        if not self.console.is_terminal and run.now and now - self._last > _HEARTBEAT_S:
             self._last = now
-            for state in self.now:
+            for state in run.now:
                 best = "" if state.best_ms is None else f", best {state.best_ms:.4g} ms"
                 text = f"  … {state.op} {state.label}: {state.phase}, {_counts(state)}{best}, {_time(state.elapsed_s)}"
                 self.console.print(text, soft_wrap=True)
 
-    def end(self, state: ProblemState, again: bool = False) -> None:
-        super().end(state, again)
-        count = f"GPU {state.gpu}, to be tried on another" if again else f"{len(self.done)}/{self.total}"
+    def ended(self, run: Run, state: ProblemState, again: bool) -> None:
+        count = f"GPU {state.gpu}, to be tried on another" if again else f"{len(run.done)}/{run.total}"
         self.console.print(f"[{count}] {line(state)}", soft_wrap=True)
 
     def render(self) -> Group:
-        parts = [part for state in self.now for part in _panel(state, self)]
-        left = f", {_time(max(0.0, self.budget.left_s))} left" if self.budget.limited else ""
-        return Group(*parts, Text(f"{len(self.done)} of {self.total} problems done{left}"))
+        run = self.run
+        parts = [part for state in run.now for part in _panel(state, run)]
+        left = f", {_time(max(0.0, run.budget.left_s))} left" if run.budget.limited else ""
+        return Group(*parts, Text(f"{len(run.done)} of {run.total} problems done{left}"))
 
 
 @contextmanager
-def view(total: int, measured: bool, budget: Budget | None = None, gpus: int = 1) -> Iterator[Run]:
-    """A run that shows itself on stderr while the block lasts."""
-    run = _View(total, measured, budget or Budget(), gpus)
-    run.console = Console(file=sys.stderr, highlight=False, markup=False)
-    if not run.console.is_terminal:
-        yield run
+def view(run: Run) -> Iterator[None]:
+    """Shows a run on stderr while the block lasts."""
+    watcher = _View(run, Console(file=sys.stderr, highlight=False, markup=False))
+    run.watchers.append(watcher)
+    if not watcher.console.is_terminal:
+        yield
         return
-    run.terminal = True
-    with Live(get_renderable=run.render, console=run.console, refresh_per_second=4, transient=True):
-        yield run
+    with Live(get_renderable=watcher.render, console=watcher.console, refresh_per_second=4, transient=True):
+        yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from tilebook import device as devices
@@ -10,6 +10,7 @@ from tilebook import op as ops
 from tilebook.registry import Revocation, Verdict
 from tilebook.registry.current import retired
 from tilebook.tuner.known import cut_short
+from tilebook.tuner.progress import ProblemState
 
 
 def stale(verdict: Verdict) -> list[str]:
@@ -79,7 +80,18 @@ def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> d
     }
 
 
-def unreached(op: str, problem: str, device: str, why: str) -> dict[str, Any]:
+def tuned(states: Iterable[ProblemState], layer: str, gpu: str) -> list[dict[str, Any]]:
+    """Rows of what a run has tuned, and of what it did not reach. What failed has none."""
+    found = []
+    for state in states:
+        if state.verdict is not None:
+            found.append(row(state.verdict, layer))
+        elif state.unreached:
+            found.append(_unreached(state.op, f"{state.label} {state.dtype}".strip(), gpu, state.unreached))
+    return found
+
+
+def _unreached(op: str, problem: str, device: str, why: str) -> dict[str, Any]:
     """A problem that a run did not reach, with the fields of a verdict's row and the reason beside."""
     unknown = ("time_ms", "default_time_ms", "speedup", "speedup_low", "speedup_high", "implementation", "layer")
     named = {"op": op, "problem": problem, "device": device, "status": UNREACHED, "reason": why}

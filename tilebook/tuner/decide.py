@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from tilebook.errors import OutOfTime, TuningError
 from tilebook.registry import Again, Finalist, Json, Speedup, Verdict, VerdictStatus
 from tilebook.tuner.budget import Turn
-from tilebook.tuner.measure import SAMPLE_MS
-from tilebook.tuner.runner import Candidate, Runner
-from tilebook.tuner.stats import Ratio, median, speedup
+from tilebook.tuner.judge.measure import SAMPLE_MS
+from tilebook.tuner.judge.stats import Ratio, median, speedup
+from tilebook.tuner.process.runner import Candidate, Runner
 from tilebook.tuner.tuning import Tuning
 
 PROMOTION = 1.01

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from tilebook.op import Config
 from tilebook.registry import Failure, Json, Trial
 from tilebook.tuner.budget import Turn
-from tilebook.tuner.compile import Compiled, Compilers, outcome
 from tilebook.tuner.model import predict
-from tilebook.tuner.runner import Attempt, Candidate, Runner
+from tilebook.tuner.process.compile import Compiled, Compilers, outcome
+from tilebook.tuner.process.runner import Attempt, Candidate, Runner
 from tilebook.tuner.tuning import Ending, Entrant, Searched, Tuning
 
 GAIN = 0.99

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tilebook.device import Device
 from tilebook.occupancy import programs_per_sm
 from tilebook.problem import Cost
-from tilebook.tuner.compile import Binary, Compiled
+from tilebook.tuner.process.compile import Binary, Compiled
 
 # What well-tuned kernels reach of the datasheet's rates.
 _COMPUTE_SHARE = 0.75

@@ -6,7 +6,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tilebook.registry import Failure, Verdict
 from tilebook.tuner.budget import Budget
@@ -69,9 +71,19 @@ class ProblemState:
         return self.measuring_s / total if self.measuring_s else None
 
 
+class Watcher(Protocol):
+    """What a run tells as it goes, from any of its threads."""
+
+    def changed(self, run: Run) -> None:
+        """A step was made in one of the problems under way."""
+
+    def ended(self, run: Run, state: ProblemState, again: bool) -> None:
+        """A problem is done with; `again`: on this GPU, and another will try it."""
+
+
 @dataclass
 class Run:
-    """A whole run: its finished problems, those under way (one a GPU), and its time."""
+    """A whole run: its finished problems, those under way (one a GPU), its time, and who watches it."""
 
     total: int
     measured: bool
@@ -79,6 +91,7 @@ class Run:
     gpus: int = 1
     done: list[ProblemState] = field(default_factory=list)
     now: list[ProblemState] = field(default_factory=list)
+    watchers: list[Watcher] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, state: ProblemState) -> None:
@@ -87,7 +100,9 @@ class Run:
         self.changed()
 
     def changed(self) -> None:
-        """Called after every step, from any thread; a view overrides it."""
+        """To be called after every step, from any thread."""
+        for watcher in self.watchers:
+            watcher.changed(self)
 
     def end(self, state: ProblemState, again: bool = False) -> None:
         """`again`: it failed here, and another GPU will try it."""
@@ -97,3 +112,9 @@ class Run:
             if not again:
                 self.done.append(state)
         self.changed()
+        for watcher in self.watchers:
+            watcher.ended(self, state, again)
+
+
+Watch = Callable[[Run], AbstractContextManager[object]]
+"""Watches a run while a block lasts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +13,12 @@ import torch
 from tilebook import device as devices
 from tilebook.op import Op, Problem, UsageError
 from tilebook.registry import Layers
-from tilebook.report.live import view
-from tilebook.report.rows import row, unreached
 from tilebook.tuner.budget import Budget
-from tilebook.tuner.compile import CompilePool, check_cache
+from tilebook.tuner.judge.measure import Mode
 from tilebook.tuner.known import PREDICTED, Known
-from tilebook.tuner.measure import Mode
-from tilebook.tuner.progress import ProblemState
-from tilebook.tuner.runner import GpuRunner
+from tilebook.tuner.process.compile import CompilePool, check_cache
+from tilebook.tuner.process.runner import GpuRunner
+from tilebook.tuner.progress import ProblemState, Run, Watch
 from tilebook.tuner.search import sampler
 from tilebook.tuner.session import Options, Session
 from tilebook.tuner.shards import tune_all
@@ -65,13 +64,14 @@ def indices(gpus: str | None, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: the states of its problems, and a row for each that has a verdict or was not reached.
+    """What came of a run: the states of its problems, in their order; on which GPU model, in which registry layer.
 
     interrupted: by Ctrl-C.
     """
 
     states: Sequence[ProblemState]
-    rows: Sequence[dict[str, Any]]
+    gpu: devices.Device
+    layer: str
     interrupted: bool = False
 
 
@@ -89,10 +89,12 @@ def tune_problems(
     seed: int = 0,
     force: bool = False,
     weights: Sequence[float] | None = None,
+    watch: Watch = contextlib.nullcontext,
 ) -> Outcome:
     """Tunes the problems and returns what happened to each, also after Ctrl-C.
 
-    weights: what each is worth, so much of the budget it gets; by default the least time that a call takes.
+    weights: what each is worth, so much of the budget it gets; by default the least time that a call takes. watch:
+    shows the run while it goes.
     Raises UsageError for an unknown GPU or search, RegistryError where the registry cannot be written.
     """
     budget = Budget(budget_s)
@@ -111,8 +113,8 @@ def tune_problems(
             runner.start()
         pool.start()
         budget.measured = bool(runners)
-        interrupted = False
-        with view(len(problems), bool(runners), budget, max(1, len(runners))) as run:
+        run, interrupted = Run(len(problems), bool(runners), budget, max(1, len(runners))), False
+        with watch(run):
             known = Known(writer, layers, device, environment, mode if runners else PREDICTED)
             sessions = [
                 Session(device, known, pool, runner, options, run, index)
@@ -122,12 +124,4 @@ def tune_problems(
                 states = tune_all(sessions, problems, run, weights)
             except KeyboardInterrupt:
                 states, interrupted = run.done, True
-    layer = layers.layers[0][0]
-    return Outcome(states, [shown for state in states if (shown := _row(state, layer, device.name))], interrupted)
-
-
-def _row(state: ProblemState, layer: str, gpu: str) -> dict[str, Any] | None:
-    if state.verdict is not None:
-        return row(state.verdict, layer)
-    problem = f"{state.label} {state.dtype}".strip()
-    return unreached(state.op, problem, gpu, state.unreached) if state.unreached else None
+    return Outcome(states, device, layers.layers[0][0], interrupted)

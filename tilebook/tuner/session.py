@@ -15,11 +15,11 @@ from tilebook.op import Config, Cost, Op, Problem, Space
 from tilebook.registry import Trial, Verdict
 from tilebook.tuner import decide
 from tilebook.tuner.budget import Job, Turn
-from tilebook.tuner.compile import Compilers
 from tilebook.tuner.explore import AHEAD, PATIENCE, Bounds, Explorer, Stopped, timed_attempt
 from tilebook.tuner.known import Field, Known, cut_short, unfinished, unsearched
+from tilebook.tuner.process.compile import Compilers
+from tilebook.tuner.process.runner import Candidate, Runner
 from tilebook.tuner.progress import ProblemState, Run
-from tilebook.tuner.runner import Candidate, Runner
 from tilebook.tuner.search import Search
 from tilebook.tuner.tuning import Entrant, Tuning
 

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from tilebook.device import Device
 from tilebook.op import Config, Implementation, Op, Problem, Space
 from tilebook.registry import Failure, Finalist, Json, Speedup, Status, Trial, Verdict, VerdictStatus
-from tilebook.tuner.compile import Compiled
+from tilebook.tuner.judge.stats import Ratio
 from tilebook.tuner.known import PREDICTED, Known, searched, source_of, trial_kernel
+from tilebook.tuner.process.compile import Compiled
+from tilebook.tuner.process.runner import Attempt, Candidate
 from tilebook.tuner.progress import ProblemState, Run
-from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.search import Search
-from tilebook.tuner.stats import Ratio
 
 
 @dataclass

@@ -111,7 +111,7 @@ def attention(
             deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p else None
-        table = bias if bias is None else bias[(None,) * (4 - bias.ndim)]
+        table = bias if bias is None else _four(bias)
     factor = scale
     if factor is None:
         factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
@@ -153,6 +153,13 @@ def _plain(tensors: tuple[Any, ...], options: tuple[Any, Any], factor: float, re
 def _problem(tensors: tuple[Any, ...], options: tuple[Any, float]) -> tuple[Any, Any]:
     op = registered()[0]
     return op, op.problem.of(*arguments(tensors, options))
+
+
+def _four(bias: torch.Tensor) -> torch.Tensor:
+    """The bias with axes of length 1 in front, four in all."""
+    for _ in range(4 - bias.ndim):
+        bias = bias.unsqueeze(0)
+    return bias
 
 
 def _alignment(mask: Any) -> Causal:

@@ -52,7 +52,7 @@ class _Piece:
 
     def scores(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores in fp32, -inf where masked, and the derivative of the soft-cap; q (n, G, rows, D), k (n, Sk, D)."""
-        scores, slope = _wide(q @ k[:, None].mT).mul_(scale), None
+        scores, slope = _wide(q @ k[:, None].mT) * scale, None
         if self.form.softcap:
             bent = torch.tanh(scores / self.form.softcap)
             scores, slope = bent * self.form.softcap, 1 - bent.square()

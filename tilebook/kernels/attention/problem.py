@@ -334,7 +334,9 @@ class BackwardProblem(ForwardProblem):
         return super().of(q, k, v, *rest)
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
-        from tilebook.kernels.attention.peers import torch_forward  # peers judge problems, so they import this module
+        from tilebook.kernels.attention.peers.torch import (
+            forward as torch_forward,  # which judges problems, and so is later
+        )
 
         q, k, v, *rest = super().inputs(device, seed)
         if q.is_meta:  # there is nothing to compute with

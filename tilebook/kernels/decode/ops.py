@@ -8,7 +8,8 @@ import torch
 
 from tilebook.kernels.attention.form import PLAIN
 from tilebook.kernels.attention.native import cudnn_first
-from tilebook.kernels.attention.peers import cudnn_available, cudnn_forward, torch_forward
+from tilebook.kernels.attention.peers import cudnn
+from tilebook.kernels.attention.peers import torch as pytorch
 from tilebook.kernels.decode import eager, launch
 from tilebook.kernels.decode.problem import DecodeProblem
 from tilebook.kernels.decode.pytorch import simple
@@ -50,7 +51,7 @@ def _plain(problem: DecodeProblem) -> bool:
 def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Outputs:
     seq_lens, block_table, _, scale, softcap, window = rest
     if simple(q, seq_lens, block_table, softcap, window) and q.is_cuda:
-        return torch_forward(q, k, v, PLAIN, scale)
+        return pytorch.forward(q, k, v, PLAIN, scale)
     return eager.decode(q, k, v, *rest)
 
 
@@ -62,7 +63,7 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Out
 
 
 def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Outputs:
-    return cudnn_forward(q, k, v, PLAIN, rest[3])  # its causal mask is aligned at the other corner
+    return cudnn.forward(q, k, v, PLAIN, rest[3])  # its causal mask is aligned at the other corner
 
 
 decode = define("attention_decode", DecodeProblem, fused=_fused, native=_native)(eager.decode)
@@ -71,6 +72,6 @@ decode.implementation("torch")(_torch)
 decode.implementation("flash", available=lambda device: device.capability >= 80, supports=_plain)(_flash)
 decode.implementation(
     "cudnn",
-    available=cudnn_available,
+    available=cudnn.available,
     supports=lambda problem: _plain(problem) and problem.seq_q == 1 and problem.head_dim <= 128,
 )(_cudnn)

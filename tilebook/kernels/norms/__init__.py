@@ -72,7 +72,7 @@ def layer_norm(
 def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float) -> torch.Tensor:
     """What all norms are: PyTorch's own function, or the kernels, whichever serves this call."""
     own = None
-    if type(x) in ORDINARY:
+    if type(x) in ORDINARY and all(each is None or type(each) in ORDINARY for each in vectors):
         given = [each for each in vectors if each is not None]
         own = (
             entry.name,

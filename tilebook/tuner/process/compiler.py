@@ -2,7 +2,7 @@
 
 It tells Triton that it has the wanted GPU, runs an implementation's launcher on meta tensors, and compiles each kernel
 that it would start. The binaries stay in Triton's disk cache under the keys that a machine with that GPU computes, so
-that its worker loads instead of compiling. Started as `python -m tilebook.tuner.compiler ORDER`.
+that its worker loads instead of compiling. Started as `python -m tilebook.tuner.process.compiler ORDER`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tilebook import op as ops
 from tilebook.device import Device
 from tilebook.launch import intercepted
 from tilebook.occupancy import program_registers
-from tilebook.tuner import binary
-from tilebook.tuner.child import Json, serve
-from tilebook.tuner.compile import Binary, Compiled
+from tilebook.tuner.process import binary
+from tilebook.tuner.process.child import Json, serve
+from tilebook.tuner.process.compile import Binary, Compiled
 
 MAX_SPILLS = 512  # bytes of local memory per thread; below this spills are recorded, above it they cost too much to try
 MAX_TENSOR_MEMORY = 512  # columns of a Blackwell SM

@@ -22,7 +22,7 @@ from typing import Any, Protocol, Self
 from tilebook import op as ops
 from tilebook.device import Device
 from tilebook.errors import CompilerError, TuningError
-from tilebook.tuner.child import Child, ChildDied, ChildNotStarted, ChildTimedOut, Json
+from tilebook.tuner.process.child import Child, ChildDied, ChildNotStarted, ChildTimedOut, Json
 
 _MAX_WORKERS = 32  # each holds PyTorch and Triton, about 0.5 GB
 _MAX_REASON = 500
@@ -128,7 +128,9 @@ class CompilePool:
         # Interpreted kernels cannot be compiled, and a process that sees a GPU could put a context on it.
         env = {"TRITON_INTERPRET": None, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
         self._timeout_s = timeout_s
-        self._children = [Child("tilebook.tuner.compiler", [order], env, f"compile process {n}") for n in range(count)]
+        self._children = [
+            Child("tilebook.tuner.process.compiler", [order], env, f"compile process {n}") for n in range(count)
+        ]
         # The last one used is the next one used: few candidates in flight need few processes.
         self._idle: queue.LifoQueue[Child] = queue.LifoQueue()
         for child in reversed(self._children):

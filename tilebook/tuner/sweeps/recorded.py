@@ -18,16 +18,16 @@ from tilebook import op as ops
 from tilebook.op import Config, Op, Problem, Space, Value
 from tilebook.registry import Failure, Layers, Verdict
 from tilebook.registry.layers import SHIPPED
-from tilebook.tuner.compile import Compiled
+from tilebook.tuner.judge.measure import SAMPLE_MS
+from tilebook.tuner.judge.stats import median
 from tilebook.tuner.known import Known
-from tilebook.tuner.measure import SAMPLE_MS
+from tilebook.tuner.process.compile import Compiled
+from tilebook.tuner.process.runner import Attempt, Candidate
 from tilebook.tuner.progress import ProblemState, Run
-from tilebook.tuner.runner import Attempt, Candidate
 from tilebook.tuner.search import Search
 from tilebook.tuner.session import Options, Session
 from tilebook.tuner.shards import tune_all
-from tilebook.tuner.stats import median
-from tilebook.tuner.sweep import Sweep
+from tilebook.tuner.sweeps.sweep import Sweep
 
 _T = TypeVar("_T")
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from tilebook.replay import Plan, record
-from tilebook.tuner.stats import median
+from tilebook.tuner.judge.stats import median
 
 SAMPLE_MS = 1.0
 """A sample holds enough launches to last about this long, so that the event clock's step does not matter."""

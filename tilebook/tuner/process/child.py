@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from tilebook.errors import TuningError
-from tilebook.tuner.processes import has_exited, kill_group, kill_marked
+from tilebook.tuner.process.processes import has_exited, kill_group, kill_marked
 
 Json = dict[str, Any]
 
@@ -306,7 +306,7 @@ _READY = b"[0,{}]"
 
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     """Ours with `changes`, and a PYTHONPATH under which the child imports what we would."""
-    here = str(Path(__file__).parents[2])
+    here = str(Path(__file__).parents[3])
     paths = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
     if here not in paths:
         paths.insert(0, here)

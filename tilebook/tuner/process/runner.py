@@ -9,9 +9,9 @@ from typing import Any, Protocol
 from tilebook.errors import TuningError
 from tilebook.op import Config, Op, Problem
 from tilebook.registry import Failure, Json
-from tilebook.tuner.child import Child, ChildDied, ChildError, ChildTimedOut
-from tilebook.tuner.measure import Mode
-from tilebook.tuner.stats import median
+from tilebook.tuner.judge.measure import Mode
+from tilebook.tuner.judge.stats import median
+from tilebook.tuner.process.child import Child, ChildDied, ChildError, ChildTimedOut
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class GpuRunner:
         mode: Mode = "graph",
         limits: Limits | None = None,
         modules: Sequence[str] = (),
-        worker: str = "tilebook.tuner.worker",
+        worker: str = "tilebook.tuner.process.worker",
     ) -> None:
         """`modules` are imported by the worker first, for ops that live outside of `tilebook.kernels`."""
         self._index, self._mode, self._limits = index, mode, limits or Limits()

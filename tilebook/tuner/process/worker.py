@@ -1,7 +1,7 @@
 """The GPU worker: one killable process that verifies and times candidates.
 
-Started as `python -m tilebook.tuner.worker GPU [MODULE …]`, never through the user's script, so that no candidate can
-take the run, or the user's process, down with it.
+Started as `python -m tilebook.tuner.process.worker GPU [MODULE …]`, never through the user's script, so that no
+candidate can take the run, or the user's process, down with it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Config, Op, Problem
 from tilebook.registry import Failure
-from tilebook.tuner.child import serve
-from tilebook.tuner.measure import Bench, Mode, interleave
-from tilebook.tuner.processes import children, left_behind
-from tilebook.tuner.stats import median
-from tilebook.tuner.verify import FINAL_REPEATS, NotRepeatable, Wrong, final_cases, trial_cases, verify
+from tilebook.tuner.judge.measure import Bench, Mode, interleave
+from tilebook.tuner.judge.stats import median
+from tilebook.tuner.judge.verify import FINAL_REPEATS, NotRepeatable, Wrong, final_cases, trial_cases, verify
+from tilebook.tuner.process.child import serve
+from tilebook.tuner.process.processes import children, left_behind
 
 SAMPLES = 15
 

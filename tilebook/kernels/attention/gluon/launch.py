@@ -1,4 +1,4 @@
-"""o = softmax(scale · q kᵀ) v on Hopper by a kernel in Gluon, of which `gluon_kernels` says what it does better."""
+"""o = softmax(scale · q kᵀ) v on Hopper by a kernel in Gluon, of which `kernels` says what it does better."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.gluon_kernels import attention_fwd_gluon
+from tilebook.kernels.attention.gluon.kernels import attention_fwd_gluon
 from tilebook.kernels.attention.layout import described, like
 from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.kernels.attention.problem import ForwardProblem

@@ -9,6 +9,7 @@ of its compile process. Candidates come in the order in which they were measured
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -26,11 +27,10 @@ from tilebook.device import Device
 from tilebook.errors import TuningError, UsageError, one_line
 from tilebook.op import Config, Implementation, Op, Problem
 from tilebook.registry import Failure, Json, Status
-from tilebook.report.live import view
-from tilebook.tuner.compile import Compiled, CompilePool, Compilers, check_cache, outcome
 from tilebook.tuner.known import source_of
-from tilebook.tuner.progress import ProblemState, Run
-from tilebook.tuner.runner import Attempt, Candidate, GpuRunner, Runner
+from tilebook.tuner.process.compile import Compiled, CompilePool, Compilers, check_cache, outcome
+from tilebook.tuner.process.runner import Attempt, Candidate, GpuRunner, Runner
+from tilebook.tuner.progress import ProblemState, Run, Watch
 
 FORMAT = "tilebook-sweep"
 VERSION = 1
@@ -316,9 +316,11 @@ def record_problems(
     seed: int = 0,
     workers: int | None = None,
     implementation: str | None = None,
+    watch: Watch = contextlib.nullcontext,
 ) -> list[ProblemState]:
     """Records a sweep of each problem on the GPU that is here, into `out`: a file.jsonl for one, else a directory.
 
+    watch: shows the run while it goes.
     Raises UsageError without a GPU, and where a file holds another sweep.
     """
     for op, _ in problems:
@@ -334,7 +336,8 @@ def record_problems(
     with CompilePool(gpu, workers) as pool:
         try:
             runner.start()
-            with view(len(problems), True) as run:
+            run = Run(len(problems), True)
+            with watch(run):
                 for op, problem in problems:
                     path = out if single else out / file_name(op, problem, implementation)
                     record(op, problem, gpu, path, pool, runner, run, most, seed, implementation)

@@ -1,0 +1,111 @@
+"""Who imports whom: no circles, between modules or between folders, and arrows that point one way."""
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "tilebook"
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def _imports(tree: ast.AST, lazy: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """What is imported with the module, and with `lazy` what its functions import; not what type checkers alone see."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+            continue
+        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        checked = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not checked and (lazy or not function):
+            yield from _imports(node, lazy)
+
+
+def imported(module: str, lazy: bool) -> set[str]:
+    """The modules of the package that a module imports by name."""
+    found = set()
+    for node in _imports(ast.parse(MODULES[module].read_text(encoding="utf-8")), lazy):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif node.module is not None:
+            assert node.level == 0, f"{module} imports relatively"
+            found |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module for a in node.names
+            }
+    return {name for name in found if name in MODULES and name != module}
+
+
+def room(module: str) -> str:
+    """The folder that a module is in; a module right in the package is a room of its own."""
+    folder = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    return module if folder == "tilebook" else folder
+
+
+def rooms() -> dict[str, set[str]]:
+    """Who imports whom, by folder, functions' imports included. The package's own lazy exports do not count."""
+    edges: dict[str, set[str]] = {room(module): set() for module in MODULES}
+    for module in MODULES:
+        edges[room(module)] |= {room(other) for other in imported(module, lazy=True)} - {room(module)}
+    return edges
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """One that is there, or none."""
+    try:
+        list(graphlib.TopologicalSorter(edges).static_order())
+    except graphlib.CycleError as found:
+        return list(found.args[1])
+    return []
+
+
+def test_no_modules_import_each_other():
+    assert circle({module: imported(module, lazy=False) for module in MODULES}) == []
+
+
+def test_no_folders_import_each_other():
+    assert circle(rooms()) == []
+
+
+def inside(name: str, *folders: str) -> bool:
+    return any(name == folder or name.startswith(f"{folder}.") for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("what", "who"),
+    [
+        ("tilebook.cli", ["tilebook.cli", "tilebook.__main__"]),
+        ("tilebook.report", ["tilebook.report", "tilebook.cli", "tilebook.revocation"]),
+        ("tilebook.tuner", ["tilebook.tuner", "tilebook.report", "tilebook.cli"]),
+        ("tilebook.tuner.sweeps", ["tilebook.tuner.sweeps", "tilebook.cli"]),
+    ],
+)
+def test_only_the_layers_above_know_a_layer(what, who):
+    knowing = {name for name, others in rooms().items() if any(inside(other, what) for other in others)}
+    assert {name for name in knowing if not inside(name, *who)} == set()
+
+
+@pytest.mark.parametrize(
+    ("who", "what"),
+    [
+        ("tilebook.registry", ["tilebook.registry", "tilebook.errors"]),
+        ("tilebook.tuner.judge", ["tilebook.tuner.judge", "tilebook.op", "tilebook.errors", "tilebook.replay"]),
+    ],
+)
+def test_a_layer_knows_no_more_than_it_must(who, what):
+    known = {other for name, others in rooms().items() if inside(name, who) for other in others}
+    assert {name for name in known if not inside(name, *what)} == set()
+
+
+def test_kernels_know_neither_tuner_nor_registry():
+    known = {other for name, others in rooms().items() if inside(name, "tilebook.kernels") for other in others}
+    above = ("tilebook.tuner", "tilebook.registry", "tilebook.report", "tilebook.cli")
+    assert not [name for name in known if inside(name, *above)]

@@ -1,0 +1,1 @@
+"""Whole spaces measured once and kept, and searches replayed over them without a GPU."""
