@@ -13,7 +13,6 @@ from tilebook.errors import TuningError
 from tilebook.op import Config
 from tilebook.registry import Registry, VerdictStatus
 from tilebook.tuner.budget import Budget, Job
-from tilebook.tuner.process.runner import Candidate
 from tilebook.tuner.progress import Run
 
 SHAPES = [Scaling(64 << n, 64) for n in range(8)]  # the last is the heaviest
