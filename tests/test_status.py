@@ -61,7 +61,7 @@ def test_status_says_what_was_asked_for_and_what_share_of_it_verdicts_cover(ledg
     assert [each["covered"] for each in data["asked"]] == [False, False, False, False, True]
     assert data["asked"][0]["share"] == pytest.approx(1.0 / data["asked_s"])
     text = CliRunner().invoke(main, ["status", "--gpu", "H200", "--registry", str(ledger)]).output
-    assert "50,000 × 0.02 ms  attention_fwd B2,H4,S300,D64,causal bf16  (default: triton" in text
+    assert "50,000 × 0.02 ms  attention_fwd B2,H4,S300,D64,causal bf16  (fallback: torch)" in text
     assert "(fallback: torch)" in text
     assert "tune --misses" in text
 

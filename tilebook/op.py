@@ -256,6 +256,11 @@ class Op(Generic[P]):
         """What verdicts depend on: the source of our own kernel. Those of other implementations retire no verdict."""
         return self.tunable.digest
 
+    def digest_of(self, implementation: str) -> str | None:
+        """The digest of an implementation's source, "" where it is not ours, None where there is none of that name."""
+        found = self.implementations.get(implementation)
+        return None if found is None else found.digest
+
 
 _OPS: dict[str, Op[Any]] = {}
 

@@ -111,6 +111,19 @@ def pattern(regex: str, usage: str) -> Any:
     return dataclasses.field(default="", metadata={"pattern": regex, "usage": usage, "elided": True})
 
 
+def _fits(value: Any, metadata: Mapping[str, Any]) -> bool:
+    """Whether a field that was declared so can have this value."""
+    if "letter" in metadata:
+        return type(value) is int and 1 <= value < 1 << 62
+    if metadata.get("flag") or metadata.get("demand"):
+        return type(value) is bool
+    if "choices" in metadata:
+        return value in metadata["choices"]
+    if "pattern" in metadata:
+        return value == "" or (isinstance(value, str) and re.fullmatch(metadata["pattern"], value) is not None)
+    return isinstance(value, int | str)
+
+
 def demand() -> Any:
     """A yes/no demand on implementations that leaves the problem what it is: no key or label has it."""
     return dataclasses.field(default=False, metadata={"demand": True})
@@ -138,7 +151,14 @@ class Problem:
 
     @classmethod
     def from_key(cls, key: str) -> Self:
-        return cls(**json.loads(key))
+        """The problem of a key. Raises ValueError or TypeError where it is none: a registry may be a stranger's."""
+        values = json.loads(key)
+        if not isinstance(values, dict):
+            raise ValueError(f"{key} is no problem")
+        for field in cls._fields():
+            if field.name in values and not _fits(values[field.name], field.metadata):
+                raise ValueError(f"{field.name} cannot be {values[field.name]!r}")
+        return cls(**values)
 
     @classmethod
     def of(cls, *args: Any) -> Self:

@@ -1,14 +1,32 @@
 """A registry that is missing, broken or not ours never stops a program, and is left as it was."""
 
+import os
 import sqlite3
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from dispatch_samples import COMPOSED, COMPOSED_DEFAULT, FUSED, OP, doubling, on_gpu
+from dispatch_samples import (
+    COMPOSED,
+    COMPOSED_DEFAULT,
+    COMPOSED_OTHER,
+    FUSED,
+    GPU,
+    OP,
+    OTHER,
+    composed,
+    doubling,
+    on_gpu,
+    revocation,
+    verdict,
+)
 
-from tilebook.dispatch import Dispatch
-from tilebook.registry import Registry
+import tilebook
+from tilebook.dispatch import Dispatch, Snapshot
+from tilebook.registry import Registry, serving
 
 
 def test_missing_explicit_registry_warns_once_and_serves_defaults(choose):
@@ -51,8 +69,6 @@ def test_what_was_chosen_blind_while_a_graph_was_captured_is_chosen_again_after(
 
 
 def test_the_registry_is_read_once_for_each_gpu(gpu, monkeypatch):
-    from tilebook.dispatch import Snapshot
-
     read = []
     monkeypatch.setattr("tilebook.dispatch.Snapshot", lambda device: read.append(device) or Snapshot(device))
     with Registry.open(gpu, write=True):
@@ -61,3 +77,70 @@ def test_the_registry_is_read_once_for_each_gpu(gpu, monkeypatch):
         here.choose(OP, COMPOSED, torch.device("cuda", index))
     here.choose(OP, COMPOSED, torch.device("cuda"))
     assert len(read) == 2
+
+
+@pytest.fixture
+def locked(choose, monkeypatch):
+    """A connection that holds the lock of a registry with a verdict."""
+    choose(verdict(), composed())
+    monkeypatch.setattr(serving, "READER_WAIT_S", 0.0)
+    choose.here = Dispatch()
+    writer = sqlite3.connect(choose.path, isolation_level=None)
+    yield writer
+    writer.close()
+
+
+def test_a_registry_that_is_locked_is_asked_again_for_the_next_problem(choose, locked):
+    locked.execute("BEGIN EXCLUSIVE")
+    with pytest.warns(RuntimeWarning, match="locked"):
+        assert choose.again(FUSED).native
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose.again(COMPOSED).config == COMPOSED_DEFAULT
+        locked.execute("ROLLBACK")
+        assert choose.again(FUSED).config == OTHER
+        assert choose.again(COMPOSED).config == COMPOSED_OTHER
+
+
+def test_what_a_locked_registry_revokes_is_known_before_its_verdicts_serve(choose, locked):
+    with Registry.open(choose.path, write=True) as registry:
+        registry.revoke(revocation())
+    locked.execute("BEGIN EXCLUSIVE")
+    with pytest.warns(RuntimeWarning, match="locked"):
+        choose.again(FUSED)
+    locked.execute("ROLLBACK")
+    assert choose.again(FUSED).source == "fallback"
+
+
+def test_damage_in_an_ops_rows_is_warned_of_when_the_op_is_first_asked_for(choose):
+    choose(verdict())
+    with sqlite3.connect(choose.path) as database:
+        database.execute("UPDATE verdict SET served = 'x'")
+    snapshot = Snapshot(GPU)
+    with pytest.warns(RuntimeWarning, match="left out 1 damaged row"):
+        assert snapshot.choose(OP, FUSED).native
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        snapshot.choose(OP, COMPOSED)
+
+
+_CHOOSES = """
+import sys
+import torch
+from tilebook import device as devices, dispatch, op as ops
+devices.current = lambda index=0: devices.find("H200")
+torch.cuda.current_device = lambda: 0
+torch.cuda.is_current_stream_capturing = lambda: False
+op = ops.get("attention_fwd")
+dispatch.choose(op, op.problem.parse("B4,H16,S2048,D64,causal", "bf16"), torch.device("cuda", 0))
+read = dispatch.here._snapshots[0]._table.verdicts(op.name)
+print({each.layer for each in read}, sorted({"sqlalchemy", "alembic"} & set(sys.modules)))
+"""
+
+
+def test_a_first_call_loads_no_sqlalchemy(tmp_path):
+    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path), "PYTHONPATH": str(Path(tilebook.__file__).parents[1])}
+    environment.pop("TILEBOOK_REGISTRY", None)
+    run = [sys.executable, "-c", _CHOOSES]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout, done.stderr) == ("{'shipped'} []\n", "")

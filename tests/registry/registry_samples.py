@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,6 +22,7 @@ from tilebook.registry import (
     Verdict,
     VerdictStatus,
     canonical,
+    legacy,
 )
 
 H200 = Device("NVIDIA H200", "sm_90", 132)
@@ -128,3 +131,34 @@ def revocation(**changes: Any) -> Revocation:
 def miss(rows: int = 128, calls: int = 1, time_ms: float = 1.0, **changes: Any) -> Miss:
     base = Miss("rms_norm_fwd", problem(rows), H200, calls, time_ms, START)
     return replace(base, **changes)
+
+
+def signed(*records: Any, **header: Any) -> str:
+    """A file whose digests are right whatever its records say: strings are lines, dicts become lines."""
+    lines = [record if isinstance(record, str) else json.dumps(seal(record)) for record in records]
+    body = "".join(line + "\n" for line in lines)
+    head = {"format": "tilebook-registry", "version": 3, "records": len(lines)}
+    head["sha256"] = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({**head, **header}) + "\n" + body
+
+
+def seal(record: dict[str, Any]) -> dict[str, Any]:
+    content = {name: value for name, value in record.items() if name not in ("type", "sha256")}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), **record}
+
+
+def an_old_verdict(**changes: Any) -> dict[str, Any]:
+    """As versions 1 and 2 of the format had it."""
+    today = verdict(config={"BLOCK_M": 128}).portable()
+    kept = {name: value for name, value in today.items() if name in legacy.FIELDS}
+    old = {
+        "implementation": "triton",
+        "config": {"BLOCK_M": 128},
+        "time_ms": 0.1,
+        "speedup": 1.23,
+        "speedup_low": 1.2,
+        "speedup_high": 1.26,
+        "evidence": {},
+    }
+    return {"type": "verdict", **kept, **old, **changes}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import uuid
@@ -17,11 +16,14 @@ from registry_samples import (
     A100,
     KERNEL,
     START,
+    an_old_verdict,
     broken_trial,
     evidenced,
     predicted,
     problem,
     revocation,
+    seal,
+    signed,
     trial,
     verdict,
 )
@@ -35,7 +37,6 @@ from tilebook.registry import (
     Verdict,
     VerdictStatus,
     export,
-    legacy,
     load,
 )
 from tilebook.registry.exchange import import_rule
@@ -55,43 +56,12 @@ def exported(registry: Registry) -> str:
     return stream.getvalue()
 
 
-def signed(*records: Any, **header: Any) -> str:
-    """A file whose digests are right whatever its records say: strings are lines, dicts become lines."""
-    lines = [record if isinstance(record, str) else json.dumps(seal(record)) for record in records]
-    body = "".join(line + "\n" for line in lines)
-    head = {"format": "tilebook-registry", "version": 3, "records": len(lines)}
-    head["sha256"] = hashlib.sha256(body.encode()).hexdigest()
-    return json.dumps({**head, **header}) + "\n" + body
-
-
-def seal(record: dict[str, Any]) -> dict[str, Any]:
-    content = {name: value for name, value in record.items() if name not in ("type", "sha256")}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), **record}
-
-
 def a_trial(**changes: Any) -> dict[str, Any]:
     return {"type": "trial", **trial().content(), **changes}
 
 
 def a_verdict(**changes: Any) -> dict[str, Any]:
     return {"type": "verdict", **verdict().portable(), **changes}
-
-
-def an_old_verdict(**changes: Any) -> dict[str, Any]:
-    """As versions 1 and 2 of the format had it."""
-    today = verdict(config={"BLOCK_M": 128}).portable()
-    kept = {name: value for name, value in today.items() if name in legacy.FIELDS}
-    old = {
-        "implementation": "triton",
-        "config": {"BLOCK_M": 128},
-        "time_ms": 0.1,
-        "speedup": 1.23,
-        "speedup_low": 1.2,
-        "speedup_high": 1.26,
-        "evidence": {},
-    }
-    return {"type": "verdict", **kept, **old, **changes}
 
 
 def a_revocation(**changes: Any) -> dict[str, Any]:

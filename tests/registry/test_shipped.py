@@ -18,7 +18,7 @@ def test_every_verdict_is_of_the_kernels_as_they_are(name):
     for verdict in (each for each in VERDICTS if each.op == name):
         assert (verdict.origin, verdict.kernel) == ("shipped", op.digest)
         for each in {op.implementations[each] for each, _ in verdict.ranking() if each in op.implementations}:
-            assert each.external or each.digest in ("", verdict.kernel_of(each.name)), each.name
+            assert each.external or each.digest in ("", verdict.source_of(each.name)), each.name
 
 
 def test_what_won_is_what_serves_where_it_was_measured(monkeypatch):

@@ -84,7 +84,7 @@ def stored(path: Path) -> tuple[list[Trial], list[Verdict]]:
 
 
 def ties(verdict: Verdict) -> set[tuple[str, Config]]:
-    return {(each["implementation"], Config(each["config"])) for each in verdict.evidence["tied"]}
+    return {(each["implementation"], Config(each["config"])) for each in verdict.notes["tied"]}
 
 
 def kill_runs(count: int, seed: int = 0) -> str:

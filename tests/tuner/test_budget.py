@@ -13,7 +13,6 @@ from tilebook.errors import TuningError
 from tilebook.op import Config
 from tilebook.registry import Registry, VerdictStatus
 from tilebook.tuner.budget import Budget, Job
-from tilebook.tuner.process.runner import Candidate
 from tilebook.tuner.progress import Run
 
 SHAPES = [Scaling(64 << n, 64) for n in range(8)]  # the last is the heaviest
@@ -85,8 +84,8 @@ def test_where_there_is_time_for_all_each_has_what_it_needs(path):
     for verdict in registry.verdicts():
         assert verdict.status is VerdictStatus.MEASURED
         assert Config(verdict.config) == BEST
-        assert (verdict.evidence["unmeasured"], verdict.evidence["unconfirmed"]) == ([], 0)
-        assert verdict.evidence["searches"]["triton"]["ended"] == "converged"
+        assert (verdict.notes["unmeasured"], verdict.notes["unconfirmed"]) == ([], 0)
+        assert verdict.notes["searches"]["triton"]["ended"] == "converged"
     again, _, clock, _ = budgeted(path, 3600.0, SHAPES[:3])
     assert all(state.skipped for state in again)
     assert clock.now == 0.0
@@ -110,7 +109,7 @@ def test_a_share_is_what_a_problem_needs_and_a_part_of_what_is_over_by_weight():
 
 def test_an_implementation_that_there_is_no_time_for_is_left_out_and_named(path):
     states, _, _, _ = budgeted(path, 70.0, flex=20.0, problems=SHAPES[:4])
-    first, *later = [state.verdict.evidence["unmeasured"] for state in reversed(states) if state.verdict is not None]
+    first, *later = [state.verdict.notes["unmeasured"] for state in reversed(states) if state.verdict is not None]
     assert later, "once a run has seen how long it takes, the next problem is tuned without it"
     assert "flex" not in first
     assert all(names == ["flex"] for names in later)
@@ -120,14 +119,14 @@ def test_a_verdict_that_the_budget_cut_short_goes_on_in_a_later_run(path):
     one = SHAPES[:1]
     states, registry, _, (first,) = budgeted(path, 16.0, problems=one, attempt=0.5)
     (cut,) = registry.verdicts()
-    assert cut.evidence["searches"]["triton"]["ended"] == "budget"
+    assert cut.notes["searches"]["triton"]["ended"] == "budget"
     states, registry, _, (second,) = budgeted(path, 600.0, problems=one, attempt=0.5)
     assert not states[0].skipped
     ours = [c for c in second.attempted if c.config]
     assert ours
     assert not set(ours) & {c for c in first.attempted if c.config}, "what was tried is known"
     (whole,) = registry.verdicts()
-    assert whole.evidence["searches"]["triton"]["ended"] == "converged"
+    assert whole.notes["searches"]["triton"]["ended"] == "converged"
     assert Config(whole.config) == BEST
     states, *_ = budgeted(path, 600.0, problems=one)
     assert states[0].skipped
@@ -241,6 +240,6 @@ def test_after_ctrl_c_every_problem_has_a_verdict_or_is_named_as_not_reached(pat
 def test_the_candidates_of_a_verdict_under_a_budget_have_the_default_the_winner_and_the_best_other(path):
     _, registry, _, _ = budgeted(path, 16.0, problems=SHAPES[:1], attempt=0.5)
     (verdict,) = registry.verdicts()
-    named = [Candidate(each["implementation"], Config(each["config"])) for each in verdict.evidence["candidates"]]
-    assert named[0] == Candidate("triton", make_op().tunable.space.default(SHAPES[0], None))
-    assert len(named) >= 3
+    (default,) = [each for each in verdict.finalists if each.default]
+    assert default.key == ("triton", make_op().tunable.space.default(SHAPES[0], None).key)
+    assert len(verdict.finalists) >= 3

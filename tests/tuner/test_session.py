@@ -41,9 +41,9 @@ def test_finds_the_best_config_and_stores_the_evidence(path):
     assert (verdict.implementation, Config(verdict.config)) == ("triton", BEST)
     assert verdict.speedup == pytest.approx(valley(Candidate("triton", SPACE.default(None, None))), rel=0.02)
     assert verdict.speedup_low <= verdict.speedup <= verdict.speedup_high
-    names = {each["implementation"] for each in verdict.evidence["candidates"]}
+    names = {each.implementation for each in verdict.finalists}
     assert names == {"triton", "torch"}
-    assert all(len(each["samples_ms"]) == 30 for each in verdict.evidence["candidates"])
+    assert all(len(each.samples_ms) == 30 for each in verdict.finalists)
     trials = registry.trials()
     assert len(trials) == states[0].tried
     assert all(trial.status is Status.OK and len(trial.samples_ms) == 15 for trial in trials)
@@ -96,7 +96,7 @@ def test_wrong_and_broken_candidates_are_classified_and_never_win(path):
     failed = [trial for trial in registry.trials() if trial.status is Status.FAILED]
     assert {trial.failure for trial in failed} <= set(classes)
     assert len(failed) == sum(states[0].rejected.values())
-    assert verdict.evidence["rejected"] == {f.value: n for f, n in sorted(states[0].rejected.items())}
+    assert verdict.notes["rejected"] == {f.value: n for f, n in sorted(states[0].rejected.items())}
 
 
 def test_what_does_not_compile_is_rejected_with_its_class(path):
@@ -184,7 +184,7 @@ def test_a_revoked_winner_does_not_stand_and_tuning_finds_another(path):
     assert verdict.status is VerdictStatus.MEASURED
     assert all(c.config.get("num_warps") != 4 for c in runner.attempted)
     feasible = SPACE.feasible(Scaling(64, 64), None)
-    assert states[0].revoked == verdict.evidence["revoked"] == sum(c["num_warps"] == 4 for c in feasible)
+    assert states[0].revoked == verdict.notes["revoked"] == sum(c["num_warps"] == 4 for c in feasible)
     assert states[0].feasible + states[0].revoked == len(feasible)
     again, _ = tune(path, FakeRunner(valley))
     assert again[0].skipped
@@ -257,7 +257,7 @@ def test_without_a_gpu_the_search_ends_when_the_model_sees_no_gain_any_more_and_
     states, registry = tune(path, None, pool, op=op)
     assert PATIENCE <= len(pool.submitted) == states[0].compiled < len(SPACE.feasible(Scaling(64, 64), None))
     (verdict,) = registry.verdicts()
-    assert verdict.evidence["searches"]["triton"]["ended"] == "converged"
+    assert verdict.notes["searches"]["triton"]["ended"] == "converged"
     assert verdict.status is VerdictStatus.PREDICTED
     assert (verdict.time_ms, verdict.speedup, verdict.default_time_ms) == (None, None, None)
     assert all(trial.time_ms is None and not trial.samples_ms for trial in registry.trials())

@@ -43,9 +43,9 @@ def test_finalists_default_and_other_implementations_run_together_then_the_winne
     assert len(together) > 4
     assert fresh_again
     assert again == (DEFAULT, WINNER)
-    evidence = registry.verdicts()[0].evidence
-    assert [[each["implementation"] for each in run] for run in evidence["again"]] == [["triton", "triton"]]
-    assert all(len(each["samples_ms"]) == 30 for each in evidence["again"][0])
+    (again,) = [each for each in registry.verdicts()[0].finalists if each.again is not None]
+    assert again.implementation == "triton"
+    assert len(again.again.samples_ms) == len(again.again.default_samples_ms) == 30
 
 
 def test_no_fresh_process_is_needed_where_nothing_beats_the_default(path):
@@ -54,7 +54,7 @@ def test_no_fresh_process_is_needed_where_nothing_beats_the_default(path):
     assert [fresh for _, fresh in runner.confirmed] == [False]
     (verdict,) = registry.verdicts()
     assert verdict.status is VerdictStatus.DEFAULT
-    assert verdict.evidence["again"] == []
+    assert not any(each.again for each in verdict.finalists)
 
 
 def test_what_the_fresh_process_does_not_confirm_is_not_promoted(path):
@@ -64,7 +64,7 @@ def test_what_the_fresh_process_does_not_confirm_is_not_promoted(path):
     assert verdict.status is VerdictStatus.DEFAULT
     assert Config(verdict.config) == DEFAULT.config
     assert [fresh for _, fresh in runner.confirmed] == [False, True, False, False]
-    assert len(verdict.evidence["again"]) == 3
+    assert sum(each.again is not None for each in verdict.finalists) == 3
 
 
 def test_the_next_finalist_has_its_turn_where_the_first_does_not_hold(path):
@@ -83,7 +83,7 @@ def test_a_finalist_that_fails_at_last_is_stored_by_class_and_the_next_moves_up(
     assert [WINNER in together for together, _ in runner.confirmed] == [True, False, False]
     (verdict,) = registry.verdicts()
     assert Config(verdict.config) != BEST
-    assert BEST not in [Config(each["config"]) for each in verdict.evidence["candidates"]]
+    assert BEST not in [Config(each.config) for each in verdict.finalists]
     ends = [(t.status, t.failure) for t in registry.trials() if Config(t.config) == BEST]
     assert ends == [(Status.OK, None), (Status.FAILED, Failure.NOT_REPEATABLE)]
     assert states[0].rejected[Failure.NOT_REPEATABLE] == 1
@@ -100,8 +100,8 @@ def test_a_winner_that_fails_in_the_fresh_process_is_no_candidate_any_more(path)
     _, registry = tune(path, FailsLater(valley))
     (verdict,) = registry.verdicts()
     assert Config(verdict.config) != BEST
-    for listed in ("candidates", "tied"):
-        assert BEST not in [Config(each["config"]) for each in verdict.evidence[listed]]
+    assert BEST not in [Config(each.config) for each in verdict.finalists]
+    assert BEST not in [Config(each["config"]) for each in verdict.notes["tied"]]
 
 
 def test_a_finalist_that_failed_at_last_does_not_come_back_in_a_resumed_run(path):
@@ -136,7 +136,7 @@ def test_the_tied_are_named_in_the_evidence(path):
         return valley(candidate) if candidate.config.get("BLOCK") == 16 else 1.0
 
     _, registry = tune(path, FakeRunner(lambda c: 2.0 if c == TORCH else level(c), noise=0.001))
-    tied = [Config(each["config"]) for each in registry.verdicts()[0].evidence["tied"]]
+    tied = [Config(each["config"]) for each in registry.verdicts()[0].notes["tied"]]
     assert len(tied) == len(set(tied)) > 10
     assert all(config["BLOCK"] > 16 for config in tied)
     assert Config(registry.verdicts()[0].config) in tied

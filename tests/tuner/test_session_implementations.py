@@ -109,7 +109,7 @@ def test_a_second_that_cannot_run_the_problem_is_not_searched(path):
     pool = NotingPool()
     _, registry = tune(path, FakeRunner(times), pool, op=two(supports=lambda problem: False))
     assert set(pool.asked) == {"triton"}
-    assert list(registry.verdicts()[0].evidence["spaces"]) == ["triton"]
+    assert list(registry.verdicts()[0].notes["spaces"]) == ["triton"]
 
 
 def test_to_predict_only_our_own_kernel_is_compiled_and_ranked(path):
@@ -162,7 +162,7 @@ def test_one_that_is_new_is_all_that_is_searched_for_a_problem_that_has_a_verdic
     assert Candidate("triton", BEST) in runner.confirmed[0][0]
     (verdict,) = registry.verdicts()
     assert verdict.implementation == "other"
-    assert verdict.evidence["spaces"]["triton"] == before.evidence["spaces"]["triton"]
+    assert verdict.notes["spaces"]["triton"] == before.notes["spaces"]["triton"]
     assert verdict.kernel == before.kernel
     again = FakeRunner(times)
     states, _ = tune(path, again, op=two())
@@ -188,7 +188,7 @@ def test_where_its_source_changed_all_of_it_is_measured_anew_and_nothing_of_ours
     assert FASTEST in configs(runner)
     (verdict,) = registry.verdicts()
     assert verdict.kernel == before.kernel == changed.digest
-    assert verdict.kernel_of("other") == changed.implementations["other"].digest != before.kernel_of("other")
+    assert verdict.source_of("other") == changed.implementations["other"].digest != before.source_of("other")
     assert tune(path, FakeRunner(times), op=changed)[0][0].skipped
 
 
@@ -228,7 +228,7 @@ def test_an_external_one_is_not_compiled_ahead_and_its_version_is_what_its_trial
     assert len(configs(runner)) == len(set(configs(runner))) == 24
     (verdict,) = registry.verdicts()
     assert Config(verdict.config) == FASTEST
-    assert verdict.evidence["kernels"] == {"triton": op.digest, "other": "some-package 4.0"}
+    assert verdict.sources == {"triton": op.digest, "other": "some-package 4.0"}
     theirs = [trial for trial in registry.trials() if trial.implementation == "other"]
     assert all("compiled" not in trial.facts for trial in theirs)
     assert states[0].compiled == len(pool.asked)
@@ -245,7 +245,7 @@ def test_equal_configs_of_an_external_one_tie_by_their_text(path):
     _, registry = tune(path, runner, op=two(external="some-package"))
     (verdict,) = registry.verdicts()
     assert verdict.implementation == "other"
-    tied = [Config(each["config"]).key for each in verdict.evidence["tied"] if each["implementation"] == "other"]
+    tied = [Config(each["config"]).key for each in verdict.notes["tied"] if each["implementation"] == "other"]
     assert Config(verdict.config).key == min(tied)
 
 

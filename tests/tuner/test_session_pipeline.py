@@ -54,7 +54,7 @@ def test_the_gpu_is_busy_while_candidates_are_compiled_asked_for_and_stored(tmp_
     runner, pool = SlowRunner(0.04), SlowPool(0.04)
     states, registry = tune(tmp_path / "registry.db", runner, pool, trials=40)
     assert states[0].busy > 0.7
-    assert registry.verdicts()[0].evidence["busy"] == round(states[0].busy, 3)
+    assert registry.verdicts()[0].notes["busy"] == round(states[0].busy, 3)
     assert runner.at_a_time == 1
 
 

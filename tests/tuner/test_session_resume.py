@@ -156,7 +156,7 @@ def test_trials_and_verdicts_of_the_other_mode_do_not_count_and_the_last_verdict
     states, registry = tune(path, eager, mode="eager")
     assert (states[0].skipped, states[0].reused) == (False, 0)
     (verdict,) = registry.verdicts()
-    assert verdict.evidence["mode"] == "eager"
+    assert verdict.mode == "eager"
     assert Config(verdict.config) != BEST
     assert {t.facts["mode"] for t in registry.trials()} == {"graph", "eager"}
     again = FakeRunner(valley)
@@ -180,7 +180,7 @@ def test_a_resumed_run_has_the_counts_of_one_that_was_not_interrupted(path, tmp_
     whole, _ = tune(tmp_path / "other.db", FakeRunner(risky))
     assert resumed[0].rejected == whole[0].rejected
     assert resumed[0].tried == whole[0].tried
-    assert registry.verdicts()[0].evidence["reused"] == resumed[0].reused > 40
+    assert registry.verdicts()[0].notes["reused"] == resumed[0].reused > 40
 
 
 def test_ctrl_c_ends_the_run_at_once_and_keeps_its_trials(path):

@@ -63,7 +63,7 @@ def test_the_same_config_twice_is_not_promoted_over_itself():
         runner = NoisyRunner(lambda c: 1.0 if c.implementation == "triton" else 2.0, seed)
         verdict = tune_in_memory(op, runner, seed=seed)
         promoted += verdict.status is not VerdictStatus.DEFAULT
-        first = {Config(each["config"]): each["time_ms"] for each in verdict.evidence["candidates"] if each["config"]}
+        first = {Config(each.config): each.time_ms for each in verdict.finalists if each.config}
         luckier += first[twin] < first[DEFAULT]
     assert promoted <= 1
     assert 20 <= luckier <= 80
@@ -84,7 +84,7 @@ def named(verdict):
 
 
 def ties(verdict):
-    return {(each["implementation"], Config(each["config"])) for each in verdict.evidence["tied"]}
+    return {(each["implementation"], Config(each["config"])) for each in verdict.notes["tied"]}
 
 
 def test_two_tunes_agree_on_the_winner_or_its_ties():
@@ -108,11 +108,5 @@ def test_the_verdict_names_the_default_and_the_winner_as_they_were_in_both_runs(
     assert (fresh, fresh_again) == (False, True)
     assert first[0] == again[0] == Candidate("triton", DEFAULT)
     assert named(verdict) == (again[1].implementation, again[1].config)
-    (repeat,) = verdict.evidence["again"]
-    lows = [
-        each["speedup"][1]
-        for each in (*verdict.evidence["candidates"], *repeat)
-        if Config(each["config"]) == Config(verdict.config)
-    ]
-    assert len(lows) == 2
-    assert verdict.speedup_low == min(lows) > 1.01
+    assert [each for each in verdict.finalists if each.again is not None] == [verdict.winner]
+    assert verdict.speedup_low == min(verdict.winner.speedup.low, verdict.winner.again.speedup.low) > 1.01

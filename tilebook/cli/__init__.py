@@ -3,7 +3,22 @@
 Exit status: 0 done; 1 a registry or file could not be used, or a problem could not be tuned; 2 wrong usage; 130 Ctrl-C.
 """
 
-from tilebook.cli import recheck, registry, tuning  # noqa: F401 (their commands are the group's)
-from tilebook.cli.common import main
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+try:
+    from tilebook.cli import recheck, registry, tuning  # noqa: F401 (their commands are the group's)
+    from tilebook.cli.common import main
+except ModuleNotFoundError as missing:
+    if missing.name != "click":
+        raise
+
+    def main(*_: Any, **__: Any) -> None:  # type: ignore[misc]
+        """Says what is not installed."""
+        print("tilebook: the command line needs click: pip install 'tilebook[tune]'", file=sys.stderr)
+        raise SystemExit(1) from None
+
 
 __all__ = ["main"]

@@ -73,6 +73,10 @@ def _printable(stream: Any) -> Any:
     return _Ascii(stream.detach(), encoding="ascii", errors="tilebook.plain", line_buffering=lines, write_through=True)
 
 
+_EXTRA = ("alembic", "optuna", "rich")
+"""Packages of the extra `tune`, without which models run but some commands do not."""
+
+
 class _Tidy(click.Group):
     """A group whose expected errors are one line on stderr, without a traceback. It prints on any terminal."""
 
@@ -94,6 +98,10 @@ class _Tidy(click.Group):
             _fail(str(wrong), 2)
         except (TilebookError, OSError) as broken:
             _fail(str(broken), 1)
+        except ModuleNotFoundError as missing:
+            if missing.name not in _EXTRA:
+                raise
+            _fail(f"this command needs {missing.name}: pip install 'tilebook[tune]'", 1)
         except KeyboardInterrupt:
             _fail("interrupted; what was done is kept, and the same command goes on from there", 130)
 

@@ -1,4 +1,4 @@
-"""The commands that read and change registries: show, explain, status, export, import, revoke."""
+"""The commands that read and change registries: show, explain, status, export, import, repair, revoke."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def show(op: str | None, gpu: str | None, registry: str | None, format_: str) ->
     """Prints the verdicts of all layers: what dispatch would serve, from where, and how sure it is."""
     from tilebook import device as devices
     from tilebook import op as ops
-    from tilebook.registry import DenyList, Layers, RegistryError
+    from tilebook.registry import DenyList, Layers
     from tilebook.report.rows import row
 
     name = ops.get(op).name if op else None
     layers = Layers.default(registry)
     found, revocations = layers.read(op=name)
     denied = DenyList((revocation for _, revocation in revocations), devices.package_version("triton"))
-    if registry and layers.problems:
-        raise RegistryError(layers.problems[0])
+    if registry:
+        layers.demand_explicit()
     for problem in layers.problems:
         click.echo(f"tilebook: {problem}", err=True)
     wanted = [(layer, v) for layer, v in found if not gpu or gpu.lower() in v.device.name.lower()]
@@ -66,46 +66,58 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
 
 
 @main.command("export")
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(allow_dash=True))
 @REGISTRY
-def export_(file: Path, registry: str | None) -> None:
-    """Writes a registry to FILE as JSON Lines, to be passed on and imported elsewhere."""
-    from tilebook import registry as store
+def export_(file: str, registry: str | None) -> None:
+    """Writes a registry to FILE as JSON Lines, to be passed on and imported elsewhere; - is stdout.
 
-    layers = store.Layers.default(registry)
-    with store.Registry.open(layers.layers[0][1]) as source:
-        partial = file.with_name(f".{file.name}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as stream:
-                count = store.export(source, stream)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
-    click.echo(f"{count} records written to {file}", err=True)
+    Without a registry of one's own, what `show` shows is written. A file that is there is replaced if it is an export.
+    """
+    from tilebook.cli.files import written
+    from tilebook.registry import Layers, Registry, export
+    from tilebook.registry.lines import written as in_lines
+
+    layers = Layers.default(registry)
+    first, target = layers.layers[0]
+    if first == "explicit" or (first == "user" and Path(target).exists()):
+        with Registry.open(target) as source, written(file) as stream:
+            count = export(source, stream)
+        problems = source.problems
+    else:
+        verdicts, revocations = layers.read()
+        text = in_lines((each for _, each in revocations), (each for _, each in verdicts))
+        with written(file) as stream:
+            stream.writelines(text)
+        count, problems = len(text) - 1, layers.problems
+    for problem in problems:
+        click.echo(f"tilebook: {problem}", err=True)
+    click.echo(f"{count} records written to {'stdout' if file == '-' else file}", err=True)
 
 
 @main.command("import")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option(
     "--trust", is_flag=True, help="Serve its verdicts without verifying them here first, and honour its revocations."
 )
 @REGISTRY
-def import_(file: Path, trust: bool, registry: str | None) -> None:
-    """Merges FILE into the registry. What it says is not served until it is verified here, or with --trust.
+def import_(file: str, trust: bool, registry: str | None) -> None:
+    """Merges FILE into the registry; - is stdin. What it says is not served until it is verified here, or with --trust.
 
     Nor are its revocations honoured without --trust.
     """
     from tilebook import op as ops
     from tilebook import registry as store
+    from tilebook.cli.files import opened
+    from tilebook.report.rows import is_retired
 
     allowed = {
         name: frozenset(axis for each in op.implementations.values() if each.space for axis in each.space.axes)
         for name, op in ops.ops().items()
     }
     layers = store.Layers.default(registry)
-    with file.open(encoding="utf-8", newline="\n") as stream, layers.writer() as target:
+    with opened(file) as stream, layers.writer() as target:
         try:
-            report = store.load(target, stream, allowed=allowed, trust=trust)
+            report = store.load(target, stream, allowed=allowed, trust=trust, is_problem=_is_problem)
         except UnicodeDecodeError:
             raise store.RegistryError(f"{file} is not UTF-8 text") from None
     for line in report.skipped:
@@ -114,6 +126,29 @@ def import_(file: Path, trust: bool, registry: str | None) -> None:
     if report.revocations:
         done += f", and {report.revocations} revocations" + ("" if trust else ", not honoured without --trust")
     click.echo(done, err=True)
+    if retired := sum(map(is_retired, report.accepted)):
+        click.echo(f"{retired} of the file's verdicts are retired: of kernels as they were, and not served", err=True)
+
+
+def _is_problem(op: str, key: str) -> bool:
+    """Whether the text is the key of a problem of this op, one that can be posed."""
+    from tilebook import op as ops
+
+    try:
+        ops.get(op).problem.from_key(key).check()
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+@main.command()
+@REGISTRY
+def repair(registry: str | None) -> None:
+    """Removes the rows of the registry that are left out as damaged. Damaged revocations stay: see `revoke --undo`."""
+    from tilebook.registry import Layers
+
+    with Layers.default(registry).writer() as target:
+        click.echo(f"{target.remove_damaged()} damaged rows removed from {target.label}", err=True)
 
 
 @main.command()

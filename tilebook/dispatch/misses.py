@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from tilebook import registry as store
 from tilebook.dispatch.choice import Choice
-
-_WAIT_S = 0.1
-"""For another process's lock, when the registry is opened and when it is written: the end of a program waits for it."""
+from tilebook.registry import ledger
 
 # An implementation of ours reaches about this share of the roofline: enough to weigh one miss against another.
 _TYPICAL_EFFICIENCY = 0.5
@@ -31,18 +29,6 @@ def misses_of(choices: Sequence[Choice]) -> list[store.Miss]:
 
 
 def store_misses(counted: Sequence[store.Miss]) -> None:
-    """Adds a process's misses to the ledger, where a registry that can be written exists already.
-
-    Where another process keeps it locked for longer than twice _WAIT_S they are not counted.
-    """
-    if not counted:
-        return
-    try:
-        there = [
-            target for name, target in store.Layers.default().layers if name != "shipped" and Path(target).exists()
-        ]
-        if there:
-            with store.Registry.open(there[0], write=True, wait_s=_WAIT_S) as registry:
-                registry.count_misses(counted)
-    except Exception:  # the program is over; what it computed stands
-        return
+    """Adds a process's misses to the ledger, where a registry that can be written exists already."""
+    with contextlib.suppress(Exception):  # the program is over; what it computed stands
+        ledger.count(counted)

@@ -12,6 +12,7 @@ from tilebook.device import Device
 from tilebook.dispatch.choice import Choice
 from tilebook.op import Config, Implementation, Op, Problem
 from tilebook.registry import serving
+from tilebook.registry.current import may_run, stands
 from tilebook.registry.layers import DenyList
 from tilebook.registry.records import Device as Known
 from tilebook.registry.records import Revocation
@@ -51,7 +52,7 @@ class Snapshot:
         if op.name not in self._verdicts:
             kept = []
             for verdict in self._table.verdicts(op.name):
-                if verdict.trusted and verdict.kernel == op.digest:
+                if verdict.trusted and stands(verdict, op.digest):
                     try:
                         kept.append((verdict, op.problem.from_key(verdict.problem)))
                     except (TypeError, ValueError):
@@ -68,7 +69,8 @@ class Snapshot:
         problems = [each for each in self._table.problems if each not in self._warned]
         self._warned.update(problems)
         if problems:
-            warnings.warn(f"tilebook: {'; '.join(problems)}; default configs are used", RuntimeWarning, stacklevel=3)
+            told = f"tilebook: {'; '.join(problems)}; other registries serve, and default configs are used beside"
+            warnings.warn(told, RuntimeWarning, stacklevel=3)
 
     def choose(self, op: Op[Any], problem: Problem) -> Choice:
         """The exact verdict's winner; PyTorch's own where it has a kernel for this; else the nearest, the default."""
@@ -141,7 +143,7 @@ class Snapshot:
             implementation = op.implementations.get(name)
             if implementation is None or not implementation.can_run(problem, self.gpu):
                 continue
-            if implementation.digest not in ("", verdict.source_of(name)):
+            if not may_run(verdict, name, implementation.digest):
                 continue
             space = implementation.space
             if space is None:

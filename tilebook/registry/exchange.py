@@ -5,7 +5,7 @@ A file comes from a stranger: all of it is checked before any of it is written, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -22,6 +22,7 @@ class ImportReport:
     """What an import did. `trials`, `verdicts` and `revocations` count what was written; `unchanged` what was here.
 
     `skipped` and `replaced` have one line each for a record left out, or for a verdict that took another's place.
+    `accepted` are the file's verdicts but those that were left out for what they are.
     """
 
     trials: int = 0
@@ -30,6 +31,7 @@ class ImportReport:
     unchanged: int = 0
     skipped: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
+    accepted: list[Verdict] = field(default_factory=list)
 
 
 def export(registry: Registry, stream: TextIO) -> int:
@@ -48,21 +50,23 @@ def load(
     *,
     allowed: Mapping[str, frozenset[str]] | None,
     trust: bool = False,
+    is_problem: Callable[[str, str], bool] = lambda op, key: True,
     max_total: int = MAX_TOTAL,
 ) -> ImportReport:
     """Imports an exported file in one transaction, or raises RegistryError and changes nothing.
 
-    `allowed` maps each known op to its permitted config keys; a record with another op or key is skipped. None lifts
-    that limit and is for files one wrote oneself. Verdicts and revocations arrive with origin "imported" and trusted as
-    `trust` says: a stranger's revocations make nothing wrong, but could make everything slow. Conflicts of verdicts are
-    resolved by evidence, see `import_rule`; revocations add up. `max_total` limits the characters read.
+    `allowed` maps each known op to its permitted config keys: a record with another op or key is skipped, and one whose
+    problem is none of its op by `is_problem`. None lifts these limits and is for files one wrote oneself. Verdicts and
+    revocations arrive with origin "imported" and trusted as `trust` says: a stranger's revocations make nothing wrong,
+    but could make everything slow. Conflicts of verdicts are resolved by evidence, see `import_rule`; revocations add
+    up. `max_total` limits the characters read.
     """
     report = ImportReport()
     trials: list[Trial] = []
-    verdicts: list[Verdict] = []
+    verdicts = report.accepted
     revocations: list[Revocation] = []
     for number, record in lines.read(stream, origin="imported", trusted=trust, max_total=max_total):
-        refusal = _refusal(record, allowed)
+        refusal = _refusal(record, allowed, is_problem)
         if refusal:
             report.skipped.append(f"line {number}: {refusal}")
         elif isinstance(record, Trial):
@@ -114,11 +118,17 @@ _REASONS = (
 )
 
 
-def _refusal(record: Trial | Verdict | Revocation, allowed: Mapping[str, frozenset[str]] | None) -> str:
+def _refusal(
+    record: Trial | Verdict | Revocation,
+    allowed: Mapping[str, frozenset[str]] | None,
+    is_problem: Callable[[str, str], bool],
+) -> str:
     if allowed is None:
         return ""
     if record.op not in allowed:
         return f"unknown op {record.op}"
+    if not isinstance(record, Revocation) and not is_problem(record.op, record.problem):
+        return f"{record.op} has no problem {quoted(record.problem)}"
     # A verdict's finalists are what dispatch falls back on, so their configs are held to the same list.
     configs = [config for _, config in record.ranking()] if isinstance(record, Verdict) else [record.config]
     unknown = sorted({key for config in configs for key in config} - allowed[record.op])

@@ -25,11 +25,20 @@ _T = TypeVar("_T")
 
 
 class Layers:
-    """Ordered (name, target) pairs. Reading never raises: what cannot be read becomes a line in `problems`."""
+    """Ordered (name, target) pairs. Reading never raises: what cannot be read becomes a line in `problems`.
+
+    unread: by name, the layers that could not be read at all, with their lines.
+    """
 
     def __init__(self, layers: Sequence[tuple[str, str]]) -> None:
         self.layers = list(layers)
         self.problems: list[str] = []
+        self.unread: dict[str, str] = {}
+
+    def demand_explicit(self) -> None:
+        """Raises RegistryError where the explicit layer, which somebody named, could not be read."""
+        if "explicit" in self.unread:
+            raise RegistryError(self.unread["explicit"])
 
     @classmethod
     def default(cls, explicit: str | Path | None = None) -> Self:
@@ -91,11 +100,13 @@ class Layers:
                 if name == "explicit":
                     raise
                 problems.append(str(error))
-        raise RegistryError("no registry can be written: " + ("; ".join(problems) or "there is no user layer"))
+        if not problems:
+            user_folder()  # says why there is no user layer
+        raise RegistryError("no registry can be written: " + "; ".join(problems))
 
     def _read(self, query: Callable[[Readable], _T]) -> Iterator[tuple[str, _T]]:
         """What each layer answers, in order; what is wrong with a layer goes to `problems`."""
-        self.problems = []
+        self.problems, self.unread = [], {}
         for name, target in self.layers:
             try:
                 path = Target.parse(target).path
@@ -110,6 +121,7 @@ class Layers:
                     found = query(registry)
                     self.problems += registry.problems
             except (RegistryError, OSError) as error:
+                self.unread[name] = str(error)
                 self.problems.append(str(error))
             else:
                 yield name, found

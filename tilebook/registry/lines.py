@@ -51,6 +51,15 @@ def _key(verdict: Verdict) -> tuple[str, str, str, str, int, str]:
     return verdict.op, verdict.problem, device.name, device.arch, device.sm_count, verdict.kernel
 
 
+def is_header(line: bytes) -> bool:
+    """Is this the first line of a file in the format, of whatever version?"""
+    try:
+        head = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(head, dict) and head.get("format") == FORMAT
+
+
 def read(
     stream: TextIO, *, origin: str, trusted: bool, max_total: int = MAX_TOTAL
 ) -> Iterator[tuple[int, Trial | Verdict | Revocation]]:

@@ -272,7 +272,7 @@ class Miss:
 
     def plus(self, other: Miss) -> Miss:
         """The calls of both; the estimate of the time of a call and `last_seen` are the newest."""
-        newest = self if self.last_seen >= other.last_seen else other
+        newest = max(self, other, key=lambda each: (each.last_seen, each.time_ms))
         return replace(newest, calls=min(self.calls + other.calls, 2**62))
 
     def content(self) -> dict[str, Json]:

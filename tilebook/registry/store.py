@@ -170,6 +170,20 @@ class Registry:
                 session.delete(row)
         return bool(found)
 
+    def remove_damaged(self) -> int:
+        """Removes the trials, verdicts and misses that readers leave out as damaged, and returns how many.
+
+        Damaged revocations stay: what they revoked may run again, and whoever wrote them decides, see `unrevoke`.
+        """
+        removed = 0
+        with self._write() as session:
+            for query, decode in _DECODED:
+                for row in session.execute(query()).scalars():
+                    if decode(row) is None:
+                        session.delete(row)
+                        removed += 1
+        return removed
+
     def count_misses(self, misses: Iterable[Miss]) -> None:
         """Adds calls to the ledger; the estimate of the time of a call and `last_seen` are the newest."""
         misses = list(misses)
@@ -333,6 +347,14 @@ def _select(
     if kernel is not None:
         query = query.where(KernelRow.digest == kernel)
     return query
+
+
+# How the rows of each table are read as records; the decoders' arguments differ in type.
+_DECODED: Sequence[tuple[Callable[[], Select[Any]], Callable[[Any], object]]] = (
+    (lambda: _select(TrialRow, None, None, None, None), trial_of),
+    (lambda: _select(VerdictRow, None, None, None, None).options(selectinload(VerdictRow.finalists)), verdict_of),
+    (lambda: _select(MissRow, None, None, None, None), miss_of),
+)
 
 
 def _add_trials(session: Session, keys: Keys, trials: Sequence[Trial], origin: str) -> int:

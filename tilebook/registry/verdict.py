@@ -246,29 +246,6 @@ class Verdict:
         """The digest of the source that this implementation had; the op's kernel where the verdict has no other."""
         return self.sources.get(implementation, self.kernel)
 
-    kernel_of = source_of
-
-    @property
-    def evidence(self) -> dict[str, Json]:
-        """The whole evidence as plain data, for reports: the contests in the order of the default first, and the notes.
-
-        `candidates` has the first contest, `again` the second ones, each with the default's samples first.
-        """
-        default = sorted(self.finalists, key=lambda each: not each.default)
-        found: dict[str, Json] = {
-            **self.notes,
-            "mode": self.mode,
-            "kernels": dict(self.sources),
-            "candidates": [_row(each) for each in default],
-        }
-        if self.measured:
-            found["again"] = [
-                _second(default[0], each, each.again) for each in self.finalists if each.again is not None
-            ]
-        else:
-            found["predicted_ms"] = self.winner.predicted_ms
-        return found
-
     def portable(self) -> dict[str, Json]:
         """The content another machine can use: all but `origin` and `trusted`, which every registry decides itself."""
         return {
@@ -324,34 +301,3 @@ def _samples(value: object) -> tuple[float, ...]:
 def _instance(value: object, kind: Any, what: str) -> None:
     if not isinstance(value, kind):
         raise ValueError(f"{what} has a wrong value: {checks.quoted(value)}")
-
-
-def _row(each: Finalist) -> dict[str, Json]:
-    row: dict[str, Json] = {"implementation": each.implementation, "config": dict(each.config)}
-    if each.time_ms is not None:
-        row["time_ms"] = each.time_ms
-    if each.predicted_ms is not None:
-        row["predicted_ms"] = each.predicted_ms
-    if each.speedup is not None:
-        row["speedup"] = each.speedup.content()
-    if each.samples_ms:
-        row["samples_ms"] = list(each.samples_ms)
-    if each.code:
-        row["code"] = each.code
-    return row
-
-
-def _second(default: Finalist, each: Finalist, again: Again) -> list[Json]:
-    return [
-        {
-            "implementation": default.implementation,
-            "config": dict(default.config),
-            "samples_ms": list(again.default_samples_ms),
-        },
-        {
-            "implementation": each.implementation,
-            "config": dict(each.config),
-            "speedup": again.speedup.content(),
-            "samples_ms": list(again.samples_ms),
-        },
-    ]

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.registry import Revocation, Verdict
+from tilebook.registry.current import retired
 from tilebook.tuner.known import cut_short
 from tilebook.tuner.progress import ProblemState
 
@@ -34,11 +35,20 @@ def _label(verdict: Verdict) -> str:
         return verdict.problem  # an op or a field that this version does not know
 
 
+def is_retired(verdict: Verdict) -> bool:
+    """Is the winner not served, because its source or that of the op's own kernel is another now?"""
+    op = ops.ops().get(verdict.op)
+    if op is None:
+        return True
+    return retired(verdict, verdict.implementation, op.digest, op.digest_of)
+
+
 def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> dict[str, Any]:
     """One verdict as plain data; times in milliseconds, null where nothing was measured.
 
     `revocation` is what keeps the winner from being served; its reason becomes the field `revoked`, null without one.
     """
+    notes = verdict.notes
     return {
         "op": verdict.op,
         "problem": _label(verdict),
@@ -52,16 +62,17 @@ def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> d
         "speedup_low": verdict.speedup_low,
         "speedup_high": verdict.speedup_high,
         "predicted_ms": verdict.winner.predicted_ms,
-        "predicted_default_ms": verdict.notes.get("predicted_default_ms"),
+        "predicted_default_ms": notes.get("predicted_default_ms"),
         "layer": layer,
         "stale": bool(stale(verdict)),
         "trusted": verdict.trusted,
+        "retired": is_retired(verdict),
         "revoked": None if revocation is None else revocation.reason,
-        "tried": verdict.notes.get("tried"),
-        "rejected": verdict.notes.get("rejected"),
-        "infeasible": verdict.notes.get("infeasible"),
-        "seconds": verdict.notes.get("seconds"),
-        "busy": verdict.notes.get("busy"),
+        "tried": notes.get("tried"),
+        "rejected": notes.get("rejected"),
+        "infeasible": notes.get("infeasible"),
+        "seconds": notes.get("seconds"),
+        "busy": notes.get("busy"),
         "cut_short": cut_short(verdict),
         "mode": verdict.mode,
         "others": _others(verdict),
@@ -88,11 +99,11 @@ def _unreached(op: str, problem: str, device: str, why: str) -> dict[str, Any]:
 
 
 def _others(verdict: Verdict) -> dict[str, float]:
-    """ms of the fastest of each implementation but that of the default, our own kernel, by name."""
-    own = next((each.implementation for each in verdict.finalists if each.default), "")
+    """ms of the fastest of each implementation but the one whose default is the baseline, by name."""
+    ours = next((each.implementation for each in verdict.finalists if each.default), verdict.implementation)
     found: dict[str, float] = {}
     for each in verdict.finalists:
-        if each.implementation != own and each.time_ms is not None:
+        if each.implementation != ours and each.time_ms is not None:
             found[each.implementation] = min(each.time_ms, found.get(each.implementation, each.time_ms))
     return found
 
@@ -108,7 +119,8 @@ def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False) -
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
+    # Names come from registries, which may be a stranger's: nothing in them is markup.
+    console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False, emoji=False)
     left_out = [each for each in rows if each["status"] == UNREACHED]
     rows = [each for each in rows if each["status"] != UNREACHED]
     for each in left_out:
@@ -157,6 +169,7 @@ def _outcome(each: dict[str, Any]) -> list[str]:
     flags += ["cut short"] if each["cut_short"] else []
     flags += ["stale"] if each["stale"] else []
     flags += [] if each["trusted"] else ["not trusted"]
+    flags += ["retired"] if each["retired"] else []
     flags += ["revoked"] if each["revoked"] else []
     config = " ".join(f"{axis}={value}" for axis, value in each["config"].items())
     others = {name: _ms(time_ms) for name, time_ms in each["others"].items() if name != each["implementation"]}

@@ -86,16 +86,17 @@ def status(gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
     layers = store.Layers.default(registry)
     verdicts = [row(verdict, layer) for layer, verdict in layers.verdicts(device=store.Device(*device.identity))]
     problems = list(layers.problems)
-    if registry and problems:
-        raise store.RegistryError(problems[0])
+    if registry:
+        layers.demand_explicit()
     found = asked(device, registry)
     total_s = sum(each.weight_s for each in found)
     covered_s = sum(each.weight_s for each in found if each.covered)
     data: dict[str, Any] = {
         "device": device.name,
-        "verdicts": dict(Counter(each["status"] for each in verdicts)),
-        "layers": dict(Counter(each["layer"] for each in verdicts)),
-        "stale": sum(each["stale"] for each in verdicts),
+        "verdicts": dict(Counter(each["status"] for each in verdicts if not each["retired"])),
+        "layers": dict(Counter(each["layer"] for each in verdicts if not each["retired"])),
+        "stale": sum(each["stale"] for each in verdicts if not each["retired"]),
+        "retired": sum(each["retired"] for each in verdicts),
         "not_trusted": sum(not each["trusted"] for each in verdicts),
         "asked_s": total_s,
         "covered": covered_s / total_s if total_s else None,
@@ -130,6 +131,7 @@ def _lines(data: dict[str, Any]) -> Sequence[str]:
     lines = [data["device"], f"  verdicts  {counted(data['verdicts'])}; by layer: {counted(data['layers'])}"]
     lines[-1] += f"; {data['stale']} stale" if data["stale"] else ""
     lines[-1] += f"; {data['not_trusted']} not trusted" if data["not_trusted"] else ""
+    lines[-1] += f"; {data['retired']} more retired: of kernels as they were" if data["retired"] else ""
     if not data["asked"]:
         return [*lines, "  asked     no problem that had no verdict, by the registries that programs here can write to"]
     spent = f"{data['asked_s']:.3g} s of GPU time by estimate, {data['covered']:.0%} of it covered by now"

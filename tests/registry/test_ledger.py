@@ -1,0 +1,117 @@
+"""Counting misses as a program ends: what Registry.count_misses does, without a wait and with the standard library."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from old_registry import make_old, old_verdicts
+from registry_samples import A100, START, evidenced, miss
+
+import tilebook.registry
+from tilebook.dispatch.misses import store_misses
+from tilebook.registry import Locked, Registry, RegistryError, ledger
+
+REPOSITORY = Path(tilebook.registry.__file__).parents[2]
+LATER = START + timedelta(days=1)
+FIRST = [miss(1, calls=5), miss(2, calls=2, time_ms=100.0), miss(3, device=A100)]
+SECOND = [miss(1, calls=7, time_ms=2.0, last_seen=LATER), miss(4)]
+
+
+def misses(path: Path) -> list[object]:
+    with Registry.open(path) as registry:
+        assert registry.problems == []
+        return list(registry.misses())
+
+
+def test_the_ledger_is_that_of_the_registry(path: Path) -> None:
+    by_registry = path.with_name("other.db")
+    Registry.open(path, write=True).close()
+    for some in (FIRST, SECOND):
+        ledger.add(path, some, 0)
+        with Registry.open(by_registry, write=True) as registry:
+            registry.count_misses(some)
+    assert misses(path) == misses(by_registry)
+    with Registry.open(path, write=True) as registry:
+        registry.count_misses(FIRST)
+    assert miss(1, calls=17, time_ms=2.0, last_seen=LATER) in misses(path)
+
+
+def test_a_damaged_entry_is_replaced(path: Path) -> None:
+    Registry.open(path, write=True).close()
+    ledger.add(path, FIRST[:1], 0)
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE miss SET calls = 99")
+    ledger.add(path, FIRST[:1], 0)
+    assert misses(path) == FIRST[:1]
+
+
+def test_a_registry_of_an_older_schema_keeps_it(path: Path) -> None:
+    make_old(str(path), old_verdicts())
+    ledger.add(path, FIRST, 0)
+    assert len(misses(path)) == 3
+    with sqlite3.connect(path) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("TILEBOOK_REGISTRY", str(tmp_path / "mine.db"))
+    return tmp_path
+
+
+def test_a_lock_costs_a_fifth_of_a_second_at_most(home: Path) -> None:
+    path = home / "mine.db"
+    with Registry.open(path, write=True) as registry:
+        registry.record(verdict=evidenced())
+    writer = sqlite3.connect(path, isolation_level=None)
+    for lock in ("BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"):
+        writer.execute(lock)
+        began = time.monotonic()
+        store_misses(FIRST)
+        assert not ledger.count(FIRST, 0)
+        assert time.monotonic() - began < 0.2
+        with pytest.raises(Locked):
+            ledger.add(path, FIRST, 0)
+        with pytest.raises(Locked):
+            Registry.open(path, write=True, wait_s=0)
+        writer.execute("ROLLBACK")
+    assert misses(path) == []
+    store_misses(FIRST)
+    assert len(misses(path)) == 3
+
+
+def test_misses_go_to_the_first_registry_that_is_there(home: Path) -> None:
+    assert not ledger.count(FIRST)
+    assert not (home / "mine.db").exists()
+    user = home / "data" / "tilebook" / "registry.db"
+    Registry.open(user, write=True).close()
+    assert ledger.count(FIRST)
+    assert len(misses(user)) == 3
+    Registry.open(home / "mine.db", write=True).close()
+    assert ledger.count(FIRST)
+    assert (len(misses(user)), len(misses(home / "mine.db"))) == (3, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"notes, longer than the header of a registry" * 4])
+def test_what_is_no_registry_is_left_alone(home: Path, content: bytes) -> None:
+    (home / "mine.db").write_bytes(content)
+    assert not ledger.count(FIRST)
+    with pytest.raises(RegistryError):
+        ledger.add(home / "mine.db", FIRST, 0)
+    assert (home / "mine.db").read_bytes() == content
+
+
+def test_counting_needs_the_standard_library_alone() -> None:
+    code = (
+        "import sys; from tilebook.registry import ledger;"
+        "sys.exit(sorted({'sqlalchemy', 'platformdirs', 'alembic', 'torch', 'triton'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})

@@ -1,0 +1,61 @@
+"""Files that the user names: what is there is not lost, and what is no plain file is written through."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from tilebook.errors import RegistryError
+
+_STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+_STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+
+
+@contextmanager
+def written(name: str) -> Iterator[TextIO]:
+    """A stream to write an export to, whole or not at all where it is a plain file.
+
+    Raises RegistryError where another file than an export is there, a registry above all.
+    """
+    if name in _STDOUT:
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    place = Path(os.path.realpath(name))  # a link stays one; what it leads to is written
+    if place.exists() and not stat.S_ISREG(place.stat().st_mode):
+        with open(name, "w", encoding="utf-8") as stream:
+            yield stream
+        return
+    if place.exists() and not _is_export(place):
+        raise RegistryError(f"{name} is there and is no export: it is left as it is")
+    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            yield stream
+        partial.replace(place)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_export(place: Path) -> bool:
+    from tilebook.registry.lines import is_header
+
+    with place.open("rb") as file:
+        head = file.readline(4096)
+    return not head or is_header(head)
+
+
+@contextmanager
+def opened(name: str) -> Iterator[TextIO]:
+    """A stream to read an export from. Raises OSError."""
+    if name in _STDIN:
+        yield io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="\n")
+        return
+    with open(name, encoding="utf-8", newline="\n") as stream:
+        yield stream
