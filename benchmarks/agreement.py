@@ -104,12 +104,12 @@ def outcome(seed: int, verdict: Verdict, seconds: float) -> dict[str, Any]:
         "winner": {"implementation": verdict.implementation, "config": dict(verdict.config)},
         "time_ms": verdict.time_ms,
         "speedup": [verdict.speedup_low, verdict.speedup, verdict.speedup_high],
-        "tied": verdict.evidence["tied"],
+        "tied": verdict.notes["tied"],
         "finalists": [
-            {name: each[name] for name in ("implementation", "config", "time_ms", "speedup")}
-            for each in verdict.evidence["candidates"]
+            {name: each.content()[name] for name in ("implementation", "config", "time_ms", "speedup")}
+            for each in verdict.finalists
         ],
-        "tried": verdict.evidence["tried"],
+        "tried": verdict.notes["tried"],
         "seconds": round(seconds, 2),
     }
 

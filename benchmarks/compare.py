@@ -59,8 +59,8 @@ def contenders(op: Op[Any], problem: Problem, snapshot: Snapshot) -> dict[str, t
     found: dict[str, tuple[Implementation, Config | None]] = {"default": (ours, ours.space.default(problem, gpu))}
     choice, tuned = snapshot.choose(op, problem), dict[str, Config]()
     if choice.source == "exact" and choice.verdict is not None:
-        for name, config in choice.verdict.ranking():
-            tuned.setdefault(name, Config(config))
+        for each in choice.verdict.finalists:
+            tuned.setdefault(each.implementation, Config(each.config))
         if ours.name in tuned:
             found["tuned"] = (ours, tuned[ours.name])
         found["dispatched"] = (choice.implementation, choice.config)

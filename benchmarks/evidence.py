@@ -5,8 +5,7 @@
 A verdict's candidates were sampled interleaved, 30 rounds in random order, in one process. `default` is our kernel's
 default config, `tuned` the fastest of our kernels, `dispatched` what serves, `torch` what PyTorch's own function runs.
 In verdicts of plain attention older than that rule `torch` is FlashAttention-2 on every GPU (see `gains.py`).
-Where no other config of ours was among the finalists, `tuned` is the search's best, scaled by the default's two times:
-`from_search`. `current` says whether the verdict is of the kernels as they are now.
+`current` says whether the verdict is of the kernels as they are now.
 """
 
 from __future__ import annotations
@@ -25,15 +24,13 @@ from tilebook.registry import Registry, Verdict
 def row(verdict: Verdict, problem: Problem) -> dict[str, Any]:
     op = ops.get(verdict.op)
     ours = {each.name for each in op.tunables if not each.external}
-    listed: Any = verdict.evidence["candidates"]
-    times: dict[str, float] = {"default": listed[0]["time_ms"]}
-    from_search = False
-    for each in listed:
-        name = each["implementation"]
-        for kind in (name, "tuned") if name in ours else (name,):
-            if each["time_ms"] < times.get(kind, math.inf):
-                times[kind] = each["time_ms"]
-                from_search |= each.get("from_search", False)
+    assert verdict.default_time_ms is not None
+    times = {"default": verdict.default_time_ms}
+    for each in verdict.finalists:
+        if each.time_ms is None:
+            continue
+        for kind in (each.implementation, "tuned") if each.implementation in ours else (each.implementation,):
+            times[kind] = min(each.time_ms, times.get(kind, math.inf))
     here = (name for name, _ in verdict.ranking() if name in op.implementations)  # some finalists were removed since
     served = next(name for name in here if op.implementations[name].supports(problem))
     times["dispatched"] = times["tuned" if served in ours else served]
@@ -44,7 +41,6 @@ def row(verdict: Verdict, problem: Problem) -> dict[str, Any]:
         "measured_at": verdict.created_at.isoformat(timespec="seconds"),
         "winner": served,
         "current": verdict.kernel == op.digest,
-        "from_search": from_search,
         "times_ms": times,
         "tflops": {name: round(flops / ms / 1e9, 1) for name, ms in times.items()},
         "speedup_over_torch": round(times["torch"] / times["dispatched"], 4),

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook import dispatch, torch_ops
+from tilebook.layout import rows
 
 Tensors = tuple[torch.Tensor | None, ...]
 Way = Literal["direct", "op", "pytorch"]
@@ -34,7 +35,8 @@ _AUTOCAST = tuple(
 def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) -> Way:
     """How a call with these tensors is to run. Raises ValueError for what is no tensor; `optional` may be None.
 
-    direct:  past the dispatcher. For CUDA tensors of PyTorch's own classes, outside every mode, transform and trace.
+    direct:  past the dispatcher. For CUDA tensors of PyTorch's own classes that are what their memory holds (a lazy
+             negation is not), outside every mode, transform and trace.
     op:      as an op of PyTorch's, which knows what to do with all the rest.
     pytorch: as PyTorch's own functions: on the CPU, and where an op of ours would lose something, as a forward-mode
              derivative, a derivative by `torch.func`, or a node of a script's graph.
@@ -44,7 +46,7 @@ def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) ->
         return "op" if first.is_cuda or dispatch.forced() else "pytorch"
     ordinary = True
     for each in (*tensors, *[x for x in optional if x is not None]):
-        if type(each) not in _ORDINARY:
+        if type(each) not in _ORDINARY or each.is_neg():
             if not isinstance(each, torch.Tensor):
                 raise ValueError(f"expected a tensor, not {type(each).__name__}")
             ordinary = False
@@ -61,8 +63,13 @@ def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) ->
 
 def untraceable(route: Way, *tensors: torch.Tensor) -> Way:
     """The way of a call whose plain form reads numbers on the host, which no trace can: there the op stands for it."""
-    unknown = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or any(x.is_meta for x in tensors)
+    unknown = watched() or any(x.is_meta or type(x) not in _ORDINARY for x in tensors)
     return "op" if route == "pytorch" and unknown else route
+
+
+def watched() -> bool:
+    """Is a trace or a mode under way, which may have tensors without numbers?"""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
 
 
 def _differentiating() -> bool:
@@ -130,9 +137,10 @@ class Entry:
     plain:    (tensors, options) → the result, in PyTorch's own functions.
     fake:     (tensors, options as the schema has them) → empty outputs, laid out as those of the op are.
     pack, unpack: options as the family has them ↔ as the schema has them.
-    casts:    are the tensors factors of products, which autocast casts?
+    casts:    the tensors that are factors of products, which autocast casts.
     fold:     may a batch of problems (see `torch.vmap`) be more of the first axis, if only these tensors have one?
-    flops:    (shapes of the tensors) → floating-point operations forward and backward, as PyTorch counts its own.
+    flops:    (tensors, options as the schema has them, needs) → floating-point operations, as PyTorch counts its own:
+              of a forward pass where needs is None, else of the gradients that are needed.
     shards:   (what DTensor says of the tensors, by name) → axes that may be cut over GPUs (see `tilebook.sharding`).
     """
 
@@ -147,9 +155,9 @@ class Entry:
     fake: Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
     pack: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda options: options
     unpack: Callable[[Tensors, tuple[Any, ...]], tuple[Any, ...]] = lambda tensors, options: options
-    casts: bool = False
+    casts: tuple[str, ...] = ()
     fold: tuple[str, ...] = ()
-    flops: Callable[..., tuple[int, int]] | None = None
+    flops: Callable[[Tensors, Any, Sequence[bool] | None], int] | None = None
     shards: Callable[[dict[str, Any]], list[dict[str, int | None]]] | None = None
 
     op: Any = field(init=False)
@@ -189,40 +197,51 @@ class Entry:
         return choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native)
 
     def gradients(
-        self,
-        dy: torch.Tensor,
-        tensors: Tensors,
-        kept: Tensors,
-        options: tuple[Any, ...],
-        needs: Sequence[bool],
-        op: bool = False,
+        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
-        """Gradients of the tensors that need one, None for the others. `options` as the family has them.
-
-        op: the forward pass was one of PyTorch's ops, and so is this one; `options` are as its schema has them.
-        """
+        """Gradients of the tensors that need one, None for the others. `options` as the family has them."""
         assert self.backward is not None
-        route = way(dy, optional=(*tensors, *kept))
+        if self._differentiated():
+            return self._differentiable(dy, tensors, options, needs)
         # No storage: a batch of cotangents, by a mechanism older than torch.func's.
-        if op or dy.is_meta or not (torch.compiler.is_compiling() or torch._C._has_storage(dy)):
-            route = "op"
-        if torch.is_grad_enabled() or (route == "pytorch" and (forward_ad._current_level >= 0 or _differentiating())):
-            return self._differentiable(dy, tensors, self.unpack(tensors, options) if op else options, needs)
-        if dy.stride(-1) != 1 if dy.ndim else False:  # a gradient expanded from a sum, say
-            dy = dy.contiguous()
-        if route != "op":
-            return self.backward(dy, tensors, kept, options, needs)
-        given = options if op else self.pack(options)
-        found = self.op_backward(dy, *tensors, *kept, *given, list(needs))
+        stored = torch.compiler.is_compiling() or torch._C._has_storage(dy)
+        if not stored or dy.is_meta or way(dy, optional=(*tensors, *kept)) == "op":
+            return self._by_op(dy, tensors, kept, self.pack(options), needs)
+        return self.backward(rows(dy), tensors, kept, options, needs)  # dy may be expanded from a sum
+
+    def gradients_of_op(
+        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
+    ) -> Tensors:
+        """The same where what went forward was the op, and so is what goes backward. `packed` as the schema has them.
+
+        In a trace nothing may look at them: lengths among them are symbols.
+        """
+        if self._differentiated():
+            return self._differentiable(dy, tensors, self.unpack(tensors, packed), needs)
+        return self._by_op(dy, tensors, kept, packed, needs)
+
+    @staticmethod
+    def _differentiated() -> bool:
+        """Will gradients be differentiated again?"""
+        if torch.is_grad_enabled():
+            return True
+        return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _differentiating())
+
+    def _by_op(
+        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
+    ) -> Tensors:
+        found = self.op_backward(rows(dy), *tensors, *kept, *packed, list(needs))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
     def _differentiable(
         self, dy: torch.Tensor, tensors: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
         """Gradients that can be differentiated again, as far as PyTorch's own functions can be."""
-        wanted = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
         with torch.enable_grad():
-            found = iter(torch.autograd.grad(self.plain(tensors, options), wanted, dy, create_graph=True))
+            # Views stand for the tensors: one may have been made of another, or be given twice.
+            apart = tuple(x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True))
+            wanted = [x for x, need in zip(apart, needs, strict=True) if need and x is not None]
+            found = iter(torch.autograd.grad(self.plain(apart, options), wanted, dy, create_graph=True))
         return tuple(next(found) if need else None for need in needs)
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import triton
 
 HOST_DESCRIPTORS_S = 25e-6
 """Calls with a floor below this do not use host-side tensor descriptors.
@@ -50,8 +49,10 @@ def with_scratch(function: Callable[..., Any], /, *args: Any, **options: Any) ->
 
     Triton's allocator is a context variable: the one that a program has set for its own kernels stays what it is.
     """
+    from triton import set_allocator  # here: programs on the CPU do without Triton
+
     context = contextvars.copy_context()
-    context.run(triton.set_allocator, _scratch)
+    context.run(set_allocator, _scratch)
     return context.run(function, *args, **options)
 
 

@@ -10,7 +10,7 @@ _VECTOR = 16
 
 def vector(x: torch.Tensor) -> torch.Tensor:
     """A vector whose elements lie side by side: kernels step through weights and biases one by one."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

@@ -206,6 +206,7 @@ class Op(Generic[P]):
         self.fused = fused
         self.native = native
         self.backward: Op[Any] | None = None  # the op of the gradients, posed by a problem with the same fields
+        self.captured = "torch"  # runs where a graph is captured and nothing is compiled yet, if it takes the problem
         self.family = family or reference.__module__.removeprefix("tilebook.kernels.").split(".")[0]
         self.implementations: dict[str, Implementation] = {}
 
@@ -242,6 +243,13 @@ class Op(Generic[P]):
         """Our own kernel, named `triton`, else the first with a space: its default is the baseline."""
         ours = self.implementations.get("triton")
         return ours if ours is not None else next(each for each in self.tunables if not each.external)
+
+    def uncompiled(self, problem: P, device: Device | None) -> Implementation:
+        """What needs no kernel of ours to be compiled first, and reads nothing on the host where it can."""
+        found = self.implementations.get(self.captured)
+        if found is not None and device is not None and found.can_run(problem, device):
+            return found
+        return self.implementations["torch"]
 
     @property
     def digest(self) -> str:

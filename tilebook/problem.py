@@ -23,11 +23,13 @@ __all__ = [
     "Cost",
     "Problem",
     "UsageError",
+    "cdiv",
     "choice",
     "demand",
     "dtype_name",
     "flag",
     "generator",
+    "next_power_of_2",
     "normal",
     "pattern",
     "size",
@@ -40,6 +42,16 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def dtype_name(dtype: torch.dtype) -> str:
     """The name a dtype has in keys and on the command line; dtypes that no kernel knows keep PyTorch's."""
     return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not less than n ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of that size hold n."""
+    return -(-n // size)
 
 
 def generator(device: torch.device | str, seed: int) -> torch.Generator | None:

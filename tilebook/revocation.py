@@ -87,7 +87,7 @@ def revoke(layers: Layers, revocation: Revocation) -> tuple[bool, list[dict[str,
     """Stores it; returns whether it is new, and rows of the verdicts whose winners it keeps from running."""
     with layers.writer() as registry:
         new = registry.revoke(revocation)
-    denied = DenyList([("", revocation)], devices.package_version("triton"))
+    denied = DenyList([revocation], devices.package_version("triton"))
     kernel = ops.get(revocation.op).digest
     return new, [
         verdict_row(verdict, layer, revocation)

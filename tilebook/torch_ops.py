@@ -111,7 +111,10 @@ def _backward(entry: Entry) -> Callable[..., Any]:
         assert entry.backward is not None
         found = entry.backward(dy, tensors, kept, options, needs)
         models = _empty_gradients(tensors, needs, dy)
-        return tuple(model if grad is None else _laid(grad, model) for grad, model in zip(found, models, strict=True))
+        return tuple(
+            _laid(grad, model) if need and grad is not None and grad.numel() else model
+            for grad, model, need in zip(found, models, needs, strict=True)
+        )
 
     return run
 
@@ -149,7 +152,7 @@ def _gradients(entry: Entry) -> Callable[..., Any]:
             return (None,) * len(needs)
         saved = ctx.saved_tensors
         tensors = saved[:count]
-        found = entry.gradients(dy, tensors, saved[count:], ctx.options, needs[:count], True)
+        found = entry.gradients_of_op(dy, tensors, saved[count:], ctx.options, needs[:count])
         return *found, *[None] * (len(needs) - count)
 
     return backward
@@ -203,7 +206,9 @@ def _cast(entry: Entry, kind: str) -> Callable[..., Any]:
         from tilebook.call import autocast
 
         count = len(entry.tensors)
-        tensors = autocast(*args[:count])
+        cast = autocast(*args[:count])
+        names = [name.rstrip("?") for name in entry.tensors]
+        tensors = [to if name in entry.casts else x for name, x, to in zip(names, args, cast, strict=False)]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return entry.op(*tensors, *args[count:])
 
@@ -213,18 +218,19 @@ def _cast(entry: Entry, kind: str) -> Callable[..., Any]:
 def _count(entry: Entry) -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    count, flops = len(entry.tensors), entry.flops
+    count, kept, flops = len(entry.tensors), len(entry.kept), entry.flops
     assert flops is not None
 
-    def forward(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-        return flops(*shapes[:count])[0]
+    def forward(*args: Any, out_val: Any = None) -> int:
+        return flops(args[:count], args[count:], None)
 
-    def backward(dy: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
-        return flops(*shapes[:count])[1]
+    def backward(dy: Any, *args: Any, out_val: Any = None) -> int:
+        return flops(args[:count], args[count + kept : -1], args[-1])
 
     for name, formula in zip(names(entry), (forward, backward), strict=True):
         if name:
-            register_flop_formula(getattr(torch.ops.tilebook, name))(formula)
+            registered: Any = register_flop_formula(getattr(torch.ops.tilebook, name), get_raw=True)
+            registered(formula)
 
 
 @contextmanager

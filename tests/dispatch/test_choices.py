@@ -23,7 +23,7 @@ from dispatch_samples import (
 
 from tilebook import device as devices
 from tilebook.dispatch import snapshot
-from tilebook.kernels.attention import flash4
+from tilebook.kernels.attention.peers import flash4
 from tilebook.op import Config
 from tilebook.registry import Device, Environment
 

@@ -7,8 +7,8 @@ import torch
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.kernels.attention import flash4, flex
 from tilebook.kernels.attention.form import form
+from tilebook.kernels.attention.peers import flash4, flex
 from tilebook.tuner.verify import Case, Wrong, verify
 
 pytestmark = pytest.mark.gpu

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tilebook import device as devices
-from tilebook.kernels.attention import eager, forward_gluon
+from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
+from tilebook.kernels.attention.gluon import launch as forward_gluon
 from tilebook.kernels.attention.ops import attention_fwd
 
 pytestmark = pytest.mark.gpu

@@ -15,9 +15,10 @@ import triton.language as tl
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
-from tilebook.kernels.attention import eager, peers
+from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+from tilebook.kernels.attention.pytorch import sdpa
 from tilebook.kernels.attention.triton.tiles import rounded
 from tilebook.launch import intercepted
 from tilebook.op import UsageError
@@ -205,7 +206,7 @@ def test_gradients_through_the_public_function(causal):
     with dispatch.use("triton"):
         o = tilebook.attention(*ours, causal=causal, scale=0.3)
         o.float().sum().backward()  # do is expanded from a scalar
-    truth = peers.sdpa(*exact, causal, 0.3)
+    truth = sdpa(*exact, causal, 0.3)
     truth.sum().backward()
     assert o.dtype == torch.bfloat16
     assert _relative(o, truth) < 5e-3

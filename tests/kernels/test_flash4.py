@@ -13,9 +13,9 @@ import torch
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
-from tilebook.kernels.attention import flash4
 from tilebook.kernels.attention.form import CAUSAL, form
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+from tilebook.kernels.attention.peers import flash4
 from tilebook.op import Config
 from tilebook.tuner.verify import Case, truths, verify
 

@@ -67,6 +67,34 @@ def test_other_configs_of_the_gradients_are_right_too(config):
         verify(GRADS.tunable, config, [Case.make(GRADS, problem, "cpu", 1)], repeats=0)
 
 
+FEW_ROWS = [
+    op.Config(BLOCK_M=m, BLOCK_N=64, BLOCK_K=k, GROUP_M=1, num_warps=4, num_stages=3, DESCRIPTORS=0, **split)
+    for m, k, split in ((16, 64, {}), (16, 32, {"SPLIT": 4}), (32, 64, {"SPLIT": 2}), (64, 32, {"SPLIT": 8}))
+]
+
+
+@interpreted
+@pytest.mark.parametrize("config", FEW_ROWS, ids=repr)
+@pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)
+def test_few_rows_by_small_tiles_and_shares_of_the_sums_are_right(each, config):
+    for text in ("M1,H72,I200", "M16,H320,I136,gelu_tanh", "M11,H45,I91,relu", "M37,H200,I72"):
+        verify(each.tunable, config, [Case.make(each, each.problem.parse(text, "bf16"), "cpu", 1)], repeats=2)
+
+
+def test_small_tiles_and_shares_are_for_few_rows():
+    space = OPS[1].tunable.space
+    few, many = (OPS[1].problem.parse(text, "bf16") for text in ("M16,H4096,I14336", "M1568,H4096,I14336"))
+    assert all(space.reject(few, config, H200) is None for config in FEW_ROWS[:1])
+    split = FEW_ROWS[1].replace(BLOCK_K=64)
+    assert space.contains(split)
+    assert space.reject(few, split, H200) is None
+    assert "anew" in space.reject(many, FEW_ROWS[0], H200)
+    assert "shares of the sums" in space.reject(many, FEW_ROWS[3], H200)
+    assert "large tiles" in space.reject(few, split.replace(DESCRIPTORS=1), H200)
+    assert "two blocks" in space.reject(OPS[1].problem.parse("M16,H64,I256", "bf16"), split, H200)
+    assert not {"SPLIT"} & {axis for config in space.feasible(many, H200) for axis in config}
+
+
 def test_large_products_are_left_to_pytorch():
     assert GRADS.tunable.supports(GRADS.problem.parse("M4096,H768,I3072", "bf16"))
     assert not GRADS.tunable.supports(GRADS.problem.parse("M8192,H4096,I14336", "bf16"))

@@ -8,9 +8,9 @@ import torch
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
-from tilebook.kernels.attention import efficient, flex, torch_flash
 from tilebook.kernels.attention.form import CAUSAL, PLAIN, form, limits
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+from tilebook.kernels.attention.peers import efficient, flex, torch_flash
 from tilebook.tuner.verify import Case, verify
 
 FORWARD, BACKWARD = attention_fwd.problem, attention_bwd.problem

@@ -215,6 +215,18 @@ FAMILIES = {
     )
 }
 
+if hasattr(tilebook, "layer_norm"):
+    FAMILIES["layer_norm"] = Family(
+        "layer_norm",
+        lambda x, weight, bias: tilebook.layer_norm(x, weight, bias),
+        lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias),
+        _and(_rows, lambda device, dtype, generator: 0.1 * rand(generator, (small(256, device),), device, dtype)),
+        3,
+    )
+
+BLOCKS = [name for name in ("mlp", "rms_norm", "layer_norm") if name in FAMILIES]
+"""Families of rows (…, N) with weights."""
+
 TRAINED = [name for name, family in FAMILIES.items() if family.trained]
 FEW = ["drop_in", "softcap", "varlen", "mlp", "rms_norm"]
 """One of each kind that is trained, where a program costs seconds."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import tilebook
 from programs.compare import assert_no_worse, assert_same_outcome, value_and_gradients
-from programs.families import FAMILIES, SDPA, composed, families, plain_mlp, plain_norm, rand, usual
+from programs.families import BLOCKS, FAMILIES, SDPA, composed, families, plain_mlp, plain_norm, rand, usual
 from programs.isolated import alone_on_a_gpu, each
 
 
@@ -83,7 +83,7 @@ def test_one_tensor_of_another_layout_after_good_calls_gives_pytorchs_numbers(de
             changed = (*inputs[:i], laid_out(x, layout), *inputs[i + 1 :])
             assert_no_worse(family.ours, family.plain, changed, calls=2, what=f"input {i}")
 
-    names = [name for name in FAMILIES if (name in ("mlp", "rms_norm")) == blocks]
+    names = [name for name in FAMILIES if (name in BLOCKS) == blocks]
     if device == "cpu" and not blocks:
         names = ["decode"]
     each([f"{layout}: {name}" for layout in LAYOUTS for name in names], body)
@@ -287,7 +287,7 @@ def test_decoding_nothing_is_nothing(device):
 
 
 def test_blocks_on_no_rows_are_what_pytorch_makes_of_them(device):
-    for name in ("mlp", "rms_norm"):
+    for name in BLOCKS:
         family = FAMILIES[name]
         x, *rest = family.leaves(device)
         for shape in ((0, x.shape[-1]), (2, 0, x.shape[-1]), (0, 3, x.shape[-1])):
@@ -298,7 +298,7 @@ def test_blocks_on_no_rows_are_what_pytorch_makes_of_them(device):
 @families()
 def test_one_row_gives_pytorchs_numbers(device, family):
     family = FAMILIES[family]
-    if family.name in ("mlp", "rms_norm"):
+    if family.name in BLOCKS:
         x, *rest = family.leaves(device)
         assert_no_worse(family.ours, family.plain, (x[..., :1, :].detach().requires_grad_(), *rest))
         assert_no_worse(family.ours, family.plain, (x.detach().flatten(0, -2)[0].requires_grad_(), *rest))

@@ -255,8 +255,9 @@ def test_lightning_trains_a_module_that_calls_us(device, tmp_path):
         accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_steps=6, precision="bf16-mixed", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, default_root_dir=str(tmp_path),
     )  # fmt: skip
+    torch.manual_seed(0)
     module = Lit()
-    trainer.fit(module, torch.utils.data.DataLoader(torch.randn(12, 24, 32), batch_size=2))
+    trainer.fit(module, torch.utils.data.DataLoader(torch.randn(2, 24, 32).repeat(6, 1, 1), batch_size=2))
     assert module.losses[-1] < module.losses[0]
 
 

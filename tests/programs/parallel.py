@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tilebook
 from programs.compare import cotangent, some_calls
-from programs.families import FAMILIES, usual
+from programs.families import BLOCKS, FAMILIES, usual
 from programs.isolated import each, run
 from programs.transforms import blocks
 
@@ -107,7 +107,7 @@ def dtensors(device, rank, ranks):
     mesh = init_device_mesh(torch.device(device).type, (ranks,))
 
     def placement(name, i, x):
-        if name in ("mlp", "rms_norm"):
+        if name in BLOCKS:
             return Shard(0) if i == 0 else Replicate()
         if name == "varlen":
             return Shard(1) if i < 3 else Replicate()  # by heads
@@ -145,10 +145,10 @@ def dtensors(device, rank, ranks):
     each(names if torch.device(device).type == "cuda" else ["softcap", "mlp", "rms_norm"], body)
 
 
-PROGRAMS = {"ddp": ddp, "fsdp": fsdp, "tensor_parallel": tensor_parallel, "dtensors": dtensors}
+PROGRAMS = ddp, fsdp, tensor_parallel, dtensors
 
 
-def _rank(rank, name, device, ranks, port, failures):
+def _rank(rank, device, ranks, port, failures):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
     where = "cpu"
     if device == "cuda":
@@ -156,49 +156,32 @@ def _rank(rank, name, device, ranks, port, failures):
         where = f"cuda:{rank}"
     dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=ranks)
     try:
-        PROGRAMS[name](where, rank, ranks)
+        for program in PROGRAMS:
+            program(where, rank, ranks)
     except BaseException as failure:
-        Path(failures, str(rank)).write_text(f"rank {rank}: {type(failure).__name__}: {str(failure)[:3000]}")
+        what = f"{program.__name__}, rank {rank}: {type(failure).__name__}: {str(failure)[:3000]}"
+        Path(failures, str(rank)).write_text(what)
         raise
     finally:
         dist.destroy_process_group()
 
 
-def launch(name, device, ranks):
+def launch(device, ranks):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as failures:
-        if ranks == 1:
-            _rank(0, name, device, 1, port, failures)
-        else:
-            try:
-                mp.spawn(_rank, (name, device, ranks, port, failures), nprocs=ranks)
-            except Exception:
-                pytest.fail("\n".join(each.read_text() for each in Path(failures).iterdir()), pytrace=False)
+        try:
+            if ranks == 1:
+                _rank(0, device, 1, port, failures)
+            else:
+                mp.spawn(_rank, (device, ranks, port, failures), nprocs=ranks)
+        except Exception:
+            pytest.fail("\n".join(each.read_text() for each in Path(failures).iterdir()), pytrace=False)
 
 
-def _start(name, device, ranks):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_data_sharded_and_tensor_parallel_programs_give_pytorchs_numbers(device, ranks):
     if device == "cuda" and torch.cuda.device_count() < ranks:
         pytest.skip(f"fewer than {ranks} GPUs")
-    run("programs.parallel", "launch", name=name, device=device, ranks=ranks)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_data_parallel_gradients_are_pytorchs(device, ranks):
-    _start("ddp", device, ranks)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_gradients_of_sharded_weights_are_pytorchs(device, ranks):
-    _start("fsdp", device, ranks)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_tensor_parallel_blocks_give_pytorchs_numbers(device, ranks):
-    _start("tensor_parallel", device, ranks)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_distributed_tensors_pass_through_or_are_refused(device, ranks):
-    _start("dtensors", device, ranks)
+    run("programs.parallel", "launch", device=device, ranks=ranks, seconds=240)

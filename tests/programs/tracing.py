@@ -7,7 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from programs.compare import assert_as_near, cotangent, doubled, fresh, value_and_gradients
-from programs.families import FAMILIES, FEW, TRAINED, families
+from programs.families import BLOCKS, FAMILIES, FEW, TRAINED, families
 
 
 @pytest.fixture(autouse=True)
@@ -197,8 +197,8 @@ def _graphs(function, inputs_of, lengths, **options):
 def test_twenty_lengths_compile_no_more_graphs_than_pytorchs(device, family, dynamic):
     family = FAMILIES[family]
     whole = family.leaves(device)
-    axis = {"varlen": 0, "mlp": 1, "rms_norm": 1}.get(family.name, 2)
-    cut = 1 if family.name in ("mlp", "rms_norm") else 3
+    axis = 0 if family.name == "varlen" else 1 if family.name in BLOCKS else 2
+    cut = 1 if family.name in BLOCKS else 3
     size = whole[0].shape[axis]
 
     def inputs_of(n):

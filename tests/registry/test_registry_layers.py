@@ -119,7 +119,7 @@ def test_a_damaged_revocation_is_a_problem_of_its_layer(home: Path) -> None:
 )
 def test_a_revocation_covers_what_fits_all_that_it_names(changes: dict[str, Any], denied: bool) -> None:
     given = revocation(**{"config": {"BLOCK_M": 128}, **changes})
-    assert (DenyList([("user", given)], "3.6.0").winner(verdict()) is not None) is denied
+    assert (DenyList([given], "3.6.0").winner(verdict()) is not None) is denied
 
 
 def test_ledgers_of_all_layers_add_up_heaviest_first(home: Path) -> None:

@@ -25,7 +25,7 @@ def show(op: str | None, gpu: str | None, registry: str | None, format_: str) ->
     name = ops.get(op).name if op else None
     layers = Layers.default(registry)
     found, revocations = layers.read(op=name)
-    denied = DenyList(revocations, devices.package_version("triton"))
+    denied = DenyList((revocation for _, revocation in revocations), devices.package_version("triton"))
     if registry:
         layers.demand_explicit()
     for problem in layers.problems:

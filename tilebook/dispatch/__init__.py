@@ -64,6 +64,7 @@ class Dispatch:
 
     def __init__(self) -> None:
         self.forced: tuple[str, Config | None] | None = None
+        self.left: dict[Any, Any] = {}  # see `tilebook.left`
         self._lock = threading.Lock()
         self._memo: dict[tuple[Any, ...], Choice] = {}
         self._snapshots: dict[int, Snapshot] = {}
@@ -108,6 +109,7 @@ class Dispatch:
                     while len(self._memo) >= _MOST_CHOICES:
                         del self._memo[next(iter(self._memo))]
                     self._memo[known] = choice
+                choice.kept = True
         return choice
 
     def choose(self, op: Op[Any], problem: Problem, device: torch.device) -> Choice:
@@ -120,7 +122,7 @@ class Dispatch:
             if index not in self._snapshots:
                 if torch.cuda.is_current_stream_capturing():
                     # Nothing may be read now, so nobody knows whether the default is revoked.
-                    return pytorch(op, problem, gpu)
+                    return Choice(op.uncompiled(problem, gpu), None, "fallback", problem, gpu)
                 self._snapshots[index] = Snapshot(gpu)
             snapshot = self._snapshots[index]
         choice = self._choose(snapshot, op, problem)
@@ -144,6 +146,7 @@ class Dispatch:
         """Forgets what was read: the next call reads the registry again."""
         with self._lock:
             self._memo.clear()
+            self.left.clear()
             self._snapshots.clear()
             self._warned.clear()
 

@@ -27,7 +27,7 @@ class Choice:
     `calls` counts how often it ran; `plan` repeats it at least cost. `spare` runs instead once this one has raised
     where the spare did not; `instead` makes the spare. `native` says that PyTorch's own function would run the
     same here, so that the call may be left to it; `backward` is what the backward pass would run; `aligned` says that
-    the tensors of its calls lie as kernels that load whole vectors want them.
+    the tensors of its calls lie as kernels that load whole vectors want them, and `kept` that it serves calls to come.
     """
 
     implementation: Implementation
@@ -44,6 +44,7 @@ class Choice:
     native: bool = field(init=False)
     backward: Choice | None = None
     aligned: bool = True
+    kept: bool = False
 
     def __post_init__(self) -> None:
         forced = self.source == "forced"
@@ -60,7 +61,7 @@ class Choice:
         if self.calls == 1 and self._compiles and _capturing(args[0]):
             # Compiling and loading a kernel while a graph is captured can spoil the graph: PyTorch's own serves.
             self.calls = 0
-            return self._pytorch(*args)
+            return self.implementation.op.uncompiled(self.problem, self.gpu)(*args)
         try:
             if self.calls == _RECORDED_CALL and self._compiles and not self.implementation.external and args[0].is_cuda:
                 outputs, self.plan = record(self._run, args)
@@ -75,9 +76,6 @@ class Choice:
     @property
     def _compiles(self) -> bool:
         return self.implementation.space is not None or bool(self.implementation.external)
-
-    def _pytorch(self, *args: Any) -> Outputs:
-        return self.implementation.op.implementations["torch"](*args)
 
     def _serve_instead(self, broken: Exception, args: Sequence[Any]) -> Outputs:
         spare = self.instead(self)

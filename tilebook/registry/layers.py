@@ -194,8 +194,8 @@ class Text:
 class DenyList:
     """The revocations that are honoured under one version of Triton; "" where it is not known."""
 
-    def __init__(self, revocations: Iterable[tuple[str, Revocation]], triton: str) -> None:
-        self._revocations = [each for _, each in revocations if each.trusted]
+    def __init__(self, revocations: Iterable[Revocation], triton: str) -> None:
+        self._revocations = [each for each in revocations if each.trusted]
         self.ops = frozenset(each.op for each in self._revocations)
         self._triton = triton
 

@@ -67,6 +67,8 @@ class Table:
         best: dict[tuple[str, str], Served] = {}
         for layer in list(self._layers):
             place = layer.name, op
+            if layer.name not in self._revocations:
+                continue  # still locked: it was waited for just now
             if place not in self._verdicts:
                 found = self._ask(layer, lambda layer=layer: layer.verdicts(op, self._device))  # type: ignore[misc]
                 if found is None:

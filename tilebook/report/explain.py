@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tilebook import registry as store
+from tilebook.device import Device
 from tilebook.dispatch import Snapshot
 from tilebook.op import Op, Problem
+from tilebook.registry import Layers, Verdict
+from tilebook.registry.serving import Served
 from tilebook.report.rows import row, stale
 from tilebook.report.status import target
 
@@ -23,7 +27,7 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
     passed = list(_passed(snapshot, op, problem))
     cost = problem.cost()
     floor_ms = 1e3 * problem.floor_s(device)
-    verdict = choice.verdict
+    verdict = None if choice.verdict is None else _whole(choice.verdict, device, registry)
     changed = stale(verdict) if verdict is not None else []
     data: dict[str, Any] = {
         "op": op.name,
@@ -52,6 +56,14 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
         lines.append(f"  with     {', '.join(f'{k} {v}' for k, v in sorted(verdict.environment.versions.items()))}")
         lines.append(f"  stale    {'yes: ' + ', '.join(changed) if changed else 'no'}")
     return "\n".join(lines), data
+
+
+def _whole(served: Served, gpu: Device, registry: str | None) -> Verdict | None:
+    """The verdict behind what is served of it, with its notes; None where it is gone since."""
+    layers = Layers.default(registry)
+    device = store.Device(*gpu.identity)
+    found = (v for _, v in layers.verdicts(op=served.op, problem=served.problem, device=device))
+    return next((v for v in found if v.kernel == served.kernel), None)
 
 
 def _passed(snapshot: Snapshot, op: Op[Any], problem: Problem) -> Iterator[dict[str, Any]]:

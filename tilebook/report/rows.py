@@ -47,7 +47,6 @@ def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> d
 
     `revocation` is what keeps the winner from being served; its reason becomes the field `revoked`, null without one.
     """
-    notes = verdict.notes
     return {
         "op": verdict.op,
         "problem": _label(verdict),
@@ -61,17 +60,17 @@ def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> d
         "speedup_low": verdict.speedup_low,
         "speedup_high": verdict.speedup_high,
         "predicted_ms": verdict.winner.predicted_ms,
-        "predicted_default_ms": notes.get("predicted_default_ms"),
+        "predicted_default_ms": verdict.notes.get("predicted_default_ms"),
         "layer": layer,
         "stale": bool(stale(verdict)),
         "trusted": verdict.trusted,
         "retired": is_retired(verdict),
         "revoked": None if revocation is None else revocation.reason,
-        "tried": notes.get("tried"),
-        "rejected": notes.get("rejected"),
-        "infeasible": notes.get("infeasible"),
-        "seconds": notes.get("seconds"),
-        "busy": notes.get("busy"),
+        "tried": verdict.notes.get("tried"),
+        "rejected": verdict.notes.get("rejected"),
+        "infeasible": verdict.notes.get("infeasible"),
+        "seconds": verdict.notes.get("seconds"),
+        "busy": verdict.notes.get("busy"),
         "cut_short": cut_short(verdict),
         "mode": verdict.mode,
         "others": _others(verdict),
@@ -87,11 +86,11 @@ def unreached(op: str, problem: str, device: str, why: str) -> dict[str, Any]:
 
 
 def _others(verdict: Verdict) -> dict[str, float]:
-    """ms of the fastest of each implementation but the one whose default is the baseline, by name."""
-    ours = next((each.implementation for each in verdict.finalists if each.default), verdict.implementation)
+    """ms of the fastest of each implementation but that of the default, our own kernel, by name."""
+    own = next((each.implementation for each in verdict.finalists if each.default), "")
     found: dict[str, float] = {}
     for each in verdict.finalists:
-        if each.implementation != ours and each.time_ms is not None:
+        if each.implementation != own and each.time_ms is not None:
             found[each.implementation] = min(each.time_ms, found.get(each.implementation, each.time_ms))
     return found
 

@@ -56,7 +56,9 @@ class Known:
         self.environment = store.Environment(dict(environment))
         self.mode = mode
         self._registry, self._layers = registry, layers
-        self._denied = store.DenyList(layers.revocations(), self.environment.versions.get("triton", ""))
+        self._denied = store.DenyList(
+            (revocation for _, revocation in layers.revocations()), self.environment.versions.get("triton", "")
+        )
         self._writing = threading.Lock()
 
     def record(self, trials: Iterable[Trial] = (), verdict: Verdict | None = None) -> None:
@@ -173,7 +175,7 @@ def cut_short(verdict: Verdict) -> bool:
     """Did the budget keep something out that another run would look at?"""
     searches: Any = verdict.notes.get("searches")
     names = list(searches) if isinstance(searches, dict) else []
-    left_out = verdict.notes.get("unmeasured"), verdict.evidence.get("unconfirmed")
+    left_out = verdict.notes.get("unmeasured"), verdict.notes.get("unconfirmed")
     return any(left_out) or any(unfinished(verdict, name, 0) for name in names)
 
 

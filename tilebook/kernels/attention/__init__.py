@@ -10,12 +10,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook import dispatch
 from tilebook.call import autocast, left_whole, tf32_allowed, way
 from tilebook.kernels.attention.check import Causal, check, checked_form, numbers, together
-from tilebook.kernels.attention.drop_in import bounded_by_the_host, scaled_dot_product_attention
+from tilebook.kernels.attention.drop_in import BOUNDS, kind, scaled_dot_product_attention
 from tilebook.kernels.attention.entry import ATTENTION, arguments, registered
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.pytorch import log_sum_exp, plain
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import aligned, rows
+from tilebook.left import keep, known, ready, recall
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -79,9 +80,10 @@ def attention(
     """
     optional = window is not None or softcap or dropout_p or deterministic or alibi_slopes is not None
     usual = not optional and bias is None and attn_mask is None and (causal is False or causal is True)
-    usual_scale = scale is None or (type(scale) is float and scale > 0)
-    if usual and usual_scale and not return_lse and bounded_by_the_host(q, k, v):
-        return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale)
+    usual &= not return_lse and (scale is None or (type(scale) is float and scale > 0))
+    usual = usual and type(q) is type(k) is type(v) is torch.Tensor
+    if usual and recall(kind(q, k, v, causal), q, k, v):  # type: ignore[arg-type]
+        return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     others = bias, attn_mask, alibi_slopes
     if has_torch_function((q, k, v, *others)):
         if type(attn_mask).__name__ == "CausalBias" and bias is None and not causal:
@@ -93,6 +95,7 @@ def attention(
                 deterministic=deterministic,
             )  # fmt: skip
     found_way = way(q, k, v, optional=others)
+    asked = q.dtype
     q, k, v = autocast(q, k, v)
     table: torch.Tensor | None = None
     seed: torch.Tensor | None = None
@@ -108,7 +111,7 @@ def attention(
             deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p else None
-        table = bias if bias is None else bias[(None,) * (4 - bias.ndim)]
+        table = bias if bias is None else _four(bias)
     factor = scale
     if factor is None:
         factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
@@ -129,6 +132,12 @@ def attention(
             o, lse = ATTENTION.through(tensors, options)
             return (o, lse) if return_lse else o
         choice = dispatch.lookup(registered()[0], arguments(tensors, options))
+    if usual and asked == q.dtype and ready(choice):
+        left = known(choice, q.numel() * k.shape[2], BOUNDS)
+        keep(kind(q, k, v, causal), left)  # type: ignore[arg-type]
+        if recall(kind(q, k, v, causal), q, k, v):  # type: ignore[arg-type]
+            choice.calls += 1
+            return plain(tensors, (form, scale))
     if not return_lse and left_whole(choice, tensors):
         choice.calls += 1
         return plain(tensors if choice.aligned else (aligned(q), aligned(k), aligned(v), *extras), (form, scale))
@@ -144,6 +153,13 @@ def _plain(tensors: tuple[Any, ...], options: tuple[Any, Any], factor: float, re
 def _problem(tensors: tuple[Any, ...], options: tuple[Any, float]) -> tuple[Any, Any]:
     op = registered()[0]
     return op, op.problem.of(*arguments(tensors, options))
+
+
+def _four(bias: torch.Tensor) -> torch.Tensor:
+    """The bias with axes of length 1 in front, four in all."""
+    for _ in range(4 - bias.ndim):
+        bias = bias.unsqueeze(0)
+    return bias
 
 
 def _alignment(mask: Any) -> Causal:

@@ -7,46 +7,21 @@ from typing import Any
 import torch
 from torch.overrides import has_torch_function
 
-from tilebook import dispatch
 from tilebook.call import way
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
+from tilebook.left import recall
 
-_Tensor = torch.Tensor
-_here = dispatch.here
-_compiling, _capturing = torch.compiler.is_compiling, torch.cuda.is_current_stream_capturing
-_batched: Any = torch._C._functorch.peek_interpreter_stack
+BOUNDS = float(1 << 32), float(1 << 34)
+"""Elements of q times keys up to which an eager call takes as long as the host takes: without gradients, with them.
 
-_HOST_BOUND, _HOST_BOUND_TRAINING = 1 << 27, 3 << 27
-"""Elements of q times keys up to which the GPU is done with an eager call before the host has made the next.
-
-About 15 µs of an H200 forward, 100 µs forward and backward: PyTorch's function costs the host 20 µs and 115 µs.
+An H200 is done with so much in about 45 µs forward, and in about 600 µs forward and backward; starting kernels of ours
+from Python costs the host about as much (benchmarks/host_cost.py), PyTorch's function half of it.
 """
 
 
-def bounded_by_the_host(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Is this an eager call so small that it takes as long as the host takes, which PyTorch's function costs least?
-
-    Only for tensors of one shape, whose arguments need no other check than PyTorch's. A graph that is captured is
-    replayed without the host.
-    """
-    if (
-        not type(q) is type(k) is type(v) is _Tensor
-        or _compiling()
-        or _here.forced is not None
-        or _batched() is not None
-    ):
-        return False
-    if not q.get_device() == k.get_device() == v.get_device() >= 0 or not q.dtype == k.dtype == v.dtype:
-        return False
-    shape = q.shape
-    if len(shape) != 4 or shape != k.shape or shape != v.shape:
-        return False
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if not 0 < q.numel() * shape[2] <= (_HOST_BOUND_TRAINING if training else _HOST_BOUND):
-        return False
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:  # cuDNN does not look before it loads
-        return False
-    return not (_capturing() or torch.are_deterministic_algorithms_enabled())
+def kind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[Any, ...]:
+    """What a call is known again by, as far as it is PyTorch's to serve."""
+    return q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, causal
 
 
 def scaled_dot_product_attention(
@@ -81,8 +56,11 @@ def scaled_dot_product_attention(
     What `tilebook.attention` has no kernel for (E ≠ Ev, batch dimensions to broadcast, nested tensors) is PyTorch's,
     and so is what overrides PyTorch's function: tensor subclasses, modes, `torch.nn.attention.bias.CausalBias`.
     """
-    if attn_mask is None and not dropout_p and (scale is None or scale > 0) and bounded_by_the_host(query, key, value):
-        return plain_sdpa(query, key, value, None, 0.0, is_causal, scale=scale)  # type: ignore[no-any-return]
+    tensors = query, key, value
+    if attn_mask is None and not dropout_p and type(query) is type(key) is type(value) is torch.Tensor:
+        positive = scale is None or (type(scale) is float and scale > 0)
+        if positive and query.ndim == 4 and recall(kind(query, key, value, is_causal), *tensors):
+            return plain_sdpa(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
     overridden = has_torch_function((query, key, value, attn_mask))
     if overridden or not _fits(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
         if not overridden:
@@ -91,6 +69,8 @@ def scaled_dot_product_attention(
         return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **given)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attention  # the package imports this module
 
+    if query.ndim == 4:
+        return attention(query, key, value, causal=is_causal, scale=scale, attn_mask=attn_mask, dropout_p=dropout_p)  # type: ignore[no-any-return]
     lead = query.shape[:-3]
     q, k, v = (x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None] for x in (query, key, value))
     mask = attn_mask

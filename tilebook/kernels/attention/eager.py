@@ -14,6 +14,11 @@ from tilebook.kernels.attention.philox import survives
 _PIECE = 1 << 26
 
 
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least fp32: fp64 stays what it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Some (batch · kv head) pairs and some query rows of them, and what the form does to their scores."""
@@ -47,7 +52,7 @@ class _Piece:
 
     def scores(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores in fp32, -inf where masked, and the derivative of the soft-cap; q (n, G, rows, D), k (n, Sk, D)."""
-        scores, slope = (q @ k[:, None].mT).float().mul_(scale), None
+        scores, slope = _wide(q @ k[:, None].mT) * scale, None
         if self.form.softcap:
             bent = torch.tanh(scores / self.form.softcap)
             scores, slope = bent * self.form.softcap, 1 - bent.square()
@@ -59,7 +64,7 @@ class _Piece:
             steep = slopes.expand(batch, heads_kv * group)[batches, heads][..., None, None]
             scores = scores.sub_(steep.float() * (rows + (n_k - n_q) - columns).abs())
         if bias is not None and self.form.bias != "mask":
-            scores = scores.add_(self._cut(bias).float())
+            scores = scores.add_(self._cut(bias).to(scores.dtype))
         elif bias is not None:
             scores = scores.masked_fill_(~self._cut(bias), -torch.inf)
         before, after = limits(self.form, n_q, n_k)
@@ -88,7 +93,7 @@ def _pieces(
     (batch, heads, n_q, _), (heads_kv, n_k) = q.shape, k.shape[1:3]
     pairs, group = batch * heads_kv, heads // heads_kv
     some = max(1, _PIECE // max(1, group * n_q * n_k))
-    rows = n_q if some > 1 else max(1, min(n_q, _PIECE // max(1, group * n_k)))
+    rows = max(1, n_q if some > 1 else min(n_q, _PIECE // max(1, group * n_k)))
     for first in range(0, pairs, some):
         for row in range(0, n_q, rows):
             pair, part = slice(first, first + some), slice(row, min(row + rows, n_q))
@@ -182,7 +187,7 @@ def backward(
         some_q, some_do = queries[pair, :, rows], grads[pair, :, rows]
         scores, slope = piece.scores(some_q, keys[pair], scale)
         p, kept = _weights(scores), piece.kept()
-        dp = (some_do @ values[pair][:, None].mT).float()
+        dp = _wide(some_do @ values[pair][:, None].mT)
         if kept is not None:
             dp = dp * kept
         # One product over (group · rows) sums the heads that share a key.

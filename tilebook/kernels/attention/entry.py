@@ -93,11 +93,12 @@ def _unpack(tensors: Tensors, values: tuple[Any, ...]) -> Options:
     return found, scale
 
 
-def _flops(q: Any, k: Any, v: Any, *_: Any) -> tuple[int, int]:
-    """As PyTorch counts them: every pair of a row and a column, masked or not."""
-    batch, heads, seq_q, width = q
-    one = 2 * batch * heads * seq_q * k[2] * width
-    return 2 * one, 5 * one
+def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
+    """Two products forward, five backward, of every pair of a row and a column, masked or not."""
+    q, k, *_ = tensors
+    assert q is not None
+    assert k is not None
+    return (4 if needs is None else 10) * q.numel() * k.shape[2]
 
 
 def _shards(tensors: dict[str, Any]) -> list[dict[str, int | None]]:
@@ -132,7 +133,7 @@ ATTENTION = Entry(
     fake=_fake,
     pack=_pack,
     unpack=_unpack,
-    casts=True,
+    casts=("q", "k", "v"),
     fold=("q", "k", "v"),
     flops=_flops,
     shards=_shards,

@@ -27,3 +27,9 @@ def describable(*tensors: torch.Tensor) -> bool:
         x.data_ptr() % 16 == 0 and all(step > 0 and step * x.itemsize % 16 == 0 for step in x.stride()[:-1])
         for x in tensors
     )
+
+
+def described(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied only if tensor descriptors cannot address it: also one piece of memory that begins anywhere, or has
+    an axis of length 1 whose step is odd."""
+    return x if describable(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)

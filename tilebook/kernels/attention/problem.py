@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-import triton
 
 from tilebook import models
 from tilebook.kernels.attention.form import Form, banded, extras, form, limits, simplest
 from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, normal, pattern, size
+from tilebook.problem import next_power_of_2
 
 WINDOW = r"window(\d{1,9})?x(\d{1,9})?"
 """How a window is written: columns to the left and to the right of the diagonal, no number for no limit."""
@@ -190,7 +190,7 @@ class ForwardProblem(Problem):
     @property
     def width(self) -> int:
         """The head dimension as tiles have it: the next power of two."""
-        return int(triton.next_power_of_2(self.head_dim))
+        return int(next_power_of_2(self.head_dim))
 
     @property
     def companions(self) -> int:
@@ -334,7 +334,9 @@ class BackwardProblem(ForwardProblem):
         return super().of(q, k, v, *rest)
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
-        from tilebook.kernels.attention.peers import torch_forward  # peers judge problems, so they import this module
+        from tilebook.kernels.attention.peers.torch import (
+            forward as torch_forward,  # which judges problems, and so is later
+        )
 
         q, k, v, *rest = super().inputs(device, seed)
         if q.is_meta:  # there is nothing to compute with

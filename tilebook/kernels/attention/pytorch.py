@@ -9,6 +9,9 @@ import torch
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
 
+_COLUMNS = 16
+"""Of a mask's rows in memory: a multiple of 16 bytes in any dtype."""
+
 # Bound here once: a program may put our drop-in in the place of PyTorch's function.
 scaled_dot_product_attention: Any = torch._C._nn.scaled_dot_product_attention
 
@@ -35,8 +38,17 @@ def sdpa(
     if q.is_cuda:  # rows that see nothing see everything, and then count for nothing
         hidden = ~mask.any(-1, True) if mask.dtype == torch.bool else mask.amax(-1, True) == -torch.inf
         mask = mask | hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, 0.0)
+        mask = _in_vectors(mask, k.shape[2])
     o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
     return o if hidden is None else o.masked_fill(hidden, 0.0)
+
+
+def _in_vectors(mask: torch.Tensor, n_k: int) -> torch.Tensor:
+    """A mask or bias with all its columns, each row of which starts where PyTorch's kernels can load whole vectors."""
+    if mask.shape[-1] != n_k:
+        mask = mask.expand(*mask.shape[:-1], n_k)
+    short = -n_k % _COLUMNS
+    return torch.nn.functional.pad(mask, (0, short))[..., :n_k] if short else mask.contiguous()
 
 
 def nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

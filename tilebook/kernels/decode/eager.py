@@ -12,17 +12,13 @@ def contiguous(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
 
 
 def decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seq_lens: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    window: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax in fp32, matrix products in the dtype of the inputs. Keeps the scores, B · H · S · keys in fp32."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lens: torch.Tensor | None, block_table: torch.Tensor | None,
+    causal: bool, scale: float, softcap: float, window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """→ o (B, H, S, D), lse (B, H, S) in fp32, natural log; 0 and -infinity for rows that see no key.
+
+    Softmax in fp32, matrix products in the dtype of the inputs. Keeps the scores, B · H · S · keys in fp32.
+    """
     if not q.numel():
         return q.clone(), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if block_table is not None:

@@ -39,6 +39,14 @@ def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
     return o, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
 
 
+def _flops(tensors: Tensors, options: Any, needs: Any) -> int:
+    """Two products of every row with all that the cache has room for: how long sequences are is known on the GPU."""
+    q, k, _, _, table = tensors
+    assert q is not None
+    assert k is not None
+    return 4 * q.numel() * (k.shape[2] if table is None else table.shape[1] * k.shape[1])
+
+
 def _shards(tensors: dict[str, Any]) -> list[dict[str, int | None]]:
     """By batch, and by heads where each GPU gets whole groups of them; blocks of a paged cache are everybody's."""
     q, k, paged = tensors["q"], tensors["k"], tensors.get("block_table") is not None
@@ -62,6 +70,6 @@ DECODE = Entry(
     plain=plain,
     fake=_fake,
     fold=("q", "k", "v"),
-    flops=lambda q, k, *_: (4 * q[0] * q[1] * q[2] * k[2] * q[3], 0),
+    flops=_flops,
     shards=_shards,
 )

@@ -29,18 +29,9 @@ def _describe(cache: torch.Tensor, block_n: int, paged: bool) -> Any:
 
 
 def decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seq_lens: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    window: int | None,
-    *,
-    config: Config,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lens: torch.Tensor | None, block_table: torch.Tensor | None,
+    causal: bool, scale: float, softcap: float, window: int | None, *, config: Config,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     paged = block_table is not None
     if seq_lens is not None:
         seq_lens = seq_lens.contiguous()

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-import triton
 
 from tilebook import models
 from tilebook.op import Cost, Problem, UsageError, choice, dtype_name, flag, generator, normal, size
+from tilebook.problem import cdiv, next_power_of_2
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Block sizes of a paged cache that shapes on the command line can name; calls may have others."""
@@ -54,7 +54,7 @@ class DecodeProblem(Problem):
         batch, heads, seq_q, head_dim = q.shape
         paged = block_table is not None
         heads_kv, longest = (k.shape[2], block_table.shape[1] * k.shape[1]) if paged else k.shape[1:3]
-        seq_k = triton.next_power_of_2(longest)
+        seq_k = next_power_of_2(longest)
         return cls(
             batch,
             heads,
@@ -99,7 +99,7 @@ class DecodeProblem(Problem):
         if lens is not None and seed:
             lens.random_(self.seq_k + 1, generator=source)[-1] = 0
         if self.block_size:
-            blocks = triton.cdiv(self.seq_k, self.block_size)
+            blocks = cdiv(self.seq_k, self.block_size)
             # One block more than the sequences hold, anywhere among them.
             order = torch.randperm(self.batch * blocks + 1, generator=source, device=device)
             table = order[1:].view(self.batch, blocks).to(torch.int32)

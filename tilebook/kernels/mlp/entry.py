@@ -10,7 +10,7 @@ import torch
 
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors
-from tilebook.kernels.mlp.pytorch import act, each_alone, plain
+from tilebook.kernels.mlp.pytorch import act, each_alone, linear, plain
 from tilebook.layout import rows, vector
 
 Options = tuple[str, bool]
@@ -40,11 +40,13 @@ def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Ten
 
 def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Options, needs: Sequence[bool]) -> Tensors:
     _, _, backward_of_act, gradients = registered()
-    x, w1, _, w2, _ = tensors
+    x, w1, b1, w2, _ = tensors
     (z,), activation = kept, options[0]
     assert x is not None
     assert w1 is not None
     assert z is not None
+    # Whoever calls the op may not have let it keep z.
+    z = linear(x, w1, b1) if z.ndim == 1 else z.contiguous()
     if not any(needs[:3]):  # the first layer is frozen
         dw2 = torch.mm(dy.t(), act(z, activation)) if needs[3] else None
         return None, None, None, dw2, dy.sum(0) if needs[4] else None
@@ -63,9 +65,13 @@ def _fake(tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
     return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(x.shape[0], w1.shape[0]) if options[1] else x.new_empty(0)
 
 
-def _flops(x: Any, w1: Any, *_: Any) -> tuple[int, int]:
-    one = 2 * x[0] * w1[0] * w1[1]
-    return 2 * one, 4 * one
+def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
+    """Two products forward; backward one for each matrix that needs a gradient, and one to pass the second layer."""
+    x, w1, *_ = tensors
+    assert x is not None
+    assert w1 is not None
+    products = 2 if needs is None else needs[0] + needs[1] + needs[3] + any(needs[:3])
+    return products * 2 * x.shape[0] * w1.numel()
 
 
 def _shards(tensors: dict[str, Any]) -> list[dict[str, int | None]]:
@@ -83,7 +89,7 @@ MLP = Entry(
     backward=_backward,
     plain=plain,
     fake=_fake,
-    casts=True,
+    casts=("x", "w1", "b1", "w2", "b2"),
     flops=_flops,
     shards=_shards,
 )

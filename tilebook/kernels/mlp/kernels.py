@@ -11,7 +11,7 @@ import triton.language as tl
 
 class Tile(NamedTuple):
     """Constants of a product (M, K) times (K, N). EVEN_N, EVEN_K: a block divides N, K. PART: columns that an epilogue
-    works on at a time. DESCRIPTORS: as `space.SPACE` has them."""
+    works on at a time. DESCRIPTORS, SPLIT: as `space.SPACE` has them."""
 
     BLOCK_M: Any
     BLOCK_N: Any
@@ -21,6 +21,7 @@ class Tile(NamedTuple):
     EVEN_K: Any
     DESCRIPTORS: Any
     PART: Any
+    SPLIT: Any
 
 
 @triton.jit
@@ -81,6 +82,32 @@ def store(out, values, m0, n0, M, N, DESCRIPTORS: tl.constexpr):
     else:
         offsets, inside = _offsets(m0, n0, M, N, values.shape[0], values.shape[1])
         tl.store(out + offsets, values, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def share_kernel(a, b, shares, lda, ldb, M, N, K, tile, B_IS_KN: tl.constexpr):
+    """One of SPLIT shares of the K products of each sum, in fp32: shares is (SPLIT, M, N)."""
+    m0, n0 = place(tl.program_id(0), M, N, tile)
+    share = tl.program_id(1)
+    length = tl.cdiv(K, tile.BLOCK_K * tile.SPLIT) * tile.BLOCK_K
+    k0 = share * length
+    left, right = a + k0, b + (k0.to(tl.int64) * ldb if B_IS_KN else k0)
+    acc = product(left, right, lda, ldb, m0, n0, M, N, tl.minimum(K - k0, length), tile, B_IS_KN)
+    store(shares + share.to(tl.int64) * M * N, acc, m0, n0, M, N, 0)
+
+
+@triton.jit
+def _summed(a, b, lda, ldb, m0, n0, M, N, K, tile, B_IS_KN: tl.constexpr):
+    """The tile at (m0, n0) of a times b; where it is split, a holds the shares, which are added in one fixed order."""
+    if tile.SPLIT == 1:
+        acc = product(a, b, lda, ldb, m0, n0, M, N, K, tile, B_IS_KN)
+    else:
+        offsets, inside = _offsets(m0, n0, M, N, tile.BLOCK_M, tile.BLOCK_N)
+        acc = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
+        for _ in range(tile.SPLIT):
+            acc += tl.load(a + offsets, mask=inside, other=0.0)
+            offsets += M * N
+    return acc
 
 
 @triton.jit
@@ -186,22 +213,25 @@ def _act_bwd_epilogue(dh, z, dz, h, m0, n0, M, N, tile, ACTIVATION: tl.constexpr
         store(h, active.to(saved.dtype), m0, n0, M, N, tile.DESCRIPTORS)
 
 
+# The kernels themselves: of a product, or of the shares of one.
+
+
 @triton.jit(do_not_specialize=["M"])
 def up_fwd_kernel(x, w1, b1, h, z, ldx, ldw, M, N, K, tile, ACTIVATION: tl.constexpr, SAVE: tl.constexpr):
     m0, n0 = place(tl.program_id(0), M, N, tile)
-    acc = product(x, w1, ldx, ldw, m0, n0, M, N, K, tile, False)
+    acc = _summed(x, w1, ldx, ldw, m0, n0, M, N, K, tile, False)
     _up_epilogue(acc, b1, h, z, m0, n0, M, N, tile, ACTIVATION, SAVE)
 
 
 @triton.jit(do_not_specialize=["M"])
 def down_fwd_kernel(h, w2, b2, y, ldh, ldw, M, N, K, tile):
     m0, n0 = place(tl.program_id(0), M, N, tile)
-    acc = product(h, w2, ldh, ldw, m0, n0, M, N, K, tile, False)
+    acc = _summed(h, w2, ldh, ldw, m0, n0, M, N, K, tile, False)
     _down_epilogue(acc, b2, y, m0, n0, M, N, tile)
 
 
 @triton.jit(do_not_specialize=["M"])
 def act_bwd_kernel(dy, w2, z, dz, h, lddy, ldw, M, N, K, tile, ACTIVATION: tl.constexpr):
     m0, n0 = place(tl.program_id(0), M, N, tile)
-    dh = product(dy, w2, lddy, ldw, m0, n0, M, N, K, tile, True)
+    dh = _summed(dy, w2, lddy, ldw, m0, n0, M, N, K, tile, True)
     _act_bwd_epilogue(dh, z, dz, h, m0, n0, M, N, tile, ACTIVATION)

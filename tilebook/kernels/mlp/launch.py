@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilebook.kernels.mlp.grads_kernels import COLUMNS, grads_kernel
-from tilebook.kernels.mlp.kernels import Tile, act_bwd_kernel, down_fwd_kernel, up_fwd_kernel
+from tilebook.kernels.mlp.kernels import Tile, act_bwd_kernel, down_fwd_kernel, share_kernel, up_fwd_kernel
 from tilebook.launch import launch
 from tilebook.op import Config
 
@@ -48,20 +48,27 @@ def _start(
         right = _described(b, block_k, block_n) if b_is_kn else _described(b, block_n, block_k)
     if descriptors == 2:
         outputs = tuple(_described(t, block_m, min(part, block_n)) for t in tiles)
+    split = int(config.get("SPLIT", 1))
+    grid, sizes = triton.cdiv(m, block_m) * triton.cdiv(n, block_n), (m, n, k)
+    tile = _tile(config, n, k, descriptors, part, split)
+    if split > 1:
+        left = right = a.new_empty(split, m, n, dtype=torch.float32)
+        given = a, b, left, a.stride(0), b.stride(0)
+        launch(share_kernel, (grid, split), *given, *sizes, tile, B_IS_KN=b_is_kn, **_warps(config))
     launch(
         kernel,
-        (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
-        *(left, right, *vectors, *outputs, a.stride(0), b.stride(0), m, n, k),
-        _tile(config, n, k, descriptors, part),
+        (grid,),
+        *(left, right, *vectors, *outputs, a.stride(0), b.stride(0), *sizes),
+        tile,
         **_warps(config),
         **constants,
     )
 
 
-def _tile(config: Config, n: int, k: int, descriptors: int, part: int) -> Tile:
+def _tile(config: Config, n: int, k: int, descriptors: int, part: int, split: int = 1) -> Tile:
     """The constants of a product with these sizes."""
     blocks = [config.number(axis) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")]
-    return Tile(*map(tl.constexpr, (*blocks, n % blocks[1] == 0, k % blocks[2] == 0, descriptors, part)))
+    return Tile(*map(tl.constexpr, (*blocks, n % blocks[1] == 0, k % blocks[2] == 0, descriptors, part, split)))
 
 
 def _warps(config: Config) -> dict[str, Any]:

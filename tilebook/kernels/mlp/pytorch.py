@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # Bound here once: a program may put other functions in the places of PyTorch's.
-_linear: Any = torch._C._nn.linear
+linear: Any = torch._C._nn.linear
 _gelu: Any = torch._C._nn.gelu
 
 
@@ -23,7 +23,7 @@ def act(z: torch.Tensor, activation: str) -> torch.Tensor:
 def plain(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> torch.Tensor:
     """y for an entry's tensors (x, w1, b1, w2, b2), biases None or not, and options (activation, …)."""
     x, w1, b1, w2, b2 = tensors
-    y: torch.Tensor = _linear(act(_linear(x, w1, b1), options[0]), w2, b2)
+    y: torch.Tensor = linear(act(linear(x, w1, b1), options[0]), w2, b2)
     return y
 
 

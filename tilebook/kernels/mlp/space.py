@@ -52,9 +52,37 @@ def _warps(block_m: int, block_n: int) -> int:
     return 8 if block_m * block_n == 128 * 128 else 4
 
 
+def _split(config: Config) -> int:
+    return int(config.get("SPLIT", 1))
+
+
+def _few_rows(problem: Problem, config: Config, device: Device) -> str | None:
+    """Why these are no tiles, or shares, of a product that reads its weights for a few rows only."""
+    (m, n, k), (block_m, block_n, block_k), split = problem.gemm, _blocks(config), _split(config)
+    if split > 1 and m > 64:
+        return "there are tiles enough without shares of the sums"
+    if block_m < 64 and m > block_m:
+        return "each row of tiles would read the weights anew"
+    if block_m > 16 and block_m // 2 >= m and block_m <= 64 and split > 1:
+        return "tiles half as high hold all rows"
+    if block_m < 64 and block_n < 16 * config.number("num_warps"):
+        return "a warp takes 16 columns at least"
+    if (block_m < 64 or split > 1) and config["DESCRIPTORS"]:
+        return "tensor descriptors are for large tiles"
+    if split == 1:
+        return None
+    if 2 * split * block_k > k:
+        return "a share would be less than two blocks long"
+    if triton.cdiv(n, block_n) * split > 8 * device.sm_count:
+        return "fewer shares fill the GPU as well"
+    return None
+
+
 def _reject(problem: Problem, config: Config, device: Device) -> str | None:
     extents = tuple(zip("MNK", problem.gemm, strict=True))
-    unfit = _unfit(config, device, problem.torch_dtype.itemsize, 1024 // device.warp_size, extents)
+    least = 1024 // device.warp_size if config.number("BLOCK_M") >= 64 else 0
+    unfit = _few_rows(problem, config, device)
+    unfit = unfit or _unfit(config, device, problem.torch_dtype.itemsize, least, extents)
     descriptors = config["DESCRIPTORS"]
     if unfit is not None:
         return unfit
@@ -97,12 +125,14 @@ def _work(problem: Problem, config: Config) -> Cost:
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     depth = triton.cdiv(k, block_k) * block_k
     moved = tiles * (block_m + block_n) * depth + problem.tiles_moved * m * n + n
+    if _split(config) > 1:  # shares are written and read, in fp32
+        moved += _split(config) * 2 * m * n * 4 // problem.torch_dtype.itemsize
     return Cost(2.0 * tiles * block_m * block_n * depth, float(moved * problem.torch_dtype.itemsize))
 
 
 SPACE = Space(
     axes={
-        "BLOCK_M": (64, 128, 256),
+        "BLOCK_M": (16, 32, 64, 128, 256),
         "BLOCK_N": (64, 128, 256),
         "BLOCK_K": (32, 64, 128),
         "GROUP_M": (1, 4, 8, 16),
@@ -110,10 +140,13 @@ SPACE = Space(
         "num_stages": (2, 3, 4, 5),
         # 0: pointers; 1: tensor descriptors (TMA) for the operands; 2: for what the epilogue reads and writes too.
         "DESCRIPTORS": (0, 1, 2),
+        # Shares of each sum that programs of their own make, where few rows leave too few programs to read the weights.
+        "SPLIT": (1, 2, 4, 8, 16),
     },
     reject=_reject,
     default=_default,
     work=_work,
+    later={"SPLIT": 1},
 )
 
 
@@ -156,7 +189,10 @@ def _work_grads(problem: Problem, config: Config) -> Cost:
 
 
 SPACE_GRADS = Space(
-    axes={axis: values for axis, values in SPACE.axes.items() if axis != "DESCRIPTORS"} | {"GROUP_M": (1, 8)},
+    axes={
+        **{axis: SPACE.axes[axis] for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")},
+        **{"BLOCK_M": (64, 128, 256), "GROUP_M": (1, 8)},
+    },
     reject=_reject_grads,
     default=_default_grads,
     work=_work_grads,

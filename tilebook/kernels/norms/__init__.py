@@ -6,9 +6,10 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import Entry, recorded, way
+from tilebook.call import Entry, left_whole, way
 from tilebook.kernels.norms.entry import LAYER_NORM, RMS_NORM, addressed, registered
 from tilebook.kernels.norms.pytorch import HOST_BOUND
+from tilebook.left import ORDINARY, keep, known, ready, recall
 
 __all__ = ["layer_norm", "rms_norm"]
 
@@ -70,12 +71,22 @@ def layer_norm(
 
 def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float) -> torch.Tensor:
     """What all norms are: PyTorch's own function, or the kernels, whichever serves this call."""
+    own = None
+    if type(x) in ORDINARY and all(each is None or type(each) in ORDINARY for each in vectors):
+        given = [each for each in vectors if each is not None]
+        own = (
+            entry.name,
+            x.shape,
+            x.stride(),
+            x.dtype,
+            *[None if each is None else (each.shape, each.dtype) for each in vectors],
+        )
+        if recall(own, x, *given):
+            return entry.plain((x, *vectors), (eps,))
     route = way(x, optional=vectors)
     alone = vectors[0] is None and any(each is not None for each in vectors)
     if route == "pytorch" or torch.compiler.is_compiling() or not x.ndim or alone:
         _check(entry, x, vectors)
-        return entry.plain((x, *vectors), (eps,))
-    if route == "direct" and x.numel() <= HOST_BOUND and not _graph() and _usual(x, vectors):
         return entry.plain((x, *vectors), (eps,))
     forward = registered(entry.name)[0]
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x
@@ -90,23 +101,12 @@ def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float
                 return entry.plain((x, *vectors), (eps,))
             return entry.through(tensors, (eps,))[0].view(x.shape)
         choice = dispatch.lookup(forward, (*tensors, eps))
-    if choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native):
+    if own is not None and ready(choice) and all(each is None or each.dtype == x.dtype for each in vectors):
+        keep(own, known(choice, x.numel(), (HOST_BOUND, HOST_BOUND)))
+    if left_whole(choice, tensors):
         choice.calls += 1
         return entry.plain((x, *vectors), (eps,))
     return entry.direct(choice, tensors, (eps,))[0].view(x.shape)
-
-
-def _graph() -> bool:
-    """Is a graph being captured, which is replayed without the host, or an implementation forced?"""
-    return dispatch.forced() or torch.cuda.is_current_stream_capturing()
-
-
-def _usual(x: torch.Tensor, vectors: tuple[Vector, ...]) -> bool:
-    """Do the vectors go with x as PyTorch's kernels take them? Whatever else is wrong, PyTorch says."""
-    for each in vectors:
-        if each is not None and not (each.dtype == x.dtype and each.shape == x.shape[-1:] and each.is_cuda):
-            return False
-    return x.is_floating_point()
 
 
 def _check(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...]) -> None:

@@ -45,7 +45,7 @@ def forward(
 
 
 def backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: Vector, bias: Vector, mean: Vector, rstd: torch.Tensor, config: Config
+    dy: torch.Tensor, x: torch.Tensor, weight: Vector, bias: Vector, mean: Vector, rstd: torch.Tensor, *, config: Config
 ) -> tuple[torch.Tensor, ...]:
     """dx, then dweight and dbias where there are a weight and a bias, in their dtypes. No bias without a weight."""
     dy, x, (rows, width) = _rows(dy), _rows(x), x.shape
@@ -76,4 +76,4 @@ def rms_norm_fwd(x: torch.Tensor, weight: Vector, eps: float, *, config: Config)
 def rms_norm_bwd(
     dy: torch.Tensor, x: torch.Tensor, weight: Vector, rstd: torch.Tensor, *, config: Config
 ) -> tuple[torch.Tensor, ...]:
-    return backward(dy, x, weight, None, None, rstd, config)
+    return backward(dy, x, weight, None, None, rstd, config=config)

@@ -94,14 +94,9 @@ def layer_norm_bwd(
 
 
 def _backward(
-    dtype: torch.dtype,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: Vector,
-    bias: Vector,
-    mean: torch.Tensor,
+    dtype: torch.dtype, dy: torch.Tensor, x: torch.Tensor, weight: Vector, bias: Vector, mean: torch.Tensor,
     rstd: torch.Tensor,
-) -> Outputs:
+) -> Outputs:  # fmt: skip
     scale, upper = rstd.to(dtype)[:, None], dy.to(dtype)
     normal = (x.to(dtype) - mean.to(dtype)[:, None]) * scale
     g = upper if weight is None else upper * weight.to(dtype)
@@ -116,17 +111,8 @@ def _triton_fwd(x: torch.Tensor, weight: Vector, bias: Vector, eps: float, *, co
 
 
 @layer_norm_bwd.implementation("triton", space=SPACE_BWD, supports=supports)
-def _triton_bwd(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: Vector,
-    bias: Vector,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    *,
-    config: Config,
-) -> Outputs:
-    return launch.backward(dy, x, weight, bias, mean, rstd, config)
+def _triton_bwd(*args: Any, config: Config) -> Outputs:
+    return launch.backward(*args, config=config)
 
 
 def _alike(x: torch.Tensor, *others: Vector) -> tuple[Any, ...]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-import triton
 
 from tilebook import models, op
 from tilebook.op import Cost
+from tilebook.problem import next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Norm(op.Problem):
         """The problem of x (M, N) with these parameter vectors, None where one is left out."""
         there = sum(vector is not None for vector in vectors)
         parameters = "bare" if not there else "affine" if there == cls.VECTORS else "unbiased"
-        return cls(op.dtype_name(x.dtype), triton.next_power_of_2(x.shape[0]), x.shape[1], parameters)
+        return cls(op.dtype_name(x.dtype), next_power_of_2(x.shape[0]), x.shape[1], parameters)
 
     def neighbours(self) -> Sequence[Self]:
         more = min(max(1024, 2 * self.rows), (1 << 26) // self.width)  # cheap, and yet more than any GPU runs at once

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tilebook.call import watched
+
 
 def check(
     q: torch.Tensor,
@@ -38,8 +40,7 @@ def check(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not isinstance(longest, int | torch.SymInt) or longest < 0:
             raise ValueError(f"{name} must be an int and not negative; got {longest!r}")
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if cu_seqlens_q.device.type == "cpu" and not traced:  # they can be read without waiting
+    if cu_seqlens_q.device.type == "cpu" and not watched():  # they can be read without waiting
         for name, ends, total in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
             if ends[0] != 0 or ends[-1] > total or (ends.diff() < 0).any():
                 raise ValueError(f"{name} must rise from 0 to at most {total}; got {ends.tolist()}")

@@ -48,6 +48,19 @@ def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
     return o, torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
 
 
+def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
+    """Those of attention for each sequence, which has the greatest length where a trace does not know its own."""
+    q, _, _, *ends = tensors
+    assert q is not None
+    lengths = [
+        x.diff().tolist() if type(x) is torch.Tensor and not x.is_meta else [most] * (len(x) - 1)
+        for x, most in zip(ends, options[:2], strict=True)
+        if x is not None
+    ]
+    pairs = sum(n_q * n_k for n_q, n_k in zip(*lengths, strict=True))
+    return int((4 if needs is None else 10) * q.shape[1] * q.shape[2] * pairs)
+
+
 def _pack(options: Options) -> tuple[Any, ...]:
     max_q, max_k, found, scale = options
     return (
@@ -82,7 +95,8 @@ VARLEN = Entry(
     fake=_fake,
     pack=_pack,
     unpack=_unpack,
-    casts=True,
+    casts=("q", "k", "v"),
+    flops=_flops,
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from tilebook.device import Device
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.varlen.problem import ForwardProblem
 from tilebook.launch import launch
+from tilebook.layout import aligned
 
 _aten = torch.ops.aten
 _ROWS, _COLUMNS = 64, 256
@@ -84,6 +85,7 @@ def forward(
     form: Form,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = aligned(q), aligned(k), aligned(v)
     o, lse, *_ = _aten._flash_attention_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, 0.0, form.causal, False, scale=scale, **_sides(form)
     )
@@ -107,6 +109,7 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # not read: there is no dropout
+    do, q, k, v, o = (aligned(x) for x in (do, q, k, v, o))
     lse = torch.where(lse == -torch.inf, torch.inf, lse)
     dq, dk, dv = _aten._flash_attention_backward(
         do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, 0.0, form.causal, seed, seed,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from tilebook.kernels.attention import eager as attention
-from tilebook.kernels.attention import peers
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.layout import addressable
+from tilebook.kernels.attention.peers import torch as pytorch
 from tilebook.kernels.attention.triton import launch
 from tilebook.kernels.attention.triton.forward_space import supports
 from tilebook.kernels.varlen import eager, flash
@@ -124,7 +124,7 @@ def torch_forward(
     form: Form,
     scale: float,
 ) -> Pair:
-    return eager.forward(peers.torch_forward, q, k, v, cu_q, cu_k, form, scale)
+    return eager.forward(pytorch.forward, q, k, v, cu_q, cu_k, form, scale)
 
 
 @attention_varlen_bwd.implementation("torch", deterministic=False)
@@ -142,7 +142,7 @@ def torch_backward(
     form: Form,
     scale: float,
 ) -> Triple:
-    return eager.backward(peers.torch_backward, do, q, k, v, o, lse, cu_q, cu_k, form, scale)
+    return eager.backward(pytorch.backward, do, q, k, v, o, lse, cu_q, cu_k, form, scale)
 
 
 attention_varlen_fwd.implementation("flash_attention_2", available=flash.available, supports=flash.supports)(
@@ -152,3 +152,5 @@ attention_varlen_bwd.implementation(
     "flash_attention_2", available=flash.available, supports=flash.supports, deterministic=False
 )(flash.backward)
 attention_varlen_fwd.backward = attention_varlen_bwd
+for each in (attention_varlen_fwd, attention_varlen_bwd):
+    each.captured = "flash_attention_2"  # PyTorch's own way goes sequence by sequence, and so has to read their lengths

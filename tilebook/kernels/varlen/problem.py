@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-import triton
 
 from tilebook.kernels.attention import eager as attention
 from tilebook.kernels.attention import problem as padded
@@ -18,6 +17,7 @@ from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen import eager
 from tilebook.kernels.varlen.limits import simplest
 from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, normal, pattern, size
+from tilebook.problem import cdiv, next_power_of_2
 
 SOFTCAP = 3.0
 """What the scores of a capped problem's random inputs are capped at; no verdict depends on it."""
@@ -69,7 +69,7 @@ class ForwardProblem(Problem):
 
     def __post_init__(self) -> None:
         for name in ("batch", "total_q", "total_k", "max_q", "max_k"):
-            object.__setattr__(self, name, int(triton.next_power_of_2(max(1, getattr(self, name)))))
+            object.__setattr__(self, name, int(next_power_of_2(max(1, getattr(self, name)))))
         left, right = self._sides
         left, right, corner = simplest(self.max_q, self.max_k, left, right, self.diagonal == "bottom_right")
         values = {
@@ -97,8 +97,8 @@ class ForwardProblem(Problem):
             total_q,
             total_k,
             # What is said of the lengths may be loose: a buffer with room at its end, a limit instead of a maximum.
-            max(min(max_q, total_q), triton.cdiv(total_q, batch)),
-            max(min(max_k, total_k), triton.cdiv(total_k, batch)),
+            max(min(max_q, total_q), cdiv(total_q, batch)),
+            max(min(max_k, total_k), cdiv(total_k, batch)),
             head_dim,
             dtype_name(q.dtype),
             form.causal,
@@ -172,7 +172,7 @@ class ForwardProblem(Problem):
     @functools.cached_property
     def even(self) -> padded.ForwardProblem:
         """As many tokens in sequences of equal length: what fits a GPU and is worth trying there is so for the pack."""
-        return self._padded(triton.cdiv(self.total_q, self.max_q), self.max_q, self.max_k, "top_left")
+        return self._padded(cdiv(self.total_q, self.max_q), self.max_q, self.max_k, "top_left")
 
     def cost(self) -> Cost:
         costs = [part.cost() for part in self.parts]

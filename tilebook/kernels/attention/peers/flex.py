@@ -17,6 +17,7 @@ import torch
 
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form, extras, limits
+from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.kernels.attention.problem import ForwardProblem
 
 LEAST_FLOPS = 5e10
@@ -166,3 +167,6 @@ def forward(
     with torch.no_grad(), _unwatched(), torch.cuda.device_of(q):
         o, lse = _compiled(q.device, form, (*description, scale))(q, k, v, scale, bias, slopes)
     return o, lse
+
+
+attention_fwd.implementation("flex_attention", available=available, supports=supports)(forward)

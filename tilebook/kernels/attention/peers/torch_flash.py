@@ -6,7 +6,9 @@ import torch
 
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form, sides
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
+from tilebook.layout import aligned
 
 _aten = torch.ops.aten
 
@@ -46,7 +48,7 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     causal, left, right = _masked(form, q, k)
-    views = [x.transpose(1, 2) for x in (q, k, v)]
+    views = [aligned(x).transpose(1, 2) for x in (q, k, v)]
     lengths, window = (q.shape[2], k.shape[2]), {"window_size_left": left, "window_size_right": right}
     o, lse, *_ = _aten._flash_attention_forward(*views, None, None, *lengths, 0.0, causal, False, scale=scale, **window)
     return o.transpose(1, 2), lse
@@ -64,10 +66,14 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Adds up dq by atomics."""
     causal, left, right = _masked(form, q, k)
-    views = [x.transpose(1, 2) for x in (do, q, k, v, o)]
+    views = [aligned(x).transpose(1, 2) for x in (do, q, k, v, o)]
     lengths, window = (q.shape[2], k.shape[2]), {"window_size_left": left, "window_size_right": right}
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # not read: there is no dropout
     found = _aten._flash_attention_backward(
         *views, lse, None, None, *lengths, 0.0, causal, seed, seed, scale=scale, **window
     )
     return tuple(x.transpose(1, 2) for x in found)
+
+
+attention_fwd.implementation("torch_flash", available=available, supports=supports)(forward)
+attention_bwd.implementation("torch_flash", available=available, supports=supports, deterministic=False)(backward)

@@ -1,4 +1,4 @@
-"""What PyTorch itself offers for attention, brought to the signature of our ops."""
+"""PyTorch's own choice: the yardstick of every kernel, and what serves where none can."""
 
 from __future__ import annotations
 
@@ -9,75 +9,16 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from tilebook.call import tf32_allowed
-from tilebook.device import Device
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+from tilebook.kernels.attention.peers import cudnn
+from tilebook.kernels.attention.peers.heads import repeat_heads, sum_heads
 from tilebook.kernels.attention.pytorch import sdpa
 from tilebook.layout import aligned
 from tilebook.torch_ops import recording
 
 _aten = torch.ops.aten
-_HALVES = (torch.float16, torch.bfloat16)
-
-
-def cudnn_available(device: Device) -> bool:
-    return device.capability >= 80 and torch.backends.cudnn.is_available()
-
-
-def cudnn_supports(problem: ForwardProblem | BackwardProblem) -> bool:
-    return (
-        problem.torch_dtype in _HALVES
-        and problem.head_dim <= 128
-        and problem.head_dim % 8 == 0
-        and problem.seq_k > 1
-        # Biases it would take too, but a row that they hide altogether comes out as NaN.
-        and problem.form.plain
-        # Its causal mask is aligned to the other corner where the lengths differ.
-        and (not problem.causal or problem.seq_q == problem.seq_k)
-    )
-
-
-def cudnn_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = aligned(q), aligned(k), aligned(v)
-    o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, form.causal, False, scale=scale)
-    return o, lse.view(q.shape[:-1])
-
-
-def cudnn_backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    form: Form,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    seed = torch.empty((), dtype=torch.int64, device=q.device)  # not read: there is no dropout
-    lengths = q.shape[2], k.shape[2]
-    do, q, k, v, o = (aligned(x) for x in (do, q, k, v, o))
-    lse = lse.contiguous()[..., None]
-    dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
-        do,
-        q,
-        k,
-        v,
-        o,
-        lse,
-        seed,
-        seed,
-        None,
-        None,
-        None,
-        *lengths,
-        0.0,
-        form.causal,
-        scale=scale,
-    )
-    return dq, dk, dv
 
 
 def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float) -> SDPBackend:
@@ -103,17 +44,7 @@ def _precision(form: Form) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """k or v with every head repeated for the query heads that share it."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def sum_heads(x: torch.Tensor, heads_kv: int) -> torch.Tensor:
-    """The reverse of `repeat_heads` for gradients."""
-    return x if x.shape[1] == heads_kv else x.unflatten(1, (heads_kv, -1)).sum(2)
-
-
-def torch_forward(
+def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not form.plain or form.tf32:  # SDPA's kernels do not round to tf32
@@ -123,7 +54,7 @@ def torch_forward(
         q, k, v = aligned(q), aligned(k), aligned(v)
     backend = _backend(q, k, v, form, scale)
     if backend == SDPBackend.CUDNN_ATTENTION:
-        return cudnn_forward(q, k, v, form, scale)
+        return cudnn.forward(q, k, v, form, scale)
     if backend != SDPBackend.FLASH_ATTENTION or q.shape[-1] % 8:
         o = sdpa(q, k, v, form.causal, scale)
         return o, eager.log_sum_exp(q.float(), k.float(), form, scale)
@@ -134,7 +65,7 @@ def torch_forward(
     return o, lse
 
 
-def torch_backward(
+def backward(
     do: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -152,7 +83,7 @@ def torch_backward(
         do, q, k, v, o, lse = (*(aligned(x) for x in (do, q, k, v, o)), lse.contiguous())
     backend = _backend(q, k, v, form, scale)
     if backend == SDPBackend.CUDNN_ATTENTION:
-        return cudnn_backward(do, q, k, v, o, lse, form, scale)
+        return cudnn.backward(do, q, k, v, o, lse, form, scale)
     if backend != SDPBackend.FLASH_ATTENTION or q.shape[-1] % 8:
         with recording():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -166,3 +97,7 @@ def torch_backward(
         do, *inputs, o, lse, None, None, *lengths, 0.0, form.causal, seed, seed, scale=scale
     )
     return dq, sum_heads(dk, heads_kv), sum_heads(dv, heads_kv)
+
+
+attention_fwd.implementation("torch")(forward)
+attention_bwd.implementation("torch", deterministic=False)(backward)

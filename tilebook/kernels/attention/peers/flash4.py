@@ -11,7 +11,9 @@ import torch
 from tilebook.device import Device, package_version
 from tilebook.kernels.attention.form import Form, sides
 from tilebook.kernels.attention.layout import like
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
+from tilebook.layout import aligned
 from tilebook.op import Config, Space
 
 PACKAGE = "flash-attn-4"
@@ -114,11 +116,11 @@ def _masked(form: Form, q: torch.Tensor, k: torch.Tensor, scale: float) -> dict[
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *, config: Config | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tensors go there as views (B, S, H, D); it copies those whose strides are no multiples of 16 bytes."""
+    """Tensors go there as views (B, S, H, D), copied where they do not begin and step by 16 bytes: it does not look."""
     run, _ = _functions()
     o, lse = like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):  # it runs on the current GPU
-        views, how = [x.transpose(1, 2) for x in (q, k, v)], {**_masked(form, q, k, scale), **_told(config)}
+        views, how = [aligned(x).transpose(1, 2) for x in (q, k, v)], {**_masked(form, q, k, scale), **_told(config)}
         run(*views, **how, out=o.transpose(1, 2), lse=lse)
     return o, lse
 
@@ -138,7 +140,7 @@ def backward(
     dq, dk, dv = like(q), like(k), like(v)
     with torch.cuda.device_of(q):
         run(
-            *(x.transpose(1, 2) for x in (q, k, v, o, do)),
+            *(aligned(x).transpose(1, 2) for x in (q, k, v, o, do)),
             lse,
             **_masked(form, q, k, scale),
             deterministic=form.deterministic,
@@ -147,3 +149,13 @@ def backward(
             dv=dv.transpose(1, 2),
         )
     return dq, dk, dv
+
+
+attention_fwd.implementation(
+    "flash_attention_4",
+    space=FORWARD_SPACE,
+    external=PACKAGE,
+    available=available,
+    supports=supports,
+)(forward)
+attention_bwd.implementation("flash_attention_4", available=available, supports=supports, deterministic=False)(backward)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form, banded
 from tilebook.kernels.attention.layout import like
-from tilebook.kernels.attention.peers import repeat_heads, sum_heads
+from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+from tilebook.kernels.attention.peers.heads import repeat_heads, sum_heads
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
 from tilebook.op import DTYPES
 
@@ -132,3 +133,7 @@ def backward(
         return found
     across = [axis for axis, (n, size) in enumerate(zip(extras[0].shape, dbias.shape, strict=True)) if n != size]
     return *found, dbias.sum(across, keepdim=True) if across else dbias
+
+
+attention_fwd.implementation("mem_efficient", available=available, supports=supports)(forward)
+attention_bwd.implementation("mem_efficient", available=available, supports=supports, deterministic=False)(backward)

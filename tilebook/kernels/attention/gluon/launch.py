@@ -1,4 +1,4 @@
-"""o = softmax(scale · q kᵀ) v on Hopper by a kernel in Gluon, of which `gluon_kernels` says what it does better."""
+"""o = softmax(scale · q kᵀ) v on Hopper by a kernel in Gluon, of which `kernels` says what it does better."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form
-from tilebook.kernels.attention.gluon_kernels import attention_fwd_gluon
-from tilebook.kernels.attention.layout import describable, like
+from tilebook.kernels.attention.gluon.kernels import attention_fwd_gluon
+from tilebook.kernels.attention.layout import described, like
 from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.kernels.attention.problem import ForwardProblem
 from tilebook.launch import launch
@@ -77,7 +77,7 @@ SPACE = Space(
 def _gluon(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = (x if describable(x) else x.contiguous() for x in (q, k, v))
+    q, k, v = described(q), described(k), described(v)
     (batch, heads, n_q, width), (heads_kv, n_k) = q.shape, k.shape[1:3]
     o, lse = like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     columns = config.number("BLOCK_N")

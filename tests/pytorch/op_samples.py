@@ -1,0 +1,147 @@
+"""Arguments of every op of `torch.ops.tilebook`, by what is special about them."""
+
+import torch
+
+import tilebook
+
+for name in tilebook.__all__:  # a family's ops are registered when it is imported
+    getattr(tilebook, name)
+
+OPS = torch.ops.tilebook
+
+
+def normal(*shape, dtype=torch.float32, grad=True, order=None):
+    """Random numbers whose axes lie in memory in this order."""
+    order = order or range(len(shape))
+    x = torch.randn([shape[axis] for axis in order]).to(dtype)
+    return x.permute([list(order).index(axis) for axis in range(len(shape))]).requires_grad_(grad)
+
+
+def data(*shape, **how):
+    return normal(*shape, grad=False, **how)
+
+
+def ints(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def ends(*numbers):
+    return ints(0, *numbers)
+
+
+def attention(q, k, v, bias=None, slopes=None, seed=None, *, left=-1, right=-1, corner=False, softcap=0.0, dropout=0.0):
+    return q, k, v, bias, slopes, seed, 0.3, left, right, corner, softcap, dropout, False, False
+
+
+def varlen(q, k, v, ends_q, ends_k, most_q, most_k, *, left=-1, right=-1, corner=False, softcap=0.0):
+    return q, k, v, ends_q, ends_k, most_q, most_k, 0.3, left, right, corner, softcap, False, False
+
+
+def decode(q, k, v, lengths=None, table=None, *, causal=True, softcap=0.0, window=None):
+    return q, k, v, lengths, table, causal, 0.3, softcap, window
+
+
+def mlp(x, w1, b1, w2, b2, activation="gelu", save=True):
+    return x, w1, b1, w2, b2, activation, save
+
+
+def qkv(make=normal, rows=5, columns=7, heads_kv=4, **how):
+    return make(2, 4, rows, 16, **how), *(make(2, heads_kv, columns, 16, **how) for _ in range(2))
+
+
+def layers(make=normal, rows=5, **how):
+    return make(rows, 8, **how), make(12, 8, **how), make(12), make(8, 12, **how), make(8)
+
+
+BSHD, TURNED = (0, 2, 1, 3), (0, 1, 3, 2)
+BF16 = torch.bfloat16
+
+SAMPLES = {
+    "attention_fwd": {
+        "full": lambda: attention(*qkv()),
+        "causal, grouped": lambda: attention(*qkv(heads_kv=2), right=0),
+        "heads after rows": lambda: attention(*qkv(order=BSHD)),
+        "last axis first": lambda: attention(*qkv(order=TURNED)),
+        "bias": lambda: attention(*qkv(), normal(1, 4, 5, 7)),
+        "bias without gradient": lambda: attention(*qkv(), data(1, 4, 1, 7), right=0),
+        "mask": lambda: attention(*qkv(), torch.rand(2, 1, 5, 7) > 0.4),
+        "slopes": lambda: attention(*qkv(), None, data(4).abs()),
+        "dropout": lambda: attention(*qkv(), None, None, torch.tensor([7]), dropout=0.3),
+        "window": lambda: attention(*qkv(), left=2, right=1, corner=True),
+        "soft-cap": lambda: attention(*qkv(), softcap=2.0, right=0),
+        "no rows": lambda: attention(*qkv(rows=0)),
+        "no columns": lambda: attention(*qkv(columns=0)),
+        "bf16": lambda: attention(*qkv(dtype=BF16)),
+        "expanded": lambda: attention(normal(2, 4, 5, 16), *(normal(1, 1, 7, 16).expand(2, 4, 7, 16),) * 2),
+    },
+    "attention_varlen_fwd": {
+        "full, grouped": lambda: varlen(
+            normal(9, 4, 16), normal(11, 2, 16), normal(11, 2, 16), ends(4, 9), ends(5, 11), 5, 6
+        ),
+        "causal, an empty one": lambda: varlen(
+            *(normal(9, 4, 16) for _ in range(3)), *(ends(4, 4, 9),) * 2, 5, 5, right=0, corner=True
+        ),
+        "heads first": lambda: varlen(
+            *(normal(9, 4, 16, order=(1, 0, 2)) for _ in range(3)), *(ends(4, 9),) * 2, 5, 5, left=2
+        ),
+        "rows behind the last": lambda: varlen(*(normal(12, 4, 16) for _ in range(3)), *(ends(4, 9),) * 2, 5, 5),
+        "no rows": lambda: varlen(*(normal(0, 4, 16) for _ in range(3)), *(ends(0),) * 2, 0, 0),
+        "no sequences": lambda: varlen(*(normal(3, 4, 16) for _ in range(3)), *(ends(),) * 2, 0, 0),
+    },
+    "attention_decode": {
+        "one row": lambda: decode(*qkv(data, rows=1, heads_kv=2)),
+        "rows": lambda: decode(*qkv(data, rows=3)),
+        "lengths": lambda: decode(*qkv(data, rows=3), ints(0, 5)),
+        "pages": lambda: decode(
+            data(2, 4, 1, 16), data(6, 4, 2, 16), data(6, 4, 2, 16), ints(3, 7), torch.stack([ints(1, 2), ints(3, 5)])
+        ),
+        "window, heads after rows": lambda: decode(*qkv(data, rows=3, order=BSHD), softcap=2.0, window=3),
+        "no rows": lambda: decode(*qkv(data, rows=0)),
+    },
+    "mlp_fwd": {
+        "gelu": lambda: mlp(*layers()),
+        "relu": lambda: mlp(*layers(), "relu"),
+        "turned": lambda: mlp(
+            *(normal(*shape, order=(1, 0)) for shape in ((5, 8), (12, 8))), normal(24)[::2],
+            normal(8, 12, order=(1, 0)), normal(16)[::2], "gelu_tanh",
+        ),
+        "no rows": lambda: mlp(*layers(rows=0)),
+        "first layer frozen": lambda: mlp(data(5, 8), data(12, 8), data(12), normal(8, 12), normal(8)),
+        "second layer frozen": lambda: mlp(normal(5, 8), normal(12, 8), data(12), data(8, 12), data(8)),
+        "not kept": lambda: mlp(*layers(data), "gelu", False),
+        "not kept, and yet differentiated": lambda: mlp(*layers(), "gelu", False),
+        "bf16": lambda: mlp(*(x.detach().to(BF16).requires_grad_() for x in layers())),
+    },
+    "rms_norm_fwd": {
+        "plain": lambda: (normal(5, 8), normal(8), 1e-6),
+        "another weight": lambda: (normal(5, 8, dtype=BF16), normal(8), 1e-6),
+        "turned": lambda: (normal(5, 8, order=(1, 0)), normal(16)[::2], 1e-6),
+        "no rows": lambda: (normal(0, 8), normal(8), 1e-6),
+        "frozen": lambda: (normal(5, 8), data(8), 1e-6),
+    },
+}  # fmt: skip
+
+EACH = [(op, name) for op, named in SAMPLES.items() for name in named]
+DIFFERENTIABLE = [(op, name) for op, name in EACH if op != "attention_decode"]
+
+
+def sample(op, name, seed=0):
+    torch.manual_seed(seed)
+    return SAMPLES[op][name]()
+
+
+def forward(op):
+    return getattr(OPS, op).default
+
+
+def tensors_of(args):
+    return [x for x in args if isinstance(x, torch.Tensor)]
+
+
+def wanted(args):
+    return [x for x in tensors_of(args) if x.requires_grad]
+
+
+def gradients(function, args, dy):
+    """Of the first output."""
+    return torch.autograd.grad(function(*args)[0], wanted(args), dy)

@@ -1,0 +1,451 @@
+"""A call takes the direct way only where that provably does the same as PyTorch's dispatcher would."""
+
+import pytest
+import torch
+from op_samples import BF16, data, ends, normal
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tilebook
+from tilebook import call, dispatch
+
+MASK = torch.tensor([[True, False, True, True, True, False], *[[True] * 6] * 5])
+
+
+def packed(q, k, v):
+    o = tilebook.attention_varlen(
+        *(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), ends(6, 12), ends(6, 12),
+        max_seqlen_q=6, max_seqlen_k=6, causal=True,
+    )  # fmt: skip
+    return o
+
+
+def layers(x, w1, w2):
+    return tilebook.mlp(x, w1, w1[:, 0], w2, w2[:, 0])
+
+
+QKV = [(2, 4, 6, 16)] * 3
+CALLS = {
+    "attention": (tilebook.attention, QKV),
+    "attention, grouped": (lambda q, k, v: tilebook.attention(q, k, v, causal=True), [QKV[0], *[(2, 2, 6, 16)] * 2]),
+    "attention, window": (lambda q, k, v: tilebook.attention(q, k, v, causal=True, window=(2, 0)), QKV),
+    "attention, soft-cap": (lambda q, k, v: tilebook.attention(q, k, v, softcap=3.0), QKV),
+    "attention, bias": (lambda q, k, v, b: tilebook.attention(q, k, v, bias=b), [*QKV, (4, 6, 6)]),
+    "attention, mask": (lambda q, k, v: tilebook.attention(q, k, v, attn_mask=MASK), QKV),
+    "drop-in": (tilebook.scaled_dot_product_attention, QKV),
+    "packed": (packed, QKV),
+    "layers": (layers, [(2, 3, 8), (12, 8), (8, 12)]),
+    "norm": (tilebook.rms_norm, [(2, 3, 8), (8,)]),
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+def inputs(name, make=normal, **how):
+    torch.manual_seed(0)
+    return tuple(make(*shape, **how) for shape in CALLS[name][1])
+
+
+@pytest.fixture
+def forced():
+    """Calls are taken as if their tensors were on a GPU."""
+    with dispatch.use("torch"):
+        yield
+
+
+def on_the_cpu(function):
+    """What a function gives where nothing is forced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch.here, "forced", None)
+        return function()
+
+
+def same(found, function, atol=2e-5, rtol=2e-5):
+    torch.testing.assert_close(found, on_the_cpu(function), atol=atol, rtol=rtol)
+
+
+# Ways
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def way_in(transform):
+    """The way of a call inside a transform of a function of one tensor."""
+    ways = []
+
+    def function(x):
+        ways.append(call.way(x))
+        return (x * x).sum()
+
+    transform(function)
+    return ways[0]
+
+
+X = torch.randn(3)
+TRANSFORMS = {
+    "vmap": ("op", lambda f: torch.vmap(f)(torch.randn(2, 3))),
+    "vmap of vmap": ("op", lambda f: torch.vmap(torch.vmap(f))(torch.randn(2, 2, 3))),
+    "functionalize": ("op", lambda f: torch.func.functionalize(f)(X)),
+    "grad": ("pytorch", lambda f: torch.func.grad(f)(X)),
+    "vjp": ("pytorch", lambda f: torch.func.vjp(f, X)),
+    "jvp": ("pytorch", lambda f: torch.func.jvp(f, (X,), (X,))),
+    "jacrev": ("pytorch", lambda f: torch.func.jacrev(f)(X)),
+    "jacfwd": ("pytorch", lambda f: torch.func.jacfwd(f)(X)),
+    "vmap of grad": ("pytorch", lambda f: torch.vmap(torch.func.grad(f))(torch.randn(2, 3))),
+    "grad of vmap": ("pytorch", lambda f: torch.func.grad(lambda x: torch.vmap(f)(x).sum())(torch.randn(2, 3))),
+    "script's trace": ("pytorch", lambda f: torch.jit.trace(f, X)),
+    "make_fx": ("op", lambda f: make_fx(f)(X)),
+    "make_fx of fakes": ("op", lambda f: make_fx(f, tracing_mode="fake")(X)),
+    "no_grad": ("direct", torch.no_grad()(lambda f: f(X))),
+    "inference mode": ("direct", torch.inference_mode()(lambda f: f(X))),
+    "autograd": ("direct", lambda f: f(torch.randn(3, requires_grad=True)).backward()),
+    "a parameter": ("direct", lambda f: f(torch.nn.Parameter(X))),
+    "a buffer": ("direct", lambda f: f(torch.nn.Buffer(X))),
+    "a subclass": ("op", lambda f: f(X.as_subclass(Subclass))),
+    "a lazy negation": ("op", lambda f: f(torch.randn(3, dtype=torch.complex64).conj().imag)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_way_inside(name):
+    expected, transform = TRANSFORMS[name]
+    assert way_in(transform) == expected
+
+
+@pytest.mark.usefixtures("forced")
+def test_way_inside_modes():
+    with Watching():
+        assert call.way(X) == "op"
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert call.way(mode.from_tensor(X)) == "op"
+    with forward_ad.dual_level():
+        assert call.way(X) == "pytorch"
+    assert call.way(X) == "direct"
+
+
+@pytest.mark.usefixtures("forced")
+def test_every_tensor_is_asked_and_none_is_no_tensor():
+    assert call.way(X, None, X) == "direct"
+    assert call.way(X, None, X.as_subclass(Subclass)) == "op"
+    assert call.way(X, None, torch.randn(3, dtype=torch.complex64).conj().imag) == "op"
+
+
+def test_on_the_cpu_the_way_is_pytorchs():
+    assert call.way(X) == "pytorch"
+    assert call.untraceable(call.way(X)) == "pytorch"
+    with Watching():
+        assert call.way(X) == "pytorch"
+        assert call.untraceable(call.way(X)) == "op"
+
+
+# Results
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_direct_calls_and_their_gradients_are_right(name):
+    function, args = CALLS[name][0], inputs(name)
+    found = function(*args)
+    same(found, lambda: function(*args))
+    dy = torch.randn_like(found)
+    same(torch.autograd.grad(found, args, dy), lambda: torch.autograd.grad(function(*args), args, dy))
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_dispatch_modes_see_the_op(name):
+    function, args = CALLS[name][0], inputs(name, data)
+    with Watching() as mode:
+        found = function(*args)
+    assert any(str(func).startswith("tilebook.") for func in mode.seen)
+    same(found, lambda: function(*args))
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "drop-in"])
+def test_function_modes_see_the_public_function(name):
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    seen, (function, args) = [], (CALLS[name][0], inputs(name, data))
+    with Mode():
+        found = function(*args)
+    assert {"attention", "attention_varlen", "mlp", "rms_norm"} & set(seen)
+    same(found, lambda: function(*args))
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_subclasses_stay_what_they_are(name):
+    function, args = CALLS[name][0], inputs(name, data)
+    found = function(*(x.as_subclass(Subclass) for x in args))
+    assert type(found) is Subclass
+    same(found.as_subclass(torch.Tensor), lambda: function(*args))
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_a_lazy_negation_is_not_passed_by(name):
+    function, args = CALLS[name][0], inputs(name, data)
+    lazy = torch.complex(torch.zeros_like(args[0]), -args[0]).conj().imag
+    assert lazy.is_neg()
+    same(function(lazy, *args[1:]), lambda: function(*args))
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_a_lazily_negated_gradient_is_not_passed_by(name):
+    function, args = CALLS[name][0], inputs(name)
+    y = function(*args)
+    dy = torch.randn_like(y)
+    lazy = torch.complex(torch.zeros_like(dy), -dy).conj().imag
+    same(torch.autograd.grad(y, args, lazy), lambda: torch.autograd.grad(function(*args), args, dy))
+
+
+def stacked(name, make=normal):
+    parts = [inputs(name, data) for _ in range(3)]
+    made = [torch.stack([x * (1 + i) for i, x in enumerate(each)]) for each in zip(*parts, strict=True)]
+    return tuple(x.requires_grad_(make is normal) for x in made)
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_vmap_is_right_and_gradients_pass_through_it(name):
+    function, args = CALLS[name][0], stacked(name)
+    found = torch.vmap(function)(*args)
+
+    def loop():
+        return torch.stack([function(*(x[i] for x in args)) for i in range(3)])
+
+    same(found, loop)
+    dy = torch.randn_like(found)
+    same(torch.autograd.grad(found, args, dy), lambda: torch.autograd.grad(loop(), args, dy))
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jvp", "jacfwd of grad", "hessian"])
+@every_call
+def test_functional_derivatives_are_right(name, transform):
+    function, args = CALLS[name][0], inputs(name, data, dtype=torch.float64)
+
+    def loss(x, *rest):
+        return function(x, *rest).square().sum()
+
+    def derive():
+        x, rest = args[0], args[1:]
+        if transform == "grad":
+            return torch.func.grad(loss)(x, *rest)
+        if transform == "vmap of grad":
+            return torch.vmap(torch.func.grad(loss), (0, *[None] * len(rest)))(torch.stack([x, 2 * x]), *rest)
+        if transform == "jvp":
+            return torch.func.jvp(lambda x: function(x, *rest), (x,), (torch.ones_like(x),))
+        directions = torch.ones_like(x)
+        if transform == "jacfwd of grad":
+            return torch.func.jvp(torch.func.grad(lambda x: loss(x, *rest)), (x,), (directions,))[1]
+        return torch.func.vjp(torch.func.grad(lambda x: loss(x, *rest)), x)[1](directions)[0]
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        same(derive(), derive)
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_forward_mode_derivatives_are_right(name):
+    function, args = CALLS[name][0], inputs(name, data)
+
+    def derive():
+        with forward_ad.dual_level(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            made = [forward_ad.make_dual(x, torch.ones_like(x)) for x in args]
+            return forward_ad.unpack_dual(function(*made)).tangent
+
+    same(derive(), derive)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "packed"])
+def test_traced_scripts_are_right(name):
+    function, args = CALLS[name][0], inputs(name, data)
+    traced = torch.jit.trace(function, args)
+    other = tuple(x * 2 for x in args)
+    same(traced(*other), lambda: function(*other))
+
+
+@pytest.mark.usefixtures("forced")
+def test_symbolic_traces_have_the_public_function_as_a_node():
+    class Model(torch.nn.Module):
+        def forward(self, q, w):
+            return tilebook.rms_norm(tilebook.attention(q, q, q, causal=True), w)
+
+    traced = torch.fx.symbolic_trace(Model())
+    assert {"attention", "rms_norm"} <= {getattr(n.target, "__name__", "") for n in traced.graph.nodes}
+    q, w = data(2, 4, 6, 16), data(16)
+    same(traced(q, w), lambda: Model()(q, w))
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_fake_tensors_give_fake_results_laid_out_as_real_ones(name):
+    function, args = CALLS[name][0], inputs(name, data)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = function(*(mode.from_tensor(x) for x in args))
+    real = function(*args)
+    assert isinstance(fake, torch._subclasses.FakeTensor)
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+# Gradients
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_gradients_of_gradients_are_those_of_pytorchs_functions(name):
+    function, args = CALLS[name][0], inputs(name, dtype=torch.float64)
+
+    def second():
+        found = torch.autograd.grad(function(*args).square().sum(), args, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in found), args)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        same(second(), second)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_tensors_made_of_one_another_have_each_their_own_gradient(create_graph):
+    q, w = normal(2, 4, 6, 16), normal(12, 8)
+    x = normal(3, 8)
+
+    def first():
+        o = tilebook.attention(q, q, q * 2, causal=True).sum() + layers(x, w, w.t()).sum()
+        return torch.autograd.grad(o, (q, w, x), create_graph=create_graph)
+
+    same(first(), first)
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_a_batch_of_gradients_is_one_after_the_other(name):
+    function, args = CALLS[name][0], inputs(name)
+    y = function(*args)
+    dys = torch.stack([torch.randn_like(y) for _ in range(3)])
+    found = torch.autograd.grad(y, args, dys, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        expected = torch.autograd.grad(y, args, dys[i], retain_graph=True)
+        torch.testing.assert_close(tuple(x[i] for x in found), expected)
+
+
+@pytest.mark.usefixtures("forced")
+@every_call
+def test_only_what_needs_a_gradient_gets_one(name):
+    function, args = CALLS[name][0], inputs(name, data)
+    dy = torch.randn_like(function(*args))
+    for i in range(len(args)):
+        given = [x.detach().requires_grad_(i == at) for at, x in enumerate(args)]
+        same(torch.autograd.grad(function(*given), given[i], dy), lambda i=i, given=given: torch.autograd.grad(
+            function(*given), given[i], dy
+        ))  # fmt: skip
+
+
+def turned(x):
+    """The same numbers with their last axis first in memory."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1) if x.ndim > 1 else torch.stack([x, x], -1)[..., 0]
+
+
+def displaced(x):
+    """The same numbers at an address that is no multiple of 16."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("moved", [turned, displaced])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@every_call
+def test_hooks_may_give_back_what_was_saved_in_other_places(name, moved, implementation, monkeypatch):
+    half = name == "layers" and implementation == "triton"  # whose kernels take no fp32
+    function, args = CALLS[name][0], inputs(name, dtype=torch.float16 if half else torch.float32)
+    seen, run = [], dispatch.run
+    monkeypatch.setattr(dispatch, "run", lambda op, *given: seen.append(dispatch.key(op, given)) or run(op, *given))
+    with dispatch.use(implementation):
+        y = function(*args)
+        dy = torch.randn_like(y)
+        torch.autograd.grad(y, args, dy, retain_graph=True)
+        usual = seen[:]
+        seen.clear()
+        with torch.autograd.graph.saved_tensors_hooks(moved, lambda x: x):
+            y = function(*args)
+        found = torch.autograd.grad(y, args, dy)
+    assert seen != usual, "another call is looked up"
+    same(
+        found, lambda: torch.autograd.grad(function(*args), args, dy), **({"atol": 0.05, "rtol": 0.05} if half else {})
+    )
+
+
+# Autocast, and helpers
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "drop-in"])
+def test_autocast_gives_its_dtype_and_gradients_in_their_own(name):
+    function, args = CALLS[name][0], inputs(name)
+    with torch.autocast("cpu", BF16):
+        y = function(*args)
+        expected = on_the_cpu(lambda: function(*args))
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, atol=0.05, rtol=0.05)
+    assert {x.dtype for x in torch.autograd.grad(y.float().sum(), args)} == {torch.float32}
+
+
+def test_autocast_casts_floating_point_but_not_double():
+    given = data(3), data(3).double(), data(3).half(), torch.arange(3), None, 2.0
+    assert call.autocast(*given) == given
+    with torch.autocast("cpu", BF16):
+        assert call.autocast_dtype(given[0]) == BF16
+        found = call.autocast(*given)
+    assert [x.dtype for x in found[:4]] == [BF16, torch.float64, BF16, torch.int64]
+    assert found[4:] == (None, 2.0)
+
+
+def test_autocast_is_off_where_a_device_has_none():
+    x = torch.empty(3, device="meta")
+    with torch.autocast("cpu", BF16):
+        assert call.autocast_dtype(x) is None
+        assert call.autocast(x) == (x,)
+
+
+def test_rows_and_vectors_are_copied_only_where_their_last_axis_is_not_contiguous():
+    x, y, scalar = torch.randn(3, 4), torch.randn(8), torch.tensor(1.0)
+    assert call.rows(x) is x
+    assert call.rows(x[:, :2]).data_ptr() == x.data_ptr()
+    assert call.vector(y) is y
+    for function, odd in ((call.rows, x.t()), (call.rows, x[:, ::2]), (call.vector, y[::2]), (call.rows, x[:1].expand(
+        3, 4).t())):  # fmt: skip
+        found = function(odd)
+        assert found.is_contiguous()
+        assert torch.equal(found, odd)
+    assert call.rows(scalar) is scalar
+    assert call.vector(scalar) is scalar
+
+
+def test_gradients_are_recorded_only_where_they_are_wanted():
+    x, y = normal(3), data(3)
+    assert call.recorded((y, None, x))
+    assert not call.recorded((y, None, y))
+    with torch.no_grad():
+        assert not call.recorded((x,))

@@ -1,0 +1,1 @@
+"""Our forward kernel for Hopper in Gluon, Triton's language for what its compiler does not arrange."""

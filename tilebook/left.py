@@ -1,0 +1,84 @@
+"""Calls that are left to PyTorch's own function, known again at the least cost: the host often has no more to do.
+
+What is remembered here is only who serves. The call that is made is PyTorch's, which is right for any arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+
+from tilebook import dispatch
+
+__all__ = ["ORDINARY", "Left", "keep", "known", "ready", "recall"]
+
+_MOST = 10_000
+_FIRST_CALLS = 2  # the first compiles, the second is recorded
+
+_here = dispatch.here
+_compiling, _capturing = torch.compiler.is_compiling, torch.cuda.is_current_stream_capturing
+_deterministic, _recording = torch.are_deterministic_algorithms_enabled, torch.is_grad_enabled
+_batched: Any = torch._C._functorch.peek_interpreter_stack
+_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+class Left(NamedTuple):
+    """Which calls of one kind are PyTorch's: without gradients, with them; and whether only outside of graphs.
+
+    bounded: the GPU is done with such a call before the host has made the next, and PyTorch's costs the host least. A
+    graph is replayed without the host.
+    """
+
+    forward: bool
+    training: bool
+    bounded: bool
+
+
+def recall(key: Hashable, *tensors: torch.Tensor) -> bool:
+    """Is an eager call of this kind with these tensors PyTorch's? False also where that is not known yet."""
+    if _compiling() or _here.forced is not None or _batched() is not None:
+        return False
+    found = _here.left.get(key)
+    if found is None:
+        return False
+    device, training, address = tensors[0].get_device(), False, 0
+    for each in tensors:
+        if type(each) not in ORDINARY or each.get_device() != device:
+            return False
+        address |= each.data_ptr()
+        training |= each.requires_grad
+    if address & 15:  # kernels of PyTorch's load whole vectors without looking
+        return False
+    if training and _recording():
+        if not found.training or _hooks(True) is not None:
+            return False
+    elif not found.forward:
+        return False
+    return not (_deterministic() or (found.bounded and _capturing()))
+
+
+def ready(choice: Any) -> bool:
+    """May it be settled who serves calls like this choice's?
+
+    Kernels of ours run the first calls all the same, so that they are there when a graph is captured.
+    """
+    return bool(choice.kept and choice.aligned and (choice.native or choice.calls >= _FIRST_CALLS))
+
+
+def keep(key: Hashable, left: Left) -> None:
+    """Remembers who serves calls of this kind. They must lie in memory as PyTorch's kernels take them."""
+    if len(_here.left) >= _MOST:
+        _here.left.clear()
+    _here.left[key] = left
+
+
+def known(choice: Any, size: float, bounds: tuple[float, float]) -> Left:
+    """Who serves calls like one whose choice and size are these; `bounds` are sizes that the host bounds: without
+    gradients, with them."""
+    own = bool(choice.native)
+    both = own and bool(dispatch.backward_of(choice).native)
+    forward, training = own or size <= bounds[0], both or size <= bounds[1]
+    return Left(forward, training, (forward and not own) or (training and not both))
