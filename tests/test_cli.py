@@ -301,7 +301,7 @@ def test_suites_add_up():
         (["explain", "attention_sideways", "--shape", "B1,H2,S3,D64"], 2, "no op"),
         (["show", "--op", "attention_sideways"], 2, "no op"),
         (["import", "nowhere.jsonl"], 2, "does not exist"),
-        (["export", "out.jsonl"], 1, "registry"),
+        (["export", "out.jsonl", "--registry", "none.db"], 1, "there is no registry"),
         (["revoke"], 2, "needs an OP"),
         (["revoke", "--list", "--undo", "0123"], 2, "alone"),
         (["revoke", "--list", "--reason", "x"], 2, "alone"),
