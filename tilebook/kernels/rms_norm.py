@@ -452,6 +452,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1
         if x.shape[-1:] != weight.shape or not weight.is_cuda:
             _check(x, weight)
         return torch.rms_norm(x, weight.shape, weight, eps)  # type: ignore[no-any-return]
+    eps = float(eps)
     flat = rows_first(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x)
     tensors = flat, vector(weight)
     choice = dispatch.known(rms_norm_fwd, (*tensors, eps)) if route == "direct" else None

@@ -53,6 +53,13 @@ def numbers(scale: Any, softcap: float, dropout_p: float) -> None:
         raise ValueError(f"softcap must not be negative; got {softcap}")
 
 
+def multiplier(scale: Any, q: torch.Tensor) -> float:
+    """What scores are multiplied by, as a float: kernels take no other type of number."""
+    if scale is not None:
+        return float(scale)
+    return float(q.shape[-1] ** -0.5) if q.ndim and q.shape[-1] else 0.0
+
+
 def sides(window: Any) -> tuple[int, int]:
     """Columns to the left and to the right of the diagonal that a window names, -1 without limit."""
     try:

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
 from tilebook.call import recorded, rows, way
-from tilebook.kernels.attention.check import numbers
+from tilebook.kernels.attention.check import multiplier, numbers
 from tilebook.kernels.decode import eager
 from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.entry import DECODE, registered
@@ -73,10 +73,8 @@ def attention_decode(
     if recorded((q, k, v)):
         raise ValueError("attention_decode has no backward: call it under torch.no_grad(), or use attention")
     numbers(scale, softcap, 0.0)
-    factor = scale
-    if factor is None:
-        factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
-    options = causal, factor, softcap, window
+    factor = multiplier(scale, q)
+    options = causal, factor, float(softcap), window if window is None else int(window)
     route = way(*tensors)
     choice = dispatch.known(registered(), (*tensors, *options)) if route == "direct" else None
     if choice is None:
