@@ -59,13 +59,6 @@ def _afresh():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def op():
-    """Calls go the op's way on the CPU too."""
-    with dispatch.use("torch"):
-        yield
-
-
 def compare(found, call, args):
     """Results, and gradients where they are wanted."""
     y, expected = found(*args), call(*args)
@@ -84,7 +77,7 @@ def targets(counter):
     return [node.target for graph in counter.graphs for node in graph.graph.nodes]
 
 
-@pytest.mark.usefixtures("op")
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("make", [normal, data])
 @pytest.mark.parametrize("dynamic", [True, False])
 @every_call
@@ -95,7 +88,7 @@ def test_compiled_calls_and_their_gradients_are_right(name, dynamic, make):
         compare(compiled, call, args(n, make))
 
 
-@pytest.mark.usefixtures("op")
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("make", [normal, data])
 @every_call
 def test_twenty_lengths_are_one_compilation(name, make):
@@ -127,7 +120,7 @@ def test_packed_sequences_are_one_op_in_a_graph_for_the_cpu():
     compare(torch.compile(call, backend="aot_eager", fullgraph=True), call, args(9, normal))
 
 
-@pytest.mark.usefixtures("op")
+@pytest.mark.usefixtures("forced")
 def test_layers_and_norms_are_left_to_the_compiler():
     w, up, down = normal(16), normal(32, 16), normal(16, 32)
 
@@ -140,21 +133,21 @@ def test_layers_and_norms_are_left_to_the_compiler():
     assert not any("tilebook" in str(target) for target in targets(counter))
 
 
-@pytest.mark.usefixtures("op")
+@pytest.mark.usefixtures("forced")
 def test_a_compiled_call_draws_new_dropout_each_time():
     q = data(1, 2, 32, 16)
     compiled = torch.compile(lambda q: tilebook.attention(q, q, q, dropout_p=0.5), backend="aot_eager", fullgraph=True)
     assert not torch.equal(compiled(q), compiled(q))
 
 
-@pytest.mark.usefixtures("op")
+@pytest.mark.usefixtures("forced")
 def test_what_is_wrong_with_a_call_is_said_while_it_is_compiled():
     compiled = torch.compile(lambda q, k: tilebook.attention(q, k, k), backend="aot_eager")
     with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match="same batch size"):
         compiled(data(2, 4, 8, 16), data(3, 4, 8, 16))
 
 
-@pytest.mark.usefixtures("op")
+@pytest.mark.usefixtures("forced")
 def test_compiled_autograd_runs_the_backward_op():
     call, args = CALLS["attention, causal"]
     q, k = args(8, normal)
@@ -178,7 +171,7 @@ class Model(torch.nn.Module):
         return tilebook.attention_varlen(flat, flat, flat, rows, rows, max_seqlen_q=most, max_seqlen_k=most)
 
 
-@pytest.mark.usefixtures("op")
+@pytest.mark.usefixtures("forced")
 def test_an_exported_program_runs_in_another_process(tmp_path):
     args = data(2, 4, 6, 16), ends(2, 12)
     program = torch.export.export(Model(), args, dynamic_shapes=({2: torch.export.Dim.DYNAMIC}, {}))
@@ -200,7 +193,7 @@ print("right")
 # Checkpoints
 
 
-@pytest.mark.usefixtures("op")
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_selective_checkpoint_sees_the_op(saved):
     seen = []
@@ -226,7 +219,7 @@ def test_a_selective_checkpoint_sees_the_op(saved):
         torch.testing.assert_close(got, right)
 
 
-@pytest.mark.usefixtures("op")
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "decode"])
 def test_checkpoints_are_right(name, reentrant):

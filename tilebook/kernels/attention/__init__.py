@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
 from tilebook.call import autocast, left_whole, tf32_allowed, way
-from tilebook.kernels.attention.check import Causal, check, checked_form, numbers, together
+from tilebook.kernels.attention.check import Causal, check, checked_form, multiplier, numbers, together
 from tilebook.kernels.attention.drop_in import BOUNDS, kind, scaled_dot_product_attention
 from tilebook.kernels.attention.entry import ATTENTION, arguments, registered
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
@@ -112,9 +112,7 @@ def attention(
         )  # fmt: skip
         seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p else None
         table = bias if bias is None else _four(bias)
-    factor = scale
-    if factor is None:
-        factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
+    factor = multiplier(scale, q)
     extras = table, alibi_slopes, seed
     tensors, options = (q, k, v, *extras), (form, factor)
     choice = None

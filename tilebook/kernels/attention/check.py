@@ -54,6 +54,13 @@ def numbers(scale: Any, softcap: float = 0.0, dropout_p: float = 0.0) -> float |
     return None if scale is None else float(scale)
 
 
+def multiplier(scale: Any, q: torch.Tensor) -> float:
+    """What scores are multiplied by, as a float: kernels take no other type of number."""
+    if scale is not None:
+        return float(scale)
+    return float(q.shape[-1] ** -0.5) if q.ndim and q.shape[-1] else 0.0
+
+
 def sides(window: Any) -> tuple[int, int]:
     """Columns to the left and to the right of the diagonal that a window names, -1 without limit."""
     try:

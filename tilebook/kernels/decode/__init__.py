@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
 from tilebook.call import recorded, way
-from tilebook.kernels.attention.check import numbers
+from tilebook.kernels.attention.check import multiplier, numbers
 from tilebook.kernels.attention.drop_in import kind
 from tilebook.kernels.decode import eager
 from tilebook.kernels.decode.check import check
@@ -82,10 +82,9 @@ def attention_decode(
     if recorded((q, k, v)):
         raise ValueError("attention_decode has no backward: call it under torch.no_grad(), or use attention")
     scale = numbers(scale, softcap)
-    factor = scale
-    if factor is None:
-        factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
-    options = causal, factor, softcap, window
+    if window is not None and not isinstance(window, int):
+        check(*tensors, softcap, window)
+    options = causal, multiplier(scale, q), float(softcap), window
     choice = dispatch.known(registered(), (*tensors, *options)) if route == "direct" else None
     if choice is None:
         check(*tensors, softcap, window)

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
 from tilebook.call import autocast, recorded, tf32_allowed, untraceable, way
-from tilebook.kernels.attention.check import numbers, sides
+from tilebook.kernels.attention.check import multiplier, numbers, sides
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen.check import check
 from tilebook.kernels.varlen.entry import VARLEN, registered
@@ -96,9 +96,7 @@ def attention_varlen(
     route = untraceable(way(*tensors), *tensors)
     q, k, v = autocast(q, k, v)
     scale = numbers(scale, softcap)
-    factor = scale
-    if factor is None:
-        factor = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 0.0
+    factor = multiplier(scale, q)
     max_q, max_k = max_seqlen_q, max_seqlen_k
     if type(max_q) is int and type(max_k) is int and not torch.compiler.is_compiling():
         max_q, max_k = bucket(max_q), bucket(max_k)

@@ -1,0 +1,54 @@
+"""Calls of every public function, each with the shapes of its tensors."""
+
+import pytest
+import torch
+from op_samples import ends, normal
+
+import tilebook
+from tilebook import dispatch
+
+MASK = torch.tensor([[True, False, True, True, True, False], *[[True] * 6] * 5])
+
+
+def packed(q, k, v):
+    o = tilebook.attention_varlen(
+        *(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), ends(6, 12), ends(6, 12),
+        max_seqlen_q=6, max_seqlen_k=6, causal=True,
+    )  # fmt: skip
+    return o
+
+
+def layers(x, w1, w2):
+    return tilebook.mlp(x, w1, w1[:, 0], w2, w2[:, 0])
+
+
+QKV = [(2, 4, 6, 16)] * 3
+CALLS = {
+    "attention": (tilebook.attention, QKV),
+    "attention, grouped": (lambda q, k, v: tilebook.attention(q, k, v, causal=True), [QKV[0], *[(2, 2, 6, 16)] * 2]),
+    "attention, window": (lambda q, k, v: tilebook.attention(q, k, v, causal=True, window=(2, 0)), QKV),
+    "attention, soft-cap": (lambda q, k, v: tilebook.attention(q, k, v, softcap=3.0), QKV),
+    "attention, bias": (lambda q, k, v, b: tilebook.attention(q, k, v, bias=b), [*QKV, (4, 6, 6)]),
+    "attention, mask": (lambda q, k, v: tilebook.attention(q, k, v, attn_mask=MASK), QKV),
+    "drop-in": (tilebook.scaled_dot_product_attention, QKV),
+    "packed": (packed, QKV),
+    "layers": (layers, [(2, 3, 8), (12, 8), (8, 12)]),
+    "norm": (tilebook.rms_norm, [(2, 3, 8), (8,)]),
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+def inputs(name, make=normal, **how):
+    torch.manual_seed(0)
+    return tuple(make(*shape, **how) for shape in CALLS[name][1])
+
+
+def on_the_cpu(function):
+    """What a function gives where nothing is forced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch.here, "forced", None)
+        return function()
+
+
+def same(found, function, atol=2e-5, rtol=2e-5):
+    torch.testing.assert_close(found, on_the_cpu(function), atol=atol, rtol=rtol)

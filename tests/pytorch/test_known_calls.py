@@ -1,0 +1,179 @@
+"""A call like one made before runs without checks, and nothing else is taken for such a call."""
+
+import numpy as np
+import pytest
+import torch
+from op_samples import data, ends, ints, normal
+
+import tilebook
+from tilebook import device as devices
+from tilebook import dispatch
+from tilebook.dispatch import Choice, Dispatch
+from tilebook.kernels import rms_norm as norms
+
+GPU = devices.find("H200")
+
+
+class InTriton(Dispatch):
+    """Chooses the default of our kernel for whatever it takes, as if a verdict had it ahead."""
+
+    native = False
+
+    def choose(self, op, problem, device):
+        ours = op.tunable
+        if self.native or not ours.supports(problem):
+            return Choice(op.implementations["torch"], None, "exact", problem, GPU)
+        return Choice(ours, ours.space.default(problem, GPU), "exact", problem, GPU)
+
+    def _settled(self, choice):
+        return True
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Tensors that say they are on a GPU, where kernels run in Triton's interpreter."""
+    here = InTriton()
+    for name in ("run", "lookup", "known", "choose", "backward_of"):
+        monkeypatch.setattr(dispatch, name, getattr(here, name))
+    monkeypatch.setattr(dispatch, "here", here)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(devices, "current", lambda index=0: GPU)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr("tilebook.dispatch.choice.record", lambda run, args: (run(*args), None))
+    monkeypatch.setattr(norms, "_HOST_BOUND", 0)
+    monkeypatch.setattr("tilebook.kernels.attention.bounded_by_the_host", lambda q, k, v: False)
+    return here
+
+
+def packed(q, k, v, rows, columns, most=5):
+    return tilebook.attention_varlen(q, k, v, rows, columns, max_seqlen_q=most, max_seqlen_k=most, causal=True)
+
+
+def biased(q, k, v, bias):
+    return tilebook.attention(q, k, v, bias=bias)
+
+
+def sloped(q, k, v, slopes):
+    return tilebook.attention(q, k, v, alibi_slopes=slopes)
+
+
+HALF = torch.float16
+
+
+def qkv(make=data, heads_kv=4, **how):
+    return [make(2, 4, 6, 16, **how), *(make(2, heads_kv, 6, 16, **how) for _ in range(2))]
+
+
+def layers(make=data):
+    shapes = (5, 8), (12, 8), (12,), (8, 12), (8,)
+    return [make(*shape, dtype=HALF) for shape in shapes]
+
+
+CALLS = {
+    "attention": (tilebook.attention, qkv),
+    "attention, bias": (biased, lambda make=data: [*qkv(make), make(1, 4, 6, 6)]),
+    "attention, slopes": (sloped, lambda make=data: [*qkv(make), data(4).abs()]),
+    "packed": (packed, lambda make=data: [*(make(9, 4, 16) for _ in range(3)), ends(4, 9), ends(4, 9)]),
+    "decode": (
+        lambda q, k, v, n: tilebook.attention_decode(q, k, v, seq_lens=n),
+        lambda make=data: [data(2, 4, 1, 16, dtype=HALF), *qkv(dtype=HALF)[1:], ints(3, 6)],
+    ),
+    "layers": (tilebook.mlp, layers),
+    "norm": (tilebook.rms_norm, lambda make=data: [make(5, 8), make(8)]),
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+@every_call
+def test_a_call_like_one_before_is_neither_checked_nor_chosen_again(here, name, monkeypatch):
+    function, make = CALLS[name]
+    args = make()
+    first = function(*args)
+    monkeypatch.setattr(here, "choose", None)
+    family = {"layers": "mlp", "norm": "rms_norm", "packed": "varlen", "decode": "decode"}.get(name, "attention")
+    check = "_check" if family in ("mlp", "rms_norm") else "check"
+    monkeypatch.setattr(f"tilebook.kernels.{family}.{check}", None)
+    assert torch.equal(function(*args), first)
+    assert all(each.implementation.name == "triton" for each in here._memo.values())
+    assert {each.calls for each in here._memo.values()} == {2}
+
+
+@every_call
+def test_after_a_good_call_a_tensor_of_another_shape_or_dtype_is_checked(here, name):
+    function, make = CALLS[name]
+    args = make()
+    function(*args)
+    for at, x in enumerate(args):
+        for other in (x[..., None], x.to(torch.int64), x[..., :-1], x.repeat(*[1] * (x.ndim - 1), 3)):
+            given = [other if i == at else y for i, y in enumerate(args)]
+            if name == "norm" and at == 0 and other.shape == x.shape and other.is_floating_point():
+                continue
+            with pytest.raises(ValueError, match=r"must|expected|takes|asks|on cpu, but"):
+                function(*given)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "decode"])
+def test_gradients_of_calls_known_and_not_are_right(here, name):
+    function, make = CALLS[name]
+    args = make(normal)
+    inputs = [x for x in args if x.requires_grad]
+    dy = torch.randn_like(function(*args))
+    found = [torch.autograd.grad(function(*args), inputs, dy) for _ in range(3)]
+    expected = torch.autograd.grad(reference(here, function, args), inputs, dy)
+    error = {"atol": 0.02, "rtol": 0.02} if dy.dtype == HALF else {"atol": 2e-5, "rtol": 2e-5}
+    for grads in found:
+        torch.testing.assert_close(grads, expected, **error)
+
+
+def reference(here, function, args):
+    """What PyTorch's own functions give."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda x: False))
+        return function(*args)
+
+
+@every_call
+def test_what_is_left_to_pytorch_is_counted_and_needs_no_kernel(here, name, monkeypatch):
+    function, make = CALLS[name]
+    here.native = True
+    monkeypatch.setattr(Choice, "__call__", None)
+    args = make()
+    for _ in range(2):
+        torch.testing.assert_close(function(*args), reference(here, function, args))
+    assert {each.calls for each in here._memo.values()} == {2}
+
+
+def test_a_statistic_is_not_left_to_pytorchs_function_which_has_none(here):
+    here.native = True
+    q, k, v = qkv()
+    here.forced = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tilebook.kernels.attention.plain", None)
+        patch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 0)
+        o, lse = tilebook.attention(q, k, v, return_lse=True)
+    expected, right = reference(here, lambda *args: tilebook.attention(*args, return_lse=True), (q, k, v))
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(lse, right)
+
+
+NUMBERS = {
+    "attention": lambda one: tilebook.attention(*qkv(), scale=one, softcap=one),
+    "packed": lambda one: tilebook.attention_varlen(
+        *(data(9, 4, 16) for _ in range(3)), *(ends(4, 9),) * 2, max_seqlen_q=5, max_seqlen_k=5, scale=one, softcap=one
+    ),
+    "decode": lambda one: tilebook.attention_decode(
+        *qkv(dtype=HALF), scale=one, softcap=one, window=one if one == int(one) else None
+    ),
+    "norm": lambda one: tilebook.rms_norm(data(5, 8), data(8), one),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_of_another_type_is_no_other_call_and_another_number_is(here, name):
+    for one in (np.float32(1), 1, 1.0, np.int64(1), True):
+        NUMBERS[name](one)
+    assert len(here._memo) == 1
+    NUMBERS[name](0.5)
+    assert len(here._memo) == 2
