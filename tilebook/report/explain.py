@@ -48,7 +48,7 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
         f"{op.name} {asked}{f' (asks for {problem.label})' if asked != problem.label else ''} on {device.name}",
         f"  runs     {choice.implementation.name} {choice.config or ''}".rstrip(),
         *(f"  revoked  {each['implementation']} {_written(each['config'])}: {each['reason']}" for each in passed),
-        f"  because  {_reason(choice.source, data['verdict'], [each['source'] for each in passed])}",
+        f"  because  {_reason(choice.source, data['verdict'], [each['source'] for each in passed], op.fused(problem))}",
         f"  floor    {floor_ms:.4g} ms ({cost.flops / 1e9:.3g} GFLOP, {cost.bytes / 1e6:.3g} MB)",
     ]
     if verdict is not None:
@@ -92,7 +92,7 @@ def _written(config: dict[str, Any]) -> str:
     return " ".join(f"{axis}={value}" for axis, value in config.items())
 
 
-def _reason(source: str, verdict: dict[str, Any] | None, revoked: Sequence[str]) -> str:
+def _reason(source: str, verdict: dict[str, Any] | None, revoked: Sequence[str], fused: bool) -> str:
     if source == "exact" and verdict is not None:
         return f"layer {verdict['layer']} has a {verdict['status']} verdict for exactly this problem"
     if source == "nearest" and verdict is not None:
@@ -102,6 +102,8 @@ def _reason(source: str, verdict: dict[str, Any] | None, revoked: Sequence[str])
         return f"no verdict can serve, and the default config is revoked: {what}"
     if source == "default":
         return f"no verdict {'that is near can serve' if revoked else 'is near'}: the space's default config"
+    if fused:
+        return "no measured verdict is for exactly this problem: PyTorch's own function"
     return "our kernel does not support this problem: PyTorch's implementation"
 
 
