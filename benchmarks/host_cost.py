@@ -90,6 +90,12 @@ def cases(device: str) -> list[Case]:
             trains=False,
         ),
         Case(
+            "layer_norm M16,N1024",
+            lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5),
+            tilebook.layer_norm,
+            [random(16, 1024), random(1024), random(1024)],
+        ),
+        Case(
             "mlp M32,H64,I128",
             lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
             tilebook.mlp,

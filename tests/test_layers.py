@@ -84,7 +84,7 @@ def inside(name: str, *folders: str) -> bool:
     [
         ("tilebook.cli", ["tilebook.cli", "tilebook.__main__"]),
         ("tilebook.report", ["tilebook.report", "tilebook.cli", "tilebook.revocation"]),
-        ("tilebook.tuner", ["tilebook.tuner", "tilebook.report", "tilebook.cli"]),
+        ("tilebook.tuner", ["tilebook.tuner", "tilebook.report", "tilebook.recheck", "tilebook.cli"]),
         ("tilebook.tuner.sweeps", ["tilebook.tuner.sweeps", "tilebook.cli"]),
     ],
 )

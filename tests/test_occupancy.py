@@ -55,15 +55,3 @@ def test_a_cap_on_registers_is_for_kernels_that_let_more_programs_in_by_it(cap, 
     found = occupancy.pointless(cap, elements, 4, shared, programs, find("H200"))
     assert found is None if says is None else says in (found or "")
     assert "only NVIDIA" in (occupancy.pointless(96, elements, 4, shared, programs, find("MI300X")) or "")
-
-
-@pytest.mark.parametrize(
-    ("each", "says"), [(0, None), (1, "room for more"), (2, None), (3, None), (4, None), (5, "do not fit")]
-)
-def test_persistent_programs_fill_an_sm_and_no_more(each, says):
-    found = occupancy.misfit(each, 96 * 128, 4, 40 << 10, 5000, False, find("H200"))
-    assert found is None if says is None else says in (found or "")
-
-
-def test_persistent_programs_are_for_more_tiles_than_there_are_programs():
-    assert "as it is" in (occupancy.misfit(2, 96 * 128, 4, 40 << 10, 264, False, find("H200")) or "")

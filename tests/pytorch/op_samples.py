@@ -112,6 +112,11 @@ SAMPLES = {
         "not kept, and yet differentiated": lambda: mlp(*layers(), "gelu", False),
         "bf16": lambda: mlp(*(x.detach().to(BF16).requires_grad_() for x in layers())),
     },
+    "layer_norm_fwd": {
+        "plain": lambda: (normal(5, 8), normal(8), normal(8), 1e-5),
+        "bare": lambda: (normal(5, 8), None, None, 1e-5),
+        "frozen": lambda: (normal(5, 8), data(8), data(8), 1e-5),
+    },
     "rms_norm_fwd": {
         "plain": lambda: (normal(5, 8), normal(8), 1e-6),
         "another weight": lambda: (normal(5, 8, dtype=BF16), normal(8), 1e-6),

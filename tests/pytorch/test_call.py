@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilebook
-from tilebook import call
+from tilebook import call, layout
 
 # Ways
 
@@ -87,9 +87,11 @@ def test_way_inside_modes():
 
 @pytest.mark.usefixtures("forced")
 def test_every_tensor_is_asked_and_none_is_no_tensor():
-    assert call.way(X, None, X) == "direct"
-    assert call.way(X, None, X.as_subclass(Subclass)) == "op"
-    assert call.way(X, None, torch.randn(3, dtype=torch.complex64).conj().imag) == "op"
+    assert call.way(X, X, optional=(None, X)) == "direct"
+    assert call.way(X, optional=(None, X.as_subclass(Subclass))) == "op"
+    assert call.way(X, torch.randn(3, dtype=torch.complex64).conj().imag) == "op"
+    with pytest.raises(ValueError, match="expected a tensor"):
+        call.way(X, None)
 
 
 def test_on_the_cpu_the_way_is_pytorchs():
@@ -253,16 +255,16 @@ def test_autocast_is_off_where_a_device_has_none():
 
 def test_rows_and_vectors_are_copied_only_where_their_last_axis_is_not_contiguous():
     x, y, scalar = torch.randn(3, 4), torch.randn(8), torch.tensor(1.0)
-    assert call.rows(x) is x
-    assert call.rows(x[:, :2]).data_ptr() == x.data_ptr()
-    assert call.vector(y) is y
-    for function, odd in ((call.rows, x.t()), (call.rows, x[:, ::2]), (call.vector, y[::2]), (call.rows, x[:1].expand(
+    assert layout.rows(x) is x
+    assert layout.rows(x[:, :2]).data_ptr() == x.data_ptr()
+    assert layout.vector(y) is y
+    for function, odd in ((layout.rows, x.t()), (layout.rows, x[:, ::2]), (layout.vector, y[::2]), (layout.rows, x[:1].expand(
         3, 4).t())):  # fmt: skip
         found = function(odd)
         assert found.is_contiguous()
         assert torch.equal(found, odd)
-    assert call.rows(scalar) is scalar
-    assert call.vector(scalar) is scalar
+    assert layout.rows(scalar) is scalar
+    assert layout.vector(scalar) is scalar
 
 
 def test_gradients_are_recorded_only_where_they_are_wanted():

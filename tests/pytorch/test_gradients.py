@@ -87,7 +87,8 @@ def test_hooks_may_give_back_what_was_saved_in_other_places(name, moved, impleme
         with torch.autograd.graph.saved_tensors_hooks(moved, lambda x: x):
             y = function(*args)
         found = torch.autograd.grad(y, args, dy)
-    assert seen != usual, "another call is looked up"
+    if moved is displaced:  # of what is turned, kernels are given copies that lie as usual
+        assert seen != usual, "another call is looked up"
     same(
         found, lambda: torch.autograd.grad(function(*args), args, dy), **({"atol": 0.05, "rtol": 0.05} if half else {})
     )

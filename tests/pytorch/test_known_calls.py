@@ -9,7 +9,6 @@ import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
 from tilebook.dispatch import Choice, Dispatch
-from tilebook.kernels import rms_norm as norms
 
 GPU = devices.find("H200")
 
@@ -41,8 +40,11 @@ def here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr("tilebook.dispatch.choice.record", lambda run, args: (run(*args), None))
-    monkeypatch.setattr(norms, "_HOST_BOUND", 0)
-    monkeypatch.setattr("tilebook.kernels.attention.bounded_by_the_host", lambda q, k, v: False)
+    monkeypatch.setattr("tilebook.left._here", here)
+    monkeypatch.setattr("tilebook.left._capturing", lambda: False)
+    # No call is so small that the host takes longest.
+    monkeypatch.setattr("tilebook.kernels.norms.HOST_BOUND", 0.0)
+    monkeypatch.setattr("tilebook.kernels.attention.BOUNDS", (0.0, 0.0))
     return here
 
 
@@ -91,8 +93,8 @@ def test_a_call_like_one_before_is_neither_checked_nor_chosen_again(here, name, 
     args = make()
     first = function(*args)
     monkeypatch.setattr(here, "choose", None)
-    family = {"layers": "mlp", "norm": "rms_norm", "packed": "varlen", "decode": "decode"}.get(name, "attention")
-    check = "_check" if family in ("mlp", "rms_norm") else "check"
+    family = {"layers": "mlp", "norm": "norms", "packed": "varlen", "decode": "decode"}.get(name, "attention")
+    check = "_check" if family in ("mlp", "norms") else "check"
     monkeypatch.setattr(f"tilebook.kernels.{family}.{check}", None)
     assert torch.equal(function(*args), first)
     assert all(each.implementation.name == "triton" for each in here._memo.values())
@@ -134,14 +136,23 @@ def reference(here, function, args):
 
 
 @every_call
-def test_what_is_left_to_pytorch_is_counted_and_needs_no_kernel(here, name, monkeypatch):
+def test_what_is_left_to_pytorch_needs_no_kernel(here, name, monkeypatch):
     function, make = CALLS[name]
     here.native = True
     monkeypatch.setattr(Choice, "__call__", None)
     args = make()
-    for _ in range(2):
+    for _ in range(3):
         torch.testing.assert_close(function(*args), reference(here, function, args))
-    assert {each.calls for each in here._memo.values()} == {2}
+    assert all(each.calls and each.native for each in here._memo.values())
+
+
+def test_decoding_has_no_gradient_also_after_a_call_that_wanted_none(here):
+    here.native = True
+    q, k, v = data(2, 4, 1, 16), *qkv()[1:]
+    tilebook.attention_decode(q, k, v)
+    tilebook.attention_decode(q, k, v)
+    with pytest.raises(ValueError, match="no backward"):
+        tilebook.attention_decode(q.requires_grad_(), k, v)
 
 
 def test_a_statistic_is_not_left_to_pytorchs_function_which_has_none(here):
@@ -162,9 +173,7 @@ NUMBERS = {
     "packed": lambda one: tilebook.attention_varlen(
         *(data(9, 4, 16) for _ in range(3)), *(ends(4, 9),) * 2, max_seqlen_q=5, max_seqlen_k=5, scale=one, softcap=one
     ),
-    "decode": lambda one: tilebook.attention_decode(
-        *qkv(dtype=HALF), scale=one, softcap=one, window=one if one == int(one) else None
-    ),
+    "decode": lambda one: tilebook.attention_decode(*qkv(dtype=HALF), scale=one, softcap=one),
     "norm": lambda one: tilebook.rms_norm(data(5, 8), data(8), one),
 }
 

@@ -212,8 +212,8 @@ def learnt(tmp_path):
     with Registry.open(tmp_path / "shipped.db", write=True) as registry:
         for shape, config in zip(shapes, winners, strict=False):
             key = op.problem.parse(shape, "bf16").key
-            found = {"problem": key, "implementation": "triton", "config": dict(config), "evidence": {}}
-            registry.record(verdict=dataclasses.replace(verdict, **found))
+            winner = dataclasses.replace(verdict.winner, implementation="triton", config=dict(config), default=False)
+            registry.record(verdict=dataclasses.replace(verdict, problem=key, finalists=(winner,), notes={}))
     # Its own, what differs only in batch and heads, and what no verdict of can serve it, are left out.
     return sweep, neighbours(sweep, tmp_path / "shipped.db"), (default(sweep), winners[3], winners[2])
 

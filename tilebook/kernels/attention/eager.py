@@ -111,6 +111,7 @@ def _add(total: torch.Tensor, part: torch.Tensor, piece: _Piece) -> None:
     batches, heads = piece.heads
     across = [axis for axis in (2, 3) if total.shape[axis] == 1]
     part = part.sum(across, keepdim=True) if across else part
+    part = part.to(total.dtype)
     at = batches * (total.shape[0] > 1), heads * (total.shape[1] > 1)
     (total if 2 in across else total[:, :, piece.rows]).index_put_(at, part, accumulate=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from tilebook.kernels.attention import eager
@@ -48,4 +50,4 @@ def attention_bwd(
 
 attention_fwd.backward = attention_bwd
 
-from tilebook.kernels.attention import implementations  # noqa: E402, F401 (what computes the ops registers itself)
+importlib.import_module("tilebook.kernels.attention.implementations")  # what computes the ops registers itself

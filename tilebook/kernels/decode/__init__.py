@@ -16,7 +16,7 @@ from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.entry import DECODE, registered
 from tilebook.kernels.decode.pytorch import plain
 from tilebook.layout import aligned, rows
-from tilebook.left import keep, known, ready, recall
+from tilebook.left import Left, keep, ready, recall
 
 __all__ = ["attention_decode"]
 
@@ -98,7 +98,7 @@ def attention_decode(
     if choice.native:
         choice.calls += 1
         if own is not None and ready(choice):
-            keep(own, known(choice, 1.0, (0.0, 0.0)))
+            keep(own, Left(forward=True, training=False, bounded=False))
         tensors = tensors if choice.aligned else (aligned(q), aligned(k), aligned(v), seq_lens, block_table)
         return _plain(tensors, options, return_lse)
     o, lse = DECODE.direct(choice, tensors, options)

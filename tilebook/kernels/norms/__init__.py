@@ -38,7 +38,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1
     if has_torch_function(given):
         found: torch.Tensor = handle_torch_function(rms_norm, given, *given, eps)
         return found
-    return _norm(RMS_NORM, x, (weight,), eps)
+    return _norm(RMS_NORM, x, (weight,), float(eps))
 
 
 def layer_norm(
@@ -66,7 +66,7 @@ def layer_norm(
     if has_torch_function(given):
         found: torch.Tensor = handle_torch_function(layer_norm, given, *given, eps)
         return found
-    return _norm(LAYER_NORM, x, (weight, bias), eps)
+    return _norm(LAYER_NORM, x, (weight, bias), float(eps))
 
 
 def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float) -> torch.Tensor:

@@ -103,7 +103,7 @@ def attention_varlen(
     else:
         check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     found = _form(
-        causal, window, max_q, max_k, softcap=softcap, tf32=q.dtype == torch.float32 and tf32_allowed(),
+        causal, window, max_q, max_k, softcap=float(softcap), tf32=q.dtype == torch.float32 and tf32_allowed(),
         deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     tensors, options = (q, k, v, cu_seqlens_q, cu_seqlens_k), (max_q, max_k, found, factor)
