@@ -258,8 +258,13 @@ def test_rows_and_vectors_are_copied_only_where_their_last_axis_is_not_contiguou
     assert layout.rows(x) is x
     assert layout.rows(x[:, :2]).data_ptr() == x.data_ptr()
     assert layout.vector(y) is y
-    for function, odd in ((layout.rows, x.t()), (layout.rows, x[:, ::2]), (layout.vector, y[::2]), (layout.rows, x[:1].expand(
-        3, 4).t())):  # fmt: skip
+    turned = x[:1].expand(3, 4).t()
+    for function, odd in (
+        (layout.rows, x.t()),
+        (layout.rows, x[:, ::2]),
+        (layout.vector, y[::2]),
+        (layout.rows, turned),
+    ):
         found = function(odd)
         assert found.is_contiguous()
         assert torch.equal(found, odd)

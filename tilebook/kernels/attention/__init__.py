@@ -106,7 +106,8 @@ def attention(
         scale = numbers(scale, softcap, dropout_p)
         bias = together(bias, attn_mask)
         form = checked_form(
-            q, k, causal, window, bias, softcap=float(softcap), alibi=alibi_slopes is not None, dropout=float(dropout_p),
+            q, k, causal, window, bias, softcap=float(softcap), alibi=alibi_slopes is not None,
+            dropout=float(dropout_p),
             tf32=q.dtype == torch.float32 and tf32_allowed(),
             deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
