@@ -45,8 +45,10 @@ def imported(module: str, lazy: bool) -> set[str]:
 
 
 def room(module: str) -> str:
-    """The folder that a module is in; a module right in the package is a room of its own."""
+    """The folder that a module is in; a module right in the package is a room of its own, and so is a kernel family."""
     folder = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    if folder.startswith("tilebook.kernels."):
+        return ".".join(folder.split(".")[:3])
     return module if folder == "tilebook" else folder
 
 

@@ -26,11 +26,6 @@ _ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 _functorch: Any = torch._C._functorch
 _profiler: Any = torch.autograd.profiler
 
-# Asked once: a trace cannot ask.
-_AUTOCAST = tuple(
-    kind for kind in ("cuda", "cpu", "xpu", "hpu", "mps", "mtia") if torch.amp.is_autocast_available(kind)
-)
-
 
 def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) -> Way:
     """How a call with these tensors is to run. Raises ValueError for what is no tensor; `optional` may be None.
@@ -76,24 +71,6 @@ def _differentiating() -> bool:
     """Is `torch.func.grad`, `vjp` or `jvp` among the transforms under way? They take PyTorch's functions apart."""
     kinds = _functorch.TransformType
     return any(each.key() in (kinds.Grad, kinds.Jvp) for each in _functorch.get_interpreter_stack() or ())
-
-
-def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives a product's factors on this tensor's device, or None where it is off."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if kind in _AUTOCAST and torch.is_autocast_enabled(kind) else None
-
-
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors as autocast hands them to a product: all floating point but fp64 takes its dtype."""
-    dtype = autocast_dtype(tensors[0])
-    if dtype is None:
-        return tensors
-    return tuple(_cast(x, dtype) if isinstance(x, torch.Tensor) else x for x in tensors)
-
-
-def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def left_whole(choice: Any, tensors: Sequence[torch.Tensor | None]) -> bool:

@@ -204,7 +204,7 @@ def _cast(entry: Entry, kind: str) -> Callable[..., Any]:
     key = getattr(torch._C.DispatchKey, f"Autocast{kind.upper()}")
 
     def run(*args: Any) -> Any:
-        from tilebook.call import autocast
+        from tilebook.casting import autocast
 
         count = len(entry.tensors)
         cast = autocast(*args[:count])

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilebook
-from tilebook import call, layout
+from tilebook import call, casting, layout
 
 # Ways
 
@@ -238,10 +238,10 @@ def test_autocast_gives_its_dtype_and_gradients_in_their_own(name):
 
 def test_autocast_casts_floating_point_but_not_double():
     given = data(3), data(3).double(), data(3).half(), torch.arange(3), None, 2.0
-    assert call.autocast(*given) == given
+    assert casting.autocast(*given) == given
     with torch.autocast("cpu", BF16):
-        assert call.autocast_dtype(given[0]) == BF16
-        found = call.autocast(*given)
+        assert casting.autocast_dtype(given[0]) == BF16
+        found = casting.autocast(*given)
     assert [x.dtype for x in found[:4]] == [BF16, torch.float64, BF16, torch.int64]
     assert found[4:] == (None, 2.0)
 
@@ -249,8 +249,8 @@ def test_autocast_casts_floating_point_but_not_double():
 def test_autocast_is_off_where_a_device_has_none():
     x = torch.empty(3, device="meta")
     with torch.autocast("cpu", BF16):
-        assert call.autocast_dtype(x) is None
-        assert call.autocast(x) == (x,)
+        assert casting.autocast_dtype(x) is None
+        assert casting.autocast(x) == (x,)
 
 
 def test_rows_and_vectors_are_copied_only_where_their_last_axis_is_not_contiguous():

@@ -8,7 +8,8 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import autocast, left_whole, tf32_allowed, way
+from tilebook.call import left_whole, tf32_allowed, way
+from tilebook.casting import autocast
 from tilebook.kernels.attention.check import Causal, check, checked_form, multiplier, numbers, together
 from tilebook.kernels.attention.drop_in import BOUNDS, kind, scaled_dot_product_attention
 from tilebook.kernels.attention.entry import ATTENTION, arguments, registered

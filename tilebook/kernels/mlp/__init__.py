@@ -11,7 +11,8 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import autocast, left_whole, recorded, way
+from tilebook.call import left_whole, recorded, way
+from tilebook.casting import autocast
 from tilebook.kernels.mlp.entry import MLP, registered
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain

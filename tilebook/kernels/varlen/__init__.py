@@ -8,7 +8,8 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import autocast, recorded, tf32_allowed, untraceable, way
+from tilebook.call import recorded, tf32_allowed, untraceable, way
+from tilebook.casting import autocast
 from tilebook.kernels.attention.check import multiplier, numbers, sides
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen.check import check
