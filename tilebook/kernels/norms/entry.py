@@ -41,7 +41,8 @@ def _entry(
     def backward(
         dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[float], needs: Sequence[bool]
     ) -> Tensors:
-        found = iter(dispatch.run(registered(name)[1], dy, *addressed(tensors), *kept))
+        statistics = [each if each is None else vector(each) for each in kept]
+        found = iter(dispatch.run(registered(name)[1], rows(dy), *addressed(tensors), *statistics))
         return tuple(None if each is None else next(found) for each in tensors)
 
     def fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
