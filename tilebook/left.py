@@ -30,11 +30,13 @@ class Left(NamedTuple):
 
     bounded: the GPU is done with such a call before the host has made the next, and PyTorch's costs the host least. A
     graph is replayed without the host.
+    choice: whose calls they are, and which counts them: what nobody has tuned is weighed by how often it is asked for.
     """
 
     forward: bool
     training: bool
     bounded: bool
+    choice: Any = None
 
 
 def recall(key: Hashable, *tensors: torch.Tensor) -> bool:
@@ -57,7 +59,11 @@ def recall(key: Hashable, *tensors: torch.Tensor) -> bool:
             return False
     elif not found.forward:
         return False
-    return not (_deterministic() or (found.bounded and _capturing()))
+    if _deterministic() or (found.bounded and _capturing()):
+        return False
+    if found.choice is not None:
+        found.choice.calls += 1
+    return True
 
 
 def ready(choice: Any) -> bool:
@@ -81,4 +87,4 @@ def known(choice: Any, size: float, bounds: tuple[float, float]) -> Left:
     own = bool(choice.native)
     both = own and bool(dispatch.backward_of(choice).native)
     forward, training = own or size <= bounds[0], both or size <= bounds[1]
-    return Left(forward, training, (forward and not own) or (training and not both))
+    return Left(forward, training, (forward and not own) or (training and not both), choice)

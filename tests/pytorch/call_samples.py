@@ -34,6 +34,8 @@ CALLS = {
     "packed": (packed, QKV),
     "layers": (layers, [(2, 3, 8), (12, 8), (8, 12)]),
     "norm": (tilebook.rms_norm, [(2, 3, 8), (8,)]),
+    "norm without a weight": (tilebook.rms_norm, [(2, 3, 8)]),
+    "layer norm": (tilebook.layer_norm, [(2, 3, 8), (8,), (8,)]),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 

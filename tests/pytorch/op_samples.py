@@ -112,17 +112,22 @@ SAMPLES = {
         "not kept, and yet differentiated": lambda: mlp(*layers(), "gelu", False),
         "bf16": lambda: mlp(*(x.detach().to(BF16).requires_grad_() for x in layers())),
     },
-    "layer_norm_fwd": {
-        "plain": lambda: (normal(5, 8), normal(8), normal(8), 1e-5),
-        "bare": lambda: (normal(5, 8), None, None, 1e-5),
-        "frozen": lambda: (normal(5, 8), data(8), data(8), 1e-5),
-    },
     "rms_norm_fwd": {
         "plain": lambda: (normal(5, 8), normal(8), 1e-6),
         "another weight": lambda: (normal(5, 8, dtype=BF16), normal(8), 1e-6),
         "turned": lambda: (normal(5, 8, order=(1, 0)), normal(16)[::2], 1e-6),
         "no rows": lambda: (normal(0, 8), normal(8), 1e-6),
         "frozen": lambda: (normal(5, 8), data(8), 1e-6),
+        "no weight": lambda: (normal(5, 8), None, 1e-6),
+    },
+    "layer_norm_fwd": {
+        "plain": lambda: (normal(5, 8), normal(8), normal(8), 1e-6),
+        "no bias": lambda: (normal(5, 8), normal(8), None, 1e-6),
+        "no weight": lambda: (normal(5, 8), None, None, 1e-6),
+        "another weight": lambda: (normal(5, 8, dtype=BF16), normal(8), normal(8), 1e-6),
+        "turned": lambda: (normal(5, 8, order=(1, 0)), normal(16)[::2], normal(16)[::2], 1e-6),
+        "no rows": lambda: (normal(0, 8), normal(8), normal(8), 1e-6),
+        "frozen": lambda: (normal(5, 8), data(8), normal(8), 1e-6),
     },
 }  # fmt: skip
 

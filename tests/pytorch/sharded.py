@@ -74,6 +74,7 @@ CASES = {
     "layers by rows": (layers, LAYERS, [B, R, R, R, R], B),
     "layers whole": (layers, LAYERS, [R] * 5, R),
     "norm by rows": (tilebook.rms_norm, [(4, 6, 8), (8,)], [B, R], B),
+    "layer norm by rows": (tilebook.layer_norm, [(4, 6, 8), (8,), (8,)], [B, R, R], B),
 }
 
 

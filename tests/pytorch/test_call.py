@@ -86,12 +86,18 @@ def test_way_inside_modes():
 
 
 @pytest.mark.usefixtures("forced")
-def test_every_tensor_is_asked_and_none_is_no_tensor():
+def test_every_tensor_is_asked_and_optional_ones_may_be_none():
+    lazy = torch.randn(3, dtype=torch.complex64).conj().imag
     assert call.way(X, X, optional=(None, X)) == "direct"
-    assert call.way(X, optional=(None, X.as_subclass(Subclass))) == "op"
-    assert call.way(X, torch.randn(3, dtype=torch.complex64).conj().imag) == "op"
-    with pytest.raises(ValueError, match="expected a tensor"):
-        call.way(X, None)
+    for other in (X.as_subclass(Subclass), lazy):
+        assert call.way(X, other) == "op"
+        assert call.way(X, optional=(None, other)) == "op"
+
+
+def test_what_is_no_tensor_is_refused():
+    for given, optional in (((None,), ()), ((X, 2.0), ()), ((X,), ("x",))):
+        with pytest.raises(ValueError, match="expected a tensor"):
+            call.way(*given, optional=optional)
 
 
 def test_on_the_cpu_the_way_is_pytorchs():
@@ -136,7 +142,7 @@ def test_function_modes_see_the_public_function(name):
     seen, (function, args) = [], (CALLS[name][0], inputs(name, data))
     with Mode():
         found = function(*args)
-    assert {"attention", "attention_varlen", "mlp", "rms_norm"} & set(seen)
+    assert {"attention", "attention_varlen", "layer_norm", "mlp", "rms_norm"} & set(seen)
     same(found, lambda: function(*args))
 
 
@@ -258,16 +264,11 @@ def test_rows_and_vectors_are_copied_only_where_their_last_axis_is_not_contiguou
     assert layout.rows(x) is x
     assert layout.rows(x[:, :2]).data_ptr() == x.data_ptr()
     assert layout.vector(y) is y
-    turned = x[:1].expand(3, 4).t()
-    for function, odd in (
-        (layout.rows, x.t()),
-        (layout.rows, x[:, ::2]),
-        (layout.vector, y[::2]),
-        (layout.rows, turned),
-    ):
-        found = function(odd)
+    odd = [x.t(), x[:, ::2], x[:1].expand(3, 4).t()]
+    for function, given in [*((layout.rows, each) for each in odd), (layout.vector, y[::2])]:
+        found = function(given)
         assert found.is_contiguous()
-        assert torch.equal(found, odd)
+        assert torch.equal(found, given)
     assert layout.rows(scalar) is scalar
     assert layout.vector(scalar) is scalar
 

@@ -83,6 +83,7 @@ CALLS = {
     ),
     "layers": (tilebook.mlp, layers),
     "norm": (tilebook.rms_norm, lambda make=data: [make(5, 8), make(8)]),
+    "layer norm": (tilebook.layer_norm, lambda make=data: [make(5, 8), make(8), make(8)]),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 
@@ -93,7 +94,9 @@ def test_a_call_like_one_before_is_neither_checked_nor_chosen_again(here, name, 
     args = make()
     first = function(*args)
     monkeypatch.setattr(here, "choose", None)
-    family = {"layers": "mlp", "norm": "norms", "packed": "varlen", "decode": "decode"}.get(name, "attention")
+    family = {"layers": "mlp", "norm": "norms", "layer norm": "norms", "packed": "varlen", "decode": "decode"}.get(
+        name, "attention"
+    )
     check = "_check" if family in ("mlp", "norms") else "check"
     monkeypatch.setattr(f"tilebook.kernels.{family}.{check}", None)
     assert torch.equal(function(*args), first)
@@ -101,15 +104,20 @@ def test_a_call_like_one_before_is_neither_checked_nor_chosen_again(here, name, 
     assert {each.calls for each in here._memo.values()} == {2}
 
 
+@pytest.mark.parametrize("native", [False, True])
 @every_call
-def test_after_a_good_call_a_tensor_of_another_shape_or_dtype_is_checked(here, name):
+def test_after_good_calls_a_tensor_of_another_shape_or_dtype_is_checked(here, name, native):
     function, make = CALLS[name]
     args = make()
-    function(*args)
+    here.native = native
+    for _ in range(3):
+        function(*args)
     for at, x in enumerate(args):
-        for other in (x[..., None], x.to(torch.int64), x[..., :-1], x.repeat(*[1] * (x.ndim - 1), 3)):
+        for other in (x[..., None], x.to(torch.int64), x[..., :1], x.flatten()[0], x.repeat(*[1] * (x.ndim - 1), 3)):
+            if (name, at) == ("attention, bias", 3) and other.shape[-1:] in ((), (1,)) and other.ndim < 5:
+                continue  # it broadcasts
             given = [other if i == at else y for i, y in enumerate(args)]
-            if name == "norm" and at == 0 and other.shape == x.shape and other.is_floating_point():
+            if name.endswith("norm") and at == 0 and other.shape == x.shape and other.is_floating_point():
                 continue
             with pytest.raises(ValueError, match=r"must|expected|takes|asks|on cpu, but"):
                 function(*given)
@@ -132,6 +140,7 @@ def reference(here, function, args):
     """What PyTorch's own functions give."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "is_cuda", property(lambda x: False))
+        patch.setattr("tilebook.left._here", Dispatch())
         return function(*args)
 
 
@@ -143,7 +152,7 @@ def test_what_is_left_to_pytorch_needs_no_kernel(here, name, monkeypatch):
     args = make()
     for _ in range(3):
         torch.testing.assert_close(function(*args), reference(here, function, args))
-    assert all(each.calls and each.native for each in here._memo.values())
+    assert {(each.native, each.calls) for each in here._memo.values()} == {(True, 3)}
 
 
 def test_decoding_has_no_gradient_also_after_a_call_that_wanted_none(here):

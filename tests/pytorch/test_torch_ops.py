@@ -120,6 +120,8 @@ BATCHED = [
     ("mlp_fwd", "not kept", (0,), 0),
     ("rms_norm_fwd", "plain", (0,), 1),
     ("rms_norm_fwd", "plain", (1,), 0),
+    ("layer_norm_fwd", "plain", (0, 2), 1),
+    ("layer_norm_fwd", "no bias", (1,), 0),
 ]
 
 
@@ -305,6 +307,7 @@ def test_what_fits_gets_no_second_derivative_from_the_backward_op():
         ("attention_varlen_fwd", "full, grouped"),
         ("mlp_fwd", "gelu"),
         ("rms_norm_fwd", "plain"),
+        ("layer_norm_fwd", "plain"),
     ],
 )
 def test_second_derivatives_are_those_of_pytorchs_own_functions(op, name):

@@ -136,7 +136,6 @@ def attention(
         left = known(choice, q.numel() * k.shape[2], BOUNDS)
         keep(kind(q, k, v, causal), left)  # type: ignore[arg-type]
         if recall(kind(q, k, v, causal), q, k, v):  # type: ignore[arg-type]
-            choice.calls += 1
             return plain(tensors, (form, scale))
     if not return_lse and left_whole(choice, tensors):
         choice.calls += 1

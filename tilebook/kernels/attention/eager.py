@@ -180,8 +180,9 @@ def backward(
     So nothing rounded by a forward pass enters.
     """
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-    dbias = torch.zeros(tensors[0].shape, dtype=torch.float32, device=q.device) if form.bias == "dbias" else None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+    dbias = torch.zeros(tensors[0].shape, dtype=wide, device=q.device) if form.bias == "dbias" else None
     queries, grads, dq_out = (_grouped(x, k.shape[1]) for x in (q, do, dq))
     keys, values, dk_out, dv_out = (x.flatten(0, 1) for x in (k, v, dk, dv))
     for piece, pair, rows in _pieces(q, k, form, tensors):

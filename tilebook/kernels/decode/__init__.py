@@ -98,7 +98,7 @@ def attention_decode(
     if choice.native:
         choice.calls += 1
         if own is not None and ready(choice):
-            keep(own, Left(forward=True, training=False, bounded=False))
+            keep(own, Left(forward=True, training=False, bounded=False, choice=choice))
         tensors = tensors if choice.aligned else (aligned(q), aligned(k), aligned(v), seq_lens, block_table)
         return _plain(tensors, options, return_lse)
     o, lse = DECODE.direct(choice, tensors, options)

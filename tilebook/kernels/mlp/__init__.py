@@ -54,10 +54,10 @@ def mlp(
     Raises:
         ValueError: ranks, sizes, dtypes or devices that do not fit together, or an unknown activation.
     """
-    given = x, w1, b1, w2, b2
+    given: tuple[Any, ...] = x, w1, b1, w2, b2
     own = None
-    if b1 is not None and b2 is not None and type(x) in ORDINARY:
-        own = ("mlp", x.shape, w1.shape, w2.shape, x.dtype, w1.dtype, activation)
+    if b1 is not None and b2 is not None and all(type(each) in ORDINARY for each in given):
+        own = ("mlp", x.dtype, activation, *[each.shape for each in given], *[each.dtype for each in given[1:]])
         if recall(own, x, w1, b1, w2, b2):
             return plain(given, (activation,))
     if has_torch_function(given):
@@ -84,7 +84,7 @@ def mlp(
         if route == "op":
             return _shaped(MLP.through(tensors, options)[0], x)
         choice = dispatch.lookup(registered()[0], (*tensors[:3], *options), args)
-    if own is not None and x.dtype == own[4] and choice.native and ready(choice):
+    if own is not None and x.dtype == own[1] and choice.native and ready(choice):
         keep(own, known(choice, 1.0, (0.0, 0.0)))
     if left_whole(choice, tensors):
         choice.calls += 1

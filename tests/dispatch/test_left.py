@@ -1,0 +1,139 @@
+"""A call that is PyTorch's is known again only where nothing about it could make it another's."""
+
+import pytest
+import torch
+from dispatch_samples import GPU, doubling
+
+from tilebook import left
+from tilebook.dispatch import Choice, Dispatch
+from tilebook.left import Left, keep, known, ready, recall
+
+ALWAYS, FORWARD, TRAINING = Left(True, True, False), Left(True, False, False), Left(False, True, False)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    made = Dispatch()
+    monkeypatch.setattr(left, "_here", made)
+    monkeypatch.setattr(left, "_capturing", lambda: False)
+    return made
+
+
+def tensor(grad=False):
+    return torch.zeros(8, requires_grad=grad)
+
+
+def test_a_kind_is_known_only_after_it_was_kept(here):
+    assert not recall("kind", tensor())
+    keep("kind", ALWAYS)
+    assert recall("kind", tensor(), torch.nn.Parameter(tensor()))
+    assert not recall("other kind", tensor())
+    here.reload()
+    assert not recall("kind", tensor())
+
+
+def test_calls_with_and_without_gradients_are_kept_apart():
+    keep("forward", FORWARD)
+    keep("training", TRAINING)
+    for grad in (False, True):
+        assert recall("forward", tensor(), tensor(grad)) is not grad
+        assert recall("training", tensor(), tensor(grad)) is grad
+    with torch.no_grad():
+        assert recall("forward", tensor(True))
+        assert not recall("training", tensor(True))
+
+
+def test_what_the_host_bounds_is_not_left_to_pytorch_in_a_graph(monkeypatch):
+    keep("always", ALWAYS)
+    keep("bounded", ALWAYS._replace(bounded=True))
+    assert recall("bounded", tensor())
+    monkeypatch.setattr(left, "_capturing", lambda: True)
+    assert recall("always", tensor())
+    assert not recall("bounded", tensor())
+
+
+def test_what_pytorchs_kernels_would_take_otherwise_is_looked_at_again(here):
+    keep("kind", ALWAYS)
+
+    class Subclass(torch.Tensor):
+        pass
+
+    assert not recall("kind", torch.zeros(9)[1:]), "not at a whole vector"
+    assert not recall("kind", tensor(), torch.zeros(9)[1:])
+    assert not recall("kind", tensor(), tensor().as_subclass(Subclass))
+    with here.use("torch"):
+        assert not recall("kind", tensor())
+    inside = []
+    torch.vmap(lambda x: inside.append(recall("kind", x)) or x)(torch.zeros(2, 8))
+    assert inside == [False]
+
+
+def test_tensors_on_two_gpus_are_looked_at_again(monkeypatch):
+    keep("kind", ALWAYS)
+    first, second = tensor(), tensor()
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda x: 1 if x is second else 0)
+    assert recall("kind", first, first)
+    assert not recall("kind", first, second)
+
+
+def test_where_bits_are_to_repeat_every_call_is_looked_at():
+    keep("kind", ALWAYS)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not recall("kind", tensor())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_where_hooks_may_change_what_is_saved_calls_that_save_are_looked_at():
+    keep("kind", ALWAYS)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert not recall("kind", tensor(True))
+        assert recall("kind", tensor())
+
+
+def test_memory_of_kinds_is_bounded(here, monkeypatch):
+    monkeypatch.setattr(left, "_MOST", 3)
+    for kind in range(8):
+        keep(kind, ALWAYS)
+    assert len(here.left) <= 3
+    assert recall(7, tensor())
+
+
+def choice(native, backward=None, **changes):
+    op = doubling(None)
+    made = Choice(op.implementations["torch" if native else "triton"], None, "exact", op.problem("fp32", 8), GPU)
+    made.backward = made if backward is None else backward
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_a_choice_of_pytorchs_is_left_with_gradients_only_if_they_are_pytorchs_too():
+    theirs, ours = choice(True), choice(False)
+    assert known(theirs, 100, (0, 0)) == ALWAYS._replace(choice=theirs)
+    assert known(choice(True, ours), 100, (0, 0))[:3] == FORWARD[:3]
+    assert known(ours, 100, (0, 0))[:3] == (False, False, False)
+
+
+def test_what_the_host_bounds_is_pytorchs_whoever_won():
+    ours = choice(False)
+    assert known(ours, 5, (5, 9)) == Left(True, True, True, ours)
+    assert known(ours, 6, (5, 9))[:3] == (False, True, True)
+    assert known(choice(True, ours), 5, (5, 9))[:3] == (True, True, True)
+    assert known(choice(True), 5, (5, 9))[:3] == ALWAYS[:3]
+
+
+def test_kernels_of_ours_run_their_first_calls_themselves():
+    assert ready(choice(True, kept=True))
+    assert not ready(choice(True, kept=False)), "made while a graph was captured"
+    assert not ready(choice(True, kept=True, aligned=False))
+    assert [ready(choice(False, kept=True, calls=calls)) for calls in range(4)] == [False, False, True, True]
+
+
+def test_calls_that_are_known_again_count():
+    asked = choice(True, calls=1)
+    keep("kind", known(asked, 100, (0, 0)))
+    recall("kind", tensor())
+    recall("kind", torch.zeros(9)[1:])
+    assert asked.calls == 2
