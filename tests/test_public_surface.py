@@ -56,6 +56,38 @@ def test_touching_one_family_imports_no_other():
     assert {name.split(".")[2] for name in loaded.split()} == {"norms"}
 
 
+WITHOUT_TRITON = """
+import sys
+
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoTriton())
+import torch, tilebook
+x, w = torch.ones(1, 3, 3, 16, requires_grad=True), torch.ones(16, 16)
+lens = torch.tensor([0, 3], dtype=torch.int32)
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "tilebook.attention(x, x, x, causal=True)",
+        "tilebook.scaled_dot_product_attention(x, x, x)",
+        "tilebook.attention_decode(x.detach(), x.detach(), x.detach()).requires_grad_()",
+        "tilebook.attention_varlen(x[0], x[0], x[0], lens, lens, max_seqlen_q=3, max_seqlen_k=3)",
+        "tilebook.layer_norm(x, w[0], w[1])",
+        "tilebook.mlp(x, w, None, w, None)",
+        "tilebook.rms_norm(x, w[0])",
+    ],
+)
+def test_on_the_cpu_every_public_function_does_without_triton(call):
+    text = f"{WITHOUT_TRITON}y = {call}\ny.sum().backward()\nprint(bool(torch.isfinite(y).all()))"
+    assert program(text) == "True"
+
+
 BROKEN = """
 import importlib, warnings, tilebook
 real = importlib.import_module

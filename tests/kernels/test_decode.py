@@ -335,3 +335,9 @@ def test_one_binary_serves_every_size():
         with intercepted(compile_only):
             decode.tunable(q, k, k, None, None, False, 0.1, 0.0, None, config=config)
     assert len(binaries) == 1
+
+
+def test_a_wrong_call_of_the_op_is_a_value_error():
+    q, k = torch.zeros(2, 4, 1, 64, dtype=torch.bfloat16), torch.zeros(3, 2, 8, 64, dtype=torch.bfloat16)
+    with dispatch.use("triton"), pytest.raises(ValueError, match="same batch size"):
+        torch.ops.tilebook.attention_decode(q, k, k, None, None, True, 0.125, 0.0, None)

@@ -322,3 +322,30 @@ def test_bad_inputs_are_named(change, message):
 def test_integers_are_refused():
     with pytest.raises(ValueError, match="floating point"):
         tilebook.mlp(*(tensor.detach().to(torch.int32) for tensor in block()))
+
+
+@interpreted
+@pytest.mark.parametrize("at", range(5))
+def test_a_wrong_call_of_the_op_is_a_value_error(at):
+    tensors = [x.detach() for x in block(dtype=torch.bfloat16)]
+    tensors[at] = tensors[at][..., :-8]
+    with dispatch.use("triton"), pytest.raises(ValueError, match=r"must have shape|asks for"):
+        torch.ops.tilebook.mlp_fwd(*tensors, "gelu", True)
+
+
+@interpreted
+def test_gradients_of_another_shape_are_a_value_error():
+    tensors = [x.detach() for x in block(dtype=torch.bfloat16)]
+    with dispatch.use("triton"):
+        y, z = torch.ops.tilebook.mlp_fwd(*tensors, "gelu", True)
+        for dy, saved in ((y[1:], z), (y, z[:, 1:])):
+            with pytest.raises(ValueError, match=r"are not of x \(40, 48\)"):
+                torch.ops.tilebook.mlp_bwd(dy, *tensors, saved, "gelu", True, [True] * 5)
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_what_is_no_tensor_is_a_value_error(at):
+    tensors = [x.detach() for x in block()]
+    tensors[at] = 1.0
+    with pytest.raises(ValueError, match="expected a tensor, not float"):
+        tilebook.mlp(*tensors)

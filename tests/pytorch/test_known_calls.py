@@ -97,8 +97,7 @@ def test_a_call_like_one_before_is_neither_checked_nor_chosen_again(here, name, 
     family = {"layers": "mlp", "norm": "norms", "layer norm": "norms", "packed": "varlen", "decode": "decode"}.get(
         name, "attention"
     )
-    check = "_check" if family in ("mlp", "norms") else "check"
-    monkeypatch.setattr(f"tilebook.kernels.{family}.{check}", None)
+    monkeypatch.setattr(f"tilebook.kernels.{family}.check", None)
     assert torch.equal(function(*args), first)
     assert all(each.implementation.name == "triton" for each in here._memo.values())
     assert {each.calls for each in here._memo.values()} == {2}

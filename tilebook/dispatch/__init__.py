@@ -21,7 +21,7 @@ from tilebook import registry as store
 from tilebook.device import Device
 from tilebook.dispatch.choice import Choice, Outputs, Source
 from tilebook.dispatch.misses import misses_of, store_misses
-from tilebook.dispatch.snapshot import FARTHEST, Snapshot, pytorch
+from tilebook.dispatch.snapshot import FARTHEST, Snapshot, ahead, pytorch
 from tilebook.layout import fits
 from tilebook.op import Config, Op, Problem
 
@@ -32,6 +32,7 @@ __all__ = [
     "Outputs",
     "Snapshot",
     "Source",
+    "ahead_of",
     "backward_of",
     "choose",
     "forced",
@@ -129,6 +130,11 @@ class Dispatch:
         choice.instead = self._spare
         return choice
 
+    def ahead_of(self, op: Op[Any], problem: Problem, device: torch.device, other: str) -> bool:
+        """Is a kernel of ours what runs, by a verdict that measured it as faster than this other implementation?"""
+        choice = self.choose(op, problem, device)
+        return choice.source == "exact" and bool(choice.implementation.digest) and ahead(choice, other)
+
     @contextmanager
     def use(self, implementation: str, config: Config | None = None) -> Iterator[None]:
         """Inside the block every op that has it runs this implementation, with this config or its default.
@@ -209,7 +215,7 @@ here = Dispatch()
 """The program's own."""
 
 run, lookup, known, choose, backward_of = here.run, here.lookup, here.known, here.choose, here.backward_of
-use, reload, misses = here.use, here.reload, here.misses
+use, reload, misses, ahead_of = here.use, here.reload, here.misses, here.ahead_of
 
 
 def forced() -> bool:

@@ -174,6 +174,13 @@ def pytorch(op: Op[Any], problem: Problem, gpu: Device | None = None) -> Choice:
     return Choice(op.implementations["torch"], None, "fallback", problem, gpu)
 
 
+def ahead(choice: Choice, other: str) -> bool:
+    """Did the choice's verdict measure it as faster than this implementation, by more than a thin margin?"""
+    times = _times(choice.verdict) if choice.verdict is not None and choice.verdict.measured else {}
+    its = times.get(choice.implementation.name)
+    return its is not None and times.get(other, 0.0) >= _THIN * its
+
+
 def _times(verdict: Served) -> dict[str, float]:
     """Milliseconds of each implementation's best finalist."""
     found: dict[str, float] = {}

@@ -9,6 +9,7 @@ import torch
 
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors
+from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.pytorch import plain
 from tilebook.layout import rows
 from tilebook.sharding import divides
@@ -24,6 +25,7 @@ def registered() -> Any:
 
 def _forward(choice: Any, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     if choice is None:
+        check(*tensors, *options[2:])  # type: ignore[arg-type]
         q, k, v, *rest = tensors
         tensors = (*(rows(x) for x in (q, k, v) if x is not None), *rest)
         choice = dispatch.lookup(registered(), (*tensors, *options))

@@ -13,11 +13,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook import dispatch
 from tilebook.call import left_whole, recorded, way
 from tilebook.casting import autocast
+from tilebook.kernels.mlp.check import check
 from tilebook.kernels.mlp.entry import MLP, registered
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
 from tilebook.layout import rows, vector
 from tilebook.left import ORDINARY, keep, known, ready, recall
+from tilebook.traced import ahead, described
 
 __all__ = ["mlp"]
 
@@ -49,7 +51,7 @@ def mlp(
 
     Kernels of ours run for fp16 and bf16 on a GPU, with fp32 accumulation, where a verdict has them ahead; all else
     (other dtypes, the CPU, no bias, an empty x) runs as plain PyTorch, with the same result. Differentiable in every
-    tensor. `torch.compile` traces plain PyTorch, which its own compiler fuses.
+    tensor. `torch.compile` traces plain PyTorch, which its own compiler fuses, but where verdicts have us ahead of it.
 
     Raises:
         ValueError: ranks, sizes, dtypes or devices that do not fit together, or an unknown activation.
@@ -68,7 +70,11 @@ def mlp(
     route = way(x, w1, w2, optional=(b1, b2))
     x, w1, b1, w2, b2 = autocast(*given)
     if route == "pytorch" or b1 is None or b2 is None or torch.compiler.is_compiling():
-        _check(x, w1, b1, w2, b2)
+        check(x, w1, b1, w2, b2)
+        if route == "op" and b1 is not None and b2 is not None and _ahead((x, w1, b1, w2, b2), activation):
+            flat = rows(x.reshape(-1, x.shape[-1]))
+            options = activation, recorded((x, w1, b1, w2, b2))
+            return _shaped(MLP.through((flat, w1, vector(b1), w2, vector(b2)), options)[0], x)
         return plain((x, w1, b1, w2, b2), (activation,))
     flat = rows(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() and x.ndim else x)
     tensors = flat, w1, vector(b1), w2, vector(b2)
@@ -76,7 +82,7 @@ def mlp(
     args = (*tensors, *options)
     choice = dispatch.known(registered()[0], args) if route == "direct" else None
     if choice is None:
-        _check(x, w1, b1, w2, b2)
+        check(x, w1, b1, w2, b2)
         if not (x.numel() and w1.numel()) or (
             route == "op" and MLP.left_to_pytorch(lambda: _problem(tensors, options), tensors)
         ):
@@ -101,27 +107,10 @@ def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def _check(
-    x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor | None, w2: torch.Tensor, b2: torch.Tensor | None
-) -> None:
-    if x.ndim < 1 or w1.ndim != 2 or w2.ndim != 2:
-        raise ValueError(
-            f"expected x (…, H), w1 (I, H) and w2 (H, I), not shapes {_shape(x)}, {_shape(w1)} and {_shape(w2)}"
-        )
-    inner, width = w1.shape
-    if x.shape[-1] != width or w2.shape != (width, inner):
-        raise ValueError(
-            f"w1 {_shape(w1)} asks for x (…, {width}) and w2 ({width}, {inner}), not {_shape(x)} and {_shape(w2)}"
-        )
-    for name, bias, size in (("b1", b1, inner), ("b2", b2, width)):
-        if bias is not None and bias.shape != (size,):
-            raise ValueError(f"{name} must have shape ({size},), not {_shape(bias)}")
-    for name, tensor in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, not {x.dtype}")
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return str(tuple(tensor.shape))
+def _ahead(tensors: tuple[torch.Tensor, ...], activation: str) -> bool:
+    """Are our kernels ahead of what its compiler makes of a program that is being traced?"""
+    x, w1, b1, _, _ = tensors
+    trained = recorded(tensors)
+    call = described(x, w1, b1, activation, trained)
+    names = "mlp_up_fwd", "mlp_down_fwd", "mlp_act_bwd", "mlp_grads_bwd"
+    return call is not None and x.numel() > 0 and ahead("mlp", names if trained else names[:2], call, x.device)

@@ -10,6 +10,7 @@ import torch
 
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors
+from tilebook.kernels.mlp.check import check
 from tilebook.kernels.mlp.pytorch import act, each_alone, linear, plain
 from tilebook.layout import rows, vector
 
@@ -28,10 +29,15 @@ def registered() -> Any:
 def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
     up, down, _, _ = registered()
     x, w1, b1, w2, b2 = tensors
-    if choice is None:
+    if choice is None:  # PyTorch's own checks would come too late: kernels believe the sizes
         assert x is not None
+        assert w1 is not None
         assert b1 is not None
+        assert w2 is not None
         assert b2 is not None
+        check(x, w1, b1, w2, b2)
+        if x.ndim != 2:
+            raise ValueError(f"expected x (M, H), not {tuple(x.shape)}")
         x, b1, b2 = rows(x), vector(b1), vector(b2)
         choice = dispatch.lookup(up, (x, w1, b1, *options))
     h, z = choice(x, w1, b1, *options)
@@ -47,6 +53,8 @@ def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Option
     assert z is not None
     # Whoever calls the op may not have let it keep z.
     z = linear(x, w1, b1) if z.ndim == 1 else z.contiguous()
+    if dy.shape != x.shape or z.shape != (x.shape[0], w1.shape[0]):
+        raise ValueError(f"dy {tuple(dy.shape)} and z {tuple(z.shape)} are not of x {tuple(x.shape)}")
     if not any(needs[:3]):  # the first layer is frozen
         dw2 = torch.mm(dy.t(), act(z, activation)) if needs[3] else None
         return None, None, None, dw2, dy.sum(0) if needs[4] else None

@@ -6,10 +6,12 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import Entry, left_whole, way
+from tilebook.call import Entry, left_whole, recorded, way
+from tilebook.kernels.norms.check import check
 from tilebook.kernels.norms.entry import LAYER_NORM, RMS_NORM, addressed, registered
 from tilebook.kernels.norms.pytorch import HOST_BOUND
 from tilebook.left import ORDINARY, keep, known, ready, recall
+from tilebook.traced import ahead, described
 
 __all__ = ["layer_norm", "rms_norm"]
 
@@ -27,9 +29,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1
     Returns:
         (…, N) in the dtype of x.
 
-    Kernels of ours run for fp16, bf16 and fp32 with N ≤ 65536 on a GPU where a verdict has them ahead; all else, and
-    `torch.compile`, runs as plain PyTorch. Differentiable in x and weight; both gradients of our kernels repeat bit for
-    bit.
+    Kernels of ours run for fp16, bf16 and fp32 with N ≤ 65536 on a GPU where a verdict has them ahead; under
+    `torch.compile`, ahead of its own code. All else runs as plain PyTorch. Differentiable in x and weight; both
+    gradients of our kernels repeat bit for bit.
 
     Raises:
         ValueError: a weight that does not fit x in shape or device, or tensors that are not floating point.
@@ -55,9 +57,9 @@ def layer_norm(
     Returns:
         (…, N) in the dtype of x, computed in fp32.
 
-    Kernels of ours run for fp16, bf16 and fp32 with N ≤ 65536 on a GPU where a verdict has them ahead; all else, a bias
-    without a weight, and `torch.compile`, runs as plain PyTorch. Differentiable in all three; the gradients of our
-    kernels repeat bit for bit.
+    Kernels of ours run for fp16, bf16 and fp32 with N ≤ 65536 on a GPU where a verdict has them ahead; under
+    `torch.compile`, ahead of its own code. All else, as a bias without a weight, runs as plain PyTorch. Differentiable
+    in all three; the gradients of our kernels repeat bit for bit.
 
     Raises:
         ValueError: a weight or bias that does not fit x in shape or device, or tensors that are not floating point.
@@ -90,14 +92,16 @@ def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float
     route = way(x, optional=vectors)
     alone = vectors[0] is None and any(each is not None for each in vectors)
     if route == "pytorch" or torch.compiler.is_compiling() or not x.ndim or alone:
-        _check(entry, x, vectors)
+        check(entry.tensors[1:], x, vectors)
+        if route == "op" and not alone and _ahead(entry, x, vectors, eps):
+            return entry.through(addressed((x.reshape(-1, x.shape[-1]), *vectors)), (eps,))[0].view(x.shape)
         return entry.plain((x, *vectors), (eps,))
     forward = registered(entry.name)[0]
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x
     tensors = addressed((flat, *vectors))
     choice = dispatch.known(forward, (*tensors, eps)) if route == "direct" else None
     if choice is None:
-        _check(entry, x, vectors)
+        check(entry.tensors[1:], x, vectors)
         if not x.numel() or any(each is not None and each.dtype == torch.float64 for each in vectors):
             return entry.plain((x, *vectors), (eps,))
         if route == "op":
@@ -113,16 +117,8 @@ def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float
     return entry.direct(choice, tensors, (eps,))[0].view(x.shape)
 
 
-def _check(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...]) -> None:
-    if x.ndim < 1 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point (…, N), not {x.dtype} {tuple(x.shape)}")
-    for name, each in zip(entry.tensors[1:], vectors, strict=True):
-        name = name.rstrip("?")
-        if each is None:
-            continue
-        if each.shape != x.shape[-1:]:
-            raise ValueError(f"expected x (…, N) and {name} (N,), not {tuple(x.shape)} and {tuple(each.shape)}")
-        if each.device != x.device:
-            raise ValueError(f"{name} is on {each.device}, but x on {x.device}")
-        if not each.is_floating_point():
-            raise ValueError(f"{name} must be floating point, not {each.dtype}")
+def _ahead(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float) -> bool:
+    """Are our kernels ahead of what its compiler makes of a program that is being traced?"""
+    call = described(x, *vectors, eps)
+    names = (f"{entry.name}_fwd", f"{entry.name}_bwd") if recorded((x, *vectors)) else (f"{entry.name}_fwd",)
+    return call is not None and x.numel() > 0 and ahead("norms", names, call, x.device)

@@ -10,6 +10,7 @@ import torch
 
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors
+from tilebook.kernels.norms.check import check
 from tilebook.kernels.norms.pytorch import layer, rms
 from tilebook.layout import rows, vector
 
@@ -33,7 +34,12 @@ def _entry(
     name: str, vectors: Sequence[str], statistics: Sequence[str], plain: Callable[[Tensors, Any], torch.Tensor]
 ) -> Entry:
     def forward(choice: Any, tensors: Tensors, options: tuple[float]) -> tuple[torch.Tensor, ...]:
-        if choice is None:
+        if choice is None:  # PyTorch's own checks would come too late: kernels believe the sizes
+            x, *given = tensors
+            assert x is not None
+            check(vectors, x, given)
+            if x.ndim != 2:
+                raise ValueError(f"expected x (M, N), not {tuple(x.shape)}")
             tensors = addressed(tensors)
             choice = dispatch.lookup(registered(name)[0], (*tensors, *options))
         return choice(*tensors, *options)  # type: ignore[no-any-return]
@@ -41,6 +47,11 @@ def _entry(
     def backward(
         dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[float], needs: Sequence[bool]
     ) -> Tensors:
+        x = tensors[0]
+        assert x is not None
+        if dy.shape != x.shape or any(each is None or each.shape != x.shape[:1] for each in kept):
+            shapes = [None if each is None else tuple(each.shape) for each in (dy, *kept)]
+            raise ValueError(f"dy and statistics of shapes {shapes} are not of x {tuple(x.shape)}")
         statistics = [each if each is None else vector(each) for each in kept]
         found = iter(dispatch.run(registered(name)[1], rows(dy), *addressed(tensors), *statistics))
         return tuple(None if each is None else next(found) for each in tensors)

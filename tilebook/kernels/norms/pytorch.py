@@ -13,9 +13,11 @@ HOST_BOUND = 1 << 22
 def rms(tensors: tuple[Any, ...], options: tuple[float]) -> torch.Tensor:
     """RMSNorm's y for an entry's tensors (x, weight), weight None or not, and options (eps,)."""
     (x, weight), (eps,) = tensors, options
-    if weight is None or weight.dtype == x.dtype:
-        return torch.rms_norm(x, x.shape[-1:], weight, eps)
-    return torch.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+    given: Any = x
+    if weight is not None and weight.dtype != x.dtype:
+        given, weight = x.float(), weight.float()
+    y = torch.rms_norm(given, x.shape[-1:], weight, eps)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast would have it in fp32
 
 
 def layer(tensors: tuple[Any, ...], options: tuple[float]) -> torch.Tensor:

@@ -1,0 +1,124 @@
+"""Compiled programs run PyTorch's functions, and ops of ours where those were measured to be ahead of its compiler."""
+
+import pytest
+import torch
+from flat_verdict import flat_verdict
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tilebook
+from tilebook import device as devices
+from tilebook import dispatch, traced
+from tilebook import op as ops
+from tilebook.registry import Device, Environment, Registry, VerdictStatus
+
+GPU = devices.find("H200")
+CUDA = torch.device("cuda", 0)
+NAMES = ("rms_norm_fwd", "rms_norm_bwd")
+LABEL = "M4096,N4096"
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Makes the registry of an H200: op → milliseconds of Inductor's code beside 1.0 of ours, or of ours alone."""
+    path = tmp_path / "registry.db"
+    monkeypatch.setenv("TILEBOOK_REGISTRY", str(path))
+    monkeypatch.setattr("tilebook.registry.layers.SHIPPED", tmp_path / "none.db")
+    monkeypatch.setattr(devices, "current", lambda index=0: GPU)
+    monkeypatch.setattr(traced, "_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def made(theirs):
+        with Registry.open(path, write=True) as registry:
+            registry.merge((), [_verdict(name, ms) for name, ms in theirs.items()], ())
+        dispatch.reload()
+
+    yield made
+    dispatch.reload()
+
+
+def _verdict(name, theirs):
+    op = ops.get(name)
+    problem = op.problem.parse(LABEL, "bf16")
+    config = dict(op.tunable.space.default(problem, GPU))
+    listed = [{"implementation": "triton", "config": config, "time_ms": 1.0}]
+    if theirs is not None:
+        listed.append({"implementation": "inductor", "config": {}, "time_ms": theirs})
+    return flat_verdict(
+        op=name, problem=problem.key, device=Device(GPU.name, GPU.arch, GPU.sm_count),
+        environment=Environment({"triton": "3.6.0"}), kernel=op.digest, status=VerdictStatus.MEASURED,
+        implementation="triton", config=config, time_ms=1.0, default_time_ms=2.0, speedup=2.0, speedup_low=1.9,
+        speedup_high=2.1, evidence={"candidates": listed},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "expected"),
+    [(1.3, 1.3, True), (1.3, 1.01, False), (1.3, None, False), (0.9, 1.3, False), (1.04, 1.3, False)],
+)
+def test_ours_is_ahead_where_each_op_was_measured_to_beat_the_compilers_code(measured, forward, backward, expected):
+    measured({"rms_norm_fwd": forward, "rms_norm_bwd": backward})
+    call = traced.described(torch.empty(4, 1024, 4096, dtype=torch.bfloat16), torch.empty(4096), 1e-6)
+    assert traced.ahead("norms", NAMES, call, CUDA) == expected
+    assert traced.ahead("norms", NAMES[:1], call, CUDA) == (forward > 1.1)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4095), (64, 4096)])
+def test_a_verdict_of_another_problem_is_no_evidence(measured, shape):
+    measured({"rms_norm_fwd": 1.3})
+    call = traced.described(torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape[-1]), 1e-6)
+    assert not traced.ahead("norms", NAMES[:1], call, CUDA)
+
+
+def _graph_of(function, *tensors, dynamic=None):
+    """The functions that a compiled program calls, as Dynamo traced it in one graph."""
+    found = []
+
+    def backend(graph, examples):
+        found.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+    with FakeTensorMode():
+        made = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in tensors]
+        y = compiled(*made)
+        again = compiled(*made[:-1], made[-1])
+    assert y.shape == again.shape == tensors[0]
+    return found
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(1.3, True), (0.9, False), (None, False)])
+def test_a_compiled_program_has_the_op_where_ours_is_ahead_and_else_pytorchs_function(measured, theirs, ours):
+    measured({"rms_norm_fwd": theirs})
+    (graph,) = _graph_of(tilebook.rms_norm, (4, 1024, 4096), (4096,))
+    assert any("tilebook.rms_norm_fwd" in each for each in graph) == ours
+    assert any("rms_norm" in each and "tilebook" not in each for each in graph) != ours
+
+
+def test_a_graph_for_all_sizes_has_pytorchs_function(measured):
+    measured({"rms_norm_fwd": 1.3})
+    (graph,) = _graph_of(tilebook.rms_norm, (4, 1024, 4096), (4096,), dynamic=True)
+    assert not any("tilebook" in each for each in graph)
+
+
+def test_a_compiled_mlp_asks_for_its_forward_ops_and_for_all_four_where_it_is_trained(monkeypatch):
+    asked = []
+
+    def ahead(family, names, args, device):
+        asked.append((family, names, args[0]))
+        return True
+
+    ahead._dynamo_marked_constant = True
+    monkeypatch.setattr("tilebook.kernels.mlp.ahead", ahead)
+    monkeypatch.setattr(dispatch.here, "forced", ("torch", None))  # so that the CPU counts as a GPU
+    tensors = [torch.randn(size) for size in ((2, 5, 8), (12, 8), (12,), (8, 12), (8,))]
+    torch._dynamo.reset()
+    compiled = torch.compile(tilebook.mlp, backend="aot_eager", fullgraph=True)
+    expected = tilebook.kernels.mlp.plain(tensors, ("gelu",))
+    torch.testing.assert_close(compiled(*tensors), expected)
+    compiled(*[each.requires_grad_() for each in tensors]).sum().backward()
+    assert tensors[1].grad is not None
+    forward, trained = asked
+    assert forward == ("mlp", ("mlp_up_fwd", "mlp_down_fwd"), ((2, 5, 8), torch.float32))
+    assert trained[1] == ("mlp_up_fwd", "mlp_down_fwd", "mlp_act_bwd", "mlp_grads_bwd")
