@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook import dispatch, torch_ops
 from tilebook.layout import rows
+from tilebook.left import ORDINARY
 
 Tensors = tuple[torch.Tensor | None, ...]
 Way = Literal["direct", "op", "pytorch"]
 
-_ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 _functorch: Any = torch._C._functorch
 _profiler: Any = torch.autograd.profiler
+_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) -> Way:
@@ -41,7 +42,7 @@ def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) ->
         return "op" if first.is_cuda or dispatch.forced() else "pytorch"
     ordinary = True
     for each in (*tensors, *[x for x in optional if x is not None]):
-        if type(each) not in _ORDINARY or each.is_neg():
+        if type(each) not in ORDINARY or each.is_neg():
             if not isinstance(each, torch.Tensor):
                 raise ValueError(f"expected a tensor, not {type(each).__name__}")
             ordinary = False
@@ -58,7 +59,7 @@ def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) ->
 
 def untraceable(route: Way, *tensors: torch.Tensor) -> Way:
     """The way of a call whose plain form reads numbers on the host, which no trace can: there the op stands for it."""
-    unknown = watched() or any(x.is_meta or type(x) not in _ORDINARY for x in tensors)
+    unknown = watched() or any(x.is_meta or type(x) not in ORDINARY for x in tensors)
     return "op" if route == "pytorch" and unknown else route
 
 
@@ -78,12 +79,12 @@ def left_whole(choice: Any, tensors: Sequence[torch.Tensor | None]) -> bool:
 
     Not where what is saved for the backward pass may come back otherwise: its kernels do not look at what they load.
     """
-    if not choice.native:
-        return False
-    if not recorded(tensors):
-        return True
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return not hooked and bool(dispatch.backward_of(choice).native)
+    return native(choice, tensors) and (_saved_hooks(True) is None or not recorded(tensors))
+
+
+def native(choice: Any, tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Is a call PyTorch's own function's to serve, with the gradients that will be wanted?"""
+    return bool(choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native))
 
 
 def recorded(tensors: Sequence[torch.Tensor | None]) -> bool:
@@ -170,7 +171,7 @@ class Entry:
         with _disable_current_modes():  # what problems cost is computed, not part of the program
             op, problem = posed()
             choice = dispatch.choose(op, problem, first.device)
-        return choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native)
+        return native(choice, tensors)
 
     def gradients(
         self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]

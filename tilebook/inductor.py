@@ -50,11 +50,11 @@ def compiled(formula: Callable[..., Any], *leading: Any) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         kind = tuple(_kind(each) for each in args)
-        with torch.no_grad(), _unwatched(), torch.cuda.device_of(args[0]):  # type: ignore[no-untyped-call]
+        with torch.no_grad(), unwatched(), torch.cuda.device_of(args[0]):  # type: ignore[no-untyped-call]
             if kind not in made:
                 if len(made) >= MOST_CALLS:
                     raise TilebookError(f"{formula.__name__} was compiled for {MOST_CALLS} kinds of calls already")
-                made[kind] = torch.compile(_another(cast(types.FunctionType, formula)), **_how())
+                made[kind] = alone(formula)
             return made[kind](*leading, *args)
 
     return run
@@ -66,10 +66,12 @@ def _kind(argument: Any) -> Any:
     return tuple(argument.shape), argument.stride(), argument.dtype, argument.device
 
 
-def _another(function: types.FunctionType) -> types.FunctionType:
-    """The function with code of its own: PyTorch keeps what it compiled by code, a few versions of each at most."""
+def alone(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled, with code of its own: PyTorch keeps what it compiled by code, a few versions of each."""
+    function = cast(types.FunctionType, formula)
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
-    return types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    another = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    return torch.compile(another, **_how())
 
 
 def _how() -> dict[str, Any]:
@@ -78,7 +80,7 @@ def _how() -> dict[str, Any]:
 
 
 @contextmanager
-def _unwatched() -> Iterator[None]:
+def unwatched() -> Iterator[None]:
     """Without the modes that see every call of PyTorch's functions: they would be compiled along."""
     modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
     try:

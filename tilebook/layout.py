@@ -8,13 +8,8 @@ _VECTOR = 16
 """Bytes that kernels load at once: where tensors start, and what their steps are multiples of."""
 
 
-def vector(x: torch.Tensor) -> torch.Tensor:
-    """A vector whose elements lie side by side: kernels step through weights and biases one by one."""
-    return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
-
-
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """A tensor whose last axis is contiguous, a copy only where it is not so."""
+    """A tensor whose last axis is contiguous, as kernels step through it; a copy only where it is not so."""
     return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
 
 

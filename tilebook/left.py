@@ -12,7 +12,7 @@ import torch
 
 from tilebook import dispatch
 
-__all__ = ["ORDINARY", "Left", "keep", "known", "ready", "recall"]
+__all__ = ["ORDINARY", "Left", "keep", "known", "recall", "unsettled"]
 
 _MOST = 10_000
 _FIRST_CALLS = 2  # the first compiles, the second is recorded
@@ -66,12 +66,14 @@ def recall(key: Hashable, *tensors: torch.Tensor) -> bool:
     return True
 
 
-def ready(choice: Any) -> bool:
-    """May it be settled who serves calls like this choice's?
+def unsettled(key: Hashable, choice: Any) -> bool:
+    """Is it time to settle who serves calls of this kind, which are like this choice's?
 
     Kernels of ours run the first calls all the same, so that they are there when a graph is captured.
     """
-    return bool(choice.kept and choice.aligned and (choice.native or choice.calls >= _FIRST_CALLS))
+    return key not in _here.left and bool(
+        choice.kept and choice.aligned and (choice.native or choice.calls >= _FIRST_CALLS)
+    )
 
 
 def keep(key: Hashable, left: Left) -> None:

@@ -32,7 +32,7 @@ def register(entry: Entry) -> None:
         for cut in _cuts(entry, dict(zip(inputs, args, strict=False))):
             cut = {**cut, "dy": cut.get(first)}
             given = [*_given(inputs, args, cut), *_options(args[len(inputs) :])]
-            found.append((_gradients(names, args[1:], cut, args[-1]), given))
+            found.append((_gradients(names, cut, args[-1]), given))
         return found
 
     register_sharding(entry.op)(forward)
@@ -63,7 +63,7 @@ def _options(args: Sequence[Any]) -> list[None]:
     return [None for _ in args]
 
 
-def _gradients(names: Sequence[str], args: Sequence[Any], cut: Axes, needs: Sequence[bool]) -> list[Any]:
+def _gradients(names: Sequence[str], cut: Axes, needs: Sequence[bool]) -> list[Any]:
     """A gradient lies as its tensor does; of a tensor that is whole, each GPU has its part of the sum."""
     from torch.distributed.tensor import Partial, Replicate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tilebook.casting import autocast
+
 if TYPE_CHECKING:
     from tilebook.call import Entry, Tensors
 
 _library: Any = torch.library.Library("tilebook", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 _BACKENDS = ("CPU", "CUDA")
+_MOST_LAYOUTS = 4096
+
+Layout = tuple[torch.Size, tuple[int, ...]]
+"""A shape and its strides."""
 
 
 def register(entry: Entry) -> tuple[Any, Any]:
@@ -66,29 +73,27 @@ def _split(entry: Entry, args: Sequence[Any]) -> tuple[Tensors, tuple[Any, ...]]
     return tensors, entry.unpack(tensors, tuple(args[count:]))
 
 
-def _laid(made: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """`made`, laid out in memory as `model`, which is what was promised while a graph was traced."""
-    if made.stride() == model.stride() or made.numel() == 0 or made.is_meta:
+def _laid(made: torch.Tensor, shape: Sequence[int], strides: tuple[int, ...]) -> torch.Tensor:
+    """`made`, laid out in memory as was promised while a graph was traced."""
+    if made.stride() == strides or made.numel() == 0 or made.is_meta:
         return made
-    return torch.empty_strided(model.shape, model.stride(), dtype=made.dtype, device=made.device).copy_(made)
+    return torch.empty_strided(shape, strides, dtype=made.dtype, device=made.device).copy_(made)
 
 
 def _forward(entry: Entry) -> Callable[..., Any]:
+    @functools.lru_cache(_MOST_LAYOUTS)
+    def promised(described: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Layout, ...]:
+        meta = tuple(each and torch.empty_strided(*each[:2], dtype=each[2], device="meta") for each in described)
+        return tuple((x.shape, x.stride()) for x in entry.fake(meta, options))
+
     def run(*args: Any) -> tuple[torch.Tensor, ...]:
         tensors, options = _split(entry, args)
-        models = _on_meta(lambda meta: entry.fake(meta, args[len(meta) :]), tensors)
+        described = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
+        layouts = promised(described, tuple(args[len(tensors) :]))
         outputs = entry.forward(None, tensors, options)
-        return tuple(_laid(made, model) for made, model in zip(outputs, models, strict=True))
+        return tuple(_laid(made, *layout) for made, layout in zip(outputs, layouts, strict=True))
 
     return run
-
-
-def _on_meta(call: Callable[[Tensors], Any], tensors: Tensors) -> Any:
-    return call(
-        tuple(
-            x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors
-        )
-    )
 
 
 def _fake_forward(entry: Entry) -> Callable[..., Any]:
@@ -111,13 +116,21 @@ def _backward(entry: Entry) -> Callable[..., Any]:
         dy, tensors, kept, options, needs = _parts(entry, args)
         assert entry.backward is not None
         found = entry.backward(dy, tensors, kept, options, needs)
-        models = _empty_gradients(tensors, needs, dy)
         return tuple(
-            _laid(grad, model) if need and grad is not None and grad.numel() else model
-            for grad, model, need in zip(found, models, needs, strict=True)
+            _gradient(x, grad if need else None, dy) for x, grad, need in zip(tensors, found, needs, strict=True)
         )
 
     return run
+
+
+def _gradient(x: torch.Tensor | None, grad: torch.Tensor | None, dy: torch.Tensor) -> torch.Tensor:
+    """`grad` laid out as promised: as PyTorch lays out what is like its tensor; nothing where it is not needed."""
+    if x is None or grad is None:
+        return dy.new_empty(0)
+    if grad.numel() and grad.stride() == x.stride() and x.is_contiguous():
+        return grad
+    model = torch.empty_like(x, device="meta")
+    return _laid(grad, model.shape, model.stride()) if grad.numel() else torch.empty_like(x)
 
 
 def _fake_backward(entry: Entry) -> Callable[..., Any]:
@@ -204,8 +217,6 @@ def _cast(entry: Entry, kind: str) -> Callable[..., Any]:
     key = getattr(torch._C.DispatchKey, f"Autocast{kind.upper()}")
 
     def run(*args: Any) -> Any:
-        from tilebook.casting import autocast
-
         count = len(entry.tensors)
         cast = autocast(*args[:count])
         names = [name.rstrip("?") for name in entry.tensors]

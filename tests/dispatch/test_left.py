@@ -6,7 +6,7 @@ from dispatch_samples import GPU, doubling
 
 from tilebook import left
 from tilebook.dispatch import Choice, Dispatch
-from tilebook.left import Left, keep, known, ready, recall
+from tilebook.left import Left, keep, known, recall, unsettled
 
 ALWAYS, FORWARD, TRAINING = Left(True, True, False), Left(True, False, False), Left(False, True, False)
 
@@ -125,10 +125,12 @@ def test_what_the_host_bounds_is_pytorchs_whoever_won():
 
 
 def test_kernels_of_ours_run_their_first_calls_themselves():
-    assert ready(choice(True, kept=True))
-    assert not ready(choice(True, kept=False)), "made while a graph was captured"
-    assert not ready(choice(True, kept=True, aligned=False))
-    assert [ready(choice(False, kept=True, calls=calls)) for calls in range(4)] == [False, False, True, True]
+    assert unsettled("new", choice(True, kept=True))
+    assert not unsettled("new", choice(True, kept=False)), "made while a graph was captured"
+    assert not unsettled("new", choice(True, kept=True, aligned=False))
+    keep("old", known(choice(True), 0, (0, 0)))
+    assert not unsettled("old", choice(True, kept=True))
+    assert [unsettled("new", choice(False, kept=True, calls=calls)) for calls in range(4)] == [False, False, True, True]
 
 
 def test_calls_that_are_known_again_count():

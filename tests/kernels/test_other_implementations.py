@@ -7,7 +7,7 @@ import torch
 
 import tilebook
 from tilebook import device as devices
-from tilebook import dispatch
+from tilebook import dispatch, inductor
 from tilebook.kernels.attention.form import CAUSAL, PLAIN, form, limits
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.peers import efficient, flex, torch_flash
@@ -204,7 +204,7 @@ FLEX = (
 def traced(monkeypatch):
     """FlexAttention traced and then run by PyTorch's own operators: Inductor has no log-sum-exp for the CPU."""
     monkeypatch.setattr(flex, "LEAST_FLOPS", 0.0)
-    monkeypatch.setattr(flex, "_how", lambda: {"fullgraph": True, "dynamic": False, "backend": "eager"})
+    monkeypatch.setattr(inductor, "_how", lambda: {"fullgraph": True, "dynamic": False, "backend": "eager"})
     monkeypatch.setattr(flex, "_shapes", type(flex._shapes)())
     flex._compiled.cache_clear()
     yield flex
@@ -233,8 +233,8 @@ def test_flex_attention_is_compiled_once_for_each_form_and_shape(traced, monkeyp
 
 
 def test_flex_attention_leaves_no_compiling_processes_behind():
-    assert flex._how()["options"] == {"compile_threads": 1}
-    torch.compile(lambda x: x, **flex._how())  # which looks at the names and types of options
+    assert inductor._how()["options"] == {"compile_threads": 1}
+    torch.compile(lambda x: x, **inductor._how())  # which looks at the names and types of options
 
 
 @pytest.mark.parametrize(

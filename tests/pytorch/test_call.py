@@ -263,14 +263,13 @@ def test_rows_and_vectors_are_copied_only_where_their_last_axis_is_not_contiguou
     x, y, scalar = torch.randn(3, 4), torch.randn(8), torch.tensor(1.0)
     assert layout.rows(x) is x
     assert layout.rows(x[:, :2]).data_ptr() == x.data_ptr()
-    assert layout.vector(y) is y
+    assert layout.rows(y) is y
     odd = [x.t(), x[:, ::2], x[:1].expand(3, 4).t()]
-    for function, given in [*((layout.rows, each) for each in odd), (layout.vector, y[::2])]:
-        found = function(given)
+    for given in (*odd, y[::2]):
+        found = layout.rows(given)
         assert found.is_contiguous()
         assert torch.equal(found, given)
     assert layout.rows(scalar) is scalar
-    assert layout.vector(scalar) is scalar
 
 
 def test_gradients_are_recorded_only_where_they_are_wanted():

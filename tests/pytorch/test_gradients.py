@@ -123,3 +123,25 @@ def test_forward_mode_derivatives_are_right(name):
             return forward_ad.unpack_dual(function(*made)).tangent
 
     same(derive(), derive)
+
+
+@pytest.mark.usefixtures("forced")
+def test_learnt_slopes_have_a_gradient_and_the_op_that_has_none_says_so():
+    q, slopes = normal(2, 4, 6, 16), torch.rand(4, requires_grad=True)
+
+    def grads():
+        return torch.autograd.grad(tilebook.attention(q, q, q, causal=True, alibi_slopes=slopes).sum(), (q, slopes))
+
+    found = grads()
+    assert found[1].abs().sum() > 0
+    same(found, grads)
+    with torch.no_grad():
+        o = tilebook.attention(q, q, q, causal=True, alibi_slopes=slopes)
+    torch.testing.assert_close(o, tilebook.attention(q, q, q, causal=True, alibi_slopes=slopes))
+    with pytest.raises(RuntimeError, match="no gradient for alibi_slopes"):
+        _op_with(q, slopes).sum().backward()
+
+
+def _op_with(q, slopes):
+    tensors = q, q, q, None, slopes, None
+    return torch.ops.tilebook.attention_fwd(*tensors, 0.25, -1, 0, False, 0.0, 0.0, False, False)[0]

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import left_whole, tf32_allowed, way
+from tilebook.call import left_whole, recorded, tf32_allowed, way
 from tilebook.casting import autocast
 from tilebook.kernels.attention.check import Causal, check, checked_form, multiplier, numbers, together
 from tilebook.kernels.attention.drop_in import BOUNDS, kind, scaled_dot_product_attention
@@ -17,7 +17,7 @@ from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.pytorch import log_sum_exp, plain
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import aligned, rows
-from tilebook.left import keep, known, ready, recall
+from tilebook.left import keep, known, recall, unsettled
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -52,7 +52,7 @@ def attention(
             skipped.
         softcap: scores s become softcap · tanh(s / softcap), before what follows; 0 is off (Gemma 2).
         alibi_slopes: fp32 (H,) or (B, H): slope · |i + Sk - Sq - j| is taken off the score of row i and column j, as in
-            FlashAttention (ALiBi, Press et al. 2022). No gradient.
+            FlashAttention (ALiBi, Press et al. 2022). Where they want a gradient, PyTorch composes the call.
         bias: added to the scores, any floating dtype, broadcast to (B, H, Sq, Sk). Differentiable; its gradient is made
             at the full size B · H · Sq · Sk in the dtype of the bias, and then summed over what was broadcast.
         attn_mask: booleans, True where a pair takes part, or numbers to add; broadcast to (B, H, Sq, Sk). Hide pairs by
@@ -72,10 +72,11 @@ def attention(
         ValueError: shapes, dtypes or devices that do not go together, and options out of range.
 
     Kernels take bf16, fp16 and fp32 on a GPU with D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32
-    factors are rounded to tf32 where `torch.backends.cuda.matmul.allow_tf32` has it. Without a verdict that covers
-    them they serve bf16 and fp16: full or causal with D a power of two, and what PyTorch would compose (windows,
-    soft-cap, ALiBi, dropout, a bias under a causal mask). Everything else, and `torch.compile`, runs the same in
-    PyTorch. Under autocast q, k and v are cast as there.
+    factors are rounded to tf32 where `torch.backends.cuda.matmul.allow_tf32` has it. What PyTorch has a fused kernel
+    for is its own call, forward and backward, unless a verdict for this very problem, measured on this GPU, has another
+    ahead. What PyTorch would compose in bf16 or fp16 (windows, soft-cap, ALiBi, dropout, a bias under a causal mask)
+    runs in our kernels, and so do masks. Everything else is PyTorch. Under `torch.compile` a call is the op
+    `tilebook::attention_fwd`, which chooses when it runs. Under autocast q, k and v are cast as there.
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
@@ -83,7 +84,8 @@ def attention(
     usual = not optional and bias is None and attn_mask is None and (causal is False or causal is True)
     usual &= not return_lse and (scale is None or (type(scale) is float and scale > 0))
     usual = usual and type(q) is type(k) is type(v) is torch.Tensor
-    if usual and recall(kind(q, k, v, causal), q, k, v):  # type: ignore[arg-type]
+    own = kind(q, k, v, causal) if usual else None  # type: ignore[arg-type]
+    if own is not None and recall(own, q, k, v):
         return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     others = bias, attn_mask, alibi_slopes
     if has_torch_function((q, k, v, *others)):
@@ -96,12 +98,13 @@ def attention(
                 deterministic=deterministic,
             )  # fmt: skip
     found_way = way(q, k, v, optional=others)
-    asked = q.dtype
-    q, k, v = autocast(q, k, v)
+    given = q, k, v
+    q, k, v = autocast(*given)
+    if q is not given[0] or k is not given[1] or v is not given[2]:
+        own = None
     table: torch.Tensor | None = None
     seed: torch.Tensor | None = None
     if usual and q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled():
-        scale = scale if scale is None or type(scale) is float else numbers(scale)
         form = CAUSAL if causal else PLAIN
     else:
         scale = numbers(scale, softcap, dropout_p)
@@ -116,14 +119,15 @@ def attention(
         table = bias if bias is None else _four(bias)
     factor = multiplier(scale, q)
     extras = table, alibi_slopes, seed
+    learnt = alibi_slopes is not None and recorded((alibi_slopes,))
     tensors, options = (q, k, v, *extras), (form, factor)
     choice = None
-    if found_way == "direct":
+    if found_way == "direct" and not learnt:
         choice = dispatch.known(registered()[0], arguments(tensors, options))
     if choice is None:
         check(q, k, v, bias, alibi_slopes)
         some = q.numel() and k.numel() and factor > 0
-        if found_way == "pytorch" or not some:
+        if found_way == "pytorch" or not some or learnt:
             return _plain(tensors, (form, scale), factor, return_lse)
         tensors = (rows(q), rows(k), rows(v), *extras)
         if found_way == "op":
@@ -132,10 +136,9 @@ def attention(
             o, lse = ATTENTION.through(tensors, options)
             return (o, lse) if return_lse else o
         choice = dispatch.lookup(registered()[0], arguments(tensors, options))
-    if usual and asked == q.dtype and ready(choice):
-        left = known(choice, q.numel() * k.shape[2], BOUNDS)
-        keep(kind(q, k, v, causal), left)  # type: ignore[arg-type]
-        if recall(kind(q, k, v, causal), q, k, v):  # type: ignore[arg-type]
+    if own is not None and unsettled(own, choice):
+        keep(own, known(choice, q.numel() * k.shape[2], BOUNDS))
+        if recall(own, q, k, v):
             return plain(tensors, (form, scale))
     if not return_lse and left_whole(choice, tensors):
         choice.calls += 1

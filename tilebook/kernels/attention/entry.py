@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors
 from tilebook.kernels.attention.form import Form, form, simplest
+from tilebook.kernels.attention.layout import like
 from tilebook.kernels.attention.pytorch import plain
 from tilebook.layout import rows
 from tilebook.sharding import divides
@@ -42,12 +44,14 @@ def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Ten
 
 def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Options, needs: Sequence[bool]) -> Tensors:
     q, k, v, bias, *others = tensors
+    if needs[4]:
+        raise RuntimeError("tilebook::attention_fwd has no gradient for alibi_slopes: tilebook.attention has one")
     (o, lse), (found, scale) = kept, options
     # What was saved may have come back otherwise than it was.
     dy, q, k, v, o = (rows(x) for x in (dy, q, k, v, o) if x is not None)
     lse = lse if lse is None else lse.contiguous()
     if bias is not None and bias.dtype != torch.bool and (found.bias == "dbias") != needs[3]:
-        found = form(**{**_values(found), "bias": "dbias" if needs[3] else "bias"})
+        found = form(**{**asdict(found), "bias": "dbias" if needs[3] else "bias"})
     extras = [x for x in (bias, *others) if x is not None]
     grads = dispatch.run(registered()[1], dy, q, k, v, o, lse, found, scale, *extras)
     return (*grads[:3], grads[3] if needs[3] else None, None, None)
@@ -56,17 +60,7 @@ def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Option
 def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
     q = tensors[0]
     assert q is not None
-    o = torch.empty_like(q)
-    if o.stride(-1) != 1:
-        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return o, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-
-
-_NAMES = ("left", "right", "bottom_right", "softcap", "bias", "alibi", "dropout", "tf32", "deterministic")
-
-
-def _values(found: Form) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in _NAMES}
+    return like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
 
 
 def _pack(options: Options) -> tuple[Any, ...]:

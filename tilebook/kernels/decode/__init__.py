@@ -16,7 +16,7 @@ from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.entry import DECODE, registered
 from tilebook.kernels.decode.pytorch import plain
 from tilebook.layout import aligned, rows
-from tilebook.left import Left, keep, ready, recall
+from tilebook.left import Left, keep, recall, unsettled
 
 __all__ = ["attention_decode"]
 
@@ -97,7 +97,7 @@ def attention_decode(
         choice = dispatch.lookup(registered(), (*tensors, *options))
     if choice.native:
         choice.calls += 1
-        if own is not None and ready(choice):
+        if own is not None and unsettled(own, choice):
             keep(own, Left(forward=True, training=False, bounded=False, choice=choice))
         tensors = tensors if choice.aligned else (aligned(q), aligned(k), aligned(v), seq_lens, block_table)
         return _plain(tensors, options, return_lse)

@@ -9,6 +9,7 @@ import torch
 
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors
+from tilebook.kernels.attention.layout import like
 from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.pytorch import plain
 from tilebook.layout import rows
@@ -35,10 +36,7 @@ def _forward(choice: Any, tensors: Tensors, options: tuple[Any, ...]) -> tuple[t
 def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
     q = tensors[0]
     assert q is not None
-    o = torch.empty_like(q)
-    if o.stride(-1) != 1:
-        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return o, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    return like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
 
 
 def _flops(tensors: Tensors, options: Any, needs: Any) -> int:

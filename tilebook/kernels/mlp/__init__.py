@@ -17,8 +17,8 @@ from tilebook.kernels.mlp.check import check
 from tilebook.kernels.mlp.entry import MLP, registered
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
-from tilebook.layout import rows, vector
-from tilebook.left import ORDINARY, keep, known, ready, recall
+from tilebook.layout import rows
+from tilebook.left import ORDINARY, keep, known, recall, unsettled
 from tilebook.traced import ahead, described
 
 __all__ = ["mlp"]
@@ -74,10 +74,10 @@ def mlp(
         if route == "op" and b1 is not None and b2 is not None and _ahead((x, w1, b1, w2, b2), activation):
             flat = rows(x.reshape(-1, x.shape[-1]))
             options = activation, recorded((x, w1, b1, w2, b2))
-            return _shaped(MLP.through((flat, w1, vector(b1), w2, vector(b2)), options)[0], x)
+            return _shaped(MLP.through((flat, w1, rows(b1), w2, rows(b2)), options)[0], x)
         return plain((x, w1, b1, w2, b2), (activation,))
     flat = rows(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() and x.ndim else x)
-    tensors = flat, w1, vector(b1), w2, vector(b2)
+    tensors = flat, w1, rows(b1), w2, rows(b2)
     options = activation, recorded(tensors)
     args = (*tensors, *options)
     choice = dispatch.known(registered()[0], args) if route == "direct" else None
@@ -90,7 +90,7 @@ def mlp(
         if route == "op":
             return _shaped(MLP.through(tensors, options)[0], x)
         choice = dispatch.lookup(registered()[0], (*tensors[:3], *options), args)
-    if own is not None and x.dtype == own[1] and choice.native and ready(choice):
+    if own is not None and x.dtype == own[1] and choice.native and unsettled(own, choice):
         keep(own, known(choice, 1.0, (0.0, 0.0)))
     if left_whole(choice, tensors):
         choice.calls += 1

@@ -12,7 +12,7 @@ from tilebook import dispatch
 from tilebook.call import Entry, Tensors
 from tilebook.kernels.mlp.check import check
 from tilebook.kernels.mlp.pytorch import act, each_alone, linear, plain
-from tilebook.layout import rows, vector
+from tilebook.layout import rows
 
 Options = tuple[str, bool]
 """The activation, and whether z = x W1ᵀ + b1 is kept for a backward pass."""
@@ -38,7 +38,7 @@ def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Ten
         check(x, w1, b1, w2, b2)
         if x.ndim != 2:
             raise ValueError(f"expected x (M, H), not {tuple(x.shape)}")
-        x, b1, b2 = rows(x), vector(b1), vector(b2)
+        x, b1, b2 = rows(x), rows(b1), rows(b2)
         choice = dispatch.lookup(up, (x, w1, b1, *options))
     h, z = choice(x, w1, b1, *options)
     return *dispatch.run(down, h, w2, b2), z

@@ -10,7 +10,7 @@ from tilebook.call import Entry, left_whole, recorded, way
 from tilebook.kernels.norms.check import check
 from tilebook.kernels.norms.entry import LAYER_NORM, RMS_NORM, addressed, registered
 from tilebook.kernels.norms.pytorch import HOST_BOUND
-from tilebook.left import ORDINARY, keep, known, ready, recall
+from tilebook.left import ORDINARY, keep, known, recall, unsettled
 from tilebook.traced import ahead, described
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -81,11 +81,7 @@ def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float
             x.shape,
             x.stride(),
             x.dtype,
-            # What is no tensor is refused further down.
-            *[
-                None if each is None else (getattr(each, "shape", None), getattr(each, "dtype", None))
-                for each in vectors
-            ],
+            *[None if each is None else (each.shape, each.dtype) for each in vectors],
         )
         if recall(own, x, *given):
             return entry.plain((x, *vectors), (eps,))
@@ -109,7 +105,7 @@ def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float
                 return entry.plain((x, *vectors), (eps,))
             return entry.through(tensors, (eps,))[0].view(x.shape)
         choice = dispatch.lookup(forward, (*tensors, eps))
-    if own is not None and ready(choice) and all(each is None or each.dtype == x.dtype for each in vectors):
+    if own is not None and unsettled(own, choice) and all(each is None or each.dtype == x.dtype for each in vectors):
         keep(own, known(choice, x.numel(), (HOST_BOUND, HOST_BOUND)))
     if left_whole(choice, tensors):
         choice.calls += 1

@@ -12,7 +12,7 @@ from tilebook import dispatch
 from tilebook.call import Entry, Tensors
 from tilebook.kernels.norms.check import check
 from tilebook.kernels.norms.pytorch import layer, rms
-from tilebook.layout import rows, vector
+from tilebook.layout import rows
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def addressed(tensors: Tensors) -> Tensors:
     """x and the parameter vectors as the kernels step through them, copied only where they are not so."""
     x, *vectors = tensors
     assert x is not None
-    return rows(x), *(None if each is None else vector(each) for each in vectors)
+    return rows(x), *(None if each is None else rows(each) for each in vectors)
 
 
 def _entry(
@@ -52,7 +52,7 @@ def _entry(
         if dy.shape != x.shape or any(each is None or each.shape != x.shape[:1] for each in kept):
             shapes = [None if each is None else tuple(each.shape) for each in (dy, *kept)]
             raise ValueError(f"dy and statistics of shapes {shapes} are not of x {tuple(x.shape)}")
-        statistics = [each if each is None else vector(each) for each in kept]
+        statistics = [each if each is None else rows(each) for each in kept]
         found = iter(dispatch.run(registered(name)[1], rows(dy), *addressed(tensors), *statistics))
         return tuple(None if each is None else next(found) for each in tensors)
 

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import recorded, tf32_allowed, untraceable, way
+from tilebook.call import native, tf32_allowed, untraceable, way
 from tilebook.casting import autocast
 from tilebook.kernels.attention.check import multiplier, numbers, sides
 from tilebook.kernels.attention.form import Form, form
@@ -82,7 +82,7 @@ def attention_varlen(
     No number of one sequence enters another, NaN and infinity included. Kernels take bf16, fp16 and fp32 on a GPU with
     D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32 factors are rounded to tf32 where
     `torch.backends.cuda.matmul.allow_tf32` has it. They never read a length on the host, so a CUDA graph that captured
-    a call follows the lengths. Without a verdict that covers a call they serve bf16 and fp16 with D 128.
+    a call follows the lengths. Without a verdict that covers a call they serve bf16 and fp16 with D 32, 64 or 128.
     Everything else runs the same in PyTorch, a sequence at a time, and has to wait for the lengths. Under autocast q, k
     and v are cast as there. `torch.compile` sees one op, `tilebook::attention_varlen_fwd`.
 
@@ -119,7 +119,7 @@ def attention_varlen(
             o, lse = VARLEN.through(tensors, options)
             return (o, lse) if return_lse else o
         choice = dispatch.lookup(registered()[0], (*tensors, *options))
-    if choice.native and not (recorded(tensors) and not dispatch.backward_of(choice).native):
+    if native(choice, tensors):
         choice.calls += 1
         return _plain(tensors, options, return_lse)
     o, lse = VARLEN.direct(choice, tensors, options)

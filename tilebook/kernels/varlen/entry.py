@@ -11,6 +11,7 @@ import torch
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors
 from tilebook.kernels.attention.form import Form, form
+from tilebook.kernels.attention.layout import like
 from tilebook.kernels.varlen.limits import bucket, simplest
 from tilebook.kernels.varlen.pytorch import Options, plain
 from tilebook.layout import rows
@@ -43,10 +44,7 @@ def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Option
 def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
     q = tensors[0]
     assert q is not None
-    o = torch.empty_like(q)
-    if o.stride(-1) != 1:
-        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return o, torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    return like(q), torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
 
 
 def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:

@@ -135,13 +135,14 @@ def _soften(s, m_i, factor, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
 
 @gluon.jit
 def _advance(
-    q_tile, k_tiles, v_tiles, barriers, my_turn, your_turn, phase,
+    q_tile, k_tiles, v_tiles, barriers, neighbours, phase,
     acc, p, m_i, l_i, at, more, factor,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, SCORES: gl.constexpr,
     SUMS: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """One more block of columns: its scores and weights, while the block before it is added to the sums."""
     _q_full, _q_empty, k_full, k_empty, v_full, v_empty = barriers
+    my_turn, your_turn = neighbours
     stage = at % STAGES
     before = (at - 1) % STAGES
     if TURNS:
@@ -198,7 +199,7 @@ def _consume(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     dtype: gl.constexpr = q_tiles.dtype
     nothing = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    my_turn, your_turn = turns.index(PART), turns.index((PART + 1) % WARPGROUPS)
+    neighbours = turns.index(PART), turns.index((PART + 1) % WARPGROUPS)
     o_tile = o_tiles.index(PART)
     within = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     factor = scale * LOG2E
@@ -226,7 +227,7 @@ def _consume(
         mbarrier.wait(k_full.index(at % STAGES), (at // STAGES) & 1, pred=blocks > 1)
         for step in range(1, blocks):
             acc, p, m_i, l_i = _advance(
-                q_tile, k_tiles, v_tiles, barriers, my_turn, your_turn, phase,
+                q_tile, k_tiles, v_tiles, barriers, neighbours, phase,
                 acc, p, m_i, l_i, at, step + 1 < blocks, factor,
                 D, BLOCK_N, STAGES, TURNS, SCORES, SUMS, WEIGHTS,
             )  # fmt: skip

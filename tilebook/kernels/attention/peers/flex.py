@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import collections
 import functools
-import itertools
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from tilebook.device import Device
+from tilebook.inductor import alone, unwatched
 from tilebook.kernels.attention.form import Form, extras, limits
 from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.kernels.attention.problem import ForwardProblem
@@ -27,7 +25,6 @@ MOST_SHAPES = 64
 """So many shapes of a form are compiled at most, for seconds each: a call with one more raises, and is served else."""
 
 _BLOCK = 128
-_numbers = itertools.count()
 
 
 def available(device: Device) -> bool:
@@ -98,7 +95,7 @@ def block_mask(form: Form, n_q: int, n_k: int, device: torch.device) -> Any:
     )
 
 
-def _attend(form: Form, n_q: int, n_k: int, device: torch.device) -> types.FunctionType:
+def _attend(form: Form, n_q: int, n_k: int, device: torch.device) -> Callable[..., Any]:
     """FlexAttention with that form and those lengths, not yet compiled."""
     from torch.nn.attention import flex_attention as flex
 
@@ -114,12 +111,7 @@ def _attend(form: Form, n_q: int, n_k: int, device: torch.device) -> types.Funct
         )  # fmt: skip
         return o, aux.lse
 
-    return cast(types.FunctionType, attend)
-
-
-def _how() -> dict[str, Any]:
-    """One thread: a pool of compilers would outlive the call, and the tuner takes a process left behind for a fault."""
-    return {"fullgraph": True, "dynamic": False, "options": {"compile_threads": 1}}
+    return attend
 
 
 _shapes: collections.Counter[Any] = collections.Counter()
@@ -136,21 +128,7 @@ def _compiled(device: torch.device, form: Form, description: tuple[Any, ...]) ->
     if _shapes[kind] >= MOST_SHAPES:
         raise RuntimeError(f"FlexAttention was compiled for {MOST_SHAPES} shapes of this form already")
     _shapes[kind] += 1
-    attend = _attend(form, n_q, n_k, device)
-    # PyTorch keeps what it compiled by code object, a few versions of each at most.
-    attend.__code__ = attend.__code__.replace(co_name=f"attend_{next(_numbers)}")
-    return torch.compile(attend, **_how())
-
-
-@contextmanager
-def _unwatched() -> Iterator[None]:
-    """Without the modes that see every call of PyTorch's functions: they would be compiled along."""
-    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
-    try:
-        yield
-    finally:
-        for mode in reversed(modes):
-            torch._C._push_on_torch_function_stack(mode)
+    return alone(_attend(form, n_q, n_k, device))
 
 
 def forward(
@@ -164,7 +142,7 @@ def forward(
         slopes = slopes.expand(q.shape[:2])
     given = (q, k, v, *(x for x in (bias, slopes) if x is not None))
     description = tuple((tuple(x.shape), x.stride(), x.dtype) for x in given)
-    with torch.no_grad(), _unwatched(), torch.cuda.device_of(q):
+    with torch.no_grad(), unwatched(), torch.cuda.device_of(q):
         o, lse = _compiled(q.device, form, (*description, scale))(q, k, v, scale, bias, slopes)
     return o, lse
 
