@@ -12,9 +12,16 @@ import torch
 
 from tilebook import dispatch
 
-__all__ = ["ORDINARY", "Left", "keep", "known", "recall", "unsettled"]
+__all__ = ["ORDINARY", "Left", "again", "keep", "known", "recall", "unsettled"]
+
+# What PyTorch guards compiled code with: type, dtype, device, strides, … of several tensors at the cost of one call.
+try:
+    from torch._C._dynamo.guards import TensorGuards as _Guards
+except ImportError:  # a call is then known by its key alone
+    _Guards = None  # type: ignore[assignment, misc]
 
 _MOST = 10_000
+_MOST_LAYOUTS = 4
 _FIRST_CALLS = 2  # the first compiles, the second is recorded
 
 _here = dispatch.here
@@ -39,8 +46,29 @@ class Left(NamedTuple):
     choice: Any = None
 
 
-def recall(key: Hashable, *tensors: torch.Tensor) -> bool:
-    """Is an eager call of this kind with these tensors PyTorch's? False also where that is not known yet."""
+def again(near: Hashable, *tensors: torch.Tensor) -> bool:
+    """Is an eager call with these tensors PyTorch's, and all about them as in one that was recalled?
+
+    near: what tells most calls apart, at little cost. Tensors are compared with those of earlier calls of the same.
+    """
+    if _compiling() or _here.forced is not None or _batched() is not None:
+        return False
+    for check, found, training in _here.seen.get(near, ()):
+        if check(*tensors):
+            address = 0
+            for each in tensors:
+                address |= each.data_ptr()
+            if address & 15:
+                return False
+            return _allows(found, training and _recording())
+    return False
+
+
+def recall(key: Hashable, near: Hashable, *tensors: torch.Tensor) -> bool:
+    """Is an eager call of this kind with these tensors PyTorch's? False also where that is not known yet.
+
+    near: what `again` is to know calls by that are like this one.
+    """
     if _compiling() or _here.forced is not None or _batched() is not None:
         return False
     found = _here.left.get(key)
@@ -54,7 +82,18 @@ def recall(key: Hashable, *tensors: torch.Tensor) -> bool:
         training |= each.requires_grad
     if address & 15:  # kernels of PyTorch's load whole vectors without looking
         return False
-    if training and _recording():
+    if not _allows(found, training and _recording()):
+        return False
+    layouts = _here.seen.setdefault(near, [])
+    if len(layouts) < _MOST_LAYOUTS and _Guards is not None:
+        guards = _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        layouts.append((guards.check, found, training))
+    return True
+
+
+def _allows(found: Left, recorded: bool) -> bool:
+    """Is a call PyTorch's here and now? Counts it if so."""
+    if recorded:
         if not found.training or _hooks(True) is not None:
             return False
     elif not found.forward:
@@ -80,6 +119,7 @@ def keep(key: Hashable, left: Left) -> None:
     """Remembers who serves calls of this kind. They must lie in memory as PyTorch's kernels take them."""
     if len(_here.left) >= _MOST:
         _here.left.clear()
+        _here.seen.clear()
     _here.left[key] = left
 
 

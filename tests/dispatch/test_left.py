@@ -3,10 +3,11 @@
 import pytest
 import torch
 from dispatch_samples import GPU, doubling
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilebook import left
 from tilebook.dispatch import Choice, Dispatch
-from tilebook.left import Left, keep, known, recall, unsettled
+from tilebook.left import Left, again, keep, known, unsettled
 
 ALWAYS, FORWARD, TRAINING = Left(True, True, False), Left(True, False, False), Left(False, True, False)
 
@@ -21,6 +22,14 @@ def here(monkeypatch):
 
 def tensor(grad=False):
     return torch.zeros(8, requires_grad=grad)
+
+
+def recall(kind, *tensors):
+    """As `left.recall`. `again` says yes where it does, from then on, and never where it does not."""
+    near = kind, len(tensors)
+    found = left.recall(kind, near, *tensors)
+    assert again(near, *tensors) is found
+    return found
 
 
 def test_a_kind_is_known_only_after_it_was_kept(here):
@@ -72,8 +81,16 @@ def test_tensors_on_two_gpus_are_looked_at_again(monkeypatch):
     keep("kind", ALWAYS)
     first, second = tensor(), tensor()
     monkeypatch.setattr(torch.Tensor, "get_device", lambda x: 1 if x is second else 0)
-    assert recall("kind", first, first)
-    assert not recall("kind", first, second)
+    assert recall("kind", first, tensor())
+    assert not left.recall("kind", "near", first, second)
+
+
+def test_one_tensor_given_twice_is_recalled_by_its_kind():
+    keep("kind", ALWAYS)
+    x = tensor()
+    assert left.recall("kind", "near", x, x)
+    assert not again("near", x, x)
+    assert left.recall("kind", "near", x, x)
 
 
 def test_where_bits_are_to_repeat_every_call_is_looked_at():
@@ -136,6 +153,65 @@ def test_kernels_of_ours_run_their_first_calls_themselves():
 def test_calls_that_are_known_again_count():
     asked = choice(True, calls=1)
     keep("kind", known(asked, 100, (0, 0)))
-    recall("kind", tensor())
-    recall("kind", torch.zeros(9)[1:])
+    left.recall("kind", "near", tensor())
+    left.recall("kind", "near", torch.zeros(9)[1:])
     assert asked.calls == 2
+    again("near", tensor())
+    again("near", torch.zeros(9)[1:])
+    again("near", torch.zeros(9))
+    assert asked.calls == 3
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(8).double(),
+        torch.zeros(16)[::2],
+        torch.zeros(9),
+        torch.zeros(8, device="meta"),
+        torch.nn.Parameter(torch.zeros(8)),
+        torch._neg_view(torch.zeros(8)),
+        torch.zeros(1).expand(8),
+        "no tensor",
+        None,
+    ],
+    ids=str,
+)
+def test_only_tensors_like_those_before_are_the_same_again(other):
+    keep("kind", ALWAYS)
+    assert left.recall("kind", "near", tensor(), tensor())
+    assert again("near", tensor(), tensor())
+    assert not again("near", tensor(), other)
+    assert not again("near", other, tensor())
+
+
+def test_nothing_is_the_same_again_under_modes_and_transforms():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    keep("kind", ALWAYS)
+    x = tensor()
+    assert left.recall("kind", "near", x)
+    found = []
+    with Mode():
+        found.append(again("near", x))
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(again("near", x))
+    torch.func.grad(lambda y: found.append(again("near", y) or again("near", x)) or y.sum())(x)
+    assert found == [False, False, False]
+    assert again("near", x)
+
+
+def test_few_layouts_of_one_kind_of_call_are_compared(here):
+    for n in range(8, 8 + 3 * left._MOST_LAYOUTS):
+        keep(n, ALWAYS)
+        assert left.recall(n, "near", torch.zeros(n))
+    assert len(here.seen["near"]) == left._MOST_LAYOUTS
+
+
+def test_without_pytorchs_guards_calls_are_recalled_by_their_kind(monkeypatch):
+    monkeypatch.setattr(left, "_Guards", None)
+    keep("kind", ALWAYS)
+    assert left.recall("kind", "near", tensor())
+    assert not again("near", tensor())

@@ -66,6 +66,7 @@ class Dispatch:
     def __init__(self) -> None:
         self.forced: tuple[str, Config | None] | None = None
         self.left: dict[Any, Any] = {}  # see `tilebook.left`
+        self.seen: dict[Any, Any] = {}  # likewise
         self._lock = threading.Lock()
         self._memo: dict[tuple[Any, ...], Choice] = {}
         self._snapshots: dict[int, Snapshot] = {}
@@ -153,6 +154,7 @@ class Dispatch:
         with self._lock:
             self._memo.clear()
             self.left.clear()
+            self.seen.clear()
             self._snapshots.clear()
             self._warned.clear()
 

@@ -17,7 +17,7 @@ from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.pytorch import log_sum_exp, plain
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import aligned, rows
-from tilebook.left import keep, known, recall, unsettled
+from tilebook.left import again, keep, known, recall, unsettled
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -80,13 +80,20 @@ def attention(
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
-    optional = window is not None or softcap or dropout_p or deterministic or alibi_slopes is not None
-    usual = not optional and bias is None and attn_mask is None and (causal is False or causal is True)
-    usual &= not return_lse and (scale is None or (type(scale) is float and scale > 0))
-    usual = usual and type(q) is type(k) is type(v) is torch.Tensor
-    own = kind(q, k, v, causal) if usual else None  # type: ignore[arg-type]
-    if own is not None and recall(own, q, k, v):
-        return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    optional = window is not None or alibi_slopes is not None or bias is not None or attn_mask is not None
+    usual = not (optional or softcap or dropout_p or return_lse or deterministic) and (
+        causal is False or causal is True
+    )
+    usual = (
+        usual
+        and (scale is None or (type(scale) is float and scale > 0))
+        and type(q) is type(k) is type(v) is torch.Tensor
+    )
+    own = None
+    if usual:
+        near = q.shape, causal
+        if again(near, q, k, v) or recall(own := kind(q, k, v, causal), near, q, k, v):  # type: ignore[arg-type]
+            return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
     others = bias, attn_mask, alibi_slopes
     if has_torch_function((q, k, v, *others)):
         if type(attn_mask).__name__ == "CausalBias" and bias is None and not causal:
@@ -138,7 +145,7 @@ def attention(
         choice = dispatch.lookup(registered()[0], arguments(tensors, options))
     if own is not None and unsettled(own, choice):
         keep(own, known(choice, q.numel() * k.shape[2], BOUNDS))
-        if recall(own, q, k, v):
+        if recall(own, near, q, k, v):
             return plain(tensors, (form, scale))
     if not return_lse and left_whole(choice, tensors):
         choice.calls += 1

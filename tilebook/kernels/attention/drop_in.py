@@ -9,7 +9,7 @@ from torch.overrides import has_torch_function
 
 from tilebook.call import way
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
-from tilebook.left import recall
+from tilebook.left import again, recall
 
 BOUNDS = float(1 << 32), float(1 << 34)
 """Elements of q times keys up to which an eager call takes as long as the host takes: without gradients, with them.
@@ -59,7 +59,10 @@ def scaled_dot_product_attention(
     tensors = query, key, value
     if attn_mask is None and not dropout_p and type(query) is type(key) is type(value) is torch.Tensor:
         positive = scale is None or (type(scale) is float and scale > 0)
-        if positive and query.ndim == 4 and recall(kind(query, key, value, is_causal), *tensors):
+        near = query.shape, is_causal
+        if positive and (
+            again(near, *tensors) or (query.ndim == 4 and recall(kind(query, key, value, is_causal), near, *tensors))
+        ):
             return plain_sdpa(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
     overridden = has_torch_function((query, key, value, attn_mask))
     if overridden or not _fits(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):

@@ -16,7 +16,7 @@ from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.entry import DECODE, registered
 from tilebook.kernels.decode.pytorch import plain
 from tilebook.layout import aligned, rows
-from tilebook.left import Left, keep, recall, unsettled
+from tilebook.left import Left, again, keep, recall, unsettled
 
 __all__ = ["attention_decode"]
 
@@ -69,9 +69,10 @@ def attention_decode(
     """
     tensors = q, k, v, seq_lens, block_table
     own = None
-    if seq_lens is None and block_table is None and not softcap and window is None and not return_lse:
-        own = ("decode", *kind(q, k, v, causal)) if type(q) is type(k) is type(v) is torch.Tensor else None
-        if (scale is None or (type(scale) is float and scale > 0)) and own is not None and recall(own, q, k, v):
+    usual = seq_lens is None and block_table is None and not softcap and window is None and not return_lse
+    if usual and type(q) is type(k) is type(v) is torch.Tensor and (causal is True or causal is False):
+        positive, near = scale is None or (type(scale) is float and scale > 0), ("decode", q.shape, causal)
+        if positive and (again(near, q, k, v) or recall(own := ("decode", *kind(q, k, v, causal)), near, q, k, v)):
             return plain(tensors, (causal, q.shape[-1] ** -0.5 if scale is None else scale, softcap, window))
     if has_torch_function(tensors):
         return handle_torch_function(

@@ -18,7 +18,7 @@ from tilebook.kernels.mlp.entry import MLP, registered
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
 from tilebook.layout import rows
-from tilebook.left import ORDINARY, keep, known, recall, unsettled
+from tilebook.left import ORDINARY, again, keep, known, recall, unsettled
 from tilebook.traced import ahead, described
 
 __all__ = ["mlp"]
@@ -58,10 +58,14 @@ def mlp(
     """
     given: tuple[Any, ...] = x, w1, b1, w2, b2
     own = None
-    if b1 is not None and b2 is not None and all(type(each) in ORDINARY for each in given):
-        own = ("mlp", x.dtype, activation, *[each.shape for each in given], *[each.dtype for each in given[1:]])
-        if recall(own, x, w1, b1, w2, b2):
+    if b1 is not None and b2 is not None and type(x) in ORDINARY and type(activation) is str:
+        near = "mlp", x.shape, activation
+        if again(near, *given):
             return plain(given, (activation,))
+        if all(type(each) in ORDINARY for each in given):
+            own = ("mlp", x.dtype, activation, *[each.shape for each in given], *[each.dtype for each in given[1:]])
+            if recall(own, near, *given):
+                return plain(given, (activation,))
     if has_torch_function(given):
         found: torch.Tensor = handle_torch_function(mlp, given, *given, activation=activation)
         return found

@@ -10,7 +10,7 @@ from tilebook.call import Entry, left_whole, recorded, way
 from tilebook.kernels.norms.check import check
 from tilebook.kernels.norms.entry import LAYER_NORM, RMS_NORM, addressed, registered
 from tilebook.kernels.norms.pytorch import HOST_BOUND
-from tilebook.left import ORDINARY, keep, known, recall, unsettled
+from tilebook.left import ORDINARY, again, keep, known, recall, unsettled
 from tilebook.traced import ahead, described
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -74,17 +74,15 @@ def layer_norm(
 def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float) -> torch.Tensor:
     """What all norms are: PyTorch's own function, or the kernels, whichever serves this call."""
     own = None
-    if type(x) in ORDINARY and all(each is None or type(each) in ORDINARY for each in vectors):
-        given = [each for each in vectors if each is not None]
-        own = (
-            entry.name,
-            x.shape,
-            x.stride(),
-            x.dtype,
-            *[None if each is None else (each.shape, each.dtype) for each in vectors],
-        )
-        if recall(own, x, *given):
+    if type(x) in ORDINARY:
+        given = [x, *[each for each in vectors if each is not None]]
+        near = entry.name, x.shape, len(given), vectors[0] is None
+        if again(near, *given):
             return entry.plain((x, *vectors), (eps,))
+        if all(type(each) in ORDINARY for each in given):
+            own = near, x.stride(), x.dtype, *[(each.shape, each.dtype) for each in given[1:]]
+            if recall(own, near, *given):
+                return entry.plain((x, *vectors), (eps,))
     route = way(x, optional=vectors)
     alone = vectors[0] is None and any(each is not None for each in vectors)
     if route == "pytorch" or torch.compiler.is_compiling() or not x.ndim or alone:
