@@ -43,6 +43,13 @@ def test_any_scale_under_a_mask_gives_pytorchs_numbers(device, scale):
         )
 
 
+def test_slopes_that_are_learnt_have_their_gradient(device):
+    q, k, v, slopes = FAMILIES["alibi"].leaves(device)
+    assert_no_worse(
+        FAMILIES["alibi"].ours, FAMILIES["alibi"].plain, (q, k, v, slopes.detach().clone().requires_grad_())
+    )
+
+
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 @families("softcap", "varlen", "decode")
 def test_any_scale_of_attention_without_a_counterpart_is_followed(device, scale, family):
