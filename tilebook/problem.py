@@ -37,6 +37,7 @@ __all__ = [
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAME = re.compile(r"[A-Za-z0-9_]{1,40}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -121,7 +122,7 @@ def _fits(value: Any, metadata: Mapping[str, Any]) -> bool:
         return value in metadata["choices"]
     if "pattern" in metadata:
         return value == "" or (isinstance(value, str) and re.fullmatch(metadata["pattern"], value) is not None)
-    return isinstance(value, int | str)
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def demand() -> Any:

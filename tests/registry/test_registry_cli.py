@@ -273,3 +273,10 @@ def test_without_the_extra_a_command_names_it_in_one_line(tmp_path: Path, packag
 
 def test_what_is_no_text_is_refused(run: Run, home: Path) -> None:
     assert "UTF-8" in run("import", "-", input=io.BytesIO(b'{"\xff\xfe'), status=1).stderr
+
+
+@pytest.mark.parametrize("dtype", ["b\x1b[2Jf16", "", "[red]bf16", "x" * 99, 7, None])
+def test_a_problem_of_no_plain_dtype_is_left_out(run: Run, home: Path, dtype: object) -> None:
+    key = canonical({**json.loads(PROBLEM.key), "dtype": dtype})
+    (home / "odd.jsonl").write_text(signed({"type": "verdict", **measured(problem=key).portable()}), encoding="utf-8")
+    assert "skipped: line 2: rms_norm_fwd has no problem" in run("import", home / "odd.jsonl").stderr
