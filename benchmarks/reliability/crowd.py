@@ -1,0 +1,133 @@
+"""Writers without pause and readers beside them, on one SQLite registry.
+
+    python benchmarks/reliability/crowd.py [--writers 4] [--readers 16] [--seconds 600] [--out FILE]
+
+A writer stores a batch of trials and a verdict, again and again, as a tuning run does. A reader asks what dispatch
+asks: the table of one GPU, and one op's verdicts, from the file, as a fresh process would. Now and then it ends as a
+program ends, with misses to store. Printed: errors, the times of reads, how long the ends of programs were held up, and
+whether all that writers had stored is there. No GPU needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "registry"))
+
+from registry_samples import H200, problem, trial, verdict
+
+from tilebook.registry import Miss, Registry, serving
+
+BATCH = 16
+ENDS = 50
+"""After so many reads a reader ends as a program does."""
+
+
+def _write(path: str, number: int, seconds: float, start: Any, results: Any) -> None:
+    stored, errors, longest, draw = 0, [], 0.0, random.Random(number)
+    start.wait()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        trials = [trial(draw.randrange(1 << 30)) for _ in range(BATCH)]
+        key = problem(8 * draw.randrange(1, 4000))
+        started = time.monotonic()
+        try:
+            with Registry.open(path, write=True) as registry:
+                registry.record(trials, verdict(problem=key))
+            stored += BATCH
+        except Exception as error:
+            errors.append(f"write: {type(error).__name__}: {error}")
+        longest = max(longest, time.monotonic() - started)
+    results.put({"stored": stored, "errors": errors, "longest_write_s": longest})
+
+
+def _read(path: str, number: int, seconds: float, start: Any, results: Any) -> None:
+    from tilebook.dispatch.misses import store_misses
+
+    reads, ends, errors = [], [], []
+    missed = [Miss("rms_norm_fwd", problem(number), H200, 3, 0.5)]
+    start.wait()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        started = time.monotonic()
+        try:
+            table = serving.read(H200.name, H200.arch, H200.sm_count, path)
+            found = table.verdicts("rms_norm_fwd")
+            errors += [f"read: {each}" for each in table.problems if not table.locked]
+            del found
+        except Exception as error:
+            errors.append(f"read: {type(error).__name__}: {error}")
+        reads.append(time.monotonic() - started)
+        if len(reads) % ENDS == 0:
+            started = time.monotonic()
+            store_misses(missed)
+            ends.append(time.monotonic() - started)
+        time.sleep(0.01)
+    results.put({"reads": reads, "ends": ends, "errors": errors})
+
+
+def run(writers: int, readers: int, seconds: float) -> dict[str, Any]:
+    """Figures of one run, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "registry.db")
+        os.environ |= {"TILEBOOK_REGISTRY": path, "XDG_DATA_HOME": folder}
+        with Registry.open(path, write=True) as registry:
+            registry.record([trial(0)], verdict())
+        context = multiprocessing.get_context("spawn")
+        results, start = context.Queue(), context.Barrier(writers + readers)
+        jobs = [(_write, n) for n in range(writers)] + [(_read, n) for n in range(readers)]
+        processes = [context.Process(target=job, args=(path, n, seconds, start, results)) for job, n in jobs]
+        for each in processes:
+            each.start()
+        found = [results.get(timeout=seconds + 120) for _ in processes]
+        for each in processes:
+            each.join(60)
+        with Registry.open(path) as registry:
+            there, damaged = len(registry.trials()), list(registry.problems)
+    reads = sorted(s for each in found for s in each.get("reads", ()))
+    ends = sorted(s for each in found for s in each.get("ends", ()))
+    stored = sum(each.get("stored", 0) for each in found) + 1
+    return {
+        "writers": writers, "readers": readers, "seconds": seconds, "cpus": os.cpu_count(),
+        "errors": sorted({text for each in found for text in each["errors"]}), "damaged": damaged,
+        "trials_stored": stored, "trials_there": there, "reads": len(reads), "read_ms": _figures(reads),
+        "ends": len(ends), "end_ms": _figures(ends),
+        "longest_write_s": max(each.get("longest_write_s", 0.0) for each in found),
+    }  # fmt: skip
+
+
+def _figures(seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {}
+    return {name: round(1e3 * seconds[int(share * (len(seconds) - 1))], 2) for name, share in _SHARES.items()}
+
+
+_SHARES = {"median": 0.5, "p99": 0.99, "most": 1.0}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--writers", type=int, default=4)
+    parser.add_argument("--readers", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    report = run(given.writers, given.readers, given.seconds)
+    text = json.dumps(report, indent=1)
+    print(text)
+    if given.out is not None:
+        given.out.write_text(text + "\n")
+    return 1 if report["errors"] or report["damaged"] or report["trials_there"] < report["trials_stored"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
