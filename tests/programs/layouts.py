@@ -240,6 +240,8 @@ def test_attention_of_nothing_is_what_pytorch_makes_of_it(device, what, options)
 @pytest.mark.parametrize("what", [*EMPTY, "no keys"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_drop_in_on_nothing_is_what_pytorch_makes_of_it(device, what, causal):
+    if what == "no heads" and device == "cpu" and torch.__version__ < "2.12":
+        pytest.skip("PyTorch's function divides by the number of heads, and ends the process")
     dtype, shape = usual(device), EMPTY.get(what, (2, 4, 16, 32))
     q = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
     kv_shape = (*shape[:2], 0 if what == "no keys" else 16, 32)

@@ -214,8 +214,8 @@ def counted(function, *args):
 
 
 def attended(q, k, v):
-    """As PyTorch counts the operations of its attention's kernels, forward and backward."""
-    shapes = q.shape, k.shape, v.shape
+    """As PyTorch counts the operations of its attention's kernels, forward and backward, with a key for each head."""
+    shapes = q.shape, *((*q.shape[:2], *x.shape[2:]) for x in (k, v))
     return sdpa_flop_count(*shapes), sdpa_backward_flop_count(q.shape, *shapes)
 
 

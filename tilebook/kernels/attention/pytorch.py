@@ -64,7 +64,7 @@ def plain(tensors: tuple[Any, ...], options: tuple[Form, float | None]) -> torch
         return nothing(q, k, v)
     given = [x for x in extras if x is not None]
     # PyTorch's rule for a batch of calls does not know masks that all share.
-    batched = bool(given) and torch._C._functorch.peek_interpreter_stack() is not None
+    batched = len(given) > 0 and torch._C._functorch.peek_interpreter_stack() is not None
     if not form.composed and not batched:
         return sdpa(q, k, v, form.causal, scale, *given)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
