@@ -112,6 +112,8 @@ class Entry:
     forward:  (choice or None, tensors, options) → outputs, by dispatch.
     backward: (gradient, tensors, kept, options, needs) → gradients of the tensors, None where not needed, by dispatch;
               None for what has no gradients, whose one op then bears the name alone.
+    check:    (tensors, options as the schema has them) → ValueError for what does not go together. Kernels believe the
+              sizes they are told, and PyTorch's own checks would come too late.
     plain:    (tensors, options) → the result, in PyTorch's own functions.
     fake:     (tensors, options as the schema has them) → empty outputs, laid out as those of the op are.
     pack, unpack: options as the family has them ↔ as the schema has them.
@@ -129,6 +131,7 @@ class Entry:
     kept: tuple[int, ...]
     forward: Callable[[Any, Tensors, tuple[Any, ...]], tuple[torch.Tensor, ...]]
     backward: Callable[[torch.Tensor, Tensors, Tensors, tuple[Any, ...], Sequence[bool]], Tensors] | None
+    check: Callable[[Tensors, tuple[Any, ...]], None]
     plain: Callable[[Tensors, tuple[Any, ...]], torch.Tensor]
     fake: Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
     pack: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda options: options
