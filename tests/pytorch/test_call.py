@@ -1,16 +1,18 @@
 """A call takes the direct way only where that provably does the same as PyTorch's dispatcher would."""
 
+import contextlib
+
 import pytest
 import torch
 from call_samples import CALLS, every_call, inputs, on_the_cpu, same
-from op_samples import BF16, data, normal
+from op_samples import BF16, data, ends, normal
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilebook
-from tilebook import call, casting, layout
+from tilebook import call, casting, dispatch, layout
 
 # Ways
 
@@ -192,6 +194,34 @@ def test_vmap_is_right_and_gradients_pass_through_it(name):
     same(found, loop)
     dy = torch.randn_like(found)
     same(torch.autograd.grad(found, args, dy), lambda: torch.autograd.grad(loop(), args, dy))
+
+
+Q, KV = data(2, 4, 5, 16), data(2, 2, 7, 16)
+PACK = {"max_seqlen_q": 4, "max_seqlen_k": 4}
+ALONE = {
+    "bias": (lambda x: tilebook.attention(Q, KV, KV, bias=x), data(3, 4, 5, 7)),
+    "bias, soft-cap": (lambda x: tilebook.attention(Q, KV, KV, bias=x, softcap=2.0), data(3, 1, 5, 7)),
+    "mask": (lambda x: tilebook.attention(Q, KV, KV, attn_mask=x), torch.rand(3, 5, 7) > 0.3),
+    "slopes": (lambda x: tilebook.attention(Q, KV, KV, alibi_slopes=x, causal=True), torch.rand(3, 4)),
+    "log-sum-exp": (lambda x: tilebook.attention(x, KV, KV, return_lse=True)[1], torch.stack([Q, 2 * Q, 3 * Q])),
+    "log-sum-exp, window": (
+        lambda x: tilebook.attention(Q, x, KV, window=(1, 0), return_lse=True)[1], torch.stack([KV, 2 * KV, 3 * KV]),
+    ),
+    "packed log-sum-exp": (
+        lambda x: tilebook.attention_varlen(x, x, x, ends(2, 6), ends(2, 6), return_lse=True, **PACK)[1],
+        data(3, 7, 4, 16),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("implementation", ["", "torch"])
+@pytest.mark.parametrize("name", ALONE)
+def test_vmap_over_one_argument_alone_is_a_loop(name, implementation):
+    function, batch = ALONE[name]
+    with dispatch.use(implementation) if implementation else contextlib.nullcontext():
+        found = torch.vmap(function)(batch)
+        torch.testing.assert_close(found, torch.stack([function(x) for x in batch]))
 
 
 @pytest.mark.filterwarnings("ignore")
