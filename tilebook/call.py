@@ -63,6 +63,12 @@ def untraceable(route: Way, *tensors: torch.Tensor) -> Way:
     return "op" if route == "pytorch" and unknown else route
 
 
+def constant(name: str, number: Any) -> None:
+    """Raises TypeError for a number that is to be learnt, which nothing here can do."""
+    if isinstance(number, torch.Tensor) and number.requires_grad:
+        raise TypeError(f"{name} must be a number, not a tensor: it would get no gradient")
+
+
 def watched() -> bool:
     """Is a trace or a mode under way, which may have tensors without numbers?"""
     return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())

@@ -196,6 +196,48 @@ def test_vmap_is_right_and_gradients_pass_through_it(name):
     same(torch.autograd.grad(found, args, dy), lambda: torch.autograd.grad(loop(), args, dy))
 
 
+LEARNT = torch.tensor(2.0, requires_grad=True)
+NUMBERS = {
+    "attention": lambda **option: tilebook.attention(Q, KV, KV, **option),
+    "packed": lambda **option: tilebook.attention_varlen(Q[0], Q[0], Q[0], ends(1, 2), ends(1, 2), **PACK, **option),
+    "decoding": lambda **option: tilebook.attention_decode(Q, KV, KV, **option),
+    "rms_norm": lambda **option: tilebook.rms_norm(Q, **option),
+    "layer_norm": lambda **option: tilebook.layer_norm(Q, **option),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *[(name, option) for name in ("attention", "packed", "decoding") for option in ("scale", "softcap")],
+        *[("attention", "dropout_p"), ("rms_norm", "eps"), ("layer_norm", "eps")],
+    ],
+)
+def test_a_number_that_wants_a_gradient_is_refused(name, option):
+    with pytest.raises(TypeError, match=f"{option} must be a number"):
+        NUMBERS[name](**{option: LEARNT})
+
+
+@pytest.mark.parametrize("softcap", [-1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["attention", "packed", "decoding"])
+def test_a_soft_cap_is_finite_and_not_negative(name, softcap):
+    with pytest.raises(ValueError, match="softcap must not be negative, infinite or NaN"):
+        NUMBERS[name](softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [0, 4, (), (1,), (1, 2, 3), (1.5, 0), "ab", (-2, 0)])
+@pytest.mark.parametrize("name", ["attention", "packed"])
+def test_a_window_is_two_whole_numbers(name, window):
+    with pytest.raises(ValueError, match="window must be two numbers"):
+        NUMBERS[name](window=window)
+
+
+@pytest.mark.parametrize("causal", ["top_left", "bottom_right", None])
+def test_decoding_has_no_other_diagonal_than_its_own(causal):
+    with pytest.raises(ValueError, match="causal must be a bool"):
+        NUMBERS["decoding"](causal=causal)
+
+
 Q, KV = data(2, 4, 5, 16), data(2, 2, 7, 16)
 PACK = {"max_seqlen_q": 4, "max_seqlen_k": 4}
 ALONE = {
