@@ -63,6 +63,12 @@ def untraceable(route: Way, *tensors: torch.Tensor) -> Way:
     return "op" if route == "pytorch" and unknown else route
 
 
+def constant(name: str, number: Any) -> None:
+    """Raises TypeError for a number that is to be learnt, which nothing here can do."""
+    if isinstance(number, torch.Tensor) and number.requires_grad:
+        raise TypeError(f"{name} must be a number, not a tensor: it would get no gradient")
+
+
 def watched() -> bool:
     """Is a trace or a mode under way, which may have tensors without numbers?"""
     return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
@@ -112,6 +118,8 @@ class Entry:
     forward:  (choice or None, tensors, options) → outputs, by dispatch.
     backward: (gradient, tensors, kept, options, needs) → gradients of the tensors, None where not needed, by dispatch;
               None for what has no gradients, whose one op then bears the name alone.
+    check:    (tensors, options as the schema has them) → ValueError for what does not go together. Kernels believe the
+              sizes they are told, and PyTorch's own checks would come too late.
     plain:    (tensors, options) → the result, in PyTorch's own functions.
     fake:     (tensors, options as the schema has them) → empty outputs, laid out as those of the op are.
     pack, unpack: options as the family has them ↔ as the schema has them.
@@ -129,6 +137,7 @@ class Entry:
     kept: tuple[int, ...]
     forward: Callable[[Any, Tensors, tuple[Any, ...]], tuple[torch.Tensor, ...]]
     backward: Callable[[torch.Tensor, Tensors, Tensors, tuple[Any, ...], Sequence[bool]], Tensors] | None
+    check: Callable[[Tensors, tuple[Any, ...]], None]
     plain: Callable[[Tensors, tuple[Any, ...]], torch.Tensor]
     fake: Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
     pack: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda options: options

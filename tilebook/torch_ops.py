@@ -66,11 +66,19 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     torch.library.register_fake(f"tilebook::{name}", fake, lib=_library)
 
 
-def _split(entry: Entry, args: Sequence[Any]) -> tuple[Tensors, tuple[Any, ...]]:
-    """Tensors, and options as the family has them, of a forward op's arguments."""
-    count = len(entry.tensors)
-    tensors = tuple(args[:count])
-    return tensors, entry.unpack(tensors, tuple(args[count:]))
+def _promises(entry: Entry) -> Callable[[Tensors, tuple[Any, ...]], tuple[Layout, ...]]:
+    """(tensors, options as the schema has them) → how the forward op's outputs are laid out. Checks the call."""
+
+    @functools.lru_cache(_MOST_LAYOUTS)
+    def promised(described: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Layout, ...]:
+        meta = tuple(each and torch.empty_strided(*each[:2], dtype=each[2], device="meta") for each in described)
+        return tuple((x.shape, x.stride()) for x in entry.fake(meta, options))
+
+    def promises(tensors: Tensors, options: tuple[Any, ...]) -> tuple[Layout, ...]:
+        entry.check(tensors, options)
+        return promised(tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors), options)
+
+    return promises
 
 
 def _laid(made: torch.Tensor, shape: Sequence[int], strides: tuple[int, ...]) -> torch.Tensor:
@@ -81,16 +89,13 @@ def _laid(made: torch.Tensor, shape: Sequence[int], strides: tuple[int, ...]) ->
 
 
 def _forward(entry: Entry) -> Callable[..., Any]:
-    @functools.lru_cache(_MOST_LAYOUTS)
-    def promised(described: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Layout, ...]:
-        meta = tuple(each and torch.empty_strided(*each[:2], dtype=each[2], device="meta") for each in described)
-        return tuple((x.shape, x.stride()) for x in entry.fake(meta, options))
+    promises = _promises(entry)
 
     def run(*args: Any) -> tuple[torch.Tensor, ...]:
-        tensors, options = _split(entry, args)
-        described = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
-        layouts = promised(described, tuple(args[len(tensors) :]))
-        outputs = entry.forward(None, tensors, options)
+        count = len(entry.tensors)
+        tensors, options = tuple(args[:count]), tuple(args[count:])
+        layouts = promises(tensors, options)
+        outputs = entry.forward(None, tensors, entry.unpack(tensors, options))
         return tuple(_laid(made, *layout) for made, layout in zip(outputs, layouts, strict=True))
 
     return run
@@ -105,17 +110,25 @@ def _fake_forward(entry: Entry) -> Callable[..., Any]:
 
 
 def _parts(entry: Entry, args: Sequence[Any]) -> tuple[torch.Tensor, Tensors, Tensors, tuple[Any, ...], list[bool]]:
-    """(gradient, tensors, kept, options, needs) of a backward op's arguments."""
+    """(gradient, tensors, kept, options as the schema has them, needs) of a backward op's arguments."""
     count, kept = len(entry.tensors), len(entry.kept)
     dy, tensors, rest = args[0], tuple(args[1 : 1 + count]), args[1 + count + kept :]
-    return dy, tensors, tuple(args[1 + count : 1 + count + kept]), entry.unpack(tensors, tuple(rest[:-1])), rest[-1]
+    return dy, tensors, tuple(args[1 + count : 1 + count + kept]), tuple(rest[:-1]), rest[-1]
 
 
 def _backward(entry: Entry) -> Callable[..., Any]:
+    promises = _promises(entry)
+
     def run(*args: Any) -> tuple[torch.Tensor, ...]:
         dy, tensors, kept, options, needs = _parts(entry, args)
+        layouts = promises(tensors, options)
+        given = [each.shape for each in (dy, *kept) if each is not None]
+        if given != [layouts[which][0] for which in (0, *entry.kept)]:
+            shapes, first = ", ".join(str(tuple(shape)) for shape in given), tensors[0]
+            assert first is not None
+            raise ValueError(f"gradient and outputs {shapes} are not of {entry.tensors[0]} {tuple(first.shape)}")
         assert entry.backward is not None
-        found = entry.backward(dy, tensors, kept, options, needs)
+        found = entry.backward(dy, tensors, kept, entry.unpack(tensors, options), needs)
         return tuple(
             _gradient(x, grad if need else None, dy) for x, grad, need in zip(tensors, found, needs, strict=True)
         )

@@ -157,3 +157,13 @@ def test_bad_inputs_are_named(change, message):
     arguments = {"x": torch.zeros(3, 8), "weight": torch.zeros(8), "bias": torch.zeros(8)} | change
     with pytest.raises(ValueError, match=message):
         tilebook.layer_norm(**arguments)
+
+
+def test_fp64_stays_fp64_beside_parameters_in_fp32():
+    x, weight, bias = torch.randn(5, 64, dtype=torch.float64, requires_grad=True), torch.randn(64), torch.randn(64)
+    wide = x.detach().clone().requires_grad_()
+    y, truth = tilebook.layer_norm(x, weight, bias), F.layer_norm(wide, (64,), weight.double(), bias.double(), 1e-5)
+    y.sum().backward()
+    truth.sum().backward()
+    torch.testing.assert_close(y, truth, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, wide.grad, rtol=1e-12, atol=1e-12)

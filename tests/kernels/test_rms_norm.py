@@ -204,3 +204,13 @@ def test_a_wrong_call_of_the_ops_is_a_value_error():
         for dy, rstd in ((torch.zeros(4, 7), torch.ones(4)), (x, torch.ones(3))):
             with pytest.raises(ValueError, match=r"are not of x \(4, 64\)"):
                 ops.rms_norm_bwd(dy, x, weight, rstd, 1e-6, [True, True])
+
+
+def test_fp64_stays_fp64_beside_a_weight_in_fp32():
+    x, weight = torch.randn(5, 64, dtype=torch.float64, requires_grad=True), torch.randn(64)
+    wide = x.detach().clone().requires_grad_()
+    y, truth = tilebook.rms_norm(x, weight), F.rms_norm(wide, (64,), weight.double(), 1e-6)
+    y.sum().backward()
+    truth.sum().backward()
+    torch.testing.assert_close(y, truth, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, wide.grad, rtol=1e-12, atol=1e-12)

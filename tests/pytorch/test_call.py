@@ -1,16 +1,18 @@
 """A call takes the direct way only where that provably does the same as PyTorch's dispatcher would."""
 
+import contextlib
+
 import pytest
 import torch
 from call_samples import CALLS, every_call, inputs, on_the_cpu, same
-from op_samples import BF16, data, normal
+from op_samples import BF16, data, ends, normal
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilebook
-from tilebook import call, casting, layout
+from tilebook import call, casting, dispatch, layout
 
 # Ways
 
@@ -192,6 +194,76 @@ def test_vmap_is_right_and_gradients_pass_through_it(name):
     same(found, loop)
     dy = torch.randn_like(found)
     same(torch.autograd.grad(found, args, dy), lambda: torch.autograd.grad(loop(), args, dy))
+
+
+LEARNT = torch.tensor(2.0, requires_grad=True)
+NUMBERS = {
+    "attention": lambda **option: tilebook.attention(Q, KV, KV, **option),
+    "packed": lambda **option: tilebook.attention_varlen(Q[0], Q[0], Q[0], ends(1, 2), ends(1, 2), **PACK, **option),
+    "decoding": lambda **option: tilebook.attention_decode(Q, KV, KV, **option),
+    "rms_norm": lambda **option: tilebook.rms_norm(Q, **option),
+    "layer_norm": lambda **option: tilebook.layer_norm(Q, **option),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *[(name, option) for name in ("attention", "packed", "decoding") for option in ("scale", "softcap")],
+        *[("attention", "dropout_p"), ("rms_norm", "eps"), ("layer_norm", "eps")],
+    ],
+)
+def test_a_number_that_wants_a_gradient_is_refused(name, option):
+    with pytest.raises(TypeError, match=f"{option} must be a number"):
+        NUMBERS[name](**{option: LEARNT})
+
+
+@pytest.mark.parametrize("softcap", [-1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["attention", "packed", "decoding"])
+def test_a_soft_cap_is_finite_and_not_negative(name, softcap):
+    with pytest.raises(ValueError, match="softcap must not be negative, infinite or NaN"):
+        NUMBERS[name](softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [0, 4, (), (1,), (1, 2, 3), (1.5, 0), "ab", (-2, 0)])
+@pytest.mark.parametrize("name", ["attention", "packed"])
+def test_a_window_is_two_whole_numbers(name, window):
+    with pytest.raises(ValueError, match="window must be two numbers"):
+        NUMBERS[name](window=window)
+
+
+@pytest.mark.parametrize("causal", ["top_left", "bottom_right", None])
+def test_decoding_has_no_other_diagonal_than_its_own(causal):
+    with pytest.raises(ValueError, match="causal must be a bool"):
+        NUMBERS["decoding"](causal=causal)
+
+
+Q, KV = data(2, 4, 5, 16), data(2, 2, 7, 16)
+PACK = {"max_seqlen_q": 4, "max_seqlen_k": 4}
+ALONE = {
+    "bias": (lambda x: tilebook.attention(Q, KV, KV, bias=x), data(3, 4, 5, 7)),
+    "bias, soft-cap": (lambda x: tilebook.attention(Q, KV, KV, bias=x, softcap=2.0), data(3, 1, 5, 7)),
+    "mask": (lambda x: tilebook.attention(Q, KV, KV, attn_mask=x), torch.rand(3, 5, 7) > 0.3),
+    "slopes": (lambda x: tilebook.attention(Q, KV, KV, alibi_slopes=x, causal=True), torch.rand(3, 4)),
+    "log-sum-exp": (lambda x: tilebook.attention(x, KV, KV, return_lse=True)[1], torch.stack([Q, 2 * Q, 3 * Q])),
+    "log-sum-exp, window": (
+        lambda x: tilebook.attention(Q, x, KV, window=(1, 0), return_lse=True)[1], torch.stack([KV, 2 * KV, 3 * KV]),
+    ),
+    "packed log-sum-exp": (
+        lambda x: tilebook.attention_varlen(x, x, x, ends(2, 6), ends(2, 6), return_lse=True, **PACK)[1],
+        data(3, 7, 4, 16),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("implementation", ["", "torch"])
+@pytest.mark.parametrize("name", ALONE)
+def test_vmap_over_one_argument_alone_is_a_loop(name, implementation):
+    function, batch = ALONE[name]
+    with dispatch.use(implementation) if implementation else contextlib.nullcontext():
+        found = torch.vmap(function)(batch)
+        torch.testing.assert_close(found, torch.stack([function(x) for x in batch]))
 
 
 @pytest.mark.filterwarnings("ignore")

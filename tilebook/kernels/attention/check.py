@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any, Literal
 
 import torch
 
+from tilebook.call import constant
 from tilebook.kernels.attention.form import Form, form, simplest
 
 Causal = bool | Literal["top_left", "bottom_right"]
@@ -45,12 +48,13 @@ def check(
 
 def numbers(scale: Any, softcap: float = 0.0, dropout_p: float = 0.0) -> float | None:
     """The scale as a float. Raises TypeError or ValueError for numbers that are none, or out of range."""
-    if isinstance(scale, torch.Tensor) and scale.requires_grad:
-        raise TypeError("scale must be a number, not a tensor: it would get no gradient")
+    constant("scale", scale)
+    constant("softcap", softcap)
+    constant("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1); got {dropout_p}")
-    if softcap < 0:
-        raise ValueError(f"softcap must not be negative; got {softcap}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must not be negative, infinite or NaN; got {softcap}")
     return None if scale is None else float(scale)
 
 
@@ -63,9 +67,11 @@ def multiplier(scale: Any, q: torch.Tensor) -> float:
 
 def sides(window: Any) -> tuple[int, int]:
     """Columns to the left and to the right of the diagonal that a window names, -1 without limit."""
+    if window is None:
+        return -1, -1
     try:
-        left, right = (-1 if side is None else int(side) for side in (window or (-1, -1)))
-    except TypeError:
+        left, right = (-1 if side is None else operator.index(side) for side in window)
+    except (TypeError, ValueError):
         left = right = -2
     if left < -1 or right < -1:
         raise ValueError(f"window must be two numbers of columns, -1 or None for no limit; got {window!r}")

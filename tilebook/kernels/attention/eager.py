@@ -51,7 +51,10 @@ class _Piece:
         return part if part.shape[2] == 1 else part[:, :, self.rows]
 
     def scores(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scores in fp32, -inf where masked, and the derivative of the soft-cap; q (n, G, rows, D), k (n, Sk, D)."""
+        """Scores in fp32, -inf where masked, and the derivative of the soft-cap; q (n, G, rows, D), k (n, Sk, D).
+
+        Nothing is written over: under `torch.vmap` a table may have a batch that the products do not have.
+        """
         scores, slope = _wide(q @ k[:, None].mT) * scale, None
         if self.form.softcap:
             bent = torch.tanh(scores / self.form.softcap)
@@ -62,16 +65,16 @@ class _Piece:
         if slopes is not None:
             batches, heads = self.heads
             steep = slopes.expand(batch, heads_kv * group)[batches, heads][..., None, None]
-            scores = scores.sub_(steep.float() * (rows + (n_k - n_q) - columns).abs())
+            scores = scores - steep.float() * (rows + (n_k - n_q) - columns).abs()
         if bias is not None and self.form.bias != "mask":
-            scores = scores.add_(self._cut(bias).to(scores.dtype))
+            scores = scores + self._cut(bias).to(scores.dtype)
         elif bias is not None:
-            scores = scores.masked_fill_(~self._cut(bias), -torch.inf)
+            scores = scores.masked_fill(~self._cut(bias), -torch.inf)
         before, after = limits(self.form, n_q, n_k)
         if before is not None:
-            scores = scores.masked_fill_(columns < rows - before, -torch.inf)
+            scores = scores.masked_fill(columns < rows - before, -torch.inf)
         if after is not None:
-            scores = scores.masked_fill_(columns > rows + after, -torch.inf)
+            scores = scores.masked_fill(columns > rows + after, -torch.inf)
         return scores, slope
 
     def kept(self) -> torch.Tensor | None:

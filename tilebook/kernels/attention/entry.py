@@ -11,6 +11,7 @@ import torch
 
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors
+from tilebook.kernels.attention.check import check
 from tilebook.kernels.attention.form import Form, form, simplest
 from tilebook.kernels.attention.layout import like
 from tilebook.kernels.attention.pytorch import plain
@@ -32,6 +33,21 @@ def arguments(tensors: Tensors, options: Options) -> tuple[Any, ...]:
     """The forward op's arguments."""
     q, k, v, *extras = tensors
     return (q, k, v, *options, *[x for x in extras if x is not None])
+
+
+def _check(tensors: Tensors, options: Any) -> None:
+    q, k, v, bias, slopes, seed = tensors
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    check(q, k, v, bias, slopes)
+    if bias is not None and bias.ndim != 4:
+        raise ValueError(f"expected bias (B, H, Sq, Sk) or ones in their places, not {tuple(bias.shape)}")
+    softcap, dropout = options[4:6]
+    if softcap < 0 or not 0 <= dropout < 1:
+        raise ValueError(f"softcap must not be negative, and dropout in [0, 1); got {softcap} and {dropout}")
+    if (seed is None) == (dropout > 0) or (seed is not None and (seed.dtype, seed.shape) != (torch.int64, (1,))):
+        raise ValueError("dropout takes a seed, int64 of shape (1,), and nothing else does")
 
 
 def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
@@ -123,6 +139,7 @@ ATTENTION = Entry(
     kept=(0, 1),
     forward=_forward,
     backward=_backward,
+    check=_check,
     plain=plain,
     fake=_fake,
     pack=_pack,

@@ -78,4 +78,9 @@ def log_sum_exp(tensors: tuple[Any, ...], options: tuple[Form, float]) -> torch.
         return torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32, device=q.device)
     with torch.no_grad():
         given = [x for x in extras if x is not None]
-        return eager.log_sum_exp(q.float(), k.float(), form, scale, *given)
+        q, k = q.float(), k.float()
+        if (
+            torch._C._functorch.peek_interpreter_stack() is not None
+        ):  # pieces of a batch cannot be put together in place
+            return eager.composed(q, k, k, form, scale, *given)[1]
+        return eager.log_sum_exp(q, k, form, scale, *given)

@@ -83,6 +83,8 @@ def attention_decode(
     if recorded((q, k, v)):
         raise ValueError("attention_decode has no backward: call it under torch.no_grad(), or use attention")
     scale = numbers(scale, softcap)
+    if causal not in (False, True):
+        raise ValueError(f"causal must be a bool, not {causal!r}: the last query sees every key")
     if window is not None and not isinstance(window, int):
         check(*tensors, softcap, window)
     options = causal, multiplier(scale, q), float(softcap), window

@@ -24,9 +24,12 @@ def registered() -> Any:
     return decode
 
 
+def _check(tensors: Tensors, options: Any) -> None:
+    check(*tensors, *options[2:])  # type: ignore[arg-type]
+
+
 def _forward(choice: Any, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     if choice is None:
-        check(*tensors, *options[2:])  # type: ignore[arg-type]
         q, k, v, *rest = tensors
         tensors = (*(rows(x) for x in (q, k, v) if x is not None), *rest)
         choice = dispatch.lookup(registered(), (*tensors, *options))
@@ -67,6 +70,7 @@ DECODE = Entry(
     kept=(),
     forward=_forward,
     backward=None,
+    check=_check,
     plain=plain,
     fake=_fake,
     fold=("q", "k", "v"),

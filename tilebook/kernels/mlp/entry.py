@@ -11,6 +11,7 @@ import torch
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors
 from tilebook.kernels.mlp.check import check
+from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import act, each_alone, linear, plain
 from tilebook.layout import rows
 
@@ -26,18 +27,23 @@ def registered() -> Any:
     return mlp_up_fwd, mlp_down_fwd, mlp_act_bwd, mlp_grads_bwd
 
 
+def _check(tensors: Tensors, options: Any) -> None:
+    x = tensors[0]
+    assert x is not None
+    check(*tensors)  # type: ignore[arg-type]
+    if x.ndim != 2:
+        raise ValueError(f"expected x (M, H), not {tuple(x.shape)}")
+    if options[0] not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {options[0]!r}")
+
+
 def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
     up, down, _, _ = registered()
     x, w1, b1, w2, b2 = tensors
-    if choice is None:  # PyTorch's own checks would come too late: kernels believe the sizes
+    if choice is None:
         assert x is not None
-        assert w1 is not None
         assert b1 is not None
-        assert w2 is not None
         assert b2 is not None
-        check(x, w1, b1, w2, b2)
-        if x.ndim != 2:
-            raise ValueError(f"expected x (M, H), not {tuple(x.shape)}")
         x, b1, b2 = rows(x), rows(b1), rows(b2)
         choice = dispatch.lookup(up, (x, w1, b1, *options))
     h, z = choice(x, w1, b1, *options)
@@ -95,6 +101,7 @@ MLP = Entry(
     kept=(1,),
     forward=_forward,
     backward=_backward,
+    check=_check,
     plain=plain,
     fake=_fake,
     casts=("x", "w1", "b1", "w2", "b2"),

@@ -6,7 +6,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import Entry, left_whole, recorded, way
+from tilebook.call import Entry, constant, left_whole, recorded, way
 from tilebook.kernels.norms.check import check
 from tilebook.kernels.norms.entry import LAYER_NORM, RMS_NORM, addressed, registered
 from tilebook.kernels.norms.pytorch import HOST_BOUND
@@ -40,7 +40,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1
     if has_torch_function(given):
         found: torch.Tensor = handle_torch_function(rms_norm, given, *given, eps)
         return found
-    return _norm(RMS_NORM, x, (weight,), float(eps))
+    return _norm(RMS_NORM, x, (weight,), eps)
 
 
 def layer_norm(
@@ -68,11 +68,14 @@ def layer_norm(
     if has_torch_function(given):
         found: torch.Tensor = handle_torch_function(layer_norm, given, *given, eps)
         return found
-    return _norm(LAYER_NORM, x, (weight, bias), float(eps))
+    return _norm(LAYER_NORM, x, (weight, bias), eps)
 
 
 def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float) -> torch.Tensor:
     """What all norms are: PyTorch's own function, or the kernels, whichever serves this call."""
+    if type(eps) is not float:
+        constant("eps", eps)
+        eps = float(eps)
     own = None
     if type(x) in ORDINARY:
         given = [x, *[each for each in vectors if each is not None]]

@@ -33,13 +33,15 @@ def addressed(tensors: Tensors) -> Tensors:
 def _entry(
     name: str, vectors: Sequence[str], statistics: Sequence[str], plain: Callable[[Tensors, Any], torch.Tensor]
 ) -> Entry:
+    def checked(tensors: Tensors, options: Any) -> None:
+        x, *given = tensors
+        assert x is not None
+        check(vectors, x, given)
+        if x.ndim != 2:
+            raise ValueError(f"expected x (M, N), not {tuple(x.shape)}")
+
     def forward(choice: Any, tensors: Tensors, options: tuple[float]) -> tuple[torch.Tensor, ...]:
-        if choice is None:  # PyTorch's own checks would come too late: kernels believe the sizes
-            x, *given = tensors
-            assert x is not None
-            check(vectors, x, given)
-            if x.ndim != 2:
-                raise ValueError(f"expected x (M, N), not {tuple(x.shape)}")
+        if choice is None:
             tensors = addressed(tensors)
             choice = dispatch.lookup(registered(name)[0], (*tensors, *options))
         return choice(*tensors, *options)  # type: ignore[no-any-return]
@@ -69,6 +71,7 @@ def _entry(
         kept=tuple(range(1, 1 + len(statistics))),
         forward=forward,
         backward=backward,
+        check=checked,
         plain=plain,
         fake=fake,
         shards=lambda tensors: [dict.fromkeys(("x", "y", *statistics), 0)],

@@ -15,7 +15,8 @@ def rms(tensors: tuple[Any, ...], options: tuple[float]) -> torch.Tensor:
     (x, weight), (eps,) = tensors, options
     given: Any = x
     if weight is not None and weight.dtype != x.dtype:
-        given, weight = x.float(), weight.float()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        given, weight = x.to(wide), weight.to(wide)
     y = torch.rms_norm(given, x.shape[-1:], weight, eps)
     return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast would have it in fp32
 
@@ -25,6 +26,7 @@ def layer(tensors: tuple[Any, ...], options: tuple[float]) -> torch.Tensor:
     (x, weight, bias), (eps,) = tensors, options
     given: Any = x
     if any(each is not None and each.dtype != x.dtype for each in (weight, bias)):
-        given, weight, bias = (each if each is None else each.float() for each in tensors)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        given, weight, bias = (each if each is None else each.to(wide) for each in tensors)
     y = torch.layer_norm(given, x.shape[-1:], weight, bias, eps)
     return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast would have it in fp32

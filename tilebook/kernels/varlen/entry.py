@@ -12,6 +12,7 @@ from tilebook import dispatch
 from tilebook.call import Entry, Tensors
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.attention.layout import like
+from tilebook.kernels.varlen.check import check
 from tilebook.kernels.varlen.limits import bucket, simplest
 from tilebook.kernels.varlen.pytorch import Options, plain
 from tilebook.layout import rows
@@ -24,6 +25,12 @@ def registered() -> Any:
     from tilebook.kernels.varlen.ops import attention_varlen_bwd, attention_varlen_fwd
 
     return attention_varlen_fwd, attention_varlen_bwd
+
+
+def _check(tensors: Tensors, options: Any) -> None:
+    check(*tensors, *options[:2])  # type: ignore[arg-type]
+    if options[5] < 0:
+        raise ValueError(f"softcap must not be negative; got {options[5]}")
 
 
 def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
@@ -96,6 +103,7 @@ VARLEN = Entry(
     kept=(0, 1),
     forward=_forward,
     backward=_backward,
+    check=_check,
     plain=plain,
     fake=_fake,
     pack=_pack,

@@ -26,21 +26,26 @@ def plain(tensors: tuple[Any, ...], options: Options) -> torch.Tensor:
     for rows, columns, own in sequences(cu_q, cu_k, form):
         given = (batched(q, rows), batched(k, columns), batched(v, columns), None, None, None)
         parts[rows.start] = attention.plain(given, (own, scale))[0].transpose(0, 1)
+    return _filled(o, parts, 0)
+
+
+def _filled(empty: torch.Tensor, parts: dict[int, torch.Tensor], axis: int) -> torch.Tensor:
+    """A tensor with parts of it replaced, by where they start. Not in place: under `vmap` they may have a batch."""
     if not parts:
-        return o
+        return empty
     pieces, at = [], 0
     for start, part in sorted(parts.items()):
-        pieces += [o[at:start], part]
-        at = start + len(part)
-    return torch.cat([*pieces, o[at:]])
+        pieces += [empty.narrow(axis, at, start - at), part]
+        at = start + part.shape[axis]
+    return torch.cat([*pieces, empty.narrow(axis, at, empty.shape[axis] - at)], axis)
 
 
 def log_sum_exp(tensors: tuple[Any, ...], options: Options) -> torch.Tensor:
     """The natural log-sum-exp of each row's scores, (H, T) in fp32, without gradient."""
     q, k, v, cu_q, cu_k = tensors
     _, _, form, scale = options
-    lse = torch.full(q.shape[1::-1], -torch.inf, dtype=torch.float32, device=q.device)
+    lse, parts = torch.full(q.shape[1::-1], -torch.inf, dtype=torch.float32, device=q.device), {}
     for rows, columns, own in sequences(cu_q, cu_k, form):
         given = (batched(q, rows), batched(k, columns), batched(v, columns), None, None, None)
-        lse[:, rows] = attention.log_sum_exp(given, (own, scale))[0]
-    return lse
+        parts[rows.start] = attention.log_sum_exp(given, (own, scale))[0]
+    return _filled(lse, parts, 1)

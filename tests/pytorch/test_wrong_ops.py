@@ -1,0 +1,79 @@
+"""Direct calls of our ops with what does not go together: kernels believe the sizes that they are told."""
+
+import pytest
+import torch
+from op_samples import OPS, attention, data, decode, ends, layers, mlp, qkv, varlen
+
+Q, K, V = qkv(data)
+PACKED = data(9, 4, 16), data(11, 4, 16), data(11, 4, 16)
+ENDS = ends(4, 9), ends(5, 11)
+X, W1, B1, W2, B2 = layers(data)
+LSE = PACKED[0][..., 0].t()
+SEED = torch.tensor([7])
+
+WRONG = {
+    "fewer values than keys": lambda: OPS.attention_fwd(*attention(Q, K, V[:, :, :3])),
+    "fewer keys than values": lambda: OPS.attention_fwd(*attention(Q, K[:, :, :3], V)),
+    "another batch size": lambda: OPS.attention_fwd(*attention(Q, K[:1], V[:1])),
+    "another head dimension": lambda: OPS.attention_fwd(*attention(Q, K[..., :8], V[..., :8])),
+    "three key heads for four": lambda: OPS.attention_fwd(*attention(Q, K[:, :3], V[:, :3])),
+    "three axes": lambda: OPS.attention_fwd(*attention(Q[0], K[0], V[0])),
+    "another dtype": lambda: OPS.attention_fwd(*attention(Q, K, V.half())),
+    "a bias of too few rows": lambda: OPS.attention_fwd(*attention(Q, K, V, data(1, 1, 4, 7))),
+    "a bias of two axes": lambda: OPS.attention_fwd(*attention(Q, K, V, data(5, 7))),
+    "too few slopes": lambda: OPS.attention_fwd(*attention(Q, K, V, None, data(2))),
+    "dropout without a seed": lambda: OPS.attention_fwd(*attention(Q, K, V, dropout=0.5)),
+    "a seed without dropout": lambda: OPS.attention_fwd(*attention(Q, K, V, None, None, SEED)),
+    "a seed of numbers": lambda: OPS.attention_fwd(*attention(Q, K, V, None, None, data(1), dropout=0.5)),
+    "dropout of all": lambda: OPS.attention_fwd(*attention(Q, K, V, None, None, SEED, dropout=1.0)),
+    "a negative soft-cap": lambda: OPS.attention_fwd(*attention(Q, K, V, softcap=-1.0)),
+    "packed: fewer values": lambda: OPS.attention_varlen_fwd(*varlen(*PACKED[:2], PACKED[2][:3], *ENDS, 5, 6)),
+    "packed: three key heads": lambda: OPS.attention_varlen_fwd(
+        *varlen(PACKED[0], PACKED[1][:, :3], PACKED[2][:, :3], *ENDS, 5, 6)
+    ),
+    "packed: fewer ends": lambda: OPS.attention_varlen_fwd(*varlen(*PACKED, ENDS[0][:2], ENDS[1], 5, 6)),
+    "packed: long ends": lambda: OPS.attention_varlen_fwd(*varlen(*PACKED, ENDS[0].long(), ENDS[1].long(), 5, 6)),
+    "packed: no length": lambda: OPS.attention_varlen_fwd(*varlen(*PACKED, *ENDS, -1, 6)),
+    "decoding: fewer values": lambda: OPS.attention_decode(*decode(Q, K, V[:, :, :3])),
+    "mlp: a narrow layer": lambda: OPS.mlp_fwd(*mlp(X, W1, B1, W2[:, :4], B2)),
+    "mlp: an activation that is none": lambda: OPS.mlp_fwd(*mlp(X, W1, B1, W2, B2, "silu")),
+    "norm: a narrow weight": lambda: OPS.rms_norm_fwd(X, data(4), 1e-6),
+    "norm: a narrow bias": lambda: OPS.layer_norm_fwd(X, data(8), data(4), 1e-6),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_call_of_an_op_raises_before_anything_runs(wrong, forced):
+    with pytest.raises(ValueError, match=r"must|expected|asks for|takes|are not of"):
+        wrong()
+
+
+def _attention_bwd(dy=Q, q=Q, k=K, v=V, o=Q, lse=Q[..., 0], bias=None):
+    return OPS.attention_bwd(dy, q, k, v, bias, *attention(q, k, v)[4:6], o, lse, *attention(q, k, v)[6:], [True] * 6)
+
+
+def _varlen_bwd(dy=PACKED[0], o=PACKED[0], lse=LSE):
+    call = varlen(*PACKED, *ENDS, 5, 6)
+    return OPS.attention_varlen_bwd(dy, *call[:5], o, lse, *call[5:], [True] * 5)
+
+
+WRONG_BACKWARD = {
+    "a short gradient": lambda: _attention_bwd(dy=Q[:, :, :3]),
+    "a short output": lambda: _attention_bwd(o=Q[:, :, :3]),
+    "a short log-sum-exp": lambda: _attention_bwd(lse=Q[:, :, :3, 0]),
+    "fewer queries": lambda: _attention_bwd(q=Q[:, :, :3]),
+    "fewer keys": lambda: _attention_bwd(k=K[:, :, :3]),
+    "a bias of too few rows": lambda: _attention_bwd(bias=data(1, 1, 4, 7)),
+    "packed: a short gradient": lambda: _varlen_bwd(dy=PACKED[0][:3]),
+    "packed: a short output": lambda: _varlen_bwd(o=PACKED[0][:3]),
+    "packed: a short log-sum-exp": lambda: _varlen_bwd(lse=PACKED[0][:3, :, 0].t()),
+    "mlp: z of a narrower layer": lambda: OPS.mlp_bwd(X, X, W1, B1, W2, B2, data(5, 4), "gelu", True, [True] * 5),
+    "norm: a narrow weight": lambda: OPS.rms_norm_bwd(X, X, data(4), data(5), 1e-6, [True, True]),
+    "norm: a short statistic": lambda: OPS.rms_norm_bwd(X, X, data(8), data(3), 1e-6, [True, True]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_BACKWARD.values(), ids=WRONG_BACKWARD.keys())
+def test_a_wrong_call_of_an_op_of_gradients_raises_before_anything_runs(wrong, forced):
+    with pytest.raises(ValueError, match=r"must|expected|asks for|takes|are not of"):
+        wrong()
