@@ -79,8 +79,7 @@ def log_sum_exp(tensors: tuple[Any, ...], options: tuple[Form, float]) -> torch.
     with torch.no_grad():
         given = [x for x in extras if x is not None]
         q, k = q.float(), k.float()
-        if (
-            torch._C._functorch.peek_interpreter_stack() is not None
-        ):  # pieces of a batch cannot be put together in place
+        # Pieces of a batch cannot be put together in place.
+        if torch._C._functorch.peek_interpreter_stack() is not None:
             return eager.composed(q, k, k, form, scale, *given)[1]
         return eager.log_sum_exp(q, k, form, scale, *given)
