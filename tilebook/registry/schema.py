@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 from tilebook.errors import RegistryError
 from tilebook.registry import backend, sqlitefile
 from tilebook.registry.backend import connect_sqlite, make_engine
-from tilebook.registry.models import Base, FinalistRow, RevocationRow
+from tilebook.registry.models import Base, FinalistRow, PositionRow, RevocationRow
 from tilebook.registry.target import (
     APPLICATION_ID,
     OLDEST_READABLE,
@@ -29,7 +29,7 @@ VERSION_TABLE = "tilebook_alembic_version"
 # Alembic's `op` and `context` are global, so upgrades of one process go one after the other.
 _upgrading = threading.Lock()
 # The schema that brought a table, where it was not the first.
-_SINCE = {RevocationRow.__tablename__: 2, FinalistRow.__tablename__: 3}
+_SINCE = {RevocationRow.__tablename__: 2, FinalistRow.__tablename__: 3, PositionRow.__tablename__: 4}
 
 
 def version(connection: Connection) -> int | None:

@@ -25,6 +25,7 @@ from tilebook.errors import RegistryError
 from tilebook.registry import lines
 from tilebook.registry.checks import Json, canonical, time_text
 from tilebook.registry.columns import finalist_columns, revocation_columns, verdict_columns
+from tilebook.registry.near import position_columns
 from tilebook.registry.records import Device, Revocation
 from tilebook.registry.target import APPLICATION_ID, SCHEMA_VERSION
 from tilebook.registry.verdict import Verdict
@@ -155,6 +156,8 @@ def _fill(rows: _Rows, verdicts: Iterable[Verdict], revocations: Iterable[Revoca
         number = rows.insert("verdict", {**ids, **verdict_columns(verdict)})
         for place, each in enumerate(verdict.finalists):
             rows.insert("finalist", {"verdict_id": number, **finalist_columns(each, place)})
+        place_of = {"device_id": ids["device_id"], "kernel_id": ids["kernel_id"], **position_columns(verdict.problem)}
+        rows.insert("position", {"verdict_id": number, **place_of})
     for revocation in revocations:
         rows.insert("revocation", revocation_columns(revocation))
 

@@ -23,10 +23,10 @@ _WORD = re.compile(
     "|double|precision|float|varchar|datetime|timestamp"
     "|(?:pk|fk|uq|ix|ck)_[a-z0-9_]+|[a-z0-9_]+_id|tilebook_alembic_version|tilebook_alembic_version_pkc|version_num"
     "|sqlite_stat[0-9]|sqlite_sequence|tbl|idx|stat|neq|nlt|ndlt|sample|nsample|seq"
-    "|device|environment|kernel|problem|trial|verdict|finalist|miss|revocation"
+    "|device|environment|kernel|problem|trial|verdict|position|finalist|miss|revocation"
     "|id|name|arch|sm_count|digest|versions|op|sha256|origin|implementation|config|status|failure|reason|time_ms"
     "|samples_ms|facts|created_at|default_time_ms|speedup|speedup_low|speedup_high|evidence|trusted|calls|last_seen"
-    "|scope|triton|served|mode|sources|notes|place|code|predicted_ms|again|is_default|[0-9]+"
+    "|scope|triton|served|mode|sources|notes|place|code|predicted_ms|again|is_default|form|spot|[0-9]+"
 )
 _LONGEST_SQL = 10_000  # characters of one definition; the longest of ours has 1,500
 

@@ -18,19 +18,22 @@ from tilebook.errors import RegistryError
 from tilebook.registry import legacy, schema, shipped
 from tilebook.registry.backend import explained
 from tilebook.registry.columns import finalist_columns, revocation_columns, trial_columns, verdict_columns
+from tilebook.registry.lookup import Execute
 from tilebook.registry.models import (
     DeviceRow,
     FinalistRow,
     KernelRow,
     MissRow,
+    PositionRow,
     ProblemRow,
     RevocationRow,
     TrialRow,
     VerdictRow,
 )
+from tilebook.registry.near import position_columns
+from tilebook.registry.readers import lost_revocation
 from tilebook.registry.records import Device, Miss, Revocation, Trial
 from tilebook.registry.rows import Keys, miss_of, revocation_of, trial_of, verdict_of
-from tilebook.registry.serving import lost_revocation
 from tilebook.registry.target import SCHEMA_VERSION, Target, sniff
 from tilebook.registry.verdict import Verdict
 
@@ -110,7 +113,7 @@ class Registry:
         self.corrupt = 0
         self.problems: list[str] = []
         self._cleanup = weakref.finalize(self, (cleanup or ExitStack()).close)
-        self._schema = SCHEMA_VERSION if found is None else found.version
+        self.schema = SCHEMA_VERSION if found is None else found.version
         if found is not None and found.damage:
             self._problem(f"the file is damaged ({found.damage}); rows may be missing")
 
@@ -232,7 +235,7 @@ class Registry:
         kernel: str | None = None,
     ) -> list[Verdict]:
         """The verdicts that match, in the order of their keys."""
-        if self._schema < 3:
+        if self.schema < 3:
             found = self._old_verdicts(op, problem, device, kernel)
         else:
             query = _select(VerdictRow, op, problem, device, kernel).options(selectinload(VerdictRow.finalists))
@@ -275,6 +278,19 @@ class Registry:
 
     def __repr__(self) -> str:
         return f"<Registry {self.label} ({'read and write' if self.writable else 'read only'})>"
+
+    @contextmanager
+    def asking(self) -> Iterator[Execute]:
+        """What `lookup` asks by: statements with `?` for their parameters, of one state of the database."""
+        with self._session() as session:
+            cursor = session.connection().connection.cursor()
+            mark = "?" if self._target.path is not None else "%s"
+
+            def execute(statement: str, values: Sequence[Any]) -> Sequence[Sequence[Any]]:
+                cursor.execute(statement.replace("?", mark), tuple(values))
+                return cursor.fetchall()
+
+            yield execute
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
@@ -395,7 +411,11 @@ def _add_verdict(session: Session, keys: Keys, verdict: Verdict, rule: Rule, mer
         session.delete(row)
         session.flush()
     finalists = [FinalistRow(**finalist_columns(each, place)) for place, each in enumerate(verdict.finalists)]
-    session.add(VerdictRow(**ids, **verdict_columns(verdict), finalists=finalists))
+    row = VerdictRow(**ids, **verdict_columns(verdict), finalists=finalists)
+    if verdict.trusted:
+        where = {"device_id": ids["device_id"], "kernel_id": ids["kernel_id"]}
+        row.position = PositionRow(**where, **position_columns(verdict.problem))
+    session.add(row)
     session.flush()
     merged.verdicts += 1
 
