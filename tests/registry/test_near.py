@@ -35,29 +35,34 @@ class Index:
     """What a table with an index answers, and how often it is asked."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self.entries = sorted((place_of(key).form, place_of(key).spot, key) for key in keys)
+        self.keys = keys
+        self.entries = sorted((place_of(key).form, place_of(key).spot, n) for n, key in enumerate(keys))
         self.form = ""
-        self.opened = self.read = 0
+        self.opened = self.read = self.asked = 0
 
     def span(self, low: str, high: str, most: int) -> tuple[str, str, bool] | None:
         self.opened += 1
         found = self._between(low, high)
         return (found[0][0], found[-1][0], len(found) > most) if found else None
 
-    def rows(self, low: str, high: str) -> Sequence[tuple[str, str]]:
+    def rows(self, low: str, high: str) -> Sequence[tuple[str, int]]:
         self.read += len(self._between(low, high))
         return self._between(low, high)
 
-    def _between(self, low: str, high: str) -> Sequence[tuple[str, str]]:
+    def problem(self, number: int) -> str:
+        self.asked += 1
+        return self.keys[number]
+
+    def _between(self, low: str, high: str) -> Sequence[tuple[str, int]]:
         start, end = (bisect.bisect_left(self.entries, (self.form, spot)) for spot in (low, high))
-        return [(spot, key) for _, spot, key in self.entries[start:end]]
+        return [(spot, number) for _, spot, number in self.entries[start:end]]
 
 
 def near(index: Index, key: str, most: int, reach: float = 8.0) -> list[tuple[float, str]]:
     place = place_of(key)
     index.form = place.form
     found = nearest(place, frozenset({"width"}), reach, index, lambda other: distance(key, other))
-    return [each for each, _ in zip(found, range(most), strict=False)]
+    return [each[:2] for each, _ in zip(found, range(most), strict=False)]
 
 
 def shapes(dice: random.Random, many: int) -> list[str]:
@@ -85,10 +90,11 @@ def test_of_many_problems_few_are_looked_at() -> None:
     dice = random.Random(4)
     index = Index(shapes(dice, 20_000))
     for key in shapes(dice, 50):
-        index.opened = index.read = 0
+        index.opened = index.read = index.asked = 0
         near(index, key, 1)
         assert index.opened <= 60
         assert index.read <= 16 * LEAF
+        assert index.asked <= 8
 
 
 def test_as_many_cubes_are_opened_as_one_may_wait_for() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tilebook.registry.near import nearest, place_of
+from tilebook.registry.near import Near, nearest, place_of
 from tilebook.registry.records import Device
 from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served, from_columns
 
@@ -86,13 +86,9 @@ JOIN kernel AS k ON k.id = v.kernel_id LEFT JOIN environment AS e ON e.id = v.en
 WHERE p.op = ? AND p.key = ?
 """
 _ITS_FINALISTS = f"SELECT place, {FINALIST_COLUMNS} FROM finalist WHERE verdict_id = ? ORDER BY place"
-_POSITIONS = """
-SELECT s.spot, p.key
-FROM position AS s JOIN verdict AS v ON v.id = s.verdict_id JOIN problem AS p ON p.id = v.problem_id
-WHERE s.device_id = ? AND s.kernel_id = ? AND s.form = ? AND s.spot >= ? AND s.spot < ?
-ORDER BY s.spot
-"""
+_PROBLEM = "SELECT p.key FROM verdict AS v JOIN problem AS p ON p.id = v.problem_id WHERE v.id = ?"
 _SPOTS = "FROM position WHERE device_id = ? AND kernel_id = ? AND form = ? AND spot >= ? AND spot < ? ORDER BY spot"
+_POSITIONS = f"SELECT spot, verdict_id {_SPOTS}"
 _SPAN = f"""
 SELECT (SELECT spot {_SPOTS} LIMIT 1), (SELECT spot {_SPOTS} DESC LIMIT 1), (SELECT spot {_SPOTS} LIMIT 1 OFFSET ?)
 """
@@ -131,13 +127,15 @@ def answer(execute: Execute, layer: str, device: Device, question: Question) -> 
     if not question.most or (exact is not None and exact.trusted):
         return Answer(exact, damaged=damaged)
     near: list[tuple[float, Served]] = []
-    for distance, problem in _nearest(execute, ids[0], question):
-        if len(near) >= question.most and (distance > near[-1][0] or len(near) >= question.most + _MOST_TIES):
+    for each in _nearest(execute, ids[0], question):
+        if len(near) >= question.most and each.distance > near[-1][0]:
             break
-        other = _verdict(execute, layer, device, ids[0], question.op, problem)
+        other = _verdict(execute, layer, device, ids[0], question.op, each.problem)
         damaged += other is False
         if isinstance(other, Served) and other.trusted:
-            near.append((distance, other))
+            near.append((each.distance, other))
+            if len(near) >= question.most + (_MOST_TIES if each.tied else 0):
+                break
     return Answer(exact, tuple(near), damaged)
 
 
@@ -149,11 +147,11 @@ def some(execute: Execute, layer: str, device: Device, op: str, kernel: str, mos
     return [each for each in found if isinstance(each, Served) and each.trusted]
 
 
-def _nearest(execute: Execute, ids: Sequence[int], question: Question) -> Iterator[tuple[float, str]]:
+def _nearest(execute: Execute, ids: Sequence[int], question: Question) -> Iterator[Near]:
     place = place_of(question.problem)
     index = _Positions(execute, [*ids, place.form])
     found = nearest(place, question.exact, question.reach, index, question.distance)
-    return (each for each in found if each[1] != question.problem)
+    return (each for each in found if each.problem != question.problem)
 
 
 @dataclass(frozen=True)
@@ -167,8 +165,12 @@ class _Positions:
         ((first, last, beyond),) = self.execute(_SPAN, [*[*self.key, low, high] * 3, most])
         return None if first is None else (first, last, beyond is not None)
 
-    def rows(self, low: str, high: str) -> Sequence[tuple[str, str]]:
-        return [(spot, problem) for spot, problem in self.execute(_POSITIONS, [*self.key, low, high])]
+    def rows(self, low: str, high: str) -> Sequence[tuple[str, int]]:
+        return self.execute(_POSITIONS, [*self.key, low, high])  # type: ignore[return-value]
+
+    def problem(self, number: int) -> str:
+        ((problem,),) = self.execute(_PROBLEM, [number])
+        return str(problem)
 
 
 def _verdict(

@@ -164,7 +164,7 @@ class PositionRow(Base):
     device_id: Mapped[int]
     kernel_id: Mapped[int]
     form: Mapped[str] = mapped_column(String(16))
-    spot: Mapped[str] = mapped_column(String(32))
+    spot: Mapped[str] = mapped_column(String(28))
 
 
 class FinalistRow(Base):

@@ -15,15 +15,15 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tilebook.registry.checks import Json, canonical
 
-LEVELS = 10  # bits of a coordinate
-STEPS = 16  # steps of a coordinate for each factor of two; 2**LEVELS / STEPS = 64 of them reach every integer
+LEVELS = 14  # bits of a coordinate
+STEPS = 256  # steps of a coordinate for each factor of two; 2**LEVELS / STEPS = 64 of them reach every integer
 MOST_DIMENSIONS = 8  # the first by name; a distance over fewer is a lower bound still
-LEAF = 32  # a cube of no more rows is read instead of divided
-MOST_CUBES = 128
+LEAF = 64  # a cube of no more rows is read instead of divided
+MOST_CUBES = 48
 
 
 class Index(Protocol):
@@ -32,8 +32,11 @@ class Index(Protocol):
     def span(self, low: str, high: str, most: int) -> tuple[str, str, bool] | None:
         """The first and the last spot of a range, and whether there are more than `most`; None where there is none."""
 
-    def rows(self, low: str, high: str) -> Sequence[tuple[str, str]]:
-        """(spot, problem) of all in a range."""
+    def rows(self, low: str, high: str) -> Sequence[tuple[str, int]]:
+        """(spot, number) of all in a range."""
+
+    def problem(self, number: int) -> str:
+        """The problem that has this number."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,18 @@ def place_of(problem: str) -> Place:
     return Place(digest, names, tuple(math.log2(dimensions[name]) for name in names))
 
 
+class Near(NamedTuple):
+    """A problem, its distance, and whether others may be as near, which have not come yet."""
+
+    distance: float
+    problem: str
+    tied: bool
+
+
 def nearest(
     place: Place, exact: frozenset[str], reach: float, index: Index, distance: Callable[[str], float]
-) -> Iterator[tuple[float, str]]:
-    """The problems within reach of a place and their distances, nearest first; of two as near, by their text.
+) -> Iterator[Near]:
+    """The problems within reach of a place, nearest first; of two as near, by their text.
 
     exact: dimensions that must be the same. distance: of a problem, never below the sum of its dimensions' differences.
     Where so many cubes have been opened that looking for a nearer one costs more than it gains, those serve that were
@@ -79,20 +90,23 @@ def nearest(
     waiting: list[_Waiting] = [(0.0, _CUBE, "", 0)]
     left = MOST_CUBES
     while waiting:
-        bound, kind, what, corner = heapq.heappop(waiting)
+        bound, kind, what, number = heapq.heappop(waiting)
         if kind == _KNOWN:
-            yield bound, what
+            yield Near(bound, what, bool(waiting) and waiting[0][0] <= bound)
         elif kind == _ROW:
-            if (found := distance(what)) <= reach:
-                heapq.heappush(waiting, (found, _KNOWN, what, 0))
+            problem = index.problem(number)
+            if (found := distance(problem)) <= reach:
+                heapq.heappush(waiting, (found, _KNOWN, problem, number))
         elif left:
             left -= 1
-            for each in search.opened(what, corner, index):
+            for each in search.opened(what, number, index):
                 heapq.heappush(waiting, each)
 
 
 _CUBE, _ROW, _KNOWN = range(3)  # of what is as near, first what may hide something nearer
-_Waiting = tuple[float, int, str, int]  # least distance, what it is, its spot or problem, a cube's corner
+_Waiting = tuple[
+    float, int, str, int
+]  # least distance, what it is, its spot or problem; a row's number, a cube's corner
 _SLACK = 1e-9
 
 
@@ -115,9 +129,9 @@ class _Search:
         if more and shared < 2 * LEVELS:  # else all of them lie on one spot
             yield from self._divided(last[:shared], _within(corner, last[len(cube) : shared]))
             return
-        for spot, problem in index.rows(cube, end):
+        for spot, number in index.rows(cube, end):
             if (bound := self._bound(_within(corner, spot[len(cube) :]))) is not None:
-                yield bound, _ROW, problem, 0
+                yield bound, _ROW, "", number
 
     def _bound(self, spot: int) -> float | None:
         total = 0.0

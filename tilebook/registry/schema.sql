@@ -149,7 +149,7 @@ CREATE TABLE position (
     device_id INTEGER NOT NULL,
     kernel_id INTEGER NOT NULL,
     form VARCHAR(16) NOT NULL,
-    spot VARCHAR(32) NOT NULL,
+    spot VARCHAR(28) NOT NULL,
     CONSTRAINT pk_position PRIMARY KEY (verdict_id),
     CONSTRAINT fk_position_verdict_id FOREIGN KEY(verdict_id) REFERENCES verdict (id)
 );

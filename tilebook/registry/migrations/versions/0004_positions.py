@@ -18,7 +18,7 @@ def upgrade() -> None:
         sa.Column("device_id", sa.Integer, nullable=False),
         sa.Column("kernel_id", sa.Integer, nullable=False),
         sa.Column("form", sa.String(16), nullable=False),
-        sa.Column("spot", sa.String(32), nullable=False),
+        sa.Column("spot", sa.String(28), nullable=False),
         sa.PrimaryKeyConstraint("verdict_id", name="pk_position"),
     )
     connection, last = op.get_bind(), 0
