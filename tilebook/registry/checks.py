@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
@@ -45,7 +46,10 @@ DAMAGE = (ValueError, TypeError, AttributeError, KeyError, OverflowError, Recurs
 
 def canonical(value: Json) -> str:
     """The one text of a JSON value: sorted keys, no spaces, ASCII, no NaN or infinity (ValueError)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL(value)
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
 def quoted(value: object) -> str:
@@ -110,7 +114,7 @@ def config(value: object) -> dict[str, ConfigValue]:
     if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
         raise ValueError(f"config is not a mapping of at most {MAX_CONFIG} keys")
     for key, item in value.items():
-        if type(key) is not str or not _KEY.match(key) or key in _FORBIDDEN_KEYS:
+        if type(key) is not str or not _is_config_key(key):
             raise ValueError(f"config key is not allowed: {quoted(key)}")
         if type(item) is bool:
             continue
@@ -119,6 +123,11 @@ def config(value: object) -> dict[str, ConfigValue]:
         elif type(item) is not str or not _CHOICE.match(item):
             raise ValueError(f"config {key} is not an integer, a flag or a short plain string: {quoted(item)}")
     return dict(value)
+
+
+@lru_cache(1_024)
+def _is_config_key(key: str) -> bool:
+    return _KEY.match(key) is not None and key not in _FORBIDDEN_KEYS
 
 
 def versions(value: object) -> dict[str, str]:
@@ -296,6 +305,11 @@ def problem(value: object) -> str:
     """The canonical JSON text of a problem; compared byte by byte, so any other spelling is refused."""
     if type(value) is not str or len(value) > MAX_PROBLEM:
         raise ValueError(f"problem is not a text of at most {MAX_PROBLEM} characters: {quoted(value)}")
+    return _problem(value)
+
+
+@lru_cache(1_024)  # one problem has verdicts on many GPUs, and hundreds of trials
+def _problem(value: str) -> str:
     try:
         parsed = json.loads(value)
         same = type(parsed) is dict and canonical(parsed) == value
