@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -98,10 +99,10 @@ def make_file(path: Path, verdicts: int, gpus: int, finalists: int, samples: int
     whole, dice = hashlib.sha256(), random.Random(0)
     body = path.with_suffix(".body")
     with body.open("w") as stream:
-        for number, line in enumerate(lines(dice, verdicts, gpus, finalists, samples)):
-            whole.update(line.encode())
-            stream.write(line)
-    header = {"format": "tilebook-registry", "records": number + 1, "sha256": whole.hexdigest(), "version": 3}
+        for each in lines(dice, verdicts, gpus, finalists, samples):
+            whole.update(each.encode())
+            stream.write(each)
+    header = {"format": "tilebook-registry", "records": verdicts, "sha256": whole.hexdigest(), "version": 3}
     with path.open("w") as stream, body.open() as rest:
         stream.write(json.dumps(header, separators=(",", ":")) + "\n")
         while piece := rest.read(1 << 20):
@@ -222,7 +223,7 @@ def dispatching(registry: str, count: int) -> dict[str, Any]:
     os.environ["TILEBOOK_REGISTRY"] = registry
     dice, gpu, here = random.Random(7), torch.device("cuda", 0), Dispatch()
     asked = {
-        name: [ops.get(name).problem.from_key(key) for key, _ in zip(keys(dice, kind, name), range(SHAPES))]
+        name: [ops.get(name).problem.from_key(key) for key in itertools.islice(keys(dice, kind, name), SHAPES)]
         for name, kind in OPS
     }
     first = ops.get("attention_fwd")
@@ -355,10 +356,11 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="import the export and export that, to compare the bytes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    here = environment()
     with tempfile.TemporaryDirectory(prefix="tb-scale-") as folder:
         found = measured(Path(folder), options)
     given = {name: getattr(options, name) for name in ("verdicts", "gpus", "finalists", "samples")}
-    report = {"benchmark": "registry scale", "environment": environment(), "registry": given, "results": found}
+    report = {"benchmark": "registry scale", "environment": here, "registry": given, "results": found}
     print(json.dumps(report, indent=1))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -95,6 +95,8 @@ def integer(value: object, what: str, low: int, high: int) -> int:
 
 def number(value: object, what: str) -> float:
     """A finite float, zero or more. SQLite has no negative zero, so neither have records."""
+    if type(value) is float and 0.0 < value < math.inf:
+        return value
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ValueError(f"{what} is not a number: {quoted(value)}")
     try:

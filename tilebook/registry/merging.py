@@ -17,7 +17,7 @@ from tilebook.registry.near import position_columns
 from tilebook.registry.records import Revocation, Trial
 from tilebook.registry.rows import revocation_of
 from tilebook.registry.sql import Sql
-from tilebook.registry.texts import Record, Written, columns, finalist_columns
+from tilebook.registry.texts import FINALIST, Record, Written, columns, finalist_values
 from tilebook.registry.verdict import Verdict
 
 BATCH = 256  # records that go into the tables together
@@ -95,16 +95,18 @@ class _Tables:
         if not trials:
             return
         keys = self._keys(trials)
-        new = {
-            columns["sha256"]: {**key, **columns}
-            for key, columns in zip(keys, (trial_columns(each, self._origin) for each in trials), strict=True)
-        }
+        new = {}
+        for key, each in zip(keys, trials, strict=True):
+            row = {**key, **trial_columns(each, self._origin)}
+            row["created_at"] = self._sql.time(each.created_at)
+            new[row["sha256"]] = row
         known = {sha256 for (sha256,) in self._sql.among("SELECT sha256 FROM trial WHERE sha256 IN", new)}
         if self._origin == "local" and known:
             for sha256 in known:
                 self._sql.run("UPDATE trial SET origin = ? WHERE sha256 = ?", [self._origin, sha256])
         rows = [row for sha256, row in new.items() if sha256 not in known]
-        self._sql.insert("trial", rows)
+        if rows:
+            self._sql.insert("trial", rows[0], [list(row.values()) for row in rows])
         self.merged.trials += len(rows)
 
     def add_verdicts(self, verdicts: Sequence[Written]) -> None:
@@ -147,17 +149,20 @@ class _Tables:
 
     def _insert(self, verdicts: Sequence[tuple[Written, dict[str, int]]]) -> None:
         ids = self._sql.new_ids("verdict", len(verdicts))
+        names: Sequence[str] = ()
         rows, finalists, positions = [], [], []
         for number, (each, key) in zip(ids, verdicts, strict=True):
-            rows.append({"id": number, **key, **columns(each)})
+            row = {"id": number, **key, **columns(each), "created_at": self._sql.time(each.verdict.created_at)}
+            names = names or list(row)
+            rows.append(list(row.values()))
             for place, (finalist, texts) in enumerate(zip(each.verdict.finalists, each.finalists, strict=True)):
-                finalists.append({"verdict_id": number, **finalist_columns(finalist, texts, place)})
+                finalists.append((number, place, *finalist_values(finalist, texts)))
             if each.verdict.trusted:
-                where = {"device_id": key["device_id"], "kernel_id": key["kernel_id"]}
-                positions.append({"verdict_id": number, **where, **position_columns(each.verdict.problem)})
-        self._sql.insert("verdict", rows)
-        self._sql.insert("finalist", finalists)
-        self._sql.insert("position", positions)
+                position = position_columns(each.verdict.problem).values()
+                positions.append((number, key["device_id"], key["kernel_id"], *position))
+        self._sql.insert("verdict", names, rows)
+        self._sql.insert("finalist", ("verdict_id", "place", *FINALIST), finalists)
+        self._sql.insert("position", ("verdict_id", "device_id", "kernel_id", "form", "spot"), positions)
         self.merged.verdicts += len(verdicts)
 
     def _keys(self, records: Sequence[Trial | Verdict]) -> list[dict[str, int]]:
@@ -177,7 +182,7 @@ class _Tables:
 
     def _find_problems(self, wanted: Iterable[tuple[str, str]]) -> None:
         missing = sorted(each for each in wanted if ("problem", *each) not in self._ids)
-        self._sql.insert("problem", [{"op": op, "key": key} for op, key in missing], unless_there=True)
+        self._sql.insert("problem", ("op", "key"), missing, unless_there=True)
         for op, group in itertools.groupby(missing, key=lambda each: each[0]):
             statement = 'SELECT "key", id FROM problem WHERE op = ? AND "key" IN'
             for key, number in self._sql.among(statement, [key for _, key in group], [op]):
@@ -195,7 +200,8 @@ class _Tables:
     def _id(self, table: str, columns: dict[str, Any], beside: dict[str, Any] | None = None) -> int:
         place = table, *columns.values()
         if place not in self._ids:
-            self._sql.insert(table, [{**columns, **(beside or {})}], unless_there=True)
+            row = {**columns, **(beside or {})}
+            self._sql.insert(table, row, [list(row.values())], unless_there=True)
             where = " AND ".join(f'"{name}" = ?' for name in columns)
             ((number,),) = self._sql.rows(f"SELECT id FROM {table} WHERE {where}", list(columns.values()))
             self._ids[place] = number

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from tilebook.registry.checks import Json, canonical
@@ -24,6 +25,11 @@ STEPS = 256  # steps of a coordinate for each factor of two; 2**LEVELS / STEPS =
 MOST_DIMENSIONS = 8  # the first by name; a distance over fewer is a lower bound still
 LEAF = 64  # a cube of no more rows is read instead of divided
 MOST_CUBES = 48
+
+_LANE = (1 << LEVELS) - 1
+_HALF = LEVELS // 2
+_APART = [sum((step >> level & 1) << 8 * level for level in range(_HALF)) for step in range(1 << _HALF)]
+"""For the bits of half a coordinate the same bits, a symbol's eight apart."""
 
 
 class Index(Protocol):
@@ -50,11 +56,11 @@ class Place:
     @property
     def spot(self) -> str:
         """Two hex digits a level, the coarsest first: a bit of each dimension."""
-        steps = [min(max(int(STEPS * each), 0), (1 << LEVELS) - 1) for each in self.point]
-        symbols = (
-            sum((step >> level & 1) << axis for axis, step in enumerate(steps)) for level in reversed(range(LEVELS))
-        )
-        return "".join(f"{symbol:02x}" for symbol in symbols)
+        spot = 0
+        for axis, each in enumerate(self.point):
+            step = min(int(STEPS * each), _LANE)
+            spot |= (_APART[step >> _HALF] << 8 * _HALF | _APART[step & (1 << _HALF) - 1]) << axis
+        return f"{spot:0{2 * LEVELS}x}"
 
 
 def place_of(problem: str) -> Place:
@@ -165,7 +171,6 @@ class _Search:
             yield max(far / STEPS - _SLACK, 0.0), _CUBE, f"{cube}{symbol:02x}", inner
 
 
-_LANE = (1 << LEVELS) - 1
 _SPREAD = [sum((symbol >> axis & 1) << LEVELS * axis for axis in range(MOST_DIMENSIONS)) for symbol in range(256)]
 
 
@@ -182,6 +187,7 @@ def _within(corner: int, symbols: str) -> int:
     return corner
 
 
+@lru_cache(1_024)  # one problem has verdicts on many GPUs
 def position_columns(problem: str) -> Mapping[str, str]:
     """The columns of a verdict's position that depend on its problem."""
     place = place_of(problem)

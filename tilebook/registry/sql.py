@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -42,15 +42,20 @@ class Sql:
     def run(self, statement: str, values: Sequence[Any] = ()) -> None:
         self._cursor.execute(self._text(statement), tuple(values))
 
-    def insert(self, table: str, rows: Sequence[Mapping[str, Any]], unless_there: bool = False) -> None:
-        """Inserts rows that name the same columns. unless_there: leave out those that a unique index has already."""
+    def insert(
+        self, table: str, columns: Iterable[str], rows: Sequence[Sequence[Any]], unless_there: bool = False
+    ) -> None:
+        """Inserts rows of these columns. unless_there: leave out those that a unique index has already."""
         if not rows:
             return
-        names = ", ".join(f'"{name}"' for name in rows[0])
+        names = ", ".join(f'"{name}"' for name in columns)
         marks = ", ".join("?" * len(rows[0]))
         end = " ON CONFLICT DO NOTHING" if unless_there else ""
-        statement = self._text(f"INSERT INTO {table} ({names}) VALUES ({marks}){end}")
-        self._cursor.executemany(statement, [self._values(row.values()) for row in rows])
+        self._cursor.executemany(self._text(f"INSERT INTO {table} ({names}) VALUES ({marks}){end}"), rows)
+
+    def time(self, value: datetime) -> Any:
+        """A time as this database's columns take it."""
+        return time_text(value) if self._sqlite else value
 
     def among(self, statement: str, values: Iterable[Any], before: Sequence[Any] = ()) -> Iterator[Row]:
         """The rows of a statement that ends in `IN`, for all these values; databases limit how many at once."""
@@ -78,8 +83,3 @@ class Sql:
 
     def _text(self, statement: str) -> str:
         return statement if self._sqlite else statement.replace("?", "%s")
-
-    def _values(self, values: Iterable[Any]) -> tuple[Any, ...]:
-        if not self._sqlite:
-            return tuple(values)
-        return tuple(time_text(each) if isinstance(each, datetime) else each for each in values)

@@ -143,20 +143,41 @@ def columns(written: Written) -> Mapping[str, Any]:
     }
 
 
+FINALIST = (
+    "implementation",
+    "config",
+    "time_ms",
+    "code",
+    "predicted_ms",
+    "is_default",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "samples_ms",
+    "again",
+)
+"""The columns of a finalist's row, all but the verdict's id and the place."""
+
+
+def finalist_values(finalist: Finalist, texts: FinalistTexts) -> tuple[Any, ...]:
+    """The values of FINALIST."""
+    speedup = finalist.speedup
+    return (
+        finalist.implementation,
+        texts.config,
+        finalist.time_ms,
+        finalist.code,
+        finalist.predicted_ms,
+        finalist.default,
+        *((None, None, None) if speedup is None else (speedup.value, speedup.low, speedup.high)),
+        texts.samples_ms,
+        texts.again,
+    )
+
+
 def finalist_columns(finalist: Finalist, texts: FinalistTexts, place: int) -> Mapping[str, Any]:
-    """The columns of a finalist's row, all but the verdict's id."""
-    return {
-        "place": place,
-        "implementation": finalist.implementation,
-        "config": texts.config,
-        "time_ms": finalist.time_ms,
-        "code": finalist.code,
-        "predicted_ms": finalist.predicted_ms,
-        "is_default": finalist.default,
-        **_speedup_columns(finalist.speedup),
-        "samples_ms": texts.samples_ms,
-        "again": texts.again,
-    }
+    """A finalist's row, all but the verdict's id."""
+    return {"place": place, **dict(zip(FINALIST, finalist_values(finalist, texts), strict=True))}
 
 
 def _speedup_columns(speedup: Speedup | None) -> dict[str, float | None]:

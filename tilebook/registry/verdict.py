@@ -39,6 +39,10 @@ class Speedup:
     high: float
 
     def __post_init__(self) -> None:
+        if type(self.value) is type(self.low) is type(self.high) is float and (
+            0.0 < self.value < math.inf and 0.0 < self.low <= self.high < math.inf
+        ):
+            return  # which is what looking at each would say
         for name in ("value", "low", "high"):
             object.__setattr__(self, name, checks.number(getattr(self, name), f"speedup {name}"))
         if self.low > self.high:
@@ -112,13 +116,16 @@ class Finalist:
         checks.name(self.implementation, "implementation")
         put(self, "config", checks.config(self.config))
         for name in ("time_ms", "predicted_ms"):
-            value = checks.optional_number(getattr(self, name), name)
-            if value == 0:
-                raise ValueError(f"{name} of a finalist is zero")
-            put(self, name, value)
+            if getattr(self, name) is not None:
+                value = checks.number(getattr(self, name), name)
+                if value == 0:
+                    raise ValueError(f"{name} of a finalist is zero")
+                put(self, name, value)
         put(self, "samples_ms", _samples(self.samples_ms))
-        _instance(self.speedup, Speedup | None, "speedup")
-        _instance(self.again, Again | None, "again")
+        if self.speedup is not None:
+            _instance(self.speedup, Speedup, "speedup")
+        if self.again is not None:
+            _instance(self.again, Again, "again")
         if self.code != "":
             checks.digest(self.code, "code")
         if type(self.default) is not bool:
@@ -312,6 +319,8 @@ def _ranked(value: object) -> tuple[Finalist, ...]:
 def _samples(value: object) -> tuple[float, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) > checks.MAX_SAMPLES:
         raise ValueError(f"samples are not a list of at most {checks.MAX_SAMPLES} numbers")
+    if not value:
+        return ()
     if set(map(type, value)) == {float} and min(value) > 0.0 and math.isfinite(sum(value)):
         return tuple(value)  # which is what looking at each would say
     return tuple(checks.number(sample, "a sample") for sample in value)
