@@ -83,8 +83,11 @@ def open_reader(target: Target, cleanup: ExitStack, wait_s: float | None = None)
     return make_engine(replace(target, path=place), write=False, wait_s=wait_s), Found(found, damage)
 
 
-def open_writer(target: Target, wait_s: float | None = None) -> Engine:
-    """An engine that writes; the database is created or upgraded first, under the lock that every writer takes."""
+def open_writer(target: Target, wait_s: float | None = None, upgrade: bool = True) -> Engine:
+    """An engine that writes; the database is created or upgraded first, under the lock that every writer takes.
+
+    upgrade: else one that is not as it should be is refused. Raises RegistryError.
+    """
     if target.path is not None:
         header = sniff(target.path)
         if header is None:
@@ -92,10 +95,12 @@ def open_writer(target: Target, wait_s: float | None = None) -> Engine:
         elif header.wal:
             with closing(connect_sqlite(target.path, "rw", wait_s)) as raw:
                 raw.execute("PRAGMA journal_mode=DELETE")
-    with make_engine(target, write=True, create=True, wait_s=wait_s).begin() as connection:
+    with make_engine(target, write=True, create=upgrade, wait_s=wait_s).begin() as connection:
         if target.path is not None:
             _examine(connection, target.path)
         if _needs_upgrade(connection, target):
+            if not upgrade:
+                raise RegistryError(f"registry {target.label} has not the schema of today")
             with _upgrading:
                 _upgrade(connection)
             if connection.dialect.name == "sqlite":

@@ -17,7 +17,7 @@ from tilebook.registry.lookup import Answer, Question
 from tilebook.registry.readers import Reader
 from tilebook.registry.records import Device, Revocation
 from tilebook.registry.served import Finalist, Served
-from tilebook.registry.target import Locked, Target
+from tilebook.registry.target import Locked, Target, Unreachable
 
 __all__ = ["Answer", "Finalist", "Question", "Served", "Table", "read"]
 
@@ -47,6 +47,7 @@ class Table:
         self._answers: dict[tuple[str, str, str, str], Answer] = {}
         self._revocations: dict[str, list[Revocation]] = {}
         self._waiting: set[str] = set()  # names of layers that were locked when they were asked last
+        self._unreachable: set[str] = set()
         self.problems: list[str] = []
         self._read_revocations()
 
@@ -174,7 +175,12 @@ class Table:
         )
 
     def _ask(self, layer: Reader, query: Callable[[], _T], nothing: _T) -> _T | None:
-        """What a layer answers: None where it is locked, nothing where it is broken."""
+        """What a layer answers: None where it is locked, nothing where it is broken.
+
+        A server that does not answer is asked no more: a program waits for it once.
+        """
+        if layer.name in self._unreachable:
+            return nothing
         self._waiting.discard(layer.name)
         try:
             found = query()
@@ -184,6 +190,8 @@ class Table:
             return None
         except Exception as error:  # whatever is wrong with it, the program that asks goes on
             self._note([str(error)])
+            if isinstance(error, Unreachable):
+                self._unreachable.add(layer.name)
             found = nothing
         self._note(layer.problems)
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from sqlalchemy import Engine, Select, select, text
 from sqlalchemy.orm import Session, contains_eager, selectinload
 
 from tilebook.errors import RegistryError
-from tilebook.registry import legacy, reading, schema, shipped
+from tilebook.registry import backend, legacy, reading, schema, shipped
 from tilebook.registry.backend import explained
 from tilebook.registry.lookup import Execute
 from tilebook.registry.merging import Choice, Merged, Rule, pour
@@ -31,12 +32,13 @@ from tilebook.registry.readers import lost_revocation
 from tilebook.registry.records import Device, Miss, Revocation, Trial
 from tilebook.registry.rows import Keys, miss_of, revocation_of, trial_of, verdict_of
 from tilebook.registry.sql import Sql
-from tilebook.registry.target import SCHEMA_VERSION, Target, sniff
+from tilebook.registry.target import SCHEMA_VERSION, Target, Unreachable, sniff
 from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
 from tilebook.registry.wanted import Wanted
 
 ANY = Wanted()
+_RETRY_S = 0.5
 
 log = logging.getLogger("tilebook.registry")
 
@@ -60,7 +62,8 @@ class Registry:
 
     - A write is one transaction: after `record`, `count_misses` or `merge` returns, all of it survives the death of the
       process (and of the machine, as far as its disk tells the truth); before, none of it is seen by anybody.
-    - Writers wait for one another, up to 30 s; any number of processes may create, open and write one registry at once.
+    - Writers wait for one another, up to 30 s, and for a server that is being restarted; any number of processes may
+      create, open and write one registry at once.
     - Recording the same trial again changes nothing. There is at most one verdict for each (op, problem, device,
       kernel), and a prediction never replaces a measurement.
     - Revocations add up: of one scope the first stands, but a trusted one before one that is not. Only `unrevoke`
@@ -83,12 +86,14 @@ class Registry:
         raw: str,
         found: schema.Found | None = None,
         cleanup: ExitStack | None = None,
+        wait_s: float | None = None,
     ) -> None:
         self._target = target
         self._engine: Engine | None = engine
         self.target = raw
         self.label = target.label
         self.writable = writable
+        self._patient = writable and wait_s is None and target.path is None
         self.corrupt = 0
         self.problems: list[str] = []
         self._cleanup = weakref.finalize(self, (cleanup or ExitStack()).close)
@@ -97,17 +102,20 @@ class Registry:
             self._problem(f"the file is damaged ({found.damage}); rows may be missing")
 
     @classmethod
-    def open(cls, target: str | Path, *, write: bool = False, wait_s: float | None = None) -> Self:
+    def open(
+        cls, target: str | Path, *, write: bool = False, wait_s: float | None = None, upgrade: bool = True
+    ) -> Self:
         """Opens a path or SQLAlchemy URL; `write` creates the parent directory, the file and the newest schema.
 
         wait_s: how long to wait for another process's lock, now and in each operation; None for what is usual.
+        upgrade: whether a writer may create what is missing, and bring an older schema to the newest.
         Raises RegistryError: missing, unreadable, foreign, corrupt, of a newer schema, or (for reading) older;
         Locked, one of them, where the lock is still held.
         """
         parsed = Target.parse(target)
         with explained(parsed), ExitStack() as opening:
             if write:
-                return cls(parsed, schema.open_writer(parsed, wait_s), True, str(target))
+                return cls(parsed, schema.open_writer(parsed, wait_s, upgrade), True, str(target), wait_s=wait_s)
             engine, found = schema.open_reader(parsed, opening, wait_s)
             return cls(parsed, engine, False, str(target), found, opening.pop_all())
 
@@ -126,7 +134,12 @@ class Registry:
     ) -> Merged:
         """`record` for many verdicts: `rule` decides each conflict, in the same transaction; `origin` marks trials."""
         records: list[Record] = [*trials, *map(Written, verdicts), *revocations]
-        return self.pour(records, rule=rule, origin=origin) if records else Merged()
+        if not records:
+            return Merged()
+        try:
+            return self.pour(records, rule=rule, origin=origin)
+        except Unreachable:  # the server went away in mid-write; to merge a second time changes nothing
+            return self.pour(records, rule=rule, origin=origin)
 
     def pour(self, records: Iterable[Record], *, rule: Rule = local_rule, origin: str = "local") -> Merged:
         """`merge` of more records than fit into memory, in one transaction still: what `records` raises undoes all."""
@@ -295,7 +308,21 @@ class Registry:
         if self._engine is None:
             raise RegistryError(f"registry {self.label} is closed")
         with explained(self._target), Session(self._engine) as session, session.begin():
+            self._connect(session)
             yield session
+
+    def _connect(self, session: Session) -> None:
+        """A writer waits for a server that is being restarted as long as it would for a lock."""
+        deadline = time.monotonic() + (backend.WRITER_WAIT_S if self._patient else 0.0)
+        while True:
+            try:
+                with explained(self._target):
+                    session.connection()
+                return
+            except Unreachable:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_RETRY_S)
 
     @contextmanager
     def _write(self) -> Iterator[Session]:

@@ -29,6 +29,10 @@ class Locked(RegistryError):
     """Another process holds the registry's lock: the same may work later."""
 
 
+class Unreachable(RegistryError):
+    """A server does not answer, or there is none: who asks again waits again."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A parsed registry address; `path` for SQLite, `url` for PostgreSQL. `label` hides the password."""
