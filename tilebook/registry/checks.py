@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 ConfigValue: TypeAlias = int | str | bool
@@ -58,9 +58,24 @@ def quoted(value: object) -> str:
 
 
 def name(value: object, what: str) -> str:
-    if type(value) is not str or not _NAME.match(value):
+    if type(value) is not str or not _is_name(value):
         raise ValueError(f"{what} is not a plain name: {quoted(value)}")
     return value
+
+
+@lru_cache(1_024)  # every record has many, and all have the same
+def _is_name(value: str) -> bool:
+    return _NAME.match(value) is not None
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    """`isinstance`, which is slow for what is nearly always a plain dictionary."""
+    return type(value) is dict or isinstance(value, Mapping)
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Is it a sequence of values, and no text? As `is_mapping`."""
+    return type(value) in (list, tuple) or (isinstance(value, Sequence) and not isinstance(value, str))
 
 
 def digest(value: object, what: str) -> str:
@@ -113,7 +128,7 @@ def optional_number(value: object, what: str) -> float | None:
 
 
 def config(value: object) -> dict[str, ConfigValue]:
-    if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
+    if not is_mapping(value) or len(value) > MAX_CONFIG:
         raise ValueError(f"config is not a mapping of at most {MAX_CONFIG} keys")
     for key, item in value.items():
         if type(key) is not str or not _is_config_key(key):
@@ -133,7 +148,7 @@ def _is_config_key(key: str) -> bool:
 
 
 def versions(value: object) -> dict[str, str]:
-    if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
+    if not is_mapping(value) or len(value) > MAX_CONFIG:
         raise ValueError(f"environment is not a mapping of at most {MAX_CONFIG} versions")
     return {name(key, "environment key"): label(item, f"version of {key}") for key, item in value.items()}
 
@@ -175,7 +190,7 @@ def _keeps(release: tuple[int, ...], bounds: Sequence[str]) -> bool:
 
 def json_object(value: object, what: str) -> dict[str, Json]:
     """A copy with plain dicts and lists, so that what was recorded equals what is read back."""
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         raise ValueError(f"{what} is not a mapping: {quoted(value)}")
     result = {_json_key(key, what): _json(item, what, 1) for key, item in value.items()}
     if len(canonical(result)) > MAX_JSON:
@@ -185,7 +200,7 @@ def json_object(value: object, what: str) -> dict[str, Json]:
 
 def fields(value: object, what: str, wanted: Sequence[str]) -> dict[str, Any]:
     """A copy of an object that has these fields and no others."""
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         raise ValueError(f"the {what} is not an object: {quoted(value)}")
     if set(wanted) != value.keys():
         missing, unknown = sorted(set(wanted) - value.keys()), sorted(map(str, value.keys() - set(wanted)))
@@ -195,7 +210,7 @@ def fields(value: object, what: str, wanted: Sequence[str]) -> dict[str, Any]:
 
 def sources(value: object) -> dict[str, str]:
     """Implementation → the digest of its source, or its package and version."""
-    if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
+    if not is_mapping(value) or len(value) > MAX_CONFIG:
         raise ValueError(f"sources are not a mapping of at most {MAX_CONFIG} implementations")
     return {name(key, "implementation"): label(item, f"source of {key}") for key, item in value.items()}
 
@@ -224,7 +239,7 @@ def _numbers(value: object, what: str) -> None:
 
 
 def _mapping(value: object, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         raise ValueError(f"{what} is not a mapping: {quoted(value)}")
     return value
 

@@ -6,6 +6,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tilebook.errors import RegistryError
@@ -39,7 +40,7 @@ def connect(path: Path, mode: str, wait_s: float) -> sqlite3.Connection:
     )
     try:
         # A text with a flipped bit may not be UTF-8; it must cost its row, not the query.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         for pragma in ("foreign_keys=ON", "trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
             connection.execute(f"PRAGMA {pragma}")
         connection.execute("PRAGMA query_only=ON" if mode == "ro" else "PRAGMA synchronous=FULL")

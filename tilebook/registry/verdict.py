@@ -56,7 +56,7 @@ class Speedup:
         """From `content`, or None from null. Raises ValueError."""
         if content is None:
             return None
-        if not isinstance(content, Sequence) or isinstance(content, str) or len(content) != 3:
+        if not checks.is_list(content) or len(content) != 3:
             raise ValueError(f"not a speedup and its interval: {checks.quoted(content)}")
         return cls(*content)
 
@@ -317,7 +317,7 @@ def _ranked(value: object) -> tuple[Finalist, ...]:
 
 
 def _samples(value: object) -> tuple[float, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) > checks.MAX_SAMPLES:
+    if not checks.is_list(value) or len(value) > checks.MAX_SAMPLES:
         raise ValueError(f"samples are not a list of at most {checks.MAX_SAMPLES} numbers")
     if not value:
         return ()
