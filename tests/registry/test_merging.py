@@ -42,6 +42,7 @@ from tilebook.registry import (
 )
 from tilebook.registry import merging as merging_module
 from tilebook.registry.exchange import import_rule
+from tilebook.registry.sql import Sql
 from tilebook.registry.texts import Written
 
 Held = tuple[list[Trial], list[Verdict], list[Revocation]]
@@ -225,3 +226,49 @@ def test_few_records_are_in_memory_at_once(registry: Registry, monkeypatch: pyte
     for _ in seen(registry.each_verdict()):
         pass
     assert most <= 34
+
+
+class Counted:
+    """Counts the statements, and the rows that come back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.statements = self.rows = 0
+        ask, insert, run = Sql.rows, Sql.insert, Sql.run
+
+        def rows(sql: Sql, *arguments: Any) -> Any:
+            found = ask(sql, *arguments)
+            self.statements, self.rows = self.statements + 1, self.rows + len(found)
+            return found
+
+        def counted(call: Any) -> Any:
+            def wrapped(*arguments: Any, **named: Any) -> None:
+                self.statements += 1
+                call(*arguments, **named)
+
+            return wrapped
+
+        monkeypatch.setattr(Sql, "rows", rows)
+        monkeypatch.setattr(Sql, "insert", counted(insert))
+        monkeypatch.setattr(Sql, "run", counted(run))
+
+
+def test_statements_are_issued_for_batches_of_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 4 * merging_module.BATCH
+    counted = Counted(monkeypatch)
+    with Registry.open(tmp_path / "r.db", write=True) as registry:
+        registry.merge(verdicts=[verdict(problem=problem(number)) for number in range(count)])
+        assert counted.statements <= 20 * count / merging_module.BATCH
+        counted.statements = 0
+        export(registry, io.StringIO())
+        assert counted.statements <= 4 * count / reading.BATCH + 4
+
+
+def test_one_gpus_verdicts_are_read_without_the_others(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = [verdict(problem=problem(number), device=A100) for number in range(300)]
+    mine = [verdict(problem=problem(number)) for number in range(10)]
+    registry.merge(verdicts=[*theirs, *mine, verdict(op="mlp_fwd")])
+    counted = Counted(monkeypatch)
+    assert registry.verdicts(op="rms_norm_fwd", gpu="h200") == sorted(mine, key=lambda each: each.place)
+    assert counted.rows <= 2 * len(mine) + 5
+    assert len(registry.verdicts(gpu="nvidia")) == 311
+    assert registry.verdicts(gpu="unheard of") == []
