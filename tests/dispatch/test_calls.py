@@ -1,8 +1,10 @@
 """A call runs what was chosen for it, is known again by all that its choice depends on, and never stops a program."""
 
+import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -306,6 +308,29 @@ def test_misses_are_counted_and_weighed_and_verdicts_are_not(choose):
     (miss,) = choose.here.misses()
     assert (miss.problem, miss.calls) == (missed.problem.key, 3)
     assert miss.time_ms > 0
+
+
+def test_a_forked_process_counts_its_own_calls(choose):
+    missed = choose(problem=OP.problem.parse("B4,H16,S2048,D128", "bf16"))
+    choose.here._memo[OP, 1] = missed
+    missed.calls = 3
+    choose.here.forked()
+    assert choose.here.misses() == []
+    missed.calls += 2
+    assert [miss.calls for miss in choose.here.misses()] == [2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_program_tells_its_dispatch_of_a_fork(monkeypatch):
+    reader, writer = os.pipe()
+    dispatch.here._inherited = {}
+    missed = SimpleNamespace(calls=7)
+    monkeypatch.setitem(dispatch.here._memo, "call", missed)
+    if os.fork() == 0:
+        os.write(writer, str(dispatch.here._inherited.get(id(missed))).encode())
+        os._exit(0)
+    assert os.read(reader, 10) == b"7"
+    assert id(missed) not in dispatch.here._inherited
 
 
 def test_importing_tilebook_is_light():

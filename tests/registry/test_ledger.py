@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from registry_samples import A100, START, evidenced, miss
 
 import tilebook.registry
 from tilebook.dispatch.misses import store_misses
-from tilebook.registry import Locked, Registry, RegistryError, ledger
+from tilebook.registry import Locked, Registry, RegistryError, ledger, serving
 
 REPOSITORY = Path(tilebook.registry.__file__).parents[2]
 LATER = START + timedelta(days=1)
@@ -115,3 +116,52 @@ def test_counting_needs_the_standard_library_alone() -> None:
         "sys.exit(sorted({'sqlalchemy', 'platformdirs', 'alembic', 'torch', 'triton'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+
+def test_what_cannot_be_written_gives_way_to_the_next_registry(home: Path) -> None:
+    user = home / "data" / "tilebook" / "registry.db"
+    for place in (user, home / "mine.db"):
+        Registry.open(place, write=True).close()
+    with sqlite3.connect(home / "mine.db") as database:
+        database.execute("PRAGMA user_version=99")  # of a newer tilebook: root may write any file
+    assert ledger.count(FIRST)
+    assert len(misses(user)) == 3
+
+
+def test_a_server_that_the_program_speaks_to_has_a_ledger(
+    home: Path, postgres_target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TILEBOOK_REGISTRY", postgres_target)
+    assert not ledger.count(FIRST, 5.0), "the database is there, and no registry yet"
+    Registry.open(postgres_target, write=True).close()
+    assert ledger.count(FIRST, 5.0)
+    assert ledger.count(SECOND, 5.0)
+    with Registry.open(postgres_target) as registry:
+        assert registry.misses()[0] == miss(2, calls=2, time_ms=100.0)
+        assert len(registry.misses()) == 4
+
+
+def test_a_server_that_does_not_answer_is_waited_for_briefly(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psycopg")
+    user = home / "data" / "tilebook" / "registry.db"
+    Registry.open(user, write=True).close()
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        monkeypatch.setenv("TILEBOOK_REGISTRY", f"postgresql://x@127.0.0.1:{deaf.getsockname()[1]}/x")
+        began = time.monotonic()
+        assert ledger.count(FIRST)
+        assert time.monotonic() - began < 1.5
+    assert len(misses(user)) == 3
+
+
+def test_dispatch_does_without_a_server_that_does_not_answer(home: Path) -> None:
+    pytest.importorskip("psycopg")
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        target = f"postgresql://x@127.0.0.1:{deaf.getsockname()[1]}/x"
+        table = serving.read("NVIDIA H200", "sm_90", 132, target)
+        assert not [each for each in table.verdicts("rms_norm_fwd") if each.layer == "explicit"]
+        assert [line for line in table.problems if "does not answer within" in line]
+        assert not table.locked, "it is not waited for again"
+        deaf.settimeout(0)
+        deaf.accept()
+        with pytest.raises(BlockingIOError):
+            deaf.accept()

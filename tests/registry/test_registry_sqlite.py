@@ -253,7 +253,7 @@ def test_a_flipped_bit_never_changes_an_answer(path: Path) -> None:
     known = {trial(number).sha256 for number in range(20)} | {verdict().sha256, revocation().sha256, miss().sha256}
     dice = random.Random(20261121)
     noticed = 0
-    for _ in range(300):
+    for _ in range(400):
         place, bit = dice.randrange(len(good)), dice.randrange(8)
         bad = bytearray(good)
         bad[place] ^= 1 << bit

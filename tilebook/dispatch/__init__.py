@@ -7,6 +7,7 @@ here, something else computes the right numbers, after one warning. What a regis
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,7 @@ class Dispatch:
         self._memo: dict[tuple[Any, ...], Choice] = {}
         self._snapshots: dict[int, Snapshot] = {}
         self._warned: set[str] = set()
+        self._inherited: dict[int, int] = {}  # by a choice's id, the calls that a parent process made and counts
 
     def run(self, op: Op[Any], *args: Any) -> Outputs:
         """One call of the op with the implementation and config chosen for it; PyTorch's where no kernel can run it."""
@@ -160,7 +162,11 @@ class Dispatch:
 
     def misses(self) -> list[store.Miss]:
         """The problems that this process asked for and no verdict covers, heaviest first."""
-        return misses_of(list(self._memo.values()))
+        return misses_of(list(self._memo.values()), self._inherited)
+
+    def forked(self) -> None:
+        """Told in a process that was forked off: the calls until now are its parent's to count."""
+        self._inherited = {id(choice): choice.calls for choice in self._memo.values()}
 
     def _choose(self, snapshot: Snapshot, op: Op[Any], problem: Problem) -> Choice:
         try:
@@ -223,6 +229,10 @@ use, reload, misses, ahead_of = here.use, here.reload, here.misses, here.ahead_o
 def forced() -> bool:
     """Is an implementation being forced, by `use`?"""
     return here.forced is not None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=here.forked)
 
 
 @atexit.register

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from tilebook import registry as store
 from tilebook.dispatch.choice import Choice
@@ -14,17 +15,21 @@ from tilebook.registry import ledger
 _TYPICAL_EFFICIENCY = 0.5
 
 
-def misses_of(choices: Sequence[Choice]) -> list[store.Miss]:
-    """Those of the choices that no verdict covers, heaviest first."""
+def misses_of(choices: Sequence[Choice], counted: Mapping[int, int] = MappingProxyType({})) -> list[store.Miss]:
+    """Those of the choices that no verdict covers, heaviest first.
+
+    counted: by a choice's id, how many of its calls somebody else counts.
+    """
     found = []
     for choice in choices:
-        if choice.gpu is None or choice.source == "exact" or not choice.calls:
+        calls = choice.calls - counted.get(id(choice), 0)
+        if choice.gpu is None or choice.source == "exact" or calls <= 0:
             continue
         gpu = choice.gpu
         where = store.Device(*gpu.identity)
         time_ms = 1e3 * choice.problem.floor_s(gpu) / _TYPICAL_EFFICIENCY
         if math.isfinite(time_ms):
-            found.append(store.Miss(choice.implementation.op.name, choice.problem.key, where, choice.calls, time_ms))
+            found.append(store.Miss(choice.implementation.op.name, choice.problem.key, where, calls, time_ms))
     return sorted(found, key=lambda miss: -miss.calls * miss.time_ms)
 
 

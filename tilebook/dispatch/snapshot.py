@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tilebook import device as devices
@@ -16,7 +18,7 @@ from tilebook.registry.current import may_run, stands
 from tilebook.registry.layers import DenyList
 from tilebook.registry.records import Device as Known
 from tilebook.registry.records import Revocation
-from tilebook.registry.serving import Served
+from tilebook.registry.serving import Answer, Question, Served
 
 FARTHEST = 8.0
 """A verdict serves problems up to this distance: a factor of 256 in one dimension, or less in several."""
@@ -28,9 +30,14 @@ _DECISIVE = ("torch", "cudnn", "cuda")
 """Packages whose versions decide how fast PyTorch's own call is."""
 
 
+_FIRST, _MORE = 1, 32
+"""How many verdicts on near problems are asked of a large registry: the nearest serves nearly always."""
+
+
 class Snapshot:
     """The verdicts for one GPU model, read op by op and kept in memory, and the revocations, read at once.
 
+    Of a registry that holds much on an op only what bears on a problem is read, when it is asked for.
     A layer that another process has locked is asked again with the next problem. What is wrong with a layer is warned
     of once, and the others serve.
     """
@@ -48,10 +55,13 @@ class Snapshot:
         self._warn()
 
     def verdicts(self, op: Op[Any]) -> list[tuple[Served, Problem]]:
-        """The verdicts that may be served for this op: trusted, and made with the kernels as they are now."""
+        """The verdicts that may be served for this op: trusted, and made with the kernels as they are now.
+
+        Without those of large registries.
+        """
         if op.name not in self._verdicts:
             kept = []
-            for verdict in self._table.verdicts(op.name):
+            for verdict in self._table.small(op.name):
                 if verdict.trusted and stands(verdict, op.digest):
                     try:
                         kept.append((verdict, op.problem.from_key(verdict.problem)))
@@ -95,25 +105,54 @@ class Snapshot:
 
     def candidates(self, op: Op[Any], problem: Problem) -> Iterator[Choice]:
         """All that can run this problem here, revoked or not, best first; PyTorch's own implementation ends it."""
-        found = self.verdicts(op)
-        for verdict, _ in found:
-            if verdict.problem == problem.key:
-                for candidate in self._feasible(op, problem, verdict):
-                    if self._counts(candidate[0], problem, verdict):
-                        yield Choice(*candidate, "exact", problem, self.gpu, verdict.layer, verdict)
-        if op.fused(problem):
+        fused = op.fused(problem)
+        exact, near = self._around(op, problem, 0 if fused else _FIRST)
+        for verdict in exact:
+            for candidate in self._feasible(op, problem, verdict):
+                if self._counts(candidate[0], problem, verdict):
+                    yield Choice(*candidate, "exact", problem, self.gpu, verdict.layer, verdict)
+        if fused:
             # Faster than PyTorch's own kernel only where that was measured: a neighbour's verdict is no evidence.
             yield pytorch(op, problem, self.gpu)
-        near = sorted(
-            ((problem.distance(p), not v.measured, v) for v, p in found if v.problem != problem.key),
-            key=lambda each: each[:2],
-        )
-        for distance, _, verdict in near:
-            if distance > FARTHEST:
-                break
+        for verdict in near:
             for candidate in self._feasible(op, problem, verdict):
                 yield Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
         yield from self._defaults(op, problem)
+
+    def _around(self, op: Op[Any], problem: Problem, most: int) -> tuple[list[Served], Iterator[Served]]:
+        """The verdicts on a problem itself, and those that are near enough to serve it, nearest first.
+
+        most: how many near ones to ask of a large registry at once; more are asked for when these have been looked at.
+        """
+        known = self.verdicts(op)
+        if not self._table.large(op.name):
+            near = (verdict for _, _, verdict in _by_distance(problem, known))
+            return [verdict for verdict, _ in known if verdict.problem == problem.key], near
+        question = Question(
+            op.name, op.digest, problem.key, most, partial(_distance, op, problem), FARTHEST, op.problem.EXACT
+        )
+        answer = self._table.find(question)
+        self._warn()
+        exact = [answer.exact] if answer.exact is not None and answer.exact.trusted else []
+        return exact, self._near_in_large(problem, known, question, answer)
+
+    def _near_in_large(
+        self, problem: Problem, known: Sequence[tuple[Served, Problem]], question: Question, answer: Answer
+    ) -> Iterator[Served]:
+        """The near ones of all layers; those of small ones give way to what a large one has on the same problem."""
+        seen = {problem.key}
+        small = _by_distance(problem, known)
+        for most in (question.most, _MORE):
+            near = answer.near if most == question.most else self._table.find(replace(question, most=most)).near
+            large = [(distance, not each.measured, each) for distance, each in near]
+            # There may be others in the large ones behind the last, nearer than what is left of the small ones.
+            last = math.inf if most == _MORE or len(large) < most else large[-1][0] if large else 0.0
+            for distance, _, verdict in sorted([*small, *large], key=_order):
+                if verdict.problem in seen or distance > last:
+                    continue
+                seen.add(verdict.problem)
+                best = self._table.find(question.about(verdict.problem)).exact
+                yield best if best is not None and best.trusted else verdict
 
     def _counts(self, candidate: Implementation, problem: Problem, verdict: Served) -> bool:
         """Does an exact verdict say of this finalist how it compares here with what PyTorch's own call would do?
@@ -154,13 +193,18 @@ class Snapshot:
             if space.contains(config) and space.reject(problem, config, self.gpu) is None:
                 yield implementation, config
 
+    def _some(self, op: Op[Any]) -> list[Served]:
+        """Verdicts that may be served, on whatever problems: all, but of large registries."""
+        large = self._table.large(op.name)
+        return self._table.some(op.name, op.digest) if large else [verdict for verdict, _ in self.verdicts(op)]
+
     def _defaults(self, op: Op[Any], problem: Problem) -> Iterator[Choice]:
         """Our kernel with its default config; in its place configs verified on other problems, then its neighbours."""
         ours = op.tunable
         if ours.can_run(problem, self.gpu) and ours.space is not None and ours.proven(problem):
             configs = ours.space.defaults(problem, self.gpu)
             yield Choice(ours, next(configs), "default", problem, self.gpu)
-            for verdict, _ in self.verdicts(op):
+            for verdict in self._some(op):
                 for candidate in self._feasible(op, problem, verdict) if verdict.measured else ():
                     if candidate[0] is ours:
                         yield Choice(*candidate, "default", problem, self.gpu, verdict.layer)
@@ -188,3 +232,20 @@ def _times(verdict: Served) -> dict[str, float]:
         if each.time_ms is not None:
             found[each.implementation] = min(each.time_ms, found.get(each.implementation, math.inf))
     return found
+
+
+def _by_distance(problem: Problem, known: Sequence[tuple[Served, Problem]]) -> list[tuple[float, bool, Served]]:
+    """The verdicts on other problems that are near enough, nearest first, measurements first of two as near."""
+    found = [(problem.distance(p), not v.measured, v) for v, p in known if v.problem != problem.key]
+    return sorted((each for each in found if each[0] <= FARTHEST), key=_order)
+
+
+def _order(near: tuple[float, bool, Served]) -> tuple[float, bool, str]:
+    return *near[:2], near[2].problem
+
+
+def _distance(op: Op[Any], problem: Problem, key: str) -> float:
+    try:
+        return problem.distance(op.problem.from_key(key))
+    except (TypeError, ValueError):
+        return math.inf

@@ -11,7 +11,8 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from functools import lru_cache
+from typing import Any, TypeAlias, TypeGuard
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 ConfigValue: TypeAlias = int | str | bool
@@ -45,7 +46,10 @@ DAMAGE = (ValueError, TypeError, AttributeError, KeyError, OverflowError, Recurs
 
 def canonical(value: Json) -> str:
     """The one text of a JSON value: sorted keys, no spaces, ASCII, no NaN or infinity (ValueError)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL(value)
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
 def quoted(value: object) -> str:
@@ -54,9 +58,24 @@ def quoted(value: object) -> str:
 
 
 def name(value: object, what: str) -> str:
-    if type(value) is not str or not _NAME.match(value):
+    if type(value) is not str or not _is_name(value):
         raise ValueError(f"{what} is not a plain name: {quoted(value)}")
     return value
+
+
+@lru_cache(1_024)  # every record has many, and all have the same
+def _is_name(value: str) -> bool:
+    return _NAME.match(value) is not None
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    """`isinstance`, which is slow for what is nearly always a plain dictionary."""
+    return type(value) is dict or isinstance(value, Mapping)
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Is it a sequence of values, and no text? As `is_mapping`."""
+    return type(value) in (list, tuple) or (isinstance(value, Sequence) and not isinstance(value, str))
 
 
 def digest(value: object, what: str) -> str:
@@ -91,6 +110,8 @@ def integer(value: object, what: str, low: int, high: int) -> int:
 
 def number(value: object, what: str) -> float:
     """A finite float, zero or more. SQLite has no negative zero, so neither have records."""
+    if type(value) is float and 0.0 < value < math.inf:
+        return value
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ValueError(f"{what} is not a number: {quoted(value)}")
     try:
@@ -107,10 +128,10 @@ def optional_number(value: object, what: str) -> float | None:
 
 
 def config(value: object) -> dict[str, ConfigValue]:
-    if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
+    if not is_mapping(value) or len(value) > MAX_CONFIG:
         raise ValueError(f"config is not a mapping of at most {MAX_CONFIG} keys")
     for key, item in value.items():
-        if type(key) is not str or not _KEY.match(key) or key in _FORBIDDEN_KEYS:
+        if type(key) is not str or not _is_config_key(key):
             raise ValueError(f"config key is not allowed: {quoted(key)}")
         if type(item) is bool:
             continue
@@ -121,8 +142,13 @@ def config(value: object) -> dict[str, ConfigValue]:
     return dict(value)
 
 
+@lru_cache(1_024)
+def _is_config_key(key: str) -> bool:
+    return _KEY.match(key) is not None and key not in _FORBIDDEN_KEYS
+
+
 def versions(value: object) -> dict[str, str]:
-    if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
+    if not is_mapping(value) or len(value) > MAX_CONFIG:
         raise ValueError(f"environment is not a mapping of at most {MAX_CONFIG} versions")
     return {name(key, "environment key"): label(item, f"version of {key}") for key, item in value.items()}
 
@@ -164,7 +190,7 @@ def _keeps(release: tuple[int, ...], bounds: Sequence[str]) -> bool:
 
 def json_object(value: object, what: str) -> dict[str, Json]:
     """A copy with plain dicts and lists, so that what was recorded equals what is read back."""
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         raise ValueError(f"{what} is not a mapping: {quoted(value)}")
     result = {_json_key(key, what): _json(item, what, 1) for key, item in value.items()}
     if len(canonical(result)) > MAX_JSON:
@@ -174,7 +200,7 @@ def json_object(value: object, what: str) -> dict[str, Json]:
 
 def fields(value: object, what: str, wanted: Sequence[str]) -> dict[str, Any]:
     """A copy of an object that has these fields and no others."""
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         raise ValueError(f"the {what} is not an object: {quoted(value)}")
     if set(wanted) != value.keys():
         missing, unknown = sorted(set(wanted) - value.keys()), sorted(map(str, value.keys() - set(wanted)))
@@ -184,7 +210,7 @@ def fields(value: object, what: str, wanted: Sequence[str]) -> dict[str, Any]:
 
 def sources(value: object) -> dict[str, str]:
     """Implementation → the digest of its source, or its package and version."""
-    if not isinstance(value, Mapping) or len(value) > MAX_CONFIG:
+    if not is_mapping(value) or len(value) > MAX_CONFIG:
         raise ValueError(f"sources are not a mapping of at most {MAX_CONFIG} implementations")
     return {name(key, "implementation"): label(item, f"source of {key}") for key, item in value.items()}
 
@@ -213,7 +239,7 @@ def _numbers(value: object, what: str) -> None:
 
 
 def _mapping(value: object, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         raise ValueError(f"{what} is not a mapping: {quoted(value)}")
     return value
 
@@ -296,6 +322,11 @@ def problem(value: object) -> str:
     """The canonical JSON text of a problem; compared byte by byte, so any other spelling is refused."""
     if type(value) is not str or len(value) > MAX_PROBLEM:
         raise ValueError(f"problem is not a text of at most {MAX_PROBLEM} characters: {quoted(value)}")
+    return _problem(value)
+
+
+@lru_cache(1_024)  # one problem has verdicts on many GPUs, and hundreds of trials
+def _problem(value: str) -> str:
     try:
         parsed = json.loads(value)
         same = type(parsed) is dict and canonical(parsed) == value

@@ -6,6 +6,8 @@ and text that a record would have had to clean. It serves rows of the database a
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from typing import Any
 
 from tilebook.registry import checks
@@ -18,7 +20,7 @@ def trial_from(data: object) -> Trial:
     """Raises ValueError."""
     fields = _fields(data, "trial", Trial)
     fields["device"] = _device(fields["device"])
-    fields["environment"] = Environment(fields["environment"])
+    fields["environment"] = _environment(canonical(fields["environment"]))
     if type(fields["samples_ms"]) is not list:
         raise ValueError(f"samples_ms is not a list: {quoted(fields['samples_ms'])}")
     fields["samples_ms"] = tuple(fields["samples_ms"])
@@ -30,17 +32,22 @@ def trial_from(data: object) -> Trial:
 
 def verdict_from(data: object, *, origin: str, trusted: bool) -> Verdict:
     """`data` is a verdict's portable content; raises ValueError."""
+    verdict = verdict_like(data, origin=origin, trusted=trusted)
+    _same(data, verdict.portable(), "verdict")
+    return verdict
+
+
+def verdict_like(data: object, *, origin: str, trusted: bool) -> Verdict:
+    """As `verdict_from`, for whoever compares the verdict's text with the one that this is: it may say it otherwise."""
     fields = _fields(data, "verdict", Verdict, without=("origin", "trusted"))
     fields["device"] = _device(fields["device"])
-    fields["environment"] = Environment(fields["environment"])
+    fields["environment"] = _environment(canonical(fields["environment"]))
     if type(fields["finalists"]) is not list:
         raise ValueError(f"finalists are not a list: {quoted(fields['finalists'])}")
     fields["finalists"] = tuple(map(Finalist.of, fields["finalists"]))
     fields["interval"] = Speedup.of(fields["interval"])
     fields["created_at"] = parse_time(fields["created_at"], "created_at")
-    verdict = Verdict(**fields, origin=origin, trusted=trusted)
-    _same(data, verdict.portable(), "verdict")
-    return verdict
+    return Verdict(**fields, origin=origin, trusted=trusted)
 
 
 def revocation_from(data: object, *, origin: str, trusted: bool) -> Revocation:
@@ -63,11 +70,28 @@ def miss_from(data: object) -> Miss:
 
 
 def _device(data: object) -> Device:
-    return Device(**_fields(data, "device", Device))
+    fields = _fields(data, "device", Device)
+    return _known_device(*(fields[name] for name in Device.__dataclass_fields__))
+
+
+@lru_cache(256, typed=True)  # few, and every record names one
+def _known_device(name: str, arch: str, sm_count: int) -> Device:
+    return Device(name, arch, sm_count)
+
+
+@lru_cache(256)
+def _environment(text: str) -> Environment:
+    return Environment(json.loads(text))
 
 
 def _fields(data: object, what: str, record: type[Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
-    return checks.fields(data, what, tuple(name for name in record.__dataclass_fields__ if name not in without))
+    names: tuple[str, ...] = _names(record, without)  # type: ignore[arg-type]  # classes are hashable
+    return checks.fields(data, what, names)
+
+
+@lru_cache
+def _names(record: Any, without: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in record.__dataclass_fields__ if name not in without)
 
 
 def _same(data: object, content: object, what: str) -> None:

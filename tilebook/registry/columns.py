@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tilebook.registry import served
 from tilebook.registry.checks import canonical
 from tilebook.registry.records import Revocation, Trial
-from tilebook.registry.verdict import Finalist, Speedup, Verdict
 
 
 def trial_columns(trial: Trial, origin: str) -> dict[str, Any]:
@@ -25,44 +23,6 @@ def trial_columns(trial: Trial, origin: str) -> dict[str, Any]:
         "facts": canonical(trial.facts),
         "created_at": trial.created_at,
     }
-
-
-def verdict_columns(verdict: Verdict) -> dict[str, Any]:
-    """All but the ids of the rows that it shares."""
-    return {
-        "sha256": verdict.sha256,
-        "served": served.digest(verdict),
-        "status": verdict.status.value,
-        "mode": verdict.mode,
-        "default_time_ms": verdict.default_time_ms,
-        **_speedup_columns(verdict.interval),
-        "sources": canonical(verdict.sources),
-        "origin": verdict.origin,
-        "trusted": verdict.trusted,
-        "created_at": verdict.created_at,
-        "notes": canonical(verdict.notes),
-    }
-
-
-def finalist_columns(finalist: Finalist, place: int) -> dict[str, Any]:
-    return {
-        "place": place,
-        "implementation": finalist.implementation,
-        "config": canonical(finalist.config),
-        "time_ms": finalist.time_ms,
-        "code": finalist.code,
-        "predicted_ms": finalist.predicted_ms,
-        "is_default": finalist.default,
-        **_speedup_columns(finalist.speedup),
-        "samples_ms": canonical(finalist.samples_ms),
-        "again": canonical(None if finalist.again is None else finalist.again.content()),
-    }
-
-
-def _speedup_columns(speedup: Speedup | None) -> dict[str, float | None]:
-    names = ("value", "low", "high")
-    values = [None if speedup is None else getattr(speedup, name) for name in names]
-    return dict(zip(("speedup", "speedup_low", "speedup_high"), values, strict=True))
 
 
 def revocation_columns(revocation: Revocation) -> dict[str, Any]:

@@ -1,28 +1,59 @@
 """Export and import of a registry in the exchange format, see `lines`.
 
-A file comes from a stranger: all of it is checked before any of it is written, and nothing in it is ever executed.
+A file comes from a stranger: every record is checked before it is written, none stays where one is refused, and nothing
+in it is ever executed. Records come and go one by one, so that neither way asks for more memory where there are more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, TextIO
 
 from tilebook.registry import lines
 from tilebook.registry.checks import quoted
-from tilebook.registry.lines import MAX_TOTAL
+from tilebook.registry.merging import Choice, note
 from tilebook.registry.records import Revocation, Trial
-from tilebook.registry.store import Choice, Registry
+from tilebook.registry.store import Registry
+from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
+
+
+class Accepted:
+    """The verdicts of a file without their evidence, however many there are: for whoever asks what they are made of.
+
+    Of those that have one op, own kernel, winner and winner's source, the first stands for all. Kinds are kept up to
+    MOST_KINDS; more than a few are in no file that a tuner wrote.
+    """
+
+    MOST_KINDS = 10_000
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[str, ...], tuple[Verdict, int]] = {}
+
+    def add(self, verdict: Verdict) -> None:
+        winner = verdict.implementation
+        kind = verdict.op, verdict.kernel, winner, verdict.source_of(winner)
+        if kind in self._kinds:
+            first, count = self._kinds[kind]
+            self._kinds[kind] = first, count + 1
+        elif len(self._kinds) < self.MOST_KINDS:
+            bare = replace(verdict.winner, samples_ms=(), again=None)
+            self._kinds[kind] = replace(verdict, finalists=(bare,), notes={}), 1
+
+    def __iter__(self) -> Iterator[Verdict]:
+        for verdict, count in self._kinds.values():
+            yield from itertools.repeat(verdict, count)
 
 
 @dataclass
 class ImportReport:
     """What an import did. `trials`, `verdicts` and `revocations` count what was written; `unchanged` what was here.
 
-    `skipped` and `replaced` have one line each for a record left out, or for a verdict that took another's place.
-    `accepted` are the file's verdicts but those that were left out for what they are.
+    `skipped` and `replaced` have one line each for a record left out, or for a verdict that took another's place, of
+    the first thousand. `accepted` are the file's verdicts but those that were left out for what they are.
     """
 
     trials: int = 0
@@ -31,7 +62,7 @@ class ImportReport:
     unchanged: int = 0
     skipped: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
-    accepted: list[Verdict] = field(default_factory=list)
+    accepted: Accepted = field(default_factory=Accepted)
 
 
 def export(registry: Registry, stream: TextIO) -> int:
@@ -39,9 +70,7 @@ def export(registry: Registry, stream: TextIO) -> int:
 
     The same records give the same bytes, whichever registry holds them. Misses stay: they say what a user runs.
     """
-    found = lines.written(registry.revocations(), registry.verdicts(), registry.trials())
-    stream.writelines(found)
-    return len(found) - 1
+    return lines.write(stream, registry.revocations(), registry.each_verdict(), registry.each_trial())
 
 
 def load(
@@ -51,7 +80,7 @@ def load(
     allowed: Mapping[str, frozenset[str]] | None,
     trust: bool = False,
     is_problem: Callable[[str, str], bool] = lambda op, key: True,
-    max_total: int = MAX_TOTAL,
+    max_total: int | None = None,
 ) -> ImportReport:
     """Imports an exported file in one transaction, or raises RegistryError and changes nothing.
 
@@ -62,22 +91,23 @@ def load(
     up. `max_total` limits the characters read.
     """
     report = ImportReport()
-    trials: list[Trial] = []
-    verdicts = report.accepted
-    revocations: list[Revocation] = []
-    for number, record in lines.read(stream, origin="imported", trusted=trust, max_total=max_total):
-        refusal = _refusal(record, allowed, is_problem)
-        if refusal:
-            report.skipped.append(f"line {number}: {refusal}")
-        elif isinstance(record, Trial):
-            trials.append(record)
-        elif isinstance(record, Revocation):
-            revocations.append(record)
-        else:
-            verdicts.append(record)
-    merged = registry.merge(trials, verdicts, revocations, rule=import_rule, origin="imported")
+    trials = 0
+
+    def records() -> Iterator[Record]:
+        nonlocal trials
+        known = lru_cache(1_024)(is_problem)  # a problem has trials, and verdicts on several GPUs
+        for number, record in lines.read(stream, origin="imported", trusted=trust, max_total=max_total):
+            if refusal := _refusal(record, allowed, known):
+                note(report.skipped, f"line {number}: {refusal}")
+                continue
+            if isinstance(record, Written):
+                report.accepted.add(record.verdict)
+            trials += isinstance(record, Trial)
+            yield record
+
+    merged = registry.pour(records(), rule=import_rule, origin="imported")
     report.trials, report.verdicts, report.revocations = merged.trials, merged.verdicts, merged.revocations
-    report.unchanged = merged.unchanged + len(trials) - merged.trials
+    report.unchanged = merged.unchanged + trials - merged.trials
     report.skipped += merged.kept
     report.replaced = merged.replaced
     return report
@@ -119,17 +149,18 @@ _REASONS = (
 
 
 def _refusal(
-    record: Trial | Verdict | Revocation,
-    allowed: Mapping[str, frozenset[str]] | None,
-    is_problem: Callable[[str, str], bool],
+    record: Record, allowed: Mapping[str, frozenset[str]] | None, is_problem: Callable[[str, str], bool]
 ) -> str:
     if allowed is None:
         return ""
-    if record.op not in allowed:
-        return f"unknown op {record.op}"
-    if not isinstance(record, Revocation) and not is_problem(record.op, record.problem):
-        return f"{record.op} has no problem {quoted(record.problem)}"
+    told = record.verdict if isinstance(record, Written) else record
+    if told.op not in allowed:
+        return f"unknown op {told.op}"
+    if not isinstance(told, Revocation) and not is_problem(told.op, told.problem):
+        return f"{told.op} has no problem {quoted(told.problem)}"
     # A verdict's finalists are what dispatch falls back on, so their configs are held to the same list.
-    configs = [config for _, config in record.ranking()] if isinstance(record, Verdict) else [record.config]
-    unknown = sorted({key for config in configs for key in config} - allowed[record.op])
-    return f"{record.op} has no config key {quoted(unknown)}" if unknown else ""
+    configs = [each.config for each in told.finalists] if isinstance(told, Verdict) else [told.config]
+    known = allowed[told.op]
+    if all(config.keys() <= known for config in configs):
+        return ""
+    return f"{told.op} has no config key {quoted(sorted({key for config in configs for key in config} - known))}"

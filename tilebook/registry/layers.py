@@ -14,6 +14,7 @@ from tilebook.registry import shipped
 from tilebook.registry.records import ConfigValue, Device, Miss, Revocation
 from tilebook.registry.target import Target, user_folder
 from tilebook.registry.verdict import Verdict
+from tilebook.registry.wanted import Wanted
 
 if TYPE_CHECKING:
     from tilebook.registry.store import Registry
@@ -50,12 +51,14 @@ class Layers:
         return cls([*layers, ("shipped", str(SHIPPED))])
 
     def read(
-        self, *, op: str | None = None, device: Device | None = None
+        self, *, op: str | None = None, device: Device | None = None, gpu: str | None = None
     ) -> tuple[list[tuple[str, Verdict]], list[tuple[str, Revocation]]]:
         """`verdicts` and `revocations` of a single reading: a layer gives both, or neither."""
         found = [
             (name, *both)
-            for name, both in self._read(lambda each: (each.verdicts(op=op, device=device), each.revocations()))
+            for name, both in self._read(
+                lambda each: (each.verdicts(op=op, device=device, gpu=gpu), each.revocations())
+            )
         ]
         return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
 
@@ -76,15 +79,22 @@ class Layers:
         return sorted(together.values(), key=lambda miss: (-miss.calls * miss.time_ms, miss.op, miss.problem))
 
     def verdicts(
-        self, *, op: str | None = None, problem: str | None = None, device: Device | None = None
+        self,
+        *,
+        op: str | None = None,
+        problem: str | None = None,
+        device: Device | None = None,
+        gpu: str | None = None,
     ) -> list[tuple[str, Verdict]]:
         """One verdict for each (op, problem, device, kernel), with the name of its layer; the first layer wins.
+
+        gpu: part of the device's name, in whatever case; a registry looks for it before it reads anything whole.
 
         But as within one registry, evidence goes first: a prediction does not hide a trusted measurement in a later
         layer, and a verdict that may not be served hides none that may. Refreshes `problems`; a user or shipped
         registry that simply does not exist is not one.
         """
-        return _best(self._read(lambda each: each.verdicts(op=op, problem=problem, device=device)))
+        return _best(self._read(lambda each: each.verdicts(op=op, problem=problem, device=device, gpu=gpu)))
 
     def writer(self) -> Registry:
         """The first layer that can be written, opened for it: the explicit one and no other, where there is one."""
@@ -145,6 +155,7 @@ class Readable(Protocol):
         problem: str | None = None,
         device: Device | None = None,
         kernel: str | None = None,
+        gpu: str | None = None,
     ) -> list[Verdict]: ...
 
     def revocations(self) -> list[Revocation]: ...
@@ -178,9 +189,10 @@ class Text:
         problem: str | None = None,
         device: Device | None = None,
         kernel: str | None = None,
+        gpu: str | None = None,
     ) -> list[Verdict]:
         found, _, self.problems = shipped.read(self._folder, op, device)
-        return [each for each in found if problem in (None, each.problem) and kernel in (None, each.kernel)]
+        return [each for each in found if Wanted(op, problem, device, kernel, gpu).has(each)]
 
     def revocations(self) -> list[Revocation]:
         _, found, problems = shipped.read(self._folder, "")

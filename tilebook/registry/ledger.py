@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tilebook.registry.checks import DAMAGE, time_text
 from tilebook.registry.codec import miss_from
 from tilebook.registry.layers import Layers
 from tilebook.registry.records import Miss
-from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Target, sniff
+from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Locked, Target, sniff
 
 WAIT_S = 0.1
 """How long a program that ends may wait for another that writes."""
@@ -25,10 +26,11 @@ _CHECKED_BYTES = 64 << 20
 
 
 def count(misses: Iterable[Miss], wait_s: float = WAIT_S) -> bool:
-    """Adds misses to the ledger of the first registry of one's own that exists; whether it could.
+    """Adds misses to the ledger of the first registry of one's own that exists and can be written; whether it could.
 
     Where there is none, or another process holds its lock, they are dropped: they are counted again in the next run.
-    A database server is not asked, since to reach it may take seconds.
+    A database server is asked where it answers at once, and where the program has spoken to one before: what it takes
+    to speak to it is loaded then.
     """
     counted = list(misses)
     for name, target in Layers.default().layers:
@@ -36,12 +38,26 @@ def count(misses: Iterable[Miss], wait_s: float = WAIT_S) -> bool:
             continue
         try:
             place = Target.parse(target).path
-            if place is not None and place.exists():
+            if place is None:
+                _add_to_database(target, counted, wait_s)
+                return True
+            if place.exists():
                 add(place, counted, wait_s)
                 return True
-        except RegistryError:
+        except Locked:
             return False
+        except RegistryError:
+            continue  # what cannot be written has no ledger; the next may have one
     return False
+
+
+def _add_to_database(target: str, misses: Iterable[Miss], wait_s: float) -> None:
+    if "psycopg" not in sys.modules:
+        raise RegistryError("the program has asked no server for anything")
+    from tilebook.registry.store import Registry
+
+    with Registry.open(target, write=True, wait_s=wait_s, upgrade=False) as registry:
+        registry.count_misses(misses)
 
 
 def add(path: Path, misses: Iterable[Miss], wait_s: float) -> None:

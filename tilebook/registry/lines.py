@@ -11,15 +11,21 @@ The header's digest is over the record lines as written, each with its newline; 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any, TextIO
 
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy
-from tilebook.registry.checks import Json, canonical, quoted
-from tilebook.registry.codec import revocation_from, trial_from, verdict_from
+from tilebook.registry.checks import DAMAGE, canonical, quoted
+from tilebook.registry.codec import revocation_from, trial_from, verdict_from, verdict_like
 from tilebook.registry.records import Revocation, Trial
+from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
 
 FORMAT = "tilebook-registry"
@@ -27,7 +33,6 @@ FORMAT = "tilebook-registry"
 # written as the oldest version that can say what is in it.
 VERSION = 3
 MAX_LINE = 2 * 1024 * 1024  # characters; a record's own limits keep its line below this
-MAX_TOTAL = 256 * 1024 * 1024  # characters
 
 
 def written(
@@ -35,20 +40,58 @@ def written(
 ) -> list[str]:
     """The lines of a file, its header first. The same records give the same lines, in whatever order they come."""
     revoked = sorted(_line("revocation", each.portable()) for each in revocations)
-    found = [(_key(each), _line("verdict", each.portable())) for each in verdicts]
-    tried = [(t.op, t.problem, t.created_at, _line("trial", t.content())) for t in trials]
-    lines = [*revoked, *(line for _, line in sorted(found)), *(line for *_, line in sorted(tried))]
+    found = [Written(each).line for each in sorted(verdicts, key=lambda each: each.place)]
+    tried = list(_trial_lines(sorted(trials, key=_when)))
+    lines = [*revoked, *found, *tried]
     whole = hashlib.sha256()
     for line in lines:
         whole.update(line.encode())
-    version = VERSION if found else 2 if revoked else 1
-    header: dict[str, Json] = {"format": FORMAT, "version": version, "records": len(lines), "sha256": whole.hexdigest()}
-    return [canonical(header) + "\n", *lines]
+    return [_header(VERSION if found else 2 if revoked else 1, len(lines), whole.hexdigest()), *lines]
 
 
-def _key(verdict: Verdict) -> tuple[str, str, str, str, int, str]:
-    device = verdict.device
-    return verdict.op, verdict.problem, device.name, device.arch, device.sm_count, verdict.kernel
+def write(
+    stream: TextIO, revocations: Iterable[Revocation], verdicts: Iterable[Written], trials: Iterable[Trial]
+) -> int:
+    """Writes the file that `written` gives, of more records than fit into memory; returns how many.
+
+    verdicts and trials come in the order of the file: by `Verdict.place`; by op, problem and time. The records go to a
+    temporary file first, since the header, which tells what follows, can be known only then.
+    """
+    whole, count, versions = hashlib.sha256(), 0, {1}
+
+    def counted(lines: Iterable[str], version: int) -> Iterator[str]:
+        nonlocal count
+        for line in lines:
+            count += 1
+            versions.add(version)
+            whole.update(line.encode())
+            yield line
+
+    with tempfile.SpooledTemporaryFile(_SPOOLED, "w+", encoding="utf-8", newline="\n") as body:
+        body.writelines(counted(sorted(_line("revocation", each.portable()) for each in revocations), 2))
+        body.writelines(counted((each.line for each in verdicts), VERSION))
+        body.writelines(counted(_trial_lines(trials), 1))
+        body.seek(0)
+        stream.write(_header(max(versions), count, whole.hexdigest()))
+        shutil.copyfileobj(body, stream, 1 << 20)
+    return count
+
+
+_SPOOLED = 8 << 20
+
+
+def _header(version: int, records: int, sha256: str) -> str:
+    return canonical({"format": FORMAT, "version": version, "records": records, "sha256": sha256}) + "\n"
+
+
+def _when(trial: Trial) -> tuple[str, str, datetime]:
+    return trial.op, trial.problem, trial.created_at
+
+
+def _trial_lines(trials: Iterable[Trial]) -> Iterator[str]:
+    """Their lines; those of one moment are sorted among themselves."""
+    for _, together in itertools.groupby(trials, key=_when):
+        yield from sorted(_line("trial", each.content()) for each in together)
 
 
 def is_header(line: bytes) -> bool:
@@ -60,18 +103,40 @@ def is_header(line: bytes) -> bool:
     return isinstance(head, dict) and head.get("format") == FORMAT
 
 
-def read(
-    stream: TextIO, *, origin: str, trusted: bool, max_total: int = MAX_TOTAL
-) -> Iterator[tuple[int, Trial | Verdict | Revocation]]:
+def read(stream: TextIO, *, origin: str, trusted: bool, max_total: int | None = None) -> Iterator[tuple[int, Record]]:
     """The records of a file with the numbers of their lines; verdicts and revocations get this origin and trust.
 
-    Raises RegistryError; what the header promises is known to be true only when the last line has been read.
+    A file may have any length, a line may not; max_total: characters after which a file is refused after all. Raises
+    RegistryError; what the header promises is known to be true only when the last line has been read.
     """
-    for number, version, data in _records(stream, max_total):
-        try:
-            yield number, _decode(data, version, origin, trusted)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise _malformed(number, str(error)) from error
+    for number, version, line in _lines(stream, max_total):
+        yield number, _plain(line, version, origin, trusted) or _record(number, line, version, origin, trusted)
+
+
+def _plain(line: str, version: int, origin: str, trusted: bool) -> Written | None:
+    """A verdict whose line is, to the character, what would be written of it; so there is nothing to compare further.
+
+    None for all else, right or wrong: `_record` says which.
+    """
+    if version != VERSION or not line.endswith('"type":"verdict"}\n'):
+        return None
+    try:
+        data = json.loads(line)
+        del data["type"], data["sha256"]
+        written = Written(verdict_like(data, origin=origin, trusted=trusted))
+    except DAMAGE:
+        return None
+    return written if written.line == line else None
+
+
+def _record(number: int, line: str, version: int, origin: str, trusted: bool) -> Record:
+    data = _parse(number, line)
+    if version == 1 and data.get("type") == "revocation":
+        raise _malformed(number, "version 1 of the format has no revocations")
+    try:
+        return _decode(data, version, origin, trusted)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _malformed(number, str(error)) from error
 
 
 def _line(kind: str, content: Mapping[str, Any]) -> str:
@@ -86,9 +151,10 @@ def _malformed(number: int, why: str) -> RegistryError:
     return RegistryError(f"line {number} of the import: {why}")
 
 
-def _records(stream: TextIO, max_total: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yields (line number, version, object); the header's promises are checked when the last line has been seen."""
-    head = _parse(1, _read_line(stream, 1, max_total))
+def _lines(stream: TextIO, max_total: int | None) -> Iterator[tuple[int, int, str]]:
+    """Yields (line number, version, line); the header's promises are checked when the last line has been seen."""
+    left = math.inf if max_total is None else max_total
+    head = _parse(1, _read_line(stream, 1, left))
     if head.get("format") != FORMAT:
         raise _malformed(1, "this is not a tilebook export")
     if type(head.get("version")) is not int or not 1 <= head["version"] <= VERSION:
@@ -96,24 +162,21 @@ def _records(stream: TextIO, max_total: int) -> Iterator[tuple[int, int, dict[st
     if head.keys() != {"format", "version", "records", "sha256"} or type(head["records"]) is not int:
         raise _malformed(1, "the header's fields are wrong")
     whole = hashlib.sha256()
-    left, number = max_total, 1
+    number = 1
     while line := _read_line(stream, number + 1, left):
         number += 1
         left -= len(line)
         if number - 1 > head["records"]:
             raise _malformed(number, f"the header promised {head['records']} records, and there are more")
         whole.update(line.rstrip("\r\n").encode() + b"\n")
-        data = _parse(number, line)
-        if head["version"] == 1 and data.get("type") == "revocation":
-            raise _malformed(number, "version 1 of the format has no revocations")
-        yield number, head["version"], data
+        yield number, head["version"], line
     if number - 1 != head["records"]:
         raise _malformed(number, f"the header promised {head['records']} records, and there are {number - 1}")
     if whole.hexdigest() != head["sha256"]:
         raise _malformed(1, "the digest of the records is wrong")
 
 
-def _read_line(stream: TextIO, number: int, left: int) -> str:
+def _read_line(stream: TextIO, number: int, left: float) -> str:
     try:
         line = stream.readline(MAX_LINE + 1)
         line.encode()
@@ -149,14 +212,14 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _decode(data: dict[str, Any], version: int, origin: str, trusted: bool) -> Trial | Verdict | Revocation:
+def _decode(data: dict[str, Any], version: int, origin: str, trusted: bool) -> Record:
     kind, claimed = data.pop("type", None), data.pop("sha256", None)
-    record: Trial | Verdict | Revocation
+    record: Record
     if kind == "trial":
         record = trial_from(data)
     elif kind == "verdict":
         content = legacy.lifted(data) if version < 3 else data
-        record = verdict_from(content, origin=origin, trusted=trusted)
+        record = Written(verdict_from(content, origin=origin, trusted=trusted))
     elif kind == "revocation":
         record = revocation_from(data, origin=origin, trusted=trusted)
     else:

@@ -151,6 +151,20 @@ class VerdictRow(Base):
     environment: Mapped[EnvironmentRow] = relationship()
     kernel: Mapped[KernelRow] = relationship()
     finalists: Mapped[list[FinalistRow]] = relationship(order_by="FinalistRow.place", cascade="all, delete-orphan")
+    position: Mapped[PositionRow | None] = relationship(cascade="all, delete-orphan")
+
+
+class PositionRow(Base):
+    """Where the problem of a verdict that may be served lies among others: see `near`. Dispatch looks for it here."""
+
+    __tablename__ = "position"
+    __table_args__ = (Index(None, "device_id", "kernel_id", "form", "spot"),)
+
+    verdict_id: Mapped[int] = mapped_column(ForeignKey("verdict.id"), primary_key=True)
+    device_id: Mapped[int]
+    kernel_id: Mapped[int]
+    form: Mapped[str] = mapped_column(String(16))
+    spot: Mapped[str] = mapped_column(String(28))
 
 
 class FinalistRow(Base):

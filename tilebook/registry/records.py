@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cached_property
 
 from tilebook.registry import checks
 from tilebook.registry.checks import ConfigValue, Json, canonical
@@ -79,6 +80,11 @@ class Device:
     def content(self) -> dict[str, Json]:
         return {"name": self.name, "arch": self.arch, "sm_count": self.sm_count}
 
+    @cached_property
+    def text(self) -> str:
+        """Canonical JSON of `content`."""
+        return canonical(self.content())
+
     @property
     def sha256(self) -> str:
         return digest_of(self.content())
@@ -103,7 +109,12 @@ class Environment:
     def sha256(self) -> str:
         return digest_of(self.content())
 
-    @property
+    @cached_property
+    def text(self) -> str:
+        """Canonical JSON of `content`."""
+        return canonical(self.content())
+
+    @cached_property
     def digest(self) -> str:
         """64 hex digits that two machines share exactly when every version is the same."""
         return self.sha256

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 from tilebook.errors import RegistryError
 from tilebook.registry import backend, sqlitefile
 from tilebook.registry.backend import connect_sqlite, make_engine
-from tilebook.registry.models import Base, FinalistRow, RevocationRow
+from tilebook.registry.models import Base, FinalistRow, PositionRow, RevocationRow
 from tilebook.registry.target import (
     APPLICATION_ID,
     OLDEST_READABLE,
@@ -29,7 +29,7 @@ VERSION_TABLE = "tilebook_alembic_version"
 # Alembic's `op` and `context` are global, so upgrades of one process go one after the other.
 _upgrading = threading.Lock()
 # The schema that brought a table, where it was not the first.
-_SINCE = {RevocationRow.__tablename__: 2, FinalistRow.__tablename__: 3}
+_SINCE = {RevocationRow.__tablename__: 2, FinalistRow.__tablename__: 3, PositionRow.__tablename__: 4}
 
 
 def version(connection: Connection) -> int | None:
@@ -83,8 +83,11 @@ def open_reader(target: Target, cleanup: ExitStack, wait_s: float | None = None)
     return make_engine(replace(target, path=place), write=False, wait_s=wait_s), Found(found, damage)
 
 
-def open_writer(target: Target, wait_s: float | None = None) -> Engine:
-    """An engine that writes; the database is created or upgraded first, under the lock that every writer takes."""
+def open_writer(target: Target, wait_s: float | None = None, upgrade: bool = True) -> Engine:
+    """An engine that writes; the database is created or upgraded first, under the lock that every writer takes.
+
+    upgrade: else one that is not as it should be is refused. Raises RegistryError.
+    """
     if target.path is not None:
         header = sniff(target.path)
         if header is None:
@@ -92,10 +95,12 @@ def open_writer(target: Target, wait_s: float | None = None) -> Engine:
         elif header.wal:
             with closing(connect_sqlite(target.path, "rw", wait_s)) as raw:
                 raw.execute("PRAGMA journal_mode=DELETE")
-    with make_engine(target, write=True, create=True, wait_s=wait_s).begin() as connection:
+    with make_engine(target, write=True, create=upgrade, wait_s=wait_s).begin() as connection:
         if target.path is not None:
             _examine(connection, target.path)
         if _needs_upgrade(connection, target):
+            if not upgrade:
+                raise RegistryError(f"registry {target.label} has not the schema of today")
             with _upgrading:
                 _upgrade(connection)
             if connection.dialect.name == "sqlite":

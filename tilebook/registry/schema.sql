@@ -143,3 +143,15 @@ CREATE TABLE finalist (
     CONSTRAINT uq_finalist_verdict_id_place UNIQUE (verdict_id, place),
     CONSTRAINT fk_finalist_verdict_id FOREIGN KEY(verdict_id) REFERENCES verdict (id)
 );
+
+CREATE TABLE position (
+    verdict_id INTEGER NOT NULL,
+    device_id INTEGER NOT NULL,
+    kernel_id INTEGER NOT NULL,
+    form VARCHAR(16) NOT NULL,
+    spot VARCHAR(28) NOT NULL,
+    CONSTRAINT pk_position PRIMARY KEY (verdict_id),
+    CONSTRAINT fk_position_verdict_id FOREIGN KEY(verdict_id) REFERENCES verdict (id)
+);
+
+CREATE INDEX ix_position_device_id_kernel_id_form_spot ON position (device_id, kernel_id, form, spot);

@@ -24,9 +24,11 @@ from typing import Any
 from tilebook.errors import RegistryError
 from tilebook.registry import lines
 from tilebook.registry.checks import Json, canonical, time_text
-from tilebook.registry.columns import finalist_columns, revocation_columns, verdict_columns
+from tilebook.registry.columns import revocation_columns
+from tilebook.registry.near import position_columns
 from tilebook.registry.records import Device, Revocation
 from tilebook.registry.target import APPLICATION_ID, SCHEMA_VERSION
+from tilebook.registry.texts import Written, columns, finalist_columns
 from tilebook.registry.verdict import Verdict
 
 _REVOCATIONS = "revocations.jsonl"
@@ -87,7 +89,10 @@ def read(
     for file in [*sorted(folder.glob(where)), *folder.glob(_REVOCATIONS)]:
         try:
             with file.open(encoding="utf-8", newline="\n") as stream:
-                found = [record for _, record in lines.read(stream, origin="shipped", trusted=True)]
+                found = [
+                    record.verdict if isinstance(record, Written) else record
+                    for _, record in lines.read(stream, origin="shipped", trusted=True)
+                ]
         except (OSError, RegistryError) as error:
             problems.append(f"what ships is damaged: {file}: {error}")
             continue
@@ -152,9 +157,12 @@ def _fill(rows: _Rows, verdicts: Iterable[Verdict], revocations: Iterable[Revoca
             "environment_id": rows.shared("environment", digest=verdict.environment.digest, versions=versions),
             "kernel_id": rows.shared("kernel", op=verdict.op, digest=verdict.kernel),
         }
-        number = rows.insert("verdict", {**ids, **verdict_columns(verdict)})
-        for place, each in enumerate(verdict.finalists):
-            rows.insert("finalist", {"verdict_id": number, **finalist_columns(each, place)})
+        written = Written(verdict)
+        number = rows.insert("verdict", {**ids, **columns(written)})
+        for place, (each, texts) in enumerate(zip(verdict.finalists, written.finalists, strict=True)):
+            rows.insert("finalist", {"verdict_id": number, **finalist_columns(each, texts, place)})
+        place_of = {"device_id": ids["device_id"], "kernel_id": ids["kernel_id"], **position_columns(verdict.problem)}
+        rows.insert("position", {"verdict_id": number, **place_of})
     for revocation in revocations:
         rows.insert("revocation", revocation_columns(revocation))
 

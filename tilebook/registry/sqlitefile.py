@@ -6,6 +6,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tilebook.errors import RegistryError
@@ -23,10 +24,10 @@ _WORD = re.compile(
     "|double|precision|float|varchar|datetime|timestamp"
     "|(?:pk|fk|uq|ix|ck)_[a-z0-9_]+|[a-z0-9_]+_id|tilebook_alembic_version|tilebook_alembic_version_pkc|version_num"
     "|sqlite_stat[0-9]|sqlite_sequence|tbl|idx|stat|neq|nlt|ndlt|sample|nsample|seq"
-    "|device|environment|kernel|problem|trial|verdict|finalist|miss|revocation"
+    "|device|environment|kernel|problem|trial|verdict|position|finalist|miss|revocation"
     "|id|name|arch|sm_count|digest|versions|op|sha256|origin|implementation|config|status|failure|reason|time_ms"
     "|samples_ms|facts|created_at|default_time_ms|speedup|speedup_low|speedup_high|evidence|trusted|calls|last_seen"
-    "|scope|triton|served|mode|sources|notes|place|code|predicted_ms|again|is_default|[0-9]+"
+    "|scope|triton|served|mode|sources|notes|place|code|predicted_ms|again|is_default|form|spot|[0-9]+"
 )
 _LONGEST_SQL = 10_000  # characters of one definition; the longest of ours has 1,500
 
@@ -39,7 +40,7 @@ def connect(path: Path, mode: str, wait_s: float) -> sqlite3.Connection:
     )
     try:
         # A text with a flipped bit may not be UTF-8; it must cost its row, not the query.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         for pragma in ("foreign_keys=ON", "trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
             connection.execute(f"PRAGMA {pragma}")
         connection.execute("PRAGMA query_only=ON" if mode == "ro" else "PRAGMA synchronous=FULL")

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from sqlalchemy import Engine, Select, insert, select, text, update
+from sqlalchemy import Engine, Select, select, text
 from sqlalchemy.orm import Session, contains_eager, selectinload
 
 from tilebook.errors import RegistryError
-from tilebook.registry import legacy, schema, shipped
+from tilebook.registry import backend, legacy, reading, schema, shipped
 from tilebook.registry.backend import explained
-from tilebook.registry.columns import finalist_columns, revocation_columns, trial_columns, verdict_columns
+from tilebook.registry.lookup import Execute
+from tilebook.registry.merging import Choice, Merged, Rule, pour
 from tilebook.registry.models import (
     DeviceRow,
-    FinalistRow,
     KernelRow,
     MissRow,
     ProblemRow,
@@ -28,38 +28,22 @@ from tilebook.registry.models import (
     TrialRow,
     VerdictRow,
 )
+from tilebook.registry.readers import lost_revocation
 from tilebook.registry.records import Device, Miss, Revocation, Trial
 from tilebook.registry.rows import Keys, miss_of, revocation_of, trial_of, verdict_of
-from tilebook.registry.serving import lost_revocation
-from tilebook.registry.target import SCHEMA_VERSION, Target, sniff
+from tilebook.registry.sql import Sql
+from tilebook.registry.target import SCHEMA_VERSION, Target, Unreachable, sniff
+from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
+from tilebook.registry.wanted import Wanted
+
+ANY = Wanted()
+_RETRY_S = 0.5
 
 log = logging.getLogger("tilebook.registry")
 
 _Row = TypeVar("_Row", TrialRow, VerdictRow, MissRow)
 _Record = TypeVar("_Record", Trial, Verdict, Miss)
-
-
-class Choice(NamedTuple):
-    """Whether a new verdict takes an existing one's place, and why."""
-
-    replace: bool
-    why: str
-
-
-Rule = Callable[[Verdict, Verdict], Choice]  # (existing, new)
-
-
-@dataclass
-class Merged:
-    """What one `merge` did; `replaced` and `kept` hold one line per verdict that met another."""
-
-    trials: int = 0
-    verdicts: int = 0
-    revocations: int = 0
-    unchanged: int = 0
-    replaced: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
 
 
 def local_rule(existing: Verdict, new: Verdict) -> Choice:
@@ -78,7 +62,8 @@ class Registry:
 
     - A write is one transaction: after `record`, `count_misses` or `merge` returns, all of it survives the death of the
       process (and of the machine, as far as its disk tells the truth); before, none of it is seen by anybody.
-    - Writers wait for one another, up to 30 s; any number of processes may create, open and write one registry at once.
+    - Writers wait for one another, up to 30 s, and for a server that is being restarted; any number of processes may
+      create, open and write one registry at once.
     - Recording the same trial again changes nothing. There is at most one verdict for each (op, problem, device,
       kernel), and a prediction never replaces a measurement.
     - Revocations add up: of one scope the first stands, but a trusted one before one that is not. Only `unrevoke`
@@ -101,31 +86,36 @@ class Registry:
         raw: str,
         found: schema.Found | None = None,
         cleanup: ExitStack | None = None,
+        wait_s: float | None = None,
     ) -> None:
         self._target = target
         self._engine: Engine | None = engine
         self.target = raw
         self.label = target.label
         self.writable = writable
+        self._patient = writable and wait_s is None and target.path is None
         self.corrupt = 0
         self.problems: list[str] = []
         self._cleanup = weakref.finalize(self, (cleanup or ExitStack()).close)
-        self._schema = SCHEMA_VERSION if found is None else found.version
+        self.schema = SCHEMA_VERSION if found is None else found.version
         if found is not None and found.damage:
             self._problem(f"the file is damaged ({found.damage}); rows may be missing")
 
     @classmethod
-    def open(cls, target: str | Path, *, write: bool = False, wait_s: float | None = None) -> Self:
+    def open(
+        cls, target: str | Path, *, write: bool = False, wait_s: float | None = None, upgrade: bool = True
+    ) -> Self:
         """Opens a path or SQLAlchemy URL; `write` creates the parent directory, the file and the newest schema.
 
         wait_s: how long to wait for another process's lock, now and in each operation; None for what is usual.
+        upgrade: whether a writer may create what is missing, and bring an older schema to the newest.
         Raises RegistryError: missing, unreadable, foreign, corrupt, of a newer schema, or (for reading) older;
         Locked, one of them, where the lock is still held.
         """
         parsed = Target.parse(target)
         with explained(parsed), ExitStack() as opening:
             if write:
-                return cls(parsed, schema.open_writer(parsed, wait_s), True, str(target))
+                return cls(parsed, schema.open_writer(parsed, wait_s, upgrade), True, str(target), wait_s=wait_s)
             engine, found = schema.open_reader(parsed, opening, wait_s)
             return cls(parsed, engine, False, str(target), found, opening.pop_all())
 
@@ -143,17 +133,18 @@ class Registry:
         origin: str = "local",
     ) -> Merged:
         """`record` for many verdicts: `rule` decides each conflict, in the same transaction; `origin` marks trials."""
-        trials, verdicts, revocations = list(trials), list(verdicts), list(revocations)
-        merged = Merged()
-        if trials or verdicts or revocations:
-            with self._write() as session:
-                keys = Keys(session)
-                merged.trials = _add_trials(session, keys, trials, origin)
-                for verdict in verdicts:
-                    _add_verdict(session, keys, verdict, rule, merged)
-                for revocation in revocations:
-                    _add_revocation(session, revocation, merged)
-        return merged
+        records: list[Record] = [*trials, *map(Written, verdicts), *revocations]
+        if not records:
+            return Merged()
+        try:
+            return self.pour(records, rule=rule, origin=origin)
+        except Unreachable:  # the server went away in mid-write; to merge a second time changes nothing
+            return self.pour(records, rule=rule, origin=origin)
+
+    def pour(self, records: Iterable[Record], *, rule: Rule = local_rule, origin: str = "local") -> Merged:
+        """`merge` of more records than fit into memory, in one transaction still: what `records` raises undoes all."""
+        with self._write() as session:
+            return pour(session, records, rule, origin)
 
     def revoke(self, revocation: Revocation) -> bool:
         """Stores a revocation; False where one of the same scope stands already."""
@@ -230,14 +221,44 @@ class Registry:
         problem: str | None = None,
         device: Device | None = None,
         kernel: str | None = None,
+        gpu: str | None = None,
     ) -> list[Verdict]:
-        """The verdicts that match, in the order of their keys."""
-        if self._schema < 3:
-            found = self._old_verdicts(op, problem, device, kernel)
-        else:
-            query = _select(VerdictRow, op, problem, device, kernel).options(selectinload(VerdictRow.finalists))
-            found = self._read(query, verdict_of)
-        return sorted(found, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
+        """The verdicts that match, in the order of their keys. gpu: part of the device's name, in whatever case."""
+        wanted = Wanted(op=op, problem=problem, device=device, kernel=kernel, gpu=gpu)
+        return [each.verdict for each in self.each_verdict(wanted)]
+
+    def each_verdict(self, wanted: Wanted = ANY) -> Iterator[Written]:
+        """The verdicts that are wanted, in the order of their keys, and their texts; few are in memory at once.
+
+        Until the last has been read, or the iterator is closed, nobody can write to a SQLite file.
+        """
+        if self.schema < 3:
+            yield from map(Written, self._old_verdicts(wanted))
+            return
+        lost = 0
+        with self._session() as session:
+            for each in reading.verdicts(Sql(session), wanted):
+                if each is None:
+                    lost += 1
+                else:
+                    yield each
+        self._count_lost(lost)
+
+    def each_trial(self) -> Iterator[Trial]:
+        """All trials, by op, problem and time; few are in memory at once. Else as `each_verdict`."""
+        lost = 0
+        with self._session() as session:
+            bytewise = Sql(session).by_bytes
+            query = _select(TrialRow, None, None, None, None).order_by(
+                text(f"problem.op{bytewise}"), text(f"problem.key{bytewise}"), TrialRow.created_at
+            )
+            for row in session.execute(query.execution_options(yield_per=500)).scalars():
+                trial = trial_of(row)
+                if trial is None:
+                    lost += 1
+                else:
+                    yield trial
+        self._count_lost(lost)
 
     def revocations(self) -> list[Revocation]:
         """All of them, oldest first; the untrusted ones too."""
@@ -277,11 +298,31 @@ class Registry:
         return f"<Registry {self.label} ({'read and write' if self.writable else 'read only'})>"
 
     @contextmanager
+    def asking(self) -> Iterator[Execute]:
+        """What `lookup` asks by: statements with `?` for their parameters, of one state of the database."""
+        with self._session() as session:
+            yield Sql(session).rows
+
+    @contextmanager
     def _session(self) -> Iterator[Session]:
         if self._engine is None:
             raise RegistryError(f"registry {self.label} is closed")
         with explained(self._target), Session(self._engine) as session, session.begin():
+            self._connect(session)
             yield session
+
+    def _connect(self, session: Session) -> None:
+        """A writer waits for a server that is being restarted as long as it would for a lock."""
+        deadline = time.monotonic() + (backend.WRITER_WAIT_S if self._patient else 0.0)
+        while True:
+            try:
+                with explained(self._target):
+                    session.connection()
+                return
+            except Unreachable:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_RETRY_S)
 
     @contextmanager
     def _write(self) -> Iterator[Session]:
@@ -292,23 +333,14 @@ class Registry:
             schema.check(schema.version(session.connection()), self._target)
             yield session
 
-    def _old_verdicts(
-        self, op: str | None, problem: str | None, device: Device | None, kernel: str | None
-    ) -> list[Verdict]:
+    def _old_verdicts(self, wanted: Wanted) -> list[Verdict]:
         """Those of a registry that has the schema of before, which only a writer may upgrade."""
         with self._session() as session:
             rows = session.execute(text(legacy.ROWS)).all()
         found = [legacy.verdict_or_none(row) for row in rows]
         intact = [verdict for verdict in found if verdict is not None]
         self._count_lost(len(found) - len(intact))
-        return [
-            each
-            for each in intact
-            if op in (None, each.op)
-            and problem in (None, each.problem)
-            and device in (None, each.device)
-            and kernel in (None, each.kernel)
-        ]
+        return sorted(filter(wanted.has, intact), key=lambda each: each.place)
 
     def _read(self, query: Select[_Row], decode: Callable[[_Row], _Record | None]) -> list[_Record]:
         with self._session() as session:
@@ -355,73 +387,6 @@ _DECODED: Sequence[tuple[Callable[[], Select[Any]], Callable[[Any], object]]] = 
     (lambda: _select(VerdictRow, None, None, None, None).options(selectinload(VerdictRow.finalists)), verdict_of),
     (lambda: _select(MissRow, None, None, None, None), miss_of),
 )
-
-
-def _add_trials(session: Session, keys: Keys, trials: Sequence[Trial], origin: str) -> int:
-    new: dict[str, dict[str, Any]] = {}
-    for trial in trials:
-        columns = {**keys.of(trial), **trial_columns(trial, origin)}
-        new[columns["sha256"]] = columns
-    known: set[str] = set()
-    hashes = list(new)
-    for start in range(0, len(hashes), 500):  # databases limit the parameters of a statement
-        part = hashes[start : start + 500]
-        known.update(session.execute(select(TrialRow.sha256).where(TrialRow.sha256.in_(part))).scalars())
-        if origin == "local":
-            imported = TrialRow.sha256.in_(part), TrialRow.origin != origin
-            session.execute(update(TrialRow).where(*imported).values(origin=origin))
-    rows = [columns for sha256, columns in new.items() if sha256 not in known]
-    if rows:
-        session.execute(insert(TrialRow), rows)
-    return len(rows)
-
-
-def _add_verdict(session: Session, keys: Keys, verdict: Verdict, rule: Rule, merged: Merged) -> None:
-    ids = keys.of(verdict)
-    place = {name: ids[name] for name in ("problem_id", "device_id", "kernel_id")}
-    row = session.execute(select(VerdictRow).filter_by(**place)).scalar_one_or_none()
-    existing = None if row is None else verdict_of(row)
-    if existing is not None:
-        choice = rule(existing, verdict)
-        same = existing.portable() == verdict.portable()
-        if existing.sha256 == verdict.sha256 or (same and not choice.replace):
-            merged.unchanged += 1
-            return
-        line = f"{verdict.op} {verdict.problem} on {verdict.device.name}: {choice.why}"
-        (merged.replaced if choice.replace else merged.kept).append(line)
-        if not choice.replace:
-            return
-    if row is not None:
-        session.delete(row)
-        session.flush()
-    finalists = [FinalistRow(**finalist_columns(each, place)) for place, each in enumerate(verdict.finalists)]
-    session.add(VerdictRow(**ids, **verdict_columns(verdict), finalists=finalists))
-    session.flush()
-    merged.verdicts += 1
-
-
-def _add_revocation(session: Session, revocation: Revocation, merged: Merged) -> None:
-    row = session.execute(select(RevocationRow).filter_by(scope=revocation.scope)).scalar_one_or_none()
-    existing = None if row is None else revocation_of(row)
-    if existing is not None and not _goes_before(revocation, existing):
-        merged.unchanged += 1
-        return
-    if row is None:
-        row = RevocationRow()
-        session.add(row)
-    for name, value in revocation_columns(revocation).items():
-        setattr(row, name, value)
-    session.flush()
-    merged.revocations += 1
-
-
-def _goes_before(new: Revocation, existing: Revocation) -> bool:
-    """The trusted one of two stands, then one's own, then the first; whichever was merged first."""
-
-    def rank(each: Revocation) -> tuple[object, ...]:
-        return not each.trusted, each.origin == "imported", each.created_at, each.sha256
-
-    return rank(new) < rank(existing)
 
 
 def ship(source: Registry, path: str | Path) -> int:

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 APPLICATION_ID = 0x74696C65  # "tile", in the SQLite header
-SCHEMA_VERSION = 3  # the revision of the newest migration as a number; migrations are named 0001, 0002, ...
+SCHEMA_VERSION = 4  # the revision of the newest migration as a number; migrations are named 0001, 0002, ...
 OLDEST_READABLE = 1
 
 
 class Locked(RegistryError):
     """Another process holds the registry's lock: the same may work later."""
+
+
+class Unreachable(RegistryError):
+    """A server does not answer, or there is none: who asks again waits again."""
 
 
 @dataclass(frozen=True)

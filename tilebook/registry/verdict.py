@@ -5,6 +5,7 @@ A verdict that exists has been checked whole: what reads one need not look again
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -38,6 +39,10 @@ class Speedup:
     high: float
 
     def __post_init__(self) -> None:
+        if type(self.value) is type(self.low) is type(self.high) is float and (
+            0.0 < self.value < math.inf and 0.0 < self.low <= self.high < math.inf
+        ):
+            return  # which is what looking at each would say
         for name in ("value", "low", "high"):
             object.__setattr__(self, name, checks.number(getattr(self, name), f"speedup {name}"))
         if self.low > self.high:
@@ -51,7 +56,7 @@ class Speedup:
         """From `content`, or None from null. Raises ValueError."""
         if content is None:
             return None
-        if not isinstance(content, Sequence) or isinstance(content, str) or len(content) != 3:
+        if not checks.is_list(content) or len(content) != 3:
             raise ValueError(f"not a speedup and its interval: {checks.quoted(content)}")
         return cls(*content)
 
@@ -111,13 +116,16 @@ class Finalist:
         checks.name(self.implementation, "implementation")
         put(self, "config", checks.config(self.config))
         for name in ("time_ms", "predicted_ms"):
-            value = checks.optional_number(getattr(self, name), name)
-            if value == 0:
-                raise ValueError(f"{name} of a finalist is zero")
-            put(self, name, value)
+            if getattr(self, name) is not None:
+                value = checks.number(getattr(self, name), name)
+                if value == 0:
+                    raise ValueError(f"{name} of a finalist is zero")
+                put(self, name, value)
         put(self, "samples_ms", _samples(self.samples_ms))
-        _instance(self.speedup, Speedup | None, "speedup")
-        _instance(self.again, Again | None, "again")
+        if self.speedup is not None:
+            _instance(self.speedup, Speedup, "speedup")
+        if self.again is not None:
+            _instance(self.again, Again, "again")
         if self.code != "":
             checks.digest(self.code, "code")
         if type(self.default) is not bool:
@@ -127,6 +135,12 @@ class Finalist:
     def key(self) -> tuple[str, str]:
         """Which candidate it is."""
         return self.implementation, canonical(self.config)
+
+    @property
+    def most_characters(self) -> int:
+        """A bound of how long its canonical JSON is."""
+        second = 0 if self.again is None else len(self.again.samples_ms) + len(self.again.default_samples_ms) + 4
+        return 512 + 160 * len(self.config) + 32 * (len(self.samples_ms) + second)
 
     def content(self) -> dict[str, Json]:
         return {
@@ -238,6 +252,12 @@ class Verdict:
         """Whether a GPU was asked: the status is MEASURED or DEFAULT."""
         return self.status is not VerdictStatus.PREDICTED
 
+    @property
+    def place(self) -> tuple[str, str, str, str, int, str]:
+        """Its key, by which verdicts are sorted; a registry holds one verdict on each."""
+        device = self.device
+        return self.op, self.problem, device.name, device.arch, device.sm_count, self.kernel
+
     def ranking(self) -> list[tuple[str, dict[str, ConfigValue]]]:
         """The finalists' implementations and configs, best first."""
         return [(each.implementation, dict(each.config)) for each in self.finalists]
@@ -278,7 +298,9 @@ def _ranked(value: object) -> tuple[Finalist, ...]:
         raise ValueError(f"finalists are not a list of 1 to {_MOST_FINALISTS}")
     for each in value:
         _instance(each, Finalist, "a finalist")
-    if len({each.key for each in value}) != len(value):
+    if len({(each.implementation, *sorted(each.config.items())) for each in value}) != len(value) and (
+        len({each.key for each in value}) != len(value)  # for 1 is not True here
+    ):
         raise ValueError("a finalist stands twice")
     if sum(each.default for each in value) > 1:
         raise ValueError("there are two defaults")
@@ -287,14 +309,20 @@ def _ranked(value: object) -> tuple[Finalist, ...]:
         return next((ms for ms in (each.time_ms, each.predicted_ms) if ms is not None), float("inf"))
 
     ranked = (value[0], *sorted(value[1:], key=slowness))
-    if len(canonical([each.content() for each in ranked])) > checks.MAX_JSON:
+    if sum(each.most_characters for each in ranked) > checks.MAX_JSON and (
+        len(canonical([each.content() for each in ranked])) > checks.MAX_JSON
+    ):
         raise ValueError(f"the finalists are longer than {checks.MAX_JSON} characters")
     return ranked
 
 
 def _samples(value: object) -> tuple[float, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) > checks.MAX_SAMPLES:
+    if not checks.is_list(value) or len(value) > checks.MAX_SAMPLES:
         raise ValueError(f"samples are not a list of at most {checks.MAX_SAMPLES} numbers")
+    if not value:
+        return ()
+    if set(map(type, value)) == {float} and min(value) > 0.0 and math.isfinite(sum(value)):
+        return tuple(value)  # which is what looking at each would say
     return tuple(checks.number(sample, "a sample") for sample in value)
 
 

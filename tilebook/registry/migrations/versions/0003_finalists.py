@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from alembic import op
 
 from tilebook.registry import legacy
-from tilebook.registry.columns import finalist_columns, verdict_columns
 from tilebook.registry.models import UtcDateTime
+from tilebook.registry.texts import Written, columns, finalist_columns
 
 revision = "0003"
 down_revision = "0002"
@@ -32,8 +32,10 @@ def upgrade() -> None:
             lost += 1
             continue
         keys = dict(zip((f"{partner}_id" for partner in _PARTNERS), partners, strict=True))
-        op.bulk_insert(verdict, [{"id": number, **keys, **verdict_columns(found)}])
-        rows = [{"verdict_id": number, **finalist_columns(each, place)} for place, each in enumerate(found.finalists)]
+        written = Written(found)
+        op.bulk_insert(verdict, [{"id": number, **keys, **columns(written)}])
+        ranked = enumerate(zip(found.finalists, written.finalists, strict=True))
+        rows = [{"verdict_id": number, **finalist_columns(each, texts, place)} for place, (each, texts) in ranked]
         op.bulk_insert(finalist, rows)
     if connection.dialect.name == "postgresql":
         connection.execute(

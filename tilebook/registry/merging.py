@@ -1,0 +1,232 @@
+"""Records into the tables, in the caller's transaction: many at a time, whatever there are, in memory for a few."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tilebook.registry import reading
+from tilebook.registry.columns import revocation_columns, trial_columns
+from tilebook.registry.models import RevocationRow
+from tilebook.registry.near import position_columns
+from tilebook.registry.records import Revocation, Trial
+from tilebook.registry.rows import revocation_of
+from tilebook.registry.sql import Sql
+from tilebook.registry.texts import FINALIST, Record, Written, columns, finalist_values
+from tilebook.registry.verdict import Verdict
+
+BATCH = 256  # records that go into the tables together
+MOST_LINES = 1_000  # what a report says of single verdicts; of the others it counts
+_MOST_IDS = 20_000  # of rows that records share, remembered
+
+
+class Choice(NamedTuple):
+    """Whether a new verdict takes an existing one's place, and why."""
+
+    replace: bool
+    why: str
+
+
+Rule = Callable[[Verdict, Verdict], Choice]  # (existing, new)
+
+
+@dataclass
+class Merged:
+    """What one `merge` did; `replaced` and `kept` hold one line per verdict that met another, MOST_LINES at most."""
+
+    trials: int = 0
+    verdicts: int = 0
+    revocations: int = 0
+    unchanged: int = 0
+    replaced: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
+def note(lines: list[str], line: str) -> None:
+    """Adds a line to a report that shows no more than MOST_LINES."""
+    if len(lines) < MOST_LINES:
+        lines.append(line)
+    elif len(lines) == MOST_LINES:
+        lines.append("and more that are not shown")
+
+
+def pour(session: Session, records: Iterable[Record], rule: Rule, origin: str) -> Merged:
+    """Stores what comes, in its order; `rule` decides between verdicts on one key, `origin` marks trials."""
+    into = _Tables(Sql(session), origin, rule)
+    rest = iter(records)
+    while batch := list(itertools.islice(rest, BATCH)):
+        into.add_trials([each for each in batch if isinstance(each, Trial)])
+        for distinct in _by_key([each for each in batch if isinstance(each, Written)]):
+            into.add_verdicts(distinct)
+        for each in batch:
+            if isinstance(each, Revocation):
+                _add_revocation(session, each, into.merged)
+    return into.merged
+
+
+def _by_key(verdicts: Sequence[Written]) -> Iterator[list[Written]]:
+    """The verdicts in their order, cut where a key comes a second time."""
+    part: list[Written] = []
+    seen: set[tuple[object, ...]] = set()
+    for each in verdicts:
+        verdict = each.verdict
+        key = verdict.op, verdict.problem, verdict.device, verdict.kernel
+        if key in seen:
+            yield part
+            part, seen = [], set()
+        part.append(each)
+        seen.add(key)
+    if part:
+        yield part
+
+
+class _Tables:
+    def __init__(self, sql: Sql, origin: str, rule: Rule) -> None:
+        self._sql, self._origin, self._rule = sql, origin, rule
+        self._ids: dict[tuple[Any, ...], int] = {}
+        self.merged = Merged()
+
+    def add_trials(self, trials: Sequence[Trial]) -> None:
+        if not trials:
+            return
+        keys = self._keys(trials)
+        new = {}
+        for key, each in zip(keys, trials, strict=True):
+            row = {**key, **trial_columns(each, self._origin)}
+            row["created_at"] = self._sql.time(each.created_at)
+            new[row["sha256"]] = row
+        known = {sha256 for (sha256,) in self._sql.among("SELECT sha256 FROM trial WHERE sha256 IN", new)}
+        if self._origin == "local" and known:
+            for sha256 in known:
+                self._sql.run("UPDATE trial SET origin = ? WHERE sha256 = ?", [self._origin, sha256])
+        rows = [row for sha256, row in new.items() if sha256 not in known]
+        if rows:
+            self._sql.insert("trial", rows[0], [list(row.values()) for row in rows])
+        self.merged.trials += len(rows)
+
+    def add_verdicts(self, verdicts: Sequence[Written]) -> None:
+        """Of one key there is one at most."""
+        keys = self._keys([each.verdict for each in verdicts])
+        places = [(key["problem_id"], key["device_id"], key["kernel_id"]) for key in keys]
+        there = self._there(places)
+        known = reading.by_id(self._sql, there.values())
+        wins = []
+        for each, key, place in zip(verdicts, keys, places, strict=True):
+            if place not in there or self._replaces(known.get(there[place]), each):
+                wins.append((each, key, place))
+        self._remove([there[place] for _, _, place in wins if place in there])
+        self._insert([(each, key) for each, key, _ in wins])
+
+    def _there(self, places: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], int]:
+        """The ids of the verdicts that these keys have already."""
+        wanted = set(places)
+        statement = "SELECT problem_id, device_id, kernel_id, id FROM verdict WHERE problem_id IN"
+        found = self._sql.among(statement, {place[0] for place in places})
+        return {place: number for *ids, number in found if (place := tuple(ids)) in wanted}
+
+    def _replaces(self, known: Written | None, new: Written) -> bool:
+        """Does a verdict take the place of the one that is there? A damaged one gives way to any."""
+        if known is None:
+            return True
+        existing, verdict = known.verdict, new.verdict
+        choice = self._rule(existing, verdict)
+        if known.sha256 == new.sha256 or (known.portable == new.portable and not choice.replace):
+            self.merged.unchanged += 1
+            return False
+        line = f"{verdict.op} {verdict.problem} on {verdict.device.name}: {choice.why}"
+        note(self.merged.replaced if choice.replace else self.merged.kept, line)
+        return choice.replace
+
+    def _remove(self, ids: Sequence[int]) -> None:
+        for table, name in (("position", "verdict_id"), ("finalist", "verdict_id"), ("verdict", "id")):
+            for number in ids:
+                self._sql.run(f"DELETE FROM {table} WHERE {name} = ?", [number])
+
+    def _insert(self, verdicts: Sequence[tuple[Written, dict[str, int]]]) -> None:
+        ids = self._sql.new_ids("verdict", len(verdicts))
+        names: Sequence[str] = ()
+        rows, finalists, positions = [], [], []
+        for number, (each, key) in zip(ids, verdicts, strict=True):
+            row = {"id": number, **key, **columns(each), "created_at": self._sql.time(each.verdict.created_at)}
+            names = names or list(row)
+            rows.append(list(row.values()))
+            for place, (finalist, texts) in enumerate(zip(each.verdict.finalists, each.finalists, strict=True)):
+                finalists.append((number, place, *finalist_values(finalist, texts)))
+            if each.verdict.trusted:
+                position = position_columns(each.verdict.problem).values()
+                positions.append((number, key["device_id"], key["kernel_id"], *position))
+        self._sql.insert("verdict", names, rows)
+        self._sql.insert("finalist", ("verdict_id", "place", *FINALIST), finalists)
+        self._sql.insert("position", ("verdict_id", "device_id", "kernel_id", "form", "spot"), positions)
+        self.merged.verdicts += len(verdicts)
+
+    def _keys(self, records: Sequence[Trial | Verdict]) -> list[dict[str, int]]:
+        """The ids of the rows that the records share with others; what is missing is added."""
+        if len(self._ids) > _MOST_IDS:
+            self._ids.clear()
+        self._find_problems({(each.op, each.problem) for each in records})
+        return [
+            {
+                "problem_id": self._ids["problem", each.op, each.problem],
+                "device_id": self._id("device", each.device.content()),
+                "environment_id": self._environment(each),
+                "kernel_id": self._id("kernel", {"op": each.op, "digest": each.kernel}),
+            }
+            for each in records
+        ]
+
+    def _find_problems(self, wanted: Iterable[tuple[str, str]]) -> None:
+        missing = sorted(each for each in wanted if ("problem", *each) not in self._ids)
+        self._sql.insert("problem", ("op", "key"), missing, unless_there=True)
+        for op, group in itertools.groupby(missing, key=lambda each: each[0]):
+            statement = 'SELECT "key", id FROM problem WHERE op = ? AND "key" IN'
+            for key, number in self._sql.among(statement, [key for _, key in group], [op]):
+                self._ids["problem", op, key] = number
+
+    def _environment(self, record: Trial | Verdict) -> int:
+        environment = record.environment
+        place = "environment", environment.digest
+        if place not in self._ids:
+            number = self._id("environment", {"digest": environment.digest}, {"versions": environment.text})
+            # A damaged text is mended by whoever holds the right one.
+            self._sql.run("UPDATE environment SET versions = ? WHERE id = ?", [environment.text, number])
+        return self._ids[place]
+
+    def _id(self, table: str, columns: dict[str, Any], beside: dict[str, Any] | None = None) -> int:
+        place = table, *columns.values()
+        if place not in self._ids:
+            row = {**columns, **(beside or {})}
+            self._sql.insert(table, row, [list(row.values())], unless_there=True)
+            where = " AND ".join(f'"{name}" = ?' for name in columns)
+            ((number,),) = self._sql.rows(f"SELECT id FROM {table} WHERE {where}", list(columns.values()))
+            self._ids[place] = number
+        return self._ids[place]
+
+
+def _add_revocation(session: Session, revocation: Revocation, merged: Merged) -> None:
+    row = session.execute(select(RevocationRow).filter_by(scope=revocation.scope)).scalar_one_or_none()
+    existing = None if row is None else revocation_of(row)
+    if existing is not None and not _goes_before(revocation, existing):
+        merged.unchanged += 1
+        return
+    if row is None:
+        row = RevocationRow()
+        session.add(row)
+    for name, value in revocation_columns(revocation).items():
+        setattr(row, name, value)
+    session.flush()
+    merged.revocations += 1
+
+
+def _goes_before(new: Revocation, existing: Revocation) -> bool:
+    """The trusted one of two stands, then one's own, then the first; whichever was merged first."""
+
+    def rank(each: Revocation) -> tuple[object, ...]:
+        return not each.trusted, each.origin == "imported", each.created_at, each.sha256
+
+    return rank(new) < rank(existing)

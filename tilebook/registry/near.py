@@ -1,0 +1,194 @@
+"""Where a problem lies among others, as text that a plain index sorts, and the search for the nearest by it.
+
+A registry knows of a problem only its key, canonical JSON. What of it is an integer counts as a dimension, all else is
+its *form*. Its *spot* interleaves the bits of the dimensions' logarithms (a Morton code), so that everything within a
+cube of that space is one range of an index: the search goes from cube to cube, nearest first, and leaves out the rest.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+from tilebook.registry.checks import Json, canonical
+
+LEVELS = 14  # bits of a coordinate
+STEPS = 256  # steps of a coordinate for each factor of two; 2**LEVELS / STEPS = 64 of them reach every integer
+MOST_DIMENSIONS = 8  # the first by name; a distance over fewer is a lower bound still
+LEAF = 64  # a cube of no more rows is read instead of divided
+MOST_CUBES = 48
+
+_LANE = (1 << LEVELS) - 1
+_HALF = LEVELS // 2
+_APART = [sum((step >> level & 1) << 8 * level for level in range(_HALF)) for step in range(1 << _HALF)]
+"""For the bits of half a coordinate the same bits, a symbol's eight apart."""
+
+
+class Index(Protocol):
+    """Problems of one form, by their spots; a range of spots is [low, high)."""
+
+    def span(self, low: str, high: str, most: int) -> tuple[str, str, bool] | None:
+        """The first and the last spot of a range, and whether there are more than `most`; None where there is none."""
+
+    def rows(self, low: str, high: str) -> Sequence[tuple[str, int]]:
+        """(spot, number) of all in a range."""
+
+    def problem(self, number: int) -> str:
+        """The problem that has this number."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A problem's place: its form, 16 hex digits; its dimensions' names and base-2 logarithms; its spot."""
+
+    form: str
+    names: tuple[str, ...]
+    point: tuple[float, ...]
+
+    @property
+    def spot(self) -> str:
+        """Two hex digits a level, the coarsest first: a bit of each dimension."""
+        spot = 0
+        for axis, each in enumerate(self.point):
+            step = min(int(STEPS * each), _LANE)
+            spot |= (_APART[step >> _HALF] << 8 * _HALF | _APART[step & (1 << _HALF) - 1]) << axis
+        return f"{spot:0{2 * LEVELS}x}"
+
+
+def place_of(problem: str) -> Place:
+    """Raises ValueError where the text is not a JSON object."""
+    values = json.loads(problem)
+    if not isinstance(values, dict):
+        raise ValueError("a problem is a JSON object")
+    dimensions = {name: each for name, each in sorted(values.items()) if type(each) is int and each > 0}
+    form: Json = [list(dimensions), {name: each for name, each in values.items() if name not in dimensions}]
+    names = tuple(itertools.islice(dimensions, MOST_DIMENSIONS))
+    digest = hashlib.sha256(canonical(form).encode()).hexdigest()[:16]
+    return Place(digest, names, tuple(math.log2(dimensions[name]) for name in names))
+
+
+class Near(NamedTuple):
+    """A problem, its distance, and whether others may be as near, which have not come yet."""
+
+    distance: float
+    problem: str
+    tied: bool
+
+
+def nearest(
+    place: Place, exact: frozenset[str], reach: float, index: Index, distance: Callable[[str], float]
+) -> Iterator[Near]:
+    """The problems within reach of a place, nearest first; of two as near, by their text.
+
+    exact: dimensions that must be the same. distance: of a problem, never below the sum of its dimensions' differences.
+    Where so many cubes have been opened that looking for a nearer one costs more than it gains, those serve that were
+    seen by then, in the same order.
+    """
+    search = _Search(place, exact, reach)
+    waiting: list[_Waiting] = [(0.0, _CUBE, "", 0)]
+    left = MOST_CUBES
+    while waiting:
+        bound, kind, what, number = heapq.heappop(waiting)
+        if kind == _KNOWN:
+            yield Near(bound, what, bool(waiting) and waiting[0][0] <= bound)
+        elif kind == _ROW:
+            problem = index.problem(number)
+            if (found := distance(problem)) <= reach:
+                heapq.heappush(waiting, (found, _KNOWN, problem, number))
+        elif left:
+            left -= 1
+            for each in search.opened(what, number, index):
+                heapq.heappush(waiting, each)
+
+
+_CUBE, _ROW, _KNOWN = range(3)  # of what is as near, first what may hide something nearer
+_Waiting = tuple[
+    float, int, str, int
+]  # least distance, what it is, its spot or problem; a row's number, a cube's corner
+_SLACK = 1e-9
+
+
+class _Search:
+    def __init__(self, place: Place, exact: frozenset[str], reach: float) -> None:
+        mine = [min(STEPS * each, float(_LANE)) for each in place.point]
+        self._mine = list(zip(mine, [name in exact for name in place.names], strict=True))
+        self._reach = STEPS * (reach + _SLACK)
+
+    def opened(self, cube: str, corner: int, index: Index) -> Iterator[_Waiting]:
+        """What is in a cube, with a lower bound of its distance: rows, or smaller cubes.
+
+        corner: in steps of the cube's own size, LEVELS bits for each dimension.
+        """
+        end = cube + "g"  # sorts after every hex digit
+        if (span := index.span(cube, end, LEAF)) is None:
+            return
+        first, last, more = span
+        shared = _shared(first, last)
+        if more and shared < 2 * LEVELS:  # else all of them lie on one spot
+            yield from self._divided(last[:shared], _within(corner, last[len(cube) : shared]))
+            return
+        for spot, number in index.rows(cube, end):
+            if (bound := self._bound(_within(corner, spot[len(cube) :]))) is not None:
+                yield bound, _ROW, "", number
+
+    def _bound(self, spot: int) -> float | None:
+        total = 0.0
+        for mine, exact in self._mine:
+            low = spot & _LANE
+            spot >>= LEVELS
+            if (off := low - mine if mine < low else mine - low - 1) > 0:
+                total += off
+                if exact or total > self._reach:
+                    return None
+        return max(total / STEPS - _SLACK, 0.0)
+
+    def _divided(self, cube: str, corner: int) -> Iterator[_Waiting]:
+        """The parts of a cube that reach into where the search reaches."""
+        size = 1 << LEVELS - 1 - len(cube) // 2
+        parts = [(0.0, 0, 0)]
+        for axis, (mine, exact) in enumerate(self._mine):
+            sides = []
+            for bit in (0, 1):
+                step = (corner >> LEVELS * axis & _LANE) << 1 | bit
+                off = max(step * size - mine, mine - (step + 1) * size, 0.0)
+                if not (exact and off):
+                    sides.append((off, bit << axis, step << LEVELS * axis))
+            parts = [
+                (far + off, symbol | bit, inner | step)
+                for far, symbol, inner in parts
+                for off, bit, step in sides
+                if far + off <= self._reach
+            ]
+        for far, symbol, inner in parts:
+            yield max(far / STEPS - _SLACK, 0.0), _CUBE, f"{cube}{symbol:02x}", inner
+
+
+_SPREAD = [sum((symbol >> axis & 1) << LEVELS * axis for axis in range(MOST_DIMENSIONS)) for symbol in range(256)]
+
+
+def _shared(one: str, other: str) -> int:
+    """How long the symbols are that both begin with."""
+    pairs = zip(range(0, 2 * LEVELS, 2), range(2, 2 * LEVELS + 2, 2), strict=True)
+    return next((start for start, end in pairs if one[start:end] != other[start:end]), 2 * LEVELS)
+
+
+def _within(corner: int, symbols: str) -> int:
+    """The corner of a cube inside another."""
+    for symbol in bytes.fromhex(symbols):
+        corner = corner << 1 | _SPREAD[symbol]
+    return corner
+
+
+@lru_cache(1_024)  # one problem has verdicts on many GPUs
+def position_columns(problem: str) -> Mapping[str, str]:
+    """The columns of a verdict's position that depend on its problem."""
+    place = place_of(problem)
+    return {"form": place.form, "spot": place.spot}

@@ -1,0 +1,227 @@
+"""The layers as dispatch reads them: a SQLite file, a PostgreSQL database, the text of what ships.
+
+Standard library only, unless a layer is on PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tilebook.registry import legacy, lookup, sqlitefile
+from tilebook.registry.checks import DAMAGE, quoted
+from tilebook.registry.codec import revocation_from
+from tilebook.registry.layers import Text
+from tilebook.registry.lookup import Answer, Execute, Question
+from tilebook.registry.records import Device, Revocation
+from tilebook.registry.served import Served, of
+from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Target
+
+if TYPE_CHECKING:
+    from tilebook.registry.store import Registry
+
+
+class Reader(Protocol):
+    """One registry; its answers raise RegistryError where there is none, and Locked where there may be one later."""
+
+    name: str
+    problems: list[str]
+
+    def verdicts(self, op: str, device: Device, most: int | None = None) -> list[Served] | None:
+        """All on the op for this device; None where there are more than `most`."""
+
+    def answer(self, question: Question, device: Device) -> Answer:
+        """See `lookup.answer`; asked only where `verdicts` gave None."""
+
+    def some(self, op: str, kernel: str, device: Device, most: int) -> list[Served]:
+        """See `lookup.some`; asked only where `verdicts` gave None."""
+
+    def revocations(self) -> list[Revocation]: ...
+
+
+class Database:
+    """A layer on PostgreSQL, by way of SQLAlchemy."""
+
+    def __init__(self, name: str, target: str, wait_s: float) -> None:
+        self.name, self._target, self._wait_s = name, target, wait_s
+        self.problems: list[str] = []
+
+    def verdicts(self, op: str, device: Device, most: int | None = None) -> list[Served] | None:
+        with self._open() as registry:
+            if registry.schema < 4:
+                return [of(verdict, self.name) for verdict in registry.verdicts(op=op, device=device)]
+            with registry.asking() as execute:
+                if most is not None and lookup.holds_more(execute, op, device, most):
+                    return None
+                found = [*lookup.verdicts(execute, self.name, op, device)]
+        return self._intact(found)
+
+    def answer(self, question: Question, device: Device) -> Answer:
+        with self._open() as registry, registry.asking() as execute:
+            found = lookup.answer(execute, self.name, device, question)
+        self._lost(found.damaged)
+        return found
+
+    def some(self, op: str, kernel: str, device: Device, most: int) -> list[Served]:
+        with self._open() as registry, registry.asking() as execute:
+            return lookup.some(execute, self.name, device, op, kernel, most)
+
+    def revocations(self) -> list[Revocation]:
+        with self._open() as registry:
+            return registry.revocations()
+
+    @contextmanager
+    def _open(self) -> Iterator[Registry]:
+        from tilebook.registry.store import Registry
+
+        with Registry.open(self._target, wait_s=self._wait_s) as registry:
+            yield registry
+            self.problems += registry.problems
+
+    def _intact(self, found: Sequence[Served | None]) -> list[Served]:
+        intact = [verdict for verdict in found if verdict is not None]
+        self._lost(len(found) - len(intact))
+        return intact
+
+    def _lost(self, damaged: int) -> None:
+        if damaged:
+            self.problems.append(f"registry {Target.parse(self._target).label}: left out {damaged} damaged rows")
+
+
+class ShippedText:
+    """What ships, where no file can be built from its text."""
+
+    name = "shipped"
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self.problems: list[str] = []
+
+    def verdicts(self, op: str, device: Device, most: int | None = None) -> list[Served]:
+        """All of them, whatever `most` is: a file must be read to its end to know how many there are."""
+        found = self._text.verdicts(op=op, device=device)
+        self.problems += self._text.problems
+        return [of(verdict, self.name) for verdict in found]
+
+    def answer(self, question: Question, device: Device) -> Answer:
+        raise NotImplementedError
+
+    def some(self, op: str, kernel: str, device: Device, most: int) -> list[Served]:
+        raise NotImplementedError
+
+    def revocations(self) -> list[Revocation]:
+        found = self._text.revocations()
+        self.problems += self._text.problems
+        return found
+
+
+class File:
+    """A layer in a SQLite file."""
+
+    def __init__(self, name: str, path: Path, wait_s: float) -> None:
+        self.name, self._path, self._wait_s = name, path, wait_s
+        self.problems: list[str] = []
+        self._examined: tuple[int, int, int] | None = None
+        self._schema = 0
+
+    def verdicts(self, op: str, device: Device, most: int | None = None) -> list[Served] | None:
+        with self._reading() as execute:
+            # A file that has no positions yet is read as a whole, however much it holds: a writer has to upgrade it.
+            if self._schema >= 4 and most is not None and lookup.holds_more(execute, op, device, most):
+                return None
+            read = lookup.verdicts if self._schema >= 3 else _old_verdicts
+            found = [*read(execute, self.name, op, device)]
+        intact = [verdict for verdict in found if verdict is not None]
+        self._lost(len(found) - len(intact))
+        return intact
+
+    def answer(self, question: Question, device: Device) -> Answer:
+        with self._reading() as execute:
+            found = lookup.answer(execute, self.name, device, question)
+        self._lost(found.damaged)
+        return found
+
+    def some(self, op: str, kernel: str, device: Device, most: int) -> list[Served]:
+        with self._reading() as execute:
+            return lookup.some(execute, self.name, device, op, kernel, most)
+
+    def _lost(self, damaged: int) -> None:
+        if damaged:
+            self.problems.append(f"registry {self._path}: left out {damaged} damaged rows")
+
+    def revocations(self) -> list[Revocation]:
+        with self._reading() as execute:
+            if not execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name = 'revocation'", ()):
+                return []
+            rows = execute(_REVOCATIONS, ())
+        found = []
+        for row in rows:
+            revocation = _revocation(row)
+            if revocation is not None:
+                found.append(revocation)
+            else:
+                self.problems.append(f"registry {self._path}: {lost_revocation(str(row[1]))}")
+        return sorted(found, key=lambda each: (each.created_at, each.scope))
+
+    @contextmanager
+    def _reading(self) -> Iterator[Execute]:
+        with sqlitefile.explained(self._path), sqlitefile.readable(self._path) as place:
+            connection = sqlitefile.connect(place, "ro", self._wait_s)
+            try:
+                connection.execute("BEGIN")  # what belongs together is read of one state
+                self._examine(connection, place)
+                yield lambda statement, values: connection.execute(statement, values).fetchall()
+            finally:
+                connection.close()
+
+    def _examine(self, connection: sqlite3.Connection, place: Path) -> None:
+        """Looks at the file as a whole before anything of it is read: once, and again where it has changed."""
+        found = place.stat()
+        state = found.st_ino, found.st_mtime_ns, found.st_size
+        if state == self._examined:
+            return
+        sqlitefile.refuse_foreign_schema(connection, self._path)
+        self._schema = sqlitefile.check_version(connection, self._path, OLDEST_READABLE, SCHEMA_VERSION)
+        if damage := sqlitefile.damage(connection, place):
+            self.problems.append(f"registry {self._path}: the file is damaged ({damage}); rows may be missing")
+        self._examined = state
+
+
+def lost_revocation(scope: str) -> str:
+    return (
+        f"left out a damaged revocation: what it revokes may run again;"
+        f" repeat it, or remove it with --undo {quoted(scope[:8])}"
+    )
+
+
+_REVOCATIONS = """
+SELECT sha256, scope, op, implementation, kernel, arch, triton, config, reason, origin, trusted, created_at
+FROM revocation
+"""
+
+
+def _old_verdicts(execute: Execute, layer: str, op: str, device: Device) -> Iterator[Served | None]:
+    """As `lookup.verdicts`, of a file that no writer has brought to today's schema yet."""
+    for row in execute(legacy.ROWS, ()):
+        if tuple(row[2:5]) == (device.name, device.arch, device.sm_count) and op in (row[0], row[6]):
+            verdict = legacy.verdict_or_none(row)
+            yield None if verdict is None else of(verdict, layer)
+
+
+def _revocation(row: Sequence[Any]) -> Revocation | None:
+    """None where the row is damaged."""
+    names = ["op", "implementation", "kernel", "arch", "triton", "config", "reason"]
+    sha256, scope, *values, origin, trusted, created_at = row
+    try:
+        data = {**dict(zip(names, values, strict=True)), "created_at": created_at}
+        data["config"] = json.loads(data["config"])
+        if trusted not in (0, 1):
+            return None
+        revocation = revocation_from(data, origin=origin, trusted=bool(trusted))
+    except DAMAGE:
+        return None
+    return revocation if (revocation.sha256, revocation.scope) == (sha256, scope) else None

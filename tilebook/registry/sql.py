@@ -1,0 +1,85 @@
+"""Statements of plain text on SQLite and PostgreSQL, for what goes through too many rows for objects of each."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from tilebook.registry.checks import time_text
+
+Row = Sequence[Any]
+
+
+class Sql:
+    """The connection of a session; a statement's parameters are written `?`. The driver's errors come as they are."""
+
+    def __init__(self, session: Session) -> None:
+        connection = session.connection()
+        raw = connection.connection.dbapi_connection
+        self._sqlite = isinstance(raw, sqlite3.Connection)
+        self._raw: Any = raw
+        self._cursor: Any = connection.connection.cursor()
+        self._last: dict[str, int] = {}
+
+    def rows(self, statement: str, values: Sequence[Any] = ()) -> Sequence[Row]:
+        self._cursor.execute(self._text(statement), tuple(values))
+        return self._cursor.fetchall()  # type: ignore[no-any-return]
+
+    def each(self, statement: str, values: Sequence[Any] = ()) -> Iterator[Row]:
+        """The rows one after another, more than memory may hold; other statements may run meanwhile."""
+        cursor = self._raw.cursor() if self._sqlite else self._raw.cursor(name="each_row")
+        try:
+            cursor.execute(self._text(statement), tuple(values))
+            while found := cursor.fetchmany(1_000):
+                yield from found
+        finally:
+            cursor.close()
+
+    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
+        self._cursor.execute(self._text(statement), tuple(values))
+
+    def insert(
+        self, table: str, columns: Iterable[str], rows: Sequence[Sequence[Any]], unless_there: bool = False
+    ) -> None:
+        """Inserts rows of these columns. unless_there: leave out those that a unique index has already."""
+        if not rows:
+            return
+        names = ", ".join(f'"{name}"' for name in columns)
+        marks = ", ".join("?" * len(rows[0]))
+        end = " ON CONFLICT DO NOTHING" if unless_there else ""
+        self._cursor.executemany(self._text(f"INSERT INTO {table} ({names}) VALUES ({marks}){end}"), rows)
+
+    def time(self, value: datetime) -> Any:
+        """A time as this database's columns take it."""
+        return time_text(value) if self._sqlite else value
+
+    def among(self, statement: str, values: Iterable[Any], before: Sequence[Any] = ()) -> Iterator[Row]:
+        """The rows of a statement that ends in `IN`, for all these values; databases limit how many at once."""
+        wanted = list(values)
+        for start in range(0, len(wanted), 500):
+            part = wanted[start : start + 500]
+            yield from self.rows(f"{statement} ({', '.join('?' * len(part))})", [*before, *part])
+
+    def new_ids(self, table: str, many: int) -> Sequence[int]:
+        """Ids for rows that the caller, who alone writes, will insert."""
+        if not self._sqlite:
+            sequence = f"SELECT nextval(pg_get_serial_sequence('{table}', 'id')) FROM generate_series(1, ?)"
+            return [int(number) for (number,) in self.rows(sequence, [many])]
+        if table not in self._last:
+            ((last,),) = self.rows(f"SELECT coalesce(max(id), 0) FROM {table}")
+            self._last[table] = int(last)
+        first = self._last[table] + 1
+        self._last[table] += many
+        return range(first, first + many)
+
+    @property
+    def by_bytes(self) -> str:
+        """What has texts ordered by their bytes, on every server."""
+        return "" if self._sqlite else ' COLLATE "C"'
+
+    def _text(self, statement: str) -> str:
+        return statement if self._sqlite else statement.replace("?", "%s")
