@@ -18,13 +18,14 @@ from tilebook.cli.common import FORMAT, REGISTRY, main, print_rows
 def show(op: str | None, gpu: str | None, registry: str | None, format_: str) -> None:
     """Prints the verdicts of all layers: what dispatch would serve, from where, and how sure it is."""
     from tilebook import device as devices
-    from tilebook import op as ops
+    from tilebook import inventory
     from tilebook.registry import DenyList, Layers
     from tilebook.report.rows import row
 
-    name = ops.get(op).name if op else None
+    if op:
+        inventory.get(op)
     layers = Layers.default(registry)
-    found, revocations = layers.read(op=name)
+    found, revocations = layers.read(op=op)
     denied = DenyList((revocation for _, revocation in revocations), devices.package_version("triton"))
     if registry:
         layers.demand_explicit()
@@ -105,19 +106,15 @@ def import_(file: str, trust: bool, registry: str | None) -> None:
 
     Nor are its revocations honoured without --trust.
     """
-    from tilebook import op as ops
+    from tilebook import inventory
     from tilebook import registry as store
     from tilebook.cli.files import opened
     from tilebook.report.rows import is_retired
 
-    allowed = {
-        name: frozenset(axis for each in op.implementations.values() if each.space for axis in each.space.axes)
-        for name, op in ops.ops().items()
-    }
     layers = store.Layers.default(registry)
     with opened(file) as stream, layers.writer() as target:
         try:
-            report = store.load(target, stream, allowed=allowed, trust=trust, is_problem=_is_problem)
+            report = store.load(target, stream, allowed=inventory.axes(), trust=trust, is_problem=_is_problem)
         except UnicodeDecodeError:
             raise store.RegistryError(f"{file} is not UTF-8 text") from None
     for line in report.skipped:
@@ -132,10 +129,10 @@ def import_(file: str, trust: bool, registry: str | None) -> None:
 
 def _is_problem(op: str, key: str) -> bool:
     """Whether the text is the key of a problem of this op, one that can be posed."""
-    from tilebook import op as ops
+    from tilebook import inventory
 
     try:
-        ops.get(op).problem.from_key(key).check()
+        inventory.get(op).problem.from_key(key).check()
     except (TypeError, ValueError):
         return False
     return True
@@ -186,7 +183,7 @@ def revoke(
     Revocations of all layers count together, and travel with export, import --trust and the package.
     """
     from tilebook import revocation as revoking
-    from tilebook.op import UsageError
+    from tilebook.errors import UsageError
     from tilebook.registry import Layers
 
     scope = (implementation, config, arch, triton, kernel, reason)

@@ -12,7 +12,7 @@ from tilebook.cli.common import FORMAT, REGISTRY, SUITES, main, print_rows
 
 if TYPE_CHECKING:
     from tilebook.op import Op, Problem
-    from tilebook.report.status import Asked
+    from tilebook.report.asked import Asked
 
 
 class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -162,7 +162,7 @@ def _missed(
     """What the ledger has that a tune could change, heaviest first."""
     from tilebook import device as devices
     from tilebook.op import UsageError
-    from tilebook.report.status import asked, target
+    from tilebook.report.asked import asked, target
 
     if suites or shapes:
         raise UsageError("give --misses or --suite or --shape, not two of them")

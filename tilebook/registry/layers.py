@@ -50,12 +50,15 @@ class Layers:
         return cls([*layers, ("shipped", str(SHIPPED))])
 
     def read(
-        self, *, op: str | None = None, device: Device | None = None
+        self, *, op: str | None = None, device: Device | None = None, gpu: str | None = None
     ) -> tuple[list[tuple[str, Verdict]], list[tuple[str, Revocation]]]:
-        """`verdicts` and `revocations` of a single reading: a layer gives both, or neither."""
+        """`verdicts` and `revocations` of a single reading: a layer gives both, or neither.
+
+        gpu: a part of the GPU's name, in capitals or not.
+        """
         found = [
             (name, *both)
-            for name, both in self._read(lambda each: (each.verdicts(op=op, device=device), each.revocations()))
+            for name, both in self._read(lambda each: (_verdicts(each, op, device, gpu), each.revocations()))
         ]
         return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
 
@@ -114,9 +117,9 @@ class Layers:
                 if text is None:
                     if name != "explicit" and path is not None and not path.exists():
                         continue
-                    from tilebook.registry.store import Registry
+                    from tilebook.registry.reading import reader
 
-                    opened: Readable = Registry.open(target)
+                    opened: Readable = reader(target)
                 with text or opened as registry:
                     found = query(registry)
                     self.problems += registry.problems
@@ -128,7 +131,7 @@ class Layers:
 
 
 class Readable(Protocol):
-    """What layers ask of a registry; `Registry` keeps the promises."""
+    """What layers ask of a registry; `Registry` keeps the promises, and `Reading` of a file."""
 
     problems: list[str]
 
@@ -150,6 +153,15 @@ class Readable(Protocol):
     def revocations(self) -> list[Revocation]: ...
 
     def misses(self, *, device: Device | None = None) -> list[Miss]: ...
+
+
+def _verdicts(registry: Readable, op: str | None, device: Device | None, gpu: str | None) -> list[Verdict]:
+    from tilebook.registry.reading import Reading
+
+    if isinstance(registry, Reading):
+        return registry.verdicts(op=op, device=device, gpu=gpu)
+    found = registry.verdicts(op=op, device=device)
+    return [each for each in found if not gpu or gpu.lower() in each.device.name.lower()]
 
 
 def shipped_registry(path: Path) -> Text | None:

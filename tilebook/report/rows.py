@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tilebook import device as devices
-from tilebook import op as ops
+from tilebook import inventory, machine
 from tilebook.registry import Revocation, Verdict
 from tilebook.registry.current import retired
-from tilebook.tuner.known import cut_short
-from tilebook.tuner.progress import ProblemState
+from tilebook.registry.searched import cut_short
+
+if TYPE_CHECKING:
+    from tilebook.tuner.progress import ProblemState
 
 
 def stale(verdict: Verdict) -> list[str]:
     """The versions that differ between the verdict's environment and this one; none where no GPU is here to serve."""
-    here = devices.environment() if devices.present() else {}
+    here = machine.environment() if machine.present() else {}
     return [
         f"{name} {version} → {here[name]}"
         for name, version in sorted(verdict.environment.versions.items())
@@ -27,20 +28,20 @@ UNREACHED = "not reached"
 """The status of a problem for which a run found no time; it has a verdict's row without a verdict."""
 
 
-def _label(verdict: Verdict) -> str:
+def label(op: str, key: str) -> str:
+    """A problem as people write it, with its dtype; the key where this version does not know the op or a field."""
+    known = inventory.ops().get(op)
     try:
-        problem = ops.get(verdict.op).problem.from_key(verdict.problem)
-        return f"{problem.label} {getattr(problem, 'dtype', '')}".strip()
-    except (ops.UsageError, TypeError, ValueError):
-        return verdict.problem  # an op or a field that this version does not know
+        problem = None if known is None else known.problem.from_key(key)
+    except (TypeError, ValueError):
+        return key
+    return key if problem is None else f"{problem.label} {getattr(problem, 'dtype', '')}".strip()
 
 
 def is_retired(verdict: Verdict) -> bool:
     """Is the winner not served, because its source or that of the op's own kernel is another now?"""
-    op = ops.ops().get(verdict.op)
-    if op is None:
-        return True
-    return retired(verdict, verdict.implementation, op.digest, op.digest_of)
+    op = inventory.ops().get(verdict.op)
+    return op is None or retired(verdict, verdict.implementation, op.digest, op.digest_of)
 
 
 def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> d
     notes = verdict.notes
     return {
         "op": verdict.op,
-        "problem": _label(verdict),
+        "problem": label(verdict.op, verdict.problem),
         "device": verdict.device.name,
         "implementation": verdict.implementation,
         "config": dict(verdict.config),
