@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy, served, sqlitefile
 from tilebook.registry.checks import DAMAGE
-from tilebook.registry.codec import miss_from, trial_from, verdict_from
+from tilebook.registry.codec import miss_from, revocation_from, trial_from, verdict_from
 from tilebook.registry.records import Device, Miss, Revocation, Trial
-from tilebook.registry.serving import lost_revocation, revocation_rows
+from tilebook.registry.serving import lost_revocation
 from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Target
 from tilebook.registry.verdict import Verdict
 
@@ -33,7 +33,7 @@ WAIT_S = 1.0
 
 _TABLES = frozenset({"device", "environment", "kernel", "problem", "trial", "verdict", "miss"})
 
-_Record = TypeVar("_Record", Trial, Verdict, Miss)
+_Record = TypeVar("_Record", Trial, Verdict, Miss, Revocation)
 
 
 class Reading:
@@ -107,8 +107,9 @@ class Reading:
 
     def revocations(self) -> list[Revocation]:
         """All of them, oldest first; the untrusted ones too."""
-        with sqlitefile.explained(self._path):
-            found = list(revocation_rows(self._connection))
+        # All rows: a damaged one must not hide behind a condition that it would have met.
+        rows = self._rows(_REVOCATIONS, ()) if self._schema > 1 else ()
+        found = [(str(row[1]), _revocation(row)) for row in rows]
         lost = [scope for scope, revocation in found if revocation is None]
         self.corrupt = len(lost)
         for scope in lost:
@@ -181,6 +182,10 @@ FROM trial AS t {_BOTH.format("t")}
 _MISSES = f"""
 SELECT p.op, p.key, d.name, d.arch, d.sm_count, m.calls, m.time_ms, m.last_seen, m.sha256
 FROM miss AS m {_SHARED.format("m")}
+"""
+_REVOCATIONS = """
+SELECT sha256, scope, op, implementation, kernel, arch, triton, config, reason, origin, trusted, created_at
+FROM revocation
 """
 
 
@@ -306,3 +311,15 @@ def _miss(row: Sequence[Any]) -> Miss:
     if miss.sha256 != sha256:
         raise ValueError("the digest is wrong")
     return miss
+
+
+@_or_none
+def _revocation(row: Sequence[Any]) -> Revocation:
+    names = ("op", "implementation", "kernel", "arch", "triton", "config", "reason")
+    sha256, scope, *values, origin, trusted, created_at = row
+    fields = {**dict(zip(names, values, strict=True)), "created_at": created_at}
+    fields["config"] = json.loads(fields["config"])
+    revocation = revocation_from(fields, origin=origin, trusted=bool(trusted))
+    if (revocation.sha256, revocation.scope) != (sha256, scope):
+        raise ValueError("the digest is wrong")
+    return revocation

@@ -197,13 +197,16 @@ class _File:
 
     def revocations(self) -> list[Revocation]:
         with self._reading() as connection:
-            rows = list(revocation_rows(connection))
+            if "revocation" not in sqlitefile.tables(connection):
+                return []
+            rows = connection.execute(_REVOCATIONS).fetchall()
         found = []
-        for scope, revocation in rows:
+        for row in rows:
+            revocation = _revocation(row)
             if revocation is not None:
                 found.append(revocation)
             else:
-                self.problems.append(f"registry {self._path}: {lost_revocation(scope)}")
+                self.problems.append(f"registry {self._path}: {lost_revocation(str(row[1]))}")
         return sorted(found, key=lambda each: (each.created_at, each.scope))
 
     @contextmanager
@@ -275,16 +278,6 @@ def _old_verdicts(connection: sqlite3.Connection, layer: str, op: str, device: D
         if tuple(row[2:5]) == (device.name, device.arch, device.sm_count) and op in (row[0], row[6]):
             verdict = legacy.verdict_or_none(row)
             yield None if verdict is None else of(verdict, layer)
-
-
-def revocation_rows(connection: sqlite3.Connection) -> Iterator[tuple[str, Revocation | None]]:
-    """The scopes of all rows and what they revoke, None where a row is damaged; nothing where there is no such table.
-
-    All rows: a damaged one must not hide behind a condition that it would have met.
-    """
-    if "revocation" in sqlitefile.tables(connection):
-        for row in connection.execute(_REVOCATIONS):
-            yield str(row[1]), _revocation(row)
 
 
 def _revocation(row: Sequence[Any]) -> Revocation | None:
