@@ -69,20 +69,28 @@ def test_a_file_made_from_other_kernels_counts_for_nothing(tmp_path):
     assert (tmp_path / "again").read_bytes() == inventory.FILE.read_bytes()
 
 
-WITHOUT_TORCH = """
-import json, sys
+COMMANDS = """
+import errno, json, os, sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "triton", "numpy", "optuna"):
             raise AssertionError(f"{name} is imported")
 
+def read_only(event, details):
+    flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    writes = event == "open" and isinstance(details[2], int) and details[2] & flags and details[0] != os.devnull
+    if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.link", "os.chmod", "os.utime", "os.truncate"):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), details[0])
+
+folder, commands, writable = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "writable"
 sys.meta_path.insert(0, Refuse())
 from click.testing import CliRunner
 from tilebook.cli import main
 
-folder = sys.argv[1]
-for command in json.loads(sys.argv[2]):
+if not writable:
+    sys.addaudithook(read_only)
+for command in commands:
     done = CliRunner().invoke(main, [each.replace("@", folder + "/") for each in command])
     if done.exit_code or (done.exception and not isinstance(done.exception, SystemExit)):
         sys.exit(f"{command}: {done.output} {done.exception!r}")
@@ -92,23 +100,51 @@ print("done")
 READING = [
     ["show"],
     ["show", "--op", "rms_norm_fwd", "--gpu", "h200", "--format", "json"],
-    ["status", "--gpu", "H200"],
-    ["export", "@out.jsonl"],
-    ["import", "@out.jsonl", "--registry", "@new.db"],
+    ["show", "--trials"],
     ["show", "--registry", "@new.db"],
+    ["status", "--gpu", "H200"],
     ["status", "--gpu", "H200", "--registry", "@new.db"],
-    ["export", "@again.jsonl", "--registry", "@new.db"],
+    ["export", "-"],
+    ["export", "-", "--registry", "@new.db"],
+    ["export", "-", "--registry", "@new.db", "--op", "rms_norm_fwd"],
+    ["diff", "shipped", "@new.db"],
+    ["diff", "@out.jsonl", "@new.db"],
+    ["check"],
+    ["check", "--registry", "@new.db"],
+    ["remove", "--op", "rms_norm_fwd", "--registry", "@new.db", "--dry-run"],
+    ["prune", "--registry", "@new.db", "--dry-run"],
     ["revoke", "--list"],
-    ["repair", "--registry", "@new.db"],
+]
+MOVING = [
+    ["export", "@out.jsonl"],
+    ["import", "@out.jsonl", "--registry", "@new.db", "--trust"],
+    *READING,
+    ["merge", "@out.jsonl", "@new.db", "-o", "@all.db"],
+    ["check", "--registry", "@all.db", "--repair"],
+    ["repair", "--registry", "@all.db"],
+    ["remove", "--op", "rms_norm_fwd", "--registry", "@all.db", "--yes"],
+    ["prune", "--registry", "@all.db", "--yes"],
 ]
 
 
-def test_commands_that_only_read_or_move_records_do_not_load_pytorch(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_DATA_HOME": str(tmp_path)}
+def run_all(commands, folder, kind="writable"):
+    """Runs commands in a process that may not import PyTorch, nor write where it is of that kind."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_DATA_HOME": str(folder)}
     environment.pop("TILEBOOK_REGISTRY", None)
-    command = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path), json.dumps(READING)]
+    command = [sys.executable, "-c", COMMANDS, str(folder), json.dumps(commands), kind]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
+def test_commands_that_only_read_or_move_records_do_not_load_pytorch(tmp_path):
+    run_all(MOVING, tmp_path)
+
+
+def test_commands_that_only_read_work_where_nothing_can_be_written(tmp_path):
+    run_all(MOVING[:2], tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    run_all(READING, tmp_path, "read only")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_what_is_told_without_pytorch_is_what_pytorch_tells(monkeypatch):

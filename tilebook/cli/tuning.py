@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tilebook.cli.common import FORMAT, REGISTRY, SUITES, main, print_rows
+from tilebook.cli.common import FORMAT, REGISTRY, SUITES, example, main, print_rows
 
 if TYPE_CHECKING:
     from tilebook.op import Op, Problem
@@ -30,7 +30,11 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         return seconds
 
 
-@main.command()
+@main.command(
+    epilog=example(
+        "tilebook tune --suite seeds", "tilebook tune attention --shape B8,H16,S2048,D128,causal --budget 5m"
+    )
+)
 @click.argument("families", nargs=-1, metavar="[FAMILY]...")
 @SUITES
 @click.option(
@@ -208,7 +212,7 @@ def _problems(
     return list(dict.fromkeys(found))
 
 
-@main.command()
+@main.command(epilog=example("tilebook sweep rms_norm --suite quick --out sweeps"))
 @click.argument("what", metavar="FAMILY|OP")
 @SUITES
 @click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")

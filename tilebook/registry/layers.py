@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from tilebook.errors import RegistryError
 from tilebook.registry import shipped
-from tilebook.registry.records import ConfigValue, Device, Miss, Revocation
+from tilebook.registry.records import ConfigValue, Device, Miss, Revocation, Trial
 from tilebook.registry.target import Target, user_folder
 from tilebook.registry.verdict import Verdict
 
@@ -89,6 +89,18 @@ class Layers:
         """
         return _best(self._read(lambda each: each.verdicts(op=op, problem=problem, device=device)))
 
+    def trials(self, *, op: str | None = None, gpu: str | None = None) -> list[tuple[str, Trial]]:
+        """The trials of all layers with the name of the first layer that has each, oldest first. Refreshes `problems`.
+
+        gpu: a part of the GPU's name, in capitals or not.
+        """
+        found: dict[str, tuple[str, Trial]] = {}
+        for name, trials in self._read(lambda each: each.trials(op=op)):
+            for trial in trials:
+                if not gpu or gpu.lower() in trial.device.name.lower():
+                    found.setdefault(trial.sha256, (name, trial))
+        return sorted(found.values(), key=lambda each: each[1].created_at)
+
     def writer(self) -> Registry:
         """The first layer that can be written, opened for it: the explicit one and no other, where there is one."""
         from tilebook.registry.store import Registry
@@ -152,6 +164,8 @@ class Readable(Protocol):
 
     def revocations(self) -> list[Revocation]: ...
 
+    def trials(self, *, op: str | None = None) -> list[Trial]: ...
+
     def misses(self, *, device: Device | None = None) -> list[Miss]: ...
 
 
@@ -198,6 +212,9 @@ class Text:
         _, found, problems = shipped.read(self._folder, "")
         self.problems += [each for each in problems if each not in self.problems]
         return found
+
+    def trials(self, *, op: str | None = None) -> list[Trial]:
+        return []
 
     def misses(self, *, device: Device | None = None) -> list[Miss]:
         return []

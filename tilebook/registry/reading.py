@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
+import operator
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy, served, sqlitefile
-from tilebook.registry.checks import DAMAGE
+from tilebook.registry.checks import DAMAGE, quoted
 from tilebook.registry.codec import miss_from, revocation_from, trial_from, verdict_from
 from tilebook.registry.records import Device, Miss, Revocation, Trial
 from tilebook.registry.serving import lost_revocation
@@ -32,6 +35,8 @@ WAIT_S = 1.0
 """How long a reader waits for a writer's lock."""
 
 _TABLES = frozenset({"device", "environment", "kernel", "problem", "trial", "verdict", "miss"})
+
+_NONE: tuple[float, list[dict[str, Any] | None]] = (math.inf, [])
 
 _Record = TypeVar("_Record", Trial, Verdict, Miss, Revocation)
 
@@ -84,25 +89,23 @@ class Reading:
         gpu: str | None = None,
     ) -> list[Verdict]:
         """Those that match, in the order of their keys. gpu: a part of the GPU's name, in capitals or not."""
-        if self._schema < 3:
-            rows: Iterator[Any] = (legacy.verdict_or_none(row) for row in self._rows(legacy.ROWS, ()))
-            found = [v for v in self._intact(rows) if _matches(v, op, problem, device, kernel, gpu)]
-        else:
-            where, values = _where(op, problem, device, kernel, gpu)
-            finalists = self._finalists(where, values)
-            rows = (_verdict(row, finalists.get(row[0], [])) for row in self._rows(f"{_VERDICTS} {where}", values))
-            found = self._intact(rows)
+        found = self._intact(record for _, record in self.each_verdict(op, problem, device, kernel, gpu))
         return sorted(found, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
 
-    def trials(self, *, op: str | None = None, device: Device | None = None, gpu: str | None = None) -> list[Trial]:
+    def trials(
+        self,
+        *,
+        op: str | None = None,
+        device: Device | None = None,
+        origin: str | None = None,
+        gpu: str | None = None,
+    ) -> list[Trial]:
         """Those that match, oldest first."""
-        where, values = _where(op, None, device, None, gpu)
-        return self._intact(map(_trial, self._rows(f"{_TRIALS} {where} ORDER BY t.id", values)))
+        return self._intact(record for _, record in self.each_trial(op, device, origin, gpu))
 
     def misses(self, *, device: Device | None = None) -> list[Miss]:
         """The ledger, heaviest first: calls times the GPU time of a call."""
-        where, values = _where(None, None, device, None, None)
-        found = self._intact(map(_miss, self._rows(f"{_MISSES} {where}", values)))
+        found = self._intact(record for _, record in self.each_miss(device))
         return sorted(found, key=lambda miss: (-miss.calls * miss.time_ms, miss.op, miss.problem, miss.device.name))
 
     def revocations(self) -> list[Revocation]:
@@ -117,25 +120,80 @@ class Reading:
         intact = [revocation for _, revocation in found if revocation is not None]
         return sorted(intact, key=lambda each: (each.created_at, each.scope))
 
-    def _finalists(self, where: str, values: Sequence[Any]) -> dict[int, list[dict[str, Any] | None]]:
+    def each_verdict(
+        self,
+        op: str | None = None,
+        problem: str | None = None,
+        device: Device | None = None,
+        kernel: str | None = None,
+        gpu: str | None = None,
+    ) -> Iterator[tuple[int, Verdict | None]]:
+        """The rows that match one by one, with their ids; None for one that is damaged, or a finalist of which is."""
+        if self._schema < 3:
+            for number, row in enumerate(self._rows(legacy.ROWS, ()), start=1):
+                verdict = legacy.verdict_or_none(row)
+                if verdict is None or _matches(verdict, op, problem, device, kernel, gpu):
+                    yield number, verdict
+            return
+        where, values = _where("v", op, problem, device, kernel, gpu=gpu)
+        finalists = self._finalists(where, values)
+        place, its = next(finalists, _NONE)
+        for row in self._rows(f"{_VERDICTS} {where} ORDER BY v.id", values):
+            while place < row[0]:
+                place, its = next(finalists, _NONE)
+            yield row[0], _verdict(row, its if place == row[0] else [])
+
+    def each_trial(
+        self,
+        op: str | None = None,
+        device: Device | None = None,
+        origin: str | None = None,
+        gpu: str | None = None,
+    ) -> Iterator[tuple[int, Trial | None]]:
+        """As `each_verdict`."""
+        where, values = _where("t", op, None, device, None, origin, gpu)
+        for number, *row in self._rows(f"{_TRIALS} {where} ORDER BY t.id", values):
+            yield number, _trial(row)
+
+    def each_miss(self, device: Device | None = None) -> Iterator[tuple[int, Miss | None]]:
+        """As `each_verdict`."""
+        where, values = _where("m", None, None, device, None)
+        for number, *row in self._rows(f"{_MISSES} {where} ORDER BY m.id", values):
+            yield number, _miss(row)
+
+    def structure(self, most: int = 10) -> list[str]:
+        """What SQLite finds wrong with the file's pages and indexes, and with what rows refer to: the first of it."""
+        with sqlitefile.explained(self._path):
+            found = [
+                quoted(line).strip("'\"") for (line,) in self._connection.execute(f"PRAGMA integrity_check({most})")
+            ]
+            lost = self._connection.execute("PRAGMA foreign_key_check").fetchmany(most)
+        return [line for line in found if line != "ok"] + [
+            f"row {number} of {quoted(table)} refers to one of {quoted(other)} that is not there"
+            for table, number, other, _ in lost
+        ]
+
+    def _finalists(self, where: str, values: Sequence[Any]) -> Iterator[tuple[float, list[dict[str, Any] | None]]]:
         """By verdict, in the order of their places; None for one that is damaged, or stands in another's place."""
-        found: dict[int, list[dict[str, Any] | None]] = {}
-        for verdict, place, *columns in self._rows(f"{_FINALISTS} {where} ORDER BY f.verdict_id, f.place", values):
-            its = found.setdefault(verdict, [])
-            its.append(_finalist(columns) if place == len(its) else None)
-        return found
+        rows = self._rows(f"{_FINALISTS} {where} ORDER BY f.verdict_id, f.place", values)
+        for verdict, its in itertools.groupby(rows, key=operator.itemgetter(0)):
+            yield verdict, [_finalist(row[2:]) if row[1] == place else None for place, row in enumerate(its)]
 
     def _rows(self, query: str, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         with sqlitefile.explained(self._path):
             yield from self._connection.execute(query, values)
 
-    def _intact(self, found: Iterator[_Record | None]) -> list[_Record]:
+    def _intact(self, found: Iterable[_Record | None]) -> list[_Record]:
         records = list(found)
         intact = [record for record in records if record is not None]
-        self.corrupt = len(records) - len(intact)
-        if self.corrupt:
-            self._problem(f"left out {self.corrupt} damaged rows")
+        self.count_lost(len(records) - len(intact))
         return intact
+
+    def count_lost(self, lost: int) -> None:
+        """Says that so many rows were left out: for who reads them one by one."""
+        self.corrupt = lost
+        if lost:
+            self._problem(f"left out {lost} damaged rows")
 
     def _problem(self, text: str) -> None:
         self.problems.append(f"registry {self.label}: {text}")
@@ -175,12 +233,12 @@ SELECT f.verdict_id, f.place, f.implementation, f.config, f.time_ms, f.speedup, 
 FROM finalist AS f JOIN verdict AS v ON v.id = f.verdict_id {_BOTH.format("v")}
 """
 _TRIALS = f"""
-SELECT {_KEYS}, t.implementation, t.config, t.status, t.time_ms, t.created_at, t.failure, t.reason, t.samples_ms,
+SELECT t.id, {_KEYS}, t.implementation, t.config, t.status, t.time_ms, t.created_at, t.failure, t.reason, t.samples_ms,
        t.facts, t.sha256
 FROM trial AS t {_BOTH.format("t")}
 """
 _MISSES = f"""
-SELECT p.op, p.key, d.name, d.arch, d.sm_count, m.calls, m.time_ms, m.last_seen, m.sha256
+SELECT m.id, p.op, p.key, d.name, d.arch, d.sm_count, m.calls, m.time_ms, m.last_seen, m.sha256
 FROM miss AS m {_SHARED.format("m")}
 """
 _REVOCATIONS = """
@@ -190,9 +248,15 @@ FROM revocation
 
 
 def _where(
-    op: str | None, problem: str | None, device: Device | None, kernel: str | None, gpu: str | None
+    table: str,
+    op: str | None,
+    problem: str | None,
+    device: Device | None,
+    kernel: str | None,
+    origin: str | None = None,
+    gpu: str | None = None,
 ) -> tuple[str, list[Any]]:
-    """The condition and its values. The device goes by its id, which has an index."""
+    """The condition and its values."""
     given: list[tuple[str, Sequence[Any]]] = []
     if op is not None:
         given.append(("p.op = ?", [op]))
@@ -200,6 +264,8 @@ def _where(
         given.append(("p.key = ?", [problem]))
     if kernel is not None:
         given.append(("k.digest = ?", [kernel]))
+    if origin is not None:
+        given.append((f"{table}.origin = ?", [origin]))
     if device is not None:
         given.append(("(d.name, d.arch, d.sm_count) = (?, ?, ?)", [device.name, device.arch, device.sm_count]))
     if gpu:

@@ -19,6 +19,7 @@ from tilebook.registry import legacy, schema, shipped
 from tilebook.registry.backend import explained
 from tilebook.registry.columns import finalist_columns, revocation_columns, trial_columns, verdict_columns
 from tilebook.registry.models import (
+    Base,
     DeviceRow,
     FinalistRow,
     KernelRow,
@@ -170,19 +171,19 @@ class Registry:
                 session.delete(row)
         return bool(found)
 
-    def remove_damaged(self) -> int:
+    def remove_damaged(self, aside: Callable[[Sequence[Base]], None] = lambda rows: None) -> int:
         """Removes the trials, verdicts and misses that readers leave out as damaged, and returns how many.
 
-        Damaged revocations stay: what they revoked may run again, and whoever wrote them decides, see `unrevoke`.
+        `aside` is given their rows first, in the same transaction. Damaged revocations stay: what they revoked may run
+        again, and whoever wrote them decides, see `unrevoke`.
         """
-        removed = 0
         with self._write() as session:
-            for query, decode in _DECODED:
-                for row in session.execute(query()).scalars():
-                    if decode(row) is None:
-                        session.delete(row)
-                        removed += 1
-        return removed
+            read = ((row, decode) for query, decode in _DECODED for row in session.execute(query()).scalars())
+            rows: list[Base] = [row for row, decode in read if decode(row) is None]
+            aside(rows)
+            for row in rows:
+                session.delete(row)
+        return len(rows)
 
     def count_misses(self, misses: Iterable[Miss]) -> None:
         """Adds calls to the ledger; the estimate of the time of a call and `last_seen` are the newest."""
@@ -275,6 +276,13 @@ class Registry:
 
     def __repr__(self) -> str:
         return f"<Registry {self.label} ({'read and write' if self.writable else 'read only'})>"
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """One transaction of today's schema, for `maintenance`; it may write where the registry is open for writing."""
+        with self._write() if self.writable else self._session() as session:
+            schema.check(schema.version(session.connection()), self._target)
+            yield session
 
     @contextmanager
     def _session(self) -> Iterator[Session]:

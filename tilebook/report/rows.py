@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tilebook import inventory, machine
 from tilebook.registry import Revocation, Verdict
-from tilebook.registry.current import retired
+from tilebook.registry.current import Sourced, retired
 from tilebook.registry.searched import cut_short
 
 if TYPE_CHECKING:
@@ -38,10 +38,27 @@ def label(op: str, key: str) -> str:
     return key if problem is None else f"{problem.label} {getattr(problem, 'dtype', '')}".strip()
 
 
-def is_retired(verdict: Verdict) -> bool:
+class _Verdict(Sourced, Protocol):
+    """What of a verdict, whole or not, says whether its winner is served."""
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def implementation(self) -> str: ...
+
+
+def is_retired(verdict: _Verdict) -> bool:
     """Is the winner not served, because its source or that of the op's own kernel is another now?"""
     op = inventory.ops().get(verdict.op)
     return op is None or retired(verdict, verdict.implementation, op.digest, op.digest_of)
+
+
+def is_retired_trial(trial: _Verdict) -> bool:
+    """Is it of source that is another now? Of what is not ours nobody knows; its version counts when it is tuned."""
+    op = inventory.ops().get(trial.op)
+    digest = None if op is None else op.digest_of(trial.implementation)
+    return digest is None or digest not in ("", trial.kernel)
 
 
 def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> dict[str, Any]:
