@@ -32,6 +32,23 @@ DTYPE = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), hel
 FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
 
 
+class Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A duration above zero: 180s, 5m, 1h, or a number of seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip().lower()
+        unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+        try:
+            seconds = float(text[:-1]) * unit if unit else float(text)
+        except ValueError:
+            self.fail(f"{value!r} is not a duration such as 180s, 5m or 1h", param, ctx)
+        if not 0 < seconds < float("inf"):
+            self.fail(f"{value!r} is not a duration above zero", param, ctx)
+        return seconds
+
+
 class Moment(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     """A time: a date, a time of a day, or how long ago. In UTC, where it says nothing else."""
 

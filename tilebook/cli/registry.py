@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -17,6 +17,7 @@ from tilebook.cli.common import (
     OP,
     REGISTRY,
     SINCE,
+    Seconds,
     example,
     is_problem,
     known_op,
@@ -191,16 +192,36 @@ def _part(
     return len(text) - 1, problems
 
 
-@main.command("import", epilog=example("tilebook import verdicts.jsonl", "tilebook import - --trust < verdicts.jsonl"))
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+class _Source(click.Path):
+    """A file that is there, -, or a URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from tilebook.cli.files import is_url
+
+        return value if is_url(str(value)) else super().convert(value, param, ctx)
+
+
+@main.command(
+    "import",
+    epilog=example(
+        "tilebook import verdicts.jsonl",
+        "tilebook import - --trust < verdicts.jsonl",
+        "tilebook import https://example.org/h200.jsonl --max-size 64 --timeout 30s",
+    ),
+)
+@click.argument("file", type=_Source(exists=True, dir_okay=False, allow_dash=True))
 @click.option(
     "--trust", is_flag=True, help="Serve its verdicts without verifying them here first, and honour its revocations."
 )
+@click.option(
+    "--max-size", type=click.FloatRange(min=0, min_open=True), default=256, show_default=True, help="Of a URL, MB."
+)
+@click.option("--timeout", type=Seconds(), metavar="TIME", default="60s", show_default=True, help="For a URL.")
 @REGISTRY
-def import_(file: str, trust: bool, registry: str | None) -> None:
-    """Merges FILE into the registry; - is stdin. What it says is not served until it is verified here, or with --trust.
+def import_(file: str, trust: bool, max_size: float, timeout: float, registry: str | None) -> None:
+    """Merges FILE into the registry; - is stdin, and a file, http or https URL will do as well.
 
-    Nor are its revocations honoured without --trust.
+    What it says is not served until it is verified here, or with --trust. Nor are its revocations honoured without it.
     """
     from tilebook import inventory
     from tilebook import registry as store
@@ -208,7 +229,7 @@ def import_(file: str, trust: bool, registry: str | None) -> None:
     from tilebook.report.rows import is_retired
 
     layers = store.Layers.default(registry)
-    with opened(file) as stream, layers.writer() as target:
+    with opened(file, int(max_size * 1e6), timeout) as stream, layers.writer() as target:
         try:
             report = store.load(target, stream, allowed=inventory.axes(), trust=trust, is_problem=is_problem)
         except UnicodeDecodeError:

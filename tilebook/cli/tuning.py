@@ -8,26 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tilebook.cli.common import FORMAT, REGISTRY, SUITES, example, main, print_rows
+from tilebook.cli.common import FORMAT, REGISTRY, SUITES, Seconds, example, main, print_rows
 
 if TYPE_CHECKING:
     from tilebook.op import Op, Problem
     from tilebook.report.asked import Asked
-
-
-class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value).strip().lower()
-        unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
-        try:
-            seconds = float(text[:-1]) * unit if unit else float(text)
-        except ValueError:
-            self.fail(f"{value!r} is not a duration such as 180s, 5m or 1h", param, ctx)
-        if not 0 < seconds < float("inf"):
-            self.fail(f"{value!r} is not a duration above zero", param, ctx)
-        return seconds
 
 
 @main.command(
@@ -56,7 +41,7 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 )
 @click.option(
     "--budget",
-    type=_Seconds(),
+    type=Seconds(),
     metavar="TIME",
     help="End after about this time (180s, 5m): what is worth most of the GPU's time comes first and has most of it,"
     " what is not reached is said (default: none, until each has converged).",
