@@ -36,9 +36,9 @@ from tilebook import op as ops
 from tilebook.cli import main
 from tilebook.cli.common import Moment
 from tilebook.registry import Registry, Speedup, Trial, Verdict, export
+from tilebook.registry.filereader import FileReader
+from tilebook.registry.gathering import merge
 from tilebook.registry.maintenance import Wanted, choose, remove, tidy
-from tilebook.registry.merging import merge
-from tilebook.registry.reading import Reading
 from tilebook.registry.selection import Selection
 
 OP = ops.get("rms_norm_fwd")
@@ -397,7 +397,7 @@ def test_registries_and_exports_are_merged_into_a_new_one(run: Run, mine: Path, 
 
 
 def _contents(path: Path) -> tuple[Any, ...]:
-    with Reading.open(path) as reading:
+    with FileReader.open(path) as reading:
         local, others = reading.trials(origin="local"), reading.trials(origin="imported")
         found = reading.verdicts(), reading.revocations()
     return *found, *(sorted(each.sha256 for each in some) for some in (local, others))

@@ -56,7 +56,7 @@ def merge(sources: tuple[str, ...], output: str, trust: bool) -> None:
     they say is not served without --trust. What programs asked for is not merged.
     """
     from tilebook import inventory
-    from tilebook.registry.merging import merge as merged
+    from tilebook.registry.gathering import merge as merged
 
     done = merged(sources, Path(output), allowed=inventory.axes(), is_problem=is_problem, trust=trust)
     for line in done.problems:

@@ -174,8 +174,8 @@ def _part(
     layers: Layers, target: str | None, selection: Selection, trials: bool, stream: TextIO
 ) -> tuple[int, list[str]]:
     """Exports what is selected of a registry, or of all layers together."""
+    from tilebook.registry.filereader import reader
     from tilebook.registry.lines import written as in_lines
-    from tilebook.registry.reading import reader
 
     tried: list[Trial] = []
     if target is not None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tilebook.errors import RegistryError
+from tilebook.registry.filereader import FileReader, reader
 from tilebook.registry.layers import shipped_registry
-from tilebook.registry.reading import Reading, reader
 from tilebook.registry.target import Target
 
 MENDED = ("verdicts", "trials", "misses")
@@ -46,7 +46,7 @@ def examine(layer: str, target: str) -> Examined | None:
         if layer != "explicit" and path is not None and not path.exists():
             return None
         with reader(target) as registry:
-            if isinstance(registry, Reading):
+            if isinstance(registry, FileReader):
                 return _file(layer, label, registry)
             found: dict[str, Sequence[object]] = {}
             damaged = {}
@@ -58,7 +58,7 @@ def examine(layer: str, target: str) -> Examined | None:
         return Examined(layer, label, unread=str(error))
 
 
-def _file(layer: str, label: str, reading: Reading) -> Examined:
+def _file(layer: str, label: str, reading: FileReader) -> Examined:
     structure = reading.structure()
     intact, damaged = {}, {}
     for kind, rows in (

@@ -58,7 +58,9 @@ class Layers:
         """
         found = [
             (name, *both)
-            for name, both in self._read(lambda each: (_verdicts(each, op, device, gpu), each.revocations()))
+            for name, both in self._read(
+                lambda each: (each.verdicts(op=op, device=device, gpu=gpu), each.revocations())
+            )
         ]
         return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
 
@@ -129,7 +131,7 @@ class Layers:
                 if text is None:
                     if name != "explicit" and path is not None and not path.exists():
                         continue
-                    from tilebook.registry.reading import reader
+                    from tilebook.registry.filereader import reader
 
                     opened: Readable = reader(target)
                 with text or opened as registry:
@@ -143,7 +145,7 @@ class Layers:
 
 
 class Readable(Protocol):
-    """What layers ask of a registry; `Registry` keeps the promises, and `Reading` of a file."""
+    """What layers ask of a registry; `Registry` keeps the promises, and `FileReader` of a file."""
 
     problems: list[str]
 
@@ -160,6 +162,7 @@ class Readable(Protocol):
         problem: str | None = None,
         device: Device | None = None,
         kernel: str | None = None,
+        gpu: str | None = None,
     ) -> list[Verdict]: ...
 
     def revocations(self) -> list[Revocation]: ...
@@ -167,15 +170,6 @@ class Readable(Protocol):
     def trials(self, *, op: str | None = None) -> list[Trial]: ...
 
     def misses(self, *, device: Device | None = None) -> list[Miss]: ...
-
-
-def _verdicts(registry: Readable, op: str | None, device: Device | None, gpu: str | None) -> list[Verdict]:
-    from tilebook.registry.reading import Reading
-
-    if isinstance(registry, Reading):
-        return registry.verdicts(op=op, device=device, gpu=gpu)
-    found = registry.verdicts(op=op, device=device)
-    return [each for each in found if not gpu or gpu.lower() in each.device.name.lower()]
 
 
 def shipped_registry(path: Path) -> Text | None:
@@ -204,9 +198,11 @@ class Text:
         problem: str | None = None,
         device: Device | None = None,
         kernel: str | None = None,
+        gpu: str | None = None,
     ) -> list[Verdict]:
         found, _, self.problems = shipped.read(self._folder, op, device)
-        return [each for each in found if problem in (None, each.problem) and kernel in (None, each.kernel)]
+        some = [each for each in found if problem in (None, each.problem) and kernel in (None, each.kernel)]
+        return [each for each in some if not gpu or gpu.lower() in each.device.name.lower()]
 
     def revocations(self) -> list[Revocation]:
         _, found, problems = shipped.read(self._folder, "")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tilebook.registry import lines
+from tilebook.registry.filereader import reader
 from tilebook.registry.layers import SHIPPED
-from tilebook.registry.reading import reader
 from tilebook.registry.records import Revocation, Trial
 from tilebook.registry.target import Target, user_folder
 from tilebook.registry.verdict import Verdict

@@ -231,13 +231,15 @@ class Registry:
         problem: str | None = None,
         device: Device | None = None,
         kernel: str | None = None,
+        gpu: str | None = None,
     ) -> list[Verdict]:
-        """The verdicts that match, in the order of their keys."""
+        """The verdicts that match, in the order of their keys. gpu: part of the device's name, in whatever case."""
         if self._schema < 3:
             found = self._old_verdicts(op, problem, device, kernel)
         else:
             query = _select(VerdictRow, op, problem, device, kernel).options(selectinload(VerdictRow.finalists))
             found = self._read(query, verdict_of)
+        found = [each for each in found if not gpu or gpu.lower() in each.device.name.lower()]
         return sorted(found, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
 
     def revocations(self) -> list[Revocation]:

@@ -41,7 +41,7 @@ _NONE: tuple[float, list[dict[str, Any] | None]] = (math.inf, [])
 _Record = TypeVar("_Record", Trial, Verdict, Miss, Revocation)
 
 
-class Reading:
+class FileReader:
     """A SQLite registry, opened for reading: what `Registry` promises of its readers holds.
 
     It is one reading: all that is asked for until it is closed is of one state of the file.
@@ -200,11 +200,11 @@ class Reading:
         log.warning("%s", self.problems[-1])
 
 
-def reader(target: str) -> Reading | Registry:
+def reader(target: str) -> FileReader | Registry:
     """A registry opened for reading, a file the quicker way. Raises RegistryError."""
     path = Target.parse(target).path
     if path is not None:
-        return Reading.open(path)
+        return FileReader.open(path)
     from tilebook.registry.store import Registry
 
     return Registry.open(target)

@@ -14,8 +14,8 @@ from sqlalchemy import func, select
 
 from tilebook.errors import RegistryError
 from tilebook.registry.exchange import import_rule, load
+from tilebook.registry.filereader import FileReader, reader
 from tilebook.registry.models import RevocationRow, VerdictRow
-from tilebook.registry.reading import Reading, reader
 from tilebook.registry.records import Trial
 from tilebook.registry.sources import is_export, place
 from tilebook.registry.store import Registry
@@ -120,19 +120,19 @@ def _add_registry(registry: Registry, name: str, report: Report) -> None:
         report.problems += source.problems
 
 
-def _trials(source: Reading | Registry, origin: str) -> Iterable[Trial]:
+def _trials(source: FileReader | Registry, origin: str) -> Iterable[Trial]:
     return (
         _intact(source, source.each_trial(origin=origin))
-        if isinstance(source, Reading)
+        if isinstance(source, FileReader)
         else source.trials(origin=origin)
     )
 
 
-def _verdicts(source: Reading | Registry) -> Iterable[Verdict]:
-    return _intact(source, source.each_verdict()) if isinstance(source, Reading) else source.verdicts()
+def _verdicts(source: FileReader | Registry) -> Iterable[Verdict]:
+    return _intact(source, source.each_verdict()) if isinstance(source, FileReader) else source.verdicts()
 
 
-def _intact(source: Reading, rows: Iterable[tuple[int, _T | None]]) -> Iterator[_T]:
+def _intact(source: FileReader, rows: Iterable[tuple[int, _T | None]]) -> Iterator[_T]:
     damaged = 0
     for _, record in rows:
         if record is None:

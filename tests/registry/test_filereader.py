@@ -11,7 +11,7 @@ import pytest
 from registry_samples import A100, H200, broken_trial, evidenced, miss, predicted, problem, revocation, trial, verdict
 
 from tilebook.registry import Registry, RegistryError
-from tilebook.registry.reading import Reading
+from tilebook.registry.filereader import FileReader
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def filled(path: Path) -> Path:
 
 
 def test_it_reads_what_the_registry_reads(filled: Path) -> None:
-    with Registry.open(filled) as registry, Reading.open(filled) as reading:
+    with Registry.open(filled) as registry, FileReader.open(filled) as reading:
         assert reading.verdicts() == registry.verdicts() != []
         assert reading.trials() == registry.trials() != []
         assert reading.misses() == registry.misses() != []
@@ -66,7 +66,7 @@ DAMAGE = [
 def test_it_passes_over_the_damaged_rows_that_the_registry_passes_over(filled: Path, statement: str) -> None:
     with sqlite3.connect(filled) as database:
         database.execute(statement)
-    with Registry.open(filled) as registry, Reading.open(filled) as reading:
+    with Registry.open(filled) as registry, FileReader.open(filled) as reading:
         assert reading.verdicts() == registry.verdicts()
         assert reading.trials() == registry.trials()
         assert reading.misses() == registry.misses()
@@ -75,30 +75,30 @@ def test_it_passes_over_the_damaged_rows_that_the_registry_passes_over(filled: P
 
 
 def test_it_refuses_what_the_registry_refuses(path: Path) -> None:
-    def said(opened: type[Reading] | type[Registry]) -> str:
+    def said(opened: type[FileReader] | type[Registry]) -> str:
         with pytest.raises(RegistryError) as refused:
             opened.open(path)
         return str(refused.value)
 
-    assert said(Reading) == said(Registry)
+    assert said(FileReader) == said(Registry)
     for content in (b"", b"a letter", b"SQLite format 3\0" + bytes(300)):
         path.write_bytes(content)
-        assert said(Reading) == said(Registry)
+        assert said(FileReader) == said(Registry)
     path.unlink()
     with Registry.open(path, write=True):
         pass
     for statement in ("DROP TABLE miss", "PRAGMA user_version = 99", "CREATE VIEW v AS SELECT 1"):
         with sqlite3.connect(path) as database:
             database.execute(statement)
-        assert said(Reading) == said(Registry)
+        assert said(FileReader) == said(Registry)
 
 
 def test_it_needs_no_sqlalchemy(filled: Path) -> None:
     text = f"""
 import sys
 from pathlib import Path
-from tilebook.registry.reading import Reading
-with Reading.open(Path({str(filled)!r})) as reading:
+from tilebook.registry.filereader import FileReader
+with FileReader.open(Path({str(filled)!r})) as reading:
     assert reading.verdicts(gpu={H200.name!r}) and reading.trials() and reading.misses() and reading.revocations()
 print(*{{"sqlalchemy", "torch", "alembic"}} & set(sys.modules))
 """
