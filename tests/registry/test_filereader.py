@@ -6,12 +6,14 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from registry_samples import A100, H200, broken_trial, evidenced, miss, predicted, problem, revocation, trial, verdict
 
-from tilebook.registry import Registry, RegistryError
+from tilebook.registry import Registry, RegistryError, Verdict
 from tilebook.registry.filereader import FileReader
+from tilebook.registry.overview import NOTES, Overview, overviews
 
 
 @pytest.fixture
@@ -74,6 +76,39 @@ def test_it_passes_over_the_damaged_rows_that_the_registry_passes_over(filled: P
         assert reading.problems == registry.problems != []
 
 
+SAME = "op problem device environment kernel status default_time_ms interval mode sources origin trusted created_at"
+
+
+def told(found: Verdict | Overview) -> list[Any]:
+    return [
+        [getattr(found, name) for name in SAME.split()],
+        {name: found.notes[name] for name in NOTES if name in found.notes},
+        [(f.implementation, f.config, f.time_ms, f.predicted_ms, f.default) for f in found.finalists],
+        [found.implementation, found.config, found.time_ms, found.measured, found.source_of("triton")],
+    ]
+
+
+def test_an_overview_says_what_the_verdict_says_but_for_the_samples(filled: Path) -> None:
+    with FileReader.open(filled) as reading:
+        assert list(map(told, overviews(reading))) == list(map(told, reading.verdicts()))
+        for some in ({"op": "other_op"}, {"device": A100}, {"gpu": "a100"}, {"gpu": "none"}):
+            assert list(map(told, overviews(reading, **some))) == list(map(told, reading.verdicts(**some)))
+        assert reading.problems == []
+
+
+SAMPLES = ["UPDATE finalist SET samples_ms = '[0.5]' WHERE id = 2", "UPDATE finalist SET again = '[]' WHERE id = 2"]
+
+
+@pytest.mark.parametrize("statement", [*DAMAGE, *SAMPLES])
+def test_an_overview_is_of_what_is_whole_alone(filled: Path, statement: str) -> None:
+    with sqlite3.connect(filled) as database:
+        database.execute(statement)
+    with FileReader.open(filled) as reading, FileReader.open(filled) as other:
+        assert list(map(told, overviews(reading))) == list(map(told, other.verdicts()))
+        assert reading.problems == other.problems
+        assert statement not in SAMPLES or reading.corrupt == 1
+
+
 def test_it_refuses_what_the_registry_refuses(path: Path) -> None:
     def said(opened: type[FileReader] | type[Registry]) -> str:
         with pytest.raises(RegistryError) as refused:
@@ -98,6 +133,7 @@ def test_it_needs_no_sqlalchemy(filled: Path) -> None:
 import sys
 from pathlib import Path
 from tilebook.registry.filereader import FileReader
+from tilebook.registry.overview import NOTES, Overview, overviews
 with FileReader.open(Path({str(filled)!r})) as reading:
     assert reading.verdicts(gpu={H200.name!r}) and reading.trials() and reading.misses() and reading.revocations()
 print(*{{"sqlalchemy", "torch", "alembic"}} & set(sys.modules))

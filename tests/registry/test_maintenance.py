@@ -136,6 +136,20 @@ def test_what_fits_all_that_is_given_is_removed_and_nothing_else(
     assert run("check").stdout.endswith("whole\n")
 
 
+def test_what_a_strangers_tables_hold_is_shown_escaped_and_ends_nothing(run: Run, mine: Path) -> None:
+    with sqlite3.connect(mine) as database:
+        database.execute("UPDATE device SET name = ? WHERE id = 1", ["\x1b[31mred\u202e\n"])
+        database.execute("UPDATE problem SET op = x'00ff' WHERE id = 2")
+        database.execute("UPDATE kernel SET digest = 12 WHERE id = 1")
+        database.execute("UPDATE verdict SET sources = x'ff', created_at = 'soon' WHERE id = 1")
+    for command in (["remove", "--dtype", "bf16", "--dry-run"], ["prune", "--dry-run"], ["show", "--trials"]):
+        done = run(*command)
+        assert not {"\x1b", "\u202e"} & set(done.stdout + done.stderr)
+    assert "on '\\x1b[31mred" in run("remove", "--dtype", "bf16", "--dry-run").stdout
+    run("check", status=1)
+    run("remove", "--dtype", "bf16", "--yes")
+
+
 def test_nothing_is_removed_unasked(run: Run, mine: Path) -> None:
     assert "Remove 4 verdicts and 4 trials" in run("remove", "--gpu", "H200", input="n\n", status=1).stderr
     assert "Aborted" in run("remove", "--gpu", "H200", input="", status=1).stderr

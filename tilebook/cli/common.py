@@ -193,9 +193,10 @@ class _Tidy(click.Group):
         except (TilebookError, OSError) as broken:
             _fail(str(broken), 1)
         except ModuleNotFoundError as missing:
-            if missing.name not in _EXTRA:
+            package = (missing.name or "").partition(".")[0]
+            if package not in _EXTRA:
                 raise
-            _fail(f"this command needs {missing.name}: pip install 'tilebook[tune]'", 1)
+            _fail(f"this command needs {package}: pip install 'tilebook[tune]'", 1)
         except KeyboardInterrupt:
             _fail("interrupted; what was done is kept, and the same command goes on from there", 130)
 
@@ -215,10 +216,15 @@ def main() -> None:
     """Finds the fastest correct way to run attention and MLPs on a GPU, keeps it, and serves it to model code."""
 
 
+def print_json(rows: Sequence[dict[str, Any]]) -> None:
+    """A list with a row a line: to be read by `jq` and `grep` alike, however many there are."""
+    click.echo("[" + ",".join(f"\n{json.dumps(row)}" for row in rows) + ("\n]" if rows else "]"))
+
+
 def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False, nothing: str = "") -> None:
     """nothing: what is said where there are no rows."""
     if format_ == "json":
-        click.echo(json.dumps(list(rows), indent=2))
+        print_json(rows)
         return
     if not rows and nothing:
         click.echo(nothing)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from tilebook.cli.common import DTYPE, FORMAT, GPU, OP, example, is_problem, main, skipped
+from tilebook.cli.common import DTYPE, FORMAT, GPU, OP, example, is_problem, main, print_json, skipped
 
 
 @main.command(
@@ -40,7 +39,7 @@ def diff(a: str, b: str, op: str | None, gpu: str | None, dtype: str | None, exi
         sides.append([verdict for verdict in found if selection.verdict(verdict)])
     differing = list(differences(*sides))
     rows = [row(each) for each in differing]
-    click.echo(json.dumps(rows, indent=2) if format_ == "json" else text(rows, a, b, *map(len, sides)))
+    print_json(rows) if format_ == "json" else click.echo(text(rows, a, b, *map(len, sides)))
     raise SystemExit(1 if exit_code and rows else 0)
 
 

@@ -200,9 +200,21 @@ def _retired() -> tuple[Retired, Retired]:
 
 def _told(chosen: Chosen) -> Iterator[str]:
     """A line for each op and GPU."""
-    verdicts, trials = (Counter((each.op, each.device) for each in some) for some in (chosen.verdicts, chosen.trials))
+    verdicts, trials = (
+        Counter((_shown(each.op), _shown(each.device)) for each in some) for some in (chosen.verdicts, chosen.trials)
+    )
     for op, device in sorted({*verdicts, *trials}):
-        yield f"{op or '?'} on {device or '?'}: {_counted(verdicts[op, device], trials[op, device])}"
+        yield f"{op} on {device}: {_counted(verdicts[op, device], trials[op, device])}"
+
+
+def _shown(name: object) -> str:
+    """A name as it stands in a table, which nobody has checked: escaped where it is none."""
+    from tilebook.registry.checks import label, quoted
+
+    try:
+        return label(name, "name")
+    except ValueError:
+        return quoted(name)
 
 
 def _counted(verdicts: int, trials: int) -> str:

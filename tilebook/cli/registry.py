@@ -22,6 +22,7 @@ from tilebook.cli.common import (
     is_problem,
     known_op,
     main,
+    print_json,
     print_rows,
     skipped,
 )
@@ -69,14 +70,14 @@ def show(
     if trials:
         tried = [trial_row(each, layer) for layer, each in layers.trials(op=op, gpu=gpu) if selection.trial(each)]
     else:
-        found, revocations = layers.read(op=op, gpu=gpu)
+        found, revocations = layers.overviews(op=op, gpu=gpu)
         denied = DenyList((revocation for _, revocation in revocations), devices.package_version("triton"))
     if registry:
         layers.demand_explicit()
     for problem in layers.problems:
         click.echo(f"tilebook: {problem}", err=True)
     if trials:
-        click.echo(json.dumps(tried, indent=2) if format_ == "json" else trial_table(tried))
+        print_json(tried) if format_ == "json" else click.echo(trial_table(tried))
         return
     wanted = [(layer, verdict) for layer, verdict in found if selection.verdict(verdict)]
     nothing = NOTHING if selection.everything else "no verdict fits"

@@ -51,7 +51,8 @@ class FileReader:
         self.label = str(path)
         self.problems: list[str] = []
         self.corrupt = 0
-        self._path, self._connection, self._schema, self._cleanup = path, connection, schema, cleanup
+        self.schema = schema
+        self._path, self._connection, self._cleanup = path, connection, cleanup
 
     @classmethod
     def open(cls, path: Path, wait_s: float = WAIT_S) -> Self:
@@ -111,7 +112,7 @@ class FileReader:
     def revocations(self) -> list[Revocation]:
         """All of them, oldest first; the untrusted ones too."""
         # All rows: a damaged one must not hide behind a condition that it would have met.
-        rows = self._rows(_REVOCATIONS, ()) if self._schema > 1 else ()
+        rows = self.rows(_REVOCATIONS, ()) if self.schema > 1 else ()
         found = [(str(row[1]), _revocation(row)) for row in rows]
         lost = [scope for scope, revocation in found if revocation is None]
         self.corrupt = len(lost)
@@ -129,16 +130,16 @@ class FileReader:
         gpu: str | None = None,
     ) -> Iterator[tuple[int, Verdict | None]]:
         """The rows that match one by one, with their ids; None for one that is damaged, or a finalist of which is."""
-        if self._schema < 3:
-            for number, row in enumerate(self._rows(legacy.ROWS, ()), start=1):
+        if self.schema < 3:
+            for number, row in enumerate(self.rows(legacy.ROWS, ()), start=1):
                 verdict = legacy.verdict_or_none(row)
                 if verdict is None or _matches(verdict, op, problem, device, kernel, gpu):
                     yield number, verdict
             return
-        where, values = _where("v", op, problem, device, kernel, gpu=gpu)
+        where, values = where_clause("v", op, problem, device, kernel, gpu=gpu)
         finalists = self._finalists(where, values)
         place, its = next(finalists, _NONE)
-        for row in self._rows(f"{_VERDICTS} {where} ORDER BY v.id", values):
+        for row in self.rows(f"{_VERDICTS} {where} ORDER BY v.id", values):
             while place < row[0]:
                 place, its = next(finalists, _NONE)
             yield row[0], _verdict(row, its if place == row[0] else [])
@@ -151,14 +152,14 @@ class FileReader:
         gpu: str | None = None,
     ) -> Iterator[tuple[int, Trial | None]]:
         """As `each_verdict`."""
-        where, values = _where("t", op, None, device, None, origin, gpu)
-        for number, *row in self._rows(f"{_TRIALS} {where} ORDER BY t.id", values):
+        where, values = where_clause("t", op, None, device, None, origin, gpu)
+        for number, *row in self.rows(f"{_TRIALS} {where} ORDER BY t.id", values):
             yield number, _trial(row)
 
     def each_miss(self, device: Device | None = None) -> Iterator[tuple[int, Miss | None]]:
         """As `each_verdict`."""
-        where, values = _where("m", None, None, device, None)
-        for number, *row in self._rows(f"{_MISSES} {where} ORDER BY m.id", values):
+        where, values = where_clause("m", None, None, device, None)
+        for number, *row in self.rows(f"{_MISSES} {where} ORDER BY m.id", values):
             yield number, _miss(row)
 
     def structure(self, most: int = 10) -> list[str]:
@@ -175,11 +176,12 @@ class FileReader:
 
     def _finalists(self, where: str, values: Sequence[Any]) -> Iterator[tuple[float, list[dict[str, Any] | None]]]:
         """By verdict, in the order of their places; None for one that is damaged, or stands in another's place."""
-        rows = self._rows(f"{_FINALISTS} {where} ORDER BY f.verdict_id, f.place", values)
+        rows = self.rows(f"{_FINALISTS} {where} ORDER BY f.verdict_id, f.place", values)
         for verdict, its in itertools.groupby(rows, key=operator.itemgetter(0)):
             yield verdict, [_finalist(row[2:]) if row[1] == place else None for place, row in enumerate(its)]
 
-    def _rows(self, query: str, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    def rows(self, query: str, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+        """The rows of a query, which are those of a stranger's tables. Raises RegistryError."""
         with sqlitefile.explained(self._path):
             yield from self._connection.execute(query, values)
 
@@ -247,7 +249,7 @@ FROM revocation
 """
 
 
-def _where(
+def where_clause(
     table: str,
     op: str | None,
     problem: str | None,

@@ -16,6 +16,7 @@ from tilebook.registry.target import Target, user_folder
 from tilebook.registry.verdict import Verdict
 
 if TYPE_CHECKING:
+    from tilebook.registry.overview import Shown
     from tilebook.registry.store import Registry
 
 REGISTRY_VARIABLE = "TILEBOOK_REGISTRY"
@@ -61,6 +62,16 @@ class Layers:
             for name, both in self._read(
                 lambda each: (each.verdicts(op=op, device=device, gpu=gpu), each.revocations())
             )
+        ]
+        return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
+
+    def overviews(
+        self, *, op: str | None = None, device: Device | None = None, gpu: str | None = None
+    ) -> tuple[list[tuple[str, Shown]], list[tuple[str, Revocation]]]:
+        """As `read`, for people: of a file without the samples of verdicts, which most of the time would go to."""
+        found = [
+            (name, *both)
+            for name, both in self._read(lambda each: (_overviews(each, op, device, gpu), each.revocations()))
         ]
         return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
 
@@ -233,14 +244,27 @@ class DenyList:
                 return each
         return None
 
-    def winner(self, verdict: Verdict) -> Revocation | None:
+    def winner(self, verdict: Shown) -> Revocation | None:
         """Why a verdict's winner may not run, or None where it may."""
         kernel = verdict.source_of(verdict.implementation)
         return self.find(verdict.op, kernel, verdict.device.arch, verdict.implementation, verdict.config)
 
 
-def _best(found: Iterable[tuple[str, Sequence[Verdict]]]) -> list[tuple[str, Verdict]]:
-    best: dict[tuple[str, str, Device, str], tuple[str, Verdict]] = {}
+def _overviews(registry: Readable, op: str | None, device: Device | None, gpu: str | None) -> Sequence[Shown]:
+    from tilebook.registry.filereader import FileReader
+
+    if not isinstance(registry, FileReader) or registry.schema < 3:
+        return registry.verdicts(op=op, device=device, gpu=gpu)
+    from tilebook.registry.overview import overviews
+
+    return overviews(registry, op, device, gpu)
+
+
+_V = TypeVar("_V", bound="Shown")
+
+
+def _best(found: Iterable[tuple[str, Sequence[_V]]]) -> list[tuple[str, _V]]:
+    best: dict[tuple[str, str, Device, str], tuple[str, _V]] = {}
     for name, verdicts in found:
         for verdict in verdicts:
             key = (verdict.op, verdict.problem, verdict.device, verdict.kernel)

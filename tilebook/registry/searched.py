@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tilebook.registry.verdict import Verdict
+if TYPE_CHECKING:
+    from tilebook.registry.overview import Shown
 
 
-def cut_short(verdict: Verdict) -> bool:
+def cut_short(verdict: Shown) -> bool:
     """Did the budget keep something out that another run would look at?"""
     searches: Any = verdict.notes.get("searches")
     names = list(searches) if isinstance(searches, dict) else []
@@ -15,7 +16,7 @@ def cut_short(verdict: Verdict) -> bool:
     return any(left_out) or any(unfinished(verdict, name, 0) for name in names)
 
 
-def unfinished(verdict: Verdict, implementation: str, limit: int) -> bool:
+def unfinished(verdict: Shown, implementation: str, limit: int) -> bool:
     """Did the search behind a verdict end before its time, and would a run with this limit of candidates go on?"""
     searches: Any = verdict.notes.get("searches")
     its = searches.get(implementation) if isinstance(searches, dict) else None

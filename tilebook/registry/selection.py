@@ -6,9 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from tilebook.registry.records import Revocation, Trial
-from tilebook.registry.verdict import Verdict
+
+if TYPE_CHECKING:
+    from tilebook.registry.overview import Shown
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Selection:
     def everything(self) -> bool:
         return self == Selection()
 
-    def verdict(self, verdict: Verdict) -> bool:
+    def verdict(self, verdict: Shown) -> bool:
         its = self.origin in (None, verdict.origin) and (verdict.measured or not self.measured)
         return its and self._about(verdict)
 
@@ -45,7 +48,7 @@ class Selection:
         """A revocation is about an op, on every GPU that it does not rule out, whatever is measured there."""
         return self.op in (None, revocation.op)
 
-    def _about(self, record: Trial | Verdict) -> bool:
+    def _about(self, record: Trial | Shown) -> bool:
         return (
             self.op in (None, record.op)
             and (not self.gpu or self.gpu.lower() in record.device.name.lower())

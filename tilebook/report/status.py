@@ -11,8 +11,9 @@ from tilebook import device as devices
 from tilebook import inventory, machine
 from tilebook import registry as store
 from tilebook.errors import UsageError
-from tilebook.registry import DenyList, Miss, Verdict
+from tilebook.registry import DenyList, Miss
 from tilebook.registry.current import may_run, stands
+from tilebook.registry.overview import Candidate, Shown
 from tilebook.registry.verdict import Finalist
 from tilebook.report.rows import label, row
 
@@ -25,8 +26,8 @@ class Asked:
     """
 
     miss: Miss
-    verdict: Verdict | None = None
-    runs: Finalist | None = None
+    verdict: Shown | None = None
+    runs: Finalist | Candidate | None = None
 
     @property
     def weight_s(self) -> float:
@@ -44,9 +45,9 @@ class Asked:
         return "none" if self.runs is None else "exact" if self.covered else "predicted"
 
 
-def asked(misses: Iterable[Miss], verdicts: Iterable[Verdict], denied: DenyList) -> list[Asked]:
+def asked(misses: Iterable[Miss], verdicts: Iterable[Shown], denied: DenyList) -> list[Asked]:
     """The ledger, and what verdicts say of it. Ops and fields that this version does not know are left out."""
-    known, by_problem = inventory.ops(), dict[tuple[str, str], list[Verdict]]()
+    known, by_problem = inventory.ops(), dict[tuple[str, str], list[Shown]]()
     for verdict in verdicts:
         by_problem.setdefault((verdict.op, verdict.problem), []).append(verdict)
     found = []
@@ -67,7 +68,7 @@ def _is_problem(miss: Miss) -> bool:
     return True
 
 
-def _runs(verdict: Verdict, denied: DenyList) -> Finalist | None:
+def _runs(verdict: Shown, denied: DenyList) -> Finalist | Candidate | None:
     """The best of a verdict that is what was measured and is not revoked; None of one that may not be served."""
     op = inventory.ops()[verdict.op]
     if not verdict.trusted or not stands(verdict, op.digest):
@@ -90,7 +91,7 @@ def status(gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
     if identity is None:
         raise UsageError("there is no GPU here: name one with --gpu")
     device, layers = store.Device(*identity), store.Layers.default(registry)
-    found, revocations = layers.read(device=device)
+    found, revocations = layers.overviews(device=device)
     problems = list(layers.problems)
     if registry:
         layers.demand_explicit()
