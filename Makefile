@@ -9,7 +9,7 @@ GPU ?= NVIDIA H200
 # What ships was measured with this Triton, and machine code belongs to a version.
 SHIPPED_TRITON = 3.6.0
 
-.PHONY: tune test lint recheck setup clean
+.PHONY: tune test lint inventory recheck setup clean
 
 setup: $(VENV)/ready
 
@@ -33,6 +33,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What commands that only read records know of the kernels: to be written anew after a change to them.
+inventory: setup
+	$(BIN)/python -m tilebook.inventory
 
 # Does what ships still compile to the code that was measured? Two minutes on two cores, no GPU.
 recheck: setup $(VENV)/triton-$(SHIPPED_TRITON)

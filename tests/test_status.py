@@ -11,7 +11,7 @@ from tilebook import op as ops
 from tilebook.cli import main
 from tilebook.cli.tuning import _missed
 from tilebook.registry import Device, Miss, Registry
-from tilebook.report.status import target
+from tilebook.report.asked import target
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_status_says_what_was_asked_for_and_what_share_of_it_verdicts_cover(ledg
     assert [each["covered"] for each in data["asked"]] == [False, False, False, False, True]
     assert data["asked"][0]["share"] == pytest.approx(1.0 / data["asked_s"])
     text = CliRunner().invoke(main, ["status", "--gpu", "H200", "--registry", str(ledger)]).output
-    assert "50,000 × 0.02 ms  attention_fwd B2,H4,S300,D64,causal bf16  (fallback: torch)" in text
-    assert "(fallback: torch)" in text
+    assert "50,000 × 0.02 ms  attention_fwd B2,H4,S300,D64,causal bf16  (no verdict)" in text
+    assert "attention_fwd B8,H6,S196,D64 bf16  (covered: " in text
     assert "tune --misses" in text
 
 

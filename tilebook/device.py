@@ -1,4 +1,4 @@
-"""What GPU this is, and a catalogue of GPU models for those that are not here."""
+"""What GPU this is, and a catalogue of GPU models for those that are not here. PyTorch is asked for the GPU alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from importlib import metadata
 from typing import Any
-
-import torch
 
 from tilebook.errors import UsageError
 
@@ -160,7 +158,7 @@ def _words(name: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", name.lower())
 
 
-def _is_model(name: str, model: str) -> bool:
+def is_model(name: str, model: str) -> bool:
     """Does a GPU of this name belong to that model of the catalogue?"""
     own, its = _words(name), set(_words(model))
     return its <= set(own) and all(word in its or _PACKAGING.fullmatch(word) for word in own)
@@ -173,7 +171,7 @@ def find(name: str) -> Device:
     """
     wanted = set(_words(name))
     found = [each for each in CATALOGUE.values() if wanted and wanted <= set(_words(each.name))]
-    found = found or [each for each in CATALOGUE.values() if _is_model(name, each.name)]
+    found = found or [each for each in CATALOGUE.values() if is_model(name, each.name)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -189,7 +187,7 @@ def find(name: str) -> Device:
 
 def is_here(model: Device, gpu: Device) -> bool:
     """Is this machine's GPU of that model of the catalogue? An "NVIDIA H100 80GB HBM3" is an "NVIDIA H100"."""
-    return _is_model(gpu.name, model.name)
+    return is_model(gpu.name, model.name)
 
 
 _posed: ContextVar[Device | None] = ContextVar("tilebook_posed_gpu", default=None)
@@ -212,6 +210,8 @@ def current(index: int = 0) -> Device:
 
 @functools.cache
 def _present(index: int) -> Device:
+    import torch
+
     properties: Any = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch, shared = properties.gcnArchName.split(":")[0], 65_536
@@ -247,12 +247,14 @@ def _present(index: int) -> Device:
 
 
 def _similar(name: str) -> Device | None:
-    matches = [device for device in CATALOGUE.values() if _is_model(name, device.name)]
+    matches = [device for device in CATALOGUE.values() if is_model(name, device.name)]
     return matches[0] if len(matches) == 1 else None
 
 
 def present() -> bool:
     """Is there a GPU in this machine that PyTorch can use?"""
+    import torch
+
     return torch.cuda.is_available()
 
 
@@ -267,12 +269,14 @@ def package_version(package: str) -> str:
 @functools.cache
 def environment() -> Mapping[str, str]:
     """Versions that a measurement depends on, softly: a verdict measured under others is stale, not wrong."""
+    import torch
+
     versions: dict[str, str] = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
     versions |= {package: package_version(package) for package in ("triton", "tilebook")}
     versions["cuda"] = torch.version.cuda or "none"
     versions["ptxas"] = _ptxas()
     if present():
-        versions["driver"] = _driver()
+        versions["driver"] = driver()
         cudnn: Any = torch.backends.cudnn
         if cudnn.is_available():
             versions["cudnn"] = str(cudnn.version())
@@ -288,7 +292,7 @@ def _ptxas() -> str:
         return "unknown"
 
 
-def _driver() -> str:
+def driver() -> str:
     """The kernel driver's version, read where Linux shows it: asking nvidia-smi takes a second."""
     try:
         with open("/proc/driver/nvidia/version") as lines:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from tilebook.problem import *  # noqa: F403 (a kernel family has its whole vocabulary from here)
+from tilebook.inputs import *  # noqa: F403 (a kernel family has its whole vocabulary from here)
+from tilebook.problem import *  # noqa: F403
 from tilebook.problem import Cost, Problem, UsageError
 from tilebook.source import digest
 

@@ -1,4 +1,7 @@
-"""Problems: what of a call an implementation's speed depends on, as keys and as written on the command line."""
+"""Problems: what of a call an implementation's speed depends on, as keys and as written on the command line.
+
+No PyTorch: commands that only read records ask here too.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +14,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import torch
-
 from tilebook.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from tilebook.device import Device
 
 __all__ = [
-    "DTYPES",
     "Cost",
     "Problem",
     "UsageError",
     "cdiv",
     "choice",
     "demand",
-    "dtype_name",
     "flag",
-    "generator",
     "next_power_of_2",
-    "normal",
     "pattern",
     "size",
 ]
 
-DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _NAME = re.compile(r"[A-Za-z0-9_]{1,40}")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name a dtype has in keys and on the command line; dtypes that no kernel knows keep PyTorch's."""
-    return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def next_power_of_2(n: int) -> int:
@@ -53,28 +45,6 @@ def next_power_of_2(n: int) -> int:
 def cdiv(n: int, size: int) -> int:
     """How many pieces of that size hold n."""
     return -(-n // size)
-
-
-def generator(device: torch.device | str, seed: int) -> torch.Generator | None:
-    """The source of a problem's random inputs; None on the meta device, which has shapes but no numbers."""
-    return None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
-
-
-def normal(
-    shape: Sequence[int],
-    source: torch.Generator | None,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """Normal random numbers times `scale`; on the meta device none.
-
-    There PyTorch would load its compiler, for seconds, to draw or to multiply, and candidates would wait for it.
-    """
-    if torch.device(device).type == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    drawn = torch.randn(shape, generator=source, device=device, dtype=dtype)
-    return drawn if scale == 1.0 else drawn * scale
 
 
 @dataclass(frozen=True)
@@ -206,6 +176,8 @@ class Problem:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        from tilebook.inputs import DTYPES
+
         return DTYPES[getattr(self, "dtype")]  # noqa: B009 (declared by the subclasses)
 
     @property

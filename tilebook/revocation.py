@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilebook import device as devices
-from tilebook import op as ops
-from tilebook.op import Implementation, UsageError, Value
+from tilebook import inventory
+from tilebook.errors import UsageError
 from tilebook.registry import DenyList, Layers, Revocation
 from tilebook.registry.checks import in_range
 from tilebook.report.rows import row as verdict_row
+
+if TYPE_CHECKING:
+    from tilebook.op import Implementation, Value
 
 _ARCH = re.compile(r"sm_\d{2,3}[a-z]?|gfx[0-9a-f]{3,5}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -28,6 +31,8 @@ def make(
     reason: str | None,
 ) -> Revocation:
     """The record of what the command line says; its docstring has the defaults. Raises UsageError."""
+    from tilebook import op as ops
+
     found = ops.get(op)
     name = implementation or found.tunable.name
     if name not in found.implementations:
@@ -88,7 +93,7 @@ def revoke(layers: Layers, revocation: Revocation) -> tuple[bool, list[dict[str,
     with layers.writer() as registry:
         new = registry.revoke(revocation)
     denied = DenyList([revocation], devices.package_version("triton"))
-    kernel = ops.get(revocation.op).digest
+    kernel = inventory.get(revocation.op).digest
     return new, [
         verdict_row(verdict, layer, revocation)
         for layer, verdict in layers.verdicts(op=revocation.op)

@@ -52,6 +52,28 @@ def test_registry_of_somebody_else_is_not_read(choose):
         assert choose.again(COMPOSED).source == "default"
 
 
+def test_a_warning_does_not_deny_the_verdicts_that_serve(choose, tmp_path):
+    with Registry.open(tmp_path / "none.db", write=True) as shipped:
+        shipped.record(verdict=verdict())
+    choose.path.write_bytes(b"not a database")
+    with pytest.warns(RuntimeWarning, match=r"not a SQLite database; the verdicts that can be read serve; without one"):
+        choice = choose.again(FUSED)
+    assert (choice.source, choice.layer) == ("exact", "shipped")
+
+
+def test_without_a_home_the_explicit_layer_and_what_ships_serve(choose, tmp_path, monkeypatch):
+    with Registry.open(tmp_path / "none.db", write=True) as shipped:
+        shipped.record(verdict=verdict())
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.delenv("TILEBOOK_REGISTRY")
+        assert choose.again(FUSED).layer == "shipped"
+        monkeypatch.setenv("TILEBOOK_REGISTRY", str(choose.path))
+        assert choose(verdict()).layer == "explicit"
+
+
 def test_during_graph_capture_nothing_is_read(choose, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr("tilebook.dispatch.Snapshot", None)

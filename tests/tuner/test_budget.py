@@ -13,6 +13,7 @@ from tilebook.errors import TuningError
 from tilebook.op import Config
 from tilebook.registry import Registry, VerdictStatus
 from tilebook.tuner.budget import Budget, Job
+from tilebook.tuner.explore import PATIENCE
 from tilebook.tuner.progress import Run
 
 SHAPES = [Scaling(64 << n, 64) for n in range(8)]  # the last is the heaviest
@@ -216,6 +217,34 @@ def test_predictions_keep_to_a_budget_too(path):
     assert states[0].unreached == "the budget was spent before its turn"
     assert states[0].feasible == 0, "not even its space was listed"
     assert {verdict.status for verdict in registry.verdicts()} == {VerdictStatus.PREDICTED}
+
+
+def test_a_prediction_that_the_budget_cut_short_goes_on_until_nothing_gains(path):
+    clock = Clock()
+
+    class Slow(FakePool):
+        def submit(self, op, implementation, problem, config):
+            clock.now += 1.0
+            return super().submit(op, implementation, problem, config)
+
+    def predicted(seconds):
+        pool = Slow()
+        run = Run(1, False, Budget(seconds, measured=False, clock=clock))
+        (state,), _ = tune(path, None, pool, SHAPES[:1], run=run)
+        return state, set(pool.submitted)
+
+    state, first = predicted(10.0)
+    assert state.verdict.notes["searches"]["triton"]["ended"] == "budget"
+    assert (tried := state.tried) > 0
+    state, second = predicted(1000.0)
+    assert not state.skipped
+    assert second
+    assert state.reused == tried, "what was tried is known"
+    assert len(first & second) <= len(first) - tried, "compiled again is what nobody had looked at"
+    assert state.verdict.notes["searches"]["triton"]["ended"] == "converged"
+    assert len(first | second) < PATIENCE + 10 < state.feasible
+    state, third = predicted(1000.0)
+    assert (state.skipped, third) == (True, set())
 
 
 def test_after_ctrl_c_every_problem_has_a_verdict_or_is_named_as_not_reached(path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 import click
@@ -24,7 +26,99 @@ SUITES = click.option(
     multiple=True,
     help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
 )
+OP = click.option("--op", metavar="OP", help="Only this op.")
+GPU = click.option("--gpu", metavar="NAME", help="Only GPUs whose name contains this.")
+DTYPE = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Only problems of this dtype.")
 FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A duration above zero: 180s, 5m, 1h, or a number of seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip().lower()
+        unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+        try:
+            seconds = float(text[:-1]) * unit if unit else float(text)
+        except ValueError:
+            self.fail(f"{value!r} is not a duration such as 180s, 5m or 1h", param, ctx)
+        if not 0 < seconds < float("inf"):
+            self.fail(f"{value!r} is not a duration above zero", param, ctx)
+        return seconds
+
+
+class Moment(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A time: a date, a time of a day, or how long ago. In UTC, where it says nothing else."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        if isinstance(value, datetime):
+            return value
+        ago = re.fullmatch(r"(\d{1,6})\s*([mhdw])", str(value).strip().lower())
+        try:
+            if ago:
+                unit = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}[ago[2]]
+                return datetime.now(UTC) - timedelta(**{unit: int(ago[1])})
+            found = datetime.fromisoformat(str(value).strip())
+            return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is no time such as 2026-11-01, 2026-11-01T12:00 or 30d (so long ago)", param, ctx)
+
+
+SINCE = click.option(
+    "--since", type=Moment(), metavar="TIME", help="Only what was made since then: 2026-11-01, or 30d for so long ago."
+)
+BEFORE = click.option(
+    "--before", type=Moment(), metavar="TIME", help="Only what was made before: 2026-11-01, or 90d ago."
+)
+MEASURED = click.option("--measured", is_flag=True, help="Only what was measured, no predictions.")
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help."""
+    title = "Example:" if len(lines) == 1 else "Examples:"
+    return "\n".join(["\b", title, *(f"  {line}" for line in lines)])
+
+
+def known_op(name: str | None) -> str | None:
+    """The name of an op, or None. Raises UsageError for one that there is not."""
+    from tilebook import inventory
+
+    if name:
+        inventory.get(name)
+    return name
+
+
+def is_problem(op: str, key: str) -> bool:
+    """Whether the text is the key of a problem of this op, one that can be posed."""
+    from tilebook import inventory
+
+    try:
+        inventory.get(op).problem.from_key(key).check()
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+_LINE = re.compile(r"(?:(.*): )?line (\d+): (.*)", re.DOTALL)
+_MOST_NAMED = 3
+
+
+def skipped(lines: Sequence[str]) -> None:
+    """Says which records of files were left out: in one line those of a file of which the same is to be said."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        found = _LINE.fullmatch(line)
+        file, number, why = found.groups() if found else (None, "", line)
+        alike.setdefault((f"{file}: " if file else "", why), []).append(number)
+    for (file, why), numbers in alike.items():
+        number = numbers[0]
+        more = f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else ""
+        named = f"line{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:_MOST_NAMED])}{more}: " if number else ""
+        click.echo(f"tilebook: skipped: {file}{named}{why}", err=True)
 
 
 # What we print beyond ASCII, where it cannot be printed.
@@ -99,9 +193,10 @@ class _Tidy(click.Group):
         except (TilebookError, OSError) as broken:
             _fail(str(broken), 1)
         except ModuleNotFoundError as missing:
-            if missing.name not in _EXTRA:
+            package = (missing.name or "").partition(".")[0]
+            if package not in _EXTRA:
                 raise
-            _fail(f"this command needs {missing.name}: pip install 'tilebook[tune]'", 1)
+            _fail(f"this command needs {package}: pip install 'tilebook[tune]'", 1)
         except KeyboardInterrupt:
             _fail("interrupted; what was done is kept, and the same command goes on from there", 130)
 
@@ -111,15 +206,28 @@ def _fail(text: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
-@click.group(cls=_Tidy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Tidy,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=example("tilebook tune --suite seeds", "tilebook show --help"),
+)
 @click.version_option(package_name="tilebook")
 def main() -> None:
     """Finds the fastest correct way to run attention and MLPs on a GPU, keeps it, and serves it to model code."""
 
 
-def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False) -> None:
+def print_json(rows: Sequence[dict[str, Any]]) -> None:
+    """A list with a row a line: to be read by `jq` and `grep` alike, however many there are."""
+    click.echo("[" + ",".join(f"\n{json.dumps(row)}" for row in rows) + ("\n]" if rows else "]"))
+
+
+def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False, nothing: str = "") -> None:
+    """nothing: what is said where there are no rows."""
     if format_ == "json":
-        click.echo(json.dumps(list(rows), indent=2))
+        print_json(rows)
+        return
+    if not rows and nothing:
+        click.echo(nothing)
         return
     from tilebook.report.rows import table
 

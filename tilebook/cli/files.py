@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -51,9 +52,19 @@ def _is_export(place: Path) -> bool:
     return not head or is_header(head)
 
 
+def is_url(name: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) is not None
+
+
 @contextmanager
-def opened(name: str) -> Iterator[TextIO]:
-    """A stream to read an export from. Raises OSError."""
+def opened(name: str, most_bytes: int, most_s: float) -> Iterator[TextIO]:
+    """A stream to read an export from; the limits are for what a URL names. Raises OSError, and as `fetched` does."""
+    if is_url(name):
+        from tilebook.cli.fetch import fetched
+
+        with fetched(name, most_bytes, most_s) as stream:
+            yield stream
+        return
     if name in _STDIN:
         yield io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="\n")
         return

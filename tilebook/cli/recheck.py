@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tilebook.cli.common import main
+from tilebook.cli.common import example, main
 
 if TYPE_CHECKING:
     from tilebook.recheck import Finding
 
 
-@main.command()
+@main.command(epilog=example("tilebook recheck --gpu H200 --check"))
 @click.option("--gpu", metavar="NAME", help="Only verdicts for GPUs whose name contains this.")
 @click.option("--all", "everything", is_flag=True, help="Also verdicts whose source is today's.")
 @click.option("--check", is_flag=True, help="Change nothing; exit with 1 where something would be.")

@@ -1,40 +1,90 @@
-"""The commands that read and change registries: show, explain, status, export, import, repair, revoke."""
+"""The commands that say what a registry has, and move it: show, explain, status, export, import, revoke."""
 
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from tilebook.cli.common import FORMAT, REGISTRY, main, print_rows
+from tilebook.cli.common import (
+    DTYPE,
+    FORMAT,
+    GPU,
+    MEASURED,
+    OP,
+    REGISTRY,
+    SINCE,
+    Seconds,
+    example,
+    is_problem,
+    known_op,
+    main,
+    print_json,
+    print_rows,
+    skipped,
+)
+
+if TYPE_CHECKING:
+    from tilebook.registry.layers import Layers
+    from tilebook.registry.records import Trial
+    from tilebook.registry.selection import Selection
+
+NOTHING = "no verdicts: run `tilebook tune` first"
 
 
-@main.command()
-@click.option("--op", metavar="OP", help="Only this op.")
-@click.option("--gpu", metavar="NAME", help="Only GPUs whose name contains this.")
+@main.command(
+    epilog=example("tilebook show --op attention_fwd --gpu H200", "tilebook show --since 7d --measured --format json")
+)
+@OP
+@GPU
+@DTYPE
+@SINCE
+@MEASURED
+@click.option(
+    "--trials", is_flag=True, help="Show trials instead: every candidate that was tried, and what came of it."
+)
 @REGISTRY
 @FORMAT
-def show(op: str | None, gpu: str | None, registry: str | None, format_: str) -> None:
+def show(
+    op: str | None,
+    gpu: str | None,
+    dtype: str | None,
+    since: datetime | None,
+    measured: bool,
+    trials: bool,
+    registry: str | None,
+    format_: str,
+) -> None:
     """Prints the verdicts of all layers: what dispatch would serve, from where, and how sure it is."""
     from tilebook import device as devices
-    from tilebook import op as ops
     from tilebook.registry import DenyList, Layers
+    from tilebook.registry.selection import Selection
     from tilebook.report.rows import row
+    from tilebook.report.trials import trial_row, trial_table
 
-    name = ops.get(op).name if op else None
+    selection = Selection(op=known_op(op), gpu=gpu, dtype=dtype, since=since, measured=measured)
     layers = Layers.default(registry)
-    found, revocations = layers.read(op=name)
-    denied = DenyList((revocation for _, revocation in revocations), devices.package_version("triton"))
+    if trials:
+        tried = [trial_row(each, layer) for layer, each in layers.trials(op=op, gpu=gpu) if selection.trial(each)]
+    else:
+        found, revocations = layers.overviews(op=op, gpu=gpu)
+        denied = DenyList((revocation for _, revocation in revocations), devices.package_version("triton"))
     if registry:
         layers.demand_explicit()
     for problem in layers.problems:
         click.echo(f"tilebook: {problem}", err=True)
-    wanted = [(layer, v) for layer, v in found if not gpu or gpu.lower() in v.device.name.lower()]
-    print_rows([row(verdict, layer, denied.winner(verdict)) for layer, verdict in wanted], format_)
+    if trials:
+        print_json(tried) if format_ == "json" else click.echo(trial_table(tried))
+        return
+    wanted = [(layer, verdict) for layer, verdict in found if selection.verdict(verdict)]
+    nothing = NOTHING if selection.everything else "no verdict fits"
+    print_rows([row(verdict, layer, denied.winner(verdict)) for layer, verdict in wanted], format_, nothing=nothing)
 
 
-@main.command()
+@main.command(epilog=example("tilebook explain attention_fwd --shape B8,H16,S3000,D128,causal --gpu H200"))
 @click.argument("op")
 @click.option("--shape", required=True, metavar="SHAPE", help="The problem, such as B8,H6,S196,D64,causal.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
@@ -51,7 +101,7 @@ def explain(op: str, shape: str, dtype: str, gpu: str | None, registry: str | No
     click.echo(json.dumps(data, indent=2) if format_ == "json" else text)
 
 
-@main.command()
+@main.command(epilog=example("tilebook status --gpu H200"))
 @click.option("--gpu", metavar="NAME", help="For this GPU model (default: the one here).")
 @REGISTRY
 @FORMAT
@@ -65,63 +115,127 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
     click.echo(json.dumps(data, indent=2) if format_ == "json" else text)
 
 
-@main.command("export")
+@main.command(
+    "export",
+    epilog=example(
+        "tilebook export verdicts.jsonl --no-trials",
+        "tilebook export - --op rms_norm_fwd --gpu H200 --measured | gzip > h200.jsonl.gz",
+    ),
+)
 @click.argument("file", type=click.Path(allow_dash=True))
+@OP
+@GPU
+@DTYPE
+@SINCE
+@MEASURED
+@click.option("--trials/--no-trials", default=True, show_default=True, help="With every candidate that was tried.")
 @REGISTRY
-def export_(file: str, registry: str | None) -> None:
+def export_(
+    file: str,
+    op: str | None,
+    gpu: str | None,
+    dtype: str | None,
+    since: datetime | None,
+    measured: bool,
+    trials: bool,
+    registry: str | None,
+) -> None:
     """Writes a registry to FILE as JSON Lines, to be passed on and imported elsewhere; - is stdout.
 
     Without a registry of one's own, what `show` shows is written. A file that is there is replaced if it is an export.
+    Revocations go with it, those of the op where one is named.
     """
     from tilebook.cli.files import written
-    from tilebook.registry import Layers, Registry, export
-    from tilebook.registry.lines import written as in_lines
+    from tilebook.registry.layers import Layers
+    from tilebook.registry.selection import Selection
 
+    selection = Selection(op=known_op(op), gpu=gpu, dtype=dtype, since=since, measured=measured)
     layers = Layers.default(registry)
     first, target = layers.layers[0]
-    if first == "explicit" or (first == "user" and Path(target).exists()):
-        with Registry.open(target) as source, written(file) as stream:
-            count = export(source, stream)
-        problems = source.problems
-    else:
-        verdicts, revocations = layers.read()
-        text = in_lines((each for _, each in revocations), (each for _, each in verdicts))
-        with written(file) as stream:
-            stream.writelines(text)
-        count, problems = len(text) - 1, layers.problems
+    own = first == "explicit" or (first == "user" and Path(target).exists())
+    with written(file) as stream:
+        if own and selection.everything and trials:
+            count, problems = _whole(target, stream)
+        else:
+            count, problems = _part(layers, target if own else None, selection, trials, stream)
     for problem in problems:
         click.echo(f"tilebook: {problem}", err=True)
     click.echo(f"{count} records written to {'stdout' if file == '-' else file}", err=True)
 
 
-@main.command("import")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+def _whole(target: str, stream: TextIO) -> tuple[int, list[str]]:
+    """Exports a registry; returns how many records, and what was wrong with it."""
+    from tilebook.registry import Registry, export
+
+    with Registry.open(target) as source:
+        return export(source, stream), source.problems
+
+
+def _part(
+    layers: Layers, target: str | None, selection: Selection, trials: bool, stream: TextIO
+) -> tuple[int, list[str]]:
+    """Exports what is selected of a registry, or of all layers together."""
+    from tilebook.registry.filereader import reader
+    from tilebook.registry.lines import written as in_lines
+
+    tried: list[Trial] = []
+    if target is not None:
+        with reader(target) as source:
+            verdicts, revocations = source.verdicts(op=selection.op), source.revocations()
+            tried = [each for each in source.trials(op=selection.op) if selection.trial(each)] if trials else []
+            problems = source.problems
+    else:
+        found, revoked = layers.read(op=selection.op, gpu=selection.gpu)
+        verdicts, revocations = [each for _, each in found], [each for _, each in revoked]
+        problems = layers.problems
+    text = in_lines(filter(selection.revocation, revocations), filter(selection.verdict, verdicts), tried)
+    stream.writelines(text)
+    return len(text) - 1, problems
+
+
+class _Source(click.Path):
+    """A file that is there, -, or a URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from tilebook.cli.files import is_url
+
+        return value if is_url(str(value)) else super().convert(value, param, ctx)
+
+
+@main.command(
+    "import",
+    epilog=example(
+        "tilebook import verdicts.jsonl",
+        "tilebook import - --trust < verdicts.jsonl",
+        "tilebook import https://example.org/h200.jsonl --max-size 64 --timeout 30s",
+    ),
+)
+@click.argument("file", type=_Source(exists=True, dir_okay=False, allow_dash=True))
 @click.option(
     "--trust", is_flag=True, help="Serve its verdicts without verifying them here first, and honour its revocations."
 )
+@click.option(
+    "--max-size", type=click.FloatRange(min=0, min_open=True), default=256, show_default=True, help="Of a URL, MB."
+)
+@click.option("--timeout", type=Seconds(), metavar="TIME", default="60s", show_default=True, help="For a URL.")
 @REGISTRY
-def import_(file: str, trust: bool, registry: str | None) -> None:
-    """Merges FILE into the registry; - is stdin. What it says is not served until it is verified here, or with --trust.
+def import_(file: str, trust: bool, max_size: float, timeout: float, registry: str | None) -> None:
+    """Merges FILE into the registry; - is stdin, and a file, http or https URL will do as well.
 
-    Nor are its revocations honoured without --trust.
+    What it says is not served until it is verified here, or with --trust. Nor are its revocations honoured without it.
     """
-    from tilebook import op as ops
+    from tilebook import inventory
     from tilebook import registry as store
     from tilebook.cli.files import opened
     from tilebook.report.rows import is_retired
 
-    allowed = {
-        name: frozenset(axis for each in op.implementations.values() if each.space for axis in each.space.axes)
-        for name, op in ops.ops().items()
-    }
     layers = store.Layers.default(registry)
-    with opened(file) as stream, layers.writer() as target:
+    with opened(file, int(max_size * 1e6), timeout) as stream, layers.writer() as target:
         try:
-            report = store.load(target, stream, allowed=allowed, trust=trust, is_problem=_is_problem)
+            report = store.load(target, stream, allowed=inventory.axes(), trust=trust, is_problem=is_problem)
         except UnicodeDecodeError:
             raise store.RegistryError(f"{file} is not UTF-8 text") from None
-    for line in report.skipped:
-        click.echo(f"tilebook: skipped: {line}", err=True)
+    skipped(report.skipped)
     done = f"{report.trials} trials and {report.verdicts} verdicts imported"
     if report.revocations:
         done += f", and {report.revocations} revocations" + ("" if trust else ", not honoured without --trust")
@@ -130,28 +244,12 @@ def import_(file: str, trust: bool, registry: str | None) -> None:
         click.echo(f"{retired} of the file's verdicts are retired: of kernels as they were, and not served", err=True)
 
 
-def _is_problem(op: str, key: str) -> bool:
-    """Whether the text is the key of a problem of this op, one that can be posed."""
-    from tilebook import op as ops
-
-    try:
-        ops.get(op).problem.from_key(key).check()
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-@main.command()
-@REGISTRY
-def repair(registry: str | None) -> None:
-    """Removes the rows of the registry that are left out as damaged. Damaged revocations stay: see `revoke --undo`."""
-    from tilebook.registry import Layers
-
-    with Layers.default(registry).writer() as target:
-        click.echo(f"{target.remove_damaged()} damaged rows removed from {target.label}", err=True)
-
-
-@main.command()
+@main.command(
+    epilog=example(
+        "tilebook revoke attention_fwd --config BLOCK_M=128,num_warps=8 --triton '>=3.6,<3.7' --reason 'wrong at S=1'",
+        "tilebook revoke --list",
+    )
+)
 @click.argument("op", required=False)
 @click.option("--implementation", metavar="NAME", help="What may not run: our kernel (default), cudnn …")
 @click.option("--config", metavar="AXIS=VALUE,…", help="Only configs with all these values (default: every config).")
@@ -186,7 +284,7 @@ def revoke(
     Revocations of all layers count together, and travel with export, import --trust and the package.
     """
     from tilebook import revocation as revoking
-    from tilebook.op import UsageError
+    from tilebook.errors import UsageError
     from tilebook.registry import Layers
 
     scope = (implementation, config, arch, triton, kernel, reason)

@@ -8,29 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tilebook.cli.common import FORMAT, REGISTRY, SUITES, main, print_rows
+from tilebook.cli.common import FORMAT, REGISTRY, SUITES, Seconds, example, main, print_rows
 
 if TYPE_CHECKING:
     from tilebook.op import Op, Problem
-    from tilebook.report.status import Asked
+    from tilebook.report.asked import Asked
 
 
-class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value).strip().lower()
-        unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
-        try:
-            seconds = float(text[:-1]) * unit if unit else float(text)
-        except ValueError:
-            self.fail(f"{value!r} is not a duration such as 180s, 5m or 1h", param, ctx)
-        if not 0 < seconds < float("inf"):
-            self.fail(f"{value!r} is not a duration above zero", param, ctx)
-        return seconds
-
-
-@main.command()
+@main.command(
+    epilog=example(
+        "tilebook tune --suite seeds", "tilebook tune attention --shape B8,H16,S2048,D128,causal --budget 5m"
+    )
+)
 @click.argument("families", nargs=-1, metavar="[FAMILY]...")
 @SUITES
 @click.option(
@@ -52,7 +41,7 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 )
 @click.option(
     "--budget",
-    type=_Seconds(),
+    type=Seconds(),
     metavar="TIME",
     help="End after about this time (180s, 5m): what is worth most of the GPU's time comes first and has most of it,"
     " what is not reached is said (default: none, until each has converged).",
@@ -162,7 +151,7 @@ def _missed(
     """What the ledger has that a tune could change, heaviest first."""
     from tilebook import device as devices
     from tilebook.op import UsageError
-    from tilebook.report.status import asked, target
+    from tilebook.report.asked import asked, target
 
     if suites or shapes:
         raise UsageError("give --misses or --suite or --shape, not two of them")
@@ -208,7 +197,7 @@ def _problems(
     return list(dict.fromkeys(found))
 
 
-@main.command()
+@main.command(epilog=example("tilebook sweep rms_norm --suite quick --out sweeps"))
 @click.argument("what", metavar="FAMILY|OP")
 @SUITES
 @click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")

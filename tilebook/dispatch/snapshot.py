@@ -79,7 +79,8 @@ class Snapshot:
         problems = [each for each in self._table.problems if each not in self._warned]
         self._warned.update(problems)
         if problems:
-            told = f"tilebook: {'; '.join(problems)}; other registries serve, and default configs are used beside"
+            rest = "the verdicts that can be read serve; without one run PyTorch's own functions and default configs"
+            told = f"tilebook: {'; '.join(problems)}; {rest}"
             warnings.warn(told, RuntimeWarning, stacklevel=3)
 
     def choose(self, op: Op[Any], problem: Problem) -> Choice:

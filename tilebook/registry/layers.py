@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from tilebook.errors import RegistryError
 from tilebook.registry import shipped
-from tilebook.registry.records import ConfigValue, Device, Miss, Revocation
+from tilebook.registry.records import ConfigValue, Device, Miss, Revocation, Trial
 from tilebook.registry.target import Target, user_folder
 from tilebook.registry.verdict import Verdict
 from tilebook.registry.wanted import Wanted
 
 if TYPE_CHECKING:
+    from tilebook.registry.overview import Shown
     from tilebook.registry.store import Registry
 
 REGISTRY_VARIABLE = "TILEBOOK_REGISTRY"
@@ -53,12 +54,25 @@ class Layers:
     def read(
         self, *, op: str | None = None, device: Device | None = None, gpu: str | None = None
     ) -> tuple[list[tuple[str, Verdict]], list[tuple[str, Revocation]]]:
-        """`verdicts` and `revocations` of a single reading: a layer gives both, or neither."""
+        """`verdicts` and `revocations` of a single reading: a layer gives both, or neither.
+
+        gpu: a part of the GPU's name, in capitals or not.
+        """
         found = [
             (name, *both)
             for name, both in self._read(
                 lambda each: (each.verdicts(op=op, device=device, gpu=gpu), each.revocations())
             )
+        ]
+        return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
+
+    def overviews(
+        self, *, op: str | None = None, device: Device | None = None, gpu: str | None = None
+    ) -> tuple[list[tuple[str, Shown]], list[tuple[str, Revocation]]]:
+        """As `read`, for people: of a file without the samples of verdicts, which most of the time would go to."""
+        found = [
+            (name, *both)
+            for name, both in self._read(lambda each: (_overviews(each, op, device, gpu), each.revocations()))
         ]
         return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
 
@@ -96,6 +110,18 @@ class Layers:
         """
         return _best(self._read(lambda each: each.verdicts(op=op, problem=problem, device=device, gpu=gpu)))
 
+    def trials(self, *, op: str | None = None, gpu: str | None = None) -> list[tuple[str, Trial]]:
+        """The trials of all layers with the name of the first layer that has each, oldest first. Refreshes `problems`.
+
+        gpu: a part of the GPU's name, in capitals or not.
+        """
+        found: dict[str, tuple[str, Trial]] = {}
+        for name, trials in self._read(lambda each: each.trials(op=op)):
+            for trial in trials:
+                if not gpu or gpu.lower() in trial.device.name.lower():
+                    found.setdefault(trial.sha256, (name, trial))
+        return sorted(found.values(), key=lambda each: each[1].created_at)
+
     def writer(self) -> Registry:
         """The first layer that can be written, opened for it: the explicit one and no other, where there is one."""
         from tilebook.registry.store import Registry
@@ -124,9 +150,9 @@ class Layers:
                 if text is None:
                     if name != "explicit" and path is not None and not path.exists():
                         continue
-                    from tilebook.registry.store import Registry
+                    from tilebook.registry.filereader import reader
 
-                    opened: Readable = Registry.open(target)
+                    opened: Readable = reader(target)
                 with text or opened as registry:
                     found = query(registry)
                     self.problems += registry.problems
@@ -138,7 +164,7 @@ class Layers:
 
 
 class Readable(Protocol):
-    """What layers ask of a registry; `Registry` keeps the promises."""
+    """What layers ask of a registry; `Registry` keeps the promises, and `FileReader` of a file."""
 
     problems: list[str]
 
@@ -159,6 +185,8 @@ class Readable(Protocol):
     ) -> list[Verdict]: ...
 
     def revocations(self) -> list[Revocation]: ...
+
+    def trials(self, *, op: str | None = None) -> list[Trial]: ...
 
     def misses(self, *, device: Device | None = None) -> list[Miss]: ...
 
@@ -199,6 +227,9 @@ class Text:
         self.problems += [each for each in problems if each not in self.problems]
         return found
 
+    def trials(self, *, op: str | None = None) -> list[Trial]:
+        return []
+
     def misses(self, *, device: Device | None = None) -> list[Miss]:
         return []
 
@@ -220,14 +251,27 @@ class DenyList:
                 return each
         return None
 
-    def winner(self, verdict: Verdict) -> Revocation | None:
+    def winner(self, verdict: Shown) -> Revocation | None:
         """Why a verdict's winner may not run, or None where it may."""
         kernel = verdict.source_of(verdict.implementation)
         return self.find(verdict.op, kernel, verdict.device.arch, verdict.implementation, verdict.config)
 
 
-def _best(found: Iterable[tuple[str, Sequence[Verdict]]]) -> list[tuple[str, Verdict]]:
-    best: dict[tuple[str, str, Device, str], tuple[str, Verdict]] = {}
+def _overviews(registry: Readable, op: str | None, device: Device | None, gpu: str | None) -> Sequence[Shown]:
+    from tilebook.registry.filereader import FileReader
+
+    if not isinstance(registry, FileReader) or registry.schema < 3:
+        return registry.verdicts(op=op, device=device, gpu=gpu)
+    from tilebook.registry.overview import overviews
+
+    return overviews(registry, op, device, gpu)
+
+
+_V = TypeVar("_V", bound="Shown")
+
+
+def _best(found: Iterable[tuple[str, Sequence[_V]]]) -> list[tuple[str, _V]]:
+    best: dict[tuple[str, str, Device, str], tuple[str, _V]] = {}
     for name, verdicts in found:
         for verdict in verdicts:
             key = (verdict.op, verdict.problem, verdict.device, verdict.kernel)

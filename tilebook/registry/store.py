@@ -20,6 +20,7 @@ from tilebook.registry.backend import explained
 from tilebook.registry.lookup import Execute
 from tilebook.registry.merging import Choice, Merged, Rule, pour
 from tilebook.registry.models import (
+    Base,
     DeviceRow,
     KernelRow,
     MissRow,
@@ -161,19 +162,19 @@ class Registry:
                 session.delete(row)
         return bool(found)
 
-    def remove_damaged(self) -> int:
+    def remove_damaged(self, aside: Callable[[Sequence[Base]], None] = lambda rows: None) -> int:
         """Removes the trials, verdicts and misses that readers leave out as damaged, and returns how many.
 
-        Damaged revocations stay: what they revoked may run again, and whoever wrote them decides, see `unrevoke`.
+        `aside` is given their rows first, in the same transaction. Damaged revocations stay: what they revoked may run
+        again, and whoever wrote them decides, see `unrevoke`.
         """
-        removed = 0
         with self._write() as session:
-            for query, decode in _DECODED:
-                for row in session.execute(query()).scalars():
-                    if decode(row) is None:
-                        session.delete(row)
-                        removed += 1
-        return removed
+            read = ((row, decode) for query, decode in _DECODED for row in session.execute(query()).scalars())
+            rows: list[Base] = [row for row, decode in read if decode(row) is None]
+            aside(rows)
+            for row in rows:
+                session.delete(row)
+        return len(rows)
 
     def count_misses(self, misses: Iterable[Miss]) -> None:
         """Adds calls to the ledger; the estimate of the time of a call and `last_seen` are the newest."""
@@ -302,6 +303,13 @@ class Registry:
         """What `lookup` asks by: statements with `?` for their parameters, of one state of the database."""
         with self._session() as session:
             yield Sql(session).rows
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """One transaction of today's schema, for `maintenance`; it may write where the registry is open for writing."""
+        with self._write() if self.writable else self._session() as session:
+            schema.check(schema.version(session.connection()), self._target)
+            yield session
 
     @contextmanager
     def _session(self) -> Iterator[Session]:

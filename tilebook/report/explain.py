@@ -11,8 +11,8 @@ from tilebook.dispatch import Snapshot
 from tilebook.op import Op, Problem
 from tilebook.registry import Layers, Verdict
 from tilebook.registry.serving import Served
+from tilebook.report.asked import target
 from tilebook.report.rows import row, stale
-from tilebook.report.status import target
 
 
 def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:

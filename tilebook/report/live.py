@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.text import Text
 
 from tilebook.registry import VerdictStatus
+from tilebook.registry.searched import cut_short
 from tilebook.report.rows import seconds as _time
-from tilebook.tuner.known import cut_short
 from tilebook.tuner.progress import ProblemState, Run
 
 _HEARTBEAT_S = 15.0

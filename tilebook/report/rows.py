@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from tilebook import device as devices
-from tilebook import op as ops
-from tilebook.registry import Revocation, Verdict
-from tilebook.registry.current import retired
-from tilebook.tuner.known import cut_short
-from tilebook.tuner.progress import ProblemState
+from tilebook import inventory, machine
+from tilebook.registry import Revocation
+from tilebook.registry.current import Sourced, retired
+from tilebook.registry.searched import cut_short
+from tilebook.report import grid
+
+if TYPE_CHECKING:
+    from tilebook.registry.overview import Shown
+    from tilebook.tuner.progress import ProblemState
 
 
-def stale(verdict: Verdict) -> list[str]:
+def stale(verdict: Shown) -> list[str]:
     """The versions that differ between the verdict's environment and this one; none where no GPU is here to serve."""
-    here = devices.environment() if devices.present() else {}
+    here = machine.environment() if machine.present() else {}
     return [
         f"{name} {version} → {here[name]}"
         for name, version in sorted(verdict.environment.versions.items())
@@ -27,40 +30,57 @@ UNREACHED = "not reached"
 """The status of a problem for which a run found no time; it has a verdict's row without a verdict."""
 
 
-def _label(verdict: Verdict) -> str:
+def label(op: str, key: str) -> str:
+    """A problem as people write it, with its dtype; the key where this version does not know the op or a field."""
+    known = inventory.ops().get(op)
     try:
-        problem = ops.get(verdict.op).problem.from_key(verdict.problem)
-        return f"{problem.label} {getattr(problem, 'dtype', '')}".strip()
-    except (ops.UsageError, TypeError, ValueError):
-        return verdict.problem  # an op or a field that this version does not know
+        problem = None if known is None else known.problem.from_key(key)
+    except (TypeError, ValueError):
+        return key
+    return key if problem is None else f"{problem.label} {getattr(problem, 'dtype', '')}".strip()
 
 
-def is_retired(verdict: Verdict) -> bool:
+class _Verdict(Sourced, Protocol):
+    """What of a verdict, whole or not, says whether its winner is served."""
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def implementation(self) -> str: ...
+
+
+def is_retired(verdict: _Verdict) -> bool:
     """Is the winner not served, because its source or that of the op's own kernel is another now?"""
-    op = ops.ops().get(verdict.op)
-    if op is None:
-        return True
-    return retired(verdict, verdict.implementation, op.digest, op.digest_of)
+    op = inventory.ops().get(verdict.op)
+    return op is None or retired(verdict, verdict.implementation, op.digest, op.digest_of)
 
 
-def row(verdict: Verdict, layer: str, revocation: Revocation | None = None) -> dict[str, Any]:
+def is_retired_trial(trial: _Verdict) -> bool:
+    """Is it of source that is another now? Of what is not ours nobody knows; its version counts when it is tuned."""
+    op = inventory.ops().get(trial.op)
+    digest = None if op is None else op.digest_of(trial.implementation)
+    return digest is None or digest not in ("", trial.kernel)
+
+
+def row(verdict: Shown, layer: str, revocation: Revocation | None = None) -> dict[str, Any]:
     """One verdict as plain data; times in milliseconds, null where nothing was measured.
 
     `revocation` is what keeps the winner from being served; its reason becomes the field `revoked`, null without one.
     """
-    notes = verdict.notes
+    notes, interval = verdict.notes, verdict.interval
     return {
         "op": verdict.op,
-        "problem": _label(verdict),
+        "problem": label(verdict.op, verdict.problem),
         "device": verdict.device.name,
         "implementation": verdict.implementation,
         "config": dict(verdict.config),
         "status": verdict.status.value,
         "time_ms": verdict.time_ms,
         "default_time_ms": verdict.default_time_ms,
-        "speedup": verdict.speedup,
-        "speedup_low": verdict.speedup_low,
-        "speedup_high": verdict.speedup_high,
+        "speedup": None if interval is None else interval.value,
+        "speedup_low": None if interval is None else interval.low,
+        "speedup_high": None if interval is None else interval.high,
         "predicted_ms": verdict.winner.predicted_ms,
         "predicted_default_ms": notes.get("predicted_default_ms"),
         "layer": layer,
@@ -98,7 +118,7 @@ def _unreached(op: str, problem: str, device: str, why: str) -> dict[str, Any]:
     return {**named, **dict.fromkeys(unknown), "config": {}, "others": {}, "stale": False}
 
 
-def _others(verdict: Verdict) -> dict[str, float]:
+def _others(verdict: Shown) -> dict[str, float]:
     """ms of the fastest of each implementation but the one whose default is the baseline, by name."""
     ours = next((each.implementation for each in verdict.finalists if each.default), verdict.implementation)
     found: dict[str, float] = {}
@@ -115,48 +135,30 @@ def seconds(value: float) -> str:
 
 def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False) -> None:
     """Prints rows for people: who wins, by how much, how sure, what lost; and when `tuned` just now, what it took."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    # Names come from registries, which may be a stranger's: nothing in them is markup.
-    console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False, emoji=False)
     left_out = [each for each in rows if each["status"] == UNREACHED]
     rows = [each for each in rows if each["status"] != UNREACHED]
     for each in left_out:
-        console.print(f"not reached: {each['op']} {each['problem']}: {each['reason']}", soft_wrap=True)
-    if not rows and left_out:
-        return
-    if not rows:
-        console.print("no verdicts: run `tilebook tune` first")
-        return
-
-    def draw(title: str, left: str, right: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-        grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-        grid.pad_edge, grid.collapse_padding = False, True
-        grid.add_column(left, overflow="fold")
-        for name in right:
-            grid.add_column(name, justify="right", no_wrap=True)
-        for each in cells:
-            grid.add_row(*each)
-            grid.add_section()
-        console.print(grid)
-
-    named = ", ".join(sorted({str(each["device"]) for each in rows}))
-    title = f"{'tuned for' if tuned else 'verdicts for'} {named}"
-    draw(title, "problem, winner", ["ms", "speed-up"], [_outcome(each) for each in rows])
-    if tuned:
-        spent = ["tried", "compile s", "measure s", "wait s", "GPU busy", "all s"]
-        draw("what it took", "problem, rejected", spent, [_effort(each) for each in rows])
+        stream.write(f"not reached: {each['op']} {each['problem']}: {each['reason']}\n")
+    if not rows and not left_out:
+        stream.write("no verdicts: run `tilebook tune` first\n")
+    by_device: dict[str, list[dict[str, Any]]] = {}
+    for each in rows:
+        by_device.setdefault(each["device"], []).append(each)
+    for device, its in sorted(by_device.items()):
+        title = f"{'tuned for' if tuned else 'verdicts for'} {device}"
+        grid.draw(stream, title, "problem, winner", ["ms", "speed-up"], [_outcome(each) for each in its])
+        if tuned:
+            spent = ["tried", "compile s", "measure s", "wait s", "GPU busy", "all s"]
+            grid.draw(stream, "what it took", "problem, rejected", spent, [_effort(each) for each in its])
     if any(each["status"] == "predicted" for each in rows):
-        console.print("~ predicted by a performance model from the compiled code; nothing was measured.")
+        stream.write("~ predicted by a performance model from the compiled code; nothing was measured.\n")
 
 
 def _ms(value: float | None, mark: str = "") -> str:
     return "–" if value is None else f"{mark}{value:.4g}"
 
 
-def _outcome(each: dict[str, Any]) -> list[str]:
+def _outcome(each: dict[str, Any]) -> tuple[str, list[str]]:
     if each["status"] == "predicted":
         default_ms, winner_ms = _ms(each["predicted_default_ms"], "~"), _ms(each["predicted_ms"], "~")
     else:
@@ -174,23 +176,16 @@ def _outcome(each: dict[str, Any]) -> list[str]:
     config = " ".join(f"{axis}={value}" for axis, value in each["config"].items())
     others = {name: _ms(time_ms) for name, time_ms in each["others"].items() if name != each["implementation"]}
     times = {each["implementation"]: winner_ms, **({} if each["status"] == "default" else {"default": default_ms})}
-    return [
-        f"{each['op']} {each['problem']}\n{each['implementation']} {config}".strip() + f"\n({', '.join(flags)})",
-        "\n".join(f"{name} {time}" for name, time in {**times, **others}.items()),
-        ratio,
-    ]
+    what = f"{each['op']} {each['problem']}\n{each['implementation']} {config}".strip() + f"\n({', '.join(flags)})"
+    return what, ["\n".join(f"{name} {time}" for name, time in {**times, **others}.items()), ratio]
 
 
-def _effort(each: dict[str, Any]) -> list[str]:
+def _effort(each: dict[str, Any]) -> tuple[str, list[str]]:
     spent, busy = each["seconds"] or {}, each["busy"]
     rejected = ", ".join(f"{count} {reason}" for reason, count in (each["rejected"] or {}).items())
     measured = each["status"] != "predicted"
     shown = ["compiling", "measuring" if measured else "", "waiting" if measured else "", "total"]
     times = [f"{spent[name]:.0f}" if name in spent else "–" for name in shown]
-    return [
-        f"{each['op']} {each['problem']}" + (f"\nrejected: {rejected}" if rejected else ""),
-        "–" if each["tried"] is None else str(each["tried"]),
-        *times[:3],
-        "–" if busy is None else f"{busy:.0%}",
-        times[3],
-    ]
+    what = f"{each['op']} {each['problem']}" + (f"\nrejected: {rejected}" if rejected else "")
+    tried = "–" if each["tried"] is None else str(each["tried"])
+    return what, [tried, *times[:3], "–" if busy is None else f"{busy:.0%}", times[3]]

@@ -3,121 +3,130 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tilebook import device as devices
-from tilebook import op as ops
+from tilebook import inventory, machine
 from tilebook import registry as store
-from tilebook.device import Device
-from tilebook.dispatch import Choice, Snapshot
-from tilebook.op import Op, Problem, UsageError
-from tilebook.report.rows import row
+from tilebook.errors import UsageError
+from tilebook.registry import DenyList, Miss
+from tilebook.registry.current import may_run, stands
+from tilebook.registry.overview import Candidate, Shown
+from tilebook.registry.verdict import Finalist
+from tilebook.report.rows import label, row
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A problem that model code asked for when no verdict covered it, and what would run now.
+    """A problem that model code asked for when no verdict covered it, and what a verdict of its own says by now.
 
-    calls: so far. time_ms: of one call, by estimate.
+    runs: the best of the verdict that may run; None where there is none.
     """
 
-    op: Op[Any]
-    problem: Problem
-    calls: int
-    time_ms: float
-    choice: Choice
+    miss: Miss
+    verdict: Shown | None = None
+    runs: Finalist | Candidate | None = None
 
     @property
     def weight_s(self) -> float:
         """GPU time of all calls, by estimate."""
-        return self.calls * self.time_ms / 1e3
-
-    @property
-    def exact(self) -> bool:
-        """Has it a verdict of its own by now?"""
-        return self.choice.source == "exact"
+        return self.miss.calls * self.miss.time_ms / 1e3
 
     @property
     def covered(self) -> bool:
-        """Has it one that was measured?"""
-        return self.exact and self.choice.verdict is not None and self.choice.verdict.measured
+        """Has it a verdict that was measured?"""
+        return self.runs is not None and self.verdict is not None and self.verdict.measured
 
     @property
-    def tunable(self) -> bool:
-        """Does our kernel run it there?"""
-        gpu, space = self.choice.gpu, self.op.tunable.space
-        return gpu is not None and space is not None and self.op.tunable.can_run(self.problem, gpu)
+    def source(self) -> str:
+        """Of which kind the verdict is."""
+        return "none" if self.runs is None else "exact" if self.covered else "predicted"
 
 
-def asked(gpu: Device, registry: str | None = None) -> list[Asked]:
-    """The ledger for a GPU model, heaviest first. Ops and fields that this version does not know are left out."""
-    snapshot, known = Snapshot(gpu, registry), ops.ops()
-    layers = store.Layers.default(registry)
+def asked(misses: Iterable[Miss], verdicts: Iterable[Shown], denied: DenyList) -> list[Asked]:
+    """The ledger, and what verdicts say of it. Ops and fields that this version does not know are left out."""
+    known, by_problem = inventory.ops(), dict[tuple[str, str], list[Shown]]()
+    for verdict in verdicts:
+        by_problem.setdefault((verdict.op, verdict.problem), []).append(verdict)
     found = []
-    for miss in layers.misses(store.Device(*gpu.identity)):
-        if miss.op in known:
-            try:
-                problem = known[miss.op].problem.from_key(miss.problem)
-            except (TypeError, ValueError):
-                continue
-            choice = snapshot.choose(known[miss.op], problem)
-            found.append(Asked(known[miss.op], problem, miss.calls, miss.time_ms, choice))
+    for miss in misses:
+        if miss.op not in known or not _is_problem(miss):
+            continue
+        answers = ((v, _runs(v, denied)) for v in by_problem.get((miss.op, miss.problem), ()))
+        serving = ((v, winner) for v, winner in answers if winner is not None)
+        found.append(Asked(miss, *next(serving, (None, None))))
     return found
 
 
-def target(gpu: str | None) -> Device:
-    """The GPU here, where it is of that model or none is named; else the catalogue's. Raises UsageError without either.
+def _is_problem(miss: Miss) -> bool:
+    try:
+        inventory.ops()[miss.op].problem.from_key(miss.problem)
+    except (TypeError, ValueError):
+        return False
+    return True
 
-    What is stored of the GPU here bears its own name, which may be longer than the catalogue's.
-    """
-    named = None if gpu is None else devices.find(gpu)
-    if devices.present() and (named is None or devices.is_here(named, devices.current())):
-        return devices.current()
-    if named is None:
-        raise UsageError("there is no GPU here: name one with --gpu")
-    return named
+
+def _runs(verdict: Shown, denied: DenyList) -> Finalist | Candidate | None:
+    """The best of a verdict that is what was measured and is not revoked; None of one that may not be served."""
+    op = inventory.ops()[verdict.op]
+    if not verdict.trusted or not stands(verdict, op.digest):
+        return None
+    for each in verdict.finalists:
+        digest = op.digest_of(each.implementation)
+        if not may_run(verdict, each.implementation, digest):
+            continue
+        if denied.find(verdict.op, digest or "", verdict.device.arch, each.implementation, each.config) is None:
+            return each
+    return None
 
 
 def status(gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
-    """A text for people and the same as data: verdicts by kind, what was asked for, the share of it that is covered."""
-    device = target(gpu)
-    layers = store.Layers.default(registry)
-    verdicts = [row(verdict, layer) for layer, verdict in layers.verdicts(device=store.Device(*device.identity))]
+    """A text for people and the same as data: verdicts by kind, what was asked for, the share of it that is covered.
+
+    Raises UsageError where there is no GPU here and none was named.
+    """
+    identity = machine.target(gpu)
+    if identity is None:
+        raise UsageError("there is no GPU here: name one with --gpu")
+    device, layers = store.Device(*identity), store.Layers.default(registry)
+    found, revocations = layers.overviews(device=device)
     problems = list(layers.problems)
     if registry:
         layers.demand_explicit()
-    found = asked(device, registry)
-    total_s = sum(each.weight_s for each in found)
-    covered_s = sum(each.weight_s for each in found if each.covered)
+    verdicts = [row(verdict, layer) for layer, verdict in found]
+    served = [each for each in verdicts if not each["retired"]]
+    denied = DenyList((each for _, each in revocations), devices.package_version("triton"))
+    wanted = asked(layers.misses(device), (verdict for _, verdict in found), denied)
+    total_s = sum(each.weight_s for each in wanted)
+    covered_s = sum(each.weight_s for each in wanted if each.covered)
     data: dict[str, Any] = {
         "device": device.name,
-        "verdicts": dict(Counter(each["status"] for each in verdicts if not each["retired"])),
-        "layers": dict(Counter(each["layer"] for each in verdicts if not each["retired"])),
-        "stale": sum(each["stale"] for each in verdicts if not each["retired"]),
-        "retired": sum(each["retired"] for each in verdicts),
+        "verdicts": dict(Counter(each["status"] for each in served)),
+        "layers": dict(Counter(each["layer"] for each in served)),
+        "stale": sum(each["stale"] for each in served),
+        "retired": len(verdicts) - len(served),
         "not_trusted": sum(not each["trusted"] for each in verdicts),
         "asked_s": total_s,
         "covered": covered_s / total_s if total_s else None,
-        "asked": [_shown(each, total_s) for each in found],
+        "asked": [_shown(each, total_s) for each in wanted],
         "problems": problems,
     }
     return "\n".join(_lines(data)), data
 
 
 def _shown(each: Asked, total_s: float) -> dict[str, Any]:
-    choice = each.choice
+    runs = each.runs
     return {
-        "op": each.op.name,
-        "problem": f"{each.problem.label} {getattr(each.problem, 'dtype', '')}".strip(),
-        "calls": each.calls,
-        "time_ms": each.time_ms,
+        "op": each.miss.op,
+        "problem": label(each.miss.op, each.miss.problem),
+        "calls": each.miss.calls,
+        "time_ms": each.miss.time_ms,
         "share": each.weight_s / total_s if total_s else 0.0,
         "covered": each.covered,
-        "tunable": each.tunable,
-        "source": "predicted" if each.exact and not each.covered else choice.source,
-        "runs": f"{choice.implementation.name} {choice.config or ''}".strip(),
+        "source": each.source,
+        "runs": None if runs is None else {"implementation": runs.implementation, "config": dict(runs.config)},
     }
 
 
@@ -137,13 +146,20 @@ def _lines(data: dict[str, Any]) -> Sequence[str]:
     spent = f"{data['asked_s']:.3g} s of GPU time by estimate, {data['covered']:.0%} of it covered by now"
     lines.append(f"  asked     {len(data['asked'])} problems that had no verdict: {spent}")
     for each in data["asked"][:_MOST]:
-        now = "covered" if each["covered"] else each["source"]
         lines.append(
             f"  {each['share']:6.1%}  {each['calls']:>9,} × {each['time_ms']:.3g} ms  {each['op']} {each['problem']}"
-            f"  ({now}: {each['runs']})"
+            f"  ({_now(each)})"
         )
     if len(data["asked"]) > _MOST:
         lines.append(f"          and {len(data['asked']) - _MOST} more")
-    if any(each["tunable"] and not each["covered"] for each in data["asked"]):
+    if not all(each["covered"] for each in data["asked"]):
         lines.append("  tilebook tune --misses works through what is not covered, heaviest first")
+        lines.append("  tilebook explain OP --shape SHAPE says what runs until then")
     return lines
+
+
+def _now(each: dict[str, Any]) -> str:
+    if each["runs"] is None:
+        return "no verdict"
+    config = " ".join(f"{axis}={value}" for axis, value in each["runs"]["config"].items())
+    return f"{'covered' if each['covered'] else 'predicted'}: {each['runs']['implementation']} {config}".rstrip()

@@ -171,25 +171,6 @@ def unsearched(verdict: Verdict, field: Field) -> list[Config] | None:
         return field.feasible
 
 
-def cut_short(verdict: Verdict) -> bool:
-    """Did the budget keep something out that another run would look at?"""
-    searches: Any = verdict.notes.get("searches")
-    names = list(searches) if isinstance(searches, dict) else []
-    left_out = verdict.notes.get("unmeasured"), verdict.notes.get("unconfirmed")
-    return any(left_out) or any(unfinished(verdict, name, 0) for name in names)
-
-
-def unfinished(verdict: Verdict, implementation: str, limit: int) -> bool:
-    """Did the search behind a verdict end before its time, and would a run with this limit of candidates go on?"""
-    searches: Any = verdict.notes.get("searches")
-    its = searches.get(implementation) if isinstance(searches, dict) else None
-    if not isinstance(its, dict):
-        return False
-    asked = its.get("asked")
-    more = isinstance(asked, int) and asked < limit
-    return its.get("ended") == "budget" or (its.get("ended") == "trials" and more)
-
-
 def _place(axes: Mapping[str, Sequence[Any]], config: Mapping[str, Any], later: Mapping[str, Any]) -> int | None:
     """A config's number in the space with these axes, whatever the order they are written in; None where it is not.
 

@@ -13,10 +13,11 @@ from tilebook.device import Device
 from tilebook.errors import OutOfTime, TuningError, one_line
 from tilebook.op import Config, Cost, Op, Problem, Space
 from tilebook.registry import Trial, Verdict
+from tilebook.registry.searched import cut_short, unfinished
 from tilebook.tuner import decide
 from tilebook.tuner.budget import Job, Turn
 from tilebook.tuner.explore import AHEAD, PATIENCE, Bounds, Explorer, Stopped, timed_attempt
-from tilebook.tuner.known import Field, Known, cut_short, unfinished, unsearched
+from tilebook.tuner.known import Field, Known, unsearched
 from tilebook.tuner.process.compile import Compilers
 from tilebook.tuner.process.runner import Candidate, Runner
 from tilebook.tuner.progress import ProblemState, Run

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from tilebook import models
+from tilebook import bounds, models
 from tilebook.kernels.attention.form import Form, banded, extras, form, limits, simplest
-from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, normal, pattern, size
+from tilebook.op import Cost, Problem, choice, demand, dtype_name, flag, generator, normal, pattern, size
 from tilebook.problem import next_power_of_2
 
 WINDOW = r"window(\d{1,9})?x(\d{1,9})?"
@@ -246,10 +246,7 @@ class ForwardProblem(Problem):
         return Cost(4 * self.batch * self.heads * self.pairs * self.head_dim, moved)
 
     def check(self) -> None:
-        if self.heads % self.heads_kv:
-            raise UsageError(f"{self.heads} query heads are not a multiple of {self.heads_kv} key/value heads")
-        if not 16 <= self.head_dim <= 256:
-            raise UsageError(f"head dimension {self.head_dim} lies outside 16 … 256")
+        bounds.attention(self)
 
     def neighbours(self) -> Sequence[Self]:
         group = self.heads // self.heads_kv

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from tilebook import models
-from tilebook.op import Cost, Problem, UsageError, choice, dtype_name, flag, generator, normal, size
+from tilebook import bounds, models
+from tilebook.op import Cost, Problem, choice, dtype_name, flag, generator, normal, size
 from tilebook.problem import cdiv, next_power_of_2
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -120,14 +120,7 @@ class DecodeProblem(Problem):
         )
 
     def check(self) -> None:
-        if self.heads % self.heads_kv:
-            raise UsageError(f"{self.heads} query heads are not a multiple of {self.heads_kv} key/value heads")
-        if self.head_dim % 8 or not 16 <= self.head_dim <= 256:
-            raise UsageError(f"head dimension {self.head_dim} is not a multiple of 8 from 16 to 256")
-        if self.seq_q > 16:
-            raise UsageError(f"{self.seq_q} query rows are more than 16: that is what attention is for")
-        if self.block_size and self.ragged:
-            raise UsageError("paged sequences have lengths of their own anyway: leave out ragged")
+        bounds.decode(self)
 
     def distance(self, other: Problem) -> float:
         total = super().distance(other)

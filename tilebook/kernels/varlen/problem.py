@@ -11,12 +11,13 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from tilebook import bounds
 from tilebook.kernels.attention import eager as attention
 from tilebook.kernels.attention import problem as padded
 from tilebook.kernels.attention.form import Form, form
 from tilebook.kernels.varlen import eager
 from tilebook.kernels.varlen.limits import simplest
-from tilebook.op import Cost, Problem, UsageError, choice, demand, dtype_name, flag, generator, normal, pattern, size
+from tilebook.op import Cost, Problem, choice, demand, dtype_name, flag, generator, normal, pattern, size
 from tilebook.problem import cdiv, next_power_of_2
 
 SOFTCAP = 3.0
@@ -179,13 +180,7 @@ class ForwardProblem(Problem):
         return Cost(sum(each.flops for each in costs), sum(each.bytes for each in costs))
 
     def check(self) -> None:
-        if self.heads % self.heads_kv:
-            raise UsageError(f"{self.heads} query heads are not a multiple of {self.heads_kv} key/value heads")
-        if not 16 <= self.head_dim <= 256:
-            raise UsageError(f"head dimension {self.head_dim} lies outside 16 … 256")
-        for total, longest in ((self.total_q, self.max_q), (self.total_k, self.max_k)):
-            if not longest <= total <= self.batch * longest:
-                raise UsageError(f"{self.batch} sequences of up to {longest} tokens cannot have {total} together")
+        bounds.varlen(self)
 
     def neighbours(self) -> Sequence[Self]:
         group = self.heads // self.heads_kv

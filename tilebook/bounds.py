@@ -1,0 +1,43 @@
+"""What the numbers of a problem must keep among themselves, by kernel family. Each raises UsageError.
+
+Apart from the families, so that a command that imports records asks without loading PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tilebook.errors import UsageError
+
+
+def attention(problem: Any) -> None:
+    _grouped(problem)
+    if not 16 <= problem.head_dim <= 256:
+        raise UsageError(f"head dimension {problem.head_dim} lies outside 16 … 256")
+
+
+def decode(problem: Any) -> None:
+    _grouped(problem)
+    if problem.head_dim % 8 or not 16 <= problem.head_dim <= 256:
+        raise UsageError(f"head dimension {problem.head_dim} is not a multiple of 8 from 16 to 256")
+    if problem.seq_q > 16:
+        raise UsageError(f"{problem.seq_q} query rows are more than 16: that is what attention is for")
+    if problem.cache != "contiguous" and problem.ragged:
+        raise UsageError("paged sequences have lengths of their own anyway: leave out ragged")
+
+
+def varlen(problem: Any) -> None:
+    attention(problem)
+    for total, longest in ((problem.total_q, problem.max_q), (problem.total_k, problem.max_k)):
+        if not longest <= total <= problem.batch * longest:
+            raise UsageError(f"{problem.batch} sequences of up to {longest} tokens cannot have {total} together")
+
+
+def _grouped(problem: Any) -> None:
+    if problem.heads % problem.heads_kv:
+        raise UsageError(f"{problem.heads} query heads are not a multiple of {problem.heads_kv} key/value heads")
+
+
+OF: Mapping[str, Callable[[Any], None]] = {"attention": attention, "decode": decode, "varlen": varlen}
+"""Family → what its problems keep; any numbers will do for those that are not named."""

@@ -1,0 +1,174 @@
+"""What is installed, as far as a reader of records must know it: each op's problems, axes and sources.
+
+To import the kernel families means to import PyTorch and Triton, seconds for a command that prints a table. What such a
+command asks of them stands in `inventory.json`, with a digest of the files that it was made from; where these are
+others, somebody is at work on the kernels, and the families are imported after all. `make inventory` writes it anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tilebook import bounds
+from tilebook.problem import Problem
+
+if TYPE_CHECKING:
+    from tilebook.op import Op
+
+FILE = Path(__file__).with_name("inventory.json")
+
+# What an op's entry is made of; the rest of the package may change without changing one.
+_MADE_FROM = ("op.py", "problem.py", "source.py", "inventory.py", "kernels")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An op without its functions.
+
+    ours:    its own kernel, the first of its tunable implementations.
+    sources: implementation → the digest of its source; "" where that is not ours.
+    axes:    those of all its spaces together.
+    fields:  those of its problems, as `dataclasses.field` takes them.
+    """
+
+    name: str
+    family: str
+    ours: str
+    sources: Mapping[str, str]
+    axes: frozenset[str]
+    fields: tuple[tuple[str, str, Mapping[str, Any]], ...]
+
+    @property
+    def digest(self) -> str:
+        return self.sources[self.ours]
+
+    def digest_of(self, implementation: str) -> str | None:
+        """The digest of an implementation's source, "" where it is not ours; None where there is none of that name."""
+        return self.sources.get(implementation)
+
+    @functools.cached_property
+    def problem(self) -> type[Problem]:
+        """Its problems as they are read from keys: with labels and checks, without inputs and costs."""
+        fields: list[Any] = []
+        for name, kind, more in self.fields:
+            default = {"default": more["default"]} if "default" in more else {}
+            fields.append((name, kind, dataclasses.field(**default, metadata=more["metadata"])))
+        check = bounds.OF.get(self.family, lambda problem: None)
+        return dataclasses.make_dataclass("Problem", fields, bases=(Problem,), frozen=True, namespace={"check": check})
+
+    def content(self) -> dict[str, Any]:
+        rest = {"family": self.family, "ours": self.ours, "sources": dict(self.sources), "axes": sorted(self.axes)}
+        return {**rest, "fields": [list(each) for each in self.fields]}
+
+
+class Known(Protocol):
+    """What of an op is known either way."""
+
+    @property
+    def problem(self) -> type[Problem]: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def digest_of(self, implementation: str) -> str | None: ...
+
+
+def ops() -> Mapping[str, Known]:
+    """Every op, by name: as the file has it, or itself where the families are loaded already, or must be."""
+    if "tilebook.op" not in sys.modules and (known := read()) is not None:
+        return known
+    from tilebook import op
+
+    return op.ops()
+
+
+def get(name: str) -> Known:
+    """The op of that name. Raises UsageError with the known names."""
+    found = ops().get(name)
+    if found is None:
+        from tilebook import op
+
+        return op.get(name)  # says which there are, and why others are not
+    return found
+
+
+def axes() -> Mapping[str, frozenset[str]]:
+    """Op → the axes of all its spaces together: what a config of it may name."""
+    known = ops().items()
+    return {name: each.axes if isinstance(each, Entry) else _axes(each) for name, each in known}
+
+
+def _axes(op: Any) -> frozenset[str]:
+    return frozenset(axis for each in op.implementations.values() if each.space for axis in each.space.axes)
+
+
+def of(op: Op[Any]) -> Entry:
+    """An op's entry, from the op."""
+    return Entry(
+        op.name,
+        op.family,
+        op.tunable.name,
+        {each.name: each.digest for each in op.implementations.values()},
+        _axes(op),
+        tuple(_field(each) for each in dataclasses.fields(op.problem)),
+    )
+
+
+def _field(field: dataclasses.Field[Any]) -> tuple[str, str, Mapping[str, Any]]:
+    default = {} if field.default is dataclasses.MISSING else {"default": field.default}
+    metadata = {key: list(value) if isinstance(value, tuple) else value for key, value in field.metadata.items()}
+    return field.name, str(field.type), {**default, "metadata": metadata}
+
+
+@functools.cache
+def read(file: Path = FILE) -> Mapping[str, Entry] | None:
+    """What the file has; None where there is none, or it was made from other files than those that are here."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["made_from"] != _digest():
+            return None
+        return {name: _entry(name, each) for name, each in found["ops"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _entry(name: str, content: Mapping[str, Any]) -> Entry:
+    fields = tuple((each, kind, more) for each, kind, more in content["fields"])
+    axes = frozenset(content["axes"])
+    return Entry(name, content["family"], content["ours"], content["sources"], axes, fields)
+
+
+def write(file: Path = FILE) -> None:
+    """Makes the file of the families that are here."""
+    from tilebook import op
+
+    entries = {name: of(each).content() for name, each in sorted(op.ops().items())}
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(each, sort_keys=True)}" for name, each in entries.items())
+    text = f'{{"made_from": {json.dumps(_digest())}, "ops": {{\n{lines}\n}}}}\n'
+    file.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _digest() -> str:
+    whole = hashlib.sha256()
+    for place, file in sorted((file.relative_to(FILE.parent).as_posix(), file) for file in _files()):
+        whole.update(f"{place}\n".encode())
+        whole.update(file.read_bytes().replace(b"\r\n", b"\n"))
+    return whole.hexdigest()
+
+
+def _files() -> Iterator[Path]:
+    for name in _MADE_FROM:
+        place = FILE.parent / name
+        yield from place.rglob("*.py") if place.is_dir() else (place,)
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,148 @@
+"""Registries and exports brought together in a new one. Which is named first makes no difference to what it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import func, select
+
+from tilebook.errors import RegistryError
+from tilebook.registry.exchange import import_rule, load
+from tilebook.registry.filereader import FileReader, reader
+from tilebook.registry.models import RevocationRow, VerdictRow
+from tilebook.registry.records import Trial
+from tilebook.registry.sources import is_export, place
+from tilebook.registry.store import Registry
+from tilebook.registry.verdict import Verdict
+
+_T = TypeVar("_T")
+
+_AT_ONCE = 500  # records in one transaction; nobody sees the registry before all are in
+
+
+@dataclass
+class Report:
+    """What a merge made: how many records of each kind the new registry got.
+
+    met:     how often two verdicts on the same problem met, of which the stronger stands.
+    skipped: a line for each record of an export that was left out. problems: for each source that is not whole.
+    """
+
+    trials: int = 0
+    verdicts: int = 0
+    revocations: int = 0
+    met: int = 0
+    skipped: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def merge(
+    names: Sequence[str],
+    into: Path,
+    *,
+    allowed: Mapping[str, frozenset[str]],
+    is_problem: Callable[[str, str], bool],
+    trust: bool = False,
+) -> Report:
+    """Makes the registry `into` of registries and exports, whole or not at all. Raises RegistryError where it exists.
+
+    Records of registries stay what they are there, trusted or not. Those of exports are checked as by an import, see
+    `load`, and trusted as `trust` says. Ledgers stay behind: they say what somebody runs.
+    """
+    if os.path.lexists(into):
+        raise RegistryError(f"{into} is there already: merge makes a new registry, and changes none")
+    draft = into.with_name(f".{into.name}.{os.getpid()}.partial")
+    report = Report()
+    try:
+        with Registry.open(draft, write=True) as registry:
+            for name in names:
+                if is_export(name):
+                    _add_export(registry, name, report, allowed, is_problem, trust)
+                else:
+                    _add_registry(registry, name, report)
+            with registry.transaction() as session:
+                report.verdicts, report.revocations = (
+                    session.execute(select(func.count()).select_from(model)).scalar_one()
+                    for model in (VerdictRow, RevocationRow)
+                )
+        _publish(draft, into)
+    finally:
+        for file in (draft, draft.with_name(draft.name + "-journal")):
+            file.unlink(missing_ok=True)
+    return report
+
+
+def _publish(draft: Path, into: Path) -> None:
+    """Gives the file its name, unless somebody has given it to another meanwhile."""
+    try:
+        os.link(draft, into)
+    except FileExistsError:
+        raise RegistryError(f"{into} is there by now, made by somebody else") from None
+    except OSError:  # a file system without links
+        with contextlib.suppress(FileExistsError):
+            into.touch(exist_ok=False)
+            draft.replace(into)
+            return
+        raise RegistryError(f"{into} is there by now, made by somebody else") from None
+
+
+def _add_export(
+    registry: Registry,
+    name: str,
+    report: Report,
+    allowed: Mapping[str, frozenset[str]],
+    is_problem: Callable[[str, str], bool],
+    trust: bool,
+) -> None:
+    with Path(place(name)).open(encoding="utf-8", newline="\n") as stream:
+        done = load(registry, stream, allowed=allowed, trust=trust, is_problem=is_problem)
+    refused = [line for line in done.skipped if line.startswith("line ")]
+    report.skipped += [f"{name}: {line}" for line in refused]
+    report.trials += done.trials
+    report.met += len(done.skipped) - len(refused) + len(done.replaced)
+
+
+def _add_registry(registry: Registry, name: str, report: Report) -> None:
+    with reader(place(name)) as source:
+        for origin in ("local", "imported"):
+            for trials in _in_parts(_trials(source, origin)):
+                report.trials += registry.merge(trials, origin=origin).trials
+        for verdicts in _in_parts(_verdicts(source)):
+            merged = registry.merge(verdicts=verdicts, rule=import_rule)
+            report.met += len(merged.kept) + len(merged.replaced)
+        registry.merge(revocations=source.revocations())
+        report.problems += source.problems
+
+
+def _trials(source: FileReader | Registry, origin: str) -> Iterable[Trial]:
+    return (
+        _intact(source, source.each_trial(origin=origin))
+        if isinstance(source, FileReader)
+        else source.trials(origin=origin)
+    )
+
+
+def _verdicts(source: FileReader | Registry) -> Iterable[Verdict]:
+    return _intact(source, source.each_verdict()) if isinstance(source, FileReader) else source.verdicts()
+
+
+def _intact(source: FileReader, rows: Iterable[tuple[int, _T | None]]) -> Iterator[_T]:
+    damaged = 0
+    for _, record in rows:
+        if record is None:
+            damaged += 1
+        else:
+            yield record
+    source.count_lost(damaged)
+
+
+def _in_parts(records: Iterable[_T]) -> Iterator[list[_T]]:
+    left = iter(records)
+    while part := list(itertools.islice(left, _AT_ONCE)):
+        yield part

@@ -1,0 +1,227 @@
+"""Verdicts as people are shown them: whole but for the samples, which are most of a row and are not parsed.
+
+That a row is what was recorded is told all the same: its digest is over a text, and that text is put together again of
+those that the columns hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from tilebook.registry import served
+from tilebook.registry.checks import DAMAGE, ConfigValue, Json, notes, optional_number, parse_time
+from tilebook.registry.filereader import FileReader, where_clause
+from tilebook.registry.records import Device, Environment
+from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served
+from tilebook.registry.verdict import Speedup, Verdict, VerdictStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A finalist without its samples, see `verdict.Finalist`."""
+
+    implementation: str
+    config: Mapping[str, ConfigValue]
+    time_ms: float | None
+    predicted_ms: float | None
+    default: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A verdict without samples and second contests, see `verdict.Verdict`; of the notes it has NOTES."""
+
+    op: str
+    problem: str
+    device: Device
+    environment: Environment
+    kernel: str
+    status: VerdictStatus
+    finalists: tuple[Candidate, ...]
+    default_time_ms: float | None
+    interval: Speedup | None
+    mode: str
+    sources: Mapping[str, str]
+    notes: Mapping[str, Json]
+    origin: str
+    trusted: bool
+    created_at: datetime
+
+    @property
+    def winner(self) -> Candidate:
+        return self.finalists[0]
+
+    @property
+    def implementation(self) -> str:
+        return self.winner.implementation
+
+    @property
+    def config(self) -> Mapping[str, ConfigValue]:
+        return self.winner.config
+
+    @property
+    def time_ms(self) -> float | None:
+        return self.winner.time_ms
+
+    @property
+    def measured(self) -> bool:
+        return self.status is not VerdictStatus.PREDICTED
+
+    def source_of(self, implementation: str) -> str:
+        """The digest of the source that this implementation had; the op's kernel where the verdict has no other."""
+        return self.sources.get(implementation, self.kernel)
+
+
+Shown = Verdict | Overview
+
+NOTES = (
+    "tried",
+    "rejected",
+    "infeasible",
+    "seconds",
+    "busy",
+    "predicted_default_ms",
+    "searches",
+    "unmeasured",
+    "unconfirmed",
+)
+"""What is shown of how a verdict was found. Which points of a space were searched is not, and is most of the notes."""
+
+
+def overviews(
+    reader: FileReader, op: str | None = None, device: Device | None = None, gpu: str | None = None
+) -> list[Overview]:
+    """The verdicts of a registry that match, in the order of their keys; what is damaged is told as by `verdicts`.
+
+    Of a file with today's schema, or that of before.
+    """
+    records = list(_each(reader, op, device, gpu))
+    intact = [record for record in records if record is not None]
+    reader.count_lost(len(records) - len(intact))
+    return sorted(intact, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
+
+
+def _each(reader: FileReader, op: str | None, device: Device | None, gpu: str | None) -> Iterator[Overview | None]:
+    where, values = where_clause("v", op, None, device, None, gpu=gpu)
+    rows = reader.rows(f"{_FINALISTS} {where} ORDER BY f.verdict_id, f.place", values)
+    finalists = itertools.groupby(rows, key=operator.itemgetter(0))
+    number, its = _next(finalists)
+    for row in reader.rows(f"{_VERDICTS} {where} ORDER BY v.id", values):
+        while number is not None and number < row[0]:
+            number, its = _next(finalists)
+        try:
+            yield _overview(row, its if number == row[0] else [])
+        except DAMAGE:
+            yield None
+
+
+def _next(finalists: Iterator[tuple[int, Iterator[Any]]]) -> tuple[int | None, list[Sequence[Any]]]:
+    number, rows = next(finalists, (None, iter(())))
+    return number, list(rows)
+
+
+_JOINS = """
+LEFT JOIN problem AS p ON p.id = v.problem_id LEFT JOIN device AS d ON d.id = v.device_id
+LEFT JOIN environment AS e ON e.id = v.environment_id LEFT JOIN kernel AS k ON k.id = v.kernel_id
+"""
+_VERDICTS = f"""
+SELECT v.id, p.op, p.key, d.name, d.arch, d.sm_count, k.op, v.default_time_ms, v.notes, v.created_at, v.sha256,
+       v.served, {COLUMNS}
+FROM verdict AS v {_JOINS}
+"""
+_FINALISTS = f"""
+SELECT f.verdict_id, f.place, {", ".join(f"f.{name.strip()}" for name in FINALIST_COLUMNS.split(","))},
+       f.predicted_ms, f.is_default, f.speedup, f.speedup_low, f.speedup_high, f.samples_ms, f.again
+FROM finalist AS f JOIN verdict AS v ON v.id = f.verdict_id {_JOINS}
+"""
+
+
+def _overview(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Overview:
+    _, op, problem, name, arch, sm_count, of, default_ms, its_notes, created_at, sha256, served_sha256, *columns = row
+    if op != of or [each[1] for each in finalists] != list(range(len(finalists))):
+        raise ValueError("a finalist is missing, or the kernel is another op's")
+    device = _device(name, arch, sm_count)
+    found = served.from_columns("", op, problem, device, columns, [each[2:6] for each in finalists], served_sha256)
+    if found is None or _digest(row, finalists) != sha256:
+        raise ValueError("a digest is wrong")
+    told = json.loads(its_notes)
+    return Overview(
+        op=op,
+        problem=problem,
+        device=device,
+        environment=_environment(columns[0]),
+        kernel=found.kernel,
+        status=VerdictStatus(found.status),
+        finalists=tuple(map(_candidate, found.finalists, finalists)),
+        default_time_ms=optional_number(default_ms, "default_time_ms"),
+        interval=_interval(found),
+        mode=found.mode,
+        sources=found.sources,
+        notes=notes({name: told[name] for name in NOTES if name in told}),
+        origin=found.origin,
+        trusted=found.trusted,
+        created_at=parse_time(created_at, "created_at"),
+    )
+
+
+def _candidate(found: served.Finalist, row: Sequence[Any]) -> Candidate:
+    predicted_ms = optional_number(row[6], "predicted_ms")
+    return Candidate(found.implementation, found.config, found.time_ms, predicted_ms, bool(row[7]))
+
+
+def _interval(found: Served) -> Speedup | None:
+    values = found.speedup, found.speedup_low, found.speedup_high
+    return None if values == (None, None, None) else Speedup(*values)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(256)
+def _device(name: Any, arch: Any, sm_count: Any) -> Device:
+    return Device(name, arch, sm_count)
+
+
+@functools.lru_cache(256)
+def _environment(versions: str) -> Environment:
+    return Environment(json.loads(versions))
+
+
+def _digest(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> str:
+    """Of the canonical JSON of `Verdict.content`, as the columns spell it."""
+    _, op, problem, name, arch, sm_count, _, default_ms, its_notes, created_at, _, _, *columns = row
+    versions, kernel, status, mode, value, low, high, sources, origin, trusted = columns
+    text = (
+        f'{{"created_at":{_text(created_at)},"default_time_ms":{_number(default_ms)},'
+        f'"device":{{"arch":{_text(arch)},"name":{_text(name)},"sm_count":{sm_count}}},"environment":{versions},'
+        f'"finalists":[{",".join(map(_finalist, finalists))}],"interval":{_speedup(value, low, high)},'
+        f'"kernel":{_text(kernel)},"mode":{_text(mode)},"notes":{its_notes},"op":{_text(op)},'
+        f'"origin":{_text(origin)},"problem":{_text(problem)},"sources":{sources},"status":{_text(status)},'
+        f'"trusted":{"true" if trusted else "false"}}}'
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finalist(row: Sequence[Any]) -> str:
+    _, _, implementation, config, time_ms, code, predicted_ms, default, value, low, high, samples_ms, again = row
+    return (
+        f'{{"again":{again},"code":{_text(code)},"config":{config},"default":{"true" if default else "false"},'
+        f'"implementation":{_text(implementation)},"predicted_ms":{_number(predicted_ms)},"samples_ms":{samples_ms},'
+        f'"speedup":{_speedup(value, low, high)},"time_ms":{_number(time_ms)}}}'
+    )
+
+
+_text = json.JSONEncoder().encode
+
+
+def _number(value: float | None) -> str:
+    return "null" if value is None else float.__repr__(value)
+
+
+def _speedup(*values: float | None) -> str:
+    return "null" if values == (None, None, None) else f"[{','.join(map(_number, values))}]"
