@@ -35,7 +35,7 @@ class Entry:
 
     ours:    its own kernel, the first of its tunable implementations.
     sources: implementation → the digest of its source; "" where that is not ours.
-    axes:    those of all its spaces together.
+    axes:    implementation → the axes of its space, none where it has no space.
     fields:  those of its problems, as `dataclasses.field` takes them.
     """
 
@@ -43,7 +43,7 @@ class Entry:
     family: str
     ours: str
     sources: Mapping[str, str]
-    axes: frozenset[str]
+    axes: Mapping[str, frozenset[str]]
     fields: tuple[tuple[str, str, Mapping[str, Any]], ...]
 
     @property
@@ -65,7 +65,8 @@ class Entry:
         return dataclasses.make_dataclass("Problem", fields, bases=(Problem,), frozen=True, namespace={"check": check})
 
     def content(self) -> dict[str, Any]:
-        rest = {"family": self.family, "ours": self.ours, "sources": dict(self.sources), "axes": sorted(self.axes)}
+        axes = {name: sorted(each) for name, each in self.axes.items()}
+        rest = {"family": self.family, "ours": self.ours, "sources": dict(self.sources), "axes": axes}
         return {**rest, "fields": [list(each) for each in self.fields]}
 
 
@@ -100,14 +101,14 @@ def get(name: str) -> Known:
     return found
 
 
-def axes() -> Mapping[str, frozenset[str]]:
-    """Op → the axes of all its spaces together: what a config of it may name."""
+def axes() -> Mapping[str, Mapping[str, frozenset[str]]]:
+    """Op → implementation → the axes of its space: what a config of it may name."""
     known = ops().items()
     return {name: each.axes if isinstance(each, Entry) else _axes(each) for name, each in known}
 
 
-def _axes(op: Any) -> frozenset[str]:
-    return frozenset(axis for each in op.implementations.values() if each.space for axis in each.space.axes)
+def _axes(op: Any) -> Mapping[str, frozenset[str]]:
+    return {each.name: frozenset(each.space.axes if each.space else ()) for each in op.implementations.values()}
 
 
 def of(op: Op[Any]) -> Entry:
@@ -142,7 +143,7 @@ def read(file: Path = FILE) -> Mapping[str, Entry] | None:
 
 def _entry(name: str, content: Mapping[str, Any]) -> Entry:
     fields = tuple((each, kind, more) for each, kind, more in content["fields"])
-    axes = frozenset(content["axes"])
+    axes = {implementation: frozenset(each) for implementation, each in content["axes"].items()}
     return Entry(name, content["family"], content["ours"], content["sources"], axes, fields)
 
 

@@ -41,7 +41,7 @@ from tilebook.registry import (
 )
 from tilebook.registry.exchange import import_rule
 
-ALLOWED = {"rms_norm_fwd": frozenset({"BLOCK_M", "num_warps", "use_tma", "order"})}
+ALLOWED = {"rms_norm_fwd": {"triton": frozenset({"BLOCK_M", "num_warps", "use_tma", "order"})}}
 
 
 @pytest.fixture
@@ -190,16 +190,25 @@ def test_unknown_ops_and_config_keys_are_skipped_with_a_reason(second: Registry)
     text = signed(a_trial(op="unheard_of"), a_trial(config={"BLOCK_Q": 1}), a_verdict())
     report = load(second, io.StringIO(text), allowed=ALLOWED)
     assert (report.trials, report.verdicts) == (0, 1)
-    assert report.skipped == ["line 2: unknown op unheard_of", "line 3: rms_norm_fwd has no config key ['BLOCK_Q']"]
+    assert report.skipped == [
+        "line 2: unknown op unheard_of",
+        "line 3: rms_norm_fwd has no config key ['BLOCK_Q'] for triton",
+    ]
     report = load(second, io.StringIO(signed(a_revocation(config={"BLOCK_Q": 1}))), allowed=ALLOWED, trust=True)
-    assert report.skipped == ["line 2: rms_norm_fwd has no config key ['BLOCK_Q']"]
+    assert report.skipped == ["line 2: rms_norm_fwd has no config key ['BLOCK_Q'] for triton"]
 
 
 def test_the_configs_in_the_evidence_are_held_to_the_same_list(second: Registry) -> None:
     hostile = verdict(finalists=(verdict().winner, Finalist("triton", {"BLOCK_Q": 1}, 0.2)))
     report = load(second, io.StringIO(signed({"type": "verdict", **hostile.portable()})), allowed=ALLOWED)
-    assert report.skipped == ["line 2: rms_norm_fwd has no config key ['BLOCK_Q']"]
+    assert report.skipped == ["line 2: rms_norm_fwd has no config key ['BLOCK_Q'] for triton"]
     assert second.verdicts() == []
+
+
+def test_an_implementation_that_is_not_here_may_have_any_config(second: Registry) -> None:
+    older = verdict(finalists=(verdict().winner, Finalist("triton_of_old", {"BLOCK_Q": 1}, 0.2)))
+    report = load(second, io.StringIO(signed({"type": "verdict", **older.portable()})), allowed=ALLOWED)
+    assert (report.skipped, report.verdicts) == ([], 1)
 
 
 DEEP = "[" * 200_000

@@ -1,9 +1,14 @@
 """The registry that comes with the package."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from click.testing import CliRunner
+
+import tilebook.registry
 from tilebook import device as devices
 from tilebook import op as ops
+from tilebook.cli import main
 from tilebook.dispatch import Snapshot
 from tilebook.registry import Layers
 from tilebook.registry.layers import SHIPPED
@@ -32,3 +37,12 @@ def test_what_won_is_what_serves_where_it_was_measured(monkeypatch):
         monkeypatch.setattr(devices, "environment", lambda known=verdict.environment.versions: known)
         choice = snapshot.choose(op, problem)
         assert (choice.source, choice.implementation.name) == ("exact", names[0]), problem.label
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(tilebook.registry.__file__).parents[1].glob("shipped/*/*.jsonl")), ids=lambda file: file.stem
+)
+def test_what_ships_is_imported_like_any_export(file, tmp_path):
+    result = CliRunner().invoke(main, ["import", str(file), "--registry", str(tmp_path / "new.db")])
+    assert "skipped" not in result.output
+    assert f"{len(file.read_text().splitlines()) - 1} verdicts imported" in result.output

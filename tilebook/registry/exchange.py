@@ -48,6 +48,10 @@ class Accepted:
             yield from itertools.repeat(verdict, count)
 
 
+Allowed = Mapping[str, Mapping[str, frozenset[str]]]
+"""Op → implementation → the keys that its configs may have."""
+
+
 @dataclass
 class ImportReport:
     """What an import did. `trials`, `verdicts` and `revocations` count what was written; `unchanged` what was here.
@@ -77,18 +81,19 @@ def load(
     registry: Registry,
     stream: TextIO,
     *,
-    allowed: Mapping[str, frozenset[str]] | None,
+    allowed: Allowed | None,
     trust: bool = False,
     is_problem: Callable[[str, str], bool] = lambda op, key: True,
     max_total: int | None = None,
 ) -> ImportReport:
     """Imports an exported file in one transaction, or raises RegistryError and changes nothing.
 
-    `allowed` maps each known op to its permitted config keys: a record with another op or key is skipped, and one whose
-    problem is none of its op by `is_problem`. None lifts these limits and is for files one wrote oneself. Verdicts and
-    revocations arrive with origin "imported" and trusted as `trust` says: a stranger's revocations make nothing wrong,
-    but could make everything slow. Conflicts of verdicts are resolved by evidence, see `import_rule`; revocations add
-    up. `max_total` limits the characters read.
+    `allowed` maps each known op to its implementations' permitted config keys: a record with another op or key is
+    skipped, and one whose problem is none of its op by `is_problem`. An implementation that is not here, as one of
+    another version, may have any config: nothing runs it. None lifts these limits, for files one wrote oneself.
+    Verdicts and revocations arrive with origin "imported" and trusted as `trust` says: a stranger's revocations make
+    nothing wrong, but could make everything slow. Conflicts of verdicts are resolved by evidence, see `import_rule`;
+    revocations add up. `max_total` limits the characters read.
     """
     report = ImportReport()
     trials = 0
@@ -148,9 +153,7 @@ _REASONS = (
 )
 
 
-def _refusal(
-    record: Record, allowed: Mapping[str, frozenset[str]] | None, is_problem: Callable[[str, str], bool]
-) -> str:
+def _refusal(record: Record, allowed: Allowed | None, is_problem: Callable[[str, str], bool]) -> str:
     if allowed is None:
         return ""
     told = record.verdict if isinstance(record, Written) else record
@@ -159,8 +162,9 @@ def _refusal(
     if not isinstance(told, Revocation) and not is_problem(told.op, told.problem):
         return f"{told.op} has no problem {quoted(told.problem)}"
     # A verdict's finalists are what dispatch falls back on, so their configs are held to the same list.
-    configs = [each.config for each in told.finalists] if isinstance(told, Verdict) else [told.config]
-    known = allowed[told.op]
-    if all(config.keys() <= known for config in configs):
-        return ""
-    return f"{told.op} has no config key {quoted(sorted({key for config in configs for key in config} - known))}"
+    for each in told.finalists if isinstance(told, Verdict) else (told,):
+        known = allowed[told.op].get(each.implementation)
+        if known is not None and not each.config.keys() <= known:
+            unknown = quoted(sorted(each.config.keys() - known))
+            return f"{told.op} has no config key {unknown} for {each.implementation}"
+    return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ from typing import TypeVar
 from sqlalchemy import func, select
 
 from tilebook.errors import RegistryError
-from tilebook.registry.exchange import import_rule, load
+from tilebook.registry.exchange import Allowed, import_rule, load
 from tilebook.registry.filereader import FileReader, reader
 from tilebook.registry.models import RevocationRow, VerdictRow
 from tilebook.registry.records import Trial
@@ -46,7 +46,7 @@ def merge(
     names: Sequence[str],
     into: Path,
     *,
-    allowed: Mapping[str, frozenset[str]],
+    allowed: Allowed,
     is_problem: Callable[[str, str], bool],
     trust: bool = False,
 ) -> Report:
@@ -96,7 +96,7 @@ def _add_export(
     registry: Registry,
     name: str,
     report: Report,
-    allowed: Mapping[str, frozenset[str]],
+    allowed: Allowed,
     is_problem: Callable[[str, str], bool],
     trust: bool,
 ) -> None:
