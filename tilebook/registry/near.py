@@ -24,7 +24,7 @@ LEVELS = 14  # bits of a coordinate
 STEPS = 256  # steps of a coordinate for each factor of two; 2**LEVELS / STEPS = 64 of them reach every integer
 MOST_DIMENSIONS = 8  # the first by name; a distance over fewer is a lower bound still
 LEAF = 64  # a cube of no more rows is read instead of divided
-MOST_CUBES = 48
+MOST_CUBES = 48  # are opened in a search
 
 _LANE = (1 << LEVELS) - 1
 _HALF = LEVELS // 2
@@ -110,9 +110,8 @@ def nearest(
 
 
 _CUBE, _ROW, _KNOWN = range(3)  # of what is as near, first what may hide something nearer
-_Waiting = tuple[
-    float, int, str, int
-]  # least distance, what it is, its spot or problem; a row's number, a cube's corner
+_Waiting = tuple[float, int, str, int]
+"""The least distance; which of the three; a cube's spot or a problem; a row's number or a cube's corner."""
 _SLACK = 1e-9
 
 
