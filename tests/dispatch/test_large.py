@@ -9,7 +9,7 @@ import torch
 from dispatch_samples import COMPOSED, COMPOSED_DEFAULT, COMPOSED_OTHER, GPU, OP, composed, revocation, verdict
 
 from tilebook.dispatch import Dispatch, Snapshot
-from tilebook.registry import Registry, serving
+from tilebook.registry import Registry, serving, sqlitefile
 
 PROBLEM = OP.problem
 NEAR = PROBLEM.parse("B4,H16,S3000,D64,causal,window128x0", "bf16")
@@ -111,16 +111,25 @@ def test_a_damaged_verdict_is_warned_of_when_it_is_met(choose, large):
         assert snapshot.choose(OP, COMPOSED).source == "default"
 
 
-def test_a_lock_costs_one_problem_its_verdict(choose, large, monkeypatch):
+def test_a_lock_costs_one_problem_its_verdict_and_is_waited_for_once(choose, large, monkeypatch):
     choose(composed(), *others(4))
-    monkeypatch.setattr(serving, "READER_WAIT_S", 0.0)
+    waited = []
+    connect = sqlitefile.connect
+    monkeypatch.setattr(sqlitefile, "connect", lambda *a: waited.append(a[-1]) or connect(*a))
+    monkeypatch.setattr(serving, "READER_WAIT_S", 0.01)
     choose.here = Dispatch()
     choose.again(COMPOSED)
     writer = sqlite3.connect(choose.path, isolation_level=None)
     writer.execute("BEGIN EXCLUSIVE")
     with pytest.warns(RuntimeWarning, match="locked"):
         assert choose.again(NEAR).source == "default"
+    waited.clear()
+    choose.again(PROBLEM.parse("B4,H16,S3300,D64,causal,window128x0", "bf16"))
+    assert set(waited) == {0.0}
     writer.execute("ROLLBACK")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose.again(NEAR).source == "nearest"
+        waited.clear()
+        choose.again(PROBLEM.parse("B4,H16,S3600,D64,causal,window128x0", "bf16"))
+        assert set(waited) == {0.01}

@@ -6,6 +6,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,20 @@ def test_a_large_layer_answers_as_a_small_one(target: str, monkeypatch: pytest.M
     assert answers[0][2:] == (2, [])
     assert answers[1][2:] == (3, [])
     assert answers[0][:2] == answers[1][:2]
+
+
+def test_a_position_without_a_verdict_is_passed_over(path: Path) -> None:
+    with Registry.open(path, write=True) as registry:
+        registry.merge(verdicts=[verdict(problem=problem(64)), verdict(problem=problem(128))])
+        with sqlite3.connect(path) as database:  # which asks for no foreign keys
+            database.execute("UPDATE position SET verdict_id = 999 WHERE verdict_id = 1")
+
+        def far(other: str) -> float:
+            return distance(problem(100))(other) if other else math.inf
+
+        with registry.asking() as execute:
+            found = lookup.answer(execute, "explicit", H200, replace(question(100, 9), distance=far))
+    assert [json.loads(each.problem)["rows"] for _, each in found.near] == [128]
 
 
 class Counted:

@@ -45,9 +45,10 @@ class Index:
         found = self._between(low, high)
         return (found[0][0], found[-1][0], len(found) > most) if found else None
 
-    def rows(self, low: str, high: str) -> Sequence[tuple[str, int]]:
-        self.read += len(self._between(low, high))
-        return self._between(low, high)
+    def rows(self, low: str, high: str, most: int) -> Sequence[tuple[str, int]]:
+        found = self._between(low, high)[:most]
+        self.read += len(found)
+        return found
 
     def problem(self, number: int) -> str:
         self.asked += 1
@@ -108,6 +109,8 @@ def test_problems_on_one_spot_are_all_found() -> None:
     keys = [sized(rows=(1 << 40) + n, width=64) for n in range(3 * LEAF)]
     assert len({place_of(key).spot for key in keys}) == 1
     assert len(near(Index(keys), keys[7], 1_000)) == len(keys)
+    more = Index([sized(rows=(1 << 40) + n, width=64) for n in range(9 * LEAF)])
+    assert len(near(more, keys[7], 1_000)) == more.read < 9 * LEAF
 
 
 @pytest.mark.parametrize(

@@ -248,5 +248,5 @@ def _order(near: tuple[float, bool, Served]) -> tuple[float, bool, str]:
 def _distance(op: Op[Any], problem: Problem, key: str) -> float:
     try:
         return problem.distance(op.problem.from_key(key))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return math.inf

@@ -127,7 +127,28 @@ def optional_number(value: object, what: str) -> float | None:
     return None if value is None else number(value, what)
 
 
+class Config(dict[str, ConfigValue]):
+    """A config that has been checked, and its canonical JSON. Records that have the same one share it."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, value: Mapping[str, ConfigValue]) -> None:
+        super().__init__(value)
+        self.text = canonical(value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Config, (dict(self),)
+
+
+@lru_cache(4_096)  # the finalists of thousands of verdicts are of a few hundred configs
+def config_of(text: str) -> Config:
+    """The config of a JSON text. Raises ValueError."""
+    return Config(config(json.loads(text)))
+
+
 def config(value: object) -> dict[str, ConfigValue]:
+    if type(value) is Config:
+        return value
     if not is_mapping(value) or len(value) > MAX_CONFIG:
         raise ValueError(f"config is not a mapping of at most {MAX_CONFIG} keys")
     for key, item in value.items():

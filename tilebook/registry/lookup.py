@@ -89,7 +89,7 @@ WHERE p.op = ? AND p.key = ?
 _ITS_FINALISTS = f"SELECT place, {FINALIST_COLUMNS} FROM finalist WHERE verdict_id = ? ORDER BY place"
 _PROBLEM = "SELECT p.key FROM verdict AS v JOIN problem AS p ON p.id = v.problem_id WHERE v.id = ?"
 _SPOTS = "FROM position WHERE device_id = ? AND kernel_id = ? AND form = ? AND spot >= ? AND spot < ? ORDER BY spot"
-_POSITIONS = f"SELECT spot, verdict_id {_SPOTS}"
+_POSITIONS = f"SELECT spot, verdict_id {_SPOTS} LIMIT ?"
 _SPAN = f"""
 SELECT (SELECT spot {_SPOTS} LIMIT 1), (SELECT spot {_SPOTS} DESC LIMIT 1), (SELECT spot {_SPOTS} LIMIT 1 OFFSET ?)
 """
@@ -167,12 +167,12 @@ class _Positions:
         ((first, last, beyond),) = self.execute(_SPAN, [*[*self.key, low, high] * 3, most])
         return None if first is None else (first, last, beyond is not None)
 
-    def rows(self, low: str, high: str) -> Sequence[tuple[str, int]]:
-        return self.execute(_POSITIONS, [*self.key, low, high])  # type: ignore[return-value]
+    def rows(self, low: str, high: str, most: int) -> Sequence[tuple[str, int]]:
+        return self.execute(_POSITIONS, [*self.key, low, high, most])  # type: ignore[return-value]
 
     def problem(self, number: int) -> str:
-        ((problem,),) = self.execute(_PROBLEM, [number])
-        return str(problem)
+        rows = self.execute(_PROBLEM, [number])
+        return str(rows[0][0]) if rows else ""
 
 
 def _verdict(

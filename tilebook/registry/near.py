@@ -24,7 +24,8 @@ LEVELS = 14  # bits of a coordinate
 STEPS = 256  # steps of a coordinate for each factor of two; 2**LEVELS / STEPS = 64 of them reach every integer
 MOST_DIMENSIONS = 8  # the first by name; a distance over fewer is a lower bound still
 LEAF = 64  # a cube of no more rows is read instead of divided
-MOST_CUBES = 48
+MOST_ALIKE = 256  # of those on one spot are looked at
+MOST_CUBES = 48  # are opened in a search
 
 _LANE = (1 << LEVELS) - 1
 _HALF = LEVELS // 2
@@ -38,11 +39,11 @@ class Index(Protocol):
     def span(self, low: str, high: str, most: int) -> tuple[str, str, bool] | None:
         """The first and the last spot of a range, and whether there are more than `most`; None where there is none."""
 
-    def rows(self, low: str, high: str) -> Sequence[tuple[str, int]]:
-        """(spot, number) of all in a range."""
+    def rows(self, low: str, high: str, most: int) -> Sequence[tuple[str, int]]:
+        """(spot, number) of so many in a range."""
 
     def problem(self, number: int) -> str:
-        """The problem that has this number."""
+        """The problem that has this number; "" where there is none."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,8 @@ def nearest(
 
 
 _CUBE, _ROW, _KNOWN = range(3)  # of what is as near, first what may hide something nearer
-_Waiting = tuple[
-    float, int, str, int
-]  # least distance, what it is, its spot or problem; a row's number, a cube's corner
+_Waiting = tuple[float, int, str, int]
+"""The least distance; which of the three; a cube's spot or a problem; a row's number or a cube's corner."""
 _SLACK = 1e-9
 
 
@@ -135,7 +135,7 @@ class _Search:
         if more and shared < 2 * LEVELS:  # else all of them lie on one spot
             yield from self._divided(last[:shared], _within(corner, last[len(cube) : shared]))
             return
-        for spot, number in index.rows(cube, end):
+        for spot, number in index.rows(cube, end, MOST_ALIKE):
             if (bound := self._bound(_within(corner, spot[len(cube) :]))) is not None:
                 yield bound, _ROW, "", number
 

@@ -30,6 +30,7 @@ class Reader(Protocol):
 
     name: str
     problems: list[str]
+    wait_s: float  # for a lock
 
     def verdicts(self, op: str, device: Device, most: int | None = None) -> list[Served] | None:
         """All on the op for this device; None where there are more than `most`."""
@@ -47,7 +48,7 @@ class Database:
     """A layer on PostgreSQL, by way of SQLAlchemy."""
 
     def __init__(self, name: str, target: str, wait_s: float) -> None:
-        self.name, self._target, self._wait_s = name, target, wait_s
+        self.name, self._target, self.wait_s = name, target, wait_s
         self.problems: list[str] = []
 
     def verdicts(self, op: str, device: Device, most: int | None = None) -> list[Served] | None:
@@ -78,7 +79,7 @@ class Database:
     def _open(self) -> Iterator[Registry]:
         from tilebook.registry.store import Registry
 
-        with Registry.open(self._target, wait_s=self._wait_s) as registry:
+        with Registry.open(self._target, wait_s=self.wait_s) as registry:
             yield registry
             self.problems += registry.problems
 
@@ -96,6 +97,7 @@ class ShippedText:
     """What ships, where no file can be built from its text."""
 
     name = "shipped"
+    wait_s = 0.0
 
     def __init__(self, text: Text) -> None:
         self._text = text
@@ -123,7 +125,7 @@ class File:
     """A layer in a SQLite file."""
 
     def __init__(self, name: str, path: Path, wait_s: float) -> None:
-        self.name, self._path, self._wait_s = name, path, wait_s
+        self.name, self._path, self.wait_s = name, path, wait_s
         self.problems: list[str] = []
         self._examined: tuple[int, int, int] | None = None
         self._schema = 0
@@ -170,7 +172,7 @@ class File:
     @contextmanager
     def _reading(self) -> Iterator[Execute]:
         with sqlitefile.explained(self._path), sqlitefile.readable(self._path) as place:
-            connection = sqlitefile.connect(place, "ro", self._wait_s)
+            connection = sqlitefile.connect(place, "ro", self.wait_s)
             try:
                 connection.execute("BEGIN")  # what belongs together is read of one state
                 self._examine(connection, place)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
-from tilebook.registry.checks import DAMAGE, quoted, time_text
+from tilebook.registry.checks import DAMAGE, config_of, quoted, time_text
 from tilebook.registry.codec import verdict_like
 from tilebook.registry.sql import Row, Sql
 from tilebook.registry.texts import Written
@@ -121,7 +121,7 @@ def _finalist(row: Row, place: int) -> dict[str, Any]:
         raise ValueError("a finalist is missing")
     return {
         "implementation": implementation,
-        "config": _json(config),
+        "config": config_of(config),
         "time_ms": time_ms,
         "speedup": None if value is None and low is None and high is None else [value, low, high],
         "samples_ms": () if samples_ms == "[]" else json.loads(samples_ms),
@@ -130,9 +130,6 @@ def _finalist(row: Row, place: int) -> dict[str, Any]:
         "code": code,
         "default": _flag(default),
     }
-
-
-_json: Callable[[str], Any] = json.loads
 
 
 def _flag(value: Any) -> bool:

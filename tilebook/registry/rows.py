@@ -9,21 +9,19 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tilebook.registry import served
-from tilebook.registry.checks import DAMAGE, canonical, time_text
+from tilebook.registry.checks import DAMAGE, time_text
 from tilebook.registry.codec import miss_from, revocation_from, trial_from, verdict_from
 from tilebook.registry.models import (
     Base,
     DeviceRow,
-    EnvironmentRow,
     FinalistRow,
-    KernelRow,
     MissRow,
     ProblemRow,
     RevocationRow,
     TrialRow,
     VerdictRow,
 )
-from tilebook.registry.records import Device, Environment, Miss, Revocation, Trial
+from tilebook.registry.records import Device, Miss, Revocation, Trial
 from tilebook.registry.verdict import Verdict
 
 _Row = TypeVar("_Row", bound=Base)
@@ -41,32 +39,6 @@ class Keys:
 
     def problem(self, op: str, key: str) -> int:
         return self._id(ProblemRow, op=op, key=key)
-
-    def kernel(self, op: str, digest: str) -> int:
-        return self._id(KernelRow, op=op, digest=digest)
-
-    def environment(self, environment: Environment) -> int:
-        memo = (EnvironmentRow, environment.digest)
-        if memo not in self._ids:
-            versions = canonical(environment.content())
-            row = self._session.execute(
-                select(EnvironmentRow).filter_by(digest=environment.digest)
-            ).scalar_one_or_none()
-            if row is None:
-                row = EnvironmentRow(digest=environment.digest, versions=versions)
-                self._session.add(row)
-            row.versions = versions  # a damaged text is mended by whoever holds the right one
-            self._session.flush()
-            self._ids[memo] = row.id
-        return self._ids[memo]
-
-    def of(self, record: Trial | Verdict) -> dict[str, int]:
-        return {
-            "problem_id": self.problem(record.op, record.problem),
-            "device_id": self.device(record.device),
-            "environment_id": self.environment(record.environment),
-            "kernel_id": self.kernel(record.op, record.kernel),
-        }
 
     def _id(self, model: type[_Row], **columns: str | int) -> int:
         memo = (model, *columns.values())

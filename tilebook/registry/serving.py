@@ -74,7 +74,7 @@ class Table:
 
     def small(self, op: str) -> list[Served]:
         """`verdicts` of the layers that are not large."""
-        return self._together(op, lambda layer: [])
+        return self._together(op, None)
 
     def find(self, question: Question) -> Answer:
         """The verdict on one problem among those of all layers, and the nearest in the large ones: those of the others
@@ -94,11 +94,12 @@ class Table:
         found = self._together(op, lambda layer: layer.some(op, kernel, self._device, WHOLE))
         return [each for each in found if each.kernel == kernel and each.trusted]
 
-    def _together(self, op: str, large: Callable[[Reader], list[Served]]) -> list[Served]:
-        """One verdict for each problem and kernel; what of a large layer is read."""
+    def _together(self, op: str, large: Callable[[Reader], list[Served]] | None) -> list[Served]:
+        """One verdict for each problem and kernel; `large` reads what is wanted of a large layer, if anything is."""
         best: dict[tuple[str, str], Served] = {}
-        for layer, held in self._held(op):
-            found = self._ask(layer, partial(large, layer), list[Served]()) if held is None else held
+        for layer, found in self._held(op):
+            if found is None and large is not None:
+                found = self._ask(layer, partial(large, layer), list[Served]())
             for served in found or ():
                 key = served.problem, served.kernel
                 if key not in best or standing(served) > standing(best[key]):
@@ -170,9 +171,8 @@ class Table:
             return readers.Database(name, target, READER_WAIT_S)
         if name == "shipped" and (text := shipped_registry(parsed.path)) is not None:
             return readers.ShippedText(text)
-        return (
-            None if name != "explicit" and not parsed.path.exists() else readers.File(name, parsed.path, READER_WAIT_S)
-        )
+        there = name == "explicit" or parsed.path.exists()
+        return readers.File(name, parsed.path, READER_WAIT_S) if there else None
 
     def _ask(self, layer: Reader, query: Callable[[], _T], nothing: _T) -> _T | None:
         """What a layer answers: None where it is locked, nothing where it is broken.
@@ -187,12 +187,14 @@ class Table:
         except Locked as error:
             self._note([str(error)])
             self._waiting.add(layer.name)
+            layer.wait_s = 0.0  # a program waits for it once
             return None
         except Exception as error:  # whatever is wrong with it, the program that asks goes on
             self._note([str(error)])
             if isinstance(error, Unreachable):
                 self._unreachable.add(layer.name)
             found = nothing
+        layer.wait_s = READER_WAIT_S
         self._note(layer.problems)
         return found
 

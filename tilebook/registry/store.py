@@ -376,17 +376,10 @@ def _select(
     if not issubclass(model, MissRow):
         query = query.outerjoin(model.environment).outerjoin(model.kernel)
         query = query.options(contains_eager(model.environment), contains_eager(model.kernel))
-    if op is not None:
-        query = query.where(ProblemRow.op == op)
-    if problem is not None:
-        query = query.where(ProblemRow.key == problem)
+    wanted: dict[Any, Any] = {ProblemRow.op: op, ProblemRow.key: problem, KernelRow.digest: kernel}
     if device is not None:
-        query = query.where(
-            DeviceRow.name == device.name, DeviceRow.arch == device.arch, DeviceRow.sm_count == device.sm_count
-        )
-    if kernel is not None:
-        query = query.where(KernelRow.digest == kernel)
-    return query
+        wanted |= {DeviceRow.name: device.name, DeviceRow.arch: device.arch, DeviceRow.sm_count: device.sm_count}
+    return query.where(*(column == value for column, value in wanted.items() if value is not None))
 
 
 # How the rows of each table are read as records; the decoders' arguments differ in type.

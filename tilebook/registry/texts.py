@@ -97,7 +97,7 @@ _COMPACT = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _finalist(each: Finalist) -> FinalistTexts:
-    config, samples = canonical(each.config), _numbers(each.samples_ms)
+    config, samples = each.config_text, _numbers(each.samples_ms)
     again = "null"
     if each.again is not None:
         second = each.again
