@@ -158,6 +158,9 @@ def test_a_gpu_that_is_hidden_is_not_here(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidiactl")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "_build", lambda: {"__version__": "2.11.0+cpu"})
+    assert not machine.present(), "PyTorch for the CPU alone uses none"
+    monkeypatch.setattr(machine, "_build", lambda: {"__version__": "2.11.0+cu130", "cuda": "13.0"})
     assert machine.present()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not machine.present()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tilebook import bounds
+from tilebook.errors import UsageError
 from tilebook.problem import Problem
 
 if TYPE_CHECKING:
@@ -93,12 +94,14 @@ def ops() -> Mapping[str, Known]:
 
 def get(name: str) -> Known:
     """The op of that name. Raises UsageError with the known names."""
-    found = ops().get(name)
-    if found is None:
-        from tilebook import op
+    known = ops()
+    if name in known:
+        return known[name]
+    if any(isinstance(each, Entry) for each in known.values()):
+        raise UsageError(f"no op {name!r}; there are {', '.join(sorted(known))}")
+    from tilebook import op
 
-        return op.get(name)  # says which there are, and why others are not
-    return found
+    return op.get(name)  # says which there are, and why others are not
 
 
 def axes() -> Mapping[str, Mapping[str, frozenset[str]]]:

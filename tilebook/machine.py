@@ -6,6 +6,7 @@ Where a program has PyTorch loaded, `tilebook.device` is asked, which tells all 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import re
@@ -24,10 +25,10 @@ _SM_COUNT, _MAJOR, _MINOR = 16, 75, 76
 
 def present() -> bool:
     """Is there a GPU that PyTorch may be able to use?"""
-    if "torch" in sys.modules or not sys.platform.startswith("linux"):
+    if _loaded() or not sys.platform.startswith("linux"):
         return devices.present()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
-    return not hidden and any(map(os.path.exists, _DRIVERS))
+    return not hidden and any(map(os.path.exists, _DRIVERS)) and not {"cuda", "hip"}.isdisjoint(_build())
 
 
 def target(gpu: str | None) -> tuple[str, str, int] | None:
@@ -45,14 +46,25 @@ def target(gpu: str | None) -> tuple[str, str, int] | None:
 
 def environment() -> Mapping[str, str]:
     """Those of `device.environment()` that the installed files tell."""
-    if "torch" in sys.modules:
+    if _loaded():
         return devices.environment()
-    versions = {"triton": devices.package_version("triton"), "driver": devices.driver(), **_torch(), **_cudnn()}
+    build = _build()
+    versions = {
+        "torch": build.get("__version__", "unknown"),
+        "triton": devices.package_version("triton"),
+        "cuda": build.get("cuda", "none"),
+        "driver": devices.driver(),
+        **_cudnn(),
+    }
     return {name: version for name, version in versions.items() if version != "unknown"}
 
 
+def _loaded() -> bool:
+    return sys.modules.get("torch") is not None
+
+
 def _here() -> tuple[str, str, int] | None:
-    found = None if "torch" in sys.modules else _by_driver()
+    found = None if _loaded() else _by_driver()
     if found is None and devices.present():
         found = devices.current().identity
     return found
@@ -78,8 +90,9 @@ def _by_driver() -> tuple[str, str, int] | None:
     return name.value.decode("utf-8", "replace"), f"sm_{major}{minor}", sm_count
 
 
-def _torch() -> dict[str, str]:
-    """Its version, as it says it itself, and the version of CUDA that it is built with."""
+@functools.cache
+def _build() -> Mapping[str, str]:
+    """What PyTorch's own file says of how it was built: `__version__`, `cuda`, `hip`; nothing where it is not there."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return {}
@@ -87,12 +100,11 @@ def _torch() -> dict[str, str]:
         text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return {}
-    told = dict(re.findall(r"^(\w+)\b[^=\n]*= *['\"]([^'\"\n]+)['\"]", text, re.MULTILINE))
-    return {"torch": told.get("__version__", "unknown"), "cuda": told.get("cuda", "none")}
+    return dict(re.findall(r"^(\w+)\b[^=\n]*= *['\"]([^'\"\n]+)['\"]", text, re.MULTILINE))
 
 
 def _cudnn() -> dict[str, str]:
     """The version of the package that PyTorch's wheels bring along, as cuDNN writes it: 91900 is 9.19.0."""
-    cuda = _torch().get("cuda", "none").partition(".")[0]
+    cuda = _build().get("cuda", "none").partition(".")[0]
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", devices.package_version(f"nvidia-cudnn-cu{cuda}"))
     return {} if found is None else {"cudnn": str(10_000 * int(found[1]) + 100 * int(found[2]) + int(found[3]))}

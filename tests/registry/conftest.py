@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_samples import mine, run  # noqa: F401 (fixtures)
 
 from tilebook.registry import Registry
 

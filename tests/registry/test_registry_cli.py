@@ -271,6 +271,38 @@ def test_without_the_extra_a_command_names_it_in_one_line(tmp_path: Path, packag
     assert "pip install 'tilebook[tune]'" in done.stderr
 
 
+def test_without_what_the_package_needs_a_command_names_it_and_others_run(tmp_path: Path) -> None:
+    hide = """
+import sys
+for name in ("torch", "triton", "sqlalchemy", "rich", "alembic", "optuna", "numpy"):
+    sys.modules[name] = None
+from click.testing import CliRunner
+from tilebook.cli import main
+for command, status in [(["show"], 0), (["status", "--gpu", "H200"], 0), (["check"], 0), (["export", "-"], 0),
+                        (["diff", "shipped", "shipped"], 0), (["show", "--op", "no_such_op"], 2), (["tune"], 1),
+                        (["explain", "rms_norm_fwd", "--shape", "M1,N8"], 1), (["repair"], 1)]:
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == status, (command, done.output, done.exception)
+    assert status == 0 or done.stderr.count("\\n") == 1, (command, done.stderr)
+    assert status != 1 or "pip install" in done.stderr, (command, done.stderr)
+    assert status != 2 or "there are attention_bwd, " in done.stderr, (command, done.stderr)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_DATA_HOME": str(tmp_path)}
+    environment.pop("TILEBOOK_REGISTRY", None)
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_who_has_read_enough_hears_nothing_more(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tilebook.cli", "show"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_DATA_HOME": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_what_is_no_text_is_refused(run: Run, home: Path) -> None:
     assert "UTF-8" in run("import", "-", input=io.BytesIO(b'{"\xff\xfe'), status=1).stderr
 

@@ -171,6 +171,10 @@ _EXTRA = ("alembic", "optuna", "rich")
 """Packages of the extra `tune`, without which models run but some commands do not."""
 
 
+_NEEDED = ("sqlalchemy", "torch", "triton")
+"""Packages that are missing only where a wheel was installed without what it needs."""
+
+
 class _Tidy(click.Group):
     """A group whose expected errors are one line on stderr, without a traceback. It prints on any terminal."""
 
@@ -190,13 +194,16 @@ class _Tidy(click.Group):
                 return super().invoke(ctx)
         except UsageError as wrong:
             _fail(str(wrong), 2)
+        except BrokenPipeError:
+            raise  # who reads has read enough: click ends without a word
         except (TilebookError, OSError) as broken:
             _fail(str(broken), 1)
         except ModuleNotFoundError as missing:
             package = (missing.name or "").partition(".")[0]
-            if package not in _EXTRA:
+            if package not in (*_EXTRA, *_NEEDED):
                 raise
-            _fail(f"this command needs {package}: pip install 'tilebook[tune]'", 1)
+            install = package if package in _NEEDED else "'tilebook[tune]'"
+            _fail(f"this command needs {package}: pip install {install}", 1)
         except KeyboardInterrupt:
             _fail("interrupted; what was done is kept, and the same command goes on from there", 130)
 
