@@ -30,6 +30,9 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         return seconds
 
 
+SECONDS = _Seconds()
+
+
 @main.command()
 @click.argument("families", nargs=-1, metavar="[FAMILY]...")
 @SUITES
@@ -52,7 +55,7 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 )
 @click.option(
     "--budget",
-    type=_Seconds(),
+    type=SECONDS,
     metavar="TIME",
     help="End after about this time (180s, 5m): what is worth most of the GPU's time comes first and has most of it,"
     " what is not reached is said (default: none, until each has converged).",

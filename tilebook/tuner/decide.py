@@ -85,19 +85,19 @@ def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
             raise OutOfTime("the budget ended before its winner could be confirmed in a fresh process")
         tuning.phase("confirming in a fresh process")
         started = turn.now()
-        repeat, _ = _contest(tuning, runner, [tuning.default, candidate], rounds, seed + 1, fresh=not again)
+        repeat, _ = compete(tuning, runner, [tuning.default, candidate], rounds, seed + 1, fresh=not again)
         if not again:
             turn.note("fresh", turn.now() - started)
         again[candidate] = repeat
         if candidate in repeat.samples and repeat.ratios[candidate].low > PROMOTION:
-            chosen, ratio = candidate, _both(first.ratios[candidate], repeat.ratios[candidate])
+            chosen, ratio = candidate, both(first.ratios[candidate], repeat.ratios[candidate])
             break
     tuning.state.confirming_s += turn.now() - began
     # What failed in the fresh process is out: to be served when the winner cannot be, least of all.
     first = Contest({c: samples for c, samples in first.samples.items() if c in tuning.times}, first.seed)
     status = VerdictStatus.DEFAULT if chosen == tuning.default else VerdictStatus.MEASURED
     ranked = [chosen, *(candidate for candidate in first.samples if candidate != chosen)]
-    found = [_finalist(tuning, candidate, first, again.get(candidate)) for candidate in ranked]
+    found = [finalist(tuning, candidate, first, again.get(candidate)) for candidate in ranked]
     notes: dict[str, Json] = {"tied": [_named(candidate) for candidate in _tie_set(tuning, first)]}
     return tuning.verdict(status, found, notes, first.time_ms(tuning.default), ratio)
 
@@ -147,7 +147,7 @@ def _finalists(tuning: Tuning, implementation: str) -> list[Candidate]:
 def _qualify(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate], turn: Turn) -> Contest:
     """The contest of all finalists. Where one fails its last verification the next moves up, and all run again."""
     while True:
-        contest, failed = _contest(tuning, runner, _wanted(tuning, extra), rounds, seed)
+        contest, failed = compete(tuning, runner, _wanted(tuning, extra), rounds, seed)
         if not failed:
             return contest
 
@@ -183,13 +183,13 @@ def _within(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
             tuning.unconfirmed = len(wanted) - place
             break
         began = turn.now()
-        contest, _ = _contest(tuning, runner, [candidate], 1, seed)
+        contest, _ = compete(tuning, runner, [candidate], 1, seed)
         turn.note(part, turn.now() - began)
         passed += contest.samples
-    return _contest(tuning, runner, passed, rounds, seed)[0]
+    return compete(tuning, runner, passed, rounds, seed)[0]
 
 
-def _contest(
+def compete(
     tuning: Tuning, runner: Runner, candidates: Sequence[Candidate], rounds: int, seed: int, fresh: bool = False
 ) -> tuple[Contest, int]:
     """The contest of those that pass, and how many did not; these are dropped."""
@@ -219,7 +219,7 @@ def _tie_set(tuning: Tuning, contest: Contest) -> list[Candidate]:
     return [*tied, *(c for c, ms in tuning.times.items() if c not in contest.samples and ms <= limit)]
 
 
-def _finalist(tuning: Tuning, candidate: Candidate, first: Contest, again: Contest | None) -> Finalist:
+def finalist(tuning: Tuning, candidate: Candidate, first: Contest, again: Contest | None) -> Finalist:
     """What the contests say of a candidate; `again` counts where it passed once more."""
     second = None
     if again is not None and candidate in again.samples:
@@ -245,7 +245,7 @@ def _speedup(ratio: Ratio) -> Speedup:
     return Speedup(ratio.value, ratio.low, ratio.high)
 
 
-def _both(one: Ratio, other: Ratio) -> Ratio:
+def both(one: Ratio, other: Ratio) -> Ratio:
     """What two runs say together: the middle, and an interval that covers both, processes' differences included."""
     return Ratio(math.sqrt(one.value * other.value), min(one.low, other.low), max(one.high, other.high))
 
