@@ -20,6 +20,7 @@ simulated time of the audit over that of the tunes, in which both pay for what s
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -47,6 +48,7 @@ from tilebook.tuner.sweeps.recorded import COUNTS, Lane, recorded_op, todays_def
 from tilebook.tuner.sweeps.sweep import Measured, Sweep, read
 
 SWEEPS = Path(__file__).parent / "results" / "nvidia-h200" / "sweeps"
+RESULTS = Path(__file__).parent / "results" / "cpu" / "audit.json"
 LATER = {"triton": "3.8.0", "torch": "2.13.0+cu130"}
 """What is other in the environment after the upgrade."""
 
@@ -56,6 +58,7 @@ GPU, OWN = 0.05, 0.005  # the GPU's change at most; the deviation of each candid
 SHARE = 0.1  # of the verdicts that get a regression of their own
 SHARED = 0.3  # the chance of each kind that many share
 VARIANTS = (1, 2, 4, 8, 16)
+SHARES = (-1.0, 0.15, 0.3, 1.0)
 BUDGETS = (0.05, 0.1, 0.2)
 
 
@@ -69,7 +72,7 @@ class Tuned:
     default: Candidate
 
 
-def tuned(sweep: Sweep, variants: Sequence[int] = VARIANTS) -> list[Tuned]:
+def tuned(sweep: Sweep, variants: Sequence[int] = VARIANTS, options: Options = Options()) -> list[Tuned]:  # noqa: B008
     """Tunes a sweep's problem, and says the same of variants of it that do the same work more often."""
     op, machine, run = recorded_op(sweep), Costed(sweep), Run(1, True)
     problem = op.problem.from_key(sweep.header["problem"])
@@ -77,7 +80,7 @@ def tuned(sweep: Sweep, variants: Sequence[int] = VARIANTS) -> list[Tuned]:
         layers = Layers([("explicit", str(Path(folder) / "registry.db"))])
         with layers.writer() as registry:
             known = Known(registry, layers, sweep.device, sweep.header["environment"], "graph")
-            session = Session(sweep.device, known, machine, machine, Options(), run, lane=Lane(machine))
+            session = Session(sweep.device, known, machine, machine, options, run, lane=Lane(machine))
             (state,) = tune_all([session], [(op, problem)], run)
     assert state.verdict is not None, state.error
     default = Candidate(sweep.implementation, Config(sweep.header["default"]))
@@ -259,7 +262,18 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "between_demoted": sum(run["between_demoted"] for run in runs),
         "planted": dict(sum((Counter(run["planted"]) for run in runs), Counter[str]())),
         "cost": {"median": statistics.median(costs), "mean": round(statistics.mean(costs), 4), "most": max(costs)},
+        "cost_where_at_most": _by_share(runs),
     }
+
+
+def _by_share(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean cost of the upgrades that made at most so much of the verdicts regress, and of the others."""
+    found: dict[str, Any] = {}
+    for low, high in itertools.pairwise(SHARES):
+        costs = [run["cost"] for run in runs if low < run["regressed"] / run["verdicts"] <= high]
+        mean = round(statistics.mean(costs), 4) if costs else None
+        found[f"{high:.0%} regressed"] = {"runs": len(costs), "mean": mean, "most": max(costs, default=None)}
+    return found
 
 
 def reached(result: Mapping[str, Any]) -> bool:

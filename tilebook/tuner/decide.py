@@ -12,7 +12,7 @@ from tilebook.registry import Again, Finalist, Json, Speedup, Verdict, VerdictSt
 from tilebook.tuner.budget import Turn
 from tilebook.tuner.judge.measure import SAMPLE_MS
 from tilebook.tuner.judge.stats import Ratio, median, speedup
-from tilebook.tuner.process.runner import Candidate, Runner
+from tilebook.tuner.process.runner import Attempt, Candidate, Runner
 from tilebook.tuner.tuning import Tuning
 
 PROMOTION = 1.01
@@ -36,6 +36,14 @@ took 1.18–1.20 times as long as the best for attention; the model's first choi
 _FASTEST, _LIGHTEST = 5, 5  # finalists of each implementation that has a space
 _TRIES = 3  # finalists that get the fresh process
 _FEWEST = 3  # that a contest has, the default among them, however short the time
+
+
+class DefaultFailed(TuningError):
+    """The default config did not pass its last verification, so that there is nothing to compare with."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(f"the default config fails when confirmed: {attempt.failure}: {attempt.reason}")
+        self.attempt = attempt
 
 
 @dataclass(frozen=True)
@@ -192,14 +200,14 @@ def _within(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
 def compete(
     tuning: Tuning, runner: Runner, candidates: Sequence[Candidate], rounds: int, seed: int, fresh: bool = False
 ) -> tuple[Contest, int]:
-    """The contest of those that pass, and how many did not; these are dropped."""
+    """The contest of those that pass, and how many did not; these are dropped. Raises DefaultFailed."""
     attempts = runner.confirm(candidates, rounds, seed, fresh=fresh)
     passed, failed = {}, 0
     for candidate, attempt in zip(candidates, attempts, strict=True):
         if attempt.failure is None:
             passed[candidate] = attempt.samples_ms
         elif candidate == tuning.default:
-            raise TuningError(f"the default config fails when confirmed: {attempt.failure}: {attempt.reason}")
+            raise DefaultFailed(attempt)
         else:
             failed += 1
             tuning.drop(candidate, attempt)

@@ -236,7 +236,14 @@ class Check:
         if not self._passes(self._tuning.default):
             raise TuningError(f"the default config fails here: {self._said(self._tuning.default)}")
         taking = list(dict.fromkeys(candidates))
-        contest, _ = decide.compete(self._tuning, self.runner, taking, self.rounds, self.seed + fresh, fresh=fresh)
+        try:
+            contest, _ = decide.compete(self._tuning, self.runner, taking, self.rounds, self.seed + fresh, fresh=fresh)
+        except decide.DefaultFailed as failed:
+            if self.winner != self._tuning.default:
+                raise
+            self._attempts[self.winner] = failed.attempt
+            self._accuse()
+            raise
         if self.rival not in contest.samples and self.rival in taking:
             raise TuningError(f"{self.rival}, which it is compared with, fails when it is confirmed")
         if self.winner not in contest.samples:
