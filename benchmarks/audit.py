@@ -4,7 +4,7 @@
 
 Needs no GPU. Verdicts are those of whole tunes over recorded sweeps, each also with two, four … times as much of the
 same work. Then the software changes: the GPU is up to 5 % faster or slower, each candidate up to about 1 % for itself,
-and regressions are planted:
+by another 1 % in each process, and regressions are planted:
 
     slow       the winner takes 1.08 to 2 times as long
     wrong      the winner's config gives wrong answers or kills its process, wherever it is a verdict's winner
@@ -55,6 +55,7 @@ LATER = {"triton": "3.8.0", "torch": "2.13.0+cu130"}
 REGRESSED, EQUAL = 1.05, 1.02
 FACTORS = (1.08, 2.0)
 GPU, OWN = 0.05, 0.005  # the GPU's change at most; the deviation of each candidate's
+PROCESS = 0.007  # the deviation of what a candidate takes from one process to another: ratios of two differ by 1 %
 SHARE = 0.1  # of the verdicts that get a regression of their own
 SHARED = 0.3  # the chance of each kind that many share
 VARIANTS = (1, 2, 4, 8, 16)
@@ -173,6 +174,36 @@ def _after(measured: Measured, factor: float, failure: Failure | None) -> Measur
     return replace(measured, attempt=replace(attempt, time_ms=factor * attempt.time_ms, samples_ms=samples))
 
 
+class Noisy:
+    """The runner in front of it, as unsure as a GPU's: what a candidate takes differs from process to process."""
+
+    def __init__(self, runner: Any, seed: int) -> None:
+        self._runner, self._draw = runner, random.Random(seed)
+        self._factors: dict[Candidate, float] = {}
+
+    def prepare(self, op: Any, problem: Any) -> None:
+        self._factors.clear()
+        self._runner.prepare(op, problem)
+
+    def attempt(self, candidate: Candidate, most_ms: float | None) -> Attempt:
+        return self._seen(candidate, self._runner.attempt(candidate, most_ms))
+
+    def confirm(self, candidates: Sequence[Candidate], rounds: int, seed: int, *, fresh: bool = False) -> list[Attempt]:
+        if fresh:
+            self._factors.clear()
+        found = self._runner.confirm(candidates, rounds, seed, fresh=fresh)
+        return [self._seen(candidate, attempt) for candidate, attempt in zip(candidates, found, strict=True)]
+
+    def _seen(self, candidate: Candidate, attempt: Attempt) -> Attempt:
+        if attempt.failure is not None or attempt.time_ms is None:
+            return attempt
+        factor = self._factors.setdefault(candidate, self._draw.lognormvariate(0, PROCESS))
+        samples = tuple(factor * sample for sample in attempt.samples_ms)
+        return replace(attempt, time_ms=factor * attempt.time_ms, samples_ms=samples)
+
+    def close(self) -> None: ...
+
+
 def behind(sweep: Sweep, verdict: Verdict) -> float:
     """How many times as long the winner takes as the best that could serve in its place; infinite where it fails."""
     winner = Candidate(verdict.implementation, Config(verdict.config))
@@ -190,6 +221,8 @@ def judge(verdicts: Sequence[Tuned], seed: int, share: float | None = None) -> d
     upgrade, again_s = Upgrade(verdicts, seed), sum(each.seconds for each in verdicts)
     after = [upgrade.after(place, each) for place, each in enumerate(verdicts)]
     here, machines = bench_of([sweep for sweep, _ in after])
+    noisy = Noisy(machines, seed)
+    here = replace(here, runner=lambda mode: noisy)
     with tempfile.TemporaryDirectory() as folder:
         layers = Layers([("explicit", str(Path(folder) / "registry.db"))])
         with layers.writer() as registry:

@@ -40,6 +40,10 @@ FALL = 1.04
 """A first look whose times moved by less than this against the evidence saw nothing: fifteen samples of each of two
 candidates, one after the other, agree to 1–2 %."""
 
+BEATEN = 1.03
+"""What is to take a winner's place is faster by more than this at the lower end of its interval. Two processes differ
+by 1 % and more in the ratio of two candidates (see `ALIKE`), and what wins by that little is not worth a change."""
+
 SLOWEST = 0.93
 """A GPU's clocks differ by less than this from one day or card to another: of what gained more, the software did."""
 
@@ -253,7 +257,7 @@ class Check:
         return contest
 
     def _beaten(self, contest: Contest, best: Candidate) -> bool:
-        return speedup(contest.samples[self.winner], contest.samples[best], self.seed).low > ALIKE
+        return speedup(contest.samples[self.winner], contest.samples[best], self.seed).low > BEATEN
 
     def _renewed(self, outcome: Outcome, first: Contest, again: Contest | None, chosen: Candidate) -> Decided:
         """The verdict by what was measured here and now, `chosen` its winner."""
