@@ -12,7 +12,7 @@ from test_session import BEST, valley
 from toy import Scaling, make_op
 
 from tilebook.op import Config
-from tilebook.registry import DenyList, Device, Environment, Failure, Finalist, Layers, Miss, Registry
+from tilebook.registry import DenyList, Device, Environment, Failure, Finalist, Layers, Miss, Registry, VerdictStatus
 from tilebook.tuner.audit.run import Auditor
 from tilebook.tuner.audit.subjects import AUDIT, VERIFY, Bench, Outcome, looked, nearest_first, sampled, subjects
 from tilebook.tuner.budget import Budget
@@ -122,6 +122,21 @@ def test_a_stale_verdict_that_passes_is_of_this_environment_and_keeps_what_it_fa
     assert {each.key for each in after.finalists} == {each.key for each in before.finalists}
     assert any(each.time_ms is None for each in after.finalists), "what did not run here has no time"
     assert after.notes["spaces"] == before.notes["spaces"]
+
+
+def test_a_prediction_that_passes_is_measured_from_then_on(tmp_path, evidence):
+    winner = Finalist("triton", dict(BEST), predicted_ms=0.5)
+    nothing = {"default_time_ms": None, "interval": None, "status": VerdictStatus.PREDICTED, "finalists": (winner,)}
+    shop = Shop(tmp_path / "r.db", [imported(evidence[0], **nothing)])
+    assert outcomes(shop.look(VERIFY, FakeRunner(valley))) == {Outcome.KEPT}
+    assert shop.verdict().status is VerdictStatus.MEASURED
+    assert shop.verdict().time_ms == pytest.approx(1.0, rel=0.02)
+
+
+def test_what_a_broken_process_says_cannot_move_the_cursor(tmp_path, evidence):
+    shop = Shop(tmp_path / "r.db", evidence[:1])
+    (finding,) = shop.look(VERIFY, Flaky(Failure.WRONG_ANSWER, "max\x1b[31m error\nof 3")).values()
+    assert finding.reason.isprintable()
 
 
 @pytest.mark.parametrize("failure", [Failure.WRONG_ANSWER, Failure.NOT_REPEATABLE, Failure.WORKER_DIED])

@@ -130,6 +130,7 @@ def test_a_recorded_gpu_has_no_number(cli):
 
 def test_what_verify_passes_is_trusted_and_the_table_says_what_was_done(cli):
     cli.holds(stale(**UNTRUSTED))
+    assert json.loads(cli(*EXPLAIN, "--format", "json"))["source"] == "fallback"
     table = cli("verify", "--recorded", RECORDED)
     assert "1 verdicts: 1 kept, 0 demoted, 0 quarantined, 0 not checked, 0 not reached" in table
     assert "untrusted, triton 3.5.0 → 3.6.0" in table
@@ -138,6 +139,8 @@ def test_what_verify_passes_is_trusted_and_the_table_says_what_was_done(cli):
     after = cli.verdict()
     assert (after.trusted, Config(after.config)) == (True, WINNER.config)
     assert after.environment.versions["triton"] == "3.6.0"
+    why = json.loads(cli(*EXPLAIN, "--format", "json"))
+    assert (why["source"], why["config"]) == ("exact", dict(WINNER.config))
     assert "nothing to look at" in cli("verify", "--recorded", RECORDED)
 
 
@@ -182,6 +185,13 @@ def test_only_the_op_that_is_named_is_looked_at(cli):
     cli.holds(stale())
     assert "nothing to look at" in cli("audit", "--op", "rms_norm_fwd", "--recorded", RECORDED)
     assert "no op" in cli("audit", "--op", "no_such_op", "--recorded", RECORDED, status=2)
+
+
+def test_what_would_not_be_served_whatever_is_found_is_counted(cli):
+    cli.holds(stale(kernel="0" * 64, **UNTRUSTED))
+    table = cli("verify", "--recorded", RECORDED)
+    assert "nothing to look at" in table
+    assert "1 more cannot serve here: revoked, of source as it was, or not able to run" in table
 
 
 def test_what_cannot_be_looked_at_is_said_and_is_exit_status_1(cli):

@@ -162,6 +162,7 @@ def _data(report: Report) -> dict[str, Any]:
         "layer": report.layer,
         "counts": _counts(report),
         "looked_at_before": report.before,
+        "cannot_serve": report.left_out,
         "seconds": round(report.seconds, 3),
         "tuning_seconds": report.tuning_s,
         "verdicts": [_row(each) for each in report.findings],
@@ -243,12 +244,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _summary(report: Report) -> str:
     from tilebook.report.rows import seconds
 
+    rest = f"; {report.before} were looked at before" if report.before else ""
+    if report.left_out:
+        rest += f"; {report.left_out} more cannot serve here: revoked, of source as it was, or not able to run"
     if not report.findings:
-        before = f"; {report.before} were looked at before" if report.before else ""
-        return f"nothing to look at: no verdict for {report.here.gpu.name} asks for it{before}"
+        return f"nothing to look at: no verdict for {report.here.gpu.name} asks for it{rest}"
     counts = _counts(report)
     text = f"{len(report.findings)} verdicts: " + ", ".join(f"{n} {name}" for name, n in counts.items())
     text += f"; {seconds(report.seconds)}"
     if report.tuning_s:
         text += f" (tuning them took {seconds(report.tuning_s)})"
-    return text + (f"; {report.before} more were looked at before" if report.before else "")
+    return text + rest

@@ -24,7 +24,7 @@ from tilebook.registry import (
     Verdict,
     VerdictStatus,
 )
-from tilebook.registry.checks import version_range
+from tilebook.registry.checks import text, version_range
 from tilebook.registry.records import now
 from tilebook.tuner import decide
 from tilebook.tuner.audit.subjects import Finding, Outcome, Subject, candidate_of
@@ -171,7 +171,8 @@ class Check:
 
     def _said(self, candidate: Candidate) -> str:
         attempt = self._attempts[candidate]
-        return one_line(f"{str(attempt.failure).replace('_', ' ')}: {attempt.reason}")[:_WORDS]
+        said = one_line(f"{str(attempt.failure).replace('_', ' ')}: {attempt.reason}")[:_WORDS]
+        return text(said, "reason")  # what a process printed goes to terminals
 
     def _time(self, candidate: Candidate) -> float:
         time_ms = self._attempts[candidate].time_ms
@@ -251,7 +252,8 @@ class Check:
         if self.rival not in contest.samples and self.rival in taking:
             raise TuningError(f"{self.rival}, which it is compared with, fails when it is confirmed")
         if self.winner not in contest.samples:
-            last = next(t for t in reversed(self.known.trials_made) if t.config == dict(self.winner.config))
+            named = self.winner.implementation, dict(self.winner.config)
+            last = next(t for t in reversed(self.known.trials_made) if (t.implementation, t.config) == named)
             self._attempts[self.winner] = Attempt(last.failure, last.reason)
             self._accuse()
         return contest

@@ -13,7 +13,7 @@ import torch
 from tilebook import device as devices
 from tilebook.errors import RegistryError, TuningError, one_line
 from tilebook.op import UsageError
-from tilebook.registry import DenyList, Layers, Registry, Revocation
+from tilebook.registry import DenyList, Layers, Registry, Revocation, Verdict
 from tilebook.tuner.audit.check import Check, Decided, Pending
 from tilebook.tuner.audit.subjects import (
     AUDIT,
@@ -55,7 +55,8 @@ def bench(index: int = 0) -> Bench:
 class Report:
     """What a run came to: a finding for each subject, those that were not reached included. layer: where it is kept.
 
-    before: how many an earlier run of the same command had looked at. tuning_s: seconds that tuning took for these
+    before: how many an earlier run of the same command had looked at. left_out: how many would not be served whatever
+    were found. tuning_s: seconds that tuning took for these
     verdicts, where they say it. interrupted: by Ctrl-C. seconds: that it took.
     """
 
@@ -63,6 +64,7 @@ class Report:
     layer: str
     findings: list[Finding] = field(default_factory=list)
     before: int = 0
+    left_out: int = 0
     tuning_s: float | None = None
     seconds: float = 0.0
     interrupted: bool = False
@@ -188,7 +190,9 @@ def look(
     budget = Budget(budget_s, clock=here.clock)
     report = Report(here, layers.layers[0][0])
     with layers.writer() as writer:
-        every = subjects(layers, here, by, op)
+        left_out: list[Verdict] = []
+        every = subjects(layers, here, by, op, left_out)
+        report.left_out = len(left_out)
         found = [each for each in every if by == VERIFY or not looked(writer, here, each)]
         report.before = len(every) - len(found)
         report.tuning_s = tuning_s(found)

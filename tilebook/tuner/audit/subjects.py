@@ -104,25 +104,30 @@ def changed(verdict: Verdict, environment: Mapping[str, str]) -> tuple[str, ...]
     )
 
 
-def subjects(layers: Layers, here: Bench, by: str, op: str | None = None) -> list[Subject]:
+def subjects(
+    layers: Layers, here: Bench, by: str, op: str | None = None, left_out: list[Verdict] | None = None
+) -> list[Subject]:
     """The verdicts for this GPU that there is something to find out about, what is worth most first.
 
     To verify, those that are not trusted and those that are stale; to audit, the stale ones that were measured. What
-    would not be served whatever is found is left out: of source as it was, revoked, or infeasible here.
+    would not be served whatever is found goes to `left_out`: of source as it was, revoked, or of what cannot run here.
     """
     device = store.Device(*here.gpu.identity)
     found, revocations = layers.read(op=op, device=device)
     denied = DenyList((each for _, each in revocations), here.environment.get("triton", ""))
     used = {(miss.op, miss.problem): miss.calls * miss.time_ms / 1e3 for miss in layers.misses(device)}
-    chosen = []
+    chosen: list[Subject] = []
     for layer, verdict in found:
         why = changed(verdict, here.environment)
         if by == VERIFY and not verdict.trusted:
             why = (UNTRUSTED, *why)
-        wanted = why and (by == VERIFY or (verdict.trusted and verdict.measured))
-        if wanted and denied.winner(verdict) is None:
-            made = _subject(layer, verdict, here, why, used)
-            chosen += [made] if made is not None else []
+        if not why or (by == AUDIT and not (verdict.trusted and verdict.measured)):
+            continue
+        made = None if denied.winner(verdict) is not None else _subject(layer, verdict, here, why, used)
+        if made is not None:
+            chosen.append(made)
+        elif left_out is not None:
+            left_out.append(verdict)
     return sorted(chosen, key=lambda each: (-each.weight, each.verdict.op, each.verdict.problem))
 
 
