@@ -9,10 +9,11 @@ from click.testing import CliRunner
 
 from tilebook.cli import main
 from tilebook.registry import Environment, Registry
+from tilebook.registry.store import Choice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-TUNE = ("tune", "rms_norm", "--shape", "M4096,H1024", "--direction", "fwd", "--trials", "6")
+TUNE = ("tune", "rms_norm", "--shape", "M4096,N1024", "--direction", "fwd", "--trials", "6")
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def cli(tmp_path, monkeypatch):
 
     def put(verdict):
         with Registry.open(tmp_path / "registry.db", write=True) as registry:
-            registry.merge(verdicts=[verdict], rule=lambda old, new: (True, "a test"))
+            registry.merge(verdicts=[verdict], rule=lambda old, new: Choice(True, "a test"))
 
     start.verdict, start.put = verdict, put
     return start
