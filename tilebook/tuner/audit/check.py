@@ -44,9 +44,6 @@ BEATEN = 1.03
 """What is to take a winner's place is faster by more than this at the lower end of its interval. Two processes differ
 by 1 % and more in the ratio of two candidates (see `ALIKE`), and what wins by that little is not worth a change."""
 
-SLOWEST = 0.93
-"""A GPU's clocks differ by less than this from one day or card to another: of what gained more, the software did."""
-
 AHEAD = 1.05
 """A winner that is so far ahead of PyTorch's own call is worth serving, however much that has gained."""
 
@@ -93,8 +90,11 @@ class _Broken(Exception):
 
 @dataclass
 class Check:
-    """The look at one subject. by: the command's name, for what is stored. drift: how many times as long as their
-    evidence says the rivals took that were looked at before: what the GPU's clock does is nobody's regression."""
+    """The look at one subject. by: the command's name, for what is stored.
+
+    drift: how many times as long as by the evidence it took what was timed before, winners and rivals alike: what the
+    GPU's clock does to both is nobody's regression.
+    """
 
     subject: Subject
     known: Pending
@@ -193,8 +193,8 @@ class Check:
         was, before = self.subject.verdict.time_ms, self._before()
         if before is None or not was:
             return theirs < AHEAD * its
-        self.drift.append(theirs / (before * was))
-        usual = max(SLOWEST, median([*self.drift, 1.0]))
+        self.drift += its / was, theirs / (before * was)
+        usual = median([*self.drift, 1.0])
         return its > FALL * usual * was or (theirs < AHEAD * its and theirs * FALL < before * its)
 
     def _rematch(self) -> Decided:
