@@ -12,7 +12,7 @@ from tilebook.registry import Again, Finalist, Json, Speedup, Verdict, VerdictSt
 from tilebook.tuner.budget import Turn
 from tilebook.tuner.judge.measure import SAMPLE_MS
 from tilebook.tuner.judge.stats import Ratio, median, speedup
-from tilebook.tuner.process.runner import Candidate, Runner
+from tilebook.tuner.process.runner import Attempt, Candidate, Runner
 from tilebook.tuner.tuning import Tuning
 
 PROMOTION = 1.01
@@ -36,6 +36,14 @@ took 1.18–1.20 times as long as the best for attention; the model's first choi
 _FASTEST, _LIGHTEST = 5, 5  # finalists of each implementation that has a space
 _TRIES = 3  # finalists that get the fresh process
 _FEWEST = 3  # that a contest has, the default among them, however short the time
+
+
+class DefaultFailed(TuningError):
+    """The default config did not pass its last verification, so that there is nothing to compare with."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(f"the default config fails when confirmed: {attempt.failure}: {attempt.reason}")
+        self.attempt = attempt
 
 
 @dataclass(frozen=True)
@@ -85,19 +93,19 @@ def confirm(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
             raise OutOfTime("the budget ended before its winner could be confirmed in a fresh process")
         tuning.phase("confirming in a fresh process")
         started = turn.now()
-        repeat, _ = _contest(tuning, runner, [tuning.default, candidate], rounds, seed + 1, fresh=not again)
+        repeat, _ = compete(tuning, runner, [tuning.default, candidate], rounds, seed + 1, fresh=not again)
         if not again:
             turn.note("fresh", turn.now() - started)
         again[candidate] = repeat
         if candidate in repeat.samples and repeat.ratios[candidate].low > PROMOTION:
-            chosen, ratio = candidate, _both(first.ratios[candidate], repeat.ratios[candidate])
+            chosen, ratio = candidate, both(first.ratios[candidate], repeat.ratios[candidate])
             break
     tuning.state.confirming_s += turn.now() - began
     # What failed in the fresh process is out: to be served when the winner cannot be, least of all.
     first = Contest({c: samples for c, samples in first.samples.items() if c in tuning.times}, first.seed)
     status = VerdictStatus.DEFAULT if chosen == tuning.default else VerdictStatus.MEASURED
     ranked = [chosen, *(candidate for candidate in first.samples if candidate != chosen)]
-    found = [_finalist(tuning, candidate, first, again.get(candidate)) for candidate in ranked]
+    found = [finalist(tuning, candidate, first, again.get(candidate)) for candidate in ranked]
     notes: dict[str, Json] = {"tied": [_named(candidate) for candidate in _tie_set(tuning, first)]}
     return tuning.verdict(status, found, notes, first.time_ms(tuning.default), ratio)
 
@@ -147,7 +155,7 @@ def _finalists(tuning: Tuning, implementation: str) -> list[Candidate]:
 def _qualify(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate], turn: Turn) -> Contest:
     """The contest of all finalists. Where one fails its last verification the next moves up, and all run again."""
     while True:
-        contest, failed = _contest(tuning, runner, _wanted(tuning, extra), rounds, seed)
+        contest, failed = compete(tuning, runner, _wanted(tuning, extra), rounds, seed)
         if not failed:
             return contest
 
@@ -183,23 +191,23 @@ def _within(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Seque
             tuning.unconfirmed = len(wanted) - place
             break
         began = turn.now()
-        contest, _ = _contest(tuning, runner, [candidate], 1, seed)
+        contest, _ = compete(tuning, runner, [candidate], 1, seed)
         turn.note(part, turn.now() - began)
         passed += contest.samples
-    return _contest(tuning, runner, passed, rounds, seed)[0]
+    return compete(tuning, runner, passed, rounds, seed)[0]
 
 
-def _contest(
+def compete(
     tuning: Tuning, runner: Runner, candidates: Sequence[Candidate], rounds: int, seed: int, fresh: bool = False
 ) -> tuple[Contest, int]:
-    """The contest of those that pass, and how many did not; these are dropped."""
+    """The contest of those that pass, and how many did not; these are dropped. Raises DefaultFailed."""
     attempts = runner.confirm(candidates, rounds, seed, fresh=fresh)
     passed, failed = {}, 0
     for candidate, attempt in zip(candidates, attempts, strict=True):
         if attempt.failure is None:
             passed[candidate] = attempt.samples_ms
         elif candidate == tuning.default:
-            raise TuningError(f"the default config fails when confirmed: {attempt.failure}: {attempt.reason}")
+            raise DefaultFailed(attempt)
         else:
             failed += 1
             tuning.drop(candidate, attempt)
@@ -219,7 +227,7 @@ def _tie_set(tuning: Tuning, contest: Contest) -> list[Candidate]:
     return [*tied, *(c for c, ms in tuning.times.items() if c not in contest.samples and ms <= limit)]
 
 
-def _finalist(tuning: Tuning, candidate: Candidate, first: Contest, again: Contest | None) -> Finalist:
+def finalist(tuning: Tuning, candidate: Candidate, first: Contest, again: Contest | None) -> Finalist:
     """What the contests say of a candidate; `again` counts where it passed once more."""
     second = None
     if again is not None and candidate in again.samples:
@@ -245,7 +253,7 @@ def _speedup(ratio: Ratio) -> Speedup:
     return Speedup(ratio.value, ratio.low, ratio.high)
 
 
-def _both(one: Ratio, other: Ratio) -> Ratio:
+def both(one: Ratio, other: Ratio) -> Ratio:
     """What two runs say together: the middle, and an interval that covers both, processes' differences included."""
     return Ratio(math.sqrt(one.value * other.value), min(one.low, other.low), max(one.high, other.high))
 
