@@ -56,10 +56,14 @@ def _busy(state: ProblemState) -> str:
     return "" if state.busy is None else f", GPU {state.busy:.0%} busy"
 
 
+def _gpu(state: ProblemState) -> str:
+    return state.where or f"GPU {state.gpu}"
+
+
 def _panel(state: ProblemState, run: Run) -> list[Text]:
     """A problem under way: what and how far, how good, where the time goes."""
     mark = "" if run.measured else "~"
-    where = f"GPU {state.gpu}: " if run.gpus > 1 else ""
+    where = f"{_gpu(state)}: " if run.gpus > 1 else ""
     share = min(1.0, state.tried / max(state.limit, 1))
     bar = f"{'━' * round(_BAR * share):╌<{_BAR}}"
     parts = [
@@ -95,8 +99,13 @@ class _View:
                 self.console.print(text, soft_wrap=True)
 
     def ended(self, run: Run, state: ProblemState, again: bool) -> None:
-        count = f"GPU {state.gpu}, to be tried on another" if again else f"{len(run.done)}/{run.total}"
+        count = f"{len(run.done)}/{run.total}{f', {state.where}' if state.where else ''}"
+        if again:
+            count = f"{_gpu(state)}, to be tried on another"
         self.console.print(f"[{count}] {line(state)}", soft_wrap=True)
+
+    def told(self, run: Run, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
 
     def render(self) -> Group:
         run = self.run
