@@ -122,5 +122,12 @@ def view(run: Run) -> Iterator[None]:
     if not watcher.console.is_terminal:
         yield
         return
-    with Live(get_renderable=watcher.render, console=watcher.console, refresh_per_second=4, transient=True):
+    live = Live(
+        get_renderable=watcher.render,
+        console=watcher.console,
+        refresh_per_second=4,
+        transient=True,
+        redirect_stdout=False,  # whoever prints there while a run goes has it led elsewhere already
+    )
+    with live:
         yield

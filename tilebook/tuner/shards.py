@@ -35,13 +35,13 @@ class _Task:
     job: Job
     outlook: Outlook = Outlook.NEW
     failed_on: set[int] = field(default_factory=set)
-    losses: int = 0
+    lost_on: list[int] = field(default_factory=list)
     failure: ProblemState | None = None
 
 
 class _Queue:
     """The problems that no GPU has taken, in the order in which they are. One that failed on a GPU comes back, for
-    another GPU; one whose GPU was lost, for any."""
+    another GPU; one whose GPU was lost, for any, for another one first."""
 
     def __init__(self, tasks: Sequence[_Task]) -> None:
         self._waiting = list(tasks)
@@ -69,11 +69,12 @@ class _Queue:
         """The next problem for this GPU; None once none can come any more."""
         with self._changed:
             while not self.stopped:
-                for task in self._waiting:
-                    if gpu not in task.failed_on:
-                        self._waiting.remove(task)
-                        self._busy += 1
-                        return task
+                mine = [task for task in self._waiting if gpu not in task.failed_on]
+                if mine:
+                    task = next((each for each in mine if gpu not in each.lost_on), mine[0])
+                    self._waiting.remove(task)
+                    self._busy += 1
+                    return task
                 if not self._busy:
                     return None
                 self._changed.wait()
@@ -106,8 +107,8 @@ class _Queue:
         with self._changed:
             self._busy -= 1
             self._gpus.discard(gpu)
-            task.losses += 1
-            again = task.losses < _LOSSES and not self.stopped
+            task.lost_on.append(gpu)
+            again = len(task.lost_on) < _LOSSES and not self.stopped
             if again:
                 self._waiting.insert(0, task)
             self._changed.notify_all()
@@ -185,7 +186,7 @@ class Shards:
             if again:
                 state.unreached = str(lost)
             else:
-                state.error = f"{task.losses} GPUs were lost while it was tuned on them: {lost}"
+                state.error = f"{len(task.lost_on)} GPUs were lost while it was tuned on them: {lost}"
             self._done(session, task, state, again)
             raise
         again = self._queue.give_back(task, session.index, state if state.error else None)

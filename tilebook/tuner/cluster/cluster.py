@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
+import socket
 import threading
 import time
 from collections import Counter
@@ -34,9 +36,10 @@ _LOOK_S = 1.0
 PATIENCE_S = 60.0
 """So long a run waits, when none of its GPUs does anything, for one that could go on."""
 
-_DEATHS = 3
-"""So many hosts may die on a node that lives before the node counts as unfit."""
+_DEATHS = 5
+"""So many hosts may die on a node, and none finish a problem meanwhile, before the node counts as unfit."""
 
+_REACH_S = 10.0
 _ENDING_S = 15.0  # for all hosts to end their processes
 
 
@@ -139,13 +142,16 @@ class Cluster:
             return False
         if self._slots and not running and not self.models and self._unfit:
             raise TuningError(f"no GPU of the cluster can be used: {next(iter(self._unfit.values()))}")
-        if not self.models:  # all may be another's for now
-            if not self._waiting and time.monotonic() - self._quiet_since > PATIENCE_S:
-                self._waiting = True
-                self._run.tell("waiting for the cluster to have a GPU free …")
-            return False
-        done = all(model.shards.over for model in self.models.values())
-        return (done and not running) or time.monotonic() - self._quiet_since > PATIENCE_S
+        late = time.monotonic() - self._quiet_since > PATIENCE_S
+        if self.models:
+            done = all(model.shards.over for model in self.models.values())
+            return late or (done and not running)
+        if late and not self._slots:
+            raise TuningError("no GPU is left in the cluster")
+        if late and not self._waiting:  # all may be another's for now
+            self._waiting = True
+            self._run.tell("waiting for the cluster to have a GPU free …")
+        return False
 
     def _look(self) -> None:
         """Starts hosts where there is room for them, and gives up those whose nodes are gone."""
@@ -174,7 +180,8 @@ class Cluster:
             if (node["NodeID"], number) not in self._slots:
                 if not wanted.measured and self._live >= len(wanted.problems):
                     return  # more would have nothing to do
-                name = f"{'GPU' if wanted.measured else 'worker'} {number} of {node['NodeManagerHostname']}"
+                host = node["NodeManagerHostname" if node["NodeName"] == node["NodeManagerAddress"] else "NodeName"]
+                name = f"{'GPU' if wanted.measured else 'worker'} {number} of {host}"
                 cpus = cores // count if wanted.measured else wanted.workers or 1
                 self._slots[node["NodeID"], number] = _Slot(next(self._numbers), node["NodeID"], number, name, cpus)
             yield self._slots[node["NodeID"], number]
@@ -354,12 +361,22 @@ def _connected(address: str) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # no cluster there, other versions of Ray or Python, no gRPC for ray://, …
-        how = "start one with `ray start --head`, or give its address"
-        raise UsageError(f"--ray {address}: no such Ray cluster: {one_line(error)[:300]} ({how})") from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    # Ray prints what it has to say of nodes on stdout, where nobody else prints while a run goes.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            _reach(address)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # no cluster there, other versions of Ray or Python, no gRPC for ray://, …
+            how = "start one with `ray start --head`, or give its address"
+            raise UsageError(f"--ray {address}: no such Ray cluster: {one_line(error)[:300]} ({how})") from None
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nobody listens: Ray would try for minutes."""
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()

@@ -38,19 +38,22 @@ class Host:
     def __init__(self, gpu: devices.Device | None, mode: Mode, workers: int) -> None:
         """gpu: a model to compile for, without one; None is the GPU that this process was given. workers: compilers."""
         check_cache()
-        self._gpu, self._measured = gpu or devices.current(), gpu is None
+        self._gpu = gpu or self.here()
         self._begun = False
-        self._pool, self._runner = self.tools(mode, workers)
+        self._pool = self.compilers(workers)
+        self._runner = self.measurer(mode) if gpu is None else None
 
-    def tools(self, mode: Mode, workers: int) -> tuple[Compilers, Runner | None]:
-        """The compilers, and what measures; nothing of it runs yet."""
-        return CompilePool(self._gpu, workers), GpuRunner(0, mode) if self._measured else None
+    def here(self) -> devices.Device:
+        return devices.current()
 
-    def environment(self) -> Mapping[str, str]:
-        return devices.environment()
+    def compilers(self, workers: int) -> Compilers:
+        return CompilePool(self._gpu, workers)
+
+    def measurer(self, mode: Mode) -> Runner:
+        return GpuRunner(0, mode)
 
     async def hello(self, names: Sequence[str]) -> Hello:
-        return Hello(self._gpu, dict(self.environment()), sources(names))
+        return Hello(self._gpu, dict(devices.environment()), sources(names))
 
     async def compile(self, op: str, implementation: str, problem: str, config: Mapping[str, ops.Value]) -> Compiled:
         self._begin()
