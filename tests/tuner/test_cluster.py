@@ -1,12 +1,10 @@
 """Tuning on a Ray cluster: several nodes on this machine, whose cores stand for GPUs, or whose GPUs are a formula."""
 
 import contextlib
-import os
-import shutil
+import json
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,20 +13,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 from cluster_host import DEADLY, ToyHost
+from ray_nodes import ray_nodes
 from test_session import BEST
 from toy import Scaling, make_op
 
-import tilebook
+from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.cli import main
 from tilebook.errors import RegistryError
 from tilebook.op import Config
 from tilebook.registry import Registry
+from tilebook.report.live import view
 from tilebook.tuner.cluster import cluster as clusters
 from tilebook.tuner.process.processes import marked
-from tilebook.tuner.run import tune_problems
+from tilebook.tuner.progress import ProblemState, Run
+from tilebook.tuner.run import Outcome, tune_problems
 
-HERE = Path(__file__).parent
 PATIENCE_S = 120.0
 """For what must come; a test that waits so long has failed."""
 
@@ -38,59 +38,13 @@ SHAPES = {"mlp_up_fwd": "M64,H32,I64", "mlp_down_fwd": "M64,H32,I64", "rms_norm_
 TOYS = [Scaling(64 << n, 64) for n in range(6)]
 
 
-class Nodes:
-    """A Ray cluster whose head has neither cores nor GPUs; tests add nodes, by name, and kill them."""
-
-    def __init__(self, folder):
-        from ray.cluster_utils import Cluster
-
-        self._options = {"include_dashboard": False, "object_store_memory": 80 << 20, "temp_dir": folder}
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **self._options})
-        self._nodes = {}
-        self.address = self._cluster.address
-
-    def add(self, name, cpus=1, gpus=0, **environment):
-        # Only the main thread may set handlers of signals; what another adds is left to `close`.
-        self._cluster._shutdown_at_exit = threading.current_thread() is threading.main_thread()
-        self._nodes[name] = self._cluster.add_node(
-            num_cpus=cpus, num_gpus=gpus, node_name=name, env_vars={"TOY_NODE": name, **environment}, **self._options
-        )
-
-    def kill(self, name):
-        """As if its machine were gone."""
-        for pid in marked(f"TOY_NODE={name}".encode()):
-            os.kill(pid, signal.SIGKILL)
-
-    def clear(self):
-        while self._nodes:
-            self._cluster.remove_node(self._nodes.popitem()[1])
-        self._cluster.wait_for_nodes(PATIENCE_S)
-
-    def close(self):
-        self.clear()
-        self._cluster.shutdown()
-
-
 @pytest.fixture(scope="module")
 def _cluster():
     pytest.importorskip("ray", reason="ray is not installed: pip install 'tilebook[ray]'")
     if torch.cuda.is_available():
         pytest.skip("hosts would tune on the GPU of this machine")
-    # Short, as sockets are in it, and not the default, which another cluster may use.
-    folder = tempfile.mkdtemp(prefix="tbray-", dir="/tmp")
-    paths = [str(Path(tilebook.__file__).parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]
-    wanted = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "TILEBOOK_REGISTRY": "/nonexistent/only-the-driver-writes.db",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in wanted.items():
-            patch.setenv(name, value)
-        nodes = Nodes(folder)
+    with ray_nodes() as nodes:
         yield nodes
-        nodes.close()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -302,3 +256,21 @@ def test_no_cluster_is_one_line(path):
     assert found.exit_code == 2
     assert found.stderr.startswith("tilebook: --ray nowhere: no such Ray cluster: ")
     assert found.stderr.count("\n") == 1
+
+
+def test_each_model_has_its_table_and_json_is_one_list(monkeypatch, path):
+    state = ProblemState("mlp_up_fwd", "M64", 0, 0, 0, unreached="interrupted", dtype="bf16")
+    outcomes = [Outcome([state], devices.find(name), "explicit") for name in ("H200", "A100")]
+    monkeypatch.setattr(clusters, "tune_cluster", lambda problems, address, **options: outcomes)
+    command = ["tune", "mlp", "--registry", str(path), "--ray", "auto"]
+    found = CliRunner().invoke(main, [*command, "--format", "json"])
+    assert [each["device"] for each in json.loads(found.stdout)] == ["NVIDIA H200", "NVIDIA A100"]
+    assert CliRunner().invoke(main, command).stdout.count("not reached: mlp_up_fwd M64 bf16: interrupted") == 2
+
+
+def test_a_view_of_many_gpus_has_a_line_for_each(capsys):
+    run = Run(40, True, gpus=2)
+    run.now = [ProblemState("mlp_up_fwd", "M64", 9, 0, 9, gpu, where=f"GPU {gpu} of host") for gpu in range(12)]
+    with view(run):
+        (watcher,) = run.watchers
+    assert len(watcher.render().renderables) == len(run.now) + 1

@@ -74,7 +74,11 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option(
     "--search", "method", default="tpe", show_default=True, help="tpe, random, grid, or another Optuna sampler."
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Compiler processes (default: one per core).")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Compiler processes (default: one per core); with --ray, of each GPU (default: its part of the cores).",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Tune again what has a verdict already.")
 @REGISTRY

@@ -18,6 +18,7 @@ from tilebook.tuner.progress import ProblemState, Run
 
 _HEARTBEAT_S = 15.0
 _BAR = 24
+_PANELS = 5  # more problems under way than this have a line each
 
 
 def line(state: ProblemState) -> str:
@@ -82,6 +83,12 @@ def _panel(state: ProblemState, run: Run) -> list[Text]:
     return parts
 
 
+def _row(state: ProblemState) -> Text:
+    name = f"{_gpu(state)}: {state.op} {state.label}"
+    text = f"{name}: {state.phase}, {state.tried} of {state.limit}, {_time(state.elapsed_s)}"
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
 class _View:
     """Draws a run on a terminal; elsewhere it says every now and then that it lives, and what came of each problem."""
 
@@ -109,7 +116,8 @@ class _View:
 
     def render(self) -> Group:
         run = self.run
-        parts = [part for state in run.now for part in _panel(state, run)]
+        short = len(run.now) > _PANELS  # the last line, how much is done, must stay on the screen
+        parts = [part for state in run.now for part in ([_row(state)] if short else _panel(state, run))]
         left = f", {_time(max(0.0, run.budget.left_s))} left" if run.budget.limited else ""
         return Group(*parts, Text(f"{len(run.done)} of {run.total} problems done{left}"))
 

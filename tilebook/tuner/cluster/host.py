@@ -37,7 +37,6 @@ class Host:
 
     def __init__(self, gpu: devices.Device | None, mode: Mode, workers: int) -> None:
         """gpu: a model to compile for, without one; None is the GPU that this process was given. workers: compilers."""
-        check_cache()
         self._gpu = gpu or self.here()
         self._begun = False
         self._pool = self.compilers(workers)
@@ -53,6 +52,8 @@ class Host:
         return GpuRunner(0, mode)
 
     async def hello(self, names: Sequence[str]) -> Hello:
+        """Raises UsageError for an op that is not known here, TuningError where nothing can be compiled."""
+        check_cache()
         return Hello(self._gpu, dict(devices.environment()), sources(names))
 
     async def compile(self, op: str, implementation: str, problem: str, config: Mapping[str, ops.Value]) -> Compiled:

@@ -84,7 +84,7 @@ class Remote:
         try:
             given = getattr(self._actor, method).remote(*args).future()
         except self._ray.exceptions.RayError as error:
-            self.lose(_why(error))
+            self.lose(_why(self._ray, error))
             return answer
         given.add_done_callback(lambda done: self._answered(answer, done))
         return answer
@@ -96,7 +96,7 @@ class Remote:
         if isinstance(error, errors.RayTaskError):
             error = error.cause
         elif isinstance(error, errors.RayError):
-            self.lose(_why(error))
+            self.lose(_why(self._ray, error))
             return
         with self._lock:
             self._open.discard(answer)
@@ -107,7 +107,12 @@ class Remote:
                 answer.set_exception(error)
 
 
-def _why(error: BaseException) -> str:
+def _why(ray: Any, error: BaseException) -> str:
     """What Ray says of a loss, short: it goes on for a page."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[-1] if lines else type(error).__name__)[:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return "it is out of reach"
+    if isinstance(error, ray.exceptions.ActorDiedError) and not any("Error: " in line for line in lines):
+        return "it died"
+    said = [line for line in lines if "Error: " in line] or lines or [type(error).__name__]
+    return one_line(said[-1])[:200]
