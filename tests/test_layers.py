@@ -88,6 +88,7 @@ def inside(name: str, *folders: str) -> bool:
         ("tilebook.report", ["tilebook.report", "tilebook.cli", "tilebook.revocation"]),
         ("tilebook.tuner", ["tilebook.tuner", "tilebook.report", "tilebook.recheck", "tilebook.cli"]),
         ("tilebook.tuner.sweeps", ["tilebook.tuner.sweeps", "tilebook.cli"]),
+        ("tilebook.tuner.cluster", ["tilebook.tuner.cluster", "tilebook.cli"]),
     ],
 )
 def test_only_the_layers_above_know_a_layer(what, who):

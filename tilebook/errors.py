@@ -5,7 +5,16 @@ A call of model code raises what PyTorch raises for it: ValueError, TypeError, O
 
 from __future__ import annotations
 
-__all__ = ["CompilerError", "OutOfTime", "RegistryError", "TilebookError", "TuningError", "UsageError", "one_line"]
+__all__ = [
+    "CompilerError",
+    "GpuLost",
+    "OutOfTime",
+    "RegistryError",
+    "TilebookError",
+    "TuningError",
+    "UsageError",
+    "one_line",
+]
 
 
 def one_line(text: object) -> str:
@@ -36,3 +45,7 @@ class CompilerError(TuningError):
 
 class OutOfTime(TuningError):
     """The budget ended before a verdict could be reached. Trials are kept, and another run goes on from them."""
+
+
+class GpuLost(TuningError):
+    """The machine with the GPU is gone. What was tried on it is kept, and another GPU may go on from there."""

@@ -1,17 +1,21 @@
 """Several GPUs of one host share the problems, the compilers and the registry."""
 
+import contextlib
 import threading
 import time
 
 import pytest
-from fakes import FakePool, FakeRunner, tune
+from fakes import ENVIRONMENT, GPU, FakePool, FakeRunner, tune
 from test_session import BEST, valley
-from toy import Scaling
+from toy import Scaling, make_op
 
-from tilebook.errors import TuningError
+from tilebook.errors import GpuLost, TuningError
 from tilebook.op import Config
-from tilebook.registry import Registry
+from tilebook.registry import Layers, Registry
+from tilebook.tuner.known import Known
 from tilebook.tuner.progress import Run
+from tilebook.tuner.session import Options, Session
+from tilebook.tuner.shards import Shards
 
 PROBLEMS = [Scaling(64 << n, 64) for n in range(6)]
 
@@ -95,3 +99,60 @@ def test_winners_found_on_one_gpu_serve_another_as_seeds(path):
     assert [c.config for c in runner.attempted if c.implementation == "triton"][1] == BEST
     with Registry.open(path) as registry:
         assert {Config(v.config) for v in registry.verdicts()} == {BEST}
+
+
+class Losing(Gpu):
+    """Its machine is gone after so many candidates, each time that this problem is tuned on it."""
+
+    def __init__(self, problem, after=6) -> None:
+        super().__init__()
+        self.problem, self.after = problem, after
+
+    def attempt(self, candidate, most_ms):
+        if self.problems[-1] == self.problem and len(self.attempted) >= self.after:
+            raise GpuLost("its machine is gone")
+        return super().attempt(candidate, most_ms)
+
+
+def shards_of(path, gpus, problems, run, trials=16):
+    """What `tune_all` makes, for GPUs that come one after the other and stay until they are lost."""
+    op, layers = make_op(), Layers([("explicit", str(path))])
+    with layers.writer() as registry:
+        known, shards = Known(registry, layers, GPU, ENVIRONMENT, "graph"), None
+        for index, gpu in enumerate(gpus):
+            session = Session(GPU, known, FakePool(), gpu, Options(trials=trials), run, index, where=f"host {index}")
+            shards = shards or Shards([(op, problem) for problem in problems], session, run)
+            shards.join(session)
+            with contextlib.suppress(GpuLost):
+                shards.serve(session)
+            session.close()
+        shards.finish("no GPU is left")
+    return shards.states
+
+
+def test_a_gpu_that_comes_goes_on_with_what_a_lost_one_had_under_way_from_its_trials(path):
+    gpus, run = [Losing(PROBLEMS[1], after=30), Gpu()], Run(3, True, gpus=2)
+    states = shards_of(path, gpus, PROBLEMS[:3], run)
+    assert [state.where for state in states] == ["host 0", "host 1", "host 1"]
+    assert gpus[1].problems == PROBLEMS[1:3]
+    assert states[1].reused > 0
+    with Registry.open(path) as registry:
+        tried = [Config(trial.config) for trial in registry.trials(problem=PROBLEMS[1].key) if trial.config]
+    assert len(tried) == len(set(tried))
+    assert [state.label for state in run.done] == [problem.label for problem in PROBLEMS[:3]]
+    assert run.now == []
+
+
+def test_a_problem_on_which_three_gpus_are_lost_is_an_error_and_the_others_are_tuned(path):
+    gpus, run = [*(Losing(PROBLEMS[0]) for _ in range(3)), Gpu()], Run(3, True, gpus=2)
+    states = shards_of(path, gpus, PROBLEMS[:3], run)
+    assert states[0].error == "3 GPUs were lost while it was tuned on them: its machine is gone"
+    assert all(state.verdict is not None for state in states[1:])
+    assert run.now == []
+
+
+def test_what_no_gpu_is_left_for_is_named_and_its_trials_are_kept(path):
+    states = shards_of(path, [Losing(PROBLEMS[0])], PROBLEMS[:2], Run(2, True, gpus=2))
+    assert [state.unreached for state in states] == ["no GPU is left", "no GPU is left"]
+    with Registry.open(path) as registry:
+        assert registry.trials(problem=PROBLEMS[0].key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +15,7 @@ from tilebook.cli.common import FORMAT, REGISTRY, SUITES, Seconds, example, main
 if TYPE_CHECKING:
     from tilebook.op import Op, Problem
     from tilebook.report.asked import Asked
+    from tilebook.tuner.run import Outcome
 
 
 @main.command(
@@ -32,6 +35,11 @@ if TYPE_CHECKING:
 @click.option("--direction", type=click.Choice(["fwd", "bwd", "both"]), default="both", show_default=True)
 @click.option("--gpu", metavar="NAME", help="Tune for this GPU model without one, from the catalogue.")
 @click.option("--gpus", metavar="all|0,1,…", help="Measure on these GPUs of this host, side by side (default: 0).")
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Tune on the GPUs of a Ray cluster, for each model that it has: auto, host:port or ray://host:10001.",
+)
 @click.option(
     "--mode",
     type=click.Choice(["graph", "eager"]),
@@ -55,7 +63,11 @@ if TYPE_CHECKING:
 @click.option(
     "--search", "method", default="tpe", show_default=True, help="tpe, random, grid, or another Optuna sampler."
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Compiler processes (default: one per core).")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Compiler processes (default: one per core); with --ray, of each GPU (default: its part of the cores).",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Tune again what has a verdict already.")
 @REGISTRY
@@ -69,6 +81,7 @@ def tune(
     direction: str,
     gpu: str | None,
     gpus: str | None,
+    ray: str | None,
     mode: Literal["graph", "eager"],
     budget: float | None,
     trials: int | None,
@@ -88,10 +101,15 @@ def tune(
     grown since, only what is new is tried. A GPU model keeps one verdict a problem, so that tuning in the other mode
     replaces it.
     """
+    from tilebook.op import UsageError
     from tilebook.report.live import view
-    from tilebook.report.rows import tuned
+    from tilebook.tuner.cluster.cluster import tune_cluster
     from tilebook.tuner.run import tune_problems
 
+    if ray is not None and gpus is not None:
+        raise UsageError(
+            "give --ray or --gpus, not both: all GPUs of a cluster take part, --gpus names those of this host"
+        )
     weights: list[float] | None = None
     if misses:
         missed = _missed(families, suites, shapes, direction, gpu, registry)
@@ -104,10 +122,10 @@ def tune(
             return
     else:
         problems = _problems(families, suites, shapes, dtype, direction)
-    outcome = tune_problems(
+    start = functools.partial(tune_problems, gpus=gpus) if ray is None else functools.partial(tune_cluster, address=ray)
+    outcomes = start(
         problems,
         gpu=gpu,
-        gpus=gpus,
         mode=mode,
         registry=registry,
         budget_s=budget,
@@ -119,13 +137,23 @@ def tune(
         weights=weights,
         watch=view,
     )
-    print_rows(tuned(outcome.states, outcome.layer, outcome.gpu.name), format_, tuned=True)
-    for state in outcome.states:
-        if state.error:
-            click.echo(f"tilebook: {state.op} {state.label}: {state.error}", err=True)
-    if outcome.interrupted:
+    _print(outcomes if isinstance(outcomes, list) else [outcomes], format_)
+
+
+def _print(outcomes: Sequence[Outcome], format_: str) -> None:
+    """A table for each GPU model, or all rows as JSON, and what failed; ends as the run did."""
+    from tilebook.report.rows import tuned
+
+    found = [tuned(each.states, each.layer, each.gpu.name) for each in outcomes]
+    for rows in [list(itertools.chain(*found))] if format_ == "json" else found:
+        print_rows(rows, format_, tuned=True)
+    failed = [(each.gpu.name, state) for each in outcomes for state in each.states if state.error]
+    for name, state in failed:
+        where = f" on {name}" if len(outcomes) > 1 else ""
+        click.echo(f"tilebook: {state.op} {state.label}{where}: {state.error}", err=True)
+    if any(each.interrupted for each in outcomes):
         raise KeyboardInterrupt
-    if any(state.error for state in outcome.states):
+    if failed:
         raise SystemExit(1)
 
 

@@ -18,6 +18,7 @@ from tilebook.tuner.progress import ProblemState, Run
 
 _HEARTBEAT_S = 15.0
 _BAR = 24
+_PANELS = 5  # more problems under way than this have a line each
 
 
 def line(state: ProblemState) -> str:
@@ -56,10 +57,14 @@ def _busy(state: ProblemState) -> str:
     return "" if state.busy is None else f", GPU {state.busy:.0%} busy"
 
 
+def _gpu(state: ProblemState) -> str:
+    return state.where or f"GPU {state.gpu}"
+
+
 def _panel(state: ProblemState, run: Run) -> list[Text]:
     """A problem under way: what and how far, how good, where the time goes."""
     mark = "" if run.measured else "~"
-    where = f"GPU {state.gpu}: " if run.gpus > 1 else ""
+    where = f"{_gpu(state)}: " if run.gpus > 1 else ""
     share = min(1.0, state.tried / max(state.limit, 1))
     bar = f"{'━' * round(_BAR * share):╌<{_BAR}}"
     parts = [
@@ -76,6 +81,12 @@ def _panel(state: ProblemState, run: Run) -> list[Text]:
     for part in parts:
         part.no_wrap, part.overflow = True, "ellipsis"
     return parts
+
+
+def _row(state: ProblemState) -> Text:
+    name = f"{_gpu(state)}: {state.op} {state.label}"
+    text = f"{name}: {state.phase}, {state.tried} of {state.limit}, {_time(state.elapsed_s)}"
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 class _View:
@@ -95,12 +106,18 @@ class _View:
                 self.console.print(text, soft_wrap=True)
 
     def ended(self, run: Run, state: ProblemState, again: bool) -> None:
-        count = f"GPU {state.gpu}, to be tried on another" if again else f"{len(run.done)}/{run.total}"
+        count = f"{len(run.done)}/{run.total}{f', {state.where}' if state.where else ''}"
+        if again:
+            count = f"{_gpu(state)}, to be tried on another"
         self.console.print(f"[{count}] {line(state)}", soft_wrap=True)
+
+    def told(self, run: Run, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
 
     def render(self) -> Group:
         run = self.run
-        parts = [part for state in run.now for part in _panel(state, run)]
+        short = len(run.now) > _PANELS  # the last line, how much is done, must stay on the screen
+        parts = [part for state in run.now for part in ([_row(state)] if short else _panel(state, run))]
         left = f", {_time(max(0.0, run.budget.left_s))} left" if run.budget.limited else ""
         return Group(*parts, Text(f"{len(run.done)} of {run.total} problems done{left}"))
 
@@ -113,5 +130,12 @@ def view(run: Run) -> Iterator[None]:
     if not watcher.console.is_terminal:
         yield
         return
-    with Live(get_renderable=watcher.render, console=watcher.console, refresh_per_second=4, transient=True):
+    live = Live(
+        get_renderable=watcher.render,
+        console=watcher.console,
+        refresh_per_second=4,
+        transient=True,
+        redirect_stdout=False,  # whoever prints there while a run goes has it led elsewhere already
+    )
+    with live:
         yield

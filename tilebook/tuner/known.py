@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,13 @@ class Known:
             (revocation for _, revocation in layers.revocations()), self.environment.versions.get("triton", "")
         )
         self._writing = threading.Lock()
+
+    def beside(self, gpu: Device, environment: Mapping[str, str]) -> Known:
+        """The same registry as sessions on another GPU model, or in another environment, see it; written in turns."""
+        other = copy(self)
+        other.device = store.Device(*gpu.identity)
+        other.environment = store.Environment(dict(environment))
+        return other
 
     def record(self, trials: Iterable[Trial] = (), verdict: Verdict | None = None) -> None:
         with self._writing:

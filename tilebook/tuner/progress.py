@@ -21,7 +21,7 @@ class ProblemState:
     compiling_s: summed over the compile processes. measuring_s, waiting_s: while candidates were tried, how long the
     GPU worked and how long it waited for one. confirming_s: the finalists' interleaved samples, fresh process included.
     unreached: why there is no verdict of this run though nothing went wrong; one from before may stand. clock: what
-    the times are by.
+    the times are by. where: what people call the GPU; by default by its number.
     """
 
     op: str
@@ -51,6 +51,7 @@ class ProblemState:
     unreached: str = ""
     error: str = ""
     clock: Callable[[], float] = time.monotonic
+    where: str = ""
     started: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +81,9 @@ class Watcher(Protocol):
     def ended(self, run: Run, state: ProblemState, again: bool) -> None:
         """A problem is done with; `again`: on this GPU, and another will try it."""
 
+    def told(self, run: Run, text: str) -> None:
+        """Something happened to the run's GPUs that people want to know of."""
+
 
 @dataclass
 class Run:
@@ -104,9 +108,14 @@ class Run:
         for watcher in self.watchers:
             watcher.changed(self)
 
+    def tell(self, text: str) -> None:
+        """Says what happened to the run's GPUs, from any thread."""
+        for watcher in self.watchers:
+            watcher.told(self, text)
+
     def end(self, state: ProblemState, again: bool = False) -> None:
         """`again`: it failed here, and another GPU will try it."""
-        state.seconds = max(state.clock() - state.started, 1e-9)
+        state.seconds = state.seconds or max(state.clock() - state.started, 1e-9)
         with self._lock:
             self.now = [each for each in self.now if each is not state]
             if not again:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,11 @@ def indices(gpus: str | None, count: int) -> list[int]:
     return sorted(set(chosen))
 
 
+def versions(environment: Mapping[str, str], measured: bool) -> dict[str, str]:
+    """What of an environment a verdict depends on: one that was not measured, not on the GPU's libraries."""
+    return {name: version for name, version in environment.items() if measured or name not in ("driver", "cudnn")}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of a run: the states of its problems, in their order; on which GPU model, in which registry layer.
@@ -104,7 +109,7 @@ def tune_problems(
     check_cache()
     layers = Layers.default(registry)
     options = Options(trials=trials, seed=seed, method=method, force=force)
-    environment = {k: v for k, v in devices.environment().items() if chosen or k not in ("driver", "cudnn")}
+    environment = versions(devices.environment(), bool(chosen))
     runners = [GpuRunner(index, mode) for index in chosen[: len(problems)]]
     # The processes that measure need a core each, or the GPUs wait for them.
     workers = workers or max(1, (os.cpu_count() or 1) - len(runners)) if runners else workers

@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import Any
 
 from tilebook.device import Device
-from tilebook.errors import OutOfTime, TuningError, one_line
+from tilebook.errors import GpuLost, OutOfTime, TuningError, one_line
 from tilebook.op import Config, Cost, Op, Problem, Space
 from tilebook.registry import Trial, Verdict
 from tilebook.registry.searched import cut_short, unfinished
@@ -49,7 +49,7 @@ _KEPT = 3  # finalists of a standing verdict that take part again
 
 
 class Session:
-    """Tunes one problem after the other on the GPU behind `runner`, number `index` of this host. Without a runner it
+    """Tunes one problem after the other on the GPU behind `runner`, number `index` of the run. Without a runner it
     predicts instead of measuring."""
 
     def __init__(
@@ -62,13 +62,16 @@ class Session:
         run: Run,
         index: int = 0,
         lane: Executor | None = None,
+        compilers: int | None = None,
+        where: str = "",
     ) -> None:
-        """lane: what the runner's requests run in, one after the other; a thread where none is given."""
-        self.index = index
+        """lane: what the runner's requests run in, one after the other; a thread where none is given. compilers: how
+        many of the pool's are this GPU's; by default its equal part. where: what people call the GPU."""
+        self.index, self._where = index, where
         self._gpu, self._known, self._pool, self._runner = gpu, known, pool, runner
         self._options, self._run = options, run
         # As few as keep compilers and GPU busy: what is under way was proposed without knowing of one another.
-        self._width = max(4, pool.workers // run.gpus + AHEAD)
+        self._width = max(4, (pool.workers // run.gpus if compilers is None else compilers) + AHEAD)
         self._lane = lane or ThreadPoolExecutor(1, f"tilebook-gpu-{index}")
         self._explorers: list[Explorer] = []
         self._closed = self._expired = self._prepared = False
@@ -103,7 +106,7 @@ class Session:
         """Tunes one problem until about then, by the run's clock, and stores its trials and its verdict.
 
         What goes wrong with the problem or the GPU is the state's `error`; `unreached` says that there was no time for
-        a verdict. The caller ends the state's part in the run.
+        a verdict. The caller ends the state's part in the run. Raises GpuLost, and Stopped once it is closed.
         """
         fields = self._fields(op, problem)
         turn = Turn(self._run.budget, op.name, until)
@@ -117,6 +120,7 @@ class Session:
             revoked=sum(each.revoked for each in fields),
             dtype=getattr(problem, "dtype", ""),
             clock=self._run.budget.clock,
+            where=self._where,
         )
         self._run.begin(state)
         try:
@@ -136,6 +140,8 @@ class Session:
                 state.unreached = f"the budget ended while {state.phase}"
             elif self._closed:
                 raise Stopped from broken
+            elif isinstance(broken, GpuLost):
+                raise
             elif isinstance(broken, OutOfTime):
                 state.unreached = one_line(broken)
             else:
