@@ -71,24 +71,25 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
 def export_(file: str, registry: str | None) -> None:
     """Writes a registry to FILE as JSON Lines, to be passed on and imported elsewhere; - is stdout.
 
-    Without a registry of one's own, what `show` shows is written. A file that is there is replaced if it is an export.
+    Without a record of one's own, what `show` shows is written. A file that is there is replaced if it is an export.
     """
     from tilebook.cli.files import written
-    from tilebook.registry import Layers, Registry, export
+    from tilebook.registry import Layers, Registry
     from tilebook.registry.lines import written as in_lines
 
     layers = Layers.default(registry)
     first, target = layers.layers[0]
+    count, text, problems = 0, [], layers.problems
     if first == "explicit" or (first == "user" and Path(target).exists()):
-        with Registry.open(target) as source, written(file) as stream:
-            count = export(source, stream)
-        problems = source.problems
-    else:
+        with Registry.open(target) as source:
+            text = in_lines(source.revocations(), source.verdicts(), source.trials())
+        count, problems = len(text) - 1, source.problems
+    if not count and first != "explicit":  # a registry may have been made for what was refused, or a miss
         verdicts, revocations = layers.read()
         text = in_lines((each for _, each in revocations), (each for _, each in verdicts))
-        with written(file) as stream:
-            stream.writelines(text)
         count, problems = len(text) - 1, layers.problems
+    with written(file) as stream:
+        stream.writelines(text)
     for problem in problems:
         click.echo(f"tilebook: {problem}", err=True)
     click.echo(f"{count} records written to {'stdout' if file == '-' else file}", err=True)
