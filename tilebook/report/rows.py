@@ -149,7 +149,14 @@ def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False) -
         spent = ["tried", "compile s", "measure s", "wait s", "GPU busy", "all s"]
         draw("what it took", "problem, rejected", spent, [_effort(each) for each in rows])
     if any(each["status"] == "predicted" for each in rows):
-        console.print("~ predicted by a performance model from the compiled code; nothing was measured.")
+        from tilebook.tuner.decide import DOUBT
+
+        console.print(
+            "~ predicted by a performance model from the compiled code; nothing was measured. The default is kept where"
+            f" the model promises no more than {DOUBT:g} times its speed, which is how far it errs. What was measured,"
+            " in any layer, is served before what is predicted: see `tilebook show`.",
+            soft_wrap=not stream.isatty(),
+        )
 
 
 def _ms(value: float | None, mark: str = "") -> str:
@@ -162,6 +169,8 @@ def _outcome(each: dict[str, Any]) -> list[str]:
     else:
         default_ms, winner_ms = _ms(each["default_time_ms"]), _ms(each["time_ms"])
     ratio = {"predicted": "–", "default": "default wins"}.get(each["status"], "")
+    if each["status"] == "predicted" and each["predicted_ms"] == each["predicted_default_ms"]:
+        ratio = "default stays"
     if each["status"] == "measured":
         ratio = f"{each['speedup']:.3f}\n[{each['speedup_low']:.3f}, {each['speedup_high']:.3f}]"
     flags = [each["status"], each["layer"]]
