@@ -225,6 +225,22 @@ def test_a_soft_cap_is_finite_and_not_negative(name, softcap):
         NUMBERS[name](softcap=softcap)
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_that_is_not_positive_gives_the_formula_s_numbers_under_a_causal_mask(scale):
+    q, k, v = (x.double().requires_grad_() for x in (Q, KV.repeat_interleave(2, 1), KV.repeat_interleave(2, 1)))
+    seen = torch.ones(5, 7, dtype=torch.bool).tril()
+    expected = torch.softmax((scale * q @ k.mT).masked_fill(~seen, -torch.inf), -1) @ v
+    found = tilebook.attention(q, k, v, causal=True, scale=scale)
+    packed = tilebook.attention_varlen(
+        *(x[0].transpose(0, 1) for x in (q, k, v)), ends(5), ends(7), max_seqlen_q=5, max_seqlen_k=7,
+        causal="top_left", scale=scale,
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(packed.transpose(0, 1), expected[0])
+    for one, other in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("window", [0, 4, (), (1,), (1, 2, 3), (1.5, 0), "ab", (-2, 0)])
 @pytest.mark.parametrize("name", ["attention", "packed"])
 def test_a_window_is_two_whole_numbers(name, window):

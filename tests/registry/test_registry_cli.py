@@ -196,6 +196,13 @@ def test_an_export_without_a_registry_of_ones_own_has_what_show_shows(run: Run, 
     assert run("export", home / "x", "--registry", home / "none.db", status=1).stderr.count("there is no registry") == 1
 
 
+def test_an_export_after_a_refused_import_has_what_show_shows(run: Run, home: Path) -> None:
+    shown = run("export", "-").stdout
+    (home / "refused.jsonl").write_text("{}\n")
+    run("import", home / "refused.jsonl", status=1)
+    assert run("export", "-").stdout == shown
+
+
 def test_a_dash_is_stdout_and_stdin(run: Run, home: Path) -> None:
     text = run("export", "-").stdout
     assert json.loads(text.splitlines()[0])["records"] == 1

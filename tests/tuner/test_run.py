@@ -16,7 +16,9 @@ from tilebook.op import UsageError
 from tilebook.report import rows
 from tilebook.report.live import view
 from tilebook.report.rows import row, table
+from tilebook.tuner import explore
 from tilebook.tuner import run as runs
+from tilebook.tuner.model import Prediction
 from tilebook.tuner.progress import Run
 from tilebook.tuner.run import _target
 
@@ -132,3 +134,21 @@ def test_a_finished_problem_is_one_line_on_stderr(tmp_path, capsys):
     (said,) = capsys.readouterr().err.splitlines()
     assert re.match(r"\[1/1\] scaling_fwd M64,H64: 4\.\d+x \[4\.\d+, 4\.\d+\] over the default: triton BLOCK=128", said)
     assert re.search(r"\d+ tried, \d+ s, GPU \d+% busy$", said)
+
+
+@pytest.mark.parametrize(("default_ms", "stays"), [(1.1, True), (1.5, False)])
+def test_a_prediction_says_whether_the_default_stays_and_what_is_served_before_it(
+    tmp_path, capsys, monkeypatch, default_ms, stays
+):
+    times = iter([default_ms])  # the default is the first
+    monkeypatch.setattr(
+        explore, "predict", lambda *_: Prediction(next(times, 1.0), occupancy=1.0, waves=1.0, bound="memory")
+    )
+    run = Run(1, False)
+    with view(run):
+        _, registry = tune(tmp_path / "registry.db", None, run=run)
+    assert ("predicted: the default stays: " in capsys.readouterr().err) is stays
+    out = io.StringIO()
+    table([row(registry.verdicts()[0], "user")], out, tuned=True)
+    assert ("default stays" in out.getvalue()) is stays
+    assert "What was measured, in any layer, is served before what is predicted" in out.getvalue()

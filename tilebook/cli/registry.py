@@ -142,7 +142,7 @@ def export_(
 ) -> None:
     """Writes a registry to FILE as JSON Lines, to be passed on and imported elsewhere; - is stdout.
 
-    Without a registry of one's own, what `show` shows is written. A file that is there is replaced if it is an export.
+    Without a record of one's own, what `show` shows is written. A file that is there is replaced if it is an export.
     Revocations go with it, those of the op where one is named.
     """
     from tilebook.cli.files import written
@@ -152,7 +152,7 @@ def export_(
     selection = Selection(op=known_op(op), gpu=gpu, dtype=dtype, since=since, measured=measured)
     layers = Layers.default(registry)
     first, target = layers.layers[0]
-    own = first == "explicit" or (first == "user" and Path(target).exists())
+    own = first == "explicit" or (first == "user" and Path(target).exists() and _any_record(target))
     with written(file) as stream:
         if own and selection.everything and trials:
             count, problems = _whole(target, stream)
@@ -161,6 +161,15 @@ def export_(
     for problem in problems:
         click.echo(f"tilebook: {problem}", err=True)
     click.echo(f"{count} records written to {'stdout' if file == '-' else file}", err=True)
+
+
+def _any_record(target: str) -> bool:
+    """A registry may have been made for what was refused, or for a miss."""
+    from tilebook.registry.filereader import FileReader
+
+    with FileReader.open(Path(target)) as source:
+        kinds = source.each_verdict(), source.each_trial(), iter(source.revocations())
+        return any(next(each, None) is not None for each in kinds)
 
 
 def _whole(target: str, stream: TextIO) -> tuple[int, list[str]]:

@@ -40,7 +40,7 @@ def line(state: ProblemState) -> str:
         elif verdict.status is VerdictStatus.DEFAULT:
             outcome = f"the default wins: {chosen}"
         else:
-            outcome = f"predicted: {chosen}"
+            outcome = f"predicted: {'the default stays: ' if verdict.winner.default else ''}{chosen}"
     cut = "; cut short by the budget, another run goes on" if verdict is not None and cut_short(verdict) else ""
     return f"{name}: {outcome}{cut}; {_counts(state)}, {_time(state.elapsed_s)}{_busy(state)}"
 

@@ -151,7 +151,11 @@ def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False) -
             spent = ["tried", "compile s", "measure s", "wait s", "GPU busy", "all s"]
             grid.draw(stream, "what it took", "problem, rejected", spent, [_effort(each) for each in its])
     if any(each["status"] == "predicted" for each in rows):
-        stream.write("~ predicted by a performance model from the compiled code; nothing was measured.\n")
+        stream.write(
+            "~ predicted by a performance model from the compiled code; nothing was measured. The default is kept where"
+            " the model promises little more than its speed. What was measured, in any layer, is served before what is"
+            " predicted: see `tilebook show`.\n"
+        )
 
 
 def _ms(value: float | None, mark: str = "") -> str:
@@ -164,6 +168,8 @@ def _outcome(each: dict[str, Any]) -> tuple[str, list[str]]:
     else:
         default_ms, winner_ms = _ms(each["default_time_ms"]), _ms(each["time_ms"])
     ratio = {"predicted": "–", "default": "default wins"}.get(each["status"], "")
+    if each["status"] == "predicted" and each["predicted_ms"] == each["predicted_default_ms"]:
+        ratio = "default stays"
     if each["status"] == "measured":
         ratio = f"{each['speedup']:.3f}\n[{each['speedup_low']:.3f}, {each['speedup_high']:.3f}]"
     flags = [each["status"], each["layer"]]

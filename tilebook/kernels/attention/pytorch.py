@@ -28,7 +28,7 @@ def sdpa(
 
     Rows that see nothing are 0, and so are their gradients, also where PyTorch's kernel makes a mean or NaN of them.
     """
-    if scale is not None and scale <= 0 and q.is_cuda:  # of which cuDNN makes NaN
+    if scale is not None and scale <= 0:  # of which cuDNN makes NaN, and on the CPU whoever masks before scaling
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if bias is None:
