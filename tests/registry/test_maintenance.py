@@ -10,7 +10,7 @@ import pytest
 from command_samples import OP, Run, left, today, tried
 from registry_samples import A100, evidenced, miss, predicted, problem, revocation, trial, verdict
 
-from tilebook.registry import Registry
+from tilebook.registry import Locked, Registry
 from tilebook.registry.maintenance import Wanted, choose, remove, tidy
 from tilebook.registry.selection import Selection
 
@@ -100,6 +100,15 @@ def test_prune_gives_room_back(run: Run, mine: Path) -> None:
     size = mine.stat().st_size
     assert "MB smaller" in run("prune", "--yes").stderr
     assert mine.stat().st_size < size - 300_000
+
+
+def test_a_file_that_somebody_else_uses_is_not_shrunk(run: Run, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(target: str) -> int:
+        raise Locked("locked")
+
+    monkeypatch.setattr("tilebook.registry.maintenance.shrink", locked)
+    assert "keeps its size" in run("prune", "--yes").stderr
+    assert left(mine) == (4, 3, 1, 1)
 
 
 def test_removal_works_on_every_backend(registry: Registry) -> None:

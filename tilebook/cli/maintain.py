@@ -141,7 +141,7 @@ def prune(
     With --before also trials that are older than that go, whatever they are of. Verdicts that may be served stay, as
     do revocations and what programs asked for.
     """
-    from tilebook.registry import Registry
+    from tilebook.registry import Locked, Registry
     from tilebook.registry.maintenance import Wanted, shrink, tidy
     from tilebook.registry.selection import Selection
 
@@ -155,7 +155,12 @@ def prune(
         target = _own(registry)
         with Registry.open(target, write=True) as writing:
             tidy(writing)
-        if (freed := shrink(target)) >= 100_000:
+        try:
+            freed = shrink(target)
+        except Locked:  # what was to be removed is
+            click.echo("tilebook: the file keeps its size, since another process is at work on it", err=True)
+            return
+        if freed >= 100_000:
             click.echo(f"the file is {freed / 1e6:.1f} MB smaller", err=True)
 
 
