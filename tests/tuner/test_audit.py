@@ -369,6 +369,20 @@ def test_the_like_of_what_regressed_comes_next_nearest_first(shop):
     assert nearest_first([other, far, near, nearest], regressed) == [nearest, near, far, other]
 
 
+def test_an_audit_goes_on_with_the_like_of_what_regressed(shop):
+    class OneSlow(FakeRunner):
+        def prepare(self, op, problem):
+            self._time_ms = times({WINNER: 1.5}) if problem == first else valley
+
+    order = [each.problem for each in sampled(subjects(shop.layers, shop.bench(None), AUDIT), 0)]
+    first, *rest = order
+    near = sorted(rest, key=first.distance)
+    assert near != rest
+    findings = shop.look(AUDIT, OneSlow(valley))
+    assert list(findings) == [first, *near]
+    assert [each.outcome for each in findings.values()] == [Outcome.DEMOTED] + [Outcome.KEPT] * len(rest)
+
+
 def test_a_sample_prefers_what_programs_use(shop):
     used = PROBLEMS[0]
     with shop.layers.writer() as registry:
@@ -386,7 +400,11 @@ def test_what_would_not_be_served_whatever_is_found_is_left_out(tmp_path, eviden
     shop = Shop(tmp_path / "r.db", [other, retired, evidence[2]])
     assert [each.verdict.problem for each in subjects(shop.layers, shop.bench(None), VERIFY)] == [evidence[2].problem]
     assert subjects(shop.layers, shop.bench(None, ENVIRONMENT), VERIFY) == [], "nothing has changed"
-    assert subjects(shop.layers, shop.bench(None, {**ENVIRONMENT, "python": "9"}), VERIFY) == []
+
+
+def test_another_python_makes_nothing_stale(tmp_path, evidence):
+    shop = Shop(tmp_path / "r.db", [dataclasses.replace(evidence[0], environment=Environment({"python": "3.11"}))])
+    assert subjects(shop.layers, shop.bench(None, {"python": "3.12"}), VERIFY) == []
 
 
 # Recorded sweeps
