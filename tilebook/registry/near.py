@@ -95,7 +95,7 @@ def nearest(
     """
     search = _Search(place, exact, reach)
     waiting: list[_Waiting] = [(0.0, _CUBE, "", 0)]
-    left = MOST_CUBES
+    left, push = MOST_CUBES, heapq.heappush
     while waiting:
         bound, kind, what, number = heapq.heappop(waiting)
         if kind == _KNOWN:
@@ -107,7 +107,7 @@ def nearest(
         elif left:
             left -= 1
             for each in search.opened(what, number, index):
-                heapq.heappush(waiting, each)
+                push(waiting, each)
 
 
 _CUBE, _ROW, _KNOWN = range(3)  # of what is as near, first what may hide something nearer
@@ -148,7 +148,7 @@ class _Search:
                 total += off
                 if exact or total > self._reach:
                     return None
-        return max(total / STEPS - _SLACK, 0.0)
+        return total / STEPS - _SLACK
 
     def _divided(self, cube: str, corner: int) -> Iterator[_Waiting]:
         """The parts of a cube that reach into where the search reaches."""
@@ -158,7 +158,8 @@ class _Search:
             sides = []
             for bit in (0, 1):
                 step = (corner >> LEVELS * axis & _LANE) << 1 | bit
-                off = max(step * size - mine, mine - (step + 1) * size, 0.0)
+                low = step * size
+                off = low - mine if mine < low else max(mine - low - size, 0.0)
                 if not (exact and off):
                     sides.append((off, bit << axis, step << LEVELS * axis))
             parts = [
@@ -168,9 +169,10 @@ class _Search:
                 if far + off <= self._reach
             ]
         for far, symbol, inner in parts:
-            yield max(far / STEPS - _SLACK, 0.0), _CUBE, f"{cube}{symbol:02x}", inner
+            yield far / STEPS - _SLACK, _CUBE, cube + _SYMBOLS[symbol], inner
 
 
+_SYMBOLS = [f"{symbol:02x}" for symbol in range(256)]
 _SPREAD = [sum((symbol >> axis & 1) << LEVELS * axis for axis in range(MOST_DIMENSIONS)) for symbol in range(256)]
 
 
