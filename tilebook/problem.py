@@ -171,6 +171,7 @@ class Problem:
         return {}
 
     @classmethod
+    @functools.cache  # asked for with every key and every distance
     def _fields(cls) -> tuple[dataclasses.Field[Any], ...]:
         return dataclasses.fields(cls)
 

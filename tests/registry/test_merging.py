@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import random
+import tracemalloc
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +42,7 @@ from tilebook.registry import (
     load,
     reading,
 )
+from tilebook.registry import lines as exchange_lines
 from tilebook.registry import merging as merging_module
 from tilebook.registry.exchange import import_rule
 from tilebook.registry.sql import Sql
@@ -226,6 +229,18 @@ def test_few_records_are_in_memory_at_once(registry: Registry, monkeypatch: pyte
     for _ in seen(registry.each_verdict()):
         pass
     assert most <= 34
+
+
+def test_an_export_is_not_in_memory_as_a_whole(tmp_path: Path) -> None:
+    line = "x" * 100_000 + "\n"
+    some: Any = (SimpleNamespace(line=line + "y" * number) for number in range(200))
+    tracemalloc.start()
+    with (tmp_path / "out.jsonl").open("w") as stream:
+        assert exchange_lines.write(stream, (), some, ()) == 200
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "out.jsonl").stat().st_size > 20_000_000
+    assert most < 8_000_000
 
 
 class Counted:

@@ -67,7 +67,7 @@ def write(
             whole.update(line.encode())
             yield line
 
-    with tempfile.SpooledTemporaryFile(_SPOOLED, "w+", encoding="utf-8", newline="\n") as body:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n") as body:
         body.writelines(counted(sorted(_line("revocation", each.portable()) for each in revocations), 2))
         body.writelines(counted((each.line for each in verdicts), VERSION))
         body.writelines(counted(_trial_lines(trials), 1))
@@ -75,9 +75,6 @@ def write(
         stream.write(_header(max(versions), count, whole.hexdigest()))
         shutil.copyfileobj(body, stream, 1 << 20)
     return count
-
-
-_SPOOLED = 8 << 20
 
 
 def _header(version: int, records: int, sha256: str) -> str:

@@ -93,9 +93,10 @@ def nearest(
     Where so many cubes have been opened that looking for a nearer one costs more than it gains, those serve that were
     seen by then, in the same order.
     """
-    search = _Search(place, exact, reach)
-    waiting: list[_Waiting] = [(0.0, _CUBE, "", 0)]
-    left = MOST_CUBES
+    search = _Search(place, exact, reach, index)
+    waiting = search.opened("", 0)
+    heapq.heapify(waiting)
+    left = MOST_CUBES - 1
     while waiting:
         bound, kind, what, number = heapq.heappop(waiting)
         if kind == _KNOWN:
@@ -106,38 +107,51 @@ def nearest(
                 heapq.heappush(waiting, (found, _KNOWN, problem, number))
         elif left:
             left -= 1
-            for each in search.opened(what, number, index):
+            for each in search.nearest_part(number):
                 heapq.heappush(waiting, each)
 
 
-_CUBE, _ROW, _KNOWN = range(3)  # of what is as near, first what may hide something nearer
+_PARTS, _ROW, _KNOWN = range(3)  # of what is as near, first what may hide something nearer
 _Waiting = tuple[float, int, str, int]
-"""The least distance; which of the three; a cube's spot or a problem; a row's number or a cube's corner."""
+"""The least distance; which of the three; a problem; the number of a row, or of a divided cube's parts."""
 _SLACK = 1e-9
 
 
 class _Search:
-    def __init__(self, place: Place, exact: frozenset[str], reach: float) -> None:
+    def __init__(self, place: Place, exact: frozenset[str], reach: float, index: Index) -> None:
         mine = [min(STEPS * each, float(_LANE)) for each in place.point]
         self._mine = list(zip(mine, [name in exact for name in place.names], strict=True))
         self._reach = STEPS * (reach + _SLACK)
+        self._index = index
+        self._parts: list[tuple[str, list[tuple[float, int, int]]]] = []  # divided cubes and what of them is left
 
-    def opened(self, cube: str, corner: int, index: Index) -> Iterator[_Waiting]:
-        """What is in a cube, with a lower bound of its distance: rows, or smaller cubes.
+    def opened(self, cube: str, corner: int) -> list[_Waiting]:
+        """What is in a cube, with a lower bound of its distance: rows, or its parts together.
 
         corner: in steps of the cube's own size, LEVELS bits for each dimension.
         """
         end = cube + "g"  # sorts after every hex digit
-        if (span := index.span(cube, end, LEAF)) is None:
-            return
+        if (span := self._index.span(cube, end, LEAF)) is None:
+            return []
         first, last, more = span
         shared = _shared(first, last)
         if more and shared < 2 * LEVELS:  # else all of them lie on one spot
-            yield from self._divided(last[:shared], _within(corner, last[len(cube) : shared]))
-            return
-        for spot, number in index.rows(cube, end, MOST_ALIKE):
-            if (bound := self._bound(_within(corner, spot[len(cube) :]))) is not None:
-                yield bound, _ROW, "", number
+            parts = self._divided(shared, _within(corner, last[len(cube) : shared]))
+            self._parts.append((last[:shared], sorted(parts, reverse=True)))
+            return self._left(len(self._parts) - 1)
+        found = self._index.rows(cube, end, MOST_ALIKE)
+        bounds = ((self._bound(_within(corner, spot[len(cube) :])), number) for spot, number in found)
+        return [(bound, _ROW, "", number) for bound, number in bounds if bound is not None]
+
+    def nearest_part(self, number: int) -> list[_Waiting]:
+        """What is in the nearest part of a divided cube that has not been opened, and what is left of the cube."""
+        cube, parts = self._parts[number]
+        _, symbol, corner = parts.pop()
+        return self._left(number) + self.opened(cube + _SYMBOLS[symbol], corner)
+
+    def _left(self, number: int) -> list[_Waiting]:
+        parts = self._parts[number][1]
+        return [(parts[-1][0] / STEPS - _SLACK, _PARTS, "", number)] if parts else []
 
     def _bound(self, spot: int) -> float | None:
         total = 0.0
@@ -148,17 +162,19 @@ class _Search:
                 total += off
                 if exact or total > self._reach:
                     return None
-        return max(total / STEPS - _SLACK, 0.0)
+        return total / STEPS - _SLACK
 
-    def _divided(self, cube: str, corner: int) -> Iterator[_Waiting]:
-        """The parts of a cube that reach into where the search reaches."""
-        size = 1 << LEVELS - 1 - len(cube) // 2
+    def _divided(self, length: int, corner: int) -> list[tuple[float, int, int]]:
+        """The parts of a cube whose spot has this length that reach into where the search reaches: their distances,
+        symbols and corners."""
+        size = 1 << LEVELS - 1 - length // 2
         parts = [(0.0, 0, 0)]
         for axis, (mine, exact) in enumerate(self._mine):
             sides = []
             for bit in (0, 1):
                 step = (corner >> LEVELS * axis & _LANE) << 1 | bit
-                off = max(step * size - mine, mine - (step + 1) * size, 0.0)
+                low = step * size
+                off = low - mine if mine < low else max(mine - low - size, 0.0)
                 if not (exact and off):
                     sides.append((off, bit << axis, step << LEVELS * axis))
             parts = [
@@ -167,10 +183,10 @@ class _Search:
                 for off, bit, step in sides
                 if far + off <= self._reach
             ]
-        for far, symbol, inner in parts:
-            yield max(far / STEPS - _SLACK, 0.0), _CUBE, f"{cube}{symbol:02x}", inner
+        return parts
 
 
+_SYMBOLS = [f"{symbol:02x}" for symbol in range(256)]
 _SPREAD = [sum((symbol >> axis & 1) << LEVELS * axis for axis in range(MOST_DIMENSIONS)) for symbol in range(256)]
 
 
