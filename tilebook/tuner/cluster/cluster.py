@@ -9,13 +9,12 @@ import os
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tilebook import device as devices
-from tilebook.errors import GpuLost, TilebookError, TuningError, UsageError, one_line
+from tilebook.errors import GpuLost, TuningError, UsageError, one_line
 from tilebook.op import Op, Problem
 from tilebook.registry import Layers, Registry
 from tilebook.tuner.budget import Budget
@@ -33,11 +32,11 @@ from tilebook.tuner.shards import Shards, limit, quiet
 _LOOK_S = 1.0
 """How often the cluster is asked for its nodes."""
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 """So long a run waits, when none of its GPUs does anything, for one that could go on."""
 
 _DEATHS = 5
-"""So many hosts may die on a node, and none finish a problem meanwhile, before the node counts as unfit."""
+"""So many hosts of a GPU may die in a row, none having finished a problem, before the GPU counts as unfit."""
 
 _REACH_S = 10.0
 _ENDING_S = 15.0  # for all hosts to end their processes
@@ -63,7 +62,7 @@ class Wanted:
 class _Slot:
     """A place for a host: the `number`-th GPU of a node, or some of its cores.
 
-    shards: its model's problems, once that is known. serving: it has a session.
+    shards: its model's problems, once that is known. serving: it has a session. unfit: why it takes no part.
     """
 
     index: int
@@ -75,6 +74,8 @@ class _Slot:
     thread: threading.Thread | None = None
     shards: Shards | None = None
     serving: bool = False
+    deaths: int = 0
+    unfit: str = ""
 
     @property
     def running(self) -> bool:
@@ -85,11 +86,6 @@ class _Slot:
 class _Model:
     gpu: devices.Device
     shards: Shards
-    sessions: list[Session] = field(default_factory=list)
-
-
-class _Unfit(Exception):
-    """A host that cannot take part; the text says why."""
 
 
 class Cluster:
@@ -105,8 +101,6 @@ class Cluster:
         self._slots: dict[tuple[str, int], _Slot] = {}
         self._numbers = itertools.count()
         self._host = ray.remote(Host)
-        self._deaths: Counter[str] = Counter()
-        self._unfit: dict[str, str] = {}
         self._lock = threading.Lock()
         self._awake = threading.Event()
         self._broken: BaseException | None = None
@@ -140,12 +134,14 @@ class Cluster:
         if any(slot.serving for slot in running):
             self._quiet_since = time.monotonic()
             return False
-        if self._slots and not running and not self.models and self._unfit:
-            raise TuningError(f"no GPU of the cluster can be used: {next(iter(self._unfit.values()))}")
+        unfit = [slot.unfit for slot in self._slots.values() if slot.unfit]
+        if not running and not self.models and unfit:
+            raise TuningError(f"no GPU of the cluster can be used: {unfit[0]}")
         late = time.monotonic() - self._quiet_since > PATIENCE_S
         if self.models:
             done = all(model.shards.over for model in self.models.values())
-            return late or (done and not running)
+            no_other = not running or not self._wanted.measured  # what is still to start may be of another model
+            return late or (done and no_other)
         if late and not self._slots:
             raise TuningError("no GPU is left in the cluster")
         if late and not self._waiting:  # all may be another's for now
@@ -188,12 +184,11 @@ class Cluster:
 
     @property
     def _live(self) -> int:
-        slots = [slot for slot in self._slots.values() if slot.node not in self._unfit]
-        return sum(slot.running or slot.shards is None for slot in slots)
+        return sum(not slot.unfit and (slot.running or slot.shards is None) for slot in self._slots.values())
 
     def _wanting(self, slot: _Slot) -> bool:
         """Would a host there have something to do, as far as is known?"""
-        return slot.node not in self._unfit and not (slot.shards is not None and slot.shards.over)
+        return not slot.unfit and not (slot.shards is not None and slot.shards.over)
 
     # In a slot's own thread
 
@@ -209,16 +204,14 @@ class Cluster:
         except Stopped:
             pass
         except GpuLost as lost:
-            self._deaths[slot.node] = 1 if self._finished(slot) > before else self._deaths[slot.node] + 1
-            if not self._closed and self._deaths[slot.node] >= _DEATHS:
+            slot.deaths = 1 if self._finished(slot) > before else slot.deaths + 1
+            if slot.deaths >= _DEATHS:
                 self._refuse(slot, str(lost))
-        except (_Unfit, TilebookError) as unfit:
+        except Exception as error:
             if slot.serving:  # the registry, say: nothing of the host's
-                self._broken = self._broken or unfit
+                self._broken = self._broken or error
             else:
-                self._refuse(slot, f"{slot.name}: {one_line(unfit)}")
-        except BaseException as error:
-            self._broken = self._broken or error
+                self._refuse(slot, f"{slot.name}: {one_line(error)[:300]}")
         finally:
             slot.serving = False
             if slot.remote is not None:
@@ -242,12 +235,12 @@ class Cluster:
         return remote
 
     def _admit(self, slot: _Slot, remote: Remote, hello: Hello) -> Session:
-        """A session on a host that can take part, which is then one of its model's."""
+        """A session on a host, which is then one of its model's. Raises TuningError where it cannot take part."""
         wanted, run, gpu = self._wanted, self._run, hello.device
         if hello.sources != self._sources:
-            raise _Unfit("another version of tilebook's kernels")
+            raise TuningError("another version of tilebook's kernels")
         if wanted.measured and wanted.gpu is not None and not devices.is_here(wanted.gpu, gpu):
-            raise _Unfit(f"a {gpu.name}, not a {wanted.gpu.name}")
+            raise TuningError(f"a {gpu.name}, not a {wanted.gpu.name}")
         environment = versions(hello.environment, wanted.measured)
         with self._lock:
             if self._known is None:
@@ -270,8 +263,8 @@ class Cluster:
         return session
 
     def _refuse(self, slot: _Slot, why: str) -> None:
-        if slot.node not in self._unfit:
-            self._unfit[slot.node] = why
+        slot.unfit = why
+        if not self._closed:
             self._run.tell(f"not used: {why}")
 
     # The end
