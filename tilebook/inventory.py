@@ -150,11 +150,16 @@ def _entry(name: str, content: Mapping[str, Any]) -> Entry:
     return Entry(name, content["family"], content["ours"], content["sources"], axes, fields)
 
 
-def write(file: Path = FILE) -> None:
-    """Makes the file of the families that are here."""
+def installed() -> Mapping[str, Entry]:
+    """The entries of the package's own ops, from the ops; a program may have registered others."""
     from tilebook import op
 
-    entries = {name: of(each).content() for name, each in sorted(op.ops().items())}
+    return {n: of(each) for n, each in op.ops().items() if each.reference.__module__.startswith("tilebook.kernels.")}
+
+
+def write(file: Path = FILE) -> None:
+    """Makes the file of the families that are here."""
+    entries = {name: each.content() for name, each in sorted(installed().items())}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(each, sort_keys=True)}" for name, each in entries.items())
     text = f'{{"made_from": {json.dumps(_digest())}, "ops": {{\n{lines}\n}}}}\n'
     file.write_text(text, encoding="utf-8", newline="\n")

@@ -13,10 +13,10 @@ from toy import Scaling, make_op
 
 from tilebook.op import Config
 from tilebook.registry import DenyList, Device, Environment, Failure, Finalist, Layers, Miss, Registry, VerdictStatus
+from tilebook.registry.searched import cut_short
 from tilebook.tuner.audit.run import Auditor
 from tilebook.tuner.audit.subjects import AUDIT, VERIFY, Bench, Outcome, looked, nearest_first, sampled, subjects
 from tilebook.tuner.budget import Budget
-from tilebook.tuner.known import cut_short
 from tilebook.tuner.process.runner import Attempt, Candidate, GpuRunner, Limits
 from tilebook.tuner.session import Options
 
