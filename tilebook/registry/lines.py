@@ -11,6 +11,7 @@ The header's digest is over the record lines as written, each with its newline; 
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy
@@ -67,7 +68,7 @@ def write(
             whole.update(line.encode())
             yield line
 
-    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n") as body:
+    with _aside() as body:
         body.writelines(counted(sorted(_line("revocation", each.portable()) for each in revocations), 2))
         body.writelines(counted((each.line for each in verdicts), VERSION))
         body.writelines(counted(_trial_lines(trials), 1))
@@ -75,6 +76,14 @@ def write(
         stream.write(_header(max(versions), count, whole.hexdigest()))
         shutil.copyfileobj(body, stream, 1 << 20)
     return count
+
+
+def _aside() -> IO[str]:
+    """Where lines wait until the header is known: on disk, or in memory where no folder can be written to."""
+    try:
+        return tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n")
+    except OSError:
+        return io.StringIO()
 
 
 def _header(version: int, records: int, sha256: str) -> str:
