@@ -225,6 +225,16 @@ def test_a_soft_cap_is_finite_and_not_negative(name, softcap):
         NUMBERS[name](softcap=softcap)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.usefixtures("forced")
+def test_nested_tensors_of_the_older_layout_are_pytorch_s():
+    q, k, v = (torch.nested.nested_tensor([data(4, n, 16) for n in (3, 5)]) for _ in range(3))
+    found = tilebook.scaled_dot_product_attention(q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    for one, other in zip(found.unbind(), expected.unbind(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 def test_a_scale_that_is_not_positive_gives_the_formula_s_numbers_under_a_causal_mask(scale):
     q, k, v = (x.double().requires_grad_() for x in (Q, KV.repeat_interleave(2, 1), KV.repeat_interleave(2, 1)))

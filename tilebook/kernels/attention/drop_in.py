@@ -57,7 +57,8 @@ def scaled_dot_product_attention(
     and so is what overrides PyTorch's function: tensor subclasses, modes, `torch.nn.attention.bias.CausalBias`.
     """
     tensors = query, key, value
-    if attn_mask is None and not dropout_p and type(query) is type(key) is type(value) is torch.Tensor:
+    plain = type(query) is type(key) is type(value) is torch.Tensor
+    if plain and attn_mask is None and not dropout_p and not (query.is_nested or key.is_nested or value.is_nested):
         positive = scale is None or (type(scale) is float and scale > 0)
         near = query.shape, is_causal
         if positive and (
