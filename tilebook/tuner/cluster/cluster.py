@@ -140,8 +140,8 @@ class Cluster:
         late = time.monotonic() - self._quiet_since > PATIENCE_S
         if self.models:
             done = all(model.shards.over for model in self.models.values())
-            no_other = not running or not self._wanted.measured  # what is still to start may be of another model
-            return late or (done and no_other)
+            another = self._wanted.measured and any(slot.shards is None for slot in running)  # perhaps another model
+            return late or (done and not another)
         if late and not self._slots:
             raise TuningError("no GPU is left in the cluster")
         if late and not self._waiting:  # all may be another's for now
