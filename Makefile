@@ -9,7 +9,7 @@ GPU ?= NVIDIA H200
 # What ships was measured with this Triton, and machine code belongs to a version.
 SHIPPED_TRITON = 3.6.0
 
-.PHONY: tune test lint inventory recheck setup clean
+.PHONY: tune test test-cluster lint inventory recheck setup clean
 
 setup: $(VENV)/ready
 
@@ -28,6 +28,11 @@ tune: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Ray's wheel is large, and its cluster of several nodes takes a minute.
+test-cluster: setup
+	$(BIN)/python -m pip install -q -e ".[ray]"
+	$(BIN)/python -m pytest tests/tuner/test_cluster.py
 
 lint: setup
 	$(BIN)/ruff check .

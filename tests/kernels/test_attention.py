@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tilebook
 from tilebook import device as devices
@@ -250,9 +251,10 @@ def test_autocast_casts_as_pytorch_does():
 )
 def test_what_our_kernels_do_not_serve_goes_to_pytorch(shapes, options):
     q, k, v = _tensors(*shapes)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    with sdpa_kernel(SDPBackend.MATH):  # others make NaN of scales that are not positive
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
     with dispatch.use("triton"):
-        torch.testing.assert_close(tilebook.attention(q, k, v, causal=True, **options), expected, equal_nan=True)
+        torch.testing.assert_close(tilebook.attention(q, k, v, causal=True, **options), expected, atol=5e-3, rtol=2e-2)
 
 
 GOOD = (1, 4, 8, 32)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tilebook.cli.common import FORMAT, REGISTRY, Seconds, main
+from tilebook.cli.common import FORMAT, REGISTRY, Seconds, example, main
 
 if TYPE_CHECKING:
     from tilebook.tuner.audit.run import Report
@@ -51,7 +51,7 @@ def _options(command: _Command) -> _Command:
 
 
 @main.command(
-    epilog="Example: tilebook import FILE.jsonl && tilebook verify --op attention_fwd --budget 10m",
+    epilog=example("tilebook verify --op attention_fwd --budget 10m"),
 )
 @_options
 def verify(**options: Any) -> None:
@@ -69,7 +69,7 @@ def verify(**options: Any) -> None:
 
 
 @main.command(
-    epilog="Example: pip install -U torch && tilebook audit --budget 5m",
+    epilog=example("tilebook audit --budget 5m"),
 )
 @_options
 def audit(**options: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch.overrides import has_torch_function
 
 from tilebook.call import way
+from tilebook.kernels.attention.pytorch import positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.left import again, recall
 
@@ -59,9 +60,9 @@ def scaled_dot_product_attention(
     tensors = query, key, value
     plain = type(query) is type(key) is type(value) is torch.Tensor
     if plain and attn_mask is None and not dropout_p and not (query.is_nested or key.is_nested or value.is_nested):
-        positive = scale is None or (type(scale) is float and scale > 0)
+        usual = scale is None or (type(scale) is float and scale > 0)
         near = query.shape, is_causal
-        if positive and (
+        if usual and (
             again(near, *tensors) or (query.ndim == 4 and recall(kind(query, key, value, is_causal), near, *tensors))
         ):
             return plain_sdpa(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
@@ -69,6 +70,8 @@ def scaled_dot_product_attention(
     if overridden or not _fits(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
         if not overridden:
             _refuse(query, key, value, dropout_p)
+            if type(scale) in (int, float):
+                query, scale = positive(query, scale)
         given: Any = {"enable_gqa": True} if enable_gqa else {}
         return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **given)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attention  # the package imports this module

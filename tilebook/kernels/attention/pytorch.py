@@ -16,6 +16,14 @@ _COLUMNS = 16
 scaled_dot_product_attention: Any = torch._C._nn.scaled_dot_product_attention
 
 
+def positive(q: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float | None]:
+    """q and a scale above 0 that give the same scores: of others cuDNN makes NaN, and so does, under a causal mask,
+    PyTorch's kernel for the CPU, which masks before it scales."""
+    if scale is None or not scale <= 0:  # NaN stays what it is
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
+
+
 def sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -28,8 +36,7 @@ def sdpa(
 
     Rows that see nothing are 0, and so are their gradients, also where PyTorch's kernel makes a mean or NaN of them.
     """
-    if scale is not None and scale <= 0:  # of which cuDNN makes NaN, and on the CPU whoever masks before scaling
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    q, scale = positive(q, scale)
     grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if bias is None:
         o: torch.Tensor = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
