@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tilebook import inventory, machine
 from tilebook.registry import Revocation
+from tilebook.registry.checks import quoted
 from tilebook.registry.current import Sourced, retired
 from tilebook.registry.searched import cut_short
 from tilebook.report import grid
@@ -178,7 +179,7 @@ def _outcome(each: dict[str, Any]) -> tuple[str, list[str]]:
     flags += ["stale"] if each["stale"] else []
     flags += [] if each["trusted"] else ["not trusted"]
     flags += ["retired"] if each["retired"] else []
-    flags += ["revoked"] if each["revoked"] else []
+    flags += [f"revoked: {quoted(each['revoked'])}"] if each["revoked"] else []
     config = " ".join(f"{axis}={value}" for axis, value in each["config"].items())
     others = {name: _ms(time_ms) for name, time_ms in each["others"].items() if name != each["implementation"]}
     times = {each["implementation"]: winner_ms, **({} if each["status"] == "default" else {"default": default_ms})}
