@@ -168,8 +168,7 @@ def _any_record(target: str) -> bool:
     from tilebook.registry.filereader import FileReader
 
     with FileReader.open(Path(target)) as source:
-        kinds = source.each_verdict(), source.each_trial(), iter(source.revocations())
-        return any(next(each, None) is not None for each in kinds)
+        return not source.empty()
 
 
 def _whole(target: str, stream: TextIO) -> tuple[int, list[str]]:

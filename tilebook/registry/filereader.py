@@ -121,6 +121,11 @@ class FileReader:
         intact = [revocation for _, revocation in found if revocation is not None]
         return sorted(intact, key=lambda each: (each.created_at, each.scope))
 
+    def empty(self) -> bool:
+        """Has it neither verdicts nor trials nor revocations?"""
+        tables = ("verdict", "trial", *(("revocation",) if self.schema > 1 else ()))
+        return not any(list(self.rows(f"SELECT 1 FROM {table} LIMIT 1", ())) for table in tables)
+
     def each_verdict(
         self,
         op: str | None = None,
