@@ -11,7 +11,6 @@ whether all that writers had stored is there. No GPU needed.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -23,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "registry"))
 
+from here import tell
 from registry_samples import H200, problem, trial, verdict
 
 from tilebook.registry import Miss, Registry, serving
@@ -122,10 +122,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     report = run(given.writers, given.readers, given.seconds)
-    text = json.dumps(report, indent=1)
-    print(text)
-    if given.out is not None:
-        given.out.write_text(text + "\n")
+    tell(report, given.out)
     return 1 if report["errors"] or report["damaged"] or report["trials_there"] < report["trials_stored"] else 0
 
 

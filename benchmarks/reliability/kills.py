@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import random
 import signal
@@ -25,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "registry"))
 
+from here import tell
 from old_registry import make_old, old_verdicts
 from registry_samples import problem, trial, verdict
 
@@ -139,10 +139,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     report = run(given.kills, given.migrations, given.seed)
-    text = json.dumps(report, indent=1)
-    print(text)
-    if given.out is not None:
-        given.out.write_text(text + "\n")
+    tell(report, given.out)
     return 1 if report["faults"] else 0
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
+from here import tell
 
 from tilebook.registry import Failure, Revocation, Status, Trial
 from tilebook.registry.codec import verdict_from
@@ -349,10 +350,7 @@ def main() -> int:
         "refusals": dict(outcome.refusals.most_common(40)), "slowest_s": outcome.slowest,
         "memory_grown_mib": outcome.grown >> 20,
     }  # fmt: skip
-    text = json.dumps(report, indent=1)
-    print(text)
-    if given.out is not None:
-        given.out.write_text(text + "\n")
+    tell(report, given.out)
     return 1 if outcome.faults else 0
 
 

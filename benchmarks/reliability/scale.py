@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import random
 import sqlite3
 import subprocess
@@ -25,6 +24,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from here import environment
 
 OPS = (
     ("attention_fwd", "attention"),
@@ -323,22 +324,6 @@ def fresh(task: str, *arguments: object) -> Any:
     return found
 
 
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    model = next(
-        (row.split(":")[1].strip() for row in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in row), ""
-    )
-    return {
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        "sqlite": sqlite3.sqlite_version,
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-    }
-
-
 def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     first, second, third = folder / "first.jsonl", folder / "second.jsonl", folder / "third.jsonl"
     began = time.perf_counter()
@@ -374,11 +359,11 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="import the export and export that, to compare the bytes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    here = environment()
+    around = environment()
     with tempfile.TemporaryDirectory(prefix="tb-scale-") as folder:
         found = measured(Path(folder), options)
     given = {name: getattr(options, name) for name in ("verdicts", "gpus", "finalists", "samples")}
-    report = {"benchmark": "registry scale", "environment": here, "registry": given, "results": found}
+    report = {"benchmark": "registry scale", "environment": around, "registry": given, "results": found}
     print(json.dumps(report, indent=1))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
