@@ -179,17 +179,14 @@ def canonical(value: Any) -> str:
 
 
 def importing(registry: str, file: str) -> dict[str, Any]:
-    from tilebook import op as ops
-    from tilebook.cli.registry import _is_problem
+    from tilebook import inventory
+    from tilebook.cli.common import is_problem
     from tilebook.registry import Registry, load
 
-    allowed = {
-        name: frozenset(axis for each in op.implementations.values() if each.space for axis in each.space.axes)
-        for name, op in ops.ops().items()
-    }
+    allowed = inventory.axes()
     spent = Spent()
     with open(file) as stream, Registry.open(registry, write=True) as target:
-        report = load(target, stream, allowed=allowed, trust=True, is_problem=_is_problem)
+        report = load(target, stream, allowed=allowed, trust=True, is_problem=is_problem)
     assert not report.skipped, report.skipped[:3]
     return spent.on(report.verdicts + report.unchanged)
 
