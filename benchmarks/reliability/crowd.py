@@ -53,7 +53,7 @@ def _write(path: str, number: int, seconds: float, start: Any, results: Any) -> 
 def _read(path: str, number: int, seconds: float, start: Any, results: Any) -> None:
     from tilebook.dispatch.misses import store_misses
 
-    reads, ends, errors = [], [], []
+    reads, ends, errors, locked = [], [], [], 0
     missed = [Miss("rms_norm_fwd", problem(number), H200, 3, 0.5)]
     start.wait()
     until = time.monotonic() + seconds
@@ -62,8 +62,9 @@ def _read(path: str, number: int, seconds: float, start: Any, results: Any) -> N
         try:
             table = serving.read(H200.name, H200.arch, H200.sm_count, path)
             found = table.verdicts("rms_norm_fwd")
-            errors += [f"read: {each}" for each in table.problems if not table.locked]
-            del found
+            waited = [each for each in table.problems if "locked by another process" in each]
+            locked += bool(waited) or not found
+            errors += [f"read: {each}" for each in table.problems if each not in waited]
         except Exception as error:
             errors.append(f"read: {type(error).__name__}: {error}")
         reads.append(time.monotonic() - started)
@@ -72,7 +73,7 @@ def _read(path: str, number: int, seconds: float, start: Any, results: Any) -> N
             store_misses(missed)
             ends.append(time.monotonic() - started)
         time.sleep(0.01)
-    results.put({"reads": reads, "ends": ends, "errors": errors})
+    results.put({"reads": reads, "ends": ends, "errors": errors, "locked": locked})
 
 
 def run(writers: int, readers: int, seconds: float) -> dict[str, Any]:
@@ -100,6 +101,7 @@ def run(writers: int, readers: int, seconds: float) -> dict[str, Any]:
         "writers": writers, "readers": readers, "seconds": seconds, "cpus": os.cpu_count(),
         "errors": sorted({text for each in found for text in each["errors"]}), "damaged": damaged,
         "trials_stored": stored, "trials_there": there, "reads": len(reads), "read_ms": _figures(reads),
+        "reads_locked_out": sum(each.get("locked", 0) for each in found),
         "ends": len(ends), "end_ms": _figures(ends),
         "longest_write_s": max(each.get("longest_write_s", 0.0) for each in found),
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -20,8 +21,9 @@ import pytest
 from registry_samples import A100, H200, miss, predicted, problem, revocation, trial, verdict
 
 import tilebook.registry
-from tilebook.registry import Registry, RegistryError, serving, ship
+from tilebook.registry import Registry, RegistryError, serving, ship, sqlitefile
 from tilebook.registry.backend import connect_sqlite
+from tilebook.registry.target import sniff
 
 REPOSITORY = Path(tilebook.registry.__file__).parents[2]
 
@@ -433,3 +435,30 @@ def test_a_shipped_registry_opens_from_a_read_only_directory(public_folder: Path
         assert pipe.read().startswith("1 verdict; RegistryError: cannot open registry")
     public_folder.chmod(0o755)
     assert sorted(os.listdir(public_folder)) == ["registry.db", "shipped"]
+
+
+def test_a_journal_that_is_gone_when_it_is_looked_at_hides_no_registry(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Registry.open(path, write=True) as registry:
+        registry.record([trial()])
+    monkeypatch.setattr(os.path, "exists", lambda _: True)
+    assert sniff(path) is not None
+
+
+def test_a_journal_that_is_gone_when_it_is_copied_is_tried_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Registry.open(path, write=True) as registry:
+        registry.record([trial()])
+    copyfile, calls = shutil.copyfile, []
+
+    def copied(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 1:
+            raise FileNotFoundError(source)
+        copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copied)
+    folder = path.parent / "copies"
+    folder.mkdir()
+    assert sqlitefile._recovered(path, folder).read_bytes() == path.read_bytes()
+    assert len(calls) == 2

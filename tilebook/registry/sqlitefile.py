@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -97,11 +98,12 @@ def _recovered(path: Path, folder: Path) -> Path:
     copy = folder / path.name
     for _ in range(3):
         before = _state(path)
-        if before[1] is not None:
-            shutil.copyfile(_journal(path), _journal(copy))
-        shutil.copyfile(path, copy)
-        if _state(path) == before:
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if before[1] is not None:
+                shutil.copyfile(_journal(path), _journal(copy))
+            shutil.copyfile(path, copy)
+            if _state(path) == before:
+                break
         _journal(copy).unlink(missing_ok=True)
     else:
         raise Locked(f"registry {path} is being recovered by another process")

@@ -83,7 +83,7 @@ def sniff(path: Path) -> Header | None:
     try:
         # A FIFO would keep `open` waiting for somebody to write, and one in a journal's place SQLite itself.
         for name in (path, *(path.with_name(path.name + end) for end in ("-journal", "-wal"))):
-            if os.path.exists(name) and not os.path.isdir(name) and not stat.S_ISREG(os.stat(name).st_mode):
+            if _waits(name):
                 raise RegistryError(f"cannot read registry {path}: {quoted(str(name.name))} is not a regular file")
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
             head = file.read(100)
@@ -98,6 +98,15 @@ def sniff(path: Path) -> Header | None:
     if struct.unpack(">I", head[68:72]) != (APPLICATION_ID,):
         raise RegistryError(f"{path} is a SQLite database, but not a tilebook registry")
     return Header(version=struct.unpack(">I", head[60:64])[0], wal=2 in head[18:20])
+
+
+def _waits(path: Path) -> bool:
+    """Is it neither a file nor a folder, nor missing, as a journal is in the moment in which its writer ends?"""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def user_folder() -> Path:
