@@ -21,6 +21,8 @@ _MOST_LAYOUTS = 4096
 
 Layout = tuple[torch.Size, tuple[int, ...]]
 """A shape and its strides."""
+Promises = Callable[["Tensors", tuple[Any, ...]], tuple[Layout, ...]]
+"""Checks a call of tensors and options, and tells how its outputs are laid out."""
 
 
 def register(entry: Entry) -> tuple[Any, Any]:
@@ -29,13 +31,14 @@ def register(entry: Entry) -> tuple[Any, Any]:
     tensors = ", ".join(f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in entry.tensors)
     options = "".join(f", {option}" for option in entry.options)
     outs = ", ".join(f"Tensor {name}" for name in entry.outputs)
-    _define(f"{forward}({tensors}{options}) -> ({outs})", _forward(entry), _fake_forward(entry))
+    promises = _promises(entry)
+    _define(f"{forward}({tensors}{options}) -> ({outs})", _forward(entry, promises), _fake_forward(entry))
     torch.library.register_vmap(f"tilebook::{forward}", _batched(entry, forward, entry.tensors), lib=_library)
     if entry.backward is not None:
         kept = "".join(f", Tensor {entry.outputs[which]}" for which in entry.kept)
         inputs = f"Tensor dy, {tensors}{kept}{options}, bool[] needs"
         grads = ", ".join("Tensor" for _ in entry.tensors)
-        _define(f"{backward}({inputs}) -> ({grads})", _backward(entry), _fake_backward(entry))
+        _define(f"{backward}({inputs}) -> ({grads})", _backward(entry, promises), _fake_backward(entry))
         given = ("dy", *entry.tensors, *(entry.outputs[which] for which in entry.kept))
         torch.library.register_vmap(f"tilebook::{backward}", _batched(entry, backward, given), lib=_library)
         torch.library.register_autograd(
@@ -65,7 +68,7 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     torch.library.register_fake(f"tilebook::{name}", fake, lib=_library)
 
 
-def _promises(entry: Entry) -> Callable[[Tensors, tuple[Any, ...]], tuple[Layout, ...]]:
+def _promises(entry: Entry) -> Promises:
     """(tensors, options as the schema has them) → how the forward op's outputs are laid out. Checks the call.
 
     On a GPU, where no check looks at numbers, both are done once for each kind of call.
@@ -94,9 +97,7 @@ def _laid(made: torch.Tensor, shape: Sequence[int], strides: tuple[int, ...]) ->
     return torch.empty_strided(shape, strides, dtype=made.dtype, device=made.device).copy_(made)
 
 
-def _forward(entry: Entry) -> Callable[..., Any]:
-    promises = _promises(entry)
-
+def _forward(entry: Entry, promises: Promises) -> Callable[..., Any]:
     def run(*args: Any) -> tuple[torch.Tensor, ...]:
         count = len(entry.tensors)
         tensors, options = tuple(args[:count]), tuple(args[count:])
@@ -122,9 +123,7 @@ def _parts(entry: Entry, args: Sequence[Any]) -> tuple[torch.Tensor, Tensors, Te
     return dy, tensors, tuple(args[1 + count : 1 + count + kept]), tuple(rest[:-1]), rest[-1]
 
 
-def _backward(entry: Entry) -> Callable[..., Any]:
-    promises = _promises(entry)
-
+def _backward(entry: Entry, promises: Promises) -> Callable[..., Any]:
     def run(*args: Any) -> tuple[torch.Tensor, ...]:
         dy, tensors, kept, options, needs = _parts(entry, args)
         layouts = promises(tensors, options)

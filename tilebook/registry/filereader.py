@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import operator
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,15 +20,15 @@ from tilebook.errors import RegistryError
 from tilebook.registry import legacy, served, sqlitefile
 from tilebook.registry.checks import DAMAGE, quoted
 from tilebook.registry.codec import miss_from, revocation_from, trial_from, verdict_from
+from tilebook.registry.damage import Damage
 from tilebook.registry.readers import lost_revocation
 from tilebook.registry.records import Device, Miss, Revocation, Trial
 from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Target
 from tilebook.registry.verdict import Verdict
+from tilebook.registry.wanted import Wanted
 
 if TYPE_CHECKING:
     from tilebook.registry.store import Registry
-
-log = logging.getLogger("tilebook.registry")
 
 WAIT_S = 1.0
 """How long a reader waits for a writer's lock."""
@@ -41,16 +40,14 @@ _NONE: tuple[float, list[dict[str, Any] | None]] = (math.inf, [])
 _Record = TypeVar("_Record", Trial, Verdict, Miss, Revocation)
 
 
-class FileReader:
+class FileReader(Damage):
     """A SQLite registry, opened for reading: what `Registry` promises of its readers holds.
 
     It is one reading: all that is asked for until it is closed is of one state of the file.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, schema: int, cleanup: ExitStack) -> None:
-        self.label = str(path)
-        self.problems: list[str] = []
-        self.corrupt = 0
+        super().__init__(str(path))
         self.schema = schema
         self._path, self._connection, self._cleanup = path, connection, cleanup
 
@@ -69,7 +66,7 @@ class FileReader:
             damage = sqlitefile.damage(connection, place)
             reading = cls(path, connection, schema, opening.pop_all())
         if damage:
-            reading._problem(f"the file is damaged ({damage}); rows may be missing")
+            reading.note(f"the file is damaged ({damage}); rows may be missing")
         return reading
 
     def __enter__(self) -> Self:
@@ -90,8 +87,8 @@ class FileReader:
         gpu: str | None = None,
     ) -> list[Verdict]:
         """Those that match, in the order of their keys. gpu: a part of the GPU's name, in capitals or not."""
-        found = self._intact(record for _, record in self.each_verdict(op, problem, device, kernel, gpu))
-        return sorted(found, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
+        found = self.intact(record for _, record in self.each_verdict(op, problem, device, kernel, gpu))
+        return sorted(found, key=lambda verdict: verdict.place)
 
     def trials(
         self,
@@ -102,11 +99,11 @@ class FileReader:
         gpu: str | None = None,
     ) -> list[Trial]:
         """Those that match, oldest first."""
-        return self._intact(record for _, record in self.each_trial(op, device, origin, gpu))
+        return self.intact(record for _, record in self.each_trial(op, device, origin, gpu))
 
     def misses(self, *, device: Device | None = None) -> list[Miss]:
         """The ledger, heaviest first: calls times the GPU time of a call."""
-        found = self._intact(record for _, record in self.each_miss(device))
+        found = self.intact(record for _, record in self.each_miss(device))
         return sorted(found, key=lambda miss: (-miss.calls * miss.time_ms, miss.op, miss.problem, miss.device.name))
 
     def revocations(self) -> list[Revocation]:
@@ -117,7 +114,7 @@ class FileReader:
         lost = [scope for scope, revocation in found if revocation is None]
         self.corrupt = len(lost)
         for scope in lost:
-            self._problem(lost_revocation(scope))
+            self.note(lost_revocation(scope))
         intact = [revocation for _, revocation in found if revocation is not None]
         return sorted(intact, key=lambda each: (each.created_at, each.scope))
 
@@ -136,9 +133,10 @@ class FileReader:
     ) -> Iterator[tuple[int, Verdict | None]]:
         """The rows that match one by one, with their ids; None for one that is damaged, or a finalist of which is."""
         if self.schema < 3:
+            wanted = Wanted(op, problem, device, kernel, gpu)
             for number, row in enumerate(self.rows(legacy.ROWS, ()), start=1):
                 verdict = legacy.verdict_or_none(row)
-                if verdict is None or _matches(verdict, op, problem, device, kernel, gpu):
+                if verdict is None or wanted.has(verdict):
                     yield number, verdict
             return
         where, values = where_clause("v", op, problem, device, kernel, gpu=gpu)
@@ -189,22 +187,6 @@ class FileReader:
         """The rows of a query, which are those of a stranger's tables. Raises RegistryError."""
         with sqlitefile.explained(self._path):
             yield from self._connection.execute(query, values)
-
-    def _intact(self, found: Iterable[_Record | None]) -> list[_Record]:
-        records = list(found)
-        intact = [record for record in records if record is not None]
-        self.count_lost(len(records) - len(intact))
-        return intact
-
-    def count_lost(self, lost: int) -> None:
-        """Says that so many rows were left out: for who reads them one by one."""
-        self.corrupt = lost
-        if lost:
-            self._problem(f"left out {lost} damaged rows")
-
-    def _problem(self, text: str) -> None:
-        self.problems.append(f"registry {self.label}: {text}")
-        log.warning("%s", self.problems[-1])
 
 
 def reader(target: str) -> FileReader | Registry:
@@ -279,13 +261,6 @@ def where_clause(
         given.append(("instr(lower(d.name), ?)", [gpu.lower()]))
     clause = " AND ".join(condition for condition, _ in given)
     return f"WHERE {clause}" if given else "", [value for _, values in given for value in values]
-
-
-def _matches(
-    verdict: Verdict, op: str | None, problem: str | None, device: Device | None, kernel: str | None, gpu: str | None
-) -> bool:
-    same = op in (None, verdict.op) and problem in (None, verdict.problem) and kernel in (None, verdict.kernel)
-    return same and device in (None, verdict.device) and (not gpu or gpu.lower() in verdict.device.name.lower())
 
 
 def _keys(op: Any, problem: Any, name: Any, arch: Any, sms: Any, versions: Any, of: Any, digest: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from sqlalchemy.orm import Session, contains_eager, selectinload
 from tilebook.errors import RegistryError
 from tilebook.registry import backend, legacy, reading, schema, shipped
 from tilebook.registry.backend import explained
+from tilebook.registry.damage import Damage
 from tilebook.registry.lookup import Execute
 from tilebook.registry.merging import Choice, Merged, Rule, pour
 from tilebook.registry.models import (
@@ -41,7 +41,6 @@ from tilebook.registry.wanted import Wanted
 ANY = Wanted()
 _RETRY_S = 0.5
 
-log = logging.getLogger("tilebook.registry")
 
 _Row = TypeVar("_Row", TrialRow, VerdictRow, MissRow)
 _Record = TypeVar("_Record", Trial, Verdict, Miss)
@@ -56,7 +55,7 @@ def local_rule(existing: Verdict, new: Verdict) -> Choice:
     return Choice(True, "newer")
 
 
-class Registry:
+class Registry(Damage):
     """One layer of the registry: one SQLite file or PostgreSQL database.
 
     Guarantees, on both backends:
@@ -89,18 +88,16 @@ class Registry:
         cleanup: ExitStack | None = None,
         wait_s: float | None = None,
     ) -> None:
+        super().__init__(target.label)
         self._target = target
         self._engine: Engine | None = engine
         self.target = raw
-        self.label = target.label
         self.writable = writable
         self._patient = writable and wait_s is None and target.path is None
-        self.corrupt = 0
-        self.problems: list[str] = []
         self._cleanup = weakref.finalize(self, (cleanup or ExitStack()).close)
         self.schema = SCHEMA_VERSION if found is None else found.version
         if found is not None and found.damage:
-            self._problem(f"the file is damaged ({found.damage}); rows may be missing")
+            self.note(f"the file is damaged ({found.damage}); rows may be missing")
 
     @classmethod
     def open(
@@ -243,7 +240,7 @@ class Registry:
                     lost += 1
                 else:
                     yield each
-        self._count_lost(lost)
+        self.count_lost(lost)
 
     def each_trial(self) -> Iterator[Trial]:
         """All trials, by op, problem and time; few are in memory at once. Else as `each_verdict`."""
@@ -259,7 +256,7 @@ class Registry:
                     lost += 1
                 else:
                     yield trial
-        self._count_lost(lost)
+        self.count_lost(lost)
 
     def revocations(self) -> list[Revocation]:
         """All of them, oldest first; the untrusted ones too."""
@@ -272,7 +269,7 @@ class Registry:
         lost = [scope for scope, revocation in found if revocation is None]
         self.corrupt = len(lost)
         for scope in lost:
-            self._problem(lost_revocation(scope))
+            self.note(lost_revocation(scope))
         intact = [revocation for _, revocation in found if revocation is not None]
         return sorted(intact, key=lambda revocation: (revocation.created_at, revocation.scope))
 
@@ -307,7 +304,8 @@ class Registry:
     @contextmanager
     def transaction(self) -> Iterator[Session]:
         """One transaction of today's schema, for `maintenance`; it may write where the registry is open for writing."""
-        with self._write() if self.writable else self._session() as session:
+        with self._session() as session:
+            # A newer tilebook may have upgraded the schema since this one opened it.
             schema.check(schema.version(session.connection()), self._target)
             yield session
 
@@ -336,35 +334,20 @@ class Registry:
     def _write(self) -> Iterator[Session]:
         if not self.writable:
             raise RegistryError(f"registry {self.label} is open for reading only")
-        with self._session() as session:
-            # A newer tilebook may have upgraded the schema since this one opened it.
-            schema.check(schema.version(session.connection()), self._target)
+        with self.transaction() as session:
             yield session
 
     def _old_verdicts(self, wanted: Wanted) -> list[Verdict]:
         """Those of a registry that has the schema of before, which only a writer may upgrade."""
         with self._session() as session:
             rows = session.execute(text(legacy.ROWS)).all()
-        found = [legacy.verdict_or_none(row) for row in rows]
-        intact = [verdict for verdict in found if verdict is not None]
-        self._count_lost(len(found) - len(intact))
-        return sorted(filter(wanted.has, intact), key=lambda each: each.place)
+        found = self.intact(map(legacy.verdict_or_none, rows))
+        return sorted(filter(wanted.has, found), key=lambda each: each.place)
 
     def _read(self, query: Select[_Row], decode: Callable[[_Row], _Record | None]) -> list[_Record]:
         with self._session() as session:
             found = [decode(row) for row in session.execute(query).scalars()]
-        intact = [record for record in found if record is not None]
-        self._count_lost(len(found) - len(intact))
-        return intact
-
-    def _count_lost(self, lost: int) -> None:
-        self.corrupt = lost
-        if lost:
-            self._problem(f"left out {lost} damaged rows")
-
-    def _problem(self, text: str) -> None:
-        self.problems.append(f"registry {self.label}: {text}")
-        log.warning("%s", self.problems[-1])
+        return self.intact(found)
 
 
 def _select(
