@@ -9,6 +9,8 @@ import tilebook
 from tilebook import device as devices
 from tilebook import dispatch, traced
 from tilebook import op as ops
+from tilebook.kernels.attention.entry import ATTENTION
+from tilebook.kernels.attention.form import CAUSAL
 from tilebook.registry import Device, Environment, Registry, VerdictStatus
 
 GPU = devices.find("H200")
@@ -37,9 +39,9 @@ def measured(tmp_path, monkeypatch):
     dispatch.reload()
 
 
-def _verdict(name, theirs):
+def _verdict(name, theirs, label=LABEL):
     op = ops.get(name)
-    problem = op.problem.parse(LABEL, "bf16")
+    problem = op.problem.parse(label, "bf16")
     config = dict(op.tunable.space.default(problem, GPU))
     listed = [{"implementation": "triton", "config": config, "time_ms": 1.0}]
     if theirs is not None:
@@ -68,6 +70,72 @@ def test_a_verdict_of_another_problem_is_no_evidence(measured, shape):
     measured({"rms_norm_fwd": 1.3})
     call = traced.described(torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape[-1]), 1e-6)
     assert not traced.ahead("norms", NAMES[:1], call, CUDA)
+
+
+@pytest.fixture
+def attention_measured(measured, tmp_path):
+    """Makes the registry of an H200 in which ours are ahead, by op and label."""
+
+    def made(*verdicts):
+        with Registry.open(tmp_path / "registry.db", write=True) as registry:
+            registry.merge((), [_verdict(name, None, label) for name, label in verdicts], ())
+        dispatch.reload()
+
+    return made
+
+
+LONG, SHORT = "B4,H16,S2048,D128,causal", "B8,H6,S196,D64,causal"
+QKV = {LONG: [(4, 16, 2048, 128)] * 3, SHORT: [(8, 6, 196, 64)] * 3}
+
+
+def _attend(**options):
+    return lambda q, k, v: tilebook.attention(q, k, v, causal=True, **options)
+
+
+def _ours(graph):
+    return any("tilebook.attention_fwd" in each for each in graph)
+
+
+@pytest.mark.parametrize(("label", "ours"), [(LONG, True), (SHORT, False)])
+def test_compiled_attention_is_ours_where_a_verdict_has_it_ahead_and_the_gpu_has_more_to_do_than_the_host(
+    attention_measured, label, ours
+):
+    attention_measured(("attention_fwd", label))
+    (graph,) = _graph_of(_attend(), *QKV[label])
+    assert _ours(graph) == ours
+    assert any("scaled_dot_product_attention" in each for each in graph) != ours
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}])
+def test_compiled_attention_is_pytorchs_function_where_no_verdict_has_ours_ahead(attention_measured, options):
+    attention_measured(("attention_fwd", "B4,H16,S2048,D64,causal"))
+    (graph,) = _graph_of(_attend(**options), *QKV[LONG])
+    assert not _ours(graph)
+
+
+@pytest.mark.parametrize("options", [{"window": (64, 0)}, {"return_lse": True}, {"deterministic": True}])
+def test_compiled_attention_that_pytorch_has_no_kernel_for_is_ours(attention_measured, options):
+    attention_measured()
+    function = _attend(**options)
+    (graph,) = _graph_of(
+        lambda q, k, v: function(q, k, v)[0] if "return_lse" in options else function(q, k, v), *QKV[SHORT]
+    )
+    assert _ours(graph)
+
+
+def test_compiled_attention_of_any_length_is_the_op_which_looks_when_it_runs(attention_measured):
+    attention_measured(("attention_fwd", LONG))
+    (graph,) = _graph_of(_attend(), *QKV[LONG], dynamic=True)
+    assert _ours(graph)
+
+
+def test_attention_whose_gradients_alone_are_ours_is_pytorchs_where_it_is_not_trained(attention_measured):
+    attention_measured(("attention_bwd", LONG))
+    tensors = *(torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in QKV[LONG]), None, None, None
+    call, options = traced.described(*tensors), ATTENTION.pack((CAUSAL, 0.1))
+    assert traced.left("attention", call, options, False, CUDA, False)
+    assert not traced.left("attention", call, options, True, CUDA, False)
+    assert traced.left("attention", call, options, True, CUDA, True)
 
 
 def _graph_of(function, *tensors, dynamic=None):

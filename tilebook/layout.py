@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_VECTOR = 16
+VECTOR = 16
 """Bytes that kernels load at once: where tensors start, and what their steps are multiples of."""
 
 
@@ -15,11 +15,11 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 def fits(x: torch.Tensor) -> bool:
     """Does a tensor start at whole vectors and step by them, or lie in one piece? It must have an address."""
-    if x.data_ptr() % _VECTOR:
+    if x.data_ptr() % VECTOR:
         return False
     last, unit = x.ndim - 1, x.itemsize
     whole = all(
-        step == 1 if axis == last else step > 0 and step * unit % _VECTOR == 0
+        step == 1 if axis == last else step > 0 and step * unit % VECTOR == 0
         for axis, (step, n) in enumerate(zip(x.stride(), x.shape, strict=True))
         if n > 1
     )

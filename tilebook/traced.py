@@ -1,6 +1,7 @@
-"""What a program under `torch.compile` runs of ours: an op, where it was measured to beat what the compiler makes.
+"""What a program under `torch.compile` runs of ours: an op, where it was measured to beat what would run without it.
 
-All else is traced as PyTorch's own functions, which the compiler fuses with what is around them.
+All else is traced as PyTorch's own functions, which the compiler fuses with what is around them, and which cost the
+host less than an op in Python.
 """
 
 from __future__ import annotations
@@ -59,6 +60,25 @@ def ahead(family: str, names: tuple[str, ...], args: tuple[Any, ...], device: to
     )
 
 
-# Runs while a call is traced, and what it finds is a constant of the graph, as `torch.compiler.assume_constant_result`
-# has it, which would load the compiler.
+def left(
+    family: str, args: tuple[Any, ...], options: tuple[Any, ...], trained: bool, device: torch.device, bounded: bool
+) -> bool:
+    """Is a call of the family PyTorch's own to serve, with the gradients that will be wanted?
+
+    args, options: of its op, the tensors `described`. bounded: the host takes as long for the call as the GPU.
+    """
+    if device.type != "cuda" or not _gpu():
+        return False
+    entry = importlib.import_module(f"tilebook.kernels.{family}.entry")
+    meta = tuple(None if each is None else torch.empty(each[0], dtype=each[1], device="meta") for each in args)
+    op, problem = entry.posed(meta, options)
+    if bounded and op.fused(problem):
+        return True
+    choice = dispatch.choose(op, problem, device)
+    return bool(choice.native and (not trained or dispatch.backward_of(choice).native))
+
+
+# They run while a call is traced, and what they find is a constant of the graph, as
+# `torch.compiler.assume_constant_result` has it, which would load the compiler.
 ahead._dynamo_marked_constant = True  # type: ignore[attr-defined]
+left._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ import fake_efficient
 import fake_flash
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 import tilebook
 from tilebook import device as devices
@@ -11,6 +12,7 @@ from tilebook import dispatch, inductor
 from tilebook.kernels.attention.form import CAUSAL, PLAIN, form, limits
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.peers import efficient, flex, torch_flash
+from tilebook.kernels.attention.peers import torch as own
 from tilebook.tuner.judge.verify import Case, verify
 
 FORWARD, BACKWARD = attention_fwd.problem, attention_bwd.problem
@@ -103,6 +105,16 @@ def test_biases_masks_and_log_sum_exps_reach_the_memory_efficient_kernels_as_the
             verify(implementation, None, [Case.make(op, problem, "cpu", 0)])
             judged += 1
     assert judged >= 15
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_pytorchs_own_call_is_made_of_the_kernels_that_it_picks(aten, monkeypatch, op, dtype):
+    """Not by composing what they give beside the result, the log-sum-exp, once more."""
+    monkeypatch.setattr(own, "_backend", lambda *_: SDPBackend.EFFICIENT_ATTENTION)
+    monkeypatch.setattr(own.eager, "log_sum_exp", None)
+    problem = op.problem.parse("B2,H4,Hkv2,S33,D32,causal", dtype)
+    verify(op.implementations["torch"], None, [Case.make(op, problem, "cpu", 0)])
 
 
 @pytest.mark.parametrize("mask", ["bool", "float"])

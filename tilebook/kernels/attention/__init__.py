@@ -12,12 +12,13 @@ from tilebook.call import left_whole, recorded, tf32_allowed, way
 from tilebook.casting import autocast
 from tilebook.kernels.attention.check import Causal, check, checked_form, multiplier, numbers, together
 from tilebook.kernels.attention.drop_in import BOUNDS, kind, scaled_dot_product_attention
-from tilebook.kernels.attention.entry import ATTENTION, arguments, registered
+from tilebook.kernels.attention.entry import ATTENTION, arguments, posed, registered
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.pytorch import log_sum_exp, plain
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import aligned, rows
 from tilebook.left import again, keep, known, recall, unsettled
+from tilebook.traced import described, left
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -138,8 +139,11 @@ def attention(
             return _plain(tensors, (form, scale), factor, return_lse)
         tensors = (rows(q), rows(k), rows(v), *extras)
         if found_way == "op":
-            if ATTENTION.left_to_pytorch(lambda: _problem(tensors, options), tensors):
-                return _plain(tensors, (form, scale), factor, return_lse)
+            packed = ATTENTION.pack(options)
+            if not return_lse and (
+                _left(tensors, packed) or ATTENTION.left_to_pytorch(lambda: posed(tensors, packed), tensors)
+            ):
+                return plain(tensors, (form, scale))
             o, lse = ATTENTION.through(tensors, options)
             return (o, lse) if return_lse else o
         choice = dispatch.lookup(registered()[0], arguments(tensors, options))
@@ -159,9 +163,16 @@ def _plain(tensors: tuple[Any, ...], options: tuple[Any, Any], factor: float, re
     return (o, log_sum_exp(tensors, (options[0], factor))) if return_lse else o
 
 
-def _problem(tensors: tuple[Any, ...], options: tuple[Any, float]) -> tuple[Any, Any]:
-    op = registered()[0]
-    return op, op.problem.of(*arguments(tensors, options))
+def _left(tensors: tuple[Any, ...], packed: tuple[Any, ...]) -> bool:
+    """Is a call that is being traced PyTorch's own to serve? A call of no known size is the op's, which looks then."""
+    if not torch.compiler.is_compiling():
+        return False
+    q, k, *_ = tensors
+    found, trained = described(*tensors), recorded(tensors)
+    if found is None or dispatch.forced():
+        return False
+    bounded = q.numel() * k.shape[2] <= BOUNDS[trained]
+    return left("attention", found, packed, trained, q.device, bounded)
 
 
 def _four(bias: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,12 @@ def arguments(tensors: Tensors, options: Options) -> tuple[Any, ...]:
     return (q, k, v, *options, *[x for x in extras if x is not None])
 
 
+def posed(tensors: Tensors, packed: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The forward op, and the problem that a call of it is; options as the schema has them."""
+    op = registered()[0]
+    return op, op.problem.of(*arguments(tensors, _unpack(tensors, packed)))
+
+
 def _check(tensors: Tensors, options: Any) -> None:
     q, k, v, bias, slopes, seed = tensors
     assert q is not None

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from tilebook.device import Device
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
-from tilebook.layout import aligned
+from tilebook.layout import VECTOR, aligned
 
 _aten = torch.ops.aten
+
+_NO_DROPOUT = -0.0
+"""Up to version 2.11 PyTorch keeps cuDNN's graphs of the backward pass by the layouts of q, k and v alone, and repeats
+one for gradients that lie otherwise, which gives wrong numbers. This zero is no dropout either, but has graphs of its
+own: those of `backward`, whose o and do always lie as q does."""
 
 
 def available(device: Device) -> bool:
@@ -38,6 +45,23 @@ def forward(
     return o, lse.view(q.shape[:-1])
 
 
+@functools.lru_cache(4096)
+def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Of what cuDNN's forward pass makes of a q with these strides: the same order of axes, without gaps."""
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+
+
+def _as_made(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """`x`, laid out as the forward pass lays out o."""
+    strides, given = _strides(q.shape, q.stride()), x.stride()
+    if not x.data_ptr() % VECTOR:
+        if given == strides:
+            return x
+        if all(a == b or n == 1 for a, b, n in zip(given, strides, x.shape, strict=True)):
+            return x.as_strided(x.shape, strides)
+    return torch.empty_strided(q.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
 def backward(
     do: torch.Tensor,
     q: torch.Tensor,
@@ -50,7 +74,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # not read: there is no dropout
     lengths = q.shape[2], k.shape[2]
-    do, q, k, v, o = (aligned(x) for x in (do, q, k, v, o))
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    do, o = _as_made(do, q), _as_made(o, q)
     lse = lse.contiguous()[..., None]
     dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
         do,
@@ -65,7 +90,7 @@ def backward(
         None,
         None,
         *lengths,
-        0.0,
+        _NO_DROPOUT,
         form.causal,
         scale=scale,
     )

@@ -12,7 +12,7 @@ from tilebook.call import tf32_allowed
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
-from tilebook.kernels.attention.peers import cudnn
+from tilebook.kernels.attention.peers import cudnn, efficient
 from tilebook.kernels.attention.peers.heads import repeat_heads, sum_heads
 from tilebook.kernels.attention.pytorch import sdpa
 from tilebook.layout import aligned
@@ -55,6 +55,8 @@ def forward(
     backend = _backend(q, k, v, form, scale)
     if backend == SDPBackend.CUDNN_ATTENTION:
         return cudnn.forward(q, k, v, form, scale)
+    if backend == SDPBackend.EFFICIENT_ATTENTION:
+        return efficient.forward(q, k, v, form, scale)
     if backend != SDPBackend.FLASH_ATTENTION or q.shape[-1] % 8:
         o = sdpa(q, k, v, form.causal, scale)
         return o, eager.log_sum_exp(q.float(), k.float(), form, scale)
@@ -84,6 +86,8 @@ def backward(
     backend = _backend(q, k, v, form, scale)
     if backend == SDPBackend.CUDNN_ATTENTION:
         return cudnn.backward(do, q, k, v, o, lse, form, scale)
+    if backend == SDPBackend.EFFICIENT_ATTENTION:
+        return efficient.backward(do, q, k, v, o, lse, form, scale)  # type: ignore[return-value]
     if backend != SDPBackend.FLASH_ATTENTION or q.shape[-1] % 8:
         with recording():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
