@@ -1,6 +1,5 @@
 """Programs that only a GPU runs: what is served compiled, under determinism, on streams, in more than 2³¹ elements."""
 
-import functools
 import importlib
 import pkgutil
 
@@ -61,9 +60,8 @@ def _measured(name):
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_()
 
     if name == "attention":  # long enough that the host does not bound it
-        shape = 8, 16, 2048, 128
-        causal = functools.partial(tilebook.attention, causal=True), functools.partial(SDPA, is_causal=True)
-        return tuple(rand(*shape) for _ in range(3)), *causal
+        inputs = tuple(rand(8, 16, 2048, 128) for _ in range(3))
+        return inputs, lambda *qkv: tilebook.attention(*qkv, causal=True), lambda *qkv: SDPA(*qkv, is_causal=True)
     if name == "mlp":
         inputs = rand(1568, 384), rand(1152, 384), rand(1152), rand(384, 1152), rand(384)
         return inputs, tilebook.mlp, FAMILIES["mlp"].plain
