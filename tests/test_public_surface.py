@@ -24,13 +24,15 @@ def program(text):
 
 def test_the_package_offers_what_its_families_export():
     families = [family.name for family in pkgutil.iter_modules(kernels.__path__)]
-    exported = {
-        name: family for family in families for name in importlib.import_module(f"tilebook.kernels.{family}").__all__
+    modules = {
+        f"kernels.{family}": importlib.import_module(f"tilebook.kernels.{family}").__all__ for family in families
     }
-    assert exported == tilebook._FAMILY
+    modules["enabling"] = ["disable", "enable", "enabled", "status"]
+    exported = {name: module for module, names in modules.items() for name in names}
+    assert exported == tilebook._MODULE
     assert sorted(exported) == tilebook.__all__
-    for name, family in exported.items():
-        assert getattr(tilebook, name) is getattr(importlib.import_module(f"tilebook.kernels.{family}"), name)
+    for name, module in exported.items():
+        assert getattr(tilebook, name) is getattr(importlib.import_module(f"tilebook.{module}"), name)
     assert set(exported) <= set(dir(tilebook))
 
 

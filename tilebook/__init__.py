@@ -1,6 +1,7 @@
 """Finds the fastest correct way to run attention and an MLP on this GPU, writes it down, and uses it.
 
-The public functions are those of the kernel families (`tilebook.attention`, `tilebook.mlp`, …).
+The public functions are those of the kernel families (`tilebook.attention`, `tilebook.mlp`, …), and those that put them
+into the places of PyTorch's (`tilebook.enable`, …).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tilebook.enabling import disable, enable, enabled, status
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.decode import attention_decode
     from tilebook.kernels.mlp import mlp
@@ -19,31 +21,39 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "disable",
+    "enable",
+    "enabled",
     "layer_norm",
     "mlp",
     "rms_norm",
     "scaled_dot_product_attention",
+    "status",
 ]
 
 __version__ = "0.1.0"
 
-_FAMILY = {
-    "attention": "attention",
-    "attention_decode": "decode",
-    "attention_varlen": "varlen",
-    "layer_norm": "norms",
-    "mlp": "mlp",
-    "rms_norm": "norms",
-    "scaled_dot_product_attention": "attention",
+_MODULE = {
+    "attention": "kernels.attention",
+    "attention_decode": "kernels.decode",
+    "attention_varlen": "kernels.varlen",
+    "disable": "enabling",
+    "enable": "enabling",
+    "enabled": "enabling",
+    "layer_norm": "kernels.norms",
+    "mlp": "kernels.mlp",
+    "rms_norm": "kernels.norms",
+    "scaled_dot_product_attention": "kernels.attention",
+    "status": "enabling",
 }
-"""Public function → the kernel family whose `__all__` has it. A family is imported when it is first asked for."""
+"""Public function → the module that has it, which is imported when it is first asked for."""
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
     def __getattr__(name: str) -> Any:
-        if name not in _FAMILY:
+        if name not in _MODULE:
             raise AttributeError(f"module 'tilebook' has no attribute {name!r}")
-        found = globals()[name] = getattr(importlib.import_module(f"tilebook.kernels.{_FAMILY[name]}"), name)
+        found = globals()[name] = getattr(importlib.import_module(f"tilebook.{_MODULE[name]}"), name)
         return found
 
 

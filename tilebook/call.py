@@ -8,6 +8,7 @@ gradients, without the dispatcher's cost.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,9 +24,16 @@ from tilebook.left import ORDINARY
 Tensors = tuple[torch.Tensor | None, ...]
 Way = Literal["direct", "op", "pytorch"]
 
+_DISABLED = os.environ.get("TILEBOOK_DISABLE", "") not in ("", "0")
+
 _functorch: Any = torch._C._functorch
 _profiler: Any = torch.autograd.profiler
 _saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def disabled() -> bool:
+    """Does `TILEBOOK_DISABLE=1` in the environment ask for plain PyTorch?"""
+    return _DISABLED
 
 
 def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) -> Way:
@@ -34,19 +42,19 @@ def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) ->
     direct:  past the dispatcher. For CUDA tensors of PyTorch's own classes that are what their memory holds (a lazy
              negation is not), outside every mode, transform and trace.
     op:      as an op of PyTorch's, which knows what to do with all the rest.
-    pytorch: as PyTorch's own functions: on the CPU, and where an op of ours would lose something, as a forward-mode
-             derivative, a derivative by `torch.func`, or a node of a script's graph.
+    pytorch: as PyTorch's own functions: on the CPU, where the environment disables ours, and where an op of ours would
+             lose something, as a forward-mode derivative, a derivative by `torch.func`, or a node of a script's graph.
     """
     first: Any = tensors[0]
     if torch.compiler.is_compiling():
-        return "op" if first.is_cuda or dispatch.forced() else "pytorch"
+        return "op" if (first.is_cuda and not _DISABLED) or dispatch.forced() else "pytorch"
     ordinary = True
     for each in (*tensors, *[x for x in optional if x is not None]):
         if type(each) not in ORDINARY or each.is_neg():
             if not isinstance(each, torch.Tensor):
                 raise ValueError(f"expected a tensor, not {type(each).__name__}")
             ordinary = False
-    if not (first.is_cuda or dispatch.forced()):
+    if not ((first.is_cuda and not _DISABLED) or dispatch.forced()):
         return "pytorch"
     if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return "pytorch"

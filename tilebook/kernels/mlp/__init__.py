@@ -12,11 +12,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
 from tilebook.call import left_whole, recorded, way
-from tilebook.casting import autocast
+from tilebook.casting import autocast, autocast_dtype
 from tilebook.kernels.mlp.check import check
 from tilebook.kernels.mlp.entry import MLP, registered
 from tilebook.kernels.mlp.form import ACTIVATIONS
-from tilebook.kernels.mlp.pytorch import plain
+from tilebook.kernels.mlp.pytorch import BOUNDS, plain
 from tilebook.layout import rows
 from tilebook.left import ORDINARY, again, keep, known, recall, unsettled
 from tilebook.traced import ahead, described
@@ -59,11 +59,11 @@ def mlp(
     given: tuple[Any, ...] = x, w1, b1, w2, b2
     own = None
     if b1 is not None and b2 is not None and type(x) in ORDINARY and type(activation) is str:
-        near = "mlp", x.shape, activation
+        near = "mlp", x.shape, activation, autocast_dtype(x)
         if again(near, *given):
             return plain(given, (activation,))
         if all(type(each) in ORDINARY for each in given):
-            own = ("mlp", x.dtype, activation, *[each.shape for each in given], *[each.dtype for each in given[1:]])
+            own = (near, *[each.shape for each in given[1:]], *[each.dtype for each in given])
             if recall(own, near, *given):
                 return plain(given, (activation,))
     if has_torch_function(given):
@@ -94,8 +94,8 @@ def mlp(
         if route == "op":
             return _shaped(MLP.through(tensors, options)[0], x)
         choice = dispatch.lookup(registered()[0], (*tensors[:3], *options), args)
-    if own is not None and x.dtype == own[1] and choice.native and unsettled(own, choice):
-        keep(own, known(choice, 1.0, (0.0, 0.0)))
+    if own is not None and unsettled(own, choice):
+        keep(own, known(choice, flat.shape[0] * w1.numel(), BOUNDS))
     if left_whole(choice, tensors):
         choice.calls += 1
         return plain((x, w1, b1, w2, b2), options)

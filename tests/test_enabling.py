@@ -1,0 +1,266 @@
+"""Models as they are on tilebook: what is put in PyTorch's places, when, and that it comes out again."""
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tilebook
+from tilebook import autoload, enabling
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("scaled_dot_product_attention", "layer_norm", "rms_norm")
+PYTORCHS = {name: getattr(F, name) for name in NAMES}
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    yield
+    enabling._state.change(whole=False, blocks=-enabling._state.blocks)
+    for name, function in PYTORCHS.items():
+        setattr(F, name, function)
+
+
+def there():
+    return {name: getattr(F, name) for name in NAMES}
+
+
+def program(text, **environment):
+    """Runs a program in a process of its own; returns what it prints and what it complains of."""
+    given = {name: value for name, value in os.environ.items() if not name.startswith("TILEBOOK")}
+    command = [sys.executable, "-c", text]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env={**given, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+SEEN = """
+import sys
+import torch
+print(torch.nn.functional.layer_norm.__module__, "tilebook.enabling" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "torch.nn.functional False"),
+        ({"TILEBOOK": "0"}, "torch.nn.functional False"),
+        ({"TILEBOOK": "1"}, "tilebook.enabling True"),
+        ({"TILEBOOK": "1", "TILEBOOK_DISABLE": "1"}, "torch.nn.functional True"),
+    ],
+)
+def test_the_environment_turns_it_on_at_the_end_of_import_torch(environment, expected):
+    seen, complaints = program(SEEN, **environment)
+    assert seen == expected
+    assert "tilebook" not in complaints
+
+
+def test_what_is_not_asked_for_costs_nothing(monkeypatch):
+    monkeypatch.delenv("TILEBOOK", raising=False)
+    autoload.load()
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        autoload.load()
+        took.append(time.perf_counter() - start)
+    assert min(took) < 1e-3
+    assert there() == PYTORCHS
+
+
+def test_whatever_goes_wrong_import_torch_goes_on(monkeypatch):
+    monkeypatch.setenv("TILEBOOK", "1")
+    monkeypatch.setitem(sys.modules, "tilebook.enabling", None)
+    with pytest.warns(RuntimeWarning, match="not turned on"):
+        autoload.load()
+    monkeypatch.setitem(sys.modules, "torch.nn.attention", None)
+    with pytest.warns(RuntimeWarning, match="not turned on"):
+        autoload.load()
+
+
+def test_it_is_on_from_enable_to_disable_however_often_each_is_called():
+    for _ in range(2):
+        tilebook.enable()
+        assert there() == enabling._ours
+        assert tilebook.status() == enabling.Status(True, NAMES, ())
+    for _ in range(2):
+        tilebook.disable()
+        assert there() == PYTORCHS
+        assert tilebook.status() == enabling.Status(False, (), ())
+
+
+def test_blocks_nest_and_overlap_in_any_order():
+    for order in itertools.permutations(range(3)):
+        handles = [enabling.Handle() for _ in range(3)]
+        for count, which in enumerate(order):
+            assert there() == enabling._ours, count
+            handles[which].remove()
+            handles[which].remove()  # which says nothing new
+        assert there() == PYTORCHS
+    with tilebook.enabled():
+        tilebook.enable()
+        tilebook.disable()
+        assert there() == enabling._ours
+        with tilebook.enabled():
+            pass
+        assert there() == enabling._ours
+    assert there() == PYTORCHS
+
+
+def test_blocks_in_many_threads_leave_it_as_it_was():
+    wrong = []
+
+    def work():
+        for _ in range(200):
+            with tilebook.enabled():
+                if there() != enabling._ours:
+                    wrong.append(there())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not wrong
+    assert there() == PYTORCHS
+
+
+@pytest.mark.skipif(not hasattr(nn.attention, "activate_flash_attention_impl"), reason="from PyTorch 2.11 on")
+def test_pytorchs_register_of_flash_attention_turns_it_on_and_off():
+    autoload.load()
+    nn.attention.activate_flash_attention_impl("tilebook")
+    assert there() == enabling._ours
+    nn.attention.activate_flash_attention_impl("tilebook")
+    assert there() == enabling._ours
+    nn.attention.restore_flash_attention_impl()
+    assert there() == PYTORCHS
+
+
+def test_somebody_elses_function_keeps_its_place():
+    def wrapped(*args, **kwargs):
+        return PYTORCHS["layer_norm"](*args, **kwargs)
+
+    F.layer_norm = wrapped
+    tilebook.enable()
+    assert F.layer_norm is wrapped
+    assert tilebook.status() == enabling.Status(True, (NAMES[0], NAMES[2]), ("layer_norm",))
+    F.rms_norm = wrapped  # around ours, as it may be
+    tilebook.disable()
+    assert F.rms_norm is wrapped
+    assert PYTORCHS["scaled_dot_product_attention"] is F.scaled_dot_product_attention
+
+
+class Model(nn.Module):
+    """What PyTorch's modules make of the functions in these places."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.norm, self.bare = nn.RMSNorm(32, eps=1e-6), nn.RMSNorm(32)
+
+    def forward(self, x):
+        x = self.layer(x)
+        return self.bare(self.norm(x + self.attention(x, x, x, need_weights=False)[0]))
+
+
+def step(model, x):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_a_models_numbers_are_pytorchs(how):
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 9, 32)
+    right = step(model, x)
+    torch._dynamo.reset()
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if how == "compiled" else model
+    with tilebook.enabled():
+        for _ in range(2):
+            for got, wanted in zip(step(called, x), right, strict=True):
+                torch.testing.assert_close(got, wanted)
+    for got, wanted in zip(step(called, x), right, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_programs_are_scripted_traced_and_exported_with_it_on():
+    model, x = Model().eval(), torch.randn(2, 9, 32)
+    right = model(x)
+    with tilebook.enabled():
+        norms = nn.Sequential(nn.LayerNorm(32), nn.RMSNorm(32, eps=1e-6))
+        torch.testing.assert_close(torch.jit.script(norms)(x), norms(x))
+        torch.testing.assert_close(torch.jit.trace(norms, x)(x), norms(x))
+        torch.testing.assert_close(torch.fx.symbolic_trace(norms)(x), norms(x))
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), right)
+        batched = torch.func.vmap(norms)(x)
+        torch.testing.assert_close(batched, norms(x))
+
+        def attend(q):
+            return F.scaled_dot_product_attention(q, q, q)
+
+        torch.testing.assert_close(torch.jit.script(_Attends())(x), attend(x))
+
+
+class _Attends(nn.Module):
+    def forward(self, q):
+        return F.scaled_dot_product_attention(q, q, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [False, True])
+def test_what_autocast_makes_of_norms_stays_what_it_is(dtype, cast):
+    def shapes():
+        x, weight = (torch.empty(size, device="cuda", dtype=dtype) for size in ((2, 5, 32), (32,)))
+        with torch.autocast("cuda", torch.bfloat16, enabled=cast):
+            return [(y.shape, y.dtype) for y in (F.layer_norm(x, (32,), weight, weight), F.rms_norm(x, (32,), weight))]
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        right = shapes()
+        with tilebook.enabled():
+            assert shapes() == right
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ((3, 4), (5,)),
+        ((3, 4), (4,), (5,)),
+        ((3, 4), (3, 4), (3, 4), (3, 4)),
+        ((3, 4), (4,), None, (4,)),
+        ((3, 4), ()),
+        ((), (1,)),
+        ((3, 4), [4], (4,), (4,)),
+        ((0, 4), [4], (4,), (4,)),
+    ],
+    ids=str,
+)
+def test_norms_take_and_refuse_what_pytorchs_do(arguments):
+    shape, normalized, *vectors = arguments
+    x = torch.randn(shape)
+    given = [None if each is None else torch.randn(each) for each in vectors]
+
+    def outcome(function, given):
+        try:
+            return function(x, normalized, *given)
+        except Exception as refused:
+            return type(refused), str(refused)
+
+    for name, most in (("layer_norm", 2), ("rms_norm", 1)):
+        right = outcome(PYTORCHS[name], given[:most])
+        got = outcome(enabling._ours[name], given[:most])
+        assert type(got) is type(right)
+        if isinstance(right, torch.Tensor):
+            torch.testing.assert_close(got, right)
+        else:
+            assert got == right

@@ -1,0 +1,39 @@
+"""What PyTorch calls at the end of `import torch`: turns tilebook on where `TILEBOOK=1` asks for it, and only there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+ASKED = "TILEBOOK"
+_YES = ("1", "true", "yes", "on")
+
+
+def load() -> None:
+    """The entry point of the group `torch.backends`. Whatever goes wrong here must not break `import torch`.
+
+    `torch.nn.attention.activate_flash_attention_impl("tilebook")`, from PyTorch 2.11 on, turns it on as well.
+    """
+    try:
+        from torch.nn.attention import register_flash_attention_impl
+
+        register_flash_attention_impl("tilebook", register_fn=_activate)
+    except Exception:  # an older PyTorch has no such register
+        pass
+    if os.environ.get(ASKED, "").strip().lower() not in _YES:
+        return
+    try:
+        from tilebook.enabling import enable
+
+        enable()
+    except Exception as broken:
+        import warnings
+
+        warnings.warn(f"tilebook: not turned on: {type(broken).__name__}: {broken}", RuntimeWarning, stacklevel=2)
+
+
+def _activate() -> Any:
+    """A block of `tilebook.enabled()` that ends with the handle's `remove`."""
+    from tilebook.enabling import Handle
+
+    return Handle()

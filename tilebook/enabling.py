@@ -1,0 +1,176 @@
+"""Models as they are on tilebook: our functions in the places of PyTorch's, until they are taken out again.
+
+`torch.nn`'s modules, transformers, timm and diffusers look `torch.nn.functional`'s functions up when they call them, so
+that a model needs no change. What ours do not take they hand to PyTorch's, and a program that is traced gets PyTorch's
+own functions wherever no verdict has ours ahead.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tilebook.call import disabled
+from tilebook.kernels.attention.drop_in import scaled_dot_product_attention
+from tilebook.kernels.norms import layer_norm as our_layer_norm
+from tilebook.kernels.norms import rms_norm as our_rms_norm
+from tilebook.left import ORDINARY
+
+_theirs: dict[str, Callable[..., Any]] = {
+    name: getattr(F, name) for name in ("scaled_dot_product_attention", "layer_norm", "rms_norm")
+}
+"""What stood in these places when this module was loaded, which is PyTorch's unless a program has been at work."""
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _takes(x: Any, normalized_shape: Sequence[int], vectors: Sequence[Any], eps: Any) -> bool:
+    """Is a norm's call one over the last axis of ordinary tensors on a GPU, of one dtype that autocast lets be?"""
+    if type(x) not in ORDINARY or not x.is_cuda or type(eps) is not float or len(normalized_shape) != 1:
+        return False
+    if not x.ndim or normalized_shape[0] != x.shape[-1] or x.dtype not in _DTYPES:
+        return False
+    if x.dtype != torch.float32 and torch.is_autocast_enabled("cuda"):
+        return False  # which has norms in fp32
+    return all(each is None or (type(each) in ORDINARY and each.dtype == x.dtype) for each in vectors)
+
+
+def layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Drop-in for `torch.nn.functional.layer_norm`: same arguments, same meaning, same errors."""
+    if _takes(input, normalized_shape, (weight, bias), eps) and not (weight is None and bias is not None):
+        return our_layer_norm(input, weight, bias, eps)
+    return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
+
+
+def rms_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    """Drop-in for `torch.nn.functional.rms_norm`: same arguments, same meaning, same errors."""
+    if _takes(input, normalized_shape, (weight,), eps):
+        return our_rms_norm(input, weight, eps)  # type: ignore[arg-type]
+    return _theirs["rms_norm"](input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
+
+
+_ours: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What of tilebook is on in this process.
+
+    enabled:  has it been turned on, by `enable`, `enabled()` or `TILEBOOK=1`?
+    replaced: functions of `torch.nn.functional` in whose places ours are.
+    others:   those in whose places somebody else's are, which may call ours or not.
+    """
+
+    enabled: bool
+    replaced: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+def _pytorchs(function: Callable[..., Any]) -> bool:
+    """Is it PyTorch's own, and nobody's wrapper around it?"""
+    return isinstance(function, types.BuiltinFunctionType) or function.__module__ == F.__name__
+
+
+class _State:
+    """Who has turned it on: the program as a whole, and blocks that are under way."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.whole, self.blocks = False, 0
+        self._before: dict[str, Callable[..., Any]] = {}
+
+    @property
+    def on(self) -> bool:
+        return (self.whole or self.blocks > 0) and not disabled()
+
+    def change(self, whole: bool | None = None, blocks: int = 0) -> None:
+        """Notes it, and puts functions into their places or takes them out where that makes a difference."""
+        with self.lock:
+            self.whole = self.whole if whole is None else whole
+            self.blocks += blocks
+            for name, ours in _ours.items():
+                there = getattr(F, name)
+                if self.on and _pytorchs(there):
+                    self._before[name] = there
+                    _scripted(ours, name)
+                    setattr(F, name, ours)
+                elif not self.on and there is ours:  # who has wrapped ours since keeps the place
+                    setattr(F, name, self._before.pop(name))
+
+
+def _scripted(function: Callable[..., Any], name: str) -> None:
+    """`torch.jit.script`, which compiles the source of what it meets, takes the function for PyTorch's op."""
+    builtins: Any = torch.jit._builtins
+    builtins._register_builtin(function, f"aten::{name}")
+
+
+_state = _State()
+
+
+class Handle:
+    """Turns it on until `remove` is called, as what `torch.nn.attention.activate_flash_attention_impl` keeps."""
+
+    def __init__(self) -> None:
+        self._there = True
+        _state.change(blocks=1)
+
+    def remove(self) -> None:
+        if self._there:
+            self._there = False
+            _state.change(blocks=-1)
+
+
+def enable() -> None:
+    """Puts tilebook's functions in the places of PyTorch's: a model runs on it without being changed.
+
+    `torch.nn.functional.scaled_dot_product_attention`, `layer_norm` and `rms_norm` then run what verdicts have ahead on
+    this GPU, and else PyTorch's own code. The same as `TILEBOOK=1` in the environment. Calling it twice is calling it
+    once. `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
+    """
+    _state.change(whole=True)
+
+
+def disable() -> None:
+    """Puts PyTorch's functions back, except inside blocks of `enabled()` that are under way."""
+    _state.change(whole=False)
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """Inside the block, in every thread, as after `enable`. Blocks may be nested and may overlap."""
+    handle = Handle()
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def status() -> Status:
+    """What of tilebook is on in this process."""
+    with _state.lock:
+        there = {name: getattr(F, name) for name in _ours}
+        replaced = tuple(name for name, function in there.items() if function is _ours[name])
+        others = tuple(name for name, function in there.items() if name not in replaced and not _pytorchs(function))
+        return Status(_state.on, replaced, others)
