@@ -1,15 +1,19 @@
 """The benchmark of the promise, tried on the CPU: its cells, its yardsticks, and the program from end to end."""
 
+import functools
 import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from tilebook import device as devices
 from tilebook import op as ops
+from tilebook.kernels.attention.peers import flash4
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -76,6 +80,18 @@ def test_a_tenth_of_the_drawn_problems_is_named_as_tune_takes_it(benchmark):
         _, _, family, _, dtype, *rest = command.split()
         for label in rest[1::2]:
             ops.families()[family][0].problem.parse(label, dtype)
+
+
+def test_without_flash4_dispatch_takes_the_package_for_missing(benchmark, monkeypatch):
+    program, gpu = benchmark("never_slower"), devices.find("H200")
+    monkeypatch.setattr(flash4, "package_version", lambda package: "4.0.0")
+    monkeypatch.setattr(flash4, "_installed", functools.cache(flash4._installed.__wrapped__))  # nobody else's answers
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
+    assert flash4.available(gpu)
+    program.without_flash4()
+    assert not flash4.available(gpu)
+    with pytest.raises(ImportError):
+        importlib.import_module("flash_attn.cute")
 
 
 def test_a_class_says_its_mean_its_worst_and_where(benchmark):
