@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SUITES = ("models", "fa", "seeds")
-KINDS = ("attention", "mlp", "norms", "decode", "forms", "packed")
+KINDS = ("attention", "mlp", "norms", "layer_norm", "decode", "forms", "packed")
 
 _OP = {
     "attention_fwd": "attention",
     "mlp_up_fwd": "mlp",
     "rms_norm_fwd": "norms",
+    "layer_norm_fwd": "layer_norm",
     "attention_decode": "decode",
     "attention_varlen_fwd": "packed",
 }
@@ -73,8 +74,8 @@ def _sizes(kind: str, problem: Any) -> dict[str, Any]:
         return _attention(problem)
     if kind == "mlp":
         return {name: getattr(problem, name) for name in ("rows", "width", "inner", "activation")}
-    if kind == "norms":
-        return {name: getattr(problem, name) for name in ("rows", "width")}
+    if kind in ("norms", "layer_norm"):
+        return {name: getattr(problem, name) for name in ("rows", "width", "vectors")}
     names = ("heads", "heads_kv", "head_dim")
     found = {name: getattr(problem, name) for name in names}
     if kind == "decode":

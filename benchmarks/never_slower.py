@@ -72,7 +72,7 @@ def tune_a_tenth(cells: list[Cell]) -> list[str]:
 
 def without_flash4() -> None:
     """The package is as good as not installed in this process."""
-    from tilebook.kernels.attention import flash4
+    from tilebook.kernels.attention.peers import flash4
 
     flash4._installed = lambda: False
     sys.modules["flash_attn.cute"] = None  # type: ignore[assignment]

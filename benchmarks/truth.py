@@ -8,15 +8,16 @@ import torch
 from cells import Cell
 from yardsticks import Inputs, Tensors, scores_mask, yardsticks
 
+_WHOLE = ("mlp", "norms", "layer_norm")  # kinds of which all is judged
 _PIECE = 1 << 27  # scores that are in memory at once
 
 
 def _parts(cell: Cell, tensors: Iterable[torch.Tensor]) -> Tensors:
     """What is judged of o and the gradients: of attention the last sequence and the last group of heads."""
     found, s = list(tensors), cell.sizes
-    found = found if cell.kind == "mlp" else found[:4]  # a bias's gradient is as large as all scores
-    if cell.kind in ("mlp", "norms"):
+    if cell.kind in _WHOLE:
         return found
+    found = found[:4]  # a bias's gradient is as large as all scores
     group, heads_kv = s["heads"] // s["heads_kv"], s["heads_kv"]
     starts = (group * (heads_kv - 1), heads_kv - 1)  # of the last group in q, and in k and v
     heads = [starts[0], *([starts[0], starts[1], starts[1]] if len(found) > 1 else [])]
@@ -31,7 +32,7 @@ def _parts(cell: Cell, tensors: Iterable[torch.Tensor]) -> Tensors:
 
 def reference(cell: Cell, given: Inputs) -> Tensors:
     """What is judged, in fp32 from the same inputs."""
-    if cell.kind in ("mlp", "norms"):
+    if cell.kind in _WHOLE:
         leaves = [x.detach().float().requires_grad_() for x in given.leaves]
         with torch.enable_grad():
             o = next(iter(yardsticks(cell, given, "cpu").values()))()(*leaves)

@@ -58,8 +58,9 @@ def inputs(cell: Cell, device: str, seed: int = 0) -> Inputs:
         m, h, i = s["rows"], s["width"], s["inner"]
         leaves = [random(m, h), random(i, h, scale=h**-0.5), random(i), random(h, i, scale=i**-0.5), random(h)]
         out: tuple[int, ...] = (m, h)
-    elif cell.kind == "norms":
-        leaves, out = [random(s["rows"], s["width"]), random(s["width"])], (s["rows"], s["width"])
+    elif cell.kind in ("norms", "layer_norm"):
+        out = s["rows"], s["width"]
+        leaves = [random(*out), *(random(s["width"]) for _ in range(s["vectors"]))]
     elif cell.kind == "packed":
         total_q, total_k = sum(s["lengths_q"]), sum(s["lengths_k"])
         out, key = (total_q, s["heads"], s["head_dim"]), (total_k, s["heads_kv"], s["head_dim"])
@@ -133,7 +134,9 @@ def yardsticks(cell: Cell, given: Inputs, device: str) -> dict[str, Callable[[],
     if cell.kind == "mlp":
         return {"torch": lambda: _mlp(s["activation"])}
     if cell.kind == "norms":
-        return {"torch": lambda: lambda x, w: F.rms_norm(x, w.shape, w, EPS)}
+        return {"torch": lambda: lambda x, *w: F.rms_norm(x, x.shape[1:], *w, eps=EPS)}
+    if cell.kind == "layer_norm":
+        return {"torch": lambda: lambda x, *vectors: F.layer_norm(x, x.shape[1:], *vectors, eps=EPS)}
     if cell.kind == "attention":
         causal = s["causal"]
         return {"torch": lambda: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, **grouped)}
@@ -331,7 +334,9 @@ def ours(cell: Cell) -> Call:
     if cell.kind == "mlp":
         return lambda *given: tilebook.mlp(*given, activation=s["activation"])
     if cell.kind == "norms":
-        return lambda x, w: tilebook.rms_norm(x, w, EPS)
+        return lambda *given: tilebook.rms_norm(*given, eps=EPS)
+    if cell.kind == "layer_norm":
+        return lambda *given: tilebook.layer_norm(*given, eps=EPS)
     if cell.kind == "decode":
         return lambda q, k, v: tilebook.attention_decode(q, k, v, window=s["window"] or None)
     if cell.kind == "packed":

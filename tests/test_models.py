@@ -40,6 +40,42 @@ def test_forms_of_models_are_posed_as_kernels_know_them():
         assert any(form in label for label in labels), form
 
 
+def test_a_model_poses_its_norms_to_the_family_that_it_has():
+    found = {family: {p.label for _, p in posed(family)} for family in ("rms_norm", "layer_norm")}
+    assert {"M8192,N4096", "M262144,N128"} <= found["rms_norm"]  # Llama-3 8B, the heads of Qwen3 0.6B
+    for model, label in {
+        "BERT base": "M8192,N768",
+        "ViT-B/16": "M16384,N768",  # 64 × 197
+        "GPT-2 XL": "M16,N1600",
+        "CCT-14": "M32768,N384",
+        "ModernBERT base": "M16384,N768,unbiased",
+        "DiT-XL/2": "M8192,N1152,bare",
+        "Flux.1": "M8192,N3072,bare",
+    }.items():
+        assert label in found["layer_norm"], model
+    asking = {family: {call.model for call in models.calls() if call.family == family} for family in found}
+    assert not asking["rms_norm"] & asking["layer_norm"]
+    assert asking["rms_norm"] == {name for name, model in models.MODELS.items() if model.rms}
+    assert asking["layer_norm"] == {name for name, model in models.MODELS.items() if not model.rms and model.inner}
+    assert "M8192,N3584" in found["rms_norm"] - found["layer_norm"]  # Qwen2 7B's
+
+
+def test_calls_are_of_families_that_there_are_and_are_posed_in_the_words_of_their_problems():
+    for family, shape, dtype in {(call.family, call.shape, call.dtype) for call in models.calls()}:
+        for op in ops.families()[family]:
+            assert op.problem.parse(shape, dtype).dtype == dtype
+    for family in ("rms_norm", "layer_norm"):
+        assert {(p.label, p.dtype) for _, p in posed(family)} == set(models.shapes(family))
+
+
+def test_norms_share_the_time_of_their_models():
+    gpu = devices.find("H200")
+    rms, layer = (models.share(posed(family), gpu) for family in ("rms_norm", "layer_norm"))
+    for found in (rms, layer, models.share([*posed("rms_norm"), *posed("layer_norm")], gpu)):
+        assert sum(found) == pytest.approx(1.0)
+        assert min(found) > 0
+
+
 def test_shares_of_time_sum_up_to_one_and_what_no_model_asks_for_has_none():
     gpu, fwd = devices.find("H200"), ops.get("attention_fwd")
     some = [(fwd, fwd.problem.parse("B1,H1,S64,D64", "bf16")), *posed("attention")]

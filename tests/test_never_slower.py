@@ -1,15 +1,19 @@
 """The benchmark of the promise, tried on the CPU: its cells, its yardsticks, and the program from end to end."""
 
+import functools
 import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from tilebook import device as devices
 from tilebook import op as ops
+from tilebook.kernels.attention.peers import flash4
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -33,7 +37,8 @@ def test_every_kind_of_call_agrees_with_fp32_whoever_makes_it(benchmark):
     cells, yardsticks, truth = (benchmark(name) for name in ("cells", "yardsticks", "truth"))
     met = set()
     for cell in cells.tiny(cells.of_suites()):
-        form = (cell.kind, cell.step, *(bool(v) for name, v in cell.sizes.items() if name in FORM))
+        flags = [bool(v) for name, v in cell.sizes.items() if name in FORM]
+        form = (cell.kind, cell.step, cell.sizes.get("vectors"), *flags)
         if form in met:
             continue
         met.add(form)
@@ -48,6 +53,8 @@ def test_every_kind_of_call_agrees_with_fp32_whoever_makes_it(benchmark):
                 continue
             assert max(truth.errors(cell, outputs, reference)) < 2e-2, f"{cell.name}: {name}"
     assert {kind for kind, *_ in met} == set(cells.KINDS)
+    layer_norms = {(step, vectors) for kind, step, vectors, *_ in met if kind == "layer_norm"}
+    assert layer_norms == {(step, vectors) for step in ("forward", "training") for vectors in (0, 1, 2)}
 
 
 FORM = ("causal", "softcap", "bias", "alibi", "left", "window")
@@ -78,6 +85,18 @@ def test_a_tenth_of_the_drawn_problems_is_named_as_tune_takes_it(benchmark):
             ops.families()[family][0].problem.parse(label, dtype)
 
 
+def test_without_flash4_dispatch_takes_the_package_for_missing(benchmark, monkeypatch):
+    program, gpu = benchmark("never_slower"), devices.find("H200")
+    monkeypatch.setattr(flash4, "package_version", lambda package: "4.0.0")
+    monkeypatch.setattr(flash4, "_installed", functools.cache(flash4._installed.__wrapped__))  # nobody else's answers
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
+    assert flash4.available(gpu)
+    program.without_flash4()
+    assert not flash4.available(gpu)
+    with pytest.raises(ImportError):
+        importlib.import_module("flash_attn.cute")
+
+
 def test_a_class_says_its_mean_its_worst_and_where(benchmark):
     figures = benchmark("figures")
     rows = [
@@ -95,15 +114,15 @@ def test_a_class_says_its_mean_its_worst_and_where(benchmark):
 
 
 def test_the_program_ends_in_time_with_ratios_noise_kernels_and_errors_of_every_cell(tmp_path):
-    out = tmp_path / "figures.json"
-    arguments = ["--device", "cpu", "--tiny", "--classes", "mlp,norms", "--suites", "models", "--rounds", "2"]
+    out, kinds = tmp_path / "figures.json", ("mlp", "norms", "layer_norm")
+    arguments = ["--device", "cpu", "--tiny", "--classes", ",".join(kinds), "--suites", "models", "--rounds", "2"]
     command = [sys.executable, str(BENCHMARKS / "never_slower.py"), "--out", str(out), *arguments, "--workers", "1"]
     done = subprocess.run(
         [*command, "--sample", "1", "--seconds", "200"], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(out.read_text())
-    assert document["measured"] == document["asked"] == 4
+    assert document["measured"] == document["asked"] == 6
     assert not document["failed"]
     assert not document["wrong"]
     for row in document["results"]:
@@ -112,5 +131,5 @@ def test_the_program_ends_in_time_with_ratios_noise_kernels_and_errors_of_every_
         for mode in ("graph", "eager"):
             assert len(row[mode]["ratio"]) == len(row[mode]["noise"]) == 3
             assert set(row[mode]["ms"]) == {"torch", "tilebook"}
-    assert set(document["classes"]["graph"]) == {f"{k} {s}" for k in ("mlp", "norms") for s in ("forward", "training")}
+    assert set(document["classes"]["graph"]) == {f"{k} {s}" for k in kinds for s in ("forward", "training")}
     assert "worst at" in done.stdout

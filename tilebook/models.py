@@ -25,10 +25,12 @@ class Model:
     attention:  how a layer's attention is masked, as shapes are written on the command line → how many layers do so.
     calls:      (sequences, tokens) of training and prefill; (sequences, queries, keys) of attention to another stack.
     decoding:   (sequences, keys in the cache) of decoding.
-    inner:      features between the MLP's layers; 0 where another row of the table has the MLP.
+    inner:      features between the MLP's layers; 0 where another row of the table has the MLP and the norms.
     activation: of the MLP. "swiglu" and "geglu" are gated, with three products and a form of their own.
     biases:     do the MLP's layers have them?
-    rms:        are its norms RMSNorm? `head_norms`: also of every head of q and k?
+    rms:        are its norms, two a layer, RMSNorm? They are LayerNorm otherwise.
+    parameters: what the norms have of them, as their shapes are written: "affine", "unbiased" or "bare".
+    head_norms: is there RMSNorm of every head of q and k, too?
     splits:     over how many GPUs heads are split (tensor parallelism).
     fp16:       also in fp16, beside bf16.
     """
@@ -42,6 +44,7 @@ class Model:
     activation: str = "swiglu"
     biases: bool = False
     rms: bool = False
+    parameters: str = "affine"
     head_norms: bool = False
     attention: Mapping[str, int] = field(default_factory=dict)
     calls: tuple[tuple[int, ...], ...] = ()
@@ -68,6 +71,11 @@ def _encoder(layers: int, hidden: int, heads: int, **more: Any) -> Model:
     """An encoder of text or images as BERT and ViT are: every token sees all, an MLP four times as wide with GELU."""
     more = {"attention": {"": layers}, "activation": "gelu", "inner": 4 * hidden, "biases": True, **more}
     return Model(layers=layers, hidden=hidden, heads=heads, head_dim=hidden // heads, **more)
+
+
+def _modulated(layers: int, hidden: int, heads: int, **more: Any) -> Model:
+    """An encoder of noisy images as DiT is: what goes by the step of diffusion stands for LayerNorm's parameters."""
+    return _encoder(layers, hidden, heads, activation="gelu_tanh", parameters="bare", **more)
 
 
 MODELS: Mapping[str, Model] = {
@@ -134,19 +142,22 @@ MODELS: Mapping[str, Model] = {
     "BLOOM 7B1": _gpt(
         30, 4096, 32, attention={"causal,alibi": 30}, calls=((1, 2048), (4, 2048)), decoding=((16, 2048),)
     ),
-    "MPT 7B": _gpt(32, 4096, 32, activation="gelu", biases=False, attention={"causal,alibi": 32}, calls=((1, 8192),)),
+    "MPT 7B": _gpt(
+        32, 4096, 32, activation="gelu", biases=False, parameters="unbiased", attention={"causal,alibi": 32},
+        calls=((1, 8192),),
+    ),
     "BERT base": _encoder(12, 768, 12, calls=((32, 128), (16, 512)), fp16=True),
     "BERT large": _encoder(24, 1024, 16, calls=((32, 128), (16, 512))),
     "BERT base, padded": _encoder(12, 768, 12, inner=0, attention={"maskbk": 12}, calls=((16, 512),), fp16=True),
     "BERT large, padded": _encoder(24, 1024, 16, inner=0, attention={"maskbk": 24}, calls=((32, 128), (16, 512))),
     "DistilBERT": _encoder(6, 768, 12, calls=((16, 256), (64, 512))),
     "ModernBERT base": _encoder(
-        22, 768, 12, inner=1152, activation="geglu", biases=False, attention={"": 8, "window64x64": 14},
-        calls=((16, 1024), (1, 8192)),
+        22, 768, 12, inner=1152, activation="geglu", biases=False, parameters="unbiased",
+        attention={"": 8, "window64x64": 14}, calls=((16, 1024), (1, 8192)),
     ),
     "ModernBERT large": _encoder(
-        28, 1024, 16, inner=2624, activation="geglu", biases=False, attention={"": 10, "window64x64": 18},
-        calls=((2, 8192),),
+        28, 1024, 16, inner=2624, activation="geglu", biases=False, parameters="unbiased",
+        attention={"": 10, "window64x64": 18}, calls=((2, 8192),),
     ),
     "ViT-S/16": _encoder(12, 384, 6, calls=((128, 197),)),
     "ViT-B/16": _encoder(12, 768, 12, calls=((8, 197), (64, 197)), fp16=True),
@@ -183,12 +194,12 @@ MODELS: Mapping[str, Model] = {
         24, 4096, 64, inner=10240, activation="geglu", biases=False, rms=True, attention={"biashqk": 24},
         calls=((2, 256), (1, 512)),
     ),
-    "DiT-B/2": _encoder(12, 768, 12, activation="gelu_tanh", calls=((64, 256),)),
-    "DiT-L/2": _encoder(24, 1024, 16, activation="gelu_tanh", calls=((32, 256),)),
-    "DiT-XL/2": _encoder(28, 1152, 16, activation="gelu_tanh", calls=((32, 256), (16, 1024))),
-    "SD3 medium": _encoder(24, 1536, 24, activation="gelu_tanh", calls=((2, 4429), (8, 1178)), fp16=True),
-    "SD3.5 large": _encoder(38, 2432, 38, activation="gelu_tanh", calls=((2, 4429),)),
-    "Flux.1": _encoder(57, 3072, 24, activation="gelu_tanh", calls=((1, 4608), (1, 1536))),
+    "DiT-B/2": _modulated(12, 768, 12, calls=((64, 256),)),
+    "DiT-L/2": _modulated(24, 1024, 16, calls=((32, 256),)),
+    "DiT-XL/2": _modulated(28, 1152, 16, calls=((32, 256), (16, 1024))),
+    "SD3 medium": _modulated(24, 1536, 24, calls=((2, 4429), (8, 1178)), fp16=True),
+    "SD3.5 large": _modulated(38, 2432, 38, calls=((2, 4429),)),
+    "Flux.1": _modulated(57, 3072, 24, calls=((1, 4608), (1, 1536))),
     "SAM ViT-B, windows": _encoder(8, 768, 12, inner=0, attention={"dbiasbhqk": 8}, calls=((25, 196),)),
     "SAM ViT-B, global": _encoder(12, 768, 12, attention={"dbiasbhqk": 4}, calls=((1, 4096),)),
     "SAM ViT-H, windows": _encoder(28, 1280, 16, inner=0, attention={"dbiasbhqk": 28}, calls=((25, 196),)),
@@ -229,11 +240,13 @@ def _rows(model: Model, rows: int, split: int) -> Iterator[tuple[str, str, int]]
     if model.inner and model.biases and model.activation in ("gelu", "gelu_tanh", "relu") and split == 1:
         form = "" if model.activation == "gelu" else f",{model.activation}"
         yield "mlp", f"M{rows},H{model.hidden},I{model.inner}{form}", model.layers
-    if model.rms:
-        yield "norms", f"M{_power_of_two(rows)},N{model.hidden}", 2 * model.layers
+    if model.inner:
+        form = "" if model.parameters == "affine" else f",{model.parameters}"
+        family = "rms_norm" if model.rms else "layer_norm"
+        yield family, f"M{_power_of_two(rows)},N{model.hidden}{form}", 2 * model.layers
     if model.head_norms:
         for heads in (model.heads // split, max(1, model.heads_kv // split)):
-            yield "norms", f"M{_power_of_two(rows * heads)},N{model.head_dim}", model.layers
+            yield "rms_norm", f"M{_power_of_two(rows * heads)},N{model.head_dim}", model.layers
 
 
 def _decoding(model: Model, call: tuple[int, int], split: int) -> Iterator[tuple[str, str, int]]:

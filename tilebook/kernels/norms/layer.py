@@ -25,6 +25,7 @@ Outputs = tuple[torch.Tensor, ...]
 class LayerNormProblem(Norm):
     """x, weight, bias, eps → y, mean, rstd. No bias without a weight."""
 
+    FAMILY = "layer_norm"
     STATISTICS = 2
     VECTORS = 2
 
@@ -44,6 +45,7 @@ class LayerNormProblem(Norm):
 class LayerNormBackwardProblem(Norm):
     """dy, x, weight, bias, mean, rstd → dx, dweight, dbias."""
 
+    FAMILY = "layer_norm"
     STATISTICS = 2
     VECTORS = 2
 

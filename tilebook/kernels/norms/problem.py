@@ -22,6 +22,8 @@ class Norm(op.Problem):
     """
 
     EXACT = frozenset({"width"})
+    FAMILY: ClassVar[str]
+    """Whose norms of public models these are."""
     STATISTICS: ClassVar[int]
     """Numbers of each row that a forward pass keeps, in fp32."""
     VECTORS: ClassVar[int]
@@ -68,7 +70,7 @@ class Norm(op.Problem):
     @classmethod
     def suites(cls) -> Mapping[str, Sequence[Self]]:
         norms = [cls.parse(f"M8192,N{width}", "bf16") for width in (1024, 4096, 16384)]
-        return {"norms": norms, "models": [cls.parse(*each) for each in models.shapes("norms")]}
+        return {"norms": norms, "models": [cls.parse(*each) for each in models.shapes(cls.FAMILY)]}
 
     def drawn(self, device: torch.device | str, seed: int, matrices: int) -> tuple[list[torch.Tensor], list[Any]]:
         """So many random (M, N), and (N,) for each vector there may be, None for those that are not there."""
@@ -87,6 +89,7 @@ class Norm(op.Problem):
 class RMSProblem(Norm):
     """What RMSNorm's forward and backward have in common."""
 
+    FAMILY = "rms_norm"
     STATISTICS = 1
     VECTORS = 1
 
