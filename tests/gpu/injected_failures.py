@@ -65,16 +65,25 @@ class Report:
     kinds: dict[str, Kind]
     overrun_s: float  # of the worst time-out, until the worker was gone
     orphans: int
-    memory_lost_mib: float
+    memory_lost_mib: float | None  # None where other programs use the GPU, too: whose memory it is, nobody tells
     seconds: float
 
     def to_json(self) -> str:
         kinds = {name: {**vars(kind), "classes": dict(kind.classes)} for name, kind in self.kinds.items()}
         return json.dumps({**vars(self), "kinds": kinds}, indent=1)
 
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        said = json.loads(text)
+        kinds = {name: Kind(**{**kind, "classes": Counter(kind["classes"])}) for name, kind in said["kinds"].items()}
+        return cls(**{**said, "kinds": kinds})
 
-def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
-    """Tunes problems with so many bad candidates of each kind, `workers` at a time on the one GPU."""
+
+def run(counts: Mapping[str, int], workers: int, directory: Path, *, alone: bool = True) -> Report:
+    """Tunes problems with so many bad candidates of each kind, `workers` at a time on the one GPU.
+
+    alone: nothing else uses the GPU meanwhile, so that what memory is missing in the end was lost here.
+    """
     torch.zeros(1, device="cuda")
     os.environ[_RUN] = name = uuid.uuid4().hex
     before, began, overruns = _free_mib(), time.monotonic(), _Overruns()
@@ -120,7 +129,8 @@ def run(counts: Mapping[str, int], workers: int, directory: Path) -> Report:
             runner.close()
     seconds = time.monotonic() - began
     orphans = len(marked(f"{_RUN}={name}".encode()))
-    return Report(kinds, overruns.worst_s, orphans, max(0.0, before - _settled_mib(before)), seconds)
+    lost = max(0.0, before - _settled_mib(before)) if alone else None
+    return Report(kinds, overruns.worst_s, orphans, lost, seconds)
 
 
 class _Overruns:

@@ -71,7 +71,10 @@ def _with_gradients(function, do, *tensors):
 
 
 def _by_sequence(lengths_q, lengths_k, causal):
-    """`F.scaled_dot_product_attention` of each sequence; causal is aligned at the bottom right."""
+    """`F.scaled_dot_product_attention` of each sequence; causal is aligned at the bottom right.
+
+    Its plainest path: cuDNN confuses gradients that differ in layout alone, and loads vectors of masks without looking.
+    """
 
     def attend(q, k, v):
         parts = []
@@ -80,7 +83,8 @@ def _by_sequence(lengths_q, lengths_k, causal):
         ):
             mask = torch.ones(n_q, n_k, dtype=torch.bool, device="cuda").tril(n_k - n_q) if causal else None
             each = [x.transpose(0, 1)[None] for x in each]
-            o = torch.nn.functional.scaled_dot_product_attention(*each, attn_mask=mask, enable_gqa=True)
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                o = torch.nn.functional.scaled_dot_product_attention(*each, attn_mask=mask, enable_gqa=True)
             parts.append(o[0].transpose(0, 1))
         return torch.cat(parts)
 

@@ -116,6 +116,8 @@ def assert_same_outcome(ours, plain, inputs, *, calls=None):
     try:
         value_and_gradients(plain, fresh(inputs))
     except Exception as refused:
+        if "CUDA error" in str(refused):
+            raise
         for _ in range(calls or some_calls(inputs)):
             with pytest.raises(type(refused)):
                 value_and_gradients(ours, fresh(inputs))

@@ -15,6 +15,17 @@ SDPA = F.scaled_dot_product_attention
 """PyTorch's own, whatever a program puts in its place later."""
 
 
+def plain_masked(q, k, v, mask, **options):
+    """PyTorch's function under a mask; on a GPU its plainest path.
+
+    cuDNN loads whole vectors of a mask's rows without looking, and where they are short the process loses its GPU.
+    """
+    if not q.is_cuda:
+        return SDPA(q, k, v, mask, **options)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return SDPA(q, k, v, mask, **options)
+
+
 def small(n, device):
     """A size on this device: a quarter on the CPU, where Triton's interpreter may run the kernels."""
     return n if torch.device(device).type == "cuda" else max(1, n // 4)
@@ -126,6 +137,7 @@ def _rows_and_bias(device, dtype, generator):
     return x, weight, 0.1 * rand(generator, tuple(weight.shape), device, dtype)
 
 
+# Rows of masks and biases are whole vectors here, which any kernel of PyTorch's loads; see `plain_masked`.
 def _lower_half(device, dtype, generator):
     return torch.ones(small(96, device), small(96, device), dtype=torch.bool).tril(3).to(device)
 
@@ -223,6 +235,9 @@ if hasattr(tilebook, "layer_norm"):
         _and(_rows, lambda device, dtype, generator: 0.1 * rand(generator, (small(256, device),), device, dtype)),
         3,
     )
+
+WHOLE = ["attention", "causal", "gqa", "drop_in"]
+"""Families whose calls may be left whole, with their gradients, to PyTorch's own function on a GPU."""
 
 BLOCKS = [name for name in ("mlp", "rms_norm", "layer_norm") if name in FAMILIES]
 """Families of rows (…, N) with weights."""

@@ -61,7 +61,8 @@ def test_saved_tensors_that_come_back_otherwise_give_the_same_gradients(device):
             gradients = torch.autograd.grad(o, leaves[: family.trained], cotangent(o))
             return [o.detach(), *gradients]
 
-        if hook in ("transposed", "strided"):  # which some kernels of PyTorch's get wrong
+        # Some kernels of PyTorch's get these wrong; on a GPU they may end the process, and ours must be right alone.
+        if device == "cpu" and hook in ("transposed", "strided"):
             try:
                 assert_as_near(step(family.plain), theirs, truth)
             except (AssertionError, RuntimeError):
