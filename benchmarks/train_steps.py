@@ -1,18 +1,20 @@
-"""Training steps of whole models: plain PyTorch against the same model with tilebook's functions put in by hand.
+"""Training steps of whole models: plain PyTorch against the same model with tilebook on.
 
     python benchmarks/train_steps.py --out benchmarks/results/nvidia-h200/train_steps.json [--only ViT] [--seconds 300]
+    python benchmarks/train_steps.py --by-hand --out …      # its functions written into the model, the MLP among them
     python benchmarks/train_steps.py --device cpu --tiny --modes eager --out /tmp/tried.json     # no GPU, no figures
 
 bf16 autocast over fp32 weights, AdamW fused, eager and compiled. Both start from the same weights and see the same
 batches; their first losses must agree. Then blocks of steps alternate in one process, in a new random order each round;
-PyTorch's take part twice, and the ratio of the two is the noise. Attention, RMSNorm and the MLP are tilebook's, each
-where the model has it. ViT and DistilBERT are timm's and transformers' where these are installed.
+PyTorch's take part twice, and the ratio of the two is the noise. On is what `TILEBOOK=1` is: no line of the model is
+changed. ViT and DistilBERT are timm's and transformers' where these are installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
 import math
 import random
@@ -42,6 +44,7 @@ from small_models import (
 )
 from torch import nn
 
+import tilebook
 from tilebook import device as devices
 
 Make = Callable[[Sizes, Functions], nn.Module]
@@ -73,8 +76,12 @@ _BATCHES = 4
 class Run:
     """One model in training."""
 
-    def __init__(self, model: nn.Module, use: Functions, sizes: Sizes, device: str, compiled: bool) -> None:
-        self._use, self._foreign = use, isinstance(model, Foreign)
+    def __init__(
+        self, model: nn.Module, use: Functions, sizes: Sizes, device: str, compiled: bool, on: bool = False
+    ) -> None:
+        self._inside = tilebook.enabled if on else nullcontext
+        if isinstance(model, Foreign) and use is not PYTORCH:
+            self._inside = functools.partial(attention_by, use)
         self.model, self._device = model.to(device).train(), device
         self._called = torch.compile(self.model) if compiled else self.model
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device == "cuda")
@@ -84,7 +91,7 @@ class Run:
         """One step; the loss, which nobody waits for."""
         given, wanted = self._batches[self._next % _BATCHES]
         self._next += 1
-        with attention_by(self._use) if self._foreign else nullcontext():
+        with self._inside():
             with torch.autocast(self._device, torch.bfloat16):
                 out = self._called(given)
                 loss = F.cross_entropy(out.flatten(0, -2), wanted.flatten())
@@ -113,12 +120,15 @@ def _data(s: Sizes, device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def made(makers: tuple[Make, ...], sizes: Sizes, device: str, compiled: bool, tiny: bool) -> tuple[str, dict[str, Run]]:
-    """Where the model is from, and the model in training, plain and with tilebook's functions, of equal weights."""
+def made(
+    makers: tuple[Make, ...], sizes: Sizes, device: str, compiled: bool, tiny: bool, by_hand: bool
+) -> tuple[str, dict[str, Run]]:
+    """Where the model is from, and the model in training, plain and with tilebook, of equal weights."""
+    use = TILEBOOK if by_hand else PYTORCH
     for make in makers[-1:] if tiny else makers:
         try:
             torch.manual_seed(0)
-            plain, other = make(sizes, PYTORCH), make(sizes, TILEBOOK)
+            plain, other = make(sizes, PYTORCH), make(sizes, use)
             other.load_state_dict(copy.deepcopy(plain.state_dict()))
         except Exception as missing:
             if make is makers[-1]:
@@ -126,7 +136,7 @@ def made(makers: tuple[Make, ...], sizes: Sizes, device: str, compiled: bool, ti
             print(f"  {make.__name__}: {type(missing).__name__}: {missing}; the definition here serves", flush=True)
             continue
         runs = {"pytorch": Run(plain, PYTORCH, sizes, device, compiled)}
-        return make.__name__, {**runs, "tilebook": Run(other, TILEBOOK, sizes, device, compiled)}
+        return make.__name__, {**runs, "tilebook": Run(other, use, sizes, device, compiled, on=not by_hand)}
     raise AssertionError("the last maker serves or raises")
 
 
@@ -191,7 +201,7 @@ def case(name: str, mode: str, given: argparse.Namespace) -> dict[str, Any]:
     sizes = sizes.tiny() if given.tiny else sizes
     row: dict[str, Any] = {"model": name, "mode": mode}
     try:
-        row["source"], runs = made(makers, sizes, given.device, mode == "compiled", given.tiny)
+        row["source"], runs = made(makers, sizes, given.device, mode == "compiled", given.tiny, given.by_hand)
         row.update(losses(runs))
         row.update(measure(runs, given.rounds, given.device))
     except Exception as broken:
@@ -221,6 +231,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--only", default="", help="models whose name contains this")
     arguments.add_argument("--modes", default="eager,compiled")
+    arguments.add_argument("--by-hand", action="store_true", help="tilebook's functions, written into the models")
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--seconds", type=float, default=math.inf, help="begins no further model after that")
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -234,7 +245,7 @@ def main() -> None:
             rows.append(case(name, mode, given))
             print(shown(rows[-1]), flush=True)
             device = devices.current().name if given.device == "cuda" else "cpu"
-            save(given.out, "training steps", device, rounds=given.rounds, results=rows)
+            save(given.out, "training steps", device, rounds=given.rounds, by_hand=given.by_hand, results=rows)
     print("\nworst first")
     for row in sorted(rows, key=lambda row: row.get("ratio", [0, 0, 0])[1]):
         print(shown(row))
