@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tilebook import dispatch
+from tilebook.pace import Pace
 
 __all__ = ["ORDINARY", "Left", "again", "keep", "known", "recall", "unsettled"]
 
@@ -23,6 +24,7 @@ except ImportError:  # a call is then known by its key alone
 _MOST = 10_000
 _MOST_LAYOUTS = 4
 _FIRST_CALLS = 2  # the first compiles, the second is recorded
+_SPAN = 16.0
 
 _here = dispatch.here
 _compiling, _capturing = torch.compiler.is_compiling, torch.cuda.is_current_stream_capturing
@@ -35,13 +37,14 @@ ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 class Left(NamedTuple):
     """Which calls of one kind are PyTorch's: without gradients, with them; and whether only outside of graphs.
 
+    A `Pace` in a yes's or no's place looks at what the program is waiting for.
     bounded: the GPU is done with such a call before the host has made the next, and PyTorch's costs the host least. A
     graph is replayed without the host.
     choice: whose calls they are, and which counts them: what nobody has tuned is weighed by how often it is asked for.
     """
 
-    forward: bool
-    training: bool
+    forward: bool | Pace
+    training: bool | Pace
     bounded: bool
     choice: Any = None
 
@@ -93,12 +96,12 @@ def recall(key: Hashable, near: Hashable, *tensors: torch.Tensor) -> bool:
 
 def _allows(found: Left, recorded: bool) -> bool:
     """Is a call PyTorch's here and now? Counts it if so."""
-    if recorded:
-        if not found.training or _hooks(True) is not None:
-            return False
-    elif not found.forward:
+    side = found.training if recorded else found.forward
+    if side is False or (recorded and _hooks(True) is not None):
         return False
     if _deterministic() or (found.bounded and _capturing()):
+        return False
+    if side is not True and not side.host_bound():
         return False
     if found.choice is not None:
         found.choice.calls += 1
@@ -124,9 +127,18 @@ def keep(key: Hashable, left: Left) -> None:
 
 
 def known(choice: Any, size: float, bounds: tuple[float, float]) -> Left:
-    """Who serves calls like one whose choice and size are these; `bounds` are sizes that the host bounds: without
-    gradients, with them."""
+    """Who serves calls like one whose choice and size are these.
+
+    bounds: sizes up to which the host bounds a call without gradients, and one with them, in any program. With those up
+    to `_SPAN` times as large it depends on the program.
+    """
     own = bool(choice.native)
     both = own and bool(dispatch.backward_of(choice).native)
-    forward, training = own or size <= bounds[0], both or size <= bounds[1]
-    return Left(forward, training, (forward and not own) or (training and not both), choice)
+    forward, training = (_side(native, size, bound) for native, bound in zip((own, both), bounds, strict=True))
+    return Left(forward, training, (bool(forward) and not own) or (bool(training) and not both), choice)
+
+
+def _side(native: bool, size: float, bound: float) -> bool | Pace:
+    if native or size <= bound:
+        return True
+    return Pace() if size <= _SPAN * bound else False

@@ -1,5 +1,6 @@
 """A call runs what was chosen for it, is known again by all that its choice depends on, and never stops a program."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -308,6 +309,14 @@ def test_misses_are_counted_and_weighed_and_verdicts_are_not(choose):
     (miss,) = choose.here.misses()
     assert (miss.problem, miss.calls) == (missed.problem.key, 3)
     assert miss.time_ms > 0
+
+
+def test_a_program_of_a_dtype_that_no_kernel_takes_has_no_misses(choose):
+    """Asked at the program's end, where nothing may go wrong any more."""
+    odd = choose(problem=dataclasses.replace(FUSED, dtype="float64"))
+    choose.here._memo[OP, 1] = odd
+    odd.calls = 3
+    assert choose.here.misses() == []
 
 
 def test_a_forked_process_counts_its_own_calls(choose):

@@ -54,6 +54,15 @@ def test_where_pytorch_has_a_kernel_a_prediction_is_no_evidence(choose):
     assert choose(verdict(status="predicted")).source == "fallback"
 
 
+@pytest.mark.parametrize("name", ["inductor", "flex_attention"])
+def test_a_program_does_not_wait_for_a_compiler_that_won(choose, monkeypatch, name):
+    monkeypatch.setattr(OP, "implementations", dict(OP.implementations))
+    OP.implementation(name)(doubling)
+    ranked = [{"implementation": name, "config": {}, "time_ms": 1.0}, *RANKED["candidates"]]
+    choice = choose(verdict(implementation=name, config={}, evidence={**RANKED, "candidates": ranked}))
+    assert (choice.implementation.name, choice.source, choice.config) == ("triton", "exact", OTHER)
+
+
 def test_where_pytorch_has_a_kernel_it_serves_without_a_verdict(choose):
     choice = choose()
     assert (choice.source, choice.native) == ("fallback", True)

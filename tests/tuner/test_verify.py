@@ -272,6 +272,21 @@ def test_where_the_truth_is_zero_what_rounding_leaves_of_sums_passes_and_no_more
             verify(op.tunable, CONFIG, [case])
 
 
+@pytest.mark.parametrize(("rows", "off", "right"), [(1, 5e-8, True), (1, 1e-5, False), (48, 1e-5, False)])
+def test_of_few_numbers_pytorch_may_be_exact_by_luck(rows, off, right):
+    def means(x):
+        return x.double().view(rows, -1).mean(-1).float()
+
+    op = make_op(lambda x, *, config: means(x) + off)
+    op.reference = op.implementation("torch")(means)
+    case = Case.make(op, PROBLEM, "cpu", 0)
+    if right:
+        verify(op.tunable, CONFIG, [case])
+    else:
+        with pytest.raises(Wrong):
+            verify(op.tunable, CONFIG, [case])
+
+
 def test_poisoned_allocations_keep_shape_strides_and_alignment():
     with Poisoned() as guard:
         made = torch.empty_strided((4, 6), (1, 4), dtype=torch.bfloat16)

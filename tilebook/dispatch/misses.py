@@ -27,7 +27,10 @@ def misses_of(choices: Sequence[Choice], counted: Mapping[int, int] = MappingPro
             continue
         gpu = choice.gpu
         where = store.Device(*gpu.identity)
-        time_ms = 1e3 * choice.problem.floor_s(gpu) / _TYPICAL_EFFICIENCY
+        try:
+            time_ms = 1e3 * choice.problem.floor_s(gpu) / _TYPICAL_EFFICIENCY
+        except KeyError:  # a dtype that no kernel takes, of which nobody tunes a problem
+            continue
         if math.isfinite(time_ms):
             found.append(store.Miss(choice.implementation.op.name, choice.problem.key, where, calls, time_ms))
     return sorted(found, key=lambda miss: -miss.calls * miss.time_ms)

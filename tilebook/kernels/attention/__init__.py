@@ -11,7 +11,7 @@ from tilebook import dispatch
 from tilebook.call import left_whole, recorded, tf32_allowed, way
 from tilebook.casting import autocast
 from tilebook.kernels.attention.check import Causal, check, checked_form, multiplier, numbers, together
-from tilebook.kernels.attention.drop_in import BOUNDS, kind, scaled_dot_product_attention
+from tilebook.kernels.attention.drop_in import BOUNDS, TRACED, kind, scaled_dot_product_attention
 from tilebook.kernels.attention.entry import ATTENTION, arguments, posed, registered
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.pytorch import log_sum_exp, plain
@@ -171,7 +171,7 @@ def _left(tensors: tuple[Any, ...], packed: tuple[Any, ...]) -> bool:
     found, trained = described(*tensors), recorded(tensors)
     if found is None or dispatch.forced():
         return False
-    bounded = q.numel() * k.shape[2] <= BOUNDS[trained]
+    bounded = q.numel() * k.shape[2] <= TRACED[trained]
     return left("attention", found, packed, trained, q.device, bounded)
 
 

@@ -42,6 +42,9 @@ OUTLIER, OUTLIER_EVERY = 32.0, 61
 _STATISTIC_FLOOR = 1e-5
 _TF32_STEP = 2**-10
 
+_FEW = 8
+"""Numbers of an fp32 output up to which PyTorch may be exact by luck, in a mean or a sum that nearly cancels."""
+
 _CANCELLED = 8 * torch.finfo(torch.float32).eps
 
 # Where the problem is fp32 throughout: the GPU's `rsqrt` and `exp2` err by 2 ulp, and a long sum in another order than
@@ -105,6 +108,12 @@ def cancelled(inputs: Sequence[Any], dtype: torch.dtype) -> Error:
     sizes = [a.abs().max().item() for a in inputs if isinstance(a, torch.Tensor) and a.dtype == dtype and a.numel()]
     rounding = _CANCELLED * max(filter(math.isfinite, sizes), default=0.0) ** 3
     return Error(rounding, rounding)
+
+
+def _rounded(inputs: Sequence[Any]) -> float:
+    """A rounding step of fp32 at the size of the first tensor's numbers."""
+    first = next(each for each in inputs if isinstance(each, torch.Tensor))
+    return torch.finfo(torch.float32).eps * first.float().square().mean().sqrt().item()
 
 
 class Outliers(TorchFunctionMode):
@@ -216,7 +225,9 @@ class Case:
             if right.numel() and not right.any():
                 floor = cancelled(inputs, problem.torch_dtype)
             else:
+                few = output.dtype == torch.float32 and right.numel() <= _FEW
                 floor = floors(right, output.dtype, problem.torch_dtype, getattr(problem, "tf32", False))
+                floor = Error(max(floor.max, _rounded(inputs)), max(floor.rms, _rounded(inputs))) if few else floor
             allowed.append(Error(FACTOR * theirs.max + floor.max, FACTOR * theirs.rms + floor.rms))
         dtypes = tuple(output.dtype for output in plain)
         return cls(problem, label, inputs, truth, dtypes, tuple(allowed), yardstick)
