@@ -171,8 +171,8 @@ def _left(tensors: tuple[Any, ...], packed: tuple[Any, ...]) -> bool:
     found, trained = described(*tensors), recorded(tensors)
     if found is None or dispatch.forced():
         return False
-    bounded = q.numel() * k.shape[2] <= TRACED[trained]
-    return left("attention", found, packed, trained, q.device, bounded)
+    bound = TRACED[1] if trained else TRACED[0]  # PyTorch 2.11 does not trace an index that is a bool
+    return left("attention", found, packed, trained, q.device, q.numel() * k.shape[2] <= bound)
 
 
 def _four(bias: torch.Tensor) -> torch.Tensor:
