@@ -362,6 +362,22 @@ def test_a_kernel_family_that_cannot_be_imported_is_one_line_and_the_others_are_
     assert said.startswith("tilebook: kernel family decode cannot be imported: ModuleNotFoundError")
 
 
+@pytest.mark.parametrize("family", ["decode", "norms"])
+def test_of_a_kernel_family_that_cannot_be_imported_no_op_stays(monkeypatch, family):
+    known = dict(ops.ops())
+    monkeypatch.setattr(ops, "_OPS", known)
+    monkeypatch.setattr(ops, "_load_families", functools.cache(ops._load_families.__wrapped__))
+    monkeypatch.setitem(sys.modules, f"tilebook.kernels.{family}", None)
+    with pytest.warns(RuntimeWarning, match=f"kernel family {family} cannot be imported"):
+        left = set(ops.ops())
+    gone = {
+        "decode": {"attention_decode"},
+        "norms": {f"{n}_norm_{d}" for n in ("rms", "layer") for d in ("fwd", "bwd")},
+    }
+    assert not gone[family] & left
+    assert {"attention_fwd", "mlp_up_fwd"} <= left
+
+
 FOREIGN = {
     "text": b"this is a letter, not a registry\n",
     "empty": b"",

@@ -305,7 +305,8 @@ def _load_families() -> Sequence[str]:
         except Exception as error:  # a change of Triton's or Gluon's interface must not take all the others down
             broken.append(f"kernel family {module.name} cannot be imported: {type(error).__name__}: {error}")
             warnings.warn(broken[-1], RuntimeWarning, stacklevel=3)
-            for name in [name for name, each in _OPS.items() if each.family == module.name]:
+            where = f"tilebook.kernels.{module.name}."
+            for name in [name for name, each in _OPS.items() if each.reference.__module__.startswith(where)]:
                 del _OPS[name]
     return broken
 
