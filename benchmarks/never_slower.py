@@ -129,7 +129,7 @@ def note_kernels(cells: list[Cell], device: str, until: float) -> None:
         except Exception as broken:
             row["failed"] = f"{type(broken).__name__}: {broken}"[:300]
         _free()
-    assert "tilebook" not in sys.modules
+    assert "tilebook.dispatch" not in sys.modules
 
 
 def judge(cells: list[Cell], device: str, until: float, workers: int) -> None:
@@ -243,7 +243,8 @@ def _run(task: str, cells: list[Cell], given: argparse.Namespace, until: float) 
     command = [sys.executable, __file__, *sys.argv[1:], "--task", task, "--spec", spec.name, "--until", str(until)]
     # A pool of compilers in each of several processes would be more than the machine has.
     environment = {"PYTHONUNBUFFERED": "1", "KINETO_LOG_LEVEL": "99", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    plain = {name: value for name, value in os.environ.items() if name != "TILEBOOK"}  # what others call is PyTorch's
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**plain, **environment})
 
 
 def _rows(running: list[subprocess.Popen[str]], until: float) -> Iterator[Row]:
