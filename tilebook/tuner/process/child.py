@@ -27,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+from tilebook.autoload import ASKED
 from tilebook.errors import TuningError
 from tilebook.tuner.process.processes import has_exited, kill_group, kill_marked
 
@@ -305,12 +306,12 @@ _READY = b"[0,{}]"
 
 
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
-    """Ours with `changes`, and a PYTHONPATH under which the child imports what we would."""
+    """Ours with `changes`, and a PYTHONPATH under which the child imports what we would. PyTorch's functions stay there."""
     here = str(Path(__file__).parents[3])
     paths = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
     if here not in paths:
         paths.insert(0, here)
-    values: dict[str, str | None] = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **changes}
+    values: dict[str, str | None] = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), ASKED: None, **changes}
     return {name: value for name, value in values.items() if value is not None}
 
 
