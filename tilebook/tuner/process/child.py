@@ -306,7 +306,7 @@ _READY = b"[0,{}]"
 
 
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
-    """Ours with `changes`, and a PYTHONPATH under which the child imports what we would. PyTorch's functions stay there."""
+    """Ours with `changes`, and a PYTHONPATH under which the child imports what we would. It runs plain PyTorch."""
     here = str(Path(__file__).parents[3])
     paths = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
     if here not in paths:
