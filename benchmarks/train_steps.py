@@ -66,6 +66,8 @@ CASES: dict[str, tuple[tuple[Make, ...], Sizes]] = {
 """The first of the makers that can serves."""
 
 COMPARED_STEPS = 10
+SETTLED_STEPS = 60
+"""After which who serves calls that depend on the program is settled."""
 LOSS_TOLERANCE = 0.02
 BLOCK_MS = 250.0
 """A block of steps lasts about this long."""
@@ -169,6 +171,8 @@ def block(run: Run, steps: int, device: str) -> tuple[float, float]:
 
 def measure(runs: dict[str, Run], rounds: int, device: str) -> dict[str, Any]:
     """ms a step and peak memory of each, and the ratio to plain PyTorch round by round."""
+    for run in runs.values():
+        block(run, 3 if device == "cpu" else SETTLED_STEPS, device)
     estimate = max(block(run, 3, device)[0] for run in runs.values())
     steps, order = max(2, math.ceil(BLOCK_MS / estimate)), random.Random(0)
     if device == "cpu":

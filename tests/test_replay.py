@@ -1,6 +1,7 @@
 """A recorded call does the same again with other tensors, and only where that is safe."""
 
 import ctypes
+import gc
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -130,6 +131,16 @@ def _with_structs(kernel, sizes):
         return (y,)
 
     return call
+
+
+def test_a_plan_keeps_no_tensor_alive():
+    """One that was made while a graph was being recorded would lie in the graph's memory for ever."""
+    x = torch.randn(8, 8)
+    before = {id(each) for each in gc.get_objects() if type(each) is torch.Tensor}
+    plan = record(launcher(Quiet()), (x,))[1]
+    assert plan is not None
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is torch.Tensor and id(each) not in before]
 
 
 def test_tensors_in_a_struct_are_new_each_time_like_any():

@@ -37,13 +37,13 @@ ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 class Left(NamedTuple):
     """Which calls of one kind are PyTorch's: without gradients, with them; and whether only outside of graphs.
 
-    A `Pace` in a yes's or no's place looks at what the program is waiting for.
+    A `Pace` in a yes's or no's place asks the program's own steps.
     bounded: the GPU is done with such a call before the host has made the next, and PyTorch's costs the host least. A
     graph is replayed without the host.
     choice: whose calls they are, and which counts them: what nobody has tuned is weighed by how often it is asked for.
     """
 
-    forward: bool | Pace
+    forward: bool
     training: bool | Pace
     bounded: bool
     choice: Any = None
@@ -129,16 +129,13 @@ def keep(key: Hashable, left: Left) -> None:
 def known(choice: Any, size: float, bounds: tuple[float, float]) -> Left:
     """Who serves calls like one whose choice and size are these.
 
-    bounds: sizes up to which the host bounds a call without gradients, and one with them, in any program. With those up
-    to `_SPAN` times as large it depends on the program.
+    bounds: sizes up to which the host bounds a call without gradients, and one with them, in any program. Whether it
+    bounds one with gradients that is up to `_SPAN` times as large depends on the program.
     """
     own = bool(choice.native)
     both = own and bool(dispatch.backward_of(choice).native)
-    forward, training = (_side(native, size, bound) for native, bound in zip((own, both), bounds, strict=True))
-    return Left(forward, training, (bool(forward) and not own) or (bool(training) and not both), choice)
-
-
-def _side(native: bool, size: float, bound: float) -> bool | Pace:
-    if native or size <= bound:
-        return True
-    return Pace() if size <= _SPAN * bound else False
+    forward, training = own or size <= bounds[0], both or size <= bounds[1]
+    bounded = (forward and not own) or (training and not both)
+    if not training and size <= _SPAN * bounds[1]:
+        return Left(forward, Pace(), True, choice)
+    return Left(forward, training, bounded, choice)

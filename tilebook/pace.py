@@ -1,59 +1,106 @@
-"""Who waits for whom: the GPU for the host, or the host for the GPU? Seen where calls are made, at little cost.
+"""Ours or PyTorch's, where that depends on the program: its own training steps tell.
 
 A kernel of ours that is called from Python costs the host more than PyTorch's own function does, its gradient most of
 all. In a program whose GPU has work in store that costs nothing, and what the kernel is faster by is gained. In one
-whose GPU waits for the next call it is lost. The same call may be in either: what tells them apart is whether the
-stream has come to its end when the call is made.
+whose GPU waits for the next call it is lost. No look at one call tells the two apart. So steps of an optimizer in which
+ours serve take turns with steps in which PyTorch does, until it is clear which are shorter.
 """
 
 from __future__ import annotations
 
-import torch
+import statistics
+import threading
+import time
+from typing import Any
 
-WINDOW = 32
-"""Looks from which something is concluded. The first window is let pass: a program's first calls say nothing."""
+TURN = 6
+"""Steps of a turn."""
 
-RARELY = 16
-"""After that, of so many calls one looks."""
+SETTLING = 2
+"""The first steps of a turn count for nothing: the GPU still does what the turn before has left it."""
 
-_MOSTLY_BUSY, _OFTEN_IDLE = 1 / 3, 1 / 2
-"""Idle in no more than this share of a window, the GPU is what is waited for; in more than that, it is the host."""
+ENOUGH = 16
+"""Steps of each that count before anything is concluded."""
+
+_GAIN = 0.99
+"""Ours serve from then on if three quarters of their steps take less than this share of PyTorch's median."""
 
 
-def idle() -> bool:
-    """Has the current stream come to its end? Not to be asked while a graph is captured."""
-    return torch.cuda.current_stream().query()
+class Steps:
+    """Steps of a program that takes turns: whose turn it is, how long they took, and who is to serve."""
+
+    def __init__(self) -> None:
+        self.ours = False
+        self.verdict: bool | None = None
+        self.calls = 0
+        self._taken = 0
+        self._seconds: dict[bool, list[float]] = {False: [], True: []}
+
+    def end(self, seconds: float) -> None:
+        """A step in which calls were made that take part has ended."""
+        self._taken += 1
+        if self._taken > SETTLING:
+            self._seconds[self.ours].append(seconds)
+        if self._taken == TURN:
+            self._taken, self.ours = 0, not self.ours
+            self._conclude()
+
+    def _conclude(self) -> None:
+        theirs, mine = self._seconds[False], self._seconds[True]
+        if min(len(theirs), len(mine)) >= ENOUGH:
+            self.verdict = statistics.quantiles(mine, n=4)[2] < _GAIN * statistics.median(theirs)
 
 
 class Pace:
-    """What was seen of one kind of call, which PyTorch serves until the GPU is seen to be behind.
+    """Who serves one kind of call that wants gradients: PyTorch, until the program's steps have told otherwise."""
 
-    Ours serve from then on, unless the GPU waits for them: then PyTorch does again, for good.
-    """
-
-    __slots__ = ("_calls", "_idle", "_looks", "_windows", "ours", "settled")
+    __slots__ = ("_steps",)
 
     def __init__(self) -> None:
-        self.ours, self.settled = False, False
-        self._calls = self._looks = self._idle = self._windows = 0
+        self._steps = _trial.joined()
 
     def host_bound(self) -> bool:
-        """Is a call made now better PyTorch's, because the host is what is waited for?"""
-        self._calls += 1
-        if not self.settled and (self._windows < 2 or self._calls % RARELY == 0):
-            self._look()
-        return not self.ours
+        """Is a call made now PyTorch's?"""
+        steps = self._steps
+        if steps.verdict is not None:
+            return not steps.verdict
+        steps.calls += 1
+        return not steps.ours
 
-    def _look(self) -> None:
-        self._looks += 1
-        self._idle += idle()
-        if self._looks < WINDOW:
+
+class _Trial:
+    """The turns that are being taken, and the hook by which optimizers tell of their steps."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._steps: Steps | None = None
+        self._handle: Any = None
+        self._last = 0.0
+
+    def joined(self) -> Steps:
+        """The turns that one more kind of call takes part in: those under way, or new ones."""
+        with self._lock:
+            if self._steps is None or self._steps.verdict is not None:
+                self._steps, self._last = Steps(), 0.0
+            if self._handle is None:
+                from torch.optim.optimizer import register_optimizer_step_post_hook
+
+                self._handle = register_optimizer_step_post_hook(self._ended)
+            return self._steps
+
+    def _ended(self, *_: Any) -> None:
+        steps, now = self._steps, time.perf_counter()
+        if steps is None:
             return
-        share, self._looks, self._idle = self._idle / WINDOW, 0, 0
-        self._windows += 1
-        if self._windows == 1:
-            return
-        if self.ours and share > _OFTEN_IDLE:
-            self.ours, self.settled = False, True
-        elif share <= _MOSTLY_BUSY:
-            self.ours = True
+        before, self._last = self._last, now
+        if steps.calls and before:
+            steps.end(now - before)
+        steps.calls = 0
+        if steps.verdict is not None:
+            with self._lock:
+                if steps is self._steps and self._handle is not None:
+                    self._handle.remove()
+                    self._handle = None
+
+
+_trial = _Trial()

@@ -172,8 +172,5 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _maker(made: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Allocates another one. Of PyTorch's ways `empty_like` costs least, here of an element that stands for all."""
-    if made.is_contiguous():
-        model = torch.empty((), dtype=made.dtype, device=made.device).expand(made.shape)
-        return functools.partial(torch.empty_like, model, memory_format=torch.contiguous_format)
+    """Allocates another one. It keeps no tensor as a model: that might lie in the memory of a graph, for ever."""
     return functools.partial(torch.empty_strided, made.shape, made.stride(), dtype=made.dtype, device=made.device)

@@ -5,7 +5,7 @@ import torch
 from dispatch_samples import GPU, doubling
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tilebook import left, pace
+from tilebook import left
 from tilebook.dispatch import Choice, Dispatch
 from tilebook.left import Left, again, keep, known, unsettled
 from tilebook.pace import Pace
@@ -137,22 +137,26 @@ def test_a_choice_of_pytorchs_is_left_with_gradients_only_if_they_are_pytorchs_t
 def test_what_the_host_bounds_is_pytorchs_whoever_won():
     ours = choice(False)
     assert known(ours, 5, (5, 9)) == Left(True, True, True, ours)
-    assert known(ours, 90, (5, 5))[:3] == (False, False, False)
+    assert known(ours, 9, (5, 9))[:3] == (False, True, True)
+    assert known(ours, 200, (5, 9))[:3] == (False, False, False)
     assert known(choice(True, ours), 5, (5, 9))[:3] == (True, True, True)
     assert known(choice(True), 5, (5, 9))[:3] == ALWAYS[:3]
 
 
-def test_of_larger_calls_what_the_program_waits_for_decides(monkeypatch):
-    found = known(choice(False), 6, (5, 9))
-    assert found[1:3] == (True, True)
-    assert isinstance(found.forward, Pace)
+def test_of_larger_calls_with_gradients_the_program_decides(monkeypatch):
+    found = known(choice(False), 80, (5, 9))
+    assert (found.forward, found.bounded) == (False, True)
+    assert isinstance(found.training, Pace)
     keep("kind", found)
-    monkeypatch.setattr(pace, "idle", lambda: False)
-    served = [left.recall("kind", "near", tensor()) for _ in range(3 * pace.WINDOW)]
-    assert served == [True] * (2 * pace.WINDOW - 1) + [False] * (pace.WINDOW + 1)
+    assert recall("kind", tensor(True)), "PyTorch serves first"
+    assert not recall("kind", tensor())
+    found.training._steps.ours = True
+    assert not recall("kind", tensor(True))
+    found.training._steps.ours = False
     monkeypatch.setattr(left, "_capturing", lambda: True)
-    monkeypatch.setattr(pace, "idle", None)
-    assert not left.recall("kind", "near", tensor()), "a graph has ours, and nothing is asked of a stream"
+    assert not recall("kind", tensor(True)), "a graph has ours"
+    assert known(choice(True), 80, (5, 9))[:3] == ALWAYS[:3]
+    assert known(choice(True, choice(False)), 80, (5, 9)).forward is True
 
 
 def test_kernels_of_ours_run_their_first_calls_themselves():

@@ -111,7 +111,8 @@ def test_generated_tokens_are_pytorchs(name):
     transformers = pytest.importorskip("transformers")
     kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
-    model = kind.from_config(transformers.AutoConfig.for_model(name, **MODELS[name])).cuda().eval()
+    config = transformers.AutoConfig.for_model(name, **MODELS[name], decoder_start_token_id=0)
+    model = kind.from_config(config).cuda().eval()
     ids = _inputs(name, False)["input_ids"]
 
     def tokens():
