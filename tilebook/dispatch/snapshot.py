@@ -30,7 +30,7 @@ _DECISIVE = ("torch", "cudnn", "cuda")
 """Packages whose versions decide how fast PyTorch's own call is."""
 
 
-_COMPILED = frozenset({"inductor", "flex_attention"})
+COMPILED = frozenset({"inductor", "flex_attention"})
 """Implementations that compile for seconds when they are first called: a program must not wait for that."""
 
 _FIRST, _MORE = 1, 32
@@ -184,7 +184,7 @@ class Snapshot:
         for finalist in verdict.finalists:
             name, values = finalist.implementation, finalist.config
             implementation = op.implementations.get(name)
-            if implementation is None or name in _COMPILED or not implementation.can_run(problem, self.gpu):
+            if implementation is None or name in COMPILED or not implementation.can_run(problem, self.gpu):
                 continue
             if not may_run(verdict, name, implementation.digest):
                 continue
