@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tilebook.kernels.mlp import mlp
     from tilebook.kernels.norms import layer_norm, rms_norm
     from tilebook.kernels.varlen import attention_varlen
+    from tilebook.patching import patch, patched
 
 __all__ = [
     "attention",
@@ -26,6 +27,8 @@ __all__ = [
     "enabled",
     "layer_norm",
     "mlp",
+    "patch",
+    "patched",
     "rms_norm",
     "scaled_dot_product_attention",
     "status",
@@ -42,6 +45,8 @@ _MODULE = {
     "enabled": "enabling",
     "layer_norm": "kernels.norms",
     "mlp": "kernels.mlp",
+    "patch": "patching",
+    "patched": "patching",
     "rms_norm": "kernels.norms",
     "scaled_dot_product_attention": "kernels.attention",
     "status": "enabling",

@@ -88,7 +88,7 @@ def _step(model, given):
     return [found.detach(), *[each.grad for each in model.parameters() if each.grad is not None]]
 
 
-@pytest.mark.parametrize("served", ["by verdict", "ours"])
+@pytest.mark.parametrize("served", ["by verdict", "ours", "patched"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("name", MODELS)
 def test_numbers_are_pytorchs(name, padded, served):
@@ -100,7 +100,8 @@ def test_numbers_are_pytorchs(name, padded, served):
         model = _model(name).to("cuda", dtype)
         theirs = _step(model, given)
         forced = dispatch.use("triton") if served == "ours" and dtype == torch.bfloat16 else contextlib.nullcontext()
-        with tilebook.enabled(), forced:
+        changed = tilebook.patched(model) if served == "patched" else contextlib.nullcontext()
+        with tilebook.enabled(), forced, changed:
             for _ in range(3):
                 ours = _step(model, given)
         assert_as_near(ours, theirs, truth, f"{dtype}", blur=4.0)

@@ -1,0 +1,203 @@
+"""One model on tilebook: modules that compute what a function of ours does call it, until they are changed back.
+
+`tilebook.enable` reaches what calls PyTorch's functions. Language models write RMSNorm out in several of them, and an
+MLP is two layers with an activation between. What a module computes is not read off its name: it is tried on random
+numbers, and a module whose numbers are not those of our function is left as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilebook.kernels.mlp import mlp
+from tilebook.kernels.mlp.form import ACTIVATIONS
+from tilebook.kernels.mlp.pytorch import plain
+from tilebook.kernels.norms import rms_norm
+
+_EPSILONS = "variance_epsilon", "eps", "epsilon"
+_ROWS, _WIDTH, _INNER = 5, 8, 12
+_SCALES = 3.0, 1e-3
+"""Of the numbers that a norm is tried on: of the smaller ones its epsilon decides."""
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was changed in a model, and what was not.
+
+    changed: by a module's name, what it calls by now.
+    left:    by the name of a norm or MLP, why it was left as it is.
+    """
+
+    changed: Mapping[str, str]
+    left: Mapping[str, str]
+    _ours: Sequence[tuple[nn.Module, Function]] = field(default=(), repr=False, compare=False)
+
+    def undo(self) -> None:
+        """Changes back what this report says was changed, except where somebody has changed it again."""
+        for module, ours in self._ours:
+            if module.__dict__.get("forward") is ours:
+                del module.forward
+
+    def __str__(self) -> str:
+        def lines(of: Mapping[str, str]) -> list[str]:
+            grouped: dict[str, list[str]] = {}
+            for name, what in of.items():
+                grouped.setdefault(what, []).append(name)
+            return [f"  {what}: {len(names)}, {names[0]} …" for what, names in grouped.items()]
+
+        return "\n".join(["changed:", *lines(self.changed), "left:", *lines(self.left)])
+
+
+def patch(model: nn.Module) -> Report:
+    """Lets the model's norms and MLPs call tilebook's functions; says what was changed, what was left and why.
+
+    An RMSNorm that is written out becomes `tilebook.rms_norm`, also one that multiplies by 1 + weight. Two linear
+    layers with biases and GELU (exact or tanh) or ReLU between them become `tilebook.mlp`. Parameters, state dicts,
+    names and hooks of the modules themselves stay as they are; `Report.undo` changes it back. PyTorch's own norms and
+    attention are `tilebook.enable`'s. Ours multiplies by the weight before it rounds, and so may differ by a rounding
+    from one that rounds twice.
+    """
+    changed, left, ours = dict[str, str](), dict[str, str](), list[tuple[nn.Module, Function]]()
+    for name, module in model.named_modules():
+        try:
+            found = _norm(module) or _mlp(module)
+        except _Left as why:
+            left[name] = str(why)
+            continue
+        if found is not None:
+            changed[name], module.forward = found
+            ours.append((module, module.forward))
+    return Report(changed, left, ours)
+
+
+@contextmanager
+def patched(model: nn.Module) -> Iterator[Report]:
+    """Inside the block the model is as after `patch`."""
+    report = patch(model)
+    try:
+        yield report
+    finally:
+        report.undo()
+
+
+class _Left(Exception):
+    """The module stays as it is; the text says why."""
+
+
+def _norm(module: nn.Module) -> tuple[str, Function] | None:
+    """What an RMSNorm calls from now on; None for what is none. Raises _Left."""
+    name = type(module).__name__
+    if not ("RMSNorm" in name or name.endswith("T5LayerNorm")) or isinstance(module, nn.RMSNorm):
+        return None
+    weight = module._parameters.get("weight")
+    eps = next((float(getattr(module, each)) for each in _EPSILONS if hasattr(module, each)), None)
+    _check(module, weight)
+    assert weight is not None
+    if eps is None or weight.ndim != 1 or len(module._parameters) > 1:
+        raise _Left("not one weight and an epsilon")
+    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    trial = drawn(len(weight)).to(weight)
+    other = copy.copy(module)  # the same, but for its weight
+    other.__dict__["_parameters"] = {"weight": trial}
+    xs = [((drawn(_ROWS, len(weight)) + 0.5) * scale).to(weight) for scale in _SCALES]
+    theirs = [_result(type(module).forward, other, x) for x in xs]
+    for offset, what in ((0, "tilebook.rms_norm"), (1, "tilebook.rms_norm of 1 + weight")):
+        if all(_alike(found, rms_norm(x, _scale(trial, offset), eps)) for found, x in zip(theirs, xs, strict=True)):
+            return what, partial(_norm_forward, module, offset, eps)
+    raise _Left("computes something else than RMSNorm")
+
+
+def _scale(weight: torch.Tensor, offset: int) -> torch.Tensor:
+    return weight.float() + offset if offset else weight
+
+
+def _norm_forward(module: Any, offset: int, eps: float, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    if args or kwargs or x.dtype != module.weight.dtype:  # which decides about the dtype of the result
+        return type(module).forward(module, x, *args, **kwargs)
+    return rms_norm(x, _scale(module.weight, offset), eps)
+
+
+def _mlp(module: nn.Module) -> tuple[str, Function] | None:
+    """What an MLP of two layers calls from now on; None for what is none. Raises _Left."""
+    layers = {name: each for name, each in module.named_children() if isinstance(each, nn.Linear)}
+    if len(layers) != 2 or isinstance(module, nn.Sequential):
+        return None
+    (up, first), (down, second) = layers.items()
+    if (first.in_features, first.out_features) != (second.out_features, second.in_features):
+        return None
+    if any(type(each) is not nn.Linear for each in (first, second)):
+        raise _Left("its layers are not PyTorch's own Linear")
+    _check(module, first.weight)
+    if first.bias is None or second.bias is None:
+        raise _Left("its layers have no biases")
+    dropout = max([each.p for each in module.modules() if isinstance(each, nn.Dropout)], default=0.0)
+    if dropout:
+        raise _Left(f"drops with a probability of {dropout}")
+    if _hooked(first) or _hooked(second):
+        raise _Left("its layers have hooks")
+    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    tensors = drawn(_INNER, _WIDTH), drawn(_INNER), drawn(_WIDTH, _INNER), drawn(_WIDTH)
+    other = copy.copy(module)  # the same, but for its layers, which are small and of fp32
+    small = {up: _linear(*tensors[:2]), down: _linear(*tensors[2:])}
+    other.__dict__["_modules"] = {**module._modules, **small}
+    x = drawn(_ROWS, _WIDTH)
+    found = _result(type(module).forward, other, x)
+    alike = [each for each in ACTIVATIONS if _alike(found, plain((x, *tensors), (each,)))]
+    if not alike:
+        raise _Left("computes something else than two layers and GELU or ReLU")
+    return f"tilebook.mlp with {alike[0]}", partial(_mlp_forward, module, up, down, alike[0])
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    made.weight, made.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return made
+
+
+def _mlp_forward(module: Any, up: str, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    first, second = module._modules[up], module._modules[down]
+    usual = type(first) is type(second) is nn.Linear and not (_hooked(first) or _hooked(second))
+    if args or kwargs or not usual:  # somebody has put something else there, or listens
+        return type(module).forward(module, x, *args, **kwargs)
+    return mlp(x, first.weight, first.bias, second.weight, second.bias, activation=activation)
+
+
+def _check(module: nn.Module, weight: torch.Tensor | None) -> None:
+    if "forward" in module.__dict__:
+        raise _Left("its forward was changed already")
+    if weight is None or type(weight) is not nn.Parameter or weight.is_meta or not weight.is_floating_point():
+        raise _Left("its weight is no ordinary parameter with numbers")
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Would somebody hear of a call of the module, who does not of a call of its parameters?"""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+def _result(function: Function, *args: Any) -> Any:
+    """What a module gives, without gradients. Raises _Left where it does not take one tensor."""
+    try:
+        with torch.no_grad():
+            return function(*args)
+    except Exception as broken:
+        raise _Left(f"cannot be tried: {type(broken).__name__}") from None
+
+
+def _alike(theirs: Any, ours: torch.Tensor) -> bool:
+    """Are these the same numbers but for a few roundings?"""
+    if not isinstance(theirs, torch.Tensor) or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
+        return False
+    size = theirs.float().abs().max().item()
+    allowed = 8 * torch.finfo(theirs.dtype).eps * size
+    return size > 0 and bool((theirs.float() - ours.float()).abs().max().item() <= allowed)
