@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
@@ -23,6 +23,35 @@ from tilebook.traced import described, left
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 
+Tensor = torch.Tensor
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(o, lse)"""
+
+
+class Options(TypedDict, total=False):
+    """What `attention` is told beside its tensors and `return_lse`, which decides what it returns."""
+
+    causal: Causal
+    scale: float | None
+    window: tuple[int | None, int | None] | None
+    softcap: float
+    alibi_slopes: torch.Tensor | None
+    bias: torch.Tensor | None
+    attn_mask: torch.Tensor | None
+    dropout_p: float
+    deterministic: bool
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[Options]
+) -> torch.Tensor: ...
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]) -> Pair: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]
+) -> torch.Tensor | Pair: ...
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

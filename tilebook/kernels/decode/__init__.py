@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
@@ -21,6 +21,34 @@ from tilebook.left import Left, again, keep, recall, unsettled
 __all__ = ["attention_decode"]
 
 
+Tensor = torch.Tensor
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(o, lse)"""
+
+
+class Options(TypedDict, total=False):
+    """What `attention_decode` is told beside q and the caches and `return_lse`, which decides what it returns."""
+
+    seq_lens: torch.Tensor | None
+    block_table: torch.Tensor | None
+    causal: bool
+    scale: float | None
+    softcap: float
+    window: int | None
+
+
+@overload
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[Options]
+) -> torch.Tensor: ...
+@overload
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> Pair: ...
+@overload
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]
+) -> torch.Tensor | Pair: ...
 def attention_decode(
     q: torch.Tensor,
     k: torch.Tensor,

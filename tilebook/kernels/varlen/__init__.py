@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
@@ -32,6 +32,60 @@ def _form(causal: bool | str, window: Any, max_q: int, max_k: int, **rest: Any) 
     return form(left=left, right=right, bottom_right=corner, **rest)
 
 
+Tensor = torch.Tensor
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(o, lse)"""
+
+
+class Options(TypedDict, total=False):
+    """What `attention_varlen` is told beside its tensors, lengths and `return_lse`, which decides what it returns."""
+
+    causal: bool | Literal["bottom_right", "top_left"]
+    scale: float | None
+    window: tuple[int | None, int | None] | None
+    softcap: float
+    deterministic: bool
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> torch.Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> Pair: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    return_lse: bool,
+    **options: Unpack[Options],
+) -> torch.Tensor | Pair: ...
 def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -90,9 +144,10 @@ def attention_varlen(
     """
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     if has_torch_function(tensors):
+        itself: Any = attention_varlen
         return handle_torch_function(
-            attention_varlen, tensors, *tensors, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal,
-            scale=scale, window=window, softcap=softcap, return_lse=return_lse, deterministic=deterministic,
+            itself, tensors, *tensors, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal, scale=scale,
+            window=window, softcap=softcap, return_lse=return_lse, deterministic=deterministic,
         )  # fmt: skip
     route = untraceable(way(*tensors), *tensors)
     q, k, v = autocast(q, k, v)
