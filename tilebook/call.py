@@ -165,7 +165,7 @@ class Entry:
     def direct(self, choice: Any, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         """The outputs, past the dispatcher; differentiable in the first where gradients are recorded."""
         if recorded(tensors):
-            return _Direct.apply(self, choice, options, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+            return _apply(self, choice, options, *tensors)  # type: ignore[no-any-return]
         return self.forward(choice, tensors, options)
 
     def through(self, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
@@ -262,3 +262,7 @@ class _Direct(torch.autograd.Function):
         saved = ctx.saved_tensors
         count = len(entry.tensors)
         return None, None, None, *entry.gradients(dy, saved[:count], saved[count:], options, needs)
+
+
+_apply: Any = super(torch.autograd.Function, _Direct).apply
+"""`_Direct.apply`, less what it does for transforms, of which there are none on the direct way."""
