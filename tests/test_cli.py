@@ -80,11 +80,11 @@ def test_tune_show_explain_export_import_from_end_to_end(run, tmp_path):
     assert "nothing was measured" in table.out
 
     why = run("explain", "mlp_up_fwd", "--shape", "M64,H32,I64", "--gpu", "H200", *there)
-    assert "explicit has a predicted verdict for exactly this problem" in why.out
+    assert "no measured verdict is for exactly this problem: PyTorch's own function" in why.out
     near = json.loads(
         run("explain", "mlp_up_fwd", "--shape", "M77,H32,I64", "--gpu", "H200", *there, "--format", "json").out
     )
-    assert near["source"] == "nearest"
+    assert (near["source"], near["implementation"]) == ("fallback", "torch")
 
     exported = tmp_path / "out.jsonl"
     assert run("export", exported, *there).returncode == 0
