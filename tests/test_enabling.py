@@ -1,5 +1,6 @@
 """Models as they are on tilebook: what is put in PyTorch's places, when, and that it comes out again."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -157,6 +158,30 @@ def test_somebody_elses_function_keeps_its_place():
     tilebook.disable()
     assert F.rms_norm is wrapped
     assert PYTORCHS["scaled_dot_product_attention"] is F.scaled_dot_product_attention
+
+
+def test_a_wrapper_that_calls_itself_by_pytorchs_name_keeps_its_place():
+    F.layer_norm = functools.wraps(PYTORCHS["layer_norm"])(lambda *args, **kwargs: "wrapped")
+    with tilebook.enabled():
+        assert F.layer_norm(torch.ones(3), (3,)) == "wrapped"
+        assert tilebook.status().others == ("layer_norm",)
+
+
+def test_what_stood_there_when_ours_were_loaded_is_not_called_after_it_has_left():
+    outcome = program(
+        """
+from unittest import mock
+import torch
+with mock.patch("torch.nn.functional.layer_norm"):
+    import tilebook
+    tilebook.enable()
+tilebook.enable()
+print(type(torch.nn.functional.layer_norm(torch.ones(3), (3,))).__name__)
+tilebook.disable()
+print(torch.nn.functional.layer_norm.__module__)
+"""
+    )
+    assert outcome[0].split() == ["Tensor", "torch.nn.functional"]
 
 
 class Model(nn.Module):

@@ -26,7 +26,7 @@ from tilebook.left import ORDINARY
 _theirs: dict[str, Callable[..., Any]] = {
     name: getattr(F, name) for name in ("scaled_dot_product_attention", "layer_norm", "rms_norm")
 }
-"""What stood in these places when this module was loaded, which is PyTorch's unless a program has been at work."""
+"""What ours have taken the places of; until then, what stood there when this module was loaded."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -90,7 +90,8 @@ class Status:
 
 def _pytorchs(function: Callable[..., Any]) -> bool:
     """Is it PyTorch's own, and nobody's wrapper around it?"""
-    return isinstance(function, types.BuiltinFunctionType) or function.__module__ == F.__name__
+    # A wrapper may have its name and module, but not its globals.
+    return isinstance(function, types.BuiltinFunctionType) or getattr(function, "__globals__", None) is vars(F)
 
 
 class _State:
@@ -99,7 +100,6 @@ class _State:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.whole, self.blocks = False, 0
-        self._before: dict[str, Callable[..., Any]] = {}
 
     @property
     def on(self) -> bool:
@@ -113,11 +113,11 @@ class _State:
             for name, ours in _ours.items():
                 there = getattr(F, name)
                 if self.on and _pytorchs(there):
-                    self._before[name] = there
+                    _theirs[name] = there
                     _scripted(ours, name)
                     setattr(F, name, ours)
                 elif not self.on and there is ours:  # who has wrapped ours since keeps the place
-                    setattr(F, name, self._before.pop(name))
+                    setattr(F, name, _theirs[name])
 
 
 def _scripted(function: Callable[..., Any], name: str) -> None:
