@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.bias import causal_lower_right
+from torch.overrides import TorchFunctionMode
 
 import tilebook
 from tilebook import autoload, enabling
@@ -182,6 +184,57 @@ print(torch.nn.functional.layer_norm.__module__)
 """
     )
     assert outcome[0].split() == ["Tensor", "torch.nn.functional"]
+
+
+def calls(x):
+    """Of all three functions, as programs write them."""
+    q = x.expand(1, 2, *x.shape)
+    return (
+        F.layer_norm(x, (8,), x[0], eps=1e-3),
+        F.rms_norm(x, normalized_shape=(8,), weight=x[0], eps=1e-3),
+        F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.3),
+    )
+
+
+class Overriding(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in there().values():
+            return function.__name__
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in there().values():
+            seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+seen: list[str] = []
+
+
+def test_what_overrides_pytorchs_functions_is_told_of_those_in_their_places():
+    x = torch.randn(3, 8)
+    right = calls(x)
+    for _ in range(2):
+        assert calls(x.as_subclass(Overriding)) == (NAMES[1], NAMES[2], NAMES[0])
+        seen.clear()
+        with Watching():
+            got = calls(x)
+        assert seen == [NAMES[1], NAMES[2], NAMES[0]]
+        torch.testing.assert_close(got, right)
+        tilebook.enable()
+
+
+def test_pytorchs_biases_are_what_they_are_and_a_recorded_program_is_pytorchs():
+    q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 9, 16)
+    bias = causal_lower_right(5, 9)
+    right = F.scaled_dot_product_attention(q, k, k, bias)
+    with tilebook.enabled():
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, bias), right)
+        nodes = torch.fx.symbolic_trace(nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8)), {}).graph.nodes
+        assert not any("tilebook" in str(getattr(node.target, "__module__", "")) for node in nodes)
 
 
 class Model(nn.Module):

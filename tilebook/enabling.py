@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import disabled
-from tilebook.kernels.attention.drop_in import scaled_dot_product_attention
+from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
 from tilebook.kernels.norms import layer_norm as our_layer_norm
 from tilebook.kernels.norms import rms_norm as our_rms_norm
 from tilebook.left import ORDINARY
@@ -50,6 +51,9 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     """Drop-in for `torch.nn.functional.layer_norm`: same arguments, same meaning, same errors."""
+    given = input, weight, bias
+    if has_torch_function(given) and in_place(layer_norm, given):
+        return handle_torch_function(layer_norm, given, input, normalized_shape, weight=weight, bias=bias, eps=eps)
     if _takes(input, normalized_shape, (weight, bias), eps) and not (weight is None and bias is not None):
         return our_layer_norm(input, weight, bias, eps)
     return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
@@ -62,6 +66,9 @@ def rms_norm(
     eps: float | None = None,
 ) -> torch.Tensor:
     """Drop-in for `torch.nn.functional.rms_norm`: same arguments, same meaning, same errors."""
+    given = input, weight
+    if has_torch_function(given) and in_place(rms_norm, given):
+        return handle_torch_function(rms_norm, given, input, normalized_shape, weight=weight, eps=eps)
     if _takes(input, normalized_shape, (weight,), eps):
         return our_rms_norm(input, weight, eps)  # type: ignore[arg-type]
     return _theirs["rms_norm"](input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
