@@ -233,8 +233,51 @@ def test_pytorchs_biases_are_what_they_are_and_a_recorded_program_is_pytorchs():
     right = F.scaled_dot_product_attention(q, k, k, bias)
     with tilebook.enabled():
         torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, bias), right)
-        nodes = torch.fx.symbolic_trace(nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8)), {}).graph.nodes
-        assert not any("tilebook" in str(getattr(node.target, "__module__", "")) for node in nodes)
+        graph = torch.fx.symbolic_trace(lambda x, q: (F.layer_norm(x, (8,)), F.rms_norm(x, (8,)), attend(q))).graph
+    assert {node.target for node in graph.nodes if node.op == "call_function"} == set(PYTORCHS.values())
+
+
+def attend(q):
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_what_overrides_pytorchs_functions_does_so_in_a_compiled_program(on):
+    (tilebook.enable if on else tilebook.disable)()
+    torch._dynamo.reset()
+    compiled = torch.compile(calls_one, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(3, 8).as_subclass(Zeroing)).tolist() == [0.0]
+
+
+def calls_one(x):
+    return F.layer_norm(x, (8,))
+
+
+class Zeroing(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (F.layer_norm, PYTORCHS["layer_norm"]):
+            return torch.zeros(1)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_what_is_compiled_has_pytorchs_functions_in_its_graph_however_early_ours_were_there():
+    told, _ = program(
+        """
+import torch
+import torch.nn.functional as F
+def backend(graph, examples):
+    print(*(node.target.__module__ for node in graph.graph.nodes if node.op == "call_function"))
+    return graph
+def program(x):
+    q = F.rms_norm(F.layer_norm(x, (8,)), (8,))
+    return F.scaled_dot_product_attention(q, q, q)
+torch.compile(program, backend=backend, fullgraph=True)(torch.randn(1, 2, 3, 8))
+""",
+        TILEBOOK="1",
+    )
+    assert told
+    assert "tilebook" not in told
 
 
 class Model(nn.Module):

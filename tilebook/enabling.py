@@ -43,20 +43,32 @@ def _takes(x: Any, normalized_shape: Sequence[int], vectors: Sequence[Any], eps:
     return all(each is None or (type(each) in ORDINARY and each.dtype == x.dtype) for each in vectors)
 
 
-def layer_norm(
-    input: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    """Drop-in for `torch.nn.functional.layer_norm`: same arguments, same meaning, same errors."""
-    given = input, weight, bias
-    if has_torch_function(given) and in_place(layer_norm, given):
-        return handle_torch_function(layer_norm, given, input, normalized_shape, weight=weight, bias=bias, eps=eps)
-    if _takes(input, normalized_shape, (weight, bias), eps) and not (weight is None and bias is not None):
-        return our_layer_norm(input, weight, bias, eps)
-    return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
+class _Place:
+    """Has `layer_norm` as a bound method, which `torch.compile` traces into.
+
+    It looks the functions of PyTorch's that it leaves in its graphs up by name when it is loaded, and would find ours.
+    """
+
+    def layer_norm(
+        self,
+        input: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        """Drop-in for `torch.nn.functional.layer_norm`: same arguments, same meaning, same errors."""
+        given = input, weight, bias
+        if not torch.compiler.is_compiling() and has_torch_function(given):
+            told = layer_norm if in_place(layer_norm, given) else _theirs["layer_norm"]
+            more = {"weight": weight, "bias": bias, "eps": eps}
+            return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
+        if _takes(input, normalized_shape, (weight, bias), eps) and not (weight is None and bias is not None):
+            return our_layer_norm(input, weight, bias, eps)
+        return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
+
+
+layer_norm = _Place().layer_norm
 
 
 def rms_norm(
@@ -67,8 +79,10 @@ def rms_norm(
 ) -> torch.Tensor:
     """Drop-in for `torch.nn.functional.rms_norm`: same arguments, same meaning, same errors."""
     given = input, weight
-    if has_torch_function(given) and in_place(rms_norm, given):
-        return handle_torch_function(rms_norm, given, input, normalized_shape, weight=weight, eps=eps)
+    if not torch.compiler.is_compiling() and has_torch_function(given):
+        told = rms_norm if in_place(rms_norm, given) else _theirs["rms_norm"]
+        more = {"weight": weight, "eps": eps}
+        return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
     if _takes(input, normalized_shape, (weight,), eps):
         return our_rms_norm(input, weight, eps)  # type: ignore[arg-type]
     return _theirs["rms_norm"](input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
