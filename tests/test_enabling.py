@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right
 from torch.overrides import TorchFunctionMode
 
@@ -385,3 +385,23 @@ def test_norms_take_and_refuse_what_pytorchs_do(arguments):
             torch.testing.assert_close(got, right)
         else:
             assert got == right
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize(
+    ("normalized", "size", "device"),
+    [((8,), 8, "cuda"), (8, 8, "cuda"), ((8.0,), 8, "cuda"), (None, 8, "cuda"), ((8,), 7, "cuda"),
+     ((8,), (1, 8), "cuda"), ((8,), 8, "cpu")],
+)  # fmt: skip
+def test_on_a_gpu_too_norms_refuse_what_pytorchs_do_as_those_do(monkeypatch, name, normalized, size, device):
+    monkeypatch.setattr(enabling, "ORDINARY", {FakeTensor})
+
+    def outcome(function):
+        try:
+            return function(x, normalized, weight, eps=1e-5).shape
+        except Exception as refused:
+            return type(refused), str(refused)
+
+    with FakeTensorMode():
+        x, weight = torch.empty(3, 8, device="cuda"), torch.empty(size, device=device)
+        assert outcome(getattr(enabling, name)) == outcome(PYTORCHS[name])

@@ -30,17 +30,26 @@ _theirs: dict[str, Callable[..., Any]] = {
 """What ours have taken the places of; until then, what stood there when this module was loaded."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SHAPES = (tuple, list, torch.Size)
 
 
 def _takes(x: Any, normalized_shape: Sequence[int], vectors: Sequence[Any], eps: Any) -> bool:
     """Is a norm's call one over the last axis of ordinary tensors on a GPU, of one dtype that autocast lets be?"""
-    if type(x) not in ORDINARY or not x.is_cuda or type(eps) is not float or len(normalized_shape) != 1:
+    if type(x) not in ORDINARY or not x.is_cuda or type(eps) is not float or type(normalized_shape) not in _SHAPES:
         return False
-    if not x.ndim or normalized_shape[0] != x.shape[-1] or x.dtype not in _DTYPES:
+    if not x.ndim or x.dtype not in _DTYPES or len(normalized_shape) != 1:
+        return False
+    (width,), last, gpu = normalized_shape, x.shape[-1:], x.get_device()
+    if type(width) is not int or width != last[0]:
         return False
     if x.dtype != torch.float32 and torch.is_autocast_enabled("cuda"):
         return False  # which has norms in fp32
-    return all(each is None or (type(each) in ORDINARY and each.dtype == x.dtype) for each in vectors)
+    for each in vectors:
+        if each is not None and (type(each) not in ORDINARY or each.dtype != x.dtype):
+            return False
+        if each is not None and (each.shape != last or each.get_device() != gpu):
+            return False  # PyTorch's to refuse
+    return True
 
 
 class _Place:
@@ -60,8 +69,8 @@ class _Place:
         """Drop-in for `torch.nn.functional.layer_norm`: same arguments, same meaning, same errors."""
         given = input, weight, bias
         if not torch.compiler.is_compiling() and has_torch_function(given):
-            told = layer_norm if in_place(layer_norm, given) else _theirs["layer_norm"]
-            more = {"weight": weight, "bias": bias, "eps": eps}
+            told: Any = layer_norm if in_place(layer_norm, given) else _theirs["layer_norm"]
+            more: Any = {"weight": weight, "bias": bias, "eps": eps}
             return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
         if _takes(input, normalized_shape, (weight, bias), eps) and not (weight is None and bias is not None):
             return our_layer_norm(input, weight, bias, eps)
@@ -80,8 +89,8 @@ def rms_norm(
     """Drop-in for `torch.nn.functional.rms_norm`: same arguments, same meaning, same errors."""
     given = input, weight
     if not torch.compiler.is_compiling() and has_torch_function(given):
-        told = rms_norm if in_place(rms_norm, given) else _theirs["rms_norm"]
-        more = {"weight": weight, "eps": eps}
+        told: Any = rms_norm if in_place(rms_norm, given) else _theirs["rms_norm"]
+        more: Any = {"weight": weight, "eps": eps}
         return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
     if _takes(input, normalized_shape, (weight,), eps):
         return our_rms_norm(input, weight, eps)  # type: ignore[arg-type]
