@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.overrides import TorchFunctionMode
 
 import tilebook
-from tilebook import autoload, enabling
+from tilebook import autoload, dispatch, enabling
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("scaled_dot_product_attention", "layer_norm", "rms_norm")
@@ -405,3 +408,20 @@ def test_on_a_gpu_too_norms_refuse_what_pytorchs_do_as_those_do(monkeypatch, nam
     with FakeTensorMode():
         x, weight = torch.empty(3, 8, device="cuda"), torch.empty(size, device=device)
         assert outcome(getattr(enabling, name)) == outcome(PYTORCHS[name])
+
+
+@pytest.mark.parametrize(("axis", "ours"), [(0, True), (1, True), (2, False)])
+def test_a_sequence_in_pieces_on_many_gpus_is_pytorchs(monkeypatch, axis, ours):
+    called = []
+    monkeypatch.setattr(dispatch.here, "forced", ("torch", None))  # so that the CPU counts as a GPU
+    monkeypatch.setattr("tilebook.kernels.attention.attention", lambda q, *_, **__: called.append(q) or q)
+    monkeypatch.setattr("tilebook.kernels.attention.drop_in.plain_sdpa", lambda q, *_, **__: q)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        q = distribute_tensor(torch.randn(2, 2, 8, 16), mesh, [Shard(axis)])
+        with tilebook.enabled():
+            F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    finally:
+        dist.destroy_process_group()
+    assert bool(called) == ours

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook.call import way
 from tilebook.kernels.attention.pytorch import positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
-from tilebook.left import again, recall
+from tilebook.left import ORDINARY, again, recall
 
 BOUNDS = float(1 << 32), float(1 << 31)
 """Elements of q times keys up to which an eager call takes as long as the host takes: without gradients, with them.
@@ -119,6 +119,8 @@ def _fits(
     """Is this a call that `attention` takes, and not PyTorch's own to serve or to refuse?"""
     if not all(isinstance(x, torch.Tensor) and not x.is_nested for x in (query, key, value)):
         return False
+    if any(_in_pieces(x) for x in (query, key, value)):
+        return False
     if way(query, key, value, optional=(mask,)) == "pytorch":
         return False
     if not (2 <= query.ndim == key.ndim == value.ndim) or not (query.numel() and key.numel()):
@@ -136,6 +138,16 @@ def _fits(
         and not (is_causal and mask is not None)
         and (mask is None or _takes(mask, query, key))
     )
+
+
+def _in_pieces(x: torch.Tensor) -> bool:
+    """Is it a DTensor whose sequence is cut? Whether its pieces lie in order, only what has cut it knows.
+
+    PyTorch's context parallelism deals them out in turn, and takes its place under PyTorch's own ops.
+    """
+    if type(x) in ORDINARY:
+        return False
+    return any(getattr(each, "dim", None) == x.ndim - 2 for each in getattr(x, "placements", ()))
 
 
 def _refuse(query: Any, key: Any, value: Any, dropout_p: float) -> None:
