@@ -1,5 +1,6 @@
 """Models as they are on tilebook: what is put in PyTorch's places, when, and that it comes out again."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -10,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.overrides import TorchFunctionMode
 
 import tilebook
-from tilebook import autoload, enabling
+from tilebook import autoload, dispatch, enabling
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("scaled_dot_product_attention", "layer_norm", "rms_norm")
@@ -159,6 +165,124 @@ def test_somebody_elses_function_keeps_its_place():
     assert PYTORCHS["scaled_dot_product_attention"] is F.scaled_dot_product_attention
 
 
+def test_a_wrapper_that_calls_itself_by_pytorchs_name_keeps_its_place():
+    F.layer_norm = functools.wraps(PYTORCHS["layer_norm"])(lambda *args, **kwargs: "wrapped")
+    with tilebook.enabled():
+        assert F.layer_norm(torch.ones(3), (3,)) == "wrapped"
+        assert tilebook.status().others == ("layer_norm",)
+
+
+def test_what_stood_there_when_ours_were_loaded_is_not_called_after_it_has_left():
+    outcome = program(
+        """
+from unittest import mock
+import torch
+with mock.patch("torch.nn.functional.layer_norm"):
+    import tilebook
+    tilebook.enable()
+tilebook.enable()
+print(type(torch.nn.functional.layer_norm(torch.ones(3), (3,))).__name__)
+tilebook.disable()
+print(torch.nn.functional.layer_norm.__module__)
+"""
+    )
+    assert outcome[0].split() == ["Tensor", "torch.nn.functional"]
+
+
+def calls(x):
+    """Of all three functions, as programs write them."""
+    q = x.expand(1, 2, *x.shape)
+    return (
+        F.layer_norm(x, (8,), x[0], eps=1e-3),
+        F.rms_norm(x, normalized_shape=(8,), weight=x[0], eps=1e-3),
+        F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.3),
+    )
+
+
+class Overriding(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in there().values():
+            return function.__name__
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in there().values():
+            seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+seen: list[str] = []
+
+
+def test_what_overrides_pytorchs_functions_is_told_of_those_in_their_places():
+    x = torch.randn(3, 8)
+    right = calls(x)
+    for _ in range(2):
+        assert calls(x.as_subclass(Overriding)) == (NAMES[1], NAMES[2], NAMES[0])
+        seen.clear()
+        with Watching():
+            got = calls(x)
+        assert seen == [NAMES[1], NAMES[2], NAMES[0]]
+        torch.testing.assert_close(got, right)
+        tilebook.enable()
+
+
+def test_pytorchs_biases_are_what_they_are_and_a_recorded_program_is_pytorchs():
+    q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 9, 16)
+    bias = causal_lower_right(5, 9)
+    right = F.scaled_dot_product_attention(q, k, k, bias)
+    with tilebook.enabled():
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, bias), right)
+        graph = torch.fx.symbolic_trace(lambda x, q: (F.layer_norm(x, (8,)), F.rms_norm(x, (8,)), attend(q))).graph
+    assert {node.target for node in graph.nodes if node.op == "call_function"} == set(PYTORCHS.values())
+
+
+def attend(q):
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_what_overrides_pytorchs_functions_does_so_in_a_compiled_program(on):
+    (tilebook.enable if on else tilebook.disable)()
+    torch._dynamo.reset()
+    compiled = torch.compile(calls_one, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(3, 8).as_subclass(Zeroing)).tolist() == [0.0]
+
+
+def calls_one(x):
+    return F.layer_norm(x, (8,))
+
+
+class Zeroing(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (F.layer_norm, PYTORCHS["layer_norm"]):
+            return torch.zeros(1)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_what_is_compiled_has_pytorchs_functions_in_its_graph_however_early_ours_were_there():
+    told, _ = program(
+        """
+import torch
+import torch.nn.functional as F
+def backend(graph, examples):
+    print(*(node.target.__module__ for node in graph.graph.nodes if node.op == "call_function"))
+    return graph
+def program(x):
+    q = F.rms_norm(F.layer_norm(x, (8,)), (8,))
+    return F.scaled_dot_product_attention(q, q, q)
+torch.compile(program, backend=backend, fullgraph=True)(torch.randn(1, 2, 3, 8))
+""",
+        TILEBOOK="1",
+    )
+    assert told
+    assert "tilebook" not in told
+
+
 class Model(nn.Module):
     """What PyTorch's modules make of the functions in these places."""
 
@@ -264,3 +388,40 @@ def test_norms_take_and_refuse_what_pytorchs_do(arguments):
             torch.testing.assert_close(got, right)
         else:
             assert got == right
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize(
+    ("normalized", "size", "device"),
+    [((8,), 8, "cuda"), (8, 8, "cuda"), ((8.0,), 8, "cuda"), (None, 8, "cuda"), ((8,), 7, "cuda"),
+     ((8,), (1, 8), "cuda"), ((8,), 8, "cpu")],
+)  # fmt: skip
+def test_on_a_gpu_too_norms_refuse_what_pytorchs_do_as_those_do(monkeypatch, name, normalized, size, device):
+    monkeypatch.setattr(enabling, "ORDINARY", {FakeTensor})
+
+    def outcome(function):
+        try:
+            return function(x, normalized, weight, eps=1e-5).shape
+        except Exception as refused:
+            return type(refused), str(refused)
+
+    with FakeTensorMode():
+        x, weight = torch.empty(3, 8, device="cuda"), torch.empty(size, device=device)
+        assert outcome(getattr(enabling, name)) == outcome(PYTORCHS[name])
+
+
+@pytest.mark.parametrize(("axis", "ours"), [(0, True), (1, True), (2, False)])
+def test_a_sequence_in_pieces_on_many_gpus_is_pytorchs(monkeypatch, axis, ours):
+    called = []
+    monkeypatch.setattr(dispatch.here, "forced", ("torch", None))  # so that the CPU counts as a GPU
+    monkeypatch.setattr("tilebook.kernels.attention.attention", lambda q, *_, **__: called.append(q) or q)
+    monkeypatch.setattr("tilebook.kernels.attention.drop_in.plain_sdpa", lambda q, *_, **__: q)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        q = distribute_tensor(torch.randn(2, 2, 8, 16), mesh, [Shard(axis)])
+        with tilebook.enabled():
+            F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    finally:
+        dist.destroy_process_group()
+    assert bool(called) == ours

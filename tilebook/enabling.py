@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import disabled
-from tilebook.kernels.attention.drop_in import scaled_dot_product_attention
+from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
 from tilebook.kernels.norms import layer_norm as our_layer_norm
 from tilebook.kernels.norms import rms_norm as our_rms_norm
 from tilebook.left import ORDINARY
@@ -26,33 +27,57 @@ from tilebook.left import ORDINARY
 _theirs: dict[str, Callable[..., Any]] = {
     name: getattr(F, name) for name in ("scaled_dot_product_attention", "layer_norm", "rms_norm")
 }
-"""What stood in these places when this module was loaded, which is PyTorch's unless a program has been at work."""
+"""What ours have taken the places of; until then, what stood there when this module was loaded."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SHAPES = (tuple, list, torch.Size)
 
 
 def _takes(x: Any, normalized_shape: Sequence[int], vectors: Sequence[Any], eps: Any) -> bool:
     """Is a norm's call one over the last axis of ordinary tensors on a GPU, of one dtype that autocast lets be?"""
-    if type(x) not in ORDINARY or not x.is_cuda or type(eps) is not float or len(normalized_shape) != 1:
+    if type(x) not in ORDINARY or not x.is_cuda or type(eps) is not float or type(normalized_shape) not in _SHAPES:
         return False
-    if not x.ndim or normalized_shape[0] != x.shape[-1] or x.dtype not in _DTYPES:
+    if not x.ndim or x.dtype not in _DTYPES or len(normalized_shape) != 1:
+        return False
+    (width,), last, gpu = normalized_shape, x.shape[-1:], x.get_device()
+    if type(width) is not int or width != last[0]:
         return False
     if x.dtype != torch.float32 and torch.is_autocast_enabled("cuda"):
         return False  # which has norms in fp32
-    return all(each is None or (type(each) in ORDINARY and each.dtype == x.dtype) for each in vectors)
+    for each in vectors:
+        if each is not None and (type(each) not in ORDINARY or each.dtype != x.dtype):
+            return False
+        if each is not None and (each.shape != last or each.get_device() != gpu):
+            return False  # PyTorch's to refuse
+    return True
 
 
-def layer_norm(
-    input: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    """Drop-in for `torch.nn.functional.layer_norm`: same arguments, same meaning, same errors."""
-    if _takes(input, normalized_shape, (weight, bias), eps) and not (weight is None and bias is not None):
-        return our_layer_norm(input, weight, bias, eps)
-    return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
+class _Place:
+    """Has `layer_norm` as a bound method, which `torch.compile` traces into.
+
+    It looks the functions of PyTorch's that it leaves in its graphs up by name when it is loaded, and would find ours.
+    """
+
+    def layer_norm(
+        self,
+        input: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        """Drop-in for `torch.nn.functional.layer_norm`: same arguments, same meaning, same errors."""
+        given = input, weight, bias
+        if not torch.compiler.is_compiling() and has_torch_function(given):
+            told: Any = layer_norm if in_place(layer_norm, given) else _theirs["layer_norm"]
+            more: Any = {"weight": weight, "bias": bias, "eps": eps}
+            return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
+        if _takes(input, normalized_shape, (weight, bias), eps) and not (weight is None and bias is not None):
+            return our_layer_norm(input, weight, bias, eps)
+        return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
+
+
+layer_norm = _Place().layer_norm
 
 
 def rms_norm(
@@ -62,6 +87,11 @@ def rms_norm(
     eps: float | None = None,
 ) -> torch.Tensor:
     """Drop-in for `torch.nn.functional.rms_norm`: same arguments, same meaning, same errors."""
+    given = input, weight
+    if not torch.compiler.is_compiling() and has_torch_function(given):
+        told: Any = rms_norm if in_place(rms_norm, given) else _theirs["rms_norm"]
+        more: Any = {"weight": weight, "eps": eps}
+        return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
     if _takes(input, normalized_shape, (weight,), eps):
         return our_rms_norm(input, weight, eps)  # type: ignore[arg-type]
     return _theirs["rms_norm"](input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
@@ -90,7 +120,8 @@ class Status:
 
 def _pytorchs(function: Callable[..., Any]) -> bool:
     """Is it PyTorch's own, and nobody's wrapper around it?"""
-    return isinstance(function, types.BuiltinFunctionType) or function.__module__ == F.__name__
+    # A wrapper may have its name and module, but not its globals.
+    return isinstance(function, types.BuiltinFunctionType) or getattr(function, "__globals__", None) is vars(F)
 
 
 class _State:
@@ -99,7 +130,6 @@ class _State:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.whole, self.blocks = False, 0
-        self._before: dict[str, Callable[..., Any]] = {}
 
     @property
     def on(self) -> bool:
@@ -113,11 +143,11 @@ class _State:
             for name, ours in _ours.items():
                 there = getattr(F, name)
                 if self.on and _pytorchs(there):
-                    self._before[name] = there
+                    _theirs[name] = there
                     _scripted(ours, name)
                     setattr(F, name, ours)
                 elif not self.on and there is ours:  # who has wrapped ours since keeps the place
-                    setattr(F, name, self._before.pop(name))
+                    setattr(F, name, _theirs[name])
 
 
 def _scripted(function: Callable[..., Any], name: str) -> None:

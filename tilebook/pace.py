@@ -13,6 +13,8 @@ import threading
 import time
 from typing import Any
 
+from torch._compile import _disable_dynamo
+
 TURN = 6
 """Steps of a turn."""
 
@@ -88,6 +90,7 @@ class _Trial:
                 self._handle = register_optimizer_step_post_hook(self._ended)
             return self._steps
 
+    @_disable_dynamo  # a compiled optimizer's step has no clock
     def _ended(self, *_: Any) -> None:
         steps, now = self._steps, time.perf_counter()
         if steps is None:

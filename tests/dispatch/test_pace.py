@@ -108,3 +108,17 @@ def test_steps_without_such_calls_say_nothing(clock):
     assert watched._steps.verdict is None
     assert watched.host_bound()
     assert not any(program.run(400, [watched])[DECIDED:])
+
+
+@pytest.mark.filterwarnings("error:.*does not know how to trace")
+def test_a_compiled_optimizers_steps_count_too(clock):
+    weight = torch.zeros(1, requires_grad=True)
+    weight.grad = torch.ones(1)
+    optimizer, watched = torch.optim.SGD([weight]), Pace()
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(DECIDED):
+        clock.now += 1.0 if watched.host_bound() else 0.5
+        step()
+    assert not watched.host_bound()
+    assert weight.item() == pytest.approx(-DECIDED * optimizer.param_groups[0]["lr"])

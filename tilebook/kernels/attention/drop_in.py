@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import way
 from tilebook.kernels.attention.pytorch import positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
-from tilebook.left import again, recall
+from tilebook.left import ORDINARY, again, recall
 
 BOUNDS = float(1 << 32), float(1 << 31)
 """Elements of q times keys up to which an eager call takes as long as the host takes: without gradients, with them.
@@ -58,8 +59,14 @@ def scaled_dot_product_attention(
         RuntimeError, ValueError: what PyTorch does not take either.
 
     What `tilebook.attention` has no kernel for (E ≠ Ev, batch dimensions to broadcast, nested tensors) is PyTorch's,
-    and so is what overrides PyTorch's function: tensor subclasses, modes, `torch.nn.attention.bias.CausalBias`.
+    and so is what overrides PyTorch's function: tensor subclasses, modes, `torch.nn.attention.bias.CausalBias`. Where
+    this function is in the place of PyTorch's, they are told of this one, which they find there.
     """
+    given = query, key, value, attn_mask
+    overridden = has_torch_function(given)
+    if overridden and in_place(scaled_dot_product_attention, given):
+        more: Any = {"scale": scale, "enable_gqa": enable_gqa}
+        return handle_torch_function(scaled_dot_product_attention, given, *given, dropout_p, is_causal, **more)  # type: ignore[no-any-return]
     tensors = query, key, value
     plain = type(query) is type(key) is type(value) is torch.Tensor
     if plain and attn_mask is None and not dropout_p and not (query.is_nested or key.is_nested or value.is_nested):
@@ -69,14 +76,13 @@ def scaled_dot_product_attention(
             again(near, *tensors) or (query.ndim == 4 and recall(kind(query, key, value, is_causal), near, *tensors))
         ):
             return plain_sdpa(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
-    overridden = has_torch_function((query, key, value, attn_mask))
     if overridden or not _fits(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
         if not overridden:
             _refuse(query, key, value, dropout_p)
             if type(scale) in (int, float):
                 query, scale = positive(query, scale)
-        given: Any = {"enable_gqa": True} if enable_gqa else {}
-        return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **given)  # type: ignore[no-any-return]
+        grouped: Any = {"enable_gqa": enable_gqa} if enable_gqa else {}
+        return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attention  # the package imports this module
 
     if query.ndim == 4:
@@ -88,6 +94,16 @@ def scaled_dot_product_attention(
         mask = mask.expand(*lead, *mask.shape[-3:]).flatten(0, -4)
     o: torch.Tensor = attention(q, k, v, causal=is_causal, scale=scale, attn_mask=mask, dropout_p=dropout_p)
     return o.reshape(query.shape)
+
+
+def in_place(ours: Callable[..., Any], given: Sequence[Any]) -> bool:
+    """Is our function what a subclass or mode that overrides PyTorch's finds in its place, and is to be told of?
+
+    What records a program, as `torch.fx` does by things that are no tensors, and compiled programs have PyTorch's own.
+    """
+    if torch.compiler.is_compiling() or getattr(torch.nn.functional, ours.__name__) is not ours:
+        return False
+    return all(each is None or isinstance(each, torch.Tensor) for each in given)
 
 
 def _fits(
@@ -102,6 +118,10 @@ def _fits(
 ) -> bool:
     """Is this a call that `attention` takes, and not PyTorch's own to serve or to refuse?"""
     if not all(isinstance(x, torch.Tensor) and not x.is_nested for x in (query, key, value)):
+        return False
+    if any(_in_pieces(x) for x in (query, key, value)):
+        return False
+    if type(is_causal) is not bool or type(enable_gqa) is not bool:  # which PyTorch refuses
         return False
     if way(query, key, value, optional=(mask,)) == "pytorch":
         return False
@@ -120,6 +140,16 @@ def _fits(
         and not (is_causal and mask is not None)
         and (mask is None or _takes(mask, query, key))
     )
+
+
+def _in_pieces(x: torch.Tensor) -> bool:
+    """Is it a DTensor whose sequence is cut? Whether its pieces lie in order, only what has cut it knows.
+
+    PyTorch's context parallelism deals them out in turn, and takes its place under PyTorch's own ops.
+    """
+    if type(x) in ORDINARY:
+        return False
+    return any(getattr(each, "dim", None) == x.ndim - 2 for each in getattr(x, "placements", ()))
 
 
 def _refuse(query: Any, key: Any, value: Any, dropout_p: float) -> None:
