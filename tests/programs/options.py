@@ -210,6 +210,9 @@ WRONG = {
     "too few": lambda f, q, k, v: f(q, k),
     "integers": lambda f, q, k, v: f(q.int(), k.int(), v.int()),
     "a scale that is text": lambda f, q, k, v: f(q, k, v, scale="0.5"),
+    "causal as a number": lambda f, q, k, v: f(q, k, v, is_causal=1),
+    "causal as nothing": lambda f, q, k, v: f(q, k, v, is_causal=None),
+    "groups as a number": lambda f, q, k, v: f(q, k, v, enable_gqa=1),
     "scale by position": lambda f, q, k, v: f(q, k, v, None, 0.0, False, 0.5),
 }
 
