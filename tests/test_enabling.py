@@ -21,7 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.overrides import TorchFunctionMode
 
 import tilebook
-from tilebook import autoload, dispatch, enabling
+from tilebook import autoload, dispatch, enabling, left
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("scaled_dot_product_attention", "layer_norm", "rms_norm")
@@ -425,3 +425,22 @@ def test_a_sequence_in_pieces_on_many_gpus_is_pytorchs(monkeypatch, axis, ours):
     finally:
         dist.destroy_process_group()
     assert bool(called) == ours
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_a_norm_known_to_be_pytorchs_is_its_function_with_the_same_arguments(monkeypatch, name):
+    """Whatever they are: it is only told apart by its tensors."""
+    x, *vectors = torch.randn(3, 4), torch.randn(4), torch.randn(4)
+    layouts = [x, *vectors[: 2 if name == "layer_norm" else 1]]
+    guards = left._Guards(*layouts, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    known = {(name, x.shape, len(layouts), False): [(guards.check, left.Left(True, True, False), False)]}
+    monkeypatch.setattr(left._here, "seen", known)
+    monkeypatch.setattr(enabling, "_takes", None)  # which would be asked of any other
+    for eps in (1e-5, 1, None):
+        if name == "rms_norm" or eps is not None:
+            given = (x, [4], *layouts[1:], eps)
+            assert torch.equal(enabling._ours[name](*given), PYTORCHS[name](*given))
+    with pytest.raises(RuntimeError):
+        enabling._ours[name](x, [5], *layouts[1:])
+    with pytest.raises(TypeError):  # asked, and there is nobody to answer
+        enabling._ours[name](torch.randn(2, 4), [4], *layouts[1:])

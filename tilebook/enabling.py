@@ -21,6 +21,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook.call import disabled
 from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
 from tilebook.kernels.norms import layer_norm as our_layer_norm
+from tilebook.kernels.norms import pytorchs
 from tilebook.kernels.norms import rms_norm as our_rms_norm
 from tilebook.left import ORDINARY
 
@@ -72,6 +73,8 @@ class _Place:
             told: Any = layer_norm if in_place(layer_norm, given) else _theirs["layer_norm"]
             more: Any = {"weight": weight, "bias": bias, "eps": eps}
             return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
+        if pytorchs("layer_norm", input, weight, bias):
+            return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
         if _takes(input, normalized_shape, (weight, bias), eps) and not (weight is None and bias is not None):
             return our_layer_norm(input, weight, bias, eps)
         return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
@@ -92,6 +95,8 @@ def rms_norm(
         told: Any = rms_norm if in_place(rms_norm, given) else _theirs["rms_norm"]
         more: Any = {"weight": weight, "eps": eps}
         return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
+    if pytorchs("rms_norm", input, weight):
+        return _theirs["rms_norm"](input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
     if _takes(input, normalized_shape, (weight,), eps):
         return our_rms_norm(input, weight, eps)  # type: ignore[arg-type]
     return _theirs["rms_norm"](input, normalized_shape, weight, eps)  # type: ignore[no-any-return]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -71,6 +73,16 @@ def layer_norm(
     return _norm(LAYER_NORM, x, (weight, bias), eps)
 
 
+def pytorchs(name: str, x: torch.Tensor, *vectors: Vector) -> bool:
+    """Is an eager call of the norm with these tensors like one that is known to be PyTorch's own to serve?"""
+    given = [x, *[each for each in vectors if each is not None]]
+    return type(x) in ORDINARY and again(_near(name, x, given, vectors), *given)
+
+
+def _near(name: str, x: torch.Tensor, given: list[torch.Tensor], vectors: tuple[Vector, ...]) -> tuple[Any, ...]:
+    return name, x.shape, len(given), vectors[0] is None
+
+
 def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float) -> torch.Tensor:
     """What all norms are: PyTorch's own function, or the kernels, whichever serves this call."""
     if type(eps) is not float:
@@ -79,7 +91,7 @@ def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float
     own = None
     if type(x) in ORDINARY:
         given = [x, *[each for each in vectors if each is not None]]
-        near = entry.name, x.shape, len(given), vectors[0] is None
+        near = _near(entry.name, x, given, vectors)
         if again(near, *given):
             return entry.plain((x, *vectors), (eps,))
         if all(type(each) in ORDINARY for each in given):
