@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tilebook
+from tilebook import call
 from tilebook import device as devices
 from tilebook.report import doctor
 from tilebook.report.doctor import Finding, findings, judged, table
@@ -39,22 +41,46 @@ def test_a_machine_in_order_has_no_faults(tmp_path):
     assert found["TILEBOOK"]["text"].startswith("off")
 
 
+@pytest.fixture
+def turned(monkeypatch):
+    """What is said of the mode in an environment."""
+
+    def said(**environment):
+        for name in ("TILEBOOK", "TORCH_DEVICE_BACKEND_AUTOLOAD"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        (found,) = doctor._turned_on()
+        return found
+
+    return said
+
+
 @pytest.mark.parametrize(
-    ("environment", "level", "text"),
+    ("environment", "text"),
     [
-        ({"TILEBOOK": "1"}, "ok", "in the places of scaled_dot_product_attention, layer_norm, rms_norm"),
-        ({"TILEBOOK": "please"}, "fault", "none of 1, true, yes, on"),
-        ({"TILEBOOK": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "fault", "TORCH_DEVICE_BACKEND_AUTOLOAD=0"),
+        ({"TILEBOOK": "please"}, "none of 1, true, yes, on"),
+        ({"TILEBOOK": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "TORCH_DEVICE_BACKEND_AUTOLOAD=0"),
     ],
 )
-def test_it_says_whether_tilebook_is_on(tmp_path, environment, level, text):
-    found = told("--no-run", XDG_DATA_HOME=str(tmp_path), **environment)["TILEBOOK"]
-    assert found["level"] == level
-    assert text in found["text"]
+def test_it_says_why_tilebook_is_not_on(turned, environment, text):
+    found = turned(**environment)
+    assert found.level == "fault"
+    assert text in found.text
 
 
-def test_it_says_that_everything_is_pytorchs(tmp_path):
-    assert "PyTorch's" in told(XDG_DATA_HOME=str(tmp_path), TILEBOOK_DISABLE="1")["TILEBOOK_DISABLE"]["text"]
+def test_it_says_that_tilebook_is_on_or_disabled(turned, monkeypatch):
+    with tilebook.enabled():
+        found = turned(TILEBOOK="1")
+    assert (found.level, "scaled_dot_product_attention, layer_norm, rms_norm" in found.text) == ("ok", True)
+    monkeypatch.setattr(call, "_DISABLED", True)
+    assert turned().about == "TILEBOOK_DISABLE"
+
+
+def test_pytorch_that_was_not_told_of_tilebook_is_a_fault(turned, monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "entry_points", lambda group: [])
+    found = turned(TILEBOOK="1")
+    assert (found.level, found.advice) == ("fault", "install it with pip")
 
 
 def test_a_registry_that_cannot_be_read_is_a_fault_in_one_line(tmp_path):
