@@ -160,7 +160,8 @@ def test_layers_that_somebody_listens_to_are_left():
 
 
 def test_no_other_modules_are_spoken_of():
-    others = nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    sequence = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    others = nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4), sequence, nn.TransformerEncoderLayer(4, 2, 8)
     report = tilebook.patch(Model(*others, Mlp(4, 8, second=6)))
     assert (report.changed, report.left) == ({}, {})
 
@@ -239,6 +240,7 @@ def test_a_report_is_read_at_a_glance():
     text = str(tilebook.patch(Model(*parts(), *parts(), Mlp(16, 32, drop=0.5))))
     assert "tilebook.rms_norm: 2, parts.0 …" in text
     assert "drops with a probability of 0.5: 1, parts.10 …" in text
+    assert "gelu: 1, the model itself …" in str(tilebook.patch(Mlp(4, 8)))
 
 
 TRANSFORMERS = {

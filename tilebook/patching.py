@@ -53,7 +53,7 @@ class Report:
             grouped: dict[str, list[str]] = {}
             for name, what in of.items():
                 grouped.setdefault(what, []).append(name)
-            return [f"  {what}: {len(names)}, {names[0]} …" for what, names in grouped.items()]
+            return [f"  {what}: {len(names)}, {names[0] or 'the model itself'} …" for what, names in grouped.items()]
 
         return "\n".join(["changed:", *lines(self.changed), "left:", *lines(self.left)])
 
@@ -130,8 +130,10 @@ def _norm_forward(module: Any, offset: int, eps: float, x: torch.Tensor, *args: 
 def _mlp(module: nn.Module) -> tuple[str, Function] | None:
     """What an MLP of two layers calls from now on; None for what is none. Raises _Left."""
     layers = {name: each for name, each in module.named_children() if isinstance(each, nn.Linear)}
-    if len(layers) != 2 or isinstance(module, nn.Sequential):
+    if len(layers) != 2 or isinstance(module, nn.Sequential) or module._parameters:
         return None
+    if any(True for name, each in module.named_children() if name not in layers for _ in each.parameters()):
+        return None  # a whole layer of a transformer, say
     (up, first), (down, second) = layers.items()
     if (first.in_features, first.out_features) != (second.out_features, second.in_features):
         return None
