@@ -24,6 +24,9 @@ SETTLING = 2
 ENOUGH = 16
 """Steps of each that count before anything is concluded."""
 
+_MOST_OTHERS = 32
+"""So many steps of others after its last one, an optimizer is done with."""
+
 _GAIN = 0.99
 """Ours serve from then on if three quarters of their steps take less than this share of PyTorch's median."""
 
@@ -77,13 +80,14 @@ class _Trial:
         self._lock = threading.Lock()
         self._steps: Steps | None = None
         self._handle: Any = None
-        self._last = 0.0
+        self._last = self._since = 0.0
+        self._whose, self._others = 0, 0
 
     def joined(self) -> Steps:
         """The turns that one more kind of call takes part in: those under way, or new ones."""
         with self._lock:
             if self._steps is None or self._steps.verdict is not None:
-                self._steps, self._last = Steps(), 0.0
+                self._steps, self._last, self._since, self._whose = Steps(), 0.0, 0.0, 0
             if self._handle is None:
                 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -91,13 +95,20 @@ class _Trial:
             return self._steps
 
     @_disable_dynamo  # a compiled optimizer's step has no clock
-    def _ended(self, *_: Any) -> None:
+    def _ended(self, optimizer: Any, *_: Any) -> None:
+        """Where several optimizers take steps in turn, a step of the program is all of them: from one to its next."""
         steps, now = self._steps, time.perf_counter()
         if steps is None:
             return
         before, self._last = self._last, now
         if steps.calls and before:
-            steps.end(now - before)
+            self._since += now - before
+            self._others += 1
+            if not self._whose or self._others > _MOST_OTHERS:
+                self._whose = id(optimizer)
+            if id(optimizer) == self._whose:
+                steps.end(self._since)
+                self._since, self._others = 0.0, 0
         steps.calls = 0
         if steps.verdict is not None:
             with self._lock:

@@ -122,3 +122,31 @@ def test_a_compiled_optimizers_steps_count_too(clock):
         step()
     assert not watched.host_bound()
     assert weight.item() == pytest.approx(-DECIDED * optimizer.param_groups[0]["lr"])
+
+
+def _taking_turns(clock, costs, rounds, watched):
+    """A program of several optimizers, each of whose steps takes so long with PyTorch's calls and with ours."""
+    optimizers = []
+    for _ in costs:
+        weight = torch.zeros(1, requires_grad=True)
+        weight.grad = torch.zeros(1)
+        optimizers.append(torch.optim.SGD([weight]))
+    source = random.Random(0)
+    for _ in range(rounds):
+        for optimizer, cost in zip(optimizers, costs, strict=True):
+            clock.now += cost[not watched.host_bound()] * source.gauss(1.0, 0.01)
+            optimizer.step()
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(0.9, True), (1.05, False)])
+def test_of_optimizers_that_take_turns_a_step_is_one_of_each(clock, ours, verdict):
+    watched = Pace()
+    _taking_turns(clock, [(10.0, 10.0 * ours), (40.0, 40.0 * ours), (3.0, 3.0 * ours)], 60, watched)
+    assert watched._steps.verdict is verdict
+
+
+def test_an_optimizer_that_another_takes_the_place_of_is_not_waited_for(clock):
+    watched = Pace()
+    _taking_turns(clock, [(10.0, 9.0)], 8, watched)
+    _taking_turns(clock, [(20.0, 18.0)], 150, watched)
+    assert watched._steps.verdict is True
