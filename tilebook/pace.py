@@ -40,6 +40,24 @@ class Steps:
         self.calls = 0
         self._taken = 0
         self._seconds: dict[bool, list[float]] = {False: [], True: []}
+        self._last = self._since = 0.0
+        self._whose, self._others = 0, 0
+
+    def stepped(self, optimizer: int, now: float) -> None:
+        """An optimizer, known by its number, has taken a step.
+
+        Where several take steps in turn, a step of the program is all of them: from one to its next.
+        """
+        before, self._last = self._last, now
+        if self.calls and before:
+            self._since += now - before
+            self._others += 1
+            if not self._whose or self._others > _MOST_OTHERS:
+                self._whose = optimizer
+            if optimizer == self._whose:
+                self.end(self._since)
+                self._since, self._others = 0.0, 0
+        self.calls = 0
 
     def end(self, seconds: float) -> None:
         """A step in which calls were made that take part has ended."""
@@ -80,14 +98,12 @@ class _Trial:
         self._lock = threading.Lock()
         self._steps: Steps | None = None
         self._handle: Any = None
-        self._last = self._since = 0.0
-        self._whose, self._others = 0, 0
 
     def joined(self) -> Steps:
         """The turns that one more kind of call takes part in: those under way, or new ones."""
         with self._lock:
             if self._steps is None or self._steps.verdict is not None:
-                self._steps, self._last, self._since, self._whose = Steps(), 0.0, 0.0, 0
+                self._steps = Steps()
             if self._handle is None:
                 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -96,20 +112,10 @@ class _Trial:
 
     @_disable_dynamo  # a compiled optimizer's step has no clock
     def _ended(self, optimizer: Any, *_: Any) -> None:
-        """Where several optimizers take steps in turn, a step of the program is all of them: from one to its next."""
-        steps, now = self._steps, time.perf_counter()
+        steps = self._steps
         if steps is None:
             return
-        before, self._last = self._last, now
-        if steps.calls and before:
-            self._since += now - before
-            self._others += 1
-            if not self._whose or self._others > _MOST_OTHERS:
-                self._whose = id(optimizer)
-            if id(optimizer) == self._whose:
-                steps.end(self._since)
-                self._since, self._others = 0.0, 0
-        steps.calls = 0
+        steps.stepped(id(optimizer), time.perf_counter())
         if steps.verdict is not None:
             with self._lock:
                 if steps is self._steps and self._handle is not None:
