@@ -50,7 +50,7 @@ def _takes(x: Any, normalized_shape: Sequence[int], vectors: Sequence[Any], eps:
             return False
         if each is not None and (each.shape != last or each.get_device() != gpu):
             return False  # PyTorch's to refuse
-    return True
+    return vectors[0] is not None or not any(each is not None for each in vectors)
 
 
 class _Place:
@@ -73,9 +73,8 @@ class _Place:
             told: Any = layer_norm if in_place(layer_norm, given) else _theirs["layer_norm"]
             more: Any = {"weight": weight, "bias": bias, "eps": eps}
             return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
-        if pytorchs("layer_norm", input, weight, bias):
-            return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
-        if _takes(input, normalized_shape, (weight, bias), eps) and not (weight is None and bias is not None):
+        known = pytorchs("layer_norm", input, weight, bias)
+        if not known and _takes(input, normalized_shape, (weight, bias), eps):
             return our_layer_norm(input, weight, bias, eps)
         return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
 
@@ -95,9 +94,7 @@ def rms_norm(
         told: Any = rms_norm if in_place(rms_norm, given) else _theirs["rms_norm"]
         more: Any = {"weight": weight, "eps": eps}
         return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
-    if pytorchs("rms_norm", input, weight):
-        return _theirs["rms_norm"](input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
-    if _takes(input, normalized_shape, (weight,), eps):
+    if not pytorchs("rms_norm", input, weight) and _takes(input, normalized_shape, (weight,), eps):
         return our_rms_norm(input, weight, eps)  # type: ignore[arg-type]
     return _theirs["rms_norm"](input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
 

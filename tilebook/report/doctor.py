@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any, Literal
 
@@ -223,4 +223,4 @@ def table(found: Sequence[Finding]) -> str:
 
 
 def data(found: Sequence[Finding]) -> list[dict[str, Any]]:
-    return [{"level": each.level, "about": each.about, "text": each.text, "advice": each.advice} for each in found]
+    return [asdict(each) for each in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
@@ -23,7 +24,6 @@ from tilebook.traced import described, left
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 
-Tensor = torch.Tensor
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(o, lse)"""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
@@ -21,7 +22,6 @@ from tilebook.left import Left, again, keep, recall, unsettled
 __all__ = ["attention_decode"]
 
 
-Tensor = torch.Tensor
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(o, lse)"""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
@@ -32,14 +33,15 @@ def _form(causal: bool | str, window: Any, max_q: int, max_k: int, **rest: Any) 
     return form(left=left, right=right, bottom_right=corner, **rest)
 
 
-Tensor = torch.Tensor
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(o, lse)"""
 
 
 class Options(TypedDict, total=False):
-    """What `attention_varlen` is told beside its tensors, lengths and `return_lse`, which decides what it returns."""
+    """What `attention_varlen` is told beside its tensors and `return_lse`, which decides what it returns."""
 
+    max_seqlen_q: Required[int]
+    max_seqlen_k: Required[int]
     causal: bool | Literal["bottom_right", "top_left"]
     scale: float | None
     window: tuple[int | None, int | None] | None
@@ -49,43 +51,19 @@ class Options(TypedDict, total=False):
 
 @overload
 def attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    return_lse: Literal[False] = ...,
-    **options: Unpack[Options],
-) -> torch.Tensor: ...
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
+    return_lse: Literal[False] = ..., **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
 @overload
 def attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    return_lse: Literal[True],
-    **options: Unpack[Options],
-) -> Pair: ...
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
+    return_lse: Literal[True], **options: Unpack[Options],
+) -> Pair: ...  # fmt: skip
 @overload
 def attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    return_lse: bool,
-    **options: Unpack[Options],
-) -> torch.Tensor | Pair: ...
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
+    return_lse: bool, **options: Unpack[Options],
+) -> Tensor | Pair: ...  # fmt: skip
 def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -225,9 +225,10 @@ class Case:
             if right.numel() and not right.any():
                 floor = cancelled(inputs, problem.torch_dtype)
             else:
-                few = output.dtype == torch.float32 and right.numel() <= _FEW
                 floor = floors(right, output.dtype, problem.torch_dtype, getattr(problem, "tf32", False))
-                floor = Error(max(floor.max, _rounded(inputs)), max(floor.rms, _rounded(inputs))) if few else floor
+                if output.dtype == torch.float32 and right.numel() <= _FEW:
+                    step = _rounded(inputs)
+                    floor = Error(max(floor.max, step), max(floor.rms, step))
             allowed.append(Error(FACTOR * theirs.max + floor.max, FACTOR * theirs.rms + floor.rms))
         dtypes = tuple(output.dtype for output in plain)
         return cls(problem, label, inputs, truth, dtypes, tuple(allowed), yardstick)
