@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.error import URLError
 from urllib.request import Request
 
 import pytest
@@ -131,3 +132,14 @@ def test_nobody_is_led_away_from_https() -> None:
     assert follow("http://a/x", "https://b/x") is not None
     with pytest.raises(RegistryError, match="not followed"):
         follow("https://a/x", "http://b/x")
+
+
+@pytest.mark.parametrize("raised", [TimeoutError("timed out"), URLError(TimeoutError("timed out"))], ids=repr)
+def test_a_connection_that_times_out_first_is_said_to_be_late_too(
+    fetch: Callable[..., Result], server: str, monkeypatch: pytest.MonkeyPatch, raised: OSError
+) -> None:
+    def late(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", late)
+    assert "was not here after 1 s: see --timeout" in fetch(f"{server}/drip", "--timeout", "1", status=1).stderr

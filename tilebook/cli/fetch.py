@@ -61,7 +61,14 @@ def _download(url: str, file: IO[bytes], most_bytes: int, most_s: float) -> None
     except urllib.error.HTTPError as error:
         raise RegistryError(f"{url}: the server answers {error.code} {quoted(error.reason)}") from error
     except (OSError, HTTPException, ValueError) as error:
-        raise RegistryError(f"{url} cannot be read: {quoted(str(getattr(error, 'reason', error)))}") from error
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):  # the connection's own, which may come before that of the whole
+            raise _late(url, most_s) from error
+        raise RegistryError(f"{url} cannot be read: {quoted(str(reason))}") from error
+
+
+def _late(url: str, seconds: float) -> RegistryError:
+    return RegistryError(f"{url} was not here after {seconds:g} s: see --timeout")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -104,6 +111,6 @@ def _within(seconds: float, url: str, work: Callable[[], None]) -> None:
     try:
         error = done.get(timeout=seconds)
     except queue.Empty:
-        raise RegistryError(f"{url} was not here after {seconds:g} s: see --timeout") from None
+        raise _late(url, seconds) from None
     if error is not None:
         raise error
