@@ -133,11 +133,13 @@ def _with_structs(kernel, sizes):
     return call
 
 
-def test_a_plan_keeps_no_tensor_alive():
+@pytest.mark.parametrize("structs", [False, True])
+def test_a_plan_keeps_no_tensor_alive(structs):
     """One that was made while a graph was being recorded would lie in the graph's memory for ever."""
     x = torch.randn(8, 8)
     before = {id(each) for each in gc.get_objects() if type(each) is torch.Tensor}
-    plan = record(launcher(Quiet()), (x,))[1]
+    call = _with_structs(Struct(), ((1, 2), (3, 4))) if structs else launcher(Quiet())
+    plan = record(call, (x,))[1]
     assert plan is not None
     gc.collect()
     assert not [each for each in gc.get_objects() if type(each) is torch.Tensor and id(each) not in before]

@@ -151,7 +151,8 @@ def _plan(watch: _Watch, started: Sequence[Any], args: Sequence[Any], outputs: O
                     raise _Unrepeatable
                 if not places:
                     continue
-                structs.append((position, list(value), places))
+                fields = [None if isinstance(x, torch.Tensor) else x for x in value]
+                structs.append((position, fields, places))
             else:
                 continue
             template[position] = None
