@@ -97,11 +97,11 @@ def test_it_is_on_from_enable_to_disable_however_often_each_is_called():
     for _ in range(2):
         tilebook.enable()
         assert there() == enabling._ours
-        assert tilebook.status() == enabling.Status(True, NAMES, ())
+        assert tilebook.status() == enabling.Status(True, NAMES, (), ())
     for _ in range(2):
         tilebook.disable()
         assert there() == PYTORCHS
-        assert tilebook.status() == enabling.Status(False, (), ())
+        assert tilebook.status() == enabling.Status(False, (), (), ())
 
 
 def test_blocks_nest_and_overlap_in_any_order():
@@ -158,7 +158,7 @@ def test_somebody_elses_function_keeps_its_place():
     F.layer_norm = wrapped
     tilebook.enable()
     assert F.layer_norm is wrapped
-    assert tilebook.status() == enabling.Status(True, (NAMES[0], NAMES[2]), ("layer_norm",))
+    assert tilebook.status() == enabling.Status(True, (NAMES[0], NAMES[2]), (), ("layer_norm",))
     F.rms_norm = wrapped  # around ours, as it may be
     tilebook.disable()
     assert F.rms_norm is wrapped

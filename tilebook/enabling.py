@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from tilebook import native
 from tilebook.call import disabled
 from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
 from tilebook.kernels.norms import layer_norm as our_layer_norm
 from tilebook.kernels.norms import pytorchs
 from tilebook.kernels.norms import rms_norm as our_rms_norm
+from tilebook.kernels.norms.standing import STANDINGS
 from tilebook.left import ORDINARY
 
 _theirs: dict[str, Callable[..., Any]] = {
@@ -106,17 +108,23 @@ _ours: dict[str, Callable[..., Any]] = {
 }
 
 
+_BELOW = frozenset({"layer_norm", "rms_norm"})
+"""Of these the ops are served instead, where the extension is there."""
+
+
 @dataclass(frozen=True)
 class Status:
     """What of tilebook is on in this process.
 
     enabled:  has it been turned on, by `enable`, `enabled()` or `TILEBOOK=1`?
     replaced: functions of `torch.nn.functional` in whose places ours are.
+    served:   ops of PyTorch's, below its autograd, that run what dispatch chooses (see `tilebook.native`).
     others:   those in whose places somebody else's are, which may call ours or not.
     """
 
     enabled: bool
     replaced: tuple[str, ...]
+    served: tuple[str, ...]
     others: tuple[str, ...]
 
 
@@ -132,17 +140,33 @@ class _State:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.whole, self.blocks = False, 0
+        self.begun = False  # has building what is missing for the ops?
 
     @property
     def on(self) -> bool:
         return (self.whole or self.blocks > 0) and not disabled()
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """The ops of PyTorch's that are served while it is on."""
+        return tuple(each.name for each in STANDINGS) if self.on and native.available() else ()
 
     def change(self, whole: bool | None = None, blocks: int = 0) -> None:
         """Notes it, and puts functions into their places or takes them out where that makes a difference."""
         with self.lock:
             self.whole = self.whole if whole is None else whole
             self.blocks += blocks
+            below = native.available()
+            if below and self.on:
+                native.serve(STANDINGS)
+            elif below:
+                native.stop()
+            elif self.on and not self.begun:
+                self.begun = True
+                native.begin()
             for name, ours in _ours.items():
+                if below and name in _BELOW:
+                    continue
                 there = getattr(F, name)
                 if self.on and _pytorchs(there):
                     _theirs[name] = there
@@ -205,4 +229,4 @@ def status() -> Status:
         there = {name: getattr(F, name) for name in _ours}
         replaced = tuple(name for name, function in there.items() if function is _ours[name])
         others = tuple(name for name, function in there.items() if name not in replaced and not _pytorchs(function))
-        return Status(_state.on, replaced, others)
+        return Status(_state.on, replaced, _state.served, others)

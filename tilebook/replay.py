@@ -56,14 +56,19 @@ class _Watch(TorchFunctionMode):
 
 
 class Plan:
-    """The allocations and launches of one call, to be repeated with other tensors of the same description."""
+    """The allocations and launches of one call, to be repeated with other tensors of the same description.
 
-    __slots__ = ("_current_gpu", "_gpu", "_launches", "_makers", "_outputs", "_stream")
+    Slots are numbers of tensors: the arguments, then what is made. `compiled` are the kernels as Triton has them.
+    """
 
-    def __init__(self, gpu: int, makers: Sequence[Any], launches: Sequence[Any], outputs: Sequence[int]) -> None:
+    __slots__ = ("_current_gpu", "_gpu", "_stream", "compiled", "launches", "makers", "outputs")
+
+    def __init__(
+        self, gpu: int, makers: Sequence[Any], launches: Sequence[Any], outputs: Sequence[int], compiled: Sequence[Any]
+    ) -> None:
         from triton.runtime import driver
 
-        self._gpu, self._makers, self._launches, self._outputs = gpu, makers, launches, outputs
+        self._gpu, self.makers, self.launches, self.outputs, self.compiled = gpu, makers, launches, outputs, compiled
         self._current_gpu, self._stream = driver.active.get_current_device, driver.active.get_current_stream
 
     def __call__(self, args: Sequence[Any]) -> Outputs:
@@ -73,9 +78,9 @@ class Plan:
         return self._repeat(args)
 
     def _repeat(self, args: Sequence[Any]) -> Outputs:
-        slots = [*args, *[make() for make in self._makers]]
+        slots = [*args, *[make() for make in self.makers]]
         stream = self._stream(self._gpu)
-        for start, (x, y, z), function, metadata, template, tensors, descriptors, structs in self._launches:
+        for start, (x, y, z), function, metadata, template, tensors, descriptors, structs in self.launches:
             full = template.copy()
             for position, slot in tensors:
                 full[position] = slots[slot].data_ptr()  # an address spares the launcher asking the driver about it
@@ -88,7 +93,7 @@ class Plan:
                 full[position] = tuple(filled)
             # What Triton's own launch comes down to once it has found the compiled kernel; the Nones are its hooks.
             start(x, y, z, stream, function, metadata, None, None, None, *full)
-        return tuple([slots[slot] for slot in self._outputs])
+        return tuple([slots[slot] for slot in self.outputs])
 
 
 def _describer(descriptor: Any) -> Callable[[torch.Tensor], Any]:
@@ -164,7 +169,8 @@ def _plan(watch: _Watch, started: Sequence[Any], args: Sequence[Any], outputs: O
             (run, size, compiled.function, compiled.packed_metadata, template, tensors, descriptors, structs)
         )
     makers = [_maker(x) for x in watch.made]
-    return Plan(args[0].get_device(), makers, launches, [slot_of(output) for output in outputs])
+    compiled = [each for each, _, _ in started]
+    return Plan(args[0].get_device(), makers, launches, [slot_of(output) for output in outputs], compiled)
 
 
 def _has_tensors(value: Any) -> bool:

@@ -10,7 +10,7 @@ from tilebook.cli.common import FORMAT, REGISTRY, example, main
 
 
 @main.command(epilog=example("tilebook doctor"))
-@click.option("--run/--no-run", default=True, show_default=True, help="Run our kernels on the GPU, if there is one.")
+@click.option("--run/--no-run", default=True, show_default=True, help="Build and run what is ours, if there is a GPU.")
 @REGISTRY
 @FORMAT
 def doctor(run: bool, registry: str | None, format_: str) -> None:

@@ -10,7 +10,7 @@ import atexit
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -68,6 +68,7 @@ class Dispatch:
         self.forced: tuple[str, Config | None] | None = None
         self.left: dict[Any, Any] = {}  # see `tilebook.left`
         self.seen: dict[Any, Any] = {}  # likewise
+        self.watchers: list[Callable[[str], None]] = []  # told of "changed" and "counted"
         self._lock = threading.Lock()
         self._memo: dict[tuple[Any, ...], Choice] = {}
         self._snapshots: dict[int, Snapshot] = {}
@@ -147,9 +148,11 @@ class Dispatch:
         """
         previous, self.forced = self.forced, (implementation, config)
         try:
+            self._tell("changed")
             yield
         finally:
             self.forced = previous
+            self._tell("changed")
 
     def reload(self) -> None:
         """Forgets what was read: the next call reads the registry again."""
@@ -159,13 +162,20 @@ class Dispatch:
             self.seen.clear()
             self._snapshots.clear()
             self._warned.clear()
+        self._tell("changed")
+
+    def _tell(self, event: str) -> None:
+        for watcher in self.watchers:
+            watcher(event)
 
     def misses(self) -> list[store.Miss]:
         """The problems that this process asked for and no verdict covers, heaviest first."""
+        self._tell("counted")
         return misses_of(list(self._memo.values()), self._inherited)
 
     def forked(self) -> None:
         """Told in a process that was forked off: the calls until now are its parent's to count."""
+        self._tell("counted")
         self._inherited = {id(choice): choice.calls for choice in self._memo.values()}
 
     def _choose(self, snapshot: Snapshot, op: Op[Any], problem: Problem) -> Choice:

@@ -26,14 +26,15 @@ class Finding:
 
 
 def findings(registry: str | None = None, *, run: bool = True) -> list[Finding]:
-    """All that can be said of this machine. run: also run our kernels on the GPU and compare with known answers."""
+    """All that can be said of this machine. run: also build and run what is ours."""
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "PyTorch": _torch, "GPU": _gpu, "Triton": _triton, "cuDNN": _cudnn, "flash-attn-4": _flash,
-        "TILEBOOK": _turned_on, "registry": lambda: _registry(registry), "known answers": _answers,
+        "extension": _extension, "TILEBOOK": _turned_on, "registry": lambda: _registry(registry),
+        "known answers": _answers,
     }  # fmt: skip
     found: list[Finding] = []
     for about, check in checks.items():
-        if about == "known answers" and not run:
+        if about in ("extension", "known answers") and not run:
             continue
         try:
             found += check()
@@ -116,7 +117,8 @@ def _turned_on() -> Iterator[Finding]:
         yield Finding("note", "TILEBOOK_DISABLE", "is set: everything is PyTorch's")
     elif status.enabled:
         others = f"; others stand in the places of {', '.join(status.others)}" if status.others else ""
-        yield Finding("ok", "TILEBOOK", f"on, in the places of {', '.join(status.replaced)}{others}")
+        places = ", ".join((*status.replaced, *status.served))
+        yield Finding("ok", "TILEBOOK", f"on, in the places of {places}{others}")
     elif not asked:
         yield Finding("ok", "TILEBOOK", "off: TILEBOOK=1, or tilebook.enable() in a program, turns it on")
     elif "tilebook" not in named:
@@ -125,6 +127,20 @@ def _turned_on() -> Iterator[Finding]:
         yield Finding("fault", "TILEBOOK", f"{asked}, but TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps PyTorch from it")
     else:
         yield Finding("fault", "TILEBOOK", f"{asked} is none of 1, true, yes, on, or it failed with a warning")
+
+
+def _extension() -> Iterator[Finding]:
+    """Builds it: who asks what works here wants it to."""
+    from tilebook import device as devices
+    from tilebook.native import build, place
+
+    if place.built() is None and not devices.present():
+        return
+    try:
+        yield Finding("ok", "extension", str(build.build()))
+    except build.BuildError as broken:
+        advice = "without it, norms that TILEBOOK=1 serves cost the host more than PyTorch's do"
+        yield Finding("note", "extension", str(broken), advice)
 
 
 def _registry(explicit: str | None) -> Iterator[Finding]:

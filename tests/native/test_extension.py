@@ -1,0 +1,342 @@
+"""PyTorch's ops with recorded launches in their places, on the CPU: what launches is a function of this file."""
+
+import ctypes
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tilebook import native
+
+OPS = ("aten::native_layer_norm", "aten::native_layer_norm_backward")
+LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_void_p,
+)  # fmt: skip
+ROWS, WIDTH = 6, 8
+
+
+def _at(address, *shape):
+    count = torch.Size(shape).numel()
+    return torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32).view(shape)
+
+
+class Machine:
+    """Stands for the GPU: 'runs' LayerNorm of (ROWS, WIDTH) without parameters, and counts."""
+
+    def __init__(self):
+        self.status, self.launches = 0, []
+        self.callback = LAUNCH(self.launch)
+
+    def launch(self, function, x, y, z, threads, _y, _z, shared, stream, parameters, extra):
+        if self.status:
+            return self.status
+        self.launches.append((function, (x, y, z), threads, shared))
+        numbers = [ctypes.c_uint64.from_address(parameters[i]).value for i in range(5)]
+        assert numbers[4] == 5
+        given, out, mean, rstd = (_at(each, ROWS, n) for each, n in zip(numbers, (WIDTH, WIDTH, 1, 1), strict=False))
+        mean.copy_(given.mean(-1, keepdim=True))
+        rstd.copy_((given.var(-1, correction=0, keepdim=True) + 1e-5).rsqrt())
+        out.copy_((given - mean) * rstd)
+        return 0
+
+
+PLAN = (
+    [((ROWS, WIDTH), (WIDTH, 1), 6), ((ROWS, 1), (1, 1), 6), ((ROWS, 1), (1, 1), 6)],
+    [(77, (3, 2, 1), 128, 64, [(0, 0), (5, 0), (6, 0), (7, 0), (-1, 5)])],
+    [5, 6, 7],
+)
+LEFT = None, False, "left"
+AGAIN = None, None, None
+PLANNED = None, PLAN, "planned"
+
+
+class Served:
+    """The extension at work, with the answers of a test."""
+
+    def __init__(self, extension, machine):
+        self.extension, self.machine, self.asked, self.answers = extension, machine, [], {}
+
+    def answer(self, name, args):
+        self.asked.append((name, args))
+        found = self.answers.get(name, LEFT)
+        return found(args) if callable(found) else found
+
+    @property
+    def launched(self):
+        return len(self.machine.launches)
+
+
+_loaded = []
+
+
+@pytest.fixture
+def served(library, folder, monkeypatch):
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(folder))
+    if not _loaded:
+        _loaded.append(native._loaded())
+        for name in OPS:
+            _loaded[0].install(name)
+    (extension,), machine = _loaded, Machine()
+    extension.pretend(ctypes.cast(machine.callback, ctypes.c_void_p).value)
+    assert extension.able()
+    it = Served(extension, machine)
+    extension.clear()
+    extension.start(it.answer)
+    yield it
+    extension.stop()
+    extension.ask(False)
+    extension.clear()
+    extension.pretend(0)
+
+
+def _x(*shape, dtype=torch.float32):
+    return torch.randn(shape or (ROWS, WIDTH), dtype=dtype, requires_grad=True)
+
+
+def _norm(x, eps=1e-5):
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def _near(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * max(1.0, wanted.abs().max().item()))
+
+
+def _plain(served, function):
+    served.extension.stop()
+    try:
+        return function()
+    finally:
+        served.extension.start(served.answer)
+
+
+def _step(x):
+    y = _norm(x)
+    (dx,) = torch.autograd.grad((y * torch.arange(y.numel()).view_as(y)).sum(), x)
+    return y, dx
+
+
+def test_a_planned_call_is_launched_and_its_gradient_is_pytorchs(served):
+    served.answers[OPS[0]] = PLANNED
+    x = _x()
+    for turn in range(3):  # the first call is PyTorch's: it was asked about
+        for found, wanted in zip(_step(x), _plain(served, lambda: _step(x)), strict=True):
+            _near(found, wanted)
+        assert served.launched == turn
+    assert served.machine.launches[0] == (77, (3, 2, 1), 128, 64)
+    assert [name for name, _ in served.asked] == list(OPS)
+
+
+def test_what_python_has_computed_is_taken(served):
+    served.answers[OPS[0]] = lambda args: ([torch.ones(ROWS, WIDTH), torch.zeros(ROWS, 1), None], None, None)
+    for _ in range(2):
+        assert torch.equal(_norm(_x().detach()), torch.ones(ROWS, WIDTH))
+    assert len(served.asked) == 2  # nothing was decided
+
+
+DIFFERENT = {
+    "another shape": lambda: (_x(ROWS + 1, WIDTH), 1e-5),
+    "another width": lambda: (_x(ROWS, WIDTH + 1), 1e-5),
+    "another dtype": lambda: (_x(dtype=torch.float64), 1e-5),
+    "more axes": lambda: (_x(2, 3, WIDTH), 1e-5),
+    "another eps": lambda: (_x(), 1e-6),
+    "other strides": lambda: (_x(WIDTH, ROWS).t(), 1e-5),
+    "another alignment": lambda: (torch.randn(ROWS * WIDTH + 1)[1:].view(ROWS, WIDTH), 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_a_launch_depends_on_tells_calls_apart(served, name):
+    served.answers[OPS[0]] = PLANNED
+    _norm(_x())
+    x, eps = DIFFERENT[name]()
+    served.answers[OPS[0]] = LEFT
+    _near(_norm(x, eps), _plain(served, lambda: _norm(x, eps)))
+    assert len(served.asked) == 2
+    assert served.launched == 0
+
+
+def test_parameters_are_part_of_it_too(served):
+    x, weight = _x(), torch.randn(WIDTH)
+    for _ in range(2):
+        F.layer_norm(x, (WIDTH,))
+        F.layer_norm(x, (WIDTH,), weight)
+        F.layer_norm(x, (WIDTH,), weight, weight)
+    assert [[each is None for each in args[2:4]] for _, args in served.asked] == [
+        [True, True], [False, True], [False, False],
+    ]  # fmt: skip
+
+
+def test_a_tensor_that_is_not_contiguous_is_made_so(served):
+    served.answers[OPS[0]] = PLANNED
+    x = torch.randn(WIDTH, ROWS).t()
+    _norm(x)
+    _near(_norm(x), _plain(served, lambda: _norm(x)))
+    assert served.launched == 1
+
+
+def test_a_launch_that_fails_is_pytorchs_from_then_on(served):
+    served.answers[OPS[0]] = PLANNED
+    x = _x()
+    _norm(x)
+    served.machine.status = 700
+    _near(_norm(x), _plain(served, lambda: _norm(x)))
+    served.machine.status = 0
+    _near(_norm(x), _plain(served, lambda: _norm(x)))
+    assert served.launched == 0
+    assert len(served.asked) == 1
+
+
+def _raises(args):
+    raise RuntimeError("no answer")
+
+
+SPOILT = {
+    "an exception": _raises,
+    "no answer": 5,
+    "no such argument": (None, (PLAN[0], [(77, (1, 1, 1), 32, 0, [(9, 0)])], [5, 6, 7]), None),
+    "an argument as an output": (None, (PLAN[0], PLAN[1], [0, 6, 7]), None),
+    "no list": (None, (PLAN[0], None, [5, 6, 7]), None),
+    "no number": (None, ([(("six",), (1,), 6)], [], []), None),
+    "too many tensors": (None, (PLAN[0] * 20, PLAN[1], [5, 6, 7]), None),
+    "too many parameters": (None, (PLAN[0], [(77, (1, 1, 1), 32, 0, [(0, 0)] * 99)], [5, 6, 7]), None),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_spoilt_answer_is_pytorchs_call(served, name):
+    served.answers[OPS[0]] = SPOILT[name]
+    x = _x()
+    for _ in range(2):
+        _near(_norm(x), _plain(served, lambda: _norm(x)))
+    assert served.launched == 0
+
+
+def test_calls_on_the_way_to_an_answer_are_pytorchs(served):
+    served.answers[OPS[0]] = lambda args: (_norm(args[0]), *LEFT)[1:]
+    x = _x()
+    _near(_norm(x), _plain(served, lambda: _norm(x)))
+    assert len(served.asked) == 1
+
+
+def test_every_call_is_asked_about_while_it_is_told_so(served):
+    served.answers[OPS[0]] = PLANNED
+    x = _x().detach()
+    served.extension.ask(True)
+    for _ in range(3):
+        _norm(x)
+    assert (len(served.asked), served.launched) == (3, 0)
+    served.extension.ask(False)
+    for _ in range(3):
+        _norm(x)
+    assert (len(served.asked), served.launched) == (4, 2)
+
+
+def test_calls_are_counted_for_each_token(served):
+    served.answers[OPS[0]] = PLANNED
+    x, other = _x().detach(), _x(3, 4).detach()
+    for _ in range(4):
+        _norm(x)
+    served.answers[OPS[0]] = LEFT
+    for _ in range(3):
+        _norm(other)
+    assert sorted(served.extension.counted()) == [("left", 2), ("planned", 3)]
+    assert sorted(served.extension.counted()) == [("left", 0), ("planned", 0)]
+    served.extension.clear()
+    assert served.extension.counted() == []
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+def _never(x):
+    raise AssertionError("a call that is not one of ordinary tensors was asked about")
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta", "compiled", "dispatching"])
+def test_what_is_no_ordinary_tensor_is_not_asked_about(served, kind):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    served.answers = dict.fromkeys(OPS, _never)
+    if kind == "fake":
+        with FakeTensorMode():
+            assert _norm(torch.empty(ROWS, WIDTH)).shape == (ROWS, WIDTH)
+    elif kind == "meta":
+        assert _norm(torch.empty(ROWS, WIDTH, device="meta")).is_meta
+    elif kind == "compiled":
+        torch.compiler.reset()
+        x = _x().detach()
+        compiled = torch.compile(_norm, backend="inductor")
+        _near(compiled(x), _plain(served, lambda: _norm(x)))
+    else:
+        served.answers = {}
+        x = TwoTensor(_x().detach(), _x().detach())
+        _near(_norm(x).a, _norm(x.a))
+
+
+def test_transforms_and_higher_derivatives_are_pytorchs(served):
+    served.answers[OPS[0]] = PLANNED
+    x, many = _x(), torch.randn(3, ROWS, WIDTH)
+    _norm(x)
+
+    def second():
+        (dx,) = torch.autograd.grad(_norm(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    def found():
+        return [
+            second(),
+            torch.vmap(_norm)(many),
+            torch.func.grad(lambda x: _norm(x).pow(3).sum())(x.detach()),
+            torch.func.jvp(_norm, (x.detach(),), (torch.ones_like(x),))[1],
+            _norm(torch._neg_view(x)),
+        ]
+
+    for one, other in zip(found(), _plain(served, found), strict=True):
+        _near(one, other)
+
+
+def test_modes_of_autograd_change_nothing(served):
+    served.answers[OPS[0]] = PLANNED
+    x = _x().detach()
+    right = _plain(served, lambda: _norm(x))
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            for _ in range(2):
+                _near(_norm(x).clone(), right)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _norm(x).dtype == torch.float32
+
+
+def test_threads_are_served_alike(served):
+    served.answers[OPS[0]] = PLANNED
+    xs = [_x().detach() for _ in range(4)]
+    right = [_plain(served, lambda x=x: _norm(x)) for x in xs]
+    wrong = []
+
+    def work(mine):
+        for turn in range(200):
+            which = (mine + turn) % len(xs)
+            if not torch.allclose(_norm(xs[which]), right[which], rtol=1e-5, atol=1e-5):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not wrong
+    assert served.launched >= 790
+
+
+def test_it_ends_with_stop(served):
+    served.answers[OPS[0]] = PLANNED
+    x = _x()
+    _norm(x)
+    served.extension.stop()
+    _norm(x)
+    assert served.launched == 0

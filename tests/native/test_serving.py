@@ -1,0 +1,396 @@
+"""What is answered of PyTorch's calls: whose they are, and the launches that repeat them."""
+
+import ctypes
+import stat
+import struct
+import subprocess
+import sys
+import warnings
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tilebook
+from tilebook import dispatch, enabling, native
+from tilebook.kernels.norms.standing import STANDINGS
+from tilebook.native import build, place, plans
+
+BY_NAME = {each.name: each for each in STANDINGS}
+
+
+def _arguments(name, shape=(3, 5, 24), dtype=torch.float32, weight=True, bias=True, needs=None):
+    """Those of PyTorch's op, with what its forward pass keeps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, width = drawn(*shape), shape[-1:]
+    vectors = [drawn(*width) if there else None for there in ((weight, bias) if "layer" in name else (weight,))]
+    if "layer" in name:
+        forward = x, tuple(width), *vectors, 1e-5
+        kept = torch.ops.aten.native_layer_norm(*forward)[1:]
+    else:
+        forward = x, tuple(width), *vectors, 1e-6
+        kept = (torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6),)
+    if not name.endswith("backward"):
+        return forward
+    mask = needs or (True, *(each is not None for each in vectors))
+    return drawn(*shape), x, tuple(width), *(each.float() for each in kept), *vectors, mask
+
+
+def _exact(name, args):
+    """PyTorch's op in fp64."""
+    wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+    if name == "aten::_fused_rms_norm_backward":  # which no CPU has
+        dy, x, shape, _, weight, _ = wide
+        given = [each.requires_grad_() for each in (x, weight) if each is not None]
+        found = torch.autograd.grad(torch.rms_norm(x, shape, weight, 1e-6), given, dy)
+        return (*found, None)[:2]
+    return getattr(torch.ops.aten, name.removeprefix("aten::"))(*wide)
+
+
+@pytest.mark.parametrize("parameters", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (24,)])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_ours_is_the_op_it_stands_for(name, shape, parameters):
+    standing, args = BY_NAME[name], _arguments(name, shape, weight=parameters[0], bias=parameters[1])
+    posed, shapes = standing.posed(args), standing.shapes(args)
+    assert posed is not None
+    found = iter(standing.op().reference(*posed))
+    for wanted, shape_ in zip(_exact(name, args), shapes, strict=True):
+        if shape_ is not None:
+            assert tuple(wanted.shape) == shape_
+            torch.testing.assert_close(next(found).view(shape_).double(), wanted, rtol=1e-4, atol=1e-4)
+    assert next(found, None) is None
+    for mine, theirs in zip(posed, standing.places, strict=True):  # what a launch is told stands where it is said to
+        if theirs is not None and mine is not None:
+            assert mine.data_ptr() == args[theirs].data_ptr()
+
+
+NOT_OURS = {
+    "two axes": partial(_arguments, "aten::native_layer_norm"),
+    "fp64": partial(_arguments, "aten::native_layer_norm", dtype=torch.float64),
+    "no rows": partial(_arguments, "aten::native_layer_norm", shape=(0, 24)),
+    "a bias alone": partial(_arguments, "aten::native_layer_norm", weight=False),
+    "no gradient of the weight": partial(_arguments, "aten::native_layer_norm_backward", needs=(True, False, True)),
+    "no gradient of x": partial(_arguments, "aten::_fused_rms_norm_backward", needs=(False, True)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OURS)
+def test_what_ours_does_not_do_is_pytorchs(name):
+    args, op = NOT_OURS[name](), NOT_OURS[name].args[0]
+    if name == "two axes":
+        args = (args[0], (5, 24), None, None, 1e-5)
+    assert BY_NAME[op].posed(args) is None
+
+
+def test_vectors_of_another_dtype_and_no_eps_are_pytorchs():
+    x, shape, weight, bias, eps = _arguments("aten::native_layer_norm")
+    assert BY_NAME["aten::native_layer_norm"].posed((x, shape, weight.half(), bias, eps)) is None
+    assert BY_NAME["aten::_fused_rms_norm"].posed((x, shape, weight, None)) is None
+
+
+class Extension:
+    def __init__(self):
+        self.told, self.answer, self.calls = [], None, []
+
+    def install(self, name):
+        self.told.append(name)
+
+    def start(self, answer):
+        self.answer = answer
+
+    def stop(self):
+        self.told.append("stop")
+
+    def ask(self, every):
+        self.told.append(("ask", every))
+
+    def clear(self):
+        self.told.append("clear")
+
+    def counted(self):
+        found, self.calls = self.calls, []
+        return found
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    made = native._Serving()
+    made._extension = Extension()
+    before = list(dispatch.here.watchers)
+    monkeypatch.setattr(native, "_serving", made)
+    made.serve(STANDINGS)
+    yield made
+    dispatch.here.watchers[:] = before
+
+
+class Choice:
+    """What dispatch would give: a choice whose plan is there after its second call."""
+
+    def __init__(self, native=False, kept=True, plan="plan", broken=None):
+        self.native, self.kept, self.calls, self.plan, self._plan, self.broken = native, kept, 0, None, plan, broken
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.broken:
+            raise self.broken
+        self.plan = self._plan if self.calls > 1 else None
+        return args[0].clone(), *(torch.zeros(args[0].shape[0]) for _ in range(2))
+
+
+def _answer(serving, monkeypatch, choice, translated=("a plan",)):
+    monkeypatch.setattr(dispatch, "lookup", lambda op, args: choice)
+    monkeypatch.setattr(plans, "translated", lambda *args: translated[0])
+    name = "aten::native_layer_norm"
+    return serving._extension.answer(name, _arguments(name))
+
+
+def test_the_plan_is_told_as_soon_as_there_is_one(serving, monkeypatch):
+    choice = Choice()
+    outputs, decision, token = _answer(serving, monkeypatch, choice)
+    assert [tuple(each.shape) for each in outputs] == [(3, 5, 24), (3, 5, 1), (3, 5, 1)]
+    assert (decision, token) == (None, choice)
+    assert _answer(serving, monkeypatch, choice)[1] == "a plan"
+
+
+def test_what_has_no_plan_after_a_few_calls_is_pytorchs(serving, monkeypatch):
+    choice = Choice(plan=None)
+    assert [_answer(serving, monkeypatch, choice)[1] for _ in range(4)] == [None, None, None, False]
+    assert [_answer(serving, monkeypatch, Choice(), (None,))[1] for _ in range(2)] == [None, None]
+
+
+@pytest.mark.parametrize(("kept", "decision"), [(True, False), (False, None)])
+def test_what_dispatch_leaves_to_pytorch_is_left(serving, monkeypatch, kept, decision):
+    choice = Choice(native=True, kept=kept)
+    assert _answer(serving, monkeypatch, choice) == (None, decision, choice)
+    assert choice.calls == 0
+
+
+def test_an_error_leaves_the_call_to_pytorch_with_one_warning(serving, monkeypatch):
+    with pytest.warns(RuntimeWarning, match="PyTorch's: ValueError: broken"):
+        assert _answer(serving, monkeypatch, Choice(broken=ValueError("broken"))) == (None, False, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _answer(serving, monkeypatch, Choice(broken=ValueError("broken"))) == (None, False, None)
+        lost = _answer(serving, monkeypatch, Choice(broken=torch.OutOfMemoryError("full")))
+    assert lost == (None, None, None)
+
+
+def test_what_dispatch_forgets_is_forgotten(serving):
+    told = serving._extension.told
+    assert told == list(BY_NAME)
+    with dispatch.use("triton"):
+        assert told[-2:] == [("ask", True), "clear"]
+    assert told[-2:] == [("ask", False), "clear"]
+    told.clear()
+    dispatch.reload()
+    assert told == [("ask", False), "clear"]
+    serving.serve(STANDINGS)
+    assert told == [("ask", False), "clear"]  # installed once
+
+
+def test_calls_count_for_their_choices(serving):
+    choice = Choice()
+    serving._extension.calls = [(choice, 7), (None, 3)]
+    dispatch.misses()
+    assert choice.calls == 7
+
+
+def test_ops_are_served_while_it_is_on(serving, monkeypatch):
+    monkeypatch.setattr(serving, "extension", lambda: serving._extension)
+    norms = torch.nn.functional.layer_norm, torch.nn.functional.rms_norm
+    with tilebook.enabled():
+        status = tilebook.status()
+        assert status.served == tuple(BY_NAME)
+        assert status.replaced == ("scaled_dot_product_attention",)
+        assert (torch.nn.functional.layer_norm, torch.nn.functional.rms_norm) == norms
+        assert serving._extension.told[-1] != "stop"
+    assert tilebook.status() == enabling.Status(False, (), (), ())
+    assert serving._extension.told[-1] == "stop"
+
+
+# Launches
+
+
+def _recorded(signature, template, tensors, **options):
+    given = {"num_ctas": 1, "launch_pdl": False, "launch_cooperative_grid": False, "global_scratch_size": 0,
+             "profile_scratch_size": 0, "num_warps": 4, "shared": 96, **options}  # fmt: skip
+    compiled = SimpleNamespace(src=SimpleNamespace(signature=signature), metadata=SimpleNamespace(**given))
+    launch = (
+        None,
+        (2, 3, 1),
+        1234,
+        None,
+        template,
+        tensors,
+        options.get("descriptors", []),
+        options.get("structs", []),
+    )
+    maker = partial(torch.empty_strided, (6, 8), (8, 1), dtype=torch.bfloat16, device="cpu")
+    return SimpleNamespace(makers=[maker], launches=[launch], outputs=[2], compiled=[compiled])
+
+
+SIGNATURE = {
+    "x": "*fp32",
+    "w": "constexpr",
+    "y": "*bf16",
+    "rows": "i32",
+    "eps": "fp32",
+    "many": "i64",
+    "B": "constexpr",
+}
+TEMPLATE = [None, None, None, -5, 1e-5, 1 << 40, 16]
+
+
+@pytest.fixture
+def any_function(monkeypatch):
+    monkeypatch.setattr(plans, "_takes", lambda function, count: True)
+
+
+def test_a_recorded_launch_is_written_out(any_function):
+    plan = _recorded(SIGNATURE, TEMPLATE, [(0, 0), (2, 2)])
+    made, launches, outputs = plans.translated(plan, 5, (1, None), [(2, 3, 8)])
+    assert made == [((2, 3, 8), (24, 8, 1), 15)]
+    assert outputs == [5]
+    ((function, grid, threads, shared, parameters),) = launches
+    assert (function, grid, threads, shared) == (1234, (2, 3, 1), 128, 96)
+    eps = struct.unpack("<I", struct.pack("<f", 1e-5))[0]
+    assert parameters == [(1, 0), (5, 0), (-1, (1 << 64) - 5), (-1, eps), (-1, 1 << 40), (-1, 0), (-1, 0)]
+
+
+REFUSED = {
+    "a descriptor": {"descriptors": [(0, 0, None)]},
+    "a struct": {"structs": [(0, [], [])]},
+    "a cluster": {"num_ctas": 2},
+    "a dependent launch": {"launch_pdl": True},
+    "a cooperative launch": {"launch_cooperative_grid": True},
+    "memory of its own": {"global_scratch_size": 64},
+    "a profile": {"profile_scratch_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_repeated_is_not(any_function, name):
+    assert (
+        plans.translated(_recorded(SIGNATURE, TEMPLATE, [(0, 0), (2, 2)], **REFUSED[name]), 5, (1, None), [(6, 8)])
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("signature", "shapes", "tensors"),
+    [
+        ({**SIGNATURE, "rows": "tensordesc<fp16[16, 16]>"}, [(6, 8)], [(0, 0), (2, 2)]),
+        ({**SIGNATURE, "rows": ("i32", "i32")}, [(6, 8)], [(0, 0), (2, 2)]),
+        ({**SIGNATURE, "eps": "bf16"}, [(6, 8)], [(0, 0), (2, 2)]),
+        (SIGNATURE, [(6, 9)], [(0, 0), (2, 2)]),
+        (SIGNATURE, [(6, 8)], [(0, 1), (2, 2)]),  # an address of what is no tensor
+    ],
+)
+def test_what_is_no_address_or_number_is_refused(any_function, signature, shapes, tensors):
+    assert plans.translated(_recorded(signature, TEMPLATE, tensors), 5, (1, None), shapes) is None
+
+
+def test_a_kernel_must_take_as_many_parameters(monkeypatch):
+    plan = _recorded(SIGNATURE, TEMPLATE, [(0, 0), (2, 2)])
+
+    class Function:
+        def __init__(self, count):
+            self.count = count
+
+        def __call__(self, function, index, offset, size):
+            return 0 if index < self.count else 1
+
+    for has, count, taken in ((True, 7, True), (True, 6, False), (True, 8, False), (False, 7, False)):
+
+        def driver(name, has=has, count=count):
+            if not has:
+                raise OSError
+            return SimpleNamespace(cuFuncGetParamInfo=Function(count))
+
+        monkeypatch.setattr(ctypes, "CDLL", driver)
+        assert (plans.translated(plan, 5, (1, None), [(6, 8)]) is not None) is taken
+
+
+# Building
+
+
+def test_it_is_found_once_it_is_built(library, folder, monkeypatch):
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(folder))
+    assert place.built() == library
+    assert native._loaded() is not None
+    done = subprocess.run([sys.executable, "-m", "tilebook.native"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(library)
+    assert done.stderr == ""
+
+
+def test_a_file_that_others_can_write_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path))
+    path = place.place(tmp_path)
+    path.parent.mkdir(mode=0o700)
+    assert place.built() is None
+    path.write_bytes(b"")
+    path.chmod(0o700)
+    assert place.built() == path
+    path.chmod(0o720)
+    assert place.built() is None
+    path.chmod(0o700)
+    path.parent.chmod(0o777)
+    assert place.built() is None
+
+
+def test_what_is_no_library_is_done_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path))
+    path = place.place(tmp_path)
+    path.parent.mkdir(mode=0o700)
+    path.write_bytes(b"no library")
+    path.chmod(0o700)
+    assert native._Serving().extension() is None
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"), [("false", "false failed"), ("/nowhere/g++", "nowhere"), ("", "no C\\+\\+ compiler")]
+)
+def test_what_cannot_be_built_is_said(tmp_path, monkeypatch, compiler, said):
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    if not compiler:
+        monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(build.BuildError, match=said):
+        build.build()
+    assert not [each for each in tmp_path.rglob("*.so")]
+
+
+def test_one_can_do_without(monkeypatch):
+    monkeypatch.setenv("TILEBOOK_NATIVE", "0")
+    assert place.built() is None
+    with pytest.raises(build.BuildError, match="TILEBOOK_NATIVE=0"):
+        build.build()
+
+
+def test_what_is_built_is_the_users_own(library):
+    assert stat.S_IMODE(library.stat().st_mode) == 0o700
+    assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+
+
+def test_it_is_begun_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    begun = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: begun.append((command, options["env"])))
+    monkeypatch.setenv("TILEBOOK", "1")
+    monkeypatch.setattr(build.Path, "exists", lambda self: True)
+    for _ in range(3):
+        build.begin()
+    ((command, environment),) = begun
+    assert command[1:] == ["-m", "tilebook.native", "--nice"]
+    assert "TILEBOOK" not in environment
+    monkeypatch.setattr(build.Path, "exists", lambda self: False)
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path / "other"))
+    build.begin()
+    assert len(begun) == 1

@@ -1,0 +1,157 @@
+"""PyTorch's own ops, served by recorded launches without Python: what a kernel of ours saves, the host does not lose.
+
+A small extension in C++ (`served.cpp`) stands below PyTorch's autograd. It knows calls again by all that a launch
+depends on; what they are served by is asked here, once for each kind of call, and is dispatch's choice as ever. Where
+the extension has not been built there are our functions in the places of PyTorch's instead (`tilebook.enabling`).
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tilebook import dispatch
+from tilebook.native import plans
+from tilebook.native.build import begin
+from tilebook.native.place import NAME, built
+from tilebook.op import Op
+
+__all__ = ["Standing", "available", "begin", "serve", "stop"]
+
+_FEW = 4
+"""Calls of one kind after which a choice has a plan or never will: the first compiles, the second is recorded."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one of PyTorch's ops is one of ours.
+
+    name:   of PyTorch's op, with its namespace.
+    op:     gives ours; loads its kernels.
+    posed:  arguments of PyTorch's op → of ours, None where ours does not do the same.
+    places: for each argument of ours, which of PyTorch's it is, None for one that is no tensor.
+    shapes: arguments of PyTorch's op → the shapes of its outputs, None for one that this call does not have. Ours are
+            those that it has, in that order.
+    """
+
+    name: str
+    op: Callable[[], Op[Any]]
+    posed: Callable[[Sequence[Any]], tuple[Any, ...] | None]
+    places: tuple[int | None, ...]
+    shapes: Callable[[Sequence[Any]], Sequence[tuple[int, ...] | None]]
+
+
+class _Serving:
+    """The extension, once it is loaded, and what it has been told to serve."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._extension: Any = None
+        self._failed = False
+        self._standings: dict[str, Standing] = {}
+        self._warned = False
+
+    def extension(self) -> Any:
+        """The module, None where it is not built, does not load or finds no driver."""
+        with self._lock:
+            if self._extension is None and not self._failed:
+                try:
+                    loaded = _loaded()
+                    self._extension = loaded if loaded is not None and loaded.able() else None
+                except Exception:  # one that was built for another machine, say
+                    self._extension = None
+                self._failed = self._extension is None
+            return self._extension
+
+    def serve(self, standings: Sequence[Standing]) -> None:
+        extension = self.extension()
+        for each in standings:
+            if each.name not in self._standings:
+                self._standings[each.name] = each
+                extension.install(each.name)
+        extension.start(self.answer)
+        if self._told not in dispatch.here.watchers:
+            dispatch.here.watchers.append(self._told)
+
+    def stop(self) -> None:
+        if self._extension is not None:
+            self._extension.stop()
+
+    def _told(self, event: str) -> None:
+        """Dispatch has forgotten what it read, is being forced, is no longer, or wants its calls counted."""
+        if event == "counted":
+            for choice, calls in self._extension.counted():
+                if choice is not None:
+                    choice.calls += calls
+        else:
+            self._extension.ask(dispatch.forced())
+            self._extension.clear()
+
+    def answer(self, name: str, args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+        """(outputs of this call or None, who serves such calls, their choice): see `served.cpp`."""
+        try:
+            return self._answer(self._standings[name], args)
+        except torch.OutOfMemoryError:
+            return None, None, None  # PyTorch's kernel may need less, or says so itself
+        except Exception as broken:
+            if not self._warned:
+                self._warned = True
+                text = f"tilebook: {name} is PyTorch's: {type(broken).__name__}: {broken}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return None, False, None
+
+    def _answer(self, standing: Standing, args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+        given = standing.posed(args)
+        if given is None:
+            return None, False, None
+        if args[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return None, None, None  # nothing may be compiled or read now
+        choice = dispatch.lookup(standing.op(), given)
+        if choice.native:
+            return None, (False if choice.kept else None), choice
+        outputs = choice(*given)
+        shapes = standing.shapes(args)
+        decision: Any = None
+        if choice.plan is not None:
+            decision = plans.translated(choice.plan, len(args), standing.places, shapes)
+        if decision is None and choice.calls >= _FEW and not dispatch.forced():
+            decision = False
+        there = iter(outputs)
+        return [None if shape is None else next(there).view(shape) for shape in shapes], decision, choice
+
+
+def _loaded() -> Any:
+    path = built()
+    if path is None:
+        return None
+    loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
+    spec = importlib.util.spec_from_file_location(NAME, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+_serving = _Serving()
+
+
+def available() -> bool:
+    """Is the extension there, built for this PyTorch and this Python?"""
+    return _serving.extension() is not None
+
+
+def serve(standings: Sequence[Standing]) -> None:
+    """Has these ops of PyTorch's served by dispatch's choices, in every thread, until `stop`."""
+    _serving.serve(standings)
+
+
+def stop() -> None:
+    """Every call is PyTorch's own again."""
+    _serving.stop()

@@ -1,0 +1,47 @@
+"""Where the extension is kept, and whether it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import sysconfig
+from contextlib import suppress
+from pathlib import Path
+
+import platformdirs
+import torch
+
+NAME = "tilebook_served"
+SOURCE = Path(__file__).with_name("served.cpp")
+
+
+def folder() -> Path | None:
+    """Where extensions are kept: $TILEBOOK_NATIVE, else in the user's cache. None where that is 0: to do without."""
+    told = os.environ.get("TILEBOOK_NATIVE", "")
+    return None if told == "0" else Path(told or Path(platformdirs.user_cache_dir("tilebook")) / "native")
+
+
+def place(root: Path) -> Path:
+    """Where in that folder the extension for this PyTorch and this Python is, or would be."""
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    for each in (torch.__version__, sys.version, sysconfig.get_platform(), str(torch.compiled_with_cxx11_abi())):
+        digest.update(each.encode())
+    return root / digest.hexdigest()[:16] / f"{NAME}.so"
+
+
+def built() -> Path | None:
+    """The extension, if it has been built. Only a file of this user's own, which nobody else can write."""
+    root = folder()
+    if root is None:
+        return None
+    path = place(root)
+    with suppress(OSError):
+        if all(_private(each) for each in (path, path.parent)):
+            return path
+    return None
+
+
+def _private(path: Path) -> bool:
+    info = path.stat()
+    return info.st_uid == os.getuid() and not info.st_mode & 0o022

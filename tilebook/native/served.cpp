@@ -1,0 +1,482 @@
+// Ops of PyTorch's, served by recorded launches where a call like this one has them, and by PyTorch's own kernels else.
+//
+// A kernel stands at the dispatch key BackendSelect, below autograd and autocast and above every backend. So gradients,
+// transforms and saved tensors are PyTorch's own affair, and a call that is not served goes on to the kernel that would
+// have had it. What is like what is told by all that a launch depends on: sizes, strides, dtypes, alignment, numbers.
+// A kind of call that is new is asked about in Python, once or a few times; then it is known here.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+using torch::jit::Stack;
+
+// The signature of cuLaunchKernel.
+using Launcher = int (*)(
+    void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+
+constexpr size_t kMostKinds = 10000;
+constexpr size_t kMostTensors = 24;
+constexpr size_t kMostParameters = 40;
+constexpr int kNoTensor = -1;
+
+struct Made {
+  std::vector<int64_t> sizes, strides;
+  at::ScalarType dtype;
+};
+
+struct Launch {
+  void* function;
+  unsigned grid[3], threads, shared;
+  std::vector<int> slots;  // of each parameter: the tensor whose address it is, or kNoTensor
+  std::vector<uint64_t> numbers;  // of each parameter that is no tensor: its bytes
+};
+
+struct Plan {
+  std::vector<Made> made;
+  std::vector<Launch> launches;
+  std::vector<int> outputs;  // slots
+};
+
+enum class Decision { ask, left, planned };
+
+// What is known of one kind of call. Objects of Python are held for ever: launches need the code that they keep loaded.
+struct Kind {
+  Decision decision = Decision::ask;
+  Plan plan;
+  PyObject* token = nullptr;
+  std::atomic<int64_t> calls{0};
+};
+
+using Key = std::vector<int64_t>;
+
+struct Hash {
+  size_t operator()(const Key& key) const {
+    uint64_t hash = 1469598103934665603ull;
+    for (int64_t part : key) {
+      hash = (hash ^ static_cast<uint64_t>(part)) * 1099511628211ull;
+      hash ^= hash >> 29;
+    }
+    return hash;
+  }
+};
+
+std::shared_mutex kinds_lock;
+std::unordered_map<Key, std::shared_ptr<Kind>, Hash> kinds;
+std::atomic<bool> on{false};
+std::atomic<bool> always_ask{false};
+std::atomic<Launcher> launcher{nullptr};
+std::atomic<int> served_device{static_cast<int>(c10::DeviceType::CUDA)};
+PyObject* resolver = nullptr;
+std::vector<std::unique_ptr<torch::Library>> installed;
+
+thread_local bool asking = false;
+thread_local Key key;
+
+// Is it nothing but its memory: of no subclass, no transform, no lazy negation?
+bool ordinary(const at::Tensor& tensor, c10::DeviceType kind) {
+  static const DispatchKeySet gpu({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA,
+                                   DispatchKey::ADInplaceOrView});
+  static const DispatchKeySet cpu({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
+                                   DispatchKey::ADInplaceOrView});
+  const auto& allowed = kind == c10::DeviceType::CPU ? cpu : gpu;
+  return tensor.layout() == at::kStrided && !(tensor.key_set().raw_repr() & ~allowed.raw_repr()) && tensor.has_storage();
+}
+
+// Writes all that a launch depends on into `key`. False for a call that is not to be served.
+bool described(const void* op, const c10::IValue* args, size_t count) {
+  const auto kind = static_cast<c10::DeviceType>(served_device.load(std::memory_order_relaxed));
+  key.clear();
+  key.push_back(reinterpret_cast<int64_t>(op));
+  bool any = false;
+  int device = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const auto& arg = args[i];
+    if (arg.isTensor()) {
+      const at::Tensor& tensor = arg.toTensor();
+      if (!tensor.defined()) {
+        key.push_back(-1);
+        continue;
+      }
+      if (tensor.device().type() != kind || !ordinary(tensor, kind)) return false;
+      if (!any) {
+        any = true;
+        device = tensor.device().index();
+        key.push_back(device);
+      } else if (device != tensor.device().index()) {
+        return false;
+      }
+      key.push_back(static_cast<int64_t>(tensor.scalar_type()) << 8 | tensor.dim());
+      key.insert(key.end(), tensor.sizes().begin(), tensor.sizes().end());
+      key.insert(key.end(), tensor.strides().begin(), tensor.strides().end());
+      key.push_back(reinterpret_cast<int64_t>(tensor.data_ptr()) & 15);
+    } else if (arg.isNone()) {
+      key.push_back(-2);
+    } else if (arg.isDouble()) {
+      const double number = arg.toDouble();
+      int64_t bits;
+      memcpy(&bits, &number, sizeof(bits));
+      key.push_back(bits);
+    } else if (arg.isInt()) {
+      key.push_back(arg.toInt());
+    } else if (arg.isBool()) {
+      key.push_back(arg.toBool());
+    } else if (arg.isList()) {
+      const auto list = arg.toListRef();
+      key.push_back(static_cast<int64_t>(list.size()));
+      for (const auto& each : list) {
+        if (!each.isInt() && !each.isBool()) return false;
+        key.push_back(each.isInt() ? each.toInt() : each.toBool());
+      }
+    } else {
+      return false;
+    }
+  }
+  return any;
+}
+
+std::shared_ptr<Kind> found() {
+  std::shared_lock<std::shared_mutex> guard(kinds_lock);
+  const auto it = kinds.find(key);
+  return it == kinds.end() ? nullptr : it->second;
+}
+
+void* stream_of(c10::Device device) {
+  if (device.is_cpu()) return nullptr;
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+// Allocates and launches what was recorded; puts the outputs in the place of the arguments. False where a launch fails,
+// the arguments then being what they were but for their strides.
+bool repeated(const Plan& plan, Stack* stack, size_t count) {
+  const size_t first = stack->size() - count;
+  at::Tensor made[kMostTensors];
+  c10::Device device = c10::kCPU;
+  for (size_t i = 0; i < count; ++i) {
+    const auto& arg = (*stack)[first + i];
+    if (arg.isTensor() && arg.toTensor().defined()) {
+      device = arg.toTensor().device();
+      break;
+    }
+  }
+  const c10::DeviceGuard guard(device);
+  for (size_t i = first; i < stack->size(); ++i) {
+    auto& arg = (*stack)[i];  // launches are recorded for contiguous tensors, which PyTorch's kernels make of others too
+    if (arg.isTensor() && arg.toTensor().defined() && !arg.toTensor().is_contiguous()) {
+      arg = arg.toTensor().contiguous();
+    }
+  }
+  for (size_t i = 0; i < plan.made.size(); ++i) {
+    const auto& each = plan.made[i];
+    made[i] = at::empty_strided(each.sizes, each.strides, at::TensorOptions().dtype(each.dtype).device(device));
+  }
+  const auto address = [&](int slot) -> uint64_t {
+    const auto& tensor = slot < static_cast<int>(count) ? (*stack)[first + slot].toTensor() : made[slot - count];
+    return reinterpret_cast<uint64_t>(tensor.data_ptr());
+  };
+  void* stream = stream_of(device);
+  const auto start = launcher.load(std::memory_order_relaxed);
+  for (const auto& launch : plan.launches) {
+    uint64_t values[kMostParameters];
+    void* parameters[kMostParameters];
+    for (size_t i = 0; i < launch.slots.size(); ++i) {
+      values[i] = launch.slots[i] == kNoTensor ? launch.numbers[i] : address(launch.slots[i]);
+      parameters[i] = &values[i];
+    }
+    if (start(launch.function, launch.grid[0], launch.grid[1], launch.grid[2], launch.threads, 1, 1, launch.shared,
+              stream, parameters, nullptr) != 0) {
+      return false;
+    }
+  }
+  torch::jit::drop(*stack, count);
+  for (const int slot : plan.outputs) {
+    stack->emplace_back(slot == kNoTensor ? at::Tensor() : std::move(made[slot - count]));
+  }
+  return true;
+}
+
+// ---- Python
+
+struct Gil {
+  PyGILState_STATE state = PyGILState_Ensure();
+  ~Gil() { PyGILState_Release(state); }
+};
+
+// Owns one reference.
+struct Object {
+  PyObject* held;
+  explicit Object(PyObject* given) : held(given) {}
+  Object(const Object&) = delete;
+  ~Object() { Py_XDECREF(held); }
+  operator PyObject*() const { return held; }
+};
+
+PyObject* wrapped(const c10::IValue& value) {
+  if (value.isTensor() && value.toTensor().defined()) return THPVariable_Wrap(value.toTensor());
+  if (value.isDouble()) return PyFloat_FromDouble(value.toDouble());
+  if (value.isInt()) return PyLong_FromLongLong(value.toInt());
+  if (value.isBool()) return PyBool_FromLong(value.toBool());
+  if (value.isList()) {
+    const auto list = value.toListRef();
+    PyObject* made = PyTuple_New(static_cast<Py_ssize_t>(list.size()));
+    for (size_t i = 0; made && i < list.size(); ++i) PyTuple_SET_ITEM(made, i, wrapped(list[i]));
+    return made;
+  }
+  Py_RETURN_NONE;
+}
+
+bool numbers(PyObject* given, std::vector<int64_t>& into) {
+  const Object items(PySequence_Fast(given, "expected numbers"));
+  if (!items) return false;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.held); ++i) {
+    into.push_back(PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items.held, i)));
+  }
+  return !PyErr_Occurred();
+}
+
+// ([(sizes, strides, dtype)], [(function, (x, y, z), threads, shared, [(slot, bits)])], [output slot]) → a plan.
+bool parsed(PyObject* given, size_t count, Plan& plan) {
+  PyObject *made, *launches, *outputs;
+  if (!PyArg_ParseTuple(given, "O!O!O!", &PyList_Type, &made, &PyList_Type, &launches, &PyList_Type, &outputs)) {
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(made); ++i) {
+    PyObject *sizes, *strides;
+    int dtype;
+    Made each;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(made, i), "OOi", &sizes, &strides, &dtype)) return false;
+    if (!numbers(sizes, each.sizes) || !numbers(strides, each.strides)) return false;
+    each.dtype = static_cast<at::ScalarType>(dtype);
+    plan.made.push_back(std::move(each));
+  }
+  const int slots = static_cast<int>(count + plan.made.size());
+  const auto right = [&](int slot, int least) {
+    if (slot == kNoTensor || (slot >= least && slot < slots)) return true;
+    PyErr_Format(PyExc_ValueError, "there is no slot %d", slot);
+    return false;
+  };
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(launches); ++i) {
+    Launch launch;
+    unsigned long long function;
+    PyObject* parameters;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(launches, i), "K(III)IIO!", &function, &launch.grid[0], &launch.grid[1],
+                          &launch.grid[2], &launch.threads, &launch.shared, &PyList_Type, &parameters)) {
+      return false;
+    }
+    launch.function = reinterpret_cast<void*>(function);
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(parameters); ++j) {
+      int slot;
+      unsigned long long bits;
+      if (!PyArg_ParseTuple(PyList_GET_ITEM(parameters, j), "iK", &slot, &bits) || !right(slot, 0)) return false;
+      launch.slots.push_back(slot);
+      launch.numbers.push_back(bits);
+    }
+    plan.launches.push_back(std::move(launch));
+    if (plan.launches.back().slots.size() > kMostParameters) {
+      PyErr_SetString(PyExc_ValueError, "too many parameters");
+      return false;
+    }
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(outputs); ++i) {
+    const int slot = static_cast<int>(PyLong_AsLong(PyList_GET_ITEM(outputs, i)));
+    if (PyErr_Occurred() || !right(slot, static_cast<int>(count))) return false;
+    plan.outputs.push_back(slot);
+  }
+  if (plan.made.size() > kMostTensors) {
+    PyErr_SetString(PyExc_ValueError, "too many tensors");
+    return false;
+  }
+  return true;
+}
+
+void keep(std::shared_ptr<Kind> kind) {
+  std::unique_lock<std::shared_mutex> guard(kinds_lock);
+  if (kinds.size() >= kMostKinds) kinds.clear();
+  kinds[key] = std::move(kind);
+}
+
+// Asks Python about a kind of call. True where it has computed this one, whose outputs then replace the arguments.
+//
+// The answer is (outputs or None, decision, token): None to ask again, False for PyTorch's kernel, or a plan.
+bool asked(const std::string& name, Stack* stack, size_t count, bool kept) {
+  const size_t first = stack->size() - count;
+  const Gil gil;
+  if (!resolver) return false;
+  const Key mine = key;  // what Python does may come here again
+  const Object args(PyTuple_New(static_cast<Py_ssize_t>(count)));
+  for (size_t i = 0; i < count; ++i) PyTuple_SET_ITEM(args.held, i, wrapped((*stack)[first + i]));
+  asking = true;
+  const Object answer(PyObject_CallFunction(resolver, "s#O", name.data(), static_cast<Py_ssize_t>(name.size()), args.held));
+  asking = false;
+  key = mine;
+  PyObject *outputs, *decision, *token;
+  if (!answer || !PyArg_ParseTuple(answer, "OOO", &outputs, &decision, &token)) {
+    PyErr_WriteUnraisable(resolver);
+    return false;
+  }
+  if (kept && decision != Py_None) {
+    auto kind = std::make_shared<Kind>();
+    kind->decision = decision == Py_False ? Decision::left : Decision::planned;
+    if (decision != Py_False && !parsed(decision, count, kind->plan)) {
+      PyErr_WriteUnraisable(resolver);
+      kind->decision = Decision::left;
+    }
+    Py_INCREF(token);
+    kind->token = token;
+    keep(std::move(kind));
+  }
+  if (outputs == Py_None) return false;
+  std::vector<at::Tensor> tensors;
+  const Object items(PySequence_Fast(outputs, "expected outputs"));
+  for (Py_ssize_t i = 0; items && i < PySequence_Fast_GET_SIZE(items.held); ++i) {
+    PyObject* each = PySequence_Fast_GET_ITEM(items.held, i);
+    tensors.push_back(THPVariable_Check(each) ? THPVariable_Unpack(each) : at::Tensor());
+  }
+  if (!items) {
+    PyErr_WriteUnraisable(resolver);
+    return false;
+  }
+  torch::jit::drop(*stack, count);
+  for (auto& each : tensors) stack->emplace_back(std::move(each));
+  return true;
+}
+
+void serve(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
+  static const DispatchKeySet below(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
+  if (on.load(std::memory_order_relaxed) && !asking) {
+    const size_t count = op.schema().arguments().size();
+    if (described(&op.schema(), stack->data() + stack->size() - count, count)) {
+      const bool all = always_ask.load(std::memory_order_relaxed);
+      const auto kind = all ? nullptr : found();
+      if (!kind) {
+        if (asked(op.schema().name(), stack, count, !all)) return;
+      } else {
+        kind->calls.fetch_add(1, std::memory_order_relaxed);
+        if (kind->decision == Decision::planned) {
+          if (repeated(kind->plan, stack, count)) return;
+          auto broken = std::make_shared<Kind>();
+          broken->decision = Decision::left;
+          keep(std::move(broken));
+        }
+      }
+    }
+  }
+  op.redispatchBoxed(ks & below, stack);
+}
+
+PyObject* install(PyObject*, PyObject* given) {
+  const char* name;
+  if (!PyArg_ParseTuple(given, "s", &name)) return nullptr;
+  try {
+    auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", DispatchKey::BackendSelect,
+                                                    "tilebook/native", __LINE__);
+    library->impl(name, torch::CppFunction::makeFromBoxedFunction<&serve>());
+    installed.push_back(std::move(library));
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* stop(PyObject*, PyObject*) {
+  on = false;
+  Py_RETURN_NONE;
+}
+
+// Can launches be started here?
+PyObject* able(PyObject*, PyObject*) {
+  if (!launcher.load()) {
+    void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+    if (driver) launcher = reinterpret_cast<Launcher>(dlsym(driver, "cuLaunchKernel"));
+  }
+  return PyBool_FromLong(launcher.load() != nullptr);
+}
+
+PyObject* start(PyObject*, PyObject* given) {
+  PyObject* function;
+  if (!PyArg_ParseTuple(given, "O", &function)) return nullptr;
+  Py_INCREF(function);
+  Py_XSETREF(resolver, function);
+  on = true;
+  Py_RETURN_NONE;
+}
+
+PyObject* ask(PyObject*, PyObject* given) {
+  int all;
+  if (!PyArg_ParseTuple(given, "p", &all)) return nullptr;
+  always_ask = all;
+  Py_RETURN_NONE;
+}
+
+PyObject* clear(PyObject*, PyObject*) {
+  std::unique_lock<std::shared_mutex> guard(kinds_lock);
+  kinds.clear();
+  Py_RETURN_NONE;
+}
+
+// [(token, calls since last asked)]
+PyObject* counted(PyObject*, PyObject*) {
+  std::vector<std::shared_ptr<Kind>> all;
+  {
+    std::shared_lock<std::shared_mutex> guard(kinds_lock);
+    for (const auto& each : kinds) all.push_back(each.second);
+  }
+  PyObject* list = PyList_New(0);
+  for (const auto& each : all) {
+    if (!each->token) continue;
+    const Object pair(Py_BuildValue("(OL)", each->token, static_cast<long long>(each->calls.exchange(0))));
+    if (!list || !pair || PyList_Append(list, pair) != 0) {
+      Py_XDECREF(list);
+      return nullptr;
+    }
+  }
+  return list;
+}
+
+// For tests: calls of CPU tensors are served, and this address launches.
+PyObject* pretend(PyObject*, PyObject* given) {
+  unsigned long long address;
+  if (!PyArg_ParseTuple(given, "K", &address)) return nullptr;
+  launcher = reinterpret_cast<Launcher>(address);
+  served_device = static_cast<int>(address ? c10::DeviceType::CPU : c10::DeviceType::CUDA);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"install", install, METH_VARARGS, "Serves this op of aten's."},
+    {"able", able, METH_NOARGS, "Can launches be started here?"},
+    {"start", start, METH_VARARGS, "Serves; answers are this function's."},
+    {"stop", stop, METH_NOARGS, "Serves none any more."},
+    {"ask", ask, METH_VARARGS, "Asks about every call, if true."},
+    {"clear", clear, METH_NOARGS, "Forgets all answers."},
+    {"counted", counted, METH_NOARGS, "[(token, calls since last asked)]"},
+    {"pretend", pretend, METH_VARARGS, "Serves calls on the CPU, launched at an address; 0 for none."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "tilebook_served", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+extern "C" PyMODINIT_FUNC PyInit_tilebook_served() { return PyModule_Create(&module); }
