@@ -236,7 +236,7 @@ def bwd_kernel(
         if RAGGED:
             if at == 0:
                 e, inside = _edges(head, body, width, VECTOR)
-                x = tl.load(logits + start + e, mask=inside & (e < tl.where(keep, width, 0)), other=0.0)
-                found = _gradient(x, e, label, sums, factor, flat, hit, softcap, CAPPED)
-                found = tl.where(keep, found, 0.0)
-                tl.store(dlogits + begin + e, found.to(dlogits.dtype.element_ty), mask=inside)
+                rest = tl.load(logits + start + e, mask=inside & (e < tl.where(keep, width, 0)), other=0.0)
+                grad = _gradient(rest, e, label, sums, factor, flat, hit, softcap, CAPPED)
+                grad = tl.where(keep, grad, 0.0)
+                tl.store(dlogits + begin + e, grad.to(dlogits.dtype.element_ty), mask=inside)

@@ -80,5 +80,5 @@ AXES = {
     "BLOCK": powers_of_two(1024, 16384),
     "num_warps": powers_of_two(1, 32),
 }
-SPACE = Space({**AXES, "STAGES": (1, 2, 3, 4)}, _reject_fwd, _default_fwd, _work)
+SPACE = Space({**AXES, "STAGES": (1, 2, 3)}, _reject_fwd, _default_fwd, _work)
 SPACE_BWD = Space(AXES, _reject_bwd, _default_bwd, _work)
