@@ -24,7 +24,6 @@ from tilebook.traced import ahead, described
 __all__ = ["cross_entropy"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_NUMBERS = (int, float)
 
 
 def cross_entropy(
@@ -136,9 +135,9 @@ def flattened(input: torch.Tensor) -> torch.Tensor | None:
     return last.reshape(-1, last.shape[-1])
 
 
-def pytorchs(input: torch.Tensor, target: torch.Tensor, label_smoothing: float) -> bool:
-    """Is an eager call with these class indices like one that is known to be PyTorch's own to serve?"""
-    if type(input) not in ORDINARY or type(target) not in ORDINARY:
+def pytorchs(input: Any, target: Any, weight: Any, label_smoothing: Any) -> bool:
+    """Is an eager call like one that is known to be PyTorch's own to serve?"""
+    if type(input) not in ORDINARY or type(target) not in ORDINARY or weight is not None:
         return False
     return again(_near(input, target, (label_smoothing, 0, 0.0, 0.0)), input, target)
 
