@@ -20,6 +20,7 @@ from torch import _jit_internal
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import disabled
+from tilebook.dispatch import forced
 from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
 from tilebook.kernels.cross_entropy import cross_entropy as our_cross_entropy
 from tilebook.kernels.cross_entropy import pytorchs as losses_pytorchs
@@ -61,7 +62,9 @@ def _takes(x: Any, normalized_shape: Sequence[int], vectors: Sequence[Any], eps:
 
 def _takes_loss(x: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, smoothing: Any) -> bool:
     """Is a call of cross entropy one with class indices, of ordinary tensors on one GPU that go together?"""
-    if type(x) not in ORDINARY or type(target) not in ORDINARY or weight is not None or not x.is_cuda or not x.ndim:
+    if type(x) not in ORDINARY or type(target) not in ORDINARY or weight is not None or not x.ndim:
+        return False
+    if not x.is_cuda and not forced():
         return False
     if type(ignore_index) is not int or reduction not in REDUCTIONS or type(smoothing) not in (float, int):
         return False

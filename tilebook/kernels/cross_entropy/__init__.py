@@ -121,7 +121,7 @@ def takes(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
 def flattened(input: torch.Tensor) -> torch.Tensor | None:
     """input as (rows, classes), where that is a view of it with the classes contiguous; else None."""
     if input.ndim == 1:
-        return rows(input)[None]
+        return rows(input).unsqueeze(0)
     if input.ndim == 2:
         return rows(input)
     last = input.movedim(1, -1)
