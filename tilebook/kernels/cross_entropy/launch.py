@@ -17,13 +17,15 @@ _UNIT = 16
 
 
 def _columns(logits: torch.Tensor, config: Config) -> dict[str, Any]:
-    width, one = logits.shape[1], config.number("ROWS") == 1
+    width = logits.shape[1]
+    block = min(config.number("BLOCK"), triton.next_power_of_2(width))
+    together = config.number("ROWS") if block >= width else 1
     whole = logits.stride(0) % _UNIT == 0 and width % _UNIT == 0
     return {
-        "ROWS": config["ROWS"],
-        "BLOCK": min(config.number("BLOCK"), triton.next_power_of_2(width)),
+        "ROWS": together,
+        "BLOCK": block,
         "VECTOR": VECTOR // logits.itemsize,
-        "RAGGED": one and not whole,
+        "RAGGED": together == 1 and not whole,
         "num_warps": config["num_warps"],
     }
 
@@ -35,10 +37,11 @@ def forward(
     """loss (M,) and lse (M,), in fp32."""
     logits, (count, width) = rows(logits), logits.shape
     loss, lse = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
+    columns = _columns(logits, config)
     launch(
-        fwd_kernel, (triton.cdiv(count, config.number("ROWS")),), logits, target, loss, lse, count, width,
+        fwd_kernel, (triton.cdiv(count, columns["ROWS"]),), logits, target, loss, lse, count, width,
         logits.stride(0), target.stride(0), ignore_index, label_smoothing, softcap, z_loss,
-        STAGES=config["STAGES"], SMOOTHED=label_smoothing != 0, CAPPED=softcap != 0, **_columns(logits, config),
+        STAGES=config["STAGES"], SMOOTHED=label_smoothing != 0, CAPPED=softcap != 0, **columns,
     )  # fmt: skip
     return loss, lse
 
@@ -51,7 +54,7 @@ def backward(
     logits, (count, width) = rows(logits), logits.shape
     dlogits, columns = logits.new_empty(count, width), _columns(logits, config)
     chunks = triton.cdiv(width, columns["BLOCK"])
-    programs = triton.cdiv(count, config.number("ROWS")) * chunks
+    programs = triton.cdiv(count, columns["ROWS"]) * chunks
     launch(
         bwd_kernel, (programs,), rows(dloss), logits, target, rows(lse), dlogits, count, width, logits.stride(0),
         target.stride(0), chunks, ignore_index, label_smoothing, softcap, z_loss,

@@ -24,6 +24,9 @@ ROWS = (4096, 8192, 16384)
 MOST_ELEMENTS = 5 << 28
 """Of the logits in a suite: verification has them, the truth and their difference in fp32 side by side."""
 
+PIECE = 1 << 26
+"""Numbers of the logits that references take at a time, so that what they make of them fits into memory."""
+
 _IGNORED_EVERY = 61
 """Of the rows that inputs have. More would flatter kernels that do not read them."""
 
@@ -78,7 +81,7 @@ class CrossEntropy(op.Problem):
     @classmethod
     def suites(cls) -> Mapping[str, Sequence[Self]]:
         shapes = [(m, v) for v in VOCABULARIES for m in ROWS if m * v <= MOST_ELEMENTS]
-        return {"vocabularies": [cls(dtype, m, v) for dtype in ("bf16", "fp32") for m, v in shapes]}
+        return {"models": [cls(dtype, m, v) for dtype in ("bf16", "fp32") for m, v in shapes]}
 
     def drawn(self, device: torch.device | str, seed: int) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
         """Random logits (M, V), targets (M,), of which every 61st is ignored, and the options."""
@@ -146,9 +149,9 @@ def capped(x: torch.Tensor, softcap: float) -> torch.Tensor:
 
 
 def by_rows(function: Any, *tensors: torch.Tensor) -> torch.Tensor:
-    """A function of rows, a piece of 2²⁶ numbers of its last argument at a time, so that what it makes fits in memory."""
+    """A function of rows, for a `PIECE` of its last argument at a time."""
     rows, classes = tensors[-1].shape
-    step = max(1, (1 << 26) // max(1, classes))
+    step = max(1, PIECE // max(1, classes))
     if rows <= step:
         return function(*tensors)  # type: ignore[no-any-return]
     first = function(*(each[:step] for each in tensors))
