@@ -68,9 +68,7 @@ def _takes_loss(x: Any, target: Any, weight: Any, ignore_index: Any, reduction: 
         return False
     if type(ignore_index) is not int or reduction not in REDUCTIONS or type(smoothing) not in (float, int):
         return False
-    if not 0 <= smoothing <= 1 or target.device != x.device or not takes(x, target, weight, ignore_index):
-        return False
-    return target.shape == (*x.shape[:1], *x.shape[2:]) if x.ndim > 1 else not target.ndim
+    return 0 <= smoothing <= 1 and target.device == x.device and takes(x, target, weight, ignore_index)
 
 
 class _Place:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime.interpreter import TensorHandle
 
 import tilebook
 from tilebook import device as devices
@@ -251,6 +252,28 @@ def test_logits_are_taken_with_their_strides(classes, dtype):
 
 
 @interpreted
+@pytest.mark.parametrize("classes", [7, 1000, 1041, 2001])
+def test_what_is_loaded_and_stored_as_whole_vectors_lies_so(monkeypatch, classes):
+    def check(handle, name, values):
+        seen.append(name)
+        assert not (handle.data % values[0]).any()
+
+    seen = []
+    monkeypatch.setattr(TensorHandle, "set_attr", check)
+    for dtype in DTYPES[:2]:
+        x, target = drawn((12, classes + 3), dtype)
+        for cut in (x[:, 3:], x):
+            cut = cut.detach().requires_grad_()
+            labels = target.clamp(max=classes - 1)
+            with dispatch.use("triton", CONFIGS[1].replace(STAGES=1)):
+                loss = tilebook.cross_entropy(cut, labels)
+                with dispatch.use("triton", CONFIGS[1]):
+                    found = loss, torch.autograd.grad(loss, cut)[0]
+            assert_near(found, gradient(exact, cut, labels), dtype)
+    assert len(seen) >= 2 * 2 * 2 * 12  # dtypes, cuts, kernels, rows
+
+
+@interpreted
 def test_targets_are_taken_with_their_strides():
     x, target = drawn((12, 40))
     strided = torch.stack((target, target + 1), 1)[:, 0]
@@ -313,15 +336,15 @@ def test_on_the_cpu_it_is_pytorch_bit_for_bit(shape, dtype, options):
 
 @interpreted
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("shape", "own"), [((2, 5, 30), True), ((2, 3, 4, 30), True), ((2, 30, 5), False)], ids=str)
+@pytest.mark.parametrize(("shape", "own"), [((2, 5, 30), True), ((2, 3, 4, 30), True), ((2, 30, 5), False), ((1, 30, 5), False)], ids=str)
 def test_more_axes_are_served_where_the_classes_are_contiguous(monkeypatch, shape, own, reduction):
     x = torch.randn(shape)
     x = (x.movedim(-1, 1) if own else x).requires_grad_()
     target = torch.randint(30, x.shape[:1] + x.shape[2:])
     target.view(-1)[3] = -100
     right = gradient(F.cross_entropy, x, target, reduction=reduction)
-    if own:
-        monkeypatch.setattr("tilebook.kernels.cross_entropy.pytorch.cross_entropy", None)
+    other = "pytorch.cross_entropy" if own else "registered"
+    monkeypatch.setattr(f"tilebook.kernels.cross_entropy.{other}", None)
     found = ours(x, target, reduction=reduction)
     torch.testing.assert_close(found, right)
     assert found[1].stride() == x.stride() or not own
@@ -403,7 +426,7 @@ def test_options_of_ours_run_as_plain_pytorch_too():
         ({"reduction": "median"}, "reduction must be one of mean, sum, none, not 'median'"),
         ({"label_smoothing": 1.5}, "label_smoothing must lie between 0 and 1, not 1.5"),
         ({"label_smoothing": math.nan}, "label_smoothing must lie between 0 and 1"),
-        ({"softcap": -1.0}, "softcap must not be negative, not -1.0"),
+        ({"softcap": -1.0}, "softcap must not be negative, infinite or NaN, not -1.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import constant, left_whole, recorded, way
+from tilebook.call import Tensors, constant, left_whole, recorded, way
 from tilebook.casting import autocast_on
 from tilebook.kernels.cross_entropy import pytorch
 from tilebook.kernels.cross_entropy.check import REDUCTIONS, check
@@ -63,7 +63,7 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, an unknown reduction, a label_smoothing outside
-            0 … 1, a negative softcap, or a z_loss with weight or probabilities.
+            0 … 1, a softcap that is negative or infinite, or a z_loss with weight or probabilities.
     """
     given = tuple(x for x in (input, target, weight) if x is not None)
     if has_torch_function(given):
@@ -82,40 +82,38 @@ def cross_entropy(
         near = _near(input, target, options)
         if reduction in REDUCTIONS and again(near, input, target):
             return pytorch.cross_entropy(*plain)
-    route = way(input, target, optional=(weight,))
-    check(input, target, weight, reduction, *options[:1], *options[2:])
-    flat = None if route == "pytorch" or not takes(input, target, weight, ignore_index) else flattened(input)
-    if flat is None:
-        return pytorch.cross_entropy(*plain)
-    tensors = flat, target.reshape(-1)
-    if route == "op":
-        if torch.compiler.is_compiling():
-            serves = _ahead(tensors, options)
-        else:
-            serves = not CROSS_ENTROPY.left_to_pytorch(lambda: _posed(tensors, options), tensors)
-        if not serves:
+    route, flat = way(input, target, optional=(weight,)), None
+    if route != "pytorch" and reduction in REDUCTIONS and takes(input, target, weight, ignore_index):
+        flat = flattened(input)
+    tensors = flat, None if flat is None else target.reshape(-1)
+    choice = dispatch.known(registered()[0], (*tensors, *options)) if route == "direct" and flat is not None else None
+    if choice is None:
+        check(input, target, weight, reduction, *options[:1], *options[2:])
+        if flat is None or (route == "op" and not _served(tensors, options)):
             return pytorch.cross_entropy(*plain)
-        return _reduced(CROSS_ENTROPY.through(tensors, options)[0], tensors[1], input, target, ignore_index, reduction)
-    own = None
+        if route == "op":
+            return _reduced(CROSS_ENTROPY.through(tensors, options)[0], input, target, ignore_index, reduction)
     if near is not None:
         own = near, input.stride(), target.stride(), input.dtype
         if recall(own, near, input, target):
             return pytorch.cross_entropy(*plain)
-    choice = dispatch.lookup(registered()[0], (*tensors, *options))
-    if own is not None and unsettled(own, choice):
+    if choice is None:
+        choice = dispatch.lookup(registered()[0], (*tensors, *options))
+    if near is not None and unsettled(own, choice):
         bound = 0 if softcap or z_loss else HOST_BOUND  # PyTorch has several kernels more for these
         keep(own, known(choice, input.numel(), (bound, bound)))
     if left_whole(choice, tensors):
         choice.calls += 1
         return pytorch.cross_entropy(*plain)
-    loss = CROSS_ENTROPY.direct(choice, tensors, options)[0]
-    return _reduced(loss, tensors[1], input, target, ignore_index, reduction)
+    return _reduced(CROSS_ENTROPY.direct(choice, tensors, options)[0], input, target, ignore_index, reduction)
 
 
 def takes(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: Any) -> bool:
-    """Have our kernels the dtypes of a call that is one of PyTorch's, and is there anything to do?"""
-    wanted = weight is None and input.dtype in _DTYPES and target.dtype == torch.int64
-    return wanted and type(ignore_index) is int and input.numel() > 0
+    """Is it a call with class indices, of shapes that go together and dtypes that our kernels have?"""
+    if weight is not None or input.dtype not in _DTYPES or target.dtype != torch.int64 or not input.numel():
+        return False
+    classes = min(1, input.ndim - 1)
+    return type(ignore_index) is int and target.shape == (*input.shape[:classes], *input.shape[classes + 1 :])
 
 
 def flattened(input: torch.Tensor) -> torch.Tensor | None:
@@ -147,13 +145,16 @@ def _near(input: torch.Tensor, target: torch.Tensor, options: tuple[float, int, 
     return "cross_entropy", input.shape, target.shape, smoothing != 0, softcap != 0, z_loss != 0
 
 
-def _posed(tensors: tuple[torch.Tensor, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
+def _served(tensors: Tensors, options: tuple[Any, ...]) -> bool:
+    """Do kernels of ours serve a call on the op's way?"""
+    if torch.compiler.is_compiling():
+        return _ahead(tensors, options)
     forward = registered()[0]
-    return forward, forward.problem.of(*tensors, *options)
+    return not CROSS_ENTROPY.left_to_pytorch(lambda: (forward, forward.problem.of(*tensors, *options)), tensors)
 
 
 def _reduced(
-    loss: torch.Tensor, flat: torch.Tensor, input: torch.Tensor, target: torch.Tensor, ignore_index: int, reduction: str
+    loss: torch.Tensor, input: torch.Tensor, target: torch.Tensor, ignore_index: int, reduction: str
 ) -> torch.Tensor:
     """The losses of all rows as they are asked for, in PyTorch's dtype."""
     if reduction == "none":
@@ -161,12 +162,13 @@ def _reduced(
     elif reduction == "sum":
         loss = loss.sum()
     else:
-        loss = loss.sum() / (flat != ignore_index).sum()
+        loss = loss.sum() / (target != ignore_index).sum()
     return loss if input.dtype == torch.float32 or autocast_on(input) else loss.to(input.dtype)
 
 
-def _ahead(tensors: tuple[torch.Tensor, ...], options: tuple[Any, ...]) -> bool:
+def _ahead(tensors: Tensors, options: tuple[Any, ...]) -> bool:
     """Are our kernels ahead of what its compiler makes of a program that is being traced?"""
-    call = described(*tensors, *options)
+    call, first = described(*tensors, *options), tensors[0]
+    assert first is not None
     names = ("cross_entropy_fwd", "cross_entropy_bwd") if recorded(tensors) else ("cross_entropy_fwd",)
-    return call is not None and ahead("cross_entropy", names, call, tensors[0].device)
+    return call is not None and ahead("cross_entropy", names, call, first.device)

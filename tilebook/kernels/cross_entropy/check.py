@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -43,7 +45,7 @@ def check(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie between 0 and 1, not {label_smoothing}")
-    if not softcap >= 0:
-        raise ValueError(f"softcap must not be negative, not {softcap}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must not be negative, infinite or NaN, not {softcap}")
     if z_loss and (spread or weight is not None):
         raise ValueError("z_loss takes class indices as targets, and no weight")

@@ -116,7 +116,7 @@ def fwd_kernel(
         x = tl.load(logits + r[:, None] * stride + c, mask=inside, other=-float("inf"))
         x = _logits(x, inside, softcap, CAPPED)
         top = tl.max(x, 1)
-        mass = tl.sum(tl.exp2((x - _finite(top)[:, None]) * LOG2E), 1)
+        mass = tl.where(keep, tl.sum(tl.exp2((x - _finite(top)[:, None]) * LOG2E), 1), 1.0)
         mean = 0.0
         if SMOOTHED:
             mean = tl.sum(tl.where(inside, x, 0.0), 1) / width
