@@ -1,4 +1,4 @@
-"""Finds the fastest correct way to run attention, an MLP and what is around them on this GPU, writes it down, and uses it.
+"""Finds the fastest correct way to run attention and what is around it on this GPU, writes it down, and uses it.
 
 The public functions are those of the kernel families (`tilebook.attention`, `tilebook.mlp`, …), and those that put them
 into the places of PyTorch's (`tilebook.enable`, …).

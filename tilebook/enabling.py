@@ -117,9 +117,10 @@ class _Place:
             more: Any = {"weight": weight, "size_average": size_average, "ignore_index": ignore_index}
             more |= {"reduce": reduce, "reduction": reduction, "label_smoothing": label_smoothing}
             return handle_torch_function(told, given, input, target, **more)  # type: ignore[no-any-return]
-        if size_average is None and reduce is None and not losses_pytorchs(input, target, weight, label_smoothing):
-            if _takes_loss(input, target, weight, ignore_index, reduction, label_smoothing):
-                return our_cross_entropy(input, target, None, ignore_index, reduction, label_smoothing)
+        usual = size_average is None and reduce is None
+        usual = usual and not losses_pytorchs(input, target, weight, label_smoothing)
+        if usual and _takes_loss(input, target, weight, ignore_index, reduction, label_smoothing):
+            return our_cross_entropy(input, target, None, ignore_index, reduction, label_smoothing)
         old: Any = size_average, ignore_index, reduce
         return _theirs["cross_entropy"](input, target, weight, *old, reduction, label_smoothing)  # type: ignore[no-any-return]
 
@@ -203,7 +204,7 @@ def _scripted(function: Callable[..., Any], name: str) -> None:
     """`torch.jit.script`, which compiles the source of what it meets, takes the function for PyTorch's."""
     if name == "cross_entropy":  # is no op, but compiled from source: a choice of two functions that are both PyTorch's
         choice: Any = {"if_true": _theirs[name], "if_false": _theirs[name], "default": True}
-        _jit_internal.boolean_dispatched[function] = {**choice, "arg_name": "", "index": _NO_ARGUMENT}
+        _jit_internal.boolean_dispatched[function] = choice | {"arg_name": "", "index": _NO_ARGUMENT}
         return
     builtins: Any = torch.jit._builtins
     builtins._register_builtin(function, f"aten::{name}")
@@ -229,8 +230,8 @@ def enable() -> None:
     """Puts tilebook's functions in the places of PyTorch's: a model runs on it without being changed.
 
     `torch.nn.functional.scaled_dot_product_attention`, `layer_norm`, `rms_norm` and `cross_entropy` then run what
-    verdicts have ahead on this GPU, and else PyTorch's own code. The same as `TILEBOOK=1` in the environment. Calling it
-    twice is calling it once. `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
+    verdicts have ahead on this GPU, and else PyTorch's own code. The same as `TILEBOOK=1` in the environment. Calling
+    it twice is calling it once. `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
     """
     _state.change(whole=True)
 

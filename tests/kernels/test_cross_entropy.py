@@ -336,7 +336,9 @@ def test_on_the_cpu_it_is_pytorch_bit_for_bit(shape, dtype, options):
 
 @interpreted
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("shape", "own"), [((2, 5, 30), True), ((2, 3, 4, 30), True), ((2, 30, 5), False), ((1, 30, 5), False)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "own"), [((2, 5, 30), True), ((2, 3, 4, 30), True), ((2, 30, 5), False), ((1, 30, 5), False)], ids=str
+)
 def test_more_axes_are_served_where_the_classes_are_contiguous(monkeypatch, shape, own, reduction):
     x = torch.randn(shape)
     x = (x.movedim(-1, 1) if own else x).requires_grad_()
@@ -392,9 +394,7 @@ def test_gradients_repeat_bit_for_bit_and_differentiate_again():
 def test_weights_and_probabilities_are_pytorchs(options):
     x, target = drawn((6, 24))
     capped = 2 * torch.tanh(x / 2) if "softcap" in options else x
-    torch.testing.assert_close(
-        ours(x, target, **options)[0], F.cross_entropy(capped, target, weight=options["weight"])
-    )
+    torch.testing.assert_close(ours(x, target, **options)[0], F.cross_entropy(capped, target, weight=options["weight"]))
     spread = torch.softmax(torch.randn(6, 24), 1)
     torch.testing.assert_close(ours(x, spread)[0], F.cross_entropy(x, spread))
 

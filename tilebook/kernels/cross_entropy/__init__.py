@@ -1,5 +1,7 @@
-"""Cross entropy of logits and class indices: lse(x) − x_t, with label smoothing (Szegedy et al., 2016), a soft-cap of the
-logits (Gemma 2, 2024) and a z-loss (PaLM, Chowdhery et al., 2022, §5). Log-probabilities are never written down.
+"""Cross entropy of logits and class indices: lse(x) − x_t, without writing log-probabilities down.
+
+With label smoothing (Szegedy et al., 2016), a soft-cap of the logits (Gemma 2, 2024) and a z-loss (PaLM, Chowdhery et
+al., 2022, §5). The exponentials of a row are summed up in one reading (Milakov & Gimelshein, 2018).
 """
 
 from __future__ import annotations

@@ -37,10 +37,9 @@ def check(
         raise ValueError(f"expected target {tuple(expected)} for input {tuple(input.shape)}, not {tuple(target.shape)}")
     if not spread and target.dtype not in (torch.int64, torch.uint8):
         raise ValueError(f"target must be int64, or probabilities in floating point, not {target.dtype}")
-    if weight is not None:
-        if tuple(weight.shape) != (classes,) or weight.device != input.device:
-            place = f"{tuple(weight.shape)} on {weight.device}"
-            raise ValueError(f"expected weight ({classes},) on {input.device}, not {place}")
+    if weight is not None and (tuple(weight.shape) != (classes,) or weight.device != input.device):
+        place = f"{tuple(weight.shape)} on {weight.device}"
+        raise ValueError(f"expected weight ({classes},) on {input.device}, not {place}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
     if not 0 <= label_smoothing <= 1:

@@ -233,7 +233,7 @@ def bwd_kernel(
         found = _gradient(x, c + head, label, sums, factor, flat, hit, softcap, CAPPED)
         found = tl.where(keep, found, 0.0)
         tl.store(dlogits + out + c, found.to(dlogits.dtype.element_ty), mask=c < body)
-        if RAGGED:
+        if RAGGED:  # noqa: SIM102 (one is known when the kernel is compiled)
             if at == 0:
                 e, inside = _edges(head, body, width, VECTOR)
                 rest = tl.load(logits + start + e, mask=inside & (e < tl.where(keep, width, 0)), other=0.0)

@@ -154,7 +154,7 @@ def by_rows(function: Any, *tensors: torch.Tensor) -> torch.Tensor:
     step = max(1, PIECE // max(1, classes))
     if rows <= step:
         return function(*tensors)  # type: ignore[no-any-return]
-    first = function(*(each[:step] for each in tensors))
+    first: torch.Tensor = function(*(each[:step] for each in tensors))
     out = first.new_empty(rows, *first.shape[1:])
     out[:step] = first
     for start in range(step, rows, step):
