@@ -24,7 +24,7 @@ import tilebook
 from tilebook import autoload, dispatch, enabling, left
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("scaled_dot_product_attention", "layer_norm", "rms_norm")
+NAMES = ("scaled_dot_product_attention", "layer_norm", "rms_norm", "cross_entropy")
 PYTORCHS = {name: getattr(F, name) for name in NAMES}
 
 
@@ -158,7 +158,7 @@ def test_somebody_elses_function_keeps_its_place():
     F.layer_norm = wrapped
     tilebook.enable()
     assert F.layer_norm is wrapped
-    assert tilebook.status() == enabling.Status(True, (NAMES[0], NAMES[2]), (), ("layer_norm",))
+    assert tilebook.status() == enabling.Status(True, (NAMES[0], *NAMES[2:]), (), ("layer_norm",))
     F.rms_norm = wrapped  # around ours, as it may be
     tilebook.disable()
     assert F.rms_norm is wrapped
@@ -190,9 +190,10 @@ print(torch.nn.functional.layer_norm.__module__)
 
 
 def calls(x):
-    """Of all three functions, as programs write them."""
+    """Of all functions, as programs write them."""
     q = x.expand(1, 2, *x.shape)
     return (
+        F.cross_entropy(x, torch.tensor([1, 7, -100]), label_smoothing=0.1),
         F.layer_norm(x, (8,), x[0], eps=1e-3),
         F.rms_norm(x, normalized_shape=(8,), weight=x[0], eps=1e-3),
         F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.3),
@@ -221,11 +222,11 @@ def test_what_overrides_pytorchs_functions_is_told_of_those_in_their_places():
     x = torch.randn(3, 8)
     right = calls(x)
     for _ in range(2):
-        assert calls(x.as_subclass(Overriding)) == (NAMES[1], NAMES[2], NAMES[0])
+        assert calls(x.as_subclass(Overriding)) == (NAMES[3], NAMES[1], NAMES[2], NAMES[0])
         seen.clear()
         with Watching():
             got = calls(x)
-        assert seen == [NAMES[1], NAMES[2], NAMES[0]]
+        assert seen == [NAMES[3], NAMES[1], NAMES[2], NAMES[0]]
         torch.testing.assert_close(got, right)
         tilebook.enable()
 
@@ -236,12 +237,16 @@ def test_pytorchs_biases_are_what_they_are_and_a_recorded_program_is_pytorchs():
     right = F.scaled_dot_product_attention(q, k, k, bias)
     with tilebook.enabled():
         torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, bias), right)
-        graph = torch.fx.symbolic_trace(lambda x, q: (F.layer_norm(x, (8,)), F.rms_norm(x, (8,)), attend(q))).graph
+        graph = torch.fx.symbolic_trace(record).graph
     assert {node.target for node in graph.nodes if node.op == "call_function"} == set(PYTORCHS.values())
 
 
 def attend(q):
     return F.scaled_dot_product_attention(q, q, q)
+
+
+def record(x, q):
+    return F.layer_norm(x, (8,)), F.rms_norm(x, (8,)), attend(q), F.cross_entropy(x, x)
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -274,7 +279,7 @@ def backend(graph, examples):
     return graph
 def program(x):
     q = F.rms_norm(F.layer_norm(x, (8,)), (8,))
-    return F.scaled_dot_product_attention(q, q, q)
+    return F.scaled_dot_product_attention(q, q, q), F.cross_entropy(x[0, 0], torch.arange(3))
 torch.compile(program, backend=backend, fullgraph=True)(torch.randn(1, 2, 3, 8))
 """,
         TILEBOOK="1",
@@ -334,6 +339,13 @@ def test_programs_are_scripted_traced_and_exported_with_it_on():
             return F.scaled_dot_product_attention(q, q, q)
 
         torch.testing.assert_close(torch.jit.script(_Attends())(x), attend(x))
+        loss, target = nn.CrossEntropyLoss(label_smoothing=0.1), torch.arange(9)
+        wanted = loss(x[0], target)
+        torch.testing.assert_close(torch.jit.script(loss)(x[0], target), wanted)
+        torch.testing.assert_close(torch.jit.trace(loss, (x[0], target))(x[0], target), wanted)
+        torch.testing.assert_close(torch.fx.symbolic_trace(loss)(x[0], target), wanted)
+        torch.testing.assert_close(torch.export.export(loss, (x[0], target)).module()(x[0], target), wanted)
+        torch.testing.assert_close(torch.func.vmap(loss)(x, target.expand(2, 9))[0], wanted)
 
 
 class _Attends(nn.Module):
@@ -390,7 +402,7 @@ def test_norms_take_and_refuse_what_pytorchs_do(arguments):
             assert got == right
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", NAMES[1:3])
 @pytest.mark.parametrize(
     ("normalized", "size", "device"),
     [((8,), 8, "cuda"), (8, 8, "cuda"), ((8.0,), 8, "cuda"), (None, 8, "cuda"), ((8,), 7, "cuda"),
@@ -427,6 +439,92 @@ def test_a_sequence_in_pieces_on_many_gpus_is_pytorchs(monkeypatch, axis, ours):
     assert bool(called) == ours
 
 
+LOSSES = {
+    "indices": ((3, 5), (3,), {}),
+    "one row": ((5,), (), {}),
+    "planes": ((3, 5, 2, 4), (3, 2, 4), {}),
+    "smoothing": ((3, 5), (3,), {"label_smoothing": 0.1}),
+    "sum": ((3, 5), (3,), {"reduction": "sum"}),
+    "each": ((3, 5, 2), (3, 2), {"reduction": "none"}),
+    "as it was": ((3, 5), (3,), {"size_average": False}),
+    "each, as it was": ((3, 5), (3,), {"reduce": False}),
+    "ignored": ((3, 5), (3,), {"ignore_index": 1}),
+    "weights": ((3, 5), (3,), {"weight": torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])}),
+    "probabilities": ((3, 5), (3, 5), {"label_smoothing": 0.2}),
+    "nothing": ((0, 5), (0,), {}),
+    "no such reduction": ((3, 5), (3,), {"reduction": "median"}),
+    "too smooth": ((3, 5), (3,), {"label_smoothing": 1.5}),
+    "too few": ((3, 5), (2,), {}),
+    "no rows": ((), (), {}),
+    "another rank": ((3, 5), (3, 1), {}),
+    "an index that is none": ((3, 5), (3,), {"ignore_index": 0.5}),
+    "too few weights": ((3, 5), (3,), {"weight": torch.ones(4)}),
+}
+
+
+def loss_of(function, name, dtype):
+    """(shape and dtype or error, numbers) of a loss and its gradient, or of what is refused."""
+    shape, targets, options = LOSSES[name]
+    options = {key: value.to(dtype) if key == "weight" else value for key, value in options.items()}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    target = torch.randint(5, targets, generator=generator)
+    target = torch.softmax(target.to(dtype), 1) if name == "probabilities" else target
+    try:
+        loss = function(x, target, **options)
+        return (loss.shape, loss.dtype), (loss, *torch.autograd.grad(loss.sum(), x))
+    except Exception as refused:
+        return (type(refused), str(refused)), ()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_take_and_refuse_what_pytorchs_do(name, dtype):
+    right, numbers = loss_of(PYTORCHS["cross_entropy"], name, dtype)
+    got, ours = loss_of(enabling.cross_entropy, name, dtype)
+    assert got == right
+    assert all(torch.equal(mine, other) or mine.isnan().all() for mine, other in zip(ours, numbers, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the kernels themselves")
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_by_our_kernels_are_and_refuse_what_pytorchs_do(monkeypatch, name, dtype):
+    right, numbers = loss_of(PYTORCHS["cross_entropy"], name, dtype)
+    called, through = [], enabling.our_cross_entropy
+    monkeypatch.setattr(enabling, "our_cross_entropy", lambda *args: called.append(args) or through(*args))
+    with dispatch.use("triton"):
+        got, ours = loss_of(enabling.cross_entropy, name, dtype)
+    assert got == right
+    assert bool(called) == (name in ("indices", "one row", "planes", "smoothing", "sum", "each", "ignored"))
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for mine, other in zip(ours, numbers, strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("cast", [False, True])
+def test_what_autocast_makes_of_losses_stays_what_it_is(monkeypatch, name, cast):
+    shape, targets, options = LOSSES[name]
+
+    def outcome(function):
+        x, target = (torch.empty(size, device="cuda") for size in (shape, targets))
+        weight = {"weight": torch.empty(options["weight"].shape, device="cuda")} if "weight" in options else {}
+        try:
+            with torch.autocast("cuda", torch.bfloat16, enabled=cast):
+                loss = function(x.bfloat16(), target if shape == targets else target.long(), **options | weight)
+        except Exception as refused:
+            return type(refused), str(refused)
+        return loss.shape, loss.dtype
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        right = outcome(PYTORCHS["cross_entropy"])
+        for ordinary in (enabling.ORDINARY, {FakeTensor}):
+            monkeypatch.setattr(enabling, "ORDINARY", ordinary)
+            with dispatch.use("torch"):
+                assert outcome(enabling.cross_entropy) == right
+
+
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_a_norm_known_to_be_pytorchs_is_its_function_with_the_same_arguments(monkeypatch, name):
     """Whatever they are: it is only told apart by its tensors."""
@@ -444,3 +542,19 @@ def test_a_norm_known_to_be_pytorchs_is_its_function_with_the_same_arguments(mon
         enabling._ours[name](x, [5], *layouts[1:])
     with pytest.raises(TypeError):  # asked, and there is nobody to answer
         enabling._ours[name](torch.randn(2, 4), [4], *layouts[1:])
+
+
+def test_a_loss_known_to_be_pytorchs_is_its_function_with_the_same_arguments(monkeypatch):
+    x, target = torch.randn(3, 4), torch.tensor([3, 0, -100])
+    guards = left._Guards(x, target, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    near = "cross_entropy", x.shape, target.shape, False, False, False
+    monkeypatch.setattr(left._here, "seen", {near: [(guards.check, left.Left(True, True, False), False)]})
+    monkeypatch.setattr(enabling, "_takes_loss", None)  # which would be asked of any other
+    for options in ({}, {"reduction": "none"}, {"size_average": False}):
+        right = PYTORCHS["cross_entropy"](x, target, **options)
+        assert torch.equal(enabling.cross_entropy(x, target, **options), right)
+    with pytest.raises(ValueError, match="median"):
+        enabling.cross_entropy(x, target, reduction="median")
+    for options in ({"label_smoothing": 0.1}, {"weight": torch.ones(4)}):
+        with pytest.raises(TypeError):  # asked, and there is nobody to answer
+            enabling.cross_entropy(x, target, **options)

@@ -15,6 +15,7 @@ from tilebook.tuner.judge.verify import Case, verify
 OPS = [each for each in ops.ops().values() if inductor.NAME in each.implementations]
 NAMES = {
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
+    *("cross_entropy_fwd", "cross_entropy_bwd"),
     *("mlp_up_fwd", "mlp_down_fwd", "mlp_act_bwd", "mlp_grads_bwd"),
 }
 
@@ -25,7 +26,7 @@ def traced(monkeypatch):
     monkeypatch.setattr(inductor, "_how", lambda: {"fullgraph": True, "dynamic": False, "backend": "eager"})
 
 
-def test_norms_and_mlp_have_it():
+def test_norms_mlp_and_cross_entropy_have_it():
     assert {each.name for each in OPS} == NAMES
 
 

@@ -1,4 +1,4 @@
-"""Finds the fastest correct way to run attention and an MLP on this GPU, writes it down, and uses it.
+"""Finds the fastest correct way to run attention and what is around it on this GPU, writes it down, and uses it.
 
 The public functions are those of the kernel families (`tilebook.attention`, `tilebook.mlp`, …), and those that put them
 into the places of PyTorch's (`tilebook.enable`, …).
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilebook.enabling import disable, enable, enabled, status
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
+    from tilebook.kernels.cross_entropy import cross_entropy
     from tilebook.kernels.decode import attention_decode
     from tilebook.kernels.mlp import mlp
     from tilebook.kernels.norms import layer_norm, rms_norm
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "cross_entropy",
     "disable",
     "enable",
     "enabled",
@@ -40,6 +42,7 @@ _MODULE = {
     "attention": "kernels.attention",
     "attention_decode": "kernels.decode",
     "attention_varlen": "kernels.varlen",
+    "cross_entropy": "kernels.cross_entropy",
     "disable": "enabling",
     "enable": "enabling",
     "enabled": "enabling",

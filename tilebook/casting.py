@@ -12,10 +12,15 @@ _AUTOCAST = tuple(
 )
 
 
+def autocast_on(tensor: torch.Tensor) -> bool:
+    """Is autocast on for this tensor's device?"""
+    kind = tensor.device.type
+    return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
+
+
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives a product's factors on this tensor's device, or None where it is off."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if kind in _AUTOCAST and torch.is_autocast_enabled(kind) else None
+    return torch.get_autocast_dtype(tensor.device.type) if autocast_on(tensor) else None
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

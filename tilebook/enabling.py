@@ -16,11 +16,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import _jit_internal
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import native
 from tilebook.call import disabled
+from tilebook.dispatch import forced
 from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
+from tilebook.kernels.cross_entropy import cross_entropy as our_cross_entropy
+from tilebook.kernels.cross_entropy import pytorchs as losses_pytorchs
+from tilebook.kernels.cross_entropy import takes
+from tilebook.kernels.cross_entropy.check import REDUCTIONS
 from tilebook.kernels.norms import layer_norm as our_layer_norm
 from tilebook.kernels.norms import pytorchs
 from tilebook.kernels.norms import rms_norm as our_rms_norm
@@ -28,12 +34,13 @@ from tilebook.kernels.norms.standing import STANDINGS
 from tilebook.left import ORDINARY
 
 _theirs: dict[str, Callable[..., Any]] = {
-    name: getattr(F, name) for name in ("scaled_dot_product_attention", "layer_norm", "rms_norm")
+    name: getattr(F, name) for name in ("scaled_dot_product_attention", "layer_norm", "rms_norm", "cross_entropy")
 }
 """What ours have taken the places of; until then, what stood there when this module was loaded."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SHAPES = (tuple, list, torch.Size)
+_NO_ARGUMENT = 1 << 10
 
 
 def _takes(x: Any, normalized_shape: Sequence[int], vectors: Sequence[Any], eps: Any) -> bool:
@@ -55,8 +62,19 @@ def _takes(x: Any, normalized_shape: Sequence[int], vectors: Sequence[Any], eps:
     return vectors[0] is not None or not any(each is not None for each in vectors)
 
 
+def _takes_loss(x: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, smoothing: Any) -> bool:
+    """Is a call of cross entropy one with class indices, of ordinary tensors on one GPU that go together?"""
+    if type(x) not in ORDINARY or type(target) not in ORDINARY or weight is not None or not x.ndim:
+        return False
+    if not x.is_cuda and not forced():
+        return False
+    if type(ignore_index) is not int or reduction not in REDUCTIONS or type(smoothing) not in (float, int):
+        return False
+    return 0 <= smoothing <= 1 and target.device == x.device and takes(x, target, weight, ignore_index)
+
+
 class _Place:
-    """Has `layer_norm` as a bound method, which `torch.compile` traces into.
+    """Has functions as bound methods, which `torch.compile` traces into.
 
     It looks the functions of PyTorch's that it leaves in its graphs up by name when it is loaded, and would find ours.
     """
@@ -80,8 +98,37 @@ class _Place:
             return our_layer_norm(input, weight, bias, eps)
         return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
 
+    def cross_entropy(
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor:
+        """Drop-in for `torch.nn.functional.cross_entropy`: same arguments, same meaning, same errors.
 
-layer_norm = _Place().layer_norm
+        But a target that is no class, which ends the process there, has NaN where a kernel of ours serves.
+        """
+        given = input, target, weight
+        if not torch.compiler.is_compiling() and has_torch_function(given):
+            told: Any = cross_entropy if in_place(cross_entropy, given) else _theirs["cross_entropy"]
+            more: Any = {"weight": weight, "size_average": size_average, "ignore_index": ignore_index}
+            more |= {"reduce": reduce, "reduction": reduction, "label_smoothing": label_smoothing}
+            return handle_torch_function(told, given, input, target, **more)  # type: ignore[no-any-return]
+        usual = size_average is None and reduce is None
+        usual = usual and not losses_pytorchs(input, target, weight, label_smoothing)
+        if usual and _takes_loss(input, target, weight, ignore_index, reduction, label_smoothing):
+            return our_cross_entropy(input, target, None, ignore_index, reduction, label_smoothing)
+        old: Any = size_average, ignore_index, reduce
+        return _theirs["cross_entropy"](input, target, weight, *old, reduction, label_smoothing)  # type: ignore[no-any-return]
+
+
+_place = _Place()
+layer_norm, cross_entropy = _place.layer_norm, _place.cross_entropy
 
 
 def rms_norm(
@@ -105,6 +152,7 @@ _ours: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": scaled_dot_product_attention,
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
+    "cross_entropy": cross_entropy,
 }
 
 
@@ -177,7 +225,11 @@ class _State:
 
 
 def _scripted(function: Callable[..., Any], name: str) -> None:
-    """`torch.jit.script`, which compiles the source of what it meets, takes the function for PyTorch's op."""
+    """`torch.jit.script`, which compiles the source of what it meets, takes the function for PyTorch's."""
+    if name == "cross_entropy":  # is no op, but compiled from source: a choice of two functions that are both PyTorch's
+        choice: Any = {"if_true": _theirs[name], "if_false": _theirs[name], "default": True}
+        _jit_internal.boolean_dispatched[function] = choice | {"arg_name": "", "index": _NO_ARGUMENT}
+        return
     builtins: Any = torch.jit._builtins
     builtins._register_builtin(function, f"aten::{name}")
 
@@ -201,9 +253,9 @@ class Handle:
 def enable() -> None:
     """Puts tilebook's functions in the places of PyTorch's: a model runs on it without being changed.
 
-    `torch.nn.functional.scaled_dot_product_attention`, `layer_norm` and `rms_norm` then run what verdicts have ahead on
-    this GPU, and else PyTorch's own code. The same as `TILEBOOK=1` in the environment. Calling it twice is calling it
-    once. `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
+    `torch.nn.functional.scaled_dot_product_attention`, `layer_norm`, `rms_norm` and `cross_entropy` then run what
+    verdicts have ahead on this GPU, and else PyTorch's own code. The same as `TILEBOOK=1` in the environment. Calling
+    it twice is calling it once. `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
     """
     _state.change(whole=True)
 

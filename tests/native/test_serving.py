@@ -207,7 +207,7 @@ def test_ops_are_served_while_it_is_on(serving, monkeypatch):
     with tilebook.enabled():
         status = tilebook.status()
         assert status.served == tuple(BY_NAME)
-        assert status.replaced == ("scaled_dot_product_attention",)
+        assert status.replaced == ("scaled_dot_product_attention", "cross_entropy")
         assert (torch.nn.functional.layer_norm, torch.nn.functional.rms_norm) == norms
         assert serving._extension.told[-1] != "stop"
     assert tilebook.status() == enabling.Status(False, (), (), ())

@@ -22,6 +22,13 @@ def layers(x, w1, w2):
     return tilebook.mlp(x, w1, w1[:, 0], w2, w2[:, 0])
 
 
+LABELS = torch.tensor([[1, 7, -100], [0, 3, 2]])
+
+
+def losses(x):
+    return tilebook.cross_entropy(x.movedim(-1, 1), LABELS, label_smoothing=0.1, reduction="none")
+
+
 QKV = [(2, 4, 6, 16)] * 3
 CALLS = {
     "attention": (tilebook.attention, QKV),
@@ -36,6 +43,8 @@ CALLS = {
     "norm": (tilebook.rms_norm, [(2, 3, 8), (8,)]),
     "norm without a weight": (tilebook.rms_norm, [(2, 3, 8)]),
     "layer norm": (tilebook.layer_norm, [(2, 3, 8), (8,), (8,)]),
+    "loss": (lambda x: tilebook.cross_entropy(x, LABELS[0]), [(3, 8)]),
+    "loss of each": (losses, [(2, 3, 8)]),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 

@@ -45,6 +45,12 @@ def mlp(x, w1, b1, w2, b2, activation="gelu", save=True):
     return x, w1, b1, w2, b2, activation, save
 
 
+def losses(make=normal, rows=5, *, smoothing=0.0, softcap=0.0, z_loss=0.0, **how):
+    target = torch.randint(8, (rows,))
+    target[1:2] = -100
+    return make(rows, 8, **how), target, smoothing, -100, softcap, z_loss
+
+
 def qkv(make=normal, rows=5, columns=7, heads_kv=4, **how):
     return make(2, 4, rows, 16, **how), *(make(2, heads_kv, columns, 16, **how) for _ in range(2))
 
@@ -119,6 +125,14 @@ SAMPLES = {
         "no rows": lambda: (normal(0, 8), normal(8), 1e-6),
         "frozen": lambda: (normal(5, 8), data(8), 1e-6),
         "no weight": lambda: (normal(5, 8), None, 1e-6),
+    },
+    "cross_entropy_fwd": {
+        "plain": lambda: losses(),
+        "smoothed, capped, with a z-loss": lambda: losses(smoothing=0.1, softcap=2.0, z_loss=0.1),
+        "turned": lambda: losses(order=(1, 0)),
+        "no rows": lambda: losses(rows=0),
+        "bf16": lambda: losses(dtype=BF16),
+        "expanded": lambda: (normal(1, 8).expand(5, 8), *losses()[1:]),
     },
     "layer_norm_fwd": {
         "plain": lambda: (normal(5, 8), normal(8), normal(8), 1e-6),

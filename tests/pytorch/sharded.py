@@ -26,6 +26,13 @@ def packed(q, k, v):
     return tilebook.attention_varlen(q, k, v, ends, ends, max_seqlen_q=4, max_seqlen_k=4)
 
 
+def losses(x):
+    target = torch.tensor([1, 7, -100, 3])
+    if isinstance(x, DTensor):
+        target = DTensor.from_local(target, x.device_mesh, [R] * x.device_mesh.ndim)
+    return tilebook.cross_entropy(x, target, reduction="none")
+
+
 def layers(x, w1, b1, w2, b2):
     return tilebook.mlp(x, w1, b1, w2, b2)
 
@@ -75,6 +82,7 @@ CASES = {
     "layers whole": (layers, LAYERS, [R] * 5, R),
     "norm by rows": (tilebook.rms_norm, [(4, 6, 8), (8,)], [B, R], B),
     "layer norm by rows": (tilebook.layer_norm, [(4, 6, 8), (8,), (8,)], [B, R, R], B),
+    "losses by rows": (losses, [(4, 8)], [B], B),
 }
 
 

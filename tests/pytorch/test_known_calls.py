@@ -44,6 +44,7 @@ def here(monkeypatch):
     monkeypatch.setattr("tilebook.left._capturing", lambda: False)
     # No call is so small that the host takes longest.
     monkeypatch.setattr("tilebook.kernels.norms.HOST_BOUND", 0.0)
+    monkeypatch.setattr("tilebook.kernels.cross_entropy.HOST_BOUND", 0.0)
     monkeypatch.setattr("tilebook.kernels.attention.BOUNDS", (0.0, 0.0))
     return here
 
@@ -72,6 +73,8 @@ def layers(make=data):
     return [make(*shape, dtype=HALF) for shape in shapes]
 
 
+LABELS = torch.tensor([1, 7, -100, 0, 3])
+
 CALLS = {
     "attention": (tilebook.attention, qkv),
     "attention, bias": (biased, lambda make=data: [*qkv(make), make(1, 4, 6, 6)]),
@@ -84,6 +87,7 @@ CALLS = {
     "layers": (tilebook.mlp, layers),
     "norm": (tilebook.rms_norm, lambda make=data: [make(5, 8), make(8)]),
     "layer norm": (tilebook.layer_norm, lambda make=data: [make(5, 8), make(8), make(8)]),
+    "loss": (lambda x, labels: tilebook.cross_entropy(x, labels), lambda make=data: [make(5, 8), LABELS]),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 
@@ -94,9 +98,8 @@ def test_a_call_like_one_before_is_neither_checked_nor_chosen_again(here, name, 
     args = make()
     first = function(*args)
     monkeypatch.setattr(here, "choose", None)
-    family = {"layers": "mlp", "norm": "norms", "layer norm": "norms", "packed": "varlen", "decode": "decode"}.get(
-        name, "attention"
-    )
+    families = {"layers": "mlp", "norm": "norms", "layer norm": "norms", "packed": "varlen", "decode": "decode"}
+    family = {**families, "loss": "cross_entropy"}.get(name, "attention")
     monkeypatch.setattr(f"tilebook.kernels.{family}.check", None)
     assert torch.equal(function(*args), first)
     assert all(each.implementation.name == "triton" for each in here._memo.values())
@@ -118,6 +121,8 @@ def test_after_good_calls_a_tensor_of_another_shape_or_dtype_is_checked(here, na
             given = [other if i == at else y for i, y in enumerate(args)]
             if name.endswith("norm") and at == 0 and other.shape == x.shape and other.is_floating_point():
                 continue
+            if name == "loss" and (other.shape == x.shape if at else other.ndim == 2) and other.dtype == x.dtype:
+                continue  # other classes, or the same targets
             with pytest.raises(ValueError, match=r"must|expected|takes|asks|on cpu, but"):
                 function(*given)
 
@@ -183,6 +188,7 @@ NUMBERS = {
     ),
     "decode": lambda one: tilebook.attention_decode(*qkv(dtype=HALF), scale=one, softcap=one),
     "norm": lambda one: tilebook.rms_norm(data(5, 8), data(8), one),
+    "loss": lambda one: tilebook.cross_entropy(data(5, 8), LABELS, softcap=one, z_loss=one, label_smoothing=one),
 }
 
 

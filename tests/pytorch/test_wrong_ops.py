@@ -11,6 +11,8 @@ X, W1, B1, W2, B2 = layers(data)
 LSE = PACKED[0][..., 0].t()
 SEED = torch.tensor([7])
 
+LABELS, LOSS = torch.tensor([1, 7, -100, 0, 3]), (0.0, -100, 0.0, 0.0)
+
 WRONG = {
     "fewer values than keys": lambda: OPS.attention_fwd(*attention(Q, K, V[:, :, :3])),
     "fewer keys than values": lambda: OPS.attention_fwd(*attention(Q, K[:, :, :3], V)),
@@ -39,6 +41,10 @@ WRONG = {
     "mlp: an activation that is none": lambda: OPS.mlp_fwd(*mlp(X, W1, B1, W2, B2, "silu")),
     "norm: a narrow weight": lambda: OPS.rms_norm_fwd(X, data(4), 1e-6),
     "norm: a narrow bias": lambda: OPS.layer_norm_fwd(X, data(8), data(4), 1e-6),
+    "loss: fewer targets": lambda: OPS.cross_entropy_fwd(X, LABELS[:3], *LOSS),
+    "loss: targets of another dtype": lambda: OPS.cross_entropy_fwd(X, LABELS.int(), *LOSS),
+    "loss: no rows": lambda: OPS.cross_entropy_fwd(X[0], LABELS, *LOSS),
+    "loss: no classes": lambda: OPS.cross_entropy_fwd(X[:, :0], LABELS, *LOSS),
 }
 
 
@@ -57,6 +63,10 @@ def _varlen_bwd(dy=PACKED[0], o=PACKED[0], lse=LSE):
     return OPS.attention_varlen_bwd(dy, *call[:5], o, lse, *call[5:], [True] * 5)
 
 
+def _loss_bwd(dloss, lse, labels=LABELS):
+    return OPS.cross_entropy_bwd(dloss, X, labels, lse, *LOSS, [True, False])
+
+
 WRONG_BACKWARD = {
     "a short gradient": lambda: _attention_bwd(dy=Q[:, :, :3]),
     "a short output": lambda: _attention_bwd(o=Q[:, :, :3]),
@@ -69,6 +79,9 @@ WRONG_BACKWARD = {
     "packed: a short log-sum-exp": lambda: _varlen_bwd(lse=PACKED[0][:3, :, 0].t()),
     "mlp: z of a narrower layer": lambda: OPS.mlp_bwd(X, X, W1, B1, W2, B2, data(5, 4), "gelu", True, [True] * 5),
     "norm: a narrow weight": lambda: OPS.rms_norm_bwd(X, X, data(4), data(5), 1e-6, [True, True]),
+    "loss: a short gradient": lambda: _loss_bwd(data(3), data(5)),
+    "loss: a short log-sum-exp": lambda: _loss_bwd(data(5), data(3)),
+    "loss: fewer targets": lambda: _loss_bwd(data(5), data(5), LABELS[:3]),
     "norm: a short statistic": lambda: OPS.rms_norm_bwd(X, X, data(8), data(3), 1e-6, [True, True]),
 }
 

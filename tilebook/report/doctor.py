@@ -176,11 +176,13 @@ def rand(*shape):
 
 x, w, b = rand(256, 512), rand(512), rand(512)
 qkv = rand(2, 4, 128, 64), rand(2, 4, 128, 64), rand(2, 4, 128, 64)
+target = torch.randint(512, (256,), device="cuda")
 block = rand(256, 512), rand(1024, 512), rand(1024), rand(512, 1024), rand(512)
 for name, ours, theirs, given in [
     ("attention", tilebook.attention, F.scaled_dot_product_attention, qkv),
     ("layer_norm", tilebook.layer_norm, lambda x, w, b: F.layer_norm(x, w.shape, w, b), (x, w, b)),
     ("rms_norm", tilebook.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), (x, w)),
+    ("cross_entropy", lambda x: tilebook.cross_entropy(x, target), lambda x: F.cross_entropy(x, target), (x,)),
     ("mlp", tilebook.mlp, lambda x, a, c, d, e: F.linear(F.gelu(F.linear(x, a, c)), d, e), block),
 ]:
     right = theirs(*[each.float() for each in given])
