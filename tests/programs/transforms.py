@@ -278,7 +278,7 @@ def test_a_gradient_penalty_gets_its_gradient_or_an_error(device):
             first.float().square().sum().backward()
         except (RuntimeError, NotImplementedError):
             continue
-        assert inputs[1].grad is not None, name
+        assert inputs[min(1, family.trained - 1)].grad is not None, name
 
 
 @families(*TRAINED)
