@@ -90,6 +90,13 @@ def cases(device: str) -> list[Case]:
             trains=False,
         ),
         Case(
+            "cross_entropy M16,V1024",
+            lambda x, target: F.cross_entropy(x, target),
+            lambda x, target: tilebook.cross_entropy(x, target),
+            [random(16, 1024)],
+            (torch.arange(16, device=device),),
+        ),
+        Case(
             "layer_norm M16,N1024",
             lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5),
             tilebook.layer_norm,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from flat_verdict import flat_verdict
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,9 +31,9 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
-    def made(theirs):
+    def made(theirs, label=LABEL):
         with Registry.open(path, write=True) as registry:
-            registry.merge((), [_verdict(name, ms) for name, ms in theirs.items()], ())
+            registry.merge((), [_verdict(name, ms, label) for name, ms in theirs.items()], ())
         dispatch.reload()
 
     yield made
@@ -162,6 +163,31 @@ def test_a_compiled_program_has_the_op_where_ours_is_ahead_and_else_pytorchs_fun
     (graph,) = _graph_of(tilebook.rms_norm, (4, 1024, 4096), (4096,))
     assert any("tilebook.rms_norm_fwd" in each for each in graph) == ours
     assert any("rms_norm" in each and "tilebook" not in each for each in graph) != ours
+
+
+@pytest.mark.parametrize("function", ["tilebook", "torch.nn.functional"])
+@pytest.mark.parametrize(("theirs", "ours"), [(1.3, True), (0.9, False), (None, False)])
+def test_a_compiled_loss_has_the_op_where_ours_is_ahead_and_else_pytorchs_function(measured, function, theirs, ours):
+    measured({"cross_entropy_fwd": theirs}, "M4096,V32000")
+
+    def loss(x, target):
+        called = tilebook.cross_entropy if function == "tilebook" else F.cross_entropy
+        return called(x, target, reduction="none")
+
+    found = []
+
+    def backend(graph, examples):
+        found.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    with tilebook.enabled(), FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(4096, 32000, device="cuda", dtype=torch.bfloat16)
+        y = torch.compile(loss, backend=backend, fullgraph=True)(x, torch.empty(4096, device="cuda").long())
+    assert (y.shape, y.dtype) == ((4096,), torch.bfloat16)
+    (graph,) = found
+    assert any("tilebook.cross_entropy_fwd" in each for each in graph) == ours
+    assert any("cross_entropy_loss" in each for each in graph) != ours
 
 
 def test_a_graph_for_all_sizes_has_pytorchs_function(measured):

@@ -14,6 +14,9 @@ import tilebook
 SDPA = F.scaled_dot_product_attention
 """PyTorch's own, whatever a program puts in its place later."""
 
+CROSS_ENTROPY = F.cross_entropy
+"""Likewise."""
+
 
 def plain_masked(q, k, v, mask, **options):
     """PyTorch's function under a mask; on a GPU its plainest path.
@@ -137,6 +140,15 @@ def _rows_and_bias(device, dtype, generator):
     return x, weight, 0.1 * rand(generator, tuple(weight.shape), device, dtype)
 
 
+def _classified(device, dtype, generator):
+    """Logits, and a class for each row but one."""
+    classes = small(1000, device)
+    logits = rand(generator, (80, classes), device, dtype)
+    target = torch.randint(classes, (80,), generator=generator)
+    target[3] = -100
+    return logits, target.to(device)
+
+
 # Rows of masks and biases are whole vectors here, which any kernel of PyTorch's loads; see `plain_masked`.
 def _lower_half(device, dtype, generator):
     return torch.ones(small(96, device), small(96, device), dtype=torch.bool).tril(3).to(device)
@@ -223,6 +235,13 @@ FAMILIES = {
         ),
         Family("mlp", lambda *args: tilebook.mlp(*args), plain_mlp, _linear_weights, 5),
         Family("layer_norm", lambda *args: tilebook.layer_norm(*args), plain_layer_norm, _rows_and_bias, 3),
+        Family(
+            "cross_entropy",
+            lambda x, target: tilebook.cross_entropy(x, target, label_smoothing=0.1, reduction="none"),
+            lambda x, target: CROSS_ENTROPY(x, target, label_smoothing=0.1, reduction="none"),
+            _classified,
+            1,
+        ),
         Family("rms_norm", lambda x, weight: tilebook.rms_norm(x, weight), plain_norm, _rows, 2),
     )
 }

@@ -194,7 +194,7 @@ def test_gradients_for_a_batch_of_cotangents_are_pytorchs(device, family):
     def run(function, inputs):
         o = function(*inputs)
         start = cotangent(o)
-        batch = torch.stack([start, start.flip(-2), -2 * start])
+        batch = torch.stack([start, start.flip(0), -2 * start])
         return torch.autograd.grad(o, inputs[: family.trained], batch, is_grads_batched=True)
 
     inputs = family.leaves(device)
@@ -278,7 +278,7 @@ def test_a_gradient_penalty_gets_its_gradient_or_an_error(device):
             first.float().square().sum().backward()
         except (RuntimeError, NotImplementedError):
             continue
-        assert inputs[1].grad is not None, name
+        assert inputs[min(1, family.trained - 1)].grad is not None, name
 
 
 @families(*TRAINED)
