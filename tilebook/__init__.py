@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tilebook.enabling import disable, enable, enabled, status
+    from tilebook.enabling import disable, enable, enabled, register_transformers, status
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.decode import attention_decode
     from tilebook.kernels.mlp import mlp
@@ -29,6 +29,7 @@ __all__ = [
     "mlp",
     "patch",
     "patched",
+    "register_transformers",
     "rms_norm",
     "scaled_dot_product_attention",
     "status",
@@ -47,6 +48,7 @@ _MODULE = {
     "mlp": "kernels.mlp",
     "patch": "patching",
     "patched": "patching",
+    "register_transformers": "enabling",
     "rms_norm": "kernels.norms",
     "scaled_dot_product_attention": "kernels.attention",
     "status": "enabling",

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import disabled
+from tilebook.imported import after_import
 from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
 from tilebook.kernels.norms import layer_norm as our_layer_norm
 from tilebook.kernels.norms import pytorchs
@@ -150,6 +151,23 @@ class _State:
                     setattr(F, name, ours)
                 elif not self.on and there is ours:  # who has wrapped ours since keeps the place
                     setattr(F, name, _theirs[name])
+        if whole or blocks > 0:  # a program that names it runs where ours are disabled, too
+            after_import("transformers.modeling_utils", register_transformers)
+
+
+def register_transformers() -> None:
+    """Makes `attn_implementation="tilebook"` known to transformers; calling it twice is calling it once.
+
+    Afterwards `from_pretrained(..., attn_implementation="tilebook")` and `model.set_attn_implementation("tilebook")`
+    run a model's attention through `tilebook.attention` and `tilebook.attention_varlen`, in training and in inference.
+    `enable`, `enabled` and `TILEBOOK=1` do it as soon as transformers is imported.
+
+    Raises:
+        ImportError: there is no transformers, or it is older than 5.17.
+    """
+    from tilebook.huggingface import register
+
+    register()
 
 
 def _scripted(function: Callable[..., Any], name: str) -> None:
@@ -178,8 +196,9 @@ def enable() -> None:
     """Puts tilebook's functions in the places of PyTorch's: a model runs on it without being changed.
 
     `torch.nn.functional.scaled_dot_product_attention`, `layer_norm` and `rms_norm` then run what verdicts have ahead on
-    this GPU, and else PyTorch's own code. The same as `TILEBOOK=1` in the environment. Calling it twice is calling it
-    once. `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
+    this GPU, and else PyTorch's own code; transformers gets to know `attn_implementation="tilebook"`. The same as
+    `TILEBOOK=1` in the environment. Calling it twice is calling it once. `TILEBOOK_DISABLE=1` in the environment keeps
+    PyTorch's functions.
     """
     _state.change(whole=True)
 
