@@ -11,7 +11,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from programs.compare import assert_as_near
 from programs.hf_models import CASES, MODELS, OWN, inputs, made, plain, step, truth
 

@@ -151,7 +151,8 @@ class _State:
                     setattr(F, name, ours)
                 elif not self.on and there is ours:  # who has wrapped ours since keeps the place
                     setattr(F, name, _theirs[name])
-        if whole or blocks > 0:  # a program that names it runs where ours are disabled, too
+        # Outside of the lock: it imports. A program that names it runs where ours are disabled, too.
+        if whole or blocks > 0:
             after_import("transformers.modeling_utils", register_transformers)
 
 

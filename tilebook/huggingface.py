@@ -77,9 +77,7 @@ def register() -> None:
     found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if found < OLDEST:
         needed = ".".join(map(str, OLDEST))
-        raise ImportError(
-            f"attn_implementation='{NAME}' needs transformers {needed}; this is {transformers.__version__}"
-        )
+        raise ImportError(f"'{NAME}' attention needs transformers {needed} or newer, not {transformers.__version__}")
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
 
