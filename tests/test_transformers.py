@@ -110,8 +110,15 @@ def _shape(value):
     return tuple(value.shape) if isinstance(value, torch.Tensor) else value
 
 
+@pytest.mark.usefixtures("structured")
+def test_padding_that_hides_nothing_is_no_mask(called):
+    given = inputs("mistral", "whole", "cpu")
+    made("mistral", attention="tilebook")(**given, attention_mask=torch.ones_like(given["input_ids"]))
+    assert called[0][1]["attn_mask"] is None
+
+
 def test_on_the_cpu_masks_go_to_pytorchs_function_as_they_are(called):
-    made("mistral", attention="tilebook")(**inputs("mistral", "padded", "cpu"))
+    made("mistral", attention="tilebook").bfloat16()(**inputs("mistral", "padded", "cpu"))
     assert _shape(called[0][1]["attn_mask"]) == (3, 1, 32, 32)
     assert called[0][1]["window"] is None
 
@@ -203,6 +210,28 @@ def test_a_note_says_what_the_mask_shows(create, seen, rows, noted, padding):
         assert torch.equal(_spelled_out(found, *mask.shape[:1], *mask.shape[2:]), mask)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 24])
+@pytest.mark.parametrize("columns", [5, 24, 30])
+@pytest.mark.parametrize("which", ["causal", "left", "both"])
+def test_notes_hold_wherever_rows_and_columns_begin(which, rows, columns):
+    function = {
+        "causal": masking_utils.causal_mask_function,
+        "left": masking_utils.sliding_window_causal_mask_function(8),
+        "both": masking_utils.sliding_window_bidirectional_mask_function(8),
+    }[which]
+    noted = 0
+    for q_offset in (0, 2, 4, 6, 19, 25, 29):
+        for kv_offset in (0, 4):
+            given = {"q_length": rows, "kv_length": columns, "q_offset": q_offset, "kv_offset": kv_offset}
+            given |= {"mask_function": function, "attention_mask": PADDINGS["left"](columns + 2)}
+            mask = huggingface.attention_mask(batch_size=3, allow_is_causal_skip=False, **given)
+            found = _noted(mask)
+            if found is not None:
+                noted += 1
+                assert torch.equal(_spelled_out(found, 3, rows, columns), mask)
+    assert noted or columns < rows or columns - rows not in (0, 4, 19, 25, 29)
+
+
 def test_notes_are_only_on_masks_of_known_parts():
     config, x = _config(), torch.zeros(3, 24, 64)
     positions = inputs("llama", "packed", "cpu")["position_ids"][:, :24]
@@ -245,10 +274,11 @@ def _reference(q, k, v, seen, *, scale=None, softcap=0.0, bias=None, sinks=None)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     scores = scores if bias is None else scores + bias.double()
     scores = scores.masked_fill(~seen, -math.inf)
+    blind = (scores == -math.inf).all(-1, keepdim=True)
     if sinks is not None:
         more = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         return (torch.softmax(torch.cat([scores, more], -1), -1)[..., :-1] @ v).transpose(1, 2)
-    return (torch.softmax(scores, -1).nan_to_num(0.0) @ v).transpose(1, 2)
+    return (torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0) @ v).transpose(1, 2)
 
 
 def _tensors(n_q=12, n_k=12, heads=(4, 2), width=16, v_width=None, batch=2):
@@ -265,6 +295,13 @@ def _most_negative(seen):
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
+def _blind(seen):
+    """With a row that sees nothing."""
+    return _most_negative(seen).index_fill(0, torch.tensor(2), torch.finfo(torch.float32).min)
+
+
+BLIND = _tril(5, 12).index_fill(0, torch.tensor(2), False)
+
 FORMS = {
     "causal": ({}, {}, lambda n: None, _tril(12, 12)),
     "full": ({}, {"is_causal": False}, lambda n: None, torch.ones(12, 12, dtype=torch.bool)),
@@ -272,6 +309,7 @@ FORMS = {
     "static cache": ({"n_q": 5}, {}, lambda n: None, torch.ones(5, 12, dtype=torch.bool).tril()),
     "boolean mask": ({"n_q": 5}, {}, lambda n: n, _tril(5, 12)),
     "mask of most negative numbers": ({"n_q": 5}, {}, _most_negative, _tril(5, 12)),
+    "a row of most negative numbers alone": ({"n_q": 5}, {}, _blind, BLIND),
     "scale and soft-cap": ({}, {"scaling": 0.3, "softcap": 2.0}, lambda n: n, _tril(12, 12)),
     "soft-cap of causal": ({}, {"softcap": 2.0}, lambda n: None, _tril(12, 12)),
     "other values' width": ({"v_width": 8}, {}, lambda n: None, _tril(12, 12)),
@@ -355,6 +393,20 @@ def test_described_packs_hold_beside_a_mask_too():
     for mask in (seen[None, None], _most_negative(seen)[None, None]):
         got, _ = huggingface.attention_forward(torch.nn.Module(), q, k, v, mask, **given)
         torch.testing.assert_close(got.double(), _reference(q, k, v, blocks), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_static_cache_does_not_hold_yet_is_cut_off(called):
+    huggingface.attention_forward(torch.nn.Module(), *_tensors(5, 12), None)
+    assert called[0][1]["k"].shape == called[0][1]["v"].shape == (2, 2, 5, 16)
+
+
+@pytest.mark.usefixtures("structured")
+def test_a_mask_of_other_sizes_is_refused_with_its_note_too():
+    mask = masking_utils.create_sliding_window_causal_mask(
+        _config(sliding_window=8), torch.zeros(2, 24, 64), None, None
+    )
+    with pytest.raises(ValueError, match="broadcast"):
+        huggingface.attention_forward(torch.nn.Module(), *_tensors(24, 25), mask)
 
 
 def test_dropout_drops_and_a_seed_repeats_it():
@@ -485,7 +537,7 @@ def test_positions_that_begin_anew_are_looked_for_once():
     assert huggingface._restarted(positions, None, q, q) is found
     positions[0, 3] = 7
     assert huggingface._restarted(positions, None, q, q) is None
-    for others in ([[1, 1, 0, 1, 2]], [[3, 4, 5, 6, 7]], [[0, 1, 2, 0, 1]] * 2):
+    for others in ([[1, 1, 0, 1, 2]], [[1, 0, 1, 0, 1]], [[3, 4, 5, 6, 7]], [[0, 1, 2, 0, 1]] * 2):
         assert huggingface._restarted(torch.tensor(others), None, q, q) is None
     assert huggingface._restarted(torch.tensor([[0, 1, 2, 0, 1]]), torch.ones(1, 1, 5, 5).bool(), q, q) is None
 
