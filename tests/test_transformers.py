@@ -46,6 +46,7 @@ def called(monkeypatch):
         monkeypatch.setattr(huggingface, name, function)
 
     spy("attention", "q", "k", "v")
+    spy("scaled_dot_product_attention", "q", "k", "v", "attn_mask", "dropout_p", "causal")
     spy("attention_varlen", "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
     return calls
 
@@ -79,13 +80,13 @@ def test_numbers_are_pytorchs(name, kind, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "kind", "expected"),
     [
-        ("llama", "whole", {"causal": True, "window": None, "attn_mask": None, "softcap": 0.0}),
+        ("llama", "whole", {"causal": True, "attn_mask": None, "enable_gqa": True}),
         ("llama", "padded", {"causal": "bottom_right", "window": None, "attn_mask": (3, 1, 1, 32)}),
         ("mistral", "whole", {"causal": "bottom_right", "window": (7, -1), "attn_mask": None}),
         ("mistral", "padded", {"causal": "bottom_right", "window": (7, -1), "attn_mask": (3, 1, 1, 32)}),
         ("gemma2", "whole", {"causal": "bottom_right", "window": (7, -1), "attn_mask": None, "softcap": 50.0}),
-        ("bert", "whole", {"causal": False, "window": None, "attn_mask": None, "scale": 0.25}),
-        ("bert", "padded", {"causal": False, "window": None, "attn_mask": (3, 1, 1, 32)}),
+        ("bert", "whole", {"causal": False, "attn_mask": None, "scale": 0.25}),
+        ("bert", "padded", {"causal": False, "attn_mask": (3, 1, 1, 32)}),
         ("t5", "padded", {"causal": False, "attn_mask": (3, 1, 1, 32), "bias": (1, 4, 32, 32), "scale": 1.0}),
         ("llama", "packed", {"causal": True, "window": None, "max_seqlen_q": 32}),
         ("mistral", "packed", {"causal": True, "window": (7, -1), "max_seqlen_k": 32}),
@@ -94,7 +95,9 @@ def test_numbers_are_pytorchs(name, kind, monkeypatch):
 def test_structure_reaches_our_functions_instead_of_a_mask(name, kind, expected, called):
     made(name, attention="tilebook")(**inputs(name, kind, "cpu"))
     function, options = called[0]
-    assert function == ("attention_varlen" if kind == "packed" else "attention")
+    by_pytorchs_signature = kind != "packed" and "window" not in expected and "bias" not in expected
+    usual = "scaled_dot_product_attention" if by_pytorchs_signature else "attention"
+    assert function == ("attention_varlen" if kind == "packed" else usual)
     assert {key: _shape(options[key]) for key in expected} == expected
     if name == "gemma2":
         assert called[1][1]["causal"] is True  # the next layer has no window
@@ -120,7 +123,7 @@ def test_padding_that_hides_nothing_is_no_mask(called):
 def test_on_the_cpu_masks_go_to_pytorchs_function_as_they_are(called):
     made("mistral", attention="tilebook").bfloat16()(**inputs("mistral", "padded", "cpu"))
     assert _shape(called[0][1]["attn_mask"]) == (3, 1, 32, 32)
-    assert called[0][1]["window"] is None
+    assert called[0][0] == "scaled_dot_product_attention"
 
 
 def _noted(mask):
@@ -364,23 +367,31 @@ PACKS = {
 }
 
 
-@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["packed", "by a mask"])
+@pytest.mark.parametrize(
+    ("dropout", "softcap", "expected"),
+    [
+        (0.0, 0.0, "attention_varlen"),
+        (0.0, 2.0, "attention_varlen"),
+        (1e-9, 0.0, "scaled_dot_product_attention"),
+        (1e-9, 2.0, "attention"),
+    ],
+)
 @pytest.mark.parametrize("packs", PACKS)
-def test_described_packs_are_attended_one_by_one(packs, dropout, called):
+def test_described_packs_are_attended_one_by_one(packs, dropout, softcap, expected, called):
     ends_q, ends_k, causal = PACKS[packs]
     n_q, n_k = (12, 12) if "behind" in packs else (ends_q[-1], ends_k[-1])
     q, k, v = _tensors(n_q, n_k, batch=1)
     got, _ = huggingface.attention_forward(
-        torch.nn.Module(), q, k, v, None, dropout=dropout, is_causal=causal,
+        torch.nn.Module(), q, k, v, None, dropout=dropout, is_causal=causal, softcap=softcap,
         cu_seq_lens_q=torch.tensor(ends_q), cu_seq_lens_k=torch.tensor(ends_k),
         max_length_q=12, max_length_k=torch.tensor(12),
     )  # fmt: skip
-    assert called[0][0] == ("attention" if dropout else "attention_varlen")
+    assert called[0][0] == expected
     seen = torch.zeros(n_q, n_k, dtype=torch.bool)
     for first, last, start, end in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
         block = _tril(last - first, end - start) if causal else torch.ones(last - first, end - start).bool()
         seen[first:last, start:end] = block
-    torch.testing.assert_close(got.double(), _reference(q, k, v, seen), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.double(), _reference(q, k, v, seen, softcap=softcap), rtol=1e-4, atol=1e-5)
 
 
 def test_described_packs_hold_beside_a_mask_too():
@@ -400,12 +411,37 @@ def test_what_a_static_cache_does_not_hold_yet_is_cut_off(called):
     assert called[0][1]["k"].shape == called[0][1]["v"].shape == (2, 2, 5, 16)
 
 
+def test_a_layer_says_whether_it_is_causal_and_how_its_results_repeat(called):
+    layer = torch.nn.Module()
+    for layer.is_causal in (False, True):
+        huggingface.attention_forward(layer, *_tensors(), None)
+        assert called[-1][1]["causal"] is layer.is_causal
+    huggingface.attention_forward(layer, *_tensors(), None, deterministic=True)
+    assert called[-1][0] == "attention"
+    assert called[-1][1]["deterministic"]
+
+
+def test_structures_are_for_tensors_that_kernels_take(monkeypatch):
+    def served(dtype=torch.bfloat16, **sizes):
+        return huggingface._served(*[x.to(dtype) for x in _tensors(**sizes)])
+
+    assert not served()  # on the CPU
+    monkeypatch.setattr(huggingface, "way", lambda *_: "direct")
+    assert served()
+    assert served(torch.float16, width=256)
+    assert not served(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert served(torch.float32)
+    for sizes in ({"width": 12}, {"width": 8}, {"width": 264}, {"width": 32, "v_width": 16}):
+        assert not served(**sizes)
+
+
 @pytest.mark.usefixtures("structured")
 def test_a_mask_of_other_sizes_is_refused_with_its_note_too():
     mask = masking_utils.create_sliding_window_causal_mask(
         _config(sliding_window=8), torch.zeros(2, 24, 64), None, None
     )
-    with pytest.raises(ValueError, match="broadcast"):
+    with pytest.raises((RuntimeError, ValueError), match=r"broadcast|must match"):
         huggingface.attention_forward(torch.nn.Module(), *_tensors(24, 25), mask)
 
 
@@ -586,9 +622,15 @@ def test_a_model_whose_attention_has_other_names_says_so():
         transformers.AutoModel.from_config(config, attn_implementation="tilebook")
 
 
-def test_weights_of_attention_are_asked_for_in_vain(caplog):
-    _, weights = huggingface.attention_forward(torch.nn.Module(), *_tensors(), None, output_attentions=True)
-    assert weights is None
+def test_weights_of_attention_are_asked_for_in_vain(monkeypatch):
+    said = []
+    logger = transformers.utils.logging.get_logger(huggingface.__name__)
+    monkeypatch.setattr(logger, "warning_once", said.append)
+    for asked in (False, True):
+        _, weights = huggingface.attention_forward(torch.nn.Module(), *_tensors(), None, output_attentions=asked)
+        assert weights is None
+    assert len(said) == 1
+    assert "output_attentions=True" in said[0]
 
 
 def test_a_trainer_trains_with_it(tmp_path):

@@ -178,18 +178,27 @@ def _restarted(positions: Any, mask: Tensor | None, query: Tensor, key: Tensor) 
     n = query.shape[2]
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not isinstance(positions, Tensor):
         return None
+    if positions.is_inference():
+        return None
     if positions.shape != (1, n) or query.shape[0] != 1 or key.shape[2] != n or n < 2:
         return None
     if mask is not None and ((found := _noted(mask)) is None or found.keys is not None or found.packs is not None):
         return None
     kept = getattr(positions, _PACKS, None)
     if kept is None or kept[0] != positions._version:
+        if _capturing(positions):
+            return None
         packs = (positions == positions.min()).cumsum(1)
-        found = Structure(False, None, None, packs)
-        kept = positions._version, found.lengths() if packs[0, 0] == 1 and packs[0, -1] > 1 else None
+        several = bool((packs[0, 0] == 1) & (packs[0, -1] > 1))
+        kept = positions._version, Structure(False, None, None, packs).lengths() if several else None
         setattr(positions, _PACKS, kept)  # all layers have the same
     lengths: Lengths | None = kept[1]
     return lengths
+
+
+def _capturing(x: Tensor) -> bool:
+    """Is a graph being captured, so that nobody can look at a number?"""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _noted(mask: Tensor) -> Structure | None:
@@ -204,18 +213,18 @@ def _structure(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor, va
     Who serves is chosen here. On the CPU PyTorch has a fused kernel for masks and none for structures, and in fp32 the
     same holds on a GPU; what is traced has masks without a note.
     """
-    cast = torch.is_autocast_enabled(query.device.type)
-    dtype = torch.get_autocast_dtype(query.device.type) if cast else query.dtype
-    width = query.shape[-1]
     if mask is None:
         return Structure(causal, None, None, None)
-    if torch.compiler.is_compiling() or not _served(query, key, value, dtype, width):
+    found = None if torch.compiler.is_compiling() else _noted(mask)
+    if found is None or mask.shape[-2:] != (query.shape[2], key.shape[2]):
         return None
-    return _noted(mask) if mask.shape[-2:] == (query.shape[2], key.shape[2]) else None
+    return found if _served(query, key, value) else None
 
 
-def _served(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype, width: int) -> bool:
+def _served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Have we kernels for windows, padded keys and packs of such tensors?"""
+    kind, width = query.device.type, query.shape[-1]
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     if value.shape[-1] != width or width % 8 or not 16 <= width <= 256 or dtype not in (torch.bfloat16, torch.float16):
         return False
     return way(query, key, value) != "pytorch"
@@ -243,12 +252,11 @@ class _Call:
     ) -> Tensor:
         """o (B, H, Sq, Dv)"""
         width, v_width = q.shape[-1], v.shape[-1]
-        scale = self.scale
+        scale, some = self.scale, bias is not None or window is not None or self.softcap or self.deterministic
+        if not (some or (causal and mask is not None) or causal == "bottom_right"):  # PyTorch's form, at the least cost
+            grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+            return scaled_dot_product_attention(q, k, v, mask, self.dropout, bool(causal), scale=scale, **grouped)
         if width != v_width:
-            if bias is None and window is None and not self.softcap and not (causal and mask is not None):
-                grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-                options: Any = {"scale": scale, **grouped}
-                return scaled_dot_product_attention(q, k, v, mask, self.dropout, bool(causal), **options)
             scale = width**-0.5 if scale is None else scale
             q, k, v = (F.pad(x, (0, max(width, v_width) - x.shape[-1])) for x in (q, k, v))
         o = attention(
@@ -370,7 +378,7 @@ def _described(
     if attention_mask is not None:
         padded = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[1])))
         keys = padded[:, kv_offset : kv_offset + kv_length].bool()[:, None, None]
-        keys = None if keys.all() else keys
+        keys = keys if _capturing(keys) or not keys.all() else None
     if packs is not None and (keys is not None or shift or packs.shape[1] != q_length or q_length != kv_length):
         return None
     return Structure(causal and corner, window, keys, packs)
