@@ -213,25 +213,31 @@ def test_a_note_says_what_the_mask_shows(create, seen, rows, noted, padding):
         assert torch.equal(_spelled_out(found, *mask.shape[:1], *mask.shape[2:]), mask)
 
 
+@pytest.mark.usefixtures("structured")
+@pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("rows", [1, 5, 24])
 @pytest.mark.parametrize("columns", [5, 24, 30])
 @pytest.mark.parametrize("which", ["causal", "left", "both"])
-def test_notes_hold_wherever_rows_and_columns_begin(which, rows, columns):
+def test_notes_hold_wherever_rows_and_columns_begin(which, rows, columns, padding, called):
     function = {
         "causal": masking_utils.causal_mask_function,
         "left": masking_utils.sliding_window_causal_mask_function(8),
         "both": masking_utils.sliding_window_bidirectional_mask_function(8),
     }[which]
-    noted = 0
+    noted, tensors, keep = 0, _tensors(rows, columns, batch=3), PADDINGS[padding](columns + 2)
     for q_offset in (0, 2, 4, 6, 19, 25, 29):
         for kv_offset in (0, 4):
             given = {"q_length": rows, "kv_length": columns, "q_offset": q_offset, "kv_offset": kv_offset}
-            given |= {"mask_function": function, "attention_mask": PADDINGS["left"](columns + 2)}
+            given |= {"mask_function": function, "attention_mask": keep if keep is None else keep.bool()}
             mask = huggingface.attention_mask(batch_size=3, allow_is_causal_skip=False, **given)
             found = _noted(mask)
             if found is not None:
                 noted += 1
                 assert torch.equal(_spelled_out(found, 3, rows, columns), mask)
+                got, _ = huggingface.attention_forward(torch.nn.Module(), *tensors, mask)
+                torch.testing.assert_close(got.double(), _reference(*tensors, mask), rtol=1e-4, atol=1e-5)
+    pytorchs = [options for function, options in called if function == "scaled_dot_product_attention"]
+    assert not [each for each in pytorchs if each["causal"] and each["attn_mask"] is not None]  # which it refuses
     assert noted or columns < rows or columns - rows not in (0, 4, 19, 25, 29)
 
 
@@ -246,6 +252,10 @@ def test_notes_are_only_on_masks_of_known_parts():
 
     for which in ("or_mask_function", "and_mask_function"):
         assert _noted(masking_utils.create_causal_mask(config, x, None, None, **{which: every_third})) is None
+    known = {"q_length": 24, "kv_length": 24, "mask_function": masking_utils.causal_mask_function}
+    assert huggingface._described(**known) is not None
+    assert huggingface._described(**known, attention_mask=torch.ones(3, 24, 24)) is None
+    assert huggingface._described(**known, q_offset=torch.zeros((), dtype=torch.long)) is None
     blocks = torch.zeros(3, 24, dtype=torch.long)
     assert _noted(masking_utils.create_causal_mask(config, x, None, None, block_sequence_ids=blocks)) is None
 
