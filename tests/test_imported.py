@@ -41,6 +41,7 @@ def test_it_is_called_once_at_the_end_of_the_first_import(module):
     found = importlib.import_module(module)
     assert seen == [1]
     assert inspect.getsource(found) == "value = 1\n"
+    assert "exec_module" not in vars(found.__loader__)
     assert not any(isinstance(each, imported._Finder) for each in sys.meta_path)
     importlib.reload(found)
     assert seen == [1]

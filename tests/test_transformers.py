@@ -196,9 +196,10 @@ def test_a_note_says_what_the_mask_shows(create, seen, rows, noted, padding):
     config = _config(sliding_window=8, attention_chunk_size=8)
     cache = _after(seen, "sliding" if sliding else "full") if seen else None
     given = PADDINGS[padding](seen + rows)
-    mask = getattr(masking_utils, create)(config, torch.zeros(3, rows, 64), given, past_key_values=cache)
+    others = () if "bidirectional" in create else (cache,)
+    mask = getattr(masking_utils, create)(config, torch.zeros(3, rows, 64), given, *others)
     config._attn_implementation = "eager"
-    right = getattr(masking_utils, create)(config, torch.zeros(3, rows, 64), given, past_key_values=cache)
+    right = getattr(masking_utils, create)(config, torch.zeros(3, rows, 64), given, *others)
     if mask is None:
         n_k = seen + rows
         full = "bidirectional" in create or rows == 1
@@ -246,6 +247,13 @@ def test_notes_are_only_on_masks_of_known_parts():
     positions = inputs("llama", "packed", "cpu")["position_ids"][:, :24]
     packed = masking_utils.create_causal_mask(config, x, None, None, position_ids=positions)
     assert torch.equal(_spelled_out(_noted(packed), 3, 24, 24), packed)
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # of other positions than the packs
+        remapped = masking_utils.remap_positions_for_packed_sequence(
+            masking_utils.causal_mask_function, positions.flip(1)
+        )
+        packs = masking_utils.packed_sequence_mask_function(huggingface._packs(positions))
+        for function in (remapped, masking_utils.and_masks(remapped, packs)):
+            assert huggingface._described(24, 24, mask_function=function) is None
 
     def every_third(batch, head, row, column):
         return column % 3 == 0
@@ -468,9 +476,9 @@ def test_dropout_drops_and_a_seed_repeats_it():
     assert found[0].std().item() > 0.1
 
 
-@pytest.mark.parametrize("argument", ["indices", "block_indices"])
-def test_keys_that_a_model_picks_are_refused(argument):
-    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+@pytest.mark.parametrize("argument", ["indices", "block_indices", "sinks"])
+def test_what_would_be_left_out_is_refused(argument):
+    with pytest.raises(ValueError, match=f"takes no {argument}"):
         huggingface.attention_forward(torch.nn.Module(), *_tensors(), None, **{argument: torch.zeros(1)})
 
 

@@ -24,8 +24,8 @@ from tilebook.kernels.varlen import attention_varlen
 NAME = "tilebook"
 OLDEST = 5, 17
 _NOTE, _PACKS = "_tilebook_structure", "_tilebook_packs"
-_SPARSE = "indices", "block_indices"
-"""Keys that a model has picked for each row, by arguments that only some attention functions read."""
+_REFUSED = "indices", "block_indices", "sinks"
+"""Keys that a model has picked for each row, and sinks of each row, by arguments that only some functions read."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,11 @@ def attention_forward(
         (o, None) with o (B, Sq, H, Dv), contiguous. There are no weights to return.
 
     Raises:
-        ValueError: the model picks keys for each row (`indices`, `block_indices`).
+        ValueError: the model picks keys for each row (`indices`, `block_indices`), or gives each row `sinks`.
     """
-    if any(kwargs.get(name) is not None for name in _SPARSE):
-        raise ValueError(f"'{NAME}' attends to no picked keys; load the model with attn_implementation='sdpa'")
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"'{NAME}' attention takes no {name}: this model needs another attn_implementation")
     if kwargs.get("output_attentions"):
         _warn_of_weights()
     mask, bias = attention_mask, position_bias
@@ -365,6 +366,8 @@ def _described(
         return None
     of = dict(parts)
     causal, packs, window = "causal" in of, of.get("packs"), None
+    if "positions" in of and (packs is None or _capturing(packs) or not torch.equal(packs, _packs(of["positions"]))):
+        return None
     if "left" in of:
         window = (of["left"] - 1, -1)
     elif "both" in of:
@@ -400,6 +403,11 @@ def _parts(function: Any) -> list[tuple[str, Any]]:
     held = cells[0].cell_contents if len(cells) == 1 else None
     if code is theirs.and_masks(theirs.causal_mask_function).__code__ and isinstance(held, tuple):
         return [part for each in held for part in _parts(each)]
+    remap: Any = getattr(theirs, "remap_positions_for_packed_sequence", None)  # newer versions alone
+    if remap is not None and code is remap(theirs.causal_mask_function, None).__code__:
+        inner = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+        if isinstance(inner.get("position_ids"), Tensor) and callable(inner.get("mask_function")):
+            return [*_parts(inner["mask_function"]), ("positions", inner["position_ids"])]
     if code is theirs.sliding_window_overlay(1).__code__ and type(held) is int:
         return [("left", held)]
     if code is theirs.sliding_window_bidirectional_overlay(1).__code__ and type(held) is int:
@@ -407,6 +415,11 @@ def _parts(function: Any) -> list[tuple[str, Any]]:
     if code is theirs.packed_sequence_mask_function(None).__code__ and isinstance(held, Tensor):
         return [("packs", held)]
     return [("?", None)]
+
+
+def _packs(positions: Tensor) -> Tensor:
+    """The packs that transformers finds in positions: within one they rise by 1, as rows and columns do."""
+    return (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
 
 
 @functools.cache
@@ -425,5 +438,9 @@ def _understood() -> bool:
     ]
     pair = theirs.and_masks(*[function for function, _ in expected[:3]])
     expected.append((pair, expected[0][1] & expected[2][1]))
+    remap: Any = getattr(theirs, "remap_positions_for_packed_sequence", None)
+    if remap is not None:
+        positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1]])
+        expected.append((theirs.and_masks(remap(pair, positions), expected[4][0]), expected[5][1] & expected[4][1]))
     first: Any = torch.zeros(1, 1, dtype=torch.long)
     return all(torch.equal(function(first, first, rows, columns).expand(7, 7), seen) for function, seen in expected)
