@@ -12,9 +12,10 @@ import math
 import pytest
 import torch
 from programs.compare import assert_as_near
-from programs.hf_models import CASES, MODELS, OWN, inputs, made, plain, step, truth
+from programs.hf_models import CASES, MODELS, OWN, SOFT_CAPPED, inputs, made, plain, step, truth
 
 import tilebook
+from tilebook import dispatch
 from tilebook.huggingface import attention
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -45,6 +46,23 @@ def test_numbers_are_pytorchs(name, kind, monkeypatch):
                     patch.setattr(attention, "_served", lambda *_: True)
                 ours = step(model, given)
             assert_as_near(ours, theirs, right, f"{dtype} structured={served}", blur=4.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has this with kernels that are compiled")
+@pytest.mark.parametrize("kind", ["whole", "padded", "packed"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_numbers_are_pytorchs_by_our_kernels_in_the_interpreter(name, kind, called):
+    pytest.importorskip("triton", reason="there are no kernels without Triton")
+    given = inputs(name, kind, "cpu")
+    model = made(name, attention=plain(name), num_hidden_layers=1)
+    right = step(copy.deepcopy(model).to(torch.float32 if name in SOFT_CAPPED else torch.float64), given)
+    theirs = step(model.half(), given)
+    model.set_attn_implementation("tilebook")
+    with dispatch.use("triton"):
+        ours = step(model, given)
+    mask = called[0][1].get("attn_mask")
+    assert mask is None or mask.shape == (3, 1, 1, 32)
+    assert_as_near(ours, theirs, right, blur=4.0)
 
 
 @pytest.mark.usefixtures("structured")
