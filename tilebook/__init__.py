@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tilebook.enabling import disable, enable, enabled, status
+    from tilebook.enabling import disable, enable, enabled, register_transformers, status
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.cross_entropy import cross_entropy
     from tilebook.kernels.decode import attention_decode
@@ -31,6 +31,7 @@ __all__ = [
     "mlp",
     "patch",
     "patched",
+    "register_transformers",
     "rms_norm",
     "scaled_dot_product_attention",
     "status",
@@ -50,6 +51,7 @@ _MODULE = {
     "mlp": "kernels.mlp",
     "patch": "patching",
     "patched": "patching",
+    "register_transformers": "enabling",
     "rms_norm": "kernels.norms",
     "scaled_dot_product_attention": "kernels.attention",
     "status": "enabling",

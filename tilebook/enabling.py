@@ -22,6 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook import native
 from tilebook.call import disabled
 from tilebook.dispatch import forced
+from tilebook.imported import after_import
 from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
 from tilebook.kernels.cross_entropy import cross_entropy as our_cross_entropy
 from tilebook.kernels.cross_entropy import pytorchs as losses_pytorchs
@@ -222,6 +223,24 @@ class _State:
                     setattr(F, name, ours)
                 elif not self.on and there is ours:  # who has wrapped ours since keeps the place
                     setattr(F, name, _theirs[name])
+        # Outside of the lock: it imports. A program that names it runs where ours are disabled, too.
+        if whole or blocks > 0:
+            after_import("transformers.modeling_utils", register_transformers)
+
+
+def register_transformers() -> None:
+    """Makes `attn_implementation="tilebook"` known to transformers; calling it twice is calling it once.
+
+    Afterwards `from_pretrained(..., attn_implementation="tilebook")` and `model.set_attn_implementation("tilebook")`
+    run a model's attention through `tilebook.attention` and `tilebook.attention_varlen`, in training and in inference.
+    `enable`, `enabled` and `TILEBOOK=1` do it as soon as transformers is imported.
+
+    Raises:
+        ImportError: there is no transformers, or it is older than 5.17.
+    """
+    from tilebook.huggingface import register
+
+    register()
 
 
 def _scripted(function: Callable[..., Any], name: str) -> None:
@@ -254,8 +273,9 @@ def enable() -> None:
     """Puts tilebook's functions in the places of PyTorch's: a model runs on it without being changed.
 
     `torch.nn.functional.scaled_dot_product_attention`, `layer_norm`, `rms_norm` and `cross_entropy` then run what
-    verdicts have ahead on this GPU, and else PyTorch's own code. The same as `TILEBOOK=1` in the environment. Calling
-    it twice is calling it once. `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
+    verdicts have ahead on this GPU, and else PyTorch's own code; transformers gets to know
+    `attn_implementation="tilebook"`. The same as `TILEBOOK=1` in the environment. Calling it twice is calling it once.
+    `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
     """
     _state.change(whole=True)
 

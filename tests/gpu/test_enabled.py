@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs.compare import assert_as_near
+from programs.hf_models import CASES, MODELS, OWN, inputs, made, plain, step, truth
 from torch import nn
 
 import tilebook
@@ -13,114 +14,59 @@ from tilebook import dispatch
 
 pytestmark = pytest.mark.gpu
 
-SMALL = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "vocab_size": 99,
-}
-FEW = {"num_key_value_heads": 2, "max_position_embeddings": 128}
-IMAGES = {key: value for key, value in SMALL.items() if key != "vocab_size"} | {"image_size": 32, "patch_size": 8}
-
-MODELS = {
-    "bert": SMALL,
-    "roberta": SMALL | {"max_position_embeddings": 128, "pad_token_id": 0},
-    "distilbert": {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "vocab_size": 99},
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99},
-    "llama": SMALL | FEW,
-    "mistral": SMALL | FEW | {"sliding_window": 8},
-    "qwen2": SMALL | FEW,
-    "qwen3": SMALL | FEW | {"head_dim": 16},
-    "gemma2": SMALL | FEW | {"head_dim": 16, "sliding_window": 8},
-    "gemma3_text": SMALL | FEW | {"head_dim": 16, "sliding_window": 8},
-    "phi3": SMALL | FEW | {"pad_token_id": 0},
-    "mixtral": SMALL | FEW | {"num_local_experts": 2},
-    "modernbert": SMALL | {"pad_token_id": 0},
-    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 99},
-    "bart": {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-             "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": 99},
-    "falcon": SMALL | {"alibi": True, "new_decoder_architecture": False},
-    "vit": IMAGES,
-    "dinov2": IMAGES,
-    "siglip_vision_model": IMAGES,
-    "clip_vision_model": IMAGES,
-}  # fmt: skip
-
-
-def _model(name):
-    transformers = pytest.importorskip("transformers")
-    if name not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"this version of transformers has no {name}")
-    config = transformers.AutoConfig.for_model(name, **MODELS[name])
-    for each in ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop",
-                 "embd_pdrop", "attn_pdrop", "dropout_rate", "activation_dropout", "hidden_dropout"):  # fmt: skip
-        if hasattr(config, each):
-            setattr(config, each, 0.0)
-    torch.manual_seed(0)
-    more = {"experts_implementation": "eager"} if name == "mixtral" else {}  # which takes fp64
-    return transformers.AutoModel.from_config(config, attn_implementation="eager" if name == "falcon" else None, **more)
-
-
-def _inputs(name, padded):
-    generator = torch.Generator("cuda").manual_seed(0)
-    if MODELS[name].get("image_size"):
-        return {"pixel_values": torch.randn(3, 3, 32, 32, device="cuda", generator=generator)}
-    # Rows of masks are whole vectors: of others PyTorch's kernels bring the GPU down.
-    ids = torch.randint(3, 99, (3, 32), device="cuda", generator=generator)
-    given = {"input_ids": ids}
-    if name in ("t5", "bart"):
-        given["decoder_input_ids"] = ids[:, :16]
-    if padded:
-        seen = torch.arange(32, device="cuda") < torch.tensor([32, 17, 5], device="cuda")[:, None]
-        given["attention_mask"] = seen.long()
-    return given
-
-
-def _step(model, given):
-    """Hidden states of real tokens, and the gradients of all parameters that have one."""
-    given = {key: x.to(model.dtype) if x.is_floating_point() else x for key, x in given.items()}
-    model.zero_grad(set_to_none=True)
-    found = model(**given)[0]
-    if "attention_mask" in given and "decoder_input_ids" not in given:
-        found = found * given["attention_mask"][..., None]
-    found.float().square().mean().backward()
-    return [found.detach(), *[each.grad for each in model.parameters() if each.grad is not None]]
-
 
 @pytest.mark.parametrize("served", ["by verdict", "ours", "patched"])
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("kind", ["whole", "padded"])
 @pytest.mark.parametrize("name", MODELS)
-def test_numbers_are_pytorchs(name, padded, served):
-    if padded and MODELS[name].get("image_size"):
+def test_numbers_are_pytorchs(name, kind, served):
+    if (name, kind) not in CASES:
         pytest.skip("images are not padded")
-    given = _inputs(name, padded)
-    truth = _step(_model(name).double().cuda(), given)
+    given = inputs(name, kind, "cuda")
+    right = step(made(name).double().cuda(), given)
     for dtype in (torch.bfloat16, torch.float32):
-        model = _model(name).to("cuda", dtype)
-        theirs = _step(model, given)
+        model = made(name).to("cuda", dtype)
+        theirs = step(model, given)
         forced = dispatch.use("triton") if served == "ours" and dtype == torch.bfloat16 else contextlib.nullcontext()
         changed = tilebook.patched(model) if served == "patched" else contextlib.nullcontext()
         with tilebook.enabled(), forced, changed:
             for _ in range(3):
-                ours = _step(model, given)
-        assert_as_near(ours, theirs, truth, f"{dtype}", blur=4.0)
+                ours = step(model, given)
+        assert_as_near(ours, theirs, right, f"{dtype}", blur=4.0)
 
 
+@pytest.mark.parametrize("served", ["by verdict", "ours"])
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[0] not in OWN])
+def test_numbers_under_our_attention_function_are_pytorchs(name, kind, served):
+    pytest.importorskip("transformers")
+    tilebook.register_transformers()
+    given, right = inputs(name, kind, "cuda"), truth(name, kind, "cuda")
+    for dtype in (torch.bfloat16, torch.float32):
+        model = made(name, attention=plain(name)).to("cuda", dtype)
+        theirs = step(model, given)
+        model.set_attn_implementation("tilebook")
+        forced = dispatch.use("triton") if served == "ours" and dtype == torch.bfloat16 else contextlib.nullcontext()
+        with forced:
+            for _ in range(3):
+                ours = step(model, given)
+        assert_as_near(ours, theirs, right, f"{dtype}", blur=4.0)
+
+
+@pytest.mark.parametrize("called", ["enabled", "attn_implementation"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "t5"])
-def test_generated_tokens_are_pytorchs(name):
-    transformers = pytest.importorskip("transformers")
-    kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **MODELS[name], decoder_start_token_id=0)
-    model = kind.from_config(config).cuda().eval()
-    ids = _inputs(name, False)["input_ids"]
+def test_generated_tokens_are_pytorchs(name, cache, called):
+    kind = "AutoModelForSeq2SeqLM" if name == "t5" else "AutoModelForCausalLM"
+    model = made(name, kind, plain(name), decoder_start_token_id=0).cuda().eval()
+    ids = inputs(name, "whole", "cuda")["input_ids"]
 
     def tokens():
-        return model.generate(ids, max_new_tokens=48, min_new_tokens=48, do_sample=False, pad_token_id=0)
+        options = {"max_new_tokens": 48, "min_new_tokens": 48, "do_sample": False, "pad_token_id": 0}
+        return model.generate(ids, cache_implementation=cache, disable_compile=True, **options)
 
     right = tokens()
     with tilebook.enabled():
+        if called == "attn_implementation":
+            model.set_attn_implementation("tilebook")
         assert torch.equal(tokens(), right)
 
 

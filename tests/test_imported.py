@@ -1,0 +1,125 @@
+"""What is done once somebody else's module has been imported; and how transformers gets to know `"tilebook"` by it."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tilebook import imported
+from tilebook.imported import after_import
+
+ROOT = Path(__file__).parents[1]
+
+INTERFACE = """
+class {name}:
+    known = {{}}
+    @classmethod
+    def register(cls, key, value):
+        cls.known[key] = value
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module that can be imported, and is not yet."""
+    (tmp_path / "somebodys.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "somebodys"
+    sys.modules.pop("somebodys", None)
+    sys.meta_path[:] = [each for each in sys.meta_path if not isinstance(each, imported._Finder)]
+
+
+def test_it_is_called_once_at_the_end_of_the_first_import(module):
+    seen = []
+    for _ in range(2):
+        after_import(module, lambda: seen.append(sys.modules[module].value))
+    assert module not in sys.modules
+    assert seen == []
+    found = importlib.import_module(module)
+    assert seen == [1]
+    assert inspect.getsource(found) == "value = 1\n"
+    assert "exec_module" not in vars(found.__loader__)
+    assert not any(isinstance(each, imported._Finder) for each in sys.meta_path)
+    importlib.reload(found)
+    assert seen == [1]
+
+
+def test_it_is_called_at_once_where_the_module_is_there(module):
+    importlib.import_module(module)
+    seen = []
+    after_import(module, lambda: seen.append("now"))
+    assert seen == ["now"]
+
+
+def test_what_goes_wrong_in_it_is_a_warning(module):
+    after_import(module, lambda: 1 / 0)
+    with pytest.warns(RuntimeWarning, match="somebodys: ZeroDivisionError"):
+        assert importlib.import_module(module).value == 1
+
+
+def test_modules_that_are_not_there_or_fail_raise_what_they_would(module, tmp_path):
+    seen = []
+    after_import("nobodys", lambda: seen.append("called"))
+    with pytest.raises(ModuleNotFoundError, match="nobodys"):
+        importlib.import_module("nobodys")
+    (tmp_path / f"{module}.py").write_text("raise KeyError('broken')\n")
+    after_import(module, lambda: seen.append("called"))
+    with pytest.raises(KeyError, match="broken"):
+        importlib.import_module(module)
+    (tmp_path / f"{module}.py").write_text("value = 22\n")
+    importlib.invalidate_caches()
+    assert seen == []
+    assert importlib.import_module(module).value == 22
+    assert seen == ["called"]
+
+
+@pytest.mark.parametrize(
+    ("version", "program", "expected"),
+    [
+        ("5.17.0", "tilebook.enable(); import transformers.modeling_utils", "True"),
+        ("5.17.0", "import transformers.modeling_utils; tilebook.enable()", "True"),
+        ("5.24.0.dev0", "tilebook.register_transformers()", "True"),
+        ("5.17.0", "import transformers.modeling_utils", "False"),
+        ("5.16.3", "tilebook.enable(); import transformers.modeling_utils", "False"),
+    ],
+)
+def test_transformers_gets_to_know_our_attention(version, program, expected, tmp_path):
+    package = tmp_path / "transformers"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    (package / "modeling_utils.py").write_text(INTERFACE.format(name="AttentionInterface"))
+    (package / "masking_utils.py").write_text(INTERFACE.format(name="AttentionMaskInterface"))
+    lines = [
+        "import sys, warnings; warnings.simplefilter('ignore'); import tilebook, torch",
+        "assert 'transformers' not in sys.modules",
+        program,
+        "from transformers.modeling_utils import AttentionInterface as a",
+        "from transformers.masking_utils import AttentionMaskInterface as m",
+        "print('tilebook' in a.known and 'tilebook' in m.known)",
+    ]
+    environment = {"PATH": "", "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == expected
+
+
+def test_a_transformers_that_is_too_old_or_missing_is_refused_by_name(tmp_path):
+    package = tmp_path / "transformers"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = '4.57.1'\n")
+    for name, interface in (("modeling_utils", "AttentionInterface"), ("masking_utils", "AttentionMaskInterface")):
+        (package / f"{name}.py").write_text(INTERFACE.format(name=interface))
+    program = "import tilebook; tilebook.register_transformers()"
+    environment = {"PATH": "", "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
+    assert "ImportError: 'tilebook' attention needs transformers 5.17 or newer, not 4.57.1" in done.stderr

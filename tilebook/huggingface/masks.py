@@ -1,0 +1,183 @@
+"""Masks for transformers' models, and notes of what they show."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilebook.kernels.attention.check import Causal
+
+NOTE = "_tilebook_structure"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sequences one after the other in a batch that is flattened to (B · S): where they end, and the longest."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+@dataclass
+class Structure:
+    """What a boolean mask (B, 1, Sq, Sk) shows, as `tilebook.attention` takes it.
+
+    causal, window: its arguments.
+    keys:    (B, 1, 1, Sk) booleans, False for padding; None without padding.
+    packs:   (B, S) numbers, the same for tokens of one sequence; None where each row of the batch is one.
+    version: of the mask's contents. It is another after a change in place.
+    """
+
+    causal: Causal
+    window: tuple[int, int] | None
+    keys: Tensor | None
+    packs: Tensor | None
+    version: int = 0
+    _lengths: Lengths | None = field(default=None, repr=False)
+
+    def lengths(self) -> Lengths:
+        """Those of the packs. The host waits for them, once for all layers."""
+        assert self.packs is not None
+        if self._lengths is None:
+            first = torch.ones_like(self.packs, dtype=torch.bool)
+            first[:, 1:] = self.packs.diff(dim=1) != 0
+            starts = first.flatten().nonzero().flatten().to(torch.int32)
+            ends = F.pad(starts, (0, 1), value=self.packs.numel())
+            longest = int(ends.diff().max())
+            self._lengths = Lengths(ends, ends, longest, longest)
+        return self._lengths
+
+
+def capturing(x: Tensor) -> bool:
+    """Is a graph being captured, so that nobody can look at a number?"""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def noted(mask: Tensor) -> Structure | None:
+    """The note on a mask that nobody has changed since."""
+    found: Structure | None = getattr(mask, NOTE, None)
+    return found if found is not None and not mask.is_inference() and mask._version == found.version else None
+
+
+def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask function that transformers calls before the layers: same arguments and result as its `sdpa_mask`.
+
+    Returns:
+        None where nothing but `is_causal` hides a pair, else booleans (B, 1, Sq, Sk), True where a pair takes part; in
+        eager mode with a note of their structure where there is one.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    if mask is not None and not args and not torch.compiler.is_compiling() and not mask.is_inference():
+        found = described(**kwargs)
+        if found is not None:
+            found.version = mask._version
+            setattr(mask, NOTE, found)
+    return mask
+
+
+def described(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> Structure | None:
+    """The structure of a mask, read off what it is made of; None where a part is unknown or has no such form."""
+    if not isinstance(q_offset, int) or (attention_mask is not None and attention_mask.ndim != 2):
+        return None  # a static cache has its offset on the GPU
+    parts = _parts(mask_function)
+    kinds = [kind for kind, _ in parts]
+    if "?" in kinds or len(set(kinds)) < len(kinds) or not _understood():
+        return None
+    of = dict(parts)
+    causal, packs, window = "causal" in of, of.get("packs"), None
+    if "positions" in of and (packs is None or capturing(packs) or not torch.equal(packs, _packs(of["positions"]))):
+        return None
+    if "left" in of:
+        window = (of["left"] - 1, -1)
+    elif "both" in of:
+        window = (of["both"], of["both"])
+    # A kernel's diagonal ends in the last row and column or, if it is causal, starts in the first.
+    shift = q_offset - kv_offset
+    corner: Causal = "bottom_right" if shift == kv_length - q_length else "top_left"
+    if (causal or window) and corner == "top_left" and (shift or not causal):
+        return None
+    keys = None
+    if attention_mask is not None:
+        padded = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[1])))
+        keys = padded[:, kv_offset : kv_offset + kv_length].bool()[:, None, None]
+        keys = keys if capturing(keys) or not keys.all() else None
+    if packs is not None and (keys is not None or shift or packs.shape[1] != q_length or q_length != kv_length):
+        return None
+    return Structure(causal and corner, window, keys, packs)
+
+
+def _parts(function: Any) -> list[tuple[str, Any]]:
+    """What must all hold for a pair to be seen: (kind, detail) of each part of transformers' mask function.
+
+    Its functions are closures. Which one a part is, is told by its code; and unknown code is ("?", None).
+    """
+    from transformers import masking_utils as theirs
+
+    if function is theirs.causal_mask_function:
+        return [("causal", None)]
+    if function is theirs.bidirectional_mask_function:
+        return [("all", None)]
+    code: Any = getattr(function, "__code__", None)
+    cells: Any = getattr(function, "__closure__", None) or ()
+    held = cells[0].cell_contents if len(cells) == 1 else None
+    if code is theirs.and_masks(theirs.causal_mask_function).__code__ and isinstance(held, tuple):
+        return [part for each in held for part in _parts(each)]
+    remap: Any = getattr(theirs, "remap_positions_for_packed_sequence", None)  # newer versions alone
+    if remap is not None and code is remap(theirs.causal_mask_function, None).__code__:
+        inner = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+        if isinstance(inner.get("position_ids"), Tensor) and callable(inner.get("mask_function")):
+            return [*_parts(inner["mask_function"]), ("positions", inner["position_ids"])]
+    if code is theirs.sliding_window_overlay(1).__code__ and type(held) is int:
+        return [("left", held)]
+    if code is theirs.sliding_window_bidirectional_overlay(1).__code__ and type(held) is int:
+        return [("both", held)]
+    if code is theirs.packed_sequence_mask_function(None).__code__ and isinstance(held, Tensor):
+        return [("packs", held)]
+    return [("?", None)]
+
+
+def _packs(positions: Tensor) -> Tensor:
+    """The packs that transformers finds in positions: within one they rise by 1, as rows and columns do."""
+    return (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+
+
+@functools.cache
+def _understood() -> bool:
+    """Do the parts of this version's mask functions hide what `described` takes them to hide?"""
+    from transformers import masking_utils as theirs
+
+    rows, columns = torch.arange(7)[:, None], torch.arange(7)
+    numbers = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
+    expected: list[tuple[Any, Tensor]] = [
+        (theirs.causal_mask_function, columns <= rows),
+        (theirs.bidirectional_mask_function, torch.ones(7, 7, dtype=torch.bool)),
+        (theirs.sliding_window_overlay(3), columns >= rows - 2),
+        (theirs.sliding_window_bidirectional_overlay(3), (columns - rows).abs() <= 3),
+        (theirs.packed_sequence_mask_function(numbers), numbers.mT == numbers),
+    ]
+    pair = theirs.and_masks(*[function for function, _ in expected[:3]])
+    expected.append((pair, expected[0][1] & expected[2][1]))
+    remap: Any = getattr(theirs, "remap_positions_for_packed_sequence", None)
+    if remap is not None:
+        positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1]])
+        expected.append((theirs.and_masks(remap(pair, positions), expected[4][0]), expected[5][1] & expected[4][1]))
+    first: Any = torch.zeros(1, 1, dtype=torch.long)
+    return all(torch.equal(function(first, first, rows, columns).expand(7, 7), seen) for function, seen in expected)
