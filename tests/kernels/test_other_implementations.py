@@ -11,7 +11,7 @@ from tilebook import device as devices
 from tilebook import dispatch, inductor
 from tilebook.kernels.attention.form import CAUSAL, PLAIN, form, limits
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
-from tilebook.kernels.attention.peers import efficient, flex, torch_flash
+from tilebook.kernels.attention.peers import cudnn, efficient, flex, torch_flash
 from tilebook.kernels.attention.peers import torch as own
 from tilebook.tuner.judge.verify import Case, verify
 
@@ -70,7 +70,7 @@ CLAIMS = {
     "B1,H2,S300,Sk100,D32,window250x": "",  # FlashAttention would take the other side for Sk columns
     "B1,H2,S100,D64,softcap": "",
     "B1,H2,S70,D32,causal,alibi": "",
-    "B1,H2,S70,D32,biashqk": "mem_efficient",
+    "B1,H2,S70,D32,biashqk": "mem_efficient cudnn",
     "B1,H2,S70,D32,causal,maskk": "mem_efficient",
     "B1,H2,S70,D32,dropout": "",
 }
@@ -115,6 +115,45 @@ def test_pytorchs_own_call_is_made_of_the_kernels_that_it_picks(aten, monkeypatc
     monkeypatch.setattr(own.eager, "log_sum_exp", None)
     problem = op.problem.parse("B2,H4,Hkv2,S33,D32,causal", dtype)
     verify(op.implementations["torch"], None, [Case.make(op, problem, "cpu", 0)])
+
+
+@BOTH
+def test_masks_and_biases_reach_cudnn_as_it_wants_them(aten, monkeypatch, op):
+    """Without rows that see nothing, of which it makes NaN."""
+
+    class Aten(fake_efficient.Aten):
+        @staticmethod
+        def _scaled_dot_product_cudnn_attention(q, k, v, bias, lse, dropout, causal, debug, *, scale):
+            assert bias is None or (bias.amax(-1) > -torch.inf).all()
+            o, lse, *rest = fake_efficient.Aten._scaled_dot_product_efficient_attention(
+                q, fake_efficient_heads(k, q), fake_efficient_heads(v, q), bias, lse, dropout, causal, scale=scale
+            )
+            return o, lse[..., : q.shape[2], None], *rest
+
+        @staticmethod
+        def _scaled_dot_product_cudnn_attention_backward(
+            do, q, k, v, o, lse, seed, offset, bias, cum_q, cum_k, n_q, n_k, dropout, causal, *, scale
+        ):
+            group = q.shape[1] // k.shape[1]
+            padded = torch.nn.functional.pad(lse[..., 0], (0, -n_q % 32), value=torch.inf)
+            o = o.transpose(1, 2).contiguous().transpose(1, 2)
+            dq, dk, dv, _ = fake_efficient.Aten._scaled_dot_product_efficient_attention_backward(
+                do, q, fake_efficient_heads(k, q), fake_efficient_heads(v, q), bias, o, padded, seed, seed, 0.0,
+                [True, True, True, False], causal, scale=scale,
+            )  # fmt: skip
+            return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
+
+    monkeypatch.setattr(cudnn, "_aten", Aten)
+    judged = 0
+    for problem in problems(op, ("B2,H4,Hkv2,S33,Sk70,D32,biashk", "B1,H2,S33,D24,maskbqk", "B1,H2,S48,D32,maskk")):
+        if op.implementations["cudnn"].supports(problem) and problem.form.bias:
+            verify(op.implementations["cudnn"], None, [Case.make(op, problem, "cpu", 0)])
+            judged += 1
+    assert judged >= 3
+
+
+def fake_efficient_heads(x, q):
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1).contiguous()
 
 
 @pytest.mark.parametrize("mask", ["bool", "float"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -103,10 +104,11 @@ def attention(
 
     Kernels take bf16, fp16 and fp32 on a GPU with D a multiple of 8 from 16 to 256 and scale > 0, sums in fp32; fp32
     factors are rounded to tf32 where `torch.backends.cuda.matmul.allow_tf32` has it. What PyTorch has a fused kernel
-    for is its own call, forward and backward, unless a verdict for this very problem, measured on this GPU, has another
-    ahead. What PyTorch would compose in bf16 or fp16 (windows, soft-cap, ALiBi, dropout, a bias under a causal mask)
-    runs in our kernels, and so do masks. Everything else is PyTorch. Under `torch.compile` a call is the op
-    `tilebook::attention_fwd`, which chooses when it runs. Under autocast q, k and v are cast as there.
+    for, masks and biases that do not learn among it, is its own call, forward and backward, unless a verdict for this
+    very problem, measured on this GPU, has another ahead. What PyTorch would compose in bf16 or fp16 (windows,
+    soft-cap, ALiBi, dropout, a bias under a causal mask), and a bias that learns, run in our kernels. Everything else
+    is PyTorch. Under `torch.compile` a call is the op `tilebook::attention_fwd`, which chooses when it runs. Under
+    autocast q, k and v are cast as there.
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
@@ -119,11 +121,12 @@ def attention(
         and (scale is None or (type(scale) is float and scale > 0))
         and type(q) is type(k) is type(v) is torch.Tensor
     )
-    own = None
+    known_as = None
     if usual:
         near = q.shape, causal
         if again(near, q, k, v) or recall(own := kind(q, k, v, causal), near, q, k, v):  # type: ignore[arg-type]
             return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
+        known_as = own, near
     others = bias, attn_mask, alibi_slopes
     if has_torch_function((q, k, v, *others)):
         if type(attn_mask).__name__ == "CausalBias" and bias is None and not causal:
@@ -134,11 +137,44 @@ def attention(
                 alibi_slopes=alibi_slopes, bias=bias, attn_mask=attn_mask, dropout_p=dropout_p, return_lse=return_lse,
                 deterministic=deterministic,
             )  # fmt: skip
+    return attend(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias,
+        attn_mask=attn_mask, dropout_p=dropout_p, return_lse=return_lse, deterministic=deterministic, usual=usual,
+        known_as=known_as,
+    )  # fmt: skip
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    usual: bool = False,
+    known_as: tuple[Any, Any] | None = None,
+    theirs: Callable[[], torch.Tensor] | None = None,
+) -> Any:
+    """`attention` of tensors of which none overrides PyTorch's functions.
+
+    usual: is all but `causal` and `scale` what it is by default?
+    known_as: what `tilebook.left` is to know such calls by, their kind and what is near it, if it may.
+    theirs: computes a call that is PyTorch's to serve, instead of `plain`.
+    """
+    others = bias, attn_mask, alibi_slopes
     found_way = way(q, k, v, optional=others)
     given = q, k, v
     q, k, v = autocast(*given)
     if q is not given[0] or k is not given[1] or v is not given[2]:
-        own = None
+        known_as = None
     table: torch.Tensor | None = None
     seed: torch.Tensor | None = None
     if usual and q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled():
@@ -158,6 +194,10 @@ def attention(
     extras = table, alibi_slopes, seed
     learnt = alibi_slopes is not None and recorded((alibi_slopes,))
     tensors, options = (q, k, v, *extras), (form, factor)
+
+    def pytorchs(*qkv: torch.Tensor) -> torch.Tensor:
+        return theirs() if theirs is not None else plain((*qkv, *extras), (form, scale))
+
     choice = None
     if found_way == "direct" and not learnt:
         choice = dispatch.known(registered()[0], arguments(tensors, options))
@@ -166,23 +206,24 @@ def attention(
         some = q.numel() and k.numel() and factor > 0
         if found_way == "pytorch" or not some or learnt:
             return _plain(tensors, (form, scale), factor, return_lse)
-        tensors = (rows(q), rows(k), rows(v), *extras)
+        q, k, v = rows(q), rows(k), rows(v)
+        tensors = (q, k, v, *extras)
         if found_way == "op":
             packed = ATTENTION.pack(options)
             if not return_lse and (
                 _left(tensors, packed) or ATTENTION.left_to_pytorch(lambda: posed(tensors, packed), tensors)
             ):
-                return plain(tensors, (form, scale))
+                return pytorchs(q, k, v)
             o, lse = ATTENTION.through(tensors, options)
             return (o, lse) if return_lse else o
         choice = dispatch.lookup(registered()[0], arguments(tensors, options))
-    if own is not None and unsettled(own, choice):
-        keep(own, known(choice, q.numel() * k.shape[2], BOUNDS))
-        if recall(own, near, q, k, v):
-            return plain(tensors, (form, scale))
+    if known_as is not None and unsettled(known_as[0], choice):
+        keep(known_as[0], known(choice, q.numel() * k.shape[2], BOUNDS))
+        if recall(*known_as, q, k, v, *([] if attn_mask is None else [attn_mask])):
+            return pytorchs(q, k, v)
     if not return_lse and left_whole(choice, tensors):
         choice.calls += 1
-        return plain(tensors if choice.aligned else (aligned(q), aligned(k), aligned(v), *extras), (form, scale))
+        return pytorchs(q, k, v) if choice.aligned else pytorchs(aligned(q), aligned(k), aligned(v))
     o, lse = ATTENTION.direct(choice, tensors, options)
     return (o, lse) if return_lse else o
 

@@ -9,8 +9,9 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import way
-from tilebook.kernels.attention.pytorch import positive
+from tilebook.kernels.attention.pytorch import in_vectors, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
+from tilebook.layout import VECTOR
 from tilebook.left import ORDINARY, again, recall
 
 BOUNDS = float(1 << 32), float(1 << 31)
@@ -24,9 +25,12 @@ TRACED = float(1 << 32), float(1 << 34)
 """Likewise of compiled calls, whose op in Python costs the host 100 µs forward and more backward."""
 
 
-def kind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[Any, ...]:
+def kind(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None = None
+) -> tuple[Any, ...]:
     """What a call is known again by, as far as it is PyTorch's to serve."""
-    return q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, causal
+    found = q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, causal
+    return found if mask is None else (*found, mask.shape, mask.stride(), mask.dtype)
 
 
 def scaled_dot_product_attention(
@@ -53,46 +57,61 @@ def scaled_dot_product_attention(
         enable_gqa: key and value have fewer heads, each for several of query's in a row.
 
     Returns:
-        (…, H, L, Ev) in the dtype of query. A row that sees nothing is 0, and so are its gradients.
+        (…, H, L, Ev) in the dtype of query. A row that sees nothing is what PyTorch's kernel makes of it: 0, a mean or
+        NaN. With `tilebook.attention` it is 0, and so are its gradients.
 
     Raises:
         RuntimeError, ValueError: what PyTorch does not take either.
 
     What `tilebook.attention` has no kernel for (E ≠ Ev, batch dimensions to broadcast, nested tensors) is PyTorch's,
-    and so is what overrides PyTorch's function: tensor subclasses, modes, `torch.nn.attention.bias.CausalBias`. Where
-    this function is in the place of PyTorch's, they are told of this one, which they find there.
+    and so is dropout, whose weights would not be the same ones. So is what overrides PyTorch's function: tensor
+    subclasses, modes, `torch.nn.attention.bias.CausalBias`. Where this function is in the place of PyTorch's, they are
+    told of this one, which they find there.
     """
     given = query, key, value, attn_mask
     overridden = has_torch_function(given)
     if overridden and in_place(scaled_dot_product_attention, given):
         more: Any = {"scale": scale, "enable_gqa": enable_gqa}
         return handle_torch_function(scaled_dot_product_attention, given, *given, dropout_p, is_causal, **more)  # type: ignore[no-any-return]
-    tensors = query, key, value
-    plain = type(query) is type(key) is type(value) is torch.Tensor
-    if plain and attn_mask is None and not dropout_p and not (query.is_nested or key.is_nested or value.is_nested):
-        usual = scale is None or (type(scale) is float and scale > 0)
-        near = query.shape, is_causal
-        if usual and (
-            again(near, *tensors) or (query.ndim == 4 and recall(kind(query, key, value, is_causal), near, *tensors))
-        ):
-            return plain_sdpa(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
-    if overridden or not _fits(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    plain = type(query) is type(key) is type(value) is torch.Tensor and (attn_mask is None or _loads(attn_mask))
+    usual = plain and not dropout_p and (scale is None or (type(scale) is float and scale > 0))
+    known_as: Any = None
+    if usual and not any(each.is_nested for each in tensors):
+        near = query.shape, is_causal, None if attn_mask is None else attn_mask.shape
+        if again(near, *tensors):
+            return plain_sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
+        if query.ndim == 4:
+            known_as = kind(query, key, value, is_causal, attn_mask), near
+            if recall(*known_as, *tensors):
+                return plain_sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
+    grouped: Any = {"enable_gqa": enable_gqa} if enable_gqa else {}
+    if overridden or dropout_p or not _fits(query, key, value, attn_mask, is_causal, scale, enable_gqa):
         if not overridden:
             _refuse(query, key, value, dropout_p)
             if type(scale) in (int, float):
                 query, scale = positive(query, scale)
-        grouped: Any = {"enable_gqa": enable_gqa} if enable_gqa else {}
+            attn_mask = _loadable(attn_mask, query, key)
         return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped)  # type: ignore[no-any-return]
-    from tilebook.kernels.attention import attention  # the package imports this module
+    from tilebook.kernels.attention import attend  # the package imports this module
 
+    def theirs() -> torch.Tensor:
+        asked, factor = positive(query, scale)
+        mask = _loadable(attn_mask, query, key)
+        return plain_sdpa(asked, key, value, mask, 0.0, is_causal, scale=factor, **grouped)  # type: ignore[no-any-return]
+
+    options: Any = {"causal": is_causal, "scale": scale, "usual": usual and attn_mask is None}
     if query.ndim == 4:
-        return attention(query, key, value, causal=is_causal, scale=scale, attn_mask=attn_mask, dropout_p=dropout_p)  # type: ignore[no-any-return]
+        options |= {"theirs": theirs if attn_mask is not None else None, "known_as": known_as}
+        return attend(query, key, value, attn_mask=attn_mask, **options)  # type: ignore[no-any-return]
     lead = query.shape[:-3]
     q, k, v = (x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None] for x in (query, key, value))
     mask = attn_mask
     if mask is not None and mask.ndim > 3 and query.ndim > 4:
         mask = mask.expand(*lead, *mask.shape[-3:]).flatten(0, -4)
-    o: torch.Tensor = attention(q, k, v, causal=is_causal, scale=scale, attn_mask=mask, dropout_p=dropout_p)
+    if mask is not None:
+        options["theirs"] = lambda: theirs().reshape(q.shape)
+    o: torch.Tensor = attend(q, k, v, attn_mask=mask, **options)
     return o.reshape(query.shape)
 
 
@@ -111,12 +130,11 @@ def _fits(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    dropout_p: float,
     is_causal: bool,
     scale: Any,
     enable_gqa: bool,
 ) -> bool:
-    """Is this a call that `attention` takes, and not PyTorch's own to serve or to refuse?"""
+    """Is this a call without dropout that `attention` takes, and not PyTorch's own to serve or to refuse?"""
     if not all(isinstance(x, torch.Tensor) and not x.is_nested for x in (query, key, value)):
         return False
     if any(_in_pieces(x) for x in (query, key, value)):
@@ -136,9 +154,35 @@ def _fits(
         and query.device == key.device == value.device
         and heads
         and (scale is None or isinstance(scale, int | float))
-        and 0 <= dropout_p < 1
         and not (is_causal and mask is not None)
         and (mask is None or _takes(mask, query, key))
+    )
+
+
+def _loads(mask: torch.Tensor) -> bool:
+    """Is it a tensor each row of which starts where PyTorch's kernels load whole vectors of it, without looking?
+
+    Of booleans PyTorch makes numbers first, row by row without a gap.
+    """
+    if type(mask) is not torch.Tensor or mask.is_nested or not mask.ndim or mask.stride(-1) != 1:
+        return False
+    if mask.dtype == torch.bool and mask.shape[-1] % VECTOR:
+        return False
+    size = mask.element_size()
+    return not any(step * size % VECTOR for step in mask.stride()[:-1])
+
+
+def _loadable(mask: Any, query: Any, key: Any) -> Any:
+    """The mask, copied where PyTorch's kernels on a GPU could not load it: of such they bring the GPU down."""
+    if not isinstance(mask, torch.Tensor) or not mask.is_cuda or type(mask) not in ORDINARY or not mask.numel():
+        return mask
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return mask  # which has no address here
+    whole = mask.ndim and mask.shape[-1] == key.shape[-2]
+    return (
+        mask
+        if whole and _loads(mask) and not mask.data_ptr() % VECTOR
+        else in_vectors(mask, key.shape[-2], query.dtype)
     )
 
 

@@ -29,4 +29,4 @@ def cudnn_first(arch: str) -> bool:
 
 def native(name: str, problem: Any, device: Device) -> bool:
     """Is an implementation of that name what PyTorch's function runs for this problem on this GPU?"""
-    return name == "torch" or (name == "cudnn" and cudnn_first(device.arch) and problem.form.plain)
+    return name == "torch" or (name == "cudnn" and cudnn_first(device.arch) and not problem.form.composed)

@@ -14,8 +14,9 @@ from tilebook.op import define
 
 
 def _fused(problem: ForwardProblem) -> bool:
-    """Has PyTorch a kernel that anybody would call? Those that take a mask err in rows that see nothing."""
-    return problem.form.plain and not problem.deterministic
+    """Has PyTorch a kernel that anybody would call? A bias that learns has none on every GPU that is fast."""
+    form = problem.form
+    return not (form.composed or form.bias == "dbias" or problem.deterministic)
 
 
 @define("attention_fwd", ForwardProblem, fused=_fused, native=native)

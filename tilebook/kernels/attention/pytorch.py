@@ -43,19 +43,28 @@ def sdpa(
         return o
     mask, hidden = bias if bias.dtype == torch.bool else bias.to(q.dtype), None
     if q.is_cuda:  # rows that see nothing see everything, and then count for nothing
-        hidden = ~mask.any(-1, True) if mask.dtype == torch.bool else mask.amax(-1, True) == -torch.inf
-        mask = mask | hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, 0.0)
-        mask = _in_vectors(mask, k.shape[2])
+        # Where all rows see the same, as with keys that are padded, one is looked at.
+        seen = mask[..., :1, :] if mask.ndim > 1 and not mask.stride(-2) else mask
+        hidden = ~seen.any(-1, True) if mask.dtype == torch.bool else seen.amax(-1, True) == -torch.inf
+        shown = seen | hidden if mask.dtype == torch.bool else seen.masked_fill(hidden, 0.0)
+        mask = in_vectors(shown, k.shape[2], q.dtype).expand(*mask.shape[:-1], k.shape[2])
     o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
     return o if hidden is None else o.masked_fill(hidden, 0.0)
 
 
-def _in_vectors(mask: torch.Tensor, n_k: int) -> torch.Tensor:
-    """A mask or bias with all its columns, each row of which starts where PyTorch's kernels can load whole vectors."""
-    if mask.shape[-1] != n_k:
+def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor:
+    """A mask or bias with all its columns, each row of which starts where PyTorch's kernels can load whole vectors.
+
+    dtype: of what is added to the scores, which PyTorch makes of booleans, row by row without a gap.
+    """
+    if not mask.ndim or mask.shape[-1] != n_k:
         mask = mask.expand(*mask.shape[:-1], n_k)
     short = -n_k % _COLUMNS
-    return torch.nn.functional.pad(mask, (0, short))[..., :n_k] if short else mask.contiguous()
+    if not short:
+        return mask.contiguous()
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return torch.nn.functional.pad(mask, (0, short))[..., :n_k]
 
 
 def nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from tilebook.device import Device
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
+from tilebook.kernels.attention.pytorch import in_vectors
 from tilebook.layout import VECTOR, aligned
 
 _aten = torch.ops.aten
@@ -30,19 +31,43 @@ def supports(problem: ForwardProblem | BackwardProblem) -> bool:
         and problem.head_dim <= 128
         and problem.head_dim % 8 == 0
         and problem.seq_k > 1
-        # Biases it would take too, but a row that they hide altogether comes out as NaN.
-        and problem.form.plain
+        and not problem.form.composed
+        and problem.form.bias != "dbias"
         # Its causal mask is aligned to the other corner where the lengths differ.
         and (not problem.causal or problem.seq_q == problem.seq_k)
     )
 
 
+Dead = torch.Tensor | None
+
+
+def _table(q: torch.Tensor, k: torch.Tensor, form: Form, extras: tuple[torch.Tensor, ...]) -> tuple[Dead, Dead]:
+    """What is added to the scores, (B or 1, H or 1, Sq, Sk) in the dtype of q, and which rows see nothing.
+
+    In these nothing is added: of a row that is hidden altogether it makes NaN.
+    """
+    if not form.bias:
+        return None, None
+    (bias,), (batch, heads, n_q, _), n_k = extras, q.shape, k.shape[2]
+    if form.bias == "mask":
+        table = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill_(~bias, -torch.inf)
+    elif bias.dtype != q.dtype:
+        raise TypeError(f"cuDNN's attention takes biases of {q.dtype} here, not {bias.dtype}")
+    else:
+        table = bias
+    dead = table.amax(-1, True) == -torch.inf
+    table = in_vectors(table.masked_fill(dead, 0.0), n_k, q.dtype)
+    return table.expand(batch, heads, n_q, n_k), dead
+
+
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = aligned(q), aligned(k), aligned(v)
-    o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, form.causal, False, scale=scale)
-    return o, lse.view(q.shape[:-1])
+    table, dead = _table(q, k, form, extras)
+    o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, table, True, 0.0, form.causal, False, scale=scale)
+    lse = lse.view(q.shape[:-1])
+    return (o, lse) if dead is None else (o.masked_fill(dead, 0.0), lse.masked_fill(dead[..., 0], -torch.inf))
 
 
 @functools.lru_cache(4096)
@@ -71,11 +96,15 @@ def backward(
     lse: torch.Tensor,
     form: Form,
     scale: float,
+    *extras: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # not read: there is no dropout
     lengths = q.shape[2], k.shape[2]
     q, k, v = aligned(q), aligned(k), aligned(v)
     do, o = _as_made(do, q), _as_made(o, q)
+    table, dead = _table(q, k, form, extras)
+    if dead is not None:  # exp(-inf - inf) of their weights: no row that sees nothing has a part in a gradient
+        lse = lse.masked_fill(dead[..., 0], torch.inf)
     lse = lse.contiguous()[..., None]
     dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
         do,
@@ -86,7 +115,7 @@ def backward(
         lse,
         seed,
         seed,
-        None,
+        table,
         None,
         None,
         *lengths,

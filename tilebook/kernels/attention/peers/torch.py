@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -14,20 +15,34 @@ from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.peers import cudnn, efficient
 from tilebook.kernels.attention.peers.heads import repeat_heads, sum_heads
-from tilebook.kernels.attention.pytorch import sdpa
+from tilebook.kernels.attention.pytorch import in_vectors, sdpa
 from tilebook.layout import aligned
 from tilebook.torch_ops import recording
 
 _aten = torch.ops.aten
 
 
-def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float) -> SDPBackend:
+def _backend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *mask: torch.Tensor
+) -> SDPBackend:
     """The kernel that PyTorch's function picks for this call on the GPU; on the CPU it is composed."""
     if not q.is_cuda:
         return SDPBackend.MATH
-    grouped = q.shape[1] != k.shape[1]
-    found = torch._fused_sdp_choice(q, k, v, None, 0.0, form.causal, scale=scale, enable_gqa=grouped)
+    grouped, bias = q.shape[1] != k.shape[1], mask[0] if mask else None
+    found = torch._fused_sdp_choice(q, k, v, bias, 0.0, form.causal, scale=scale, enable_gqa=grouped)
     return SDPBackend(found)
+
+
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor) -> Any:
+    """The peer whose kernels PyTorch runs under this mask or bias, None where it composes the call."""
+    if form.composed or form.tf32 or not form.bias:
+        return None
+    (table,) = extras
+    mask = table if form.bias == "mask" else table.to(q.dtype)
+    backend = _backend(q, k, v, form, scale, in_vectors(mask, k.shape[2], q.dtype))
+    if backend == SDPBackend.CUDNN_ATTENTION and form.bias != "dbias":
+        return cudnn
+    return efficient if backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION) else None
 
 
 @contextmanager
@@ -47,6 +62,9 @@ def _precision(form: Form) -> Iterator[None]:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    peer = _masked(q, k, v, form, scale, *extras)
+    if peer is not None:
+        return peer.forward(q, k, v, form, scale, *extras)  # type: ignore[no-any-return]
     if not form.plain or form.tf32:  # SDPA's kernels do not round to tf32
         with _precision(form):
             return eager.forward(q, k, v, form, scale, *extras)
@@ -78,6 +96,9 @@ def backward(
     scale: float,
     *extras: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
+    peer = _masked(q, k, v, form, scale, *extras)
+    if peer is not None:
+        return peer.backward(do, q, k, v, o, lse, form, scale, *extras)  # type: ignore[no-any-return]
     if not form.plain or form.tf32:
         with _precision(form):
             return eager.backward(do, q, k, v, form, scale, *extras)
