@@ -426,7 +426,7 @@ def test_on_a_gpu_too_norms_refuse_what_pytorchs_do_as_those_do(monkeypatch, nam
 def test_a_sequence_in_pieces_on_many_gpus_is_pytorchs(monkeypatch, axis, ours):
     called = []
     monkeypatch.setattr(dispatch.here, "forced", ("torch", None))  # so that the CPU counts as a GPU
-    monkeypatch.setattr("tilebook.kernels.attention.attention", lambda q, *_, **__: called.append(q) or q)
+    monkeypatch.setattr("tilebook.kernels.attention.attend", lambda q, *_, **__: called.append(q) or q)
     monkeypatch.setattr("tilebook.kernels.attention.drop_in.plain_sdpa", lambda q, *_, **__: q)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

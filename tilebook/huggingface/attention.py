@@ -87,6 +87,8 @@ def attention_forward(
     found = _structure(mask, causal, query, key, value)
     if found is not None and lengths is None and found.packs is not None:
         lengths = found.lengths()
+    if found is not None and lengths is None and not call.softcap and bias is None and found.triangle_of_keys:
+        found = None  # PyTorch's kernels for masks are faster than ours that skip half of the tiles
     if found is not None and lengths is None and s_aux is None:
         o = call(query, key, value, causal=found.causal, window=found.window, mask=found.keys, bias=bias)
     elif found is not None and lengths is not None and found.keys is None and call.packs(query, value, bias, s_aux):
@@ -140,14 +142,12 @@ def _structure(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor, va
     """What to compute instead of the mask, where our kernels take it; None where the mask itself serves.
 
     Who serves is chosen here. On the CPU PyTorch has a fused kernel for masks and none for structures, and in fp32 the
-    same holds on a GPU, as it does for causal masks of padded keys; what is traced has masks without a note.
+    same holds on a GPU; what is traced has masks without a note.
     """
     if mask is None:
         return Structure(causal, None, None, None)
     found = None if torch.compiler.is_compiling() else noted(mask)
     if found is None or mask.shape[-2:] != (query.shape[2], key.shape[2]):
-        return None
-    if found.causal and found.keys is not None and found.window is None and found.packs is None:
         return None
     return found if _served(query, key, value) else None
 
