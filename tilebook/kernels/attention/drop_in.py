@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook.call import way
 from tilebook.kernels.attention.pytorch import in_vectors, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
-from tilebook.layout import VECTOR
+from tilebook.layout import VECTOR, aligned
 from tilebook.left import ORDINARY, again, recall
 
 BOUNDS = float(1 << 32), float(1 << 31)
@@ -74,7 +74,9 @@ def scaled_dot_product_attention(
         more: Any = {"scale": scale, "enable_gqa": enable_gqa}
         return handle_torch_function(scaled_dot_product_attention, given, *given, dropout_p, is_causal, **more)  # type: ignore[no-any-return]
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    plain = type(query) is type(key) is type(value) is torch.Tensor and (attn_mask is None or _loads(attn_mask))
+    plain = type(query) is type(key) is type(value) is torch.Tensor
+    if attn_mask is not None:
+        plain = plain and not torch.compiler.is_compiling() and _loads(attn_mask, key.shape[-2])
     usual = plain and not dropout_p and (scale is None or (type(scale) is float and scale > 0))
     known_as: Any = None
     if usual and not any(each.is_nested for each in tensors):
@@ -92,27 +94,26 @@ def scaled_dot_product_attention(
             if type(scale) in (int, float):
                 query, scale = positive(query, scale)
             attn_mask = _loadable(attn_mask, query, key)
+            if dropout_p and all(_placed(x) for x in (query, key, value)):
+                query, key, value = aligned(query), aligned(key), aligned(value)
         return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attend  # the package imports this module
 
-    def theirs() -> torch.Tensor:
-        asked, factor = positive(query, scale)
-        mask = _loadable(attn_mask, query, key)
-        return plain_sdpa(asked, key, value, mask, 0.0, is_causal, scale=factor, **grouped)  # type: ignore[no-any-return]
+    lead, q, k, v, mask = query.shape[:-3], query, key, value, attn_mask
+    if query.ndim != 4:
+        q, k, v = (x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None] for x in (query, key, value))
+        if mask is not None and mask.ndim > 3 and query.ndim > 4:
+            mask = mask.expand(*lead, *mask.shape[-3:]).flatten(0, -4)
 
-    options: Any = {"causal": is_causal, "scale": scale, "usual": usual and attn_mask is None}
-    if query.ndim == 4:
-        options |= {"theirs": theirs if attn_mask is not None else None, "known_as": known_as}
-        return attend(query, key, value, attn_mask=attn_mask, **options)  # type: ignore[no-any-return]
-    lead = query.shape[:-3]
-    q, k, v = (x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None] for x in (query, key, value))
-    mask = attn_mask
-    if mask is not None and mask.ndim > 3 and query.ndim > 4:
-        mask = mask.expand(*lead, *mask.shape[-3:]).flatten(0, -4)
-    if mask is not None:
-        options["theirs"] = lambda: theirs().reshape(q.shape)
-    o: torch.Tensor = attend(q, k, v, attn_mask=mask, **options)
-    return o.reshape(query.shape)
+    def theirs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        asked, factor = positive(q, scale)
+        return plain_sdpa(asked, k, v, _loadable(mask, q, k), 0.0, is_causal, scale=factor, **grouped)  # type: ignore[no-any-return]
+
+    o: torch.Tensor = attend(
+        q, k, v, causal=is_causal, scale=scale, attn_mask=mask, usual=usual and mask is None, known_as=known_as,
+        theirs=None if mask is None else theirs,
+    )  # fmt: skip
+    return o if query.ndim == 4 else o.reshape(query.shape)
 
 
 def in_place(ours: Callable[..., Any], given: Sequence[Any]) -> bool:
@@ -159,31 +160,35 @@ def _fits(
     )
 
 
-def _loads(mask: torch.Tensor) -> bool:
-    """Is it a tensor each row of which starts where PyTorch's kernels load whole vectors of it, without looking?
+def _loads(mask: torch.Tensor, n_k: int) -> bool:
+    """Has it all columns, and does each row start where PyTorch's kernels load whole vectors of it, without looking?
 
     Of booleans PyTorch makes numbers first, row by row without a gap.
     """
-    if type(mask) is not torch.Tensor or mask.is_nested or not mask.ndim or mask.stride(-1) != 1:
+    if type(mask) is not torch.Tensor or mask.is_nested or not mask.ndim or mask.shape[-1] != n_k:
         return False
-    if mask.dtype == torch.bool and mask.shape[-1] % VECTOR:
+    if mask.stride(-1) != 1 or (mask.dtype == torch.bool and n_k % VECTOR):
         return False
     size = mask.element_size()
     return not any(step * size % VECTOR for step in mask.stride()[:-1])
 
 
+def _placed(x: Any) -> bool:
+    """Is it an ordinary tensor on a GPU, with an address that can be asked for here?"""
+    if type(x) not in ORDINARY or not x.is_cuda or x.is_nested or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and torch._C._has_storage(x)
+
+
 def _loadable(mask: Any, query: Any, key: Any) -> Any:
     """The mask, copied where PyTorch's kernels on a GPU could not load it: of such they bring the GPU down."""
-    if not isinstance(mask, torch.Tensor) or not mask.is_cuda or type(mask) not in ORDINARY or not mask.numel():
+    if not _placed(mask) or not mask.numel():
         return mask
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return mask  # which has no address here
-    whole = mask.ndim and mask.shape[-1] == key.shape[-2]
-    return (
-        mask
-        if whole and _loads(mask) and not mask.data_ptr() % VECTOR
-        else in_vectors(mask, key.shape[-2], query.dtype)
-    )
+    n_k = key.shape[-2]
+    if _loads(mask, n_k) and not mask.data_ptr() % VECTOR:
+        return mask
+    found = in_vectors(mask, n_k, query.dtype)
+    return found.clone() if found.data_ptr() % VECTOR else found  # in one piece, but not from a vector's start on
 
 
 def _in_pieces(x: torch.Tensor) -> bool:

@@ -34,12 +34,13 @@ def _backend(
 
 
 def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor) -> Any:
-    """The peer whose kernels PyTorch runs under this mask or bias, None where it composes the call."""
-    if form.composed or form.tf32 or not form.bias:
+    """The peer whose kernels PyTorch runs under this mask or bias, None where it composes the call.
+
+    It wants a bias in the dtype of q, and rounds another.
+    """
+    if form.composed or form.tf32 or not form.bias or (form.bias != "mask" and extras[0].dtype != q.dtype):
         return None
-    (table,) = extras
-    mask = table if form.bias == "mask" else table.to(q.dtype)
-    backend = _backend(q, k, v, form, scale, in_vectors(mask, k.shape[2], q.dtype))
+    backend = _backend(q, k, v, form, scale, in_vectors(extras[0], k.shape[2], q.dtype))
     if backend == SDPBackend.CUDNN_ATTENTION and form.bias != "dbias":
         return cudnn
     return efficient if backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION) else None

@@ -1,0 +1,182 @@
+"""Calls of the drop-in under a mask or with dropout are PyTorch's own, of tensors that its kernels can load."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tilebook
+from tilebook import dispatch
+from tilebook.dispatch.choice import Choice
+from tilebook.kernels import attention as package
+from tilebook.kernels.attention import drop_in
+from tilebook.kernels.attention.ops import attention_fwd
+from tilebook.layout import VECTOR, fits
+
+SDPA = F.scaled_dot_product_attention
+
+
+@pytest.fixture
+def pytorchs(monkeypatch):
+    """On a machine whose GPU is the CPU PyTorch's own serves; what its function is given."""
+    given, choices = [], {}
+
+    def sdpa(*args, **options):
+        given.append((args, options))
+        return SDPA(*args, **options)
+
+    def lookup(op, args):
+        known = dispatch.key(op, args)
+        if known not in choices:
+            problem = attention_fwd.problem.of(*args)
+            choices[known] = made = Choice(attention_fwd.implementations["torch"], None, "fallback", problem)
+            made.kept, made.aligned = True, all(fits(x) for x in args[:3])
+        return choices[known]
+
+    for module in (package, drop_in):
+        monkeypatch.setattr(module, "way", lambda *_, **__: "direct")
+        monkeypatch.setattr(module, "plain_sdpa", sdpa)
+    monkeypatch.setattr(drop_in, "_placed", lambda x: isinstance(x, torch.Tensor))
+    monkeypatch.setattr(dispatch, "known", lambda op, args: None)
+    monkeypatch.setattr(dispatch, "lookup", lookup)
+    dispatch.reload()
+    yield given
+    dispatch.reload()
+
+
+def _qkv(*shape, dtype=torch.bfloat16):
+    source = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape or (2, 4, 32, 16), generator=source).to(dtype) for _ in range(3))
+
+
+def _shown(*shape):
+    shown = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    shown[..., 0] = True
+    return shown
+
+
+MASKS = {
+    "padded keys": lambda: _shown(2, 1, 1, 32).expand(2, 1, 32, 32),
+    "of each row": lambda: _shown(32, 32),
+    "of each head": lambda: _shown(2, 4, 32, 32),
+    "added": lambda: torch.randn(32, 32).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_that_can_be_loaded_is_passed_on_as_it_is(pytorchs, name):
+    q, mask = _qkv(), MASKS[name]()
+    right = SDPA(*q, attn_mask=mask)
+    for turn in range(3):
+        assert torch.equal(tilebook.scaled_dot_product_attention(*q, attn_mask=mask), right)
+        assert len(pytorchs) == turn + 1
+        assert pytorchs[-1][0][3] is mask
+        assert all(a is b for a, b in zip(pytorchs[-1][0], q, strict=False))
+
+
+def test_a_call_that_is_known_asks_nobody(pytorchs, monkeypatch):
+    q, mask = _qkv(), MASKS["padded keys"]()
+    tilebook.scaled_dot_product_attention(*q, attn_mask=mask)
+    monkeypatch.setattr(package, "attend", None)
+    tilebook.scaled_dot_product_attention(*q, attn_mask=MASKS["padded keys"]())
+    assert len(pytorchs) == 2
+
+
+def _cut(columns):
+    """Rows that start anywhere, of numbers to add."""
+    return torch.randn(40, 137).bfloat16()[3:35, 5 : 5 + columns]
+
+
+HARD = {
+    "rows that start anywhere": lambda: _cut(32),
+    "one row that starts anywhere": lambda: _cut(32)[2:3],
+    "one column for all": lambda: _cut(32)[:, 2:3],
+    "one number for all": lambda: _cut(32)[2:3, 2:3],
+    "every second column": lambda: torch.randn(32, 64).bfloat16()[:, ::2],
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_a_mask_that_cannot_be_loaded_is_copied(pytorchs, name):
+    q, mask = _qkv(), HARD[name]()
+    right = SDPA(*q, attn_mask=mask.contiguous())
+    for _ in range(3):
+        torch.testing.assert_close(tilebook.scaled_dot_product_attention(*q, attn_mask=mask), right)
+        passed = pytorchs[-1][0][3]
+        assert passed.shape[-1] == 32
+        assert not passed.data_ptr() % VECTOR
+        assert not any(n > 1 and step * 2 % VECTOR for n, step in zip(passed.shape[:-1], passed.stride(), strict=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
+def test_rows_of_any_length_are_padded_in_memory(pytorchs, dtype):
+    q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16), (32, 37, 37), strict=True))
+    mask = _shown(32, 37) if dtype == torch.bool else torch.randn(32, 37).bfloat16()
+    right = SDPA(q, k, v, attn_mask=mask)
+    for _ in range(3):
+        torch.testing.assert_close(tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask), right)
+        passed = pytorchs[-1][0][3]
+        assert (passed.dtype, passed.shape[-1], passed.stride(-2)) == (torch.bfloat16, 37, 48)
+
+
+def test_tensors_that_lie_otherwise_are_copied_under_a_mask(pytorchs):
+    q, k, v = _qkv()
+    odd = torch.randn(2 * 4 * 32 * 16 + 1).bfloat16()[1:].view(2, 4, 32, 16)
+    mask = MASKS["of each row"]()
+    for given in ((odd, k, v), (q, odd, v), (q, k, odd)):
+        for _ in range(2):
+            found = tilebook.scaled_dot_product_attention(*given, attn_mask=mask)
+            assert torch.equal(found, SDPA(*(x.clone() for x in given), attn_mask=mask))
+            assert not any(x.data_ptr() % VECTOR for x in pytorchs[-1][0][:3])
+
+
+def test_dropout_is_pytorchs(pytorchs):
+    q = _qkv()
+    for mask in (None, MASKS["of each row"](), _cut(32)):
+        torch.manual_seed(3)
+        right = SDPA(*q, attn_mask=None if mask is None else mask.contiguous(), dropout_p=0.5)
+        torch.manual_seed(3)
+        assert torch.equal(tilebook.scaled_dot_product_attention(*q, attn_mask=mask, dropout_p=0.5), right)
+        assert pytorchs[-1][0][4] == 0.5
+    odd = torch.randn(2 * 4 * 32 * 16 + 1).bfloat16()[1:].view(2, 4, 32, 16)
+    tilebook.scaled_dot_product_attention(odd, *q[1:], dropout_p=0.5)
+    assert not pytorchs[-1][0][0].data_ptr() % VECTOR
+
+
+@pytest.mark.parametrize("shape", [(32, 16), (4, 32, 16), (2, 3, 4, 32, 16)], ids=str)
+def test_any_number_of_axes_has_pytorchs_numbers(pytorchs, shape):
+    q, mask = _qkv(*shape, dtype=torch.float32), MASKS["of each row"]()
+    found = tilebook.scaled_dot_product_attention(*q, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, SDPA(*q, attn_mask=mask, scale=0.3))
+    assert len(pytorchs) == 1
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_is_not_positive_is_followed(pytorchs, scale):
+    q, mask = _qkv(dtype=torch.float32), MASKS["of each row"]()
+    right = SDPA(-q[0] if scale else q[0] * 0, *q[1:], attn_mask=mask, scale=-scale or 1.0)
+    torch.testing.assert_close(tilebook.scaled_dot_product_attention(*q, attn_mask=mask, scale=scale), right)
+
+
+def test_gradients_are_pytorchs(pytorchs):
+    q, mask = [x.requires_grad_() for x in _qkv(dtype=torch.float32)], MASKS["padded keys"]()
+    right = torch.autograd.grad(SDPA(*q, attn_mask=mask).square().sum(), q)
+    for _ in range(3):
+        found = torch.autograd.grad(tilebook.scaled_dot_product_attention(*q, attn_mask=mask).square().sum(), q)
+        assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+def test_attention_under_a_mask_of_the_same_for_all_rows_looks_at_one(monkeypatch):
+    """Of keys that are padded one row is made safe for PyTorch's kernels, not all."""
+    from tilebook.kernels.attention import pytorch
+
+    seen = []
+    monkeypatch.setattr(pytorch, "in_vectors", lambda mask, n_k, dtype: seen.append(mask.shape) or mask)
+    monkeypatch.setattr(pytorch, "scaled_dot_product_attention", lambda q, *_, **__: q)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    q, k, v = (x.as_subclass(OnGpu) for x in _qkv())
+    pytorch.sdpa(q, k, v, False, None, MASKS["padded keys"]())
+    pytorch.sdpa(q, k, v, False, None, MASKS["of each head"]())
+    assert seen == [(2, 1, 1, 32), (2, 4, 32, 32)]
