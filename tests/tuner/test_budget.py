@@ -272,3 +272,14 @@ def test_the_candidates_of_a_verdict_under_a_budget_have_the_default_the_winner_
     (default,) = [each for each in verdict.finalists if each.default]
     assert default.key == ("triton", make_op().tunable.space.default(SHAPES[0], None).key)
     assert len(verdict.finalists) >= 3
+
+
+def test_what_pytorchs_own_function_runs_is_in_the_contest_however_short_the_time(path):
+    """A verdict serves in its place: how far ahead it is must have been seen, not guessed from a first look."""
+    op = flexible()
+    op.fused = lambda problem: True
+    states, *_ = budgeted(path, 30.0, problems=SHAPES[:1], attempt=0.5, verify=3.0, op=op)
+    (verdict,) = [state.verdict for state in states]
+    assert verdict is not None
+    assert verdict.notes["unconfirmed"] > 0
+    assert "torch" in {each.implementation for each in verdict.finalists}

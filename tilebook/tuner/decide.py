@@ -173,21 +173,25 @@ def _wanted(tuning: Tuning, extra: Sequence[Candidate]) -> list[Candidate]:
 def _within(tuning: Tuning, runner: Runner, rounds: int, seed: int, extra: Sequence[Candidate], turn: Turn) -> Contest:
     """The contest of those finalists that there is time to verify, the fastest first, one by one.
 
-    The default, the fastest of all and the fastest that has a space are among them, or it is no contest.
+    The default, the fastest of all, the fastest that has a space and what PyTorch's own function runs are among them,
+    or it is no contest: a verdict serves in the place of that function.
     """
     default, *rest = _wanted(tuning, extra)
     tuned = {entrant.name for entrant in tuning.entrants}
     rest.sort(key=lambda c: (tuning.times[c], tuning.burden(c)))
     ahead = [c for c in rest if c.implementation in tuned][:1]
-    wanted = [default, *dict.fromkeys([*rest[:1], *ahead, *rest])]
+    native = [c for c in rest if tuning.native(c)][:1]
+    musts = list(dict.fromkeys([*rest[:1], *ahead, *native]))
+    fewest = max(_FEWEST, 1 + len(musts))
+    wanted = [default, *dict.fromkeys([*musts, *rest])]
     passed: list[Candidate] = []
     for place, candidate in enumerate(wanted):
         part, lasting = "each" if passed else "first", [*passed, candidate]
         sampling_s = rounds * sum(max(SAMPLE_MS, tuning.times[c]) for c in lasting) / 1e3
         needed = turn.expected(part) + sampling_s + turn.expected("fresh")
-        if place < _FEWEST and not turn.may_end(needed):
+        if place < fewest and not turn.may_end(needed):
             raise OutOfTime("the budget ended before its winner could be confirmed")
-        if place >= _FEWEST and not turn.affords(needed):
+        if place >= fewest and not turn.affords(needed):
             tuning.unconfirmed = len(wanted) - place
             break
         began = turn.now()

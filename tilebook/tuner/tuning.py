@@ -78,6 +78,10 @@ class Tuning:
     unmeasured: list[str] = field(default_factory=list)
     unconfirmed: int = 0
 
+    def native(self, candidate: Candidate) -> bool:
+        """Is it what PyTorch's own function runs for this problem, in whose place the verdict will serve?"""
+        return self.op.fused(self.problem) and self.op.native(candidate.implementation, self.problem, self.gpu)
+
     @property
     def default(self) -> Candidate:
         ours = self.entrants[0]
