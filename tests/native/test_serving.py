@@ -1,10 +1,12 @@
 """What is answered of PyTorch's calls: whose they are, and the launches that repeat them."""
 
 import ctypes
+import os
 import stat
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -390,7 +392,12 @@ def test_it_is_begun_once(tmp_path, monkeypatch):
     ((command, environment),) = begun
     assert command[1:] == ["-m", "tilebook.native", "--nice"]
     assert "TILEBOOK" not in environment
+    marker = place.place(tmp_path).with_name("begun")
+    os.utime(marker, (time.time() - 7200,) * 2)
+    for _ in range(2):
+        build.begin()
+    assert len(begun) == 2  # it came to nothing, an hour ago
     monkeypatch.setattr(build.Path, "exists", lambda self: False)
     monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path / "other"))
     build.begin()
-    assert len(begun) == 1
+    assert len(begun) == 2

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from tilebook.native.place import SOURCE, built, folder, place
 
 _MOST_SECONDS = 600.0
+_AGAIN_S = 3600.0
 _started: list[subprocess.Popen[bytes]] = []
 
 
@@ -66,7 +68,8 @@ def build() -> Path:
 def begin() -> None:
     """Has it built by a process of its own, at the lowest priority, for the programs to come. Once for all ranks.
 
-    Only on a machine with a GPU, and where it has not failed before: `python -m tilebook.native` says why.
+    Only on a machine with a GPU. What came to nothing, as `python -m tilebook.native` says why, is tried again after an
+    hour.
     """
     root = folder()
     if root is None or torch.version.cuda is None or not Path("/dev/nvidiactl").exists():
@@ -75,7 +78,12 @@ def begin() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TILEBOOK"}
     with suppress(OSError):
         begun.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        begun.touch(exist_ok=False)
+        try:
+            begun.touch(exist_ok=False)
+        except FileExistsError:
+            if time.time() - begun.stat().st_mtime < _AGAIN_S:
+                return
+            begun.touch()
         _started.append(
             subprocess.Popen(
                 [sys.executable, "-m", "tilebook.native", "--nice"], env=environment, start_new_session=True,
