@@ -110,6 +110,14 @@ class Problem:
     EXACT: ClassVar[frozenset[str]] = frozenset()
     """Dimensions for which a near value will not do (a head dimension, say)."""
 
+    TRANSFER: ClassVar[float] = 0.0
+    """How much of a config's measured lead over PyTorch's kernel is left at least on a problem that is `like` the
+    measured one (benchmarks/transfer.py); 0 where nobody knows."""
+
+    def like(self, measured: Problem) -> bool:
+        """Is what was measured of a config on the other problem worth something here, see `TRANSFER`?"""
+        return False
+
     @functools.cached_property
     def key(self) -> str:
         """Canonical JSON: what a verdict is stored under."""
@@ -252,6 +260,11 @@ class Problem:
 
     def check(self) -> None:
         """Raises UsageError where the fields contradict each other."""
+
+    def apart(self, other: Problem) -> float:
+        """Sum of |log2| of the ratios of all dimensions, of those too for which a near value will not do."""
+        sizes = [field.name for field in self._fields() if "letter" in field.metadata]
+        return sum(abs(math.log2(getattr(self, name) / getattr(other, name))) for name in sizes)
 
     def distance(self, other: Problem) -> float:
         """Sum of |log2| of the ratios of the dimensions; infinite where a verdict for one cannot serve the other."""

@@ -116,12 +116,43 @@ class Snapshot:
                 if self._counts(candidate[0], problem, verdict):
                     yield Choice(*candidate, "exact", problem, self.gpu, verdict.layer, verdict)
         if fused:
-            # Faster than PyTorch's own kernel only where that was measured: a neighbour's verdict is no evidence.
+            # Faster than PyTorch's own kernel only where that was measured, or follows from what was.
+            yield from self._expected(op, problem)
             yield pytorch(op, problem, self.gpu)
         for verdict in near:
             for candidate in self._feasible(op, problem, verdict):
                 yield Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
         yield from self._defaults(op, problem)
+
+    def _expected(self, op: Op[Any], problem: Problem) -> Iterator[Choice]:
+        """Winners of verdicts on problems like this one, nearest first, if all are far enough ahead of PyTorch's.
+
+        Far enough is what leaves a lead here when as much of it is lost as was ever seen to be, see `Problem.TRANSFER`.
+        """
+        if not problem.TRANSFER:
+            return
+        leads, found = [], []
+        for verdict, other in self.verdicts(op):
+            lead = self._lead(op, verdict, other) if problem.like(other) else None
+            if lead is not None:
+                leads.append(lead)
+                found.append((problem.apart(other), verdict.problem, verdict))
+        if not leads or min(leads) * problem.TRANSFER < _THIN:
+            return
+        for _, _, verdict in sorted(found, key=lambda each: each[:2]):
+            for candidate in self._feasible(op, problem, verdict):
+                if candidate[0].digest:
+                    yield Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
+
+    def _lead(self, op: Op[Any], verdict: Served, measured: Problem) -> float | None:
+        """How often as fast as PyTorch's own kernel ours was, None where both were not measured in this environment."""
+        then, now = verdict.environment, devices.environment()
+        if not verdict.measured or any(then.get(each, now.get(each)) != now.get(each) for each in _DECISIVE):
+            return None
+        times = _times(verdict)
+        theirs = [ms for name, ms in times.items() if op.native(name, measured, self.gpu)]
+        ours = [times[name] for name, each in op.implementations.items() if name in times and each.digest]
+        return min(theirs) / min(ours) if theirs and ours else None
 
     def _around(self, op: Op[Any], problem: Problem, most: int) -> tuple[list[Served], Iterator[Served]]:
         """The verdicts on a problem itself, and those that are near enough to serve it, nearest first.

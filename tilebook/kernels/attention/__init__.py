@@ -106,9 +106,9 @@ def attention(
     factors are rounded to tf32 where `torch.backends.cuda.matmul.allow_tf32` has it. What PyTorch has a fused kernel
     for, masks and biases that do not learn among it, is its own call, forward and backward, unless a verdict for this
     very problem, measured on this GPU, has another ahead. What PyTorch would compose in bf16 or fp16 (windows,
-    soft-cap, ALiBi, dropout, a bias under a causal mask), and a bias that learns, run in our kernels. Everything else
-    is PyTorch. Under `torch.compile` a call is the op `tilebook::attention_fwd`, which chooses when it runs. Under
-    autocast q, k and v are cast as there.
+    soft-cap, ALiBi, dropout, a bias under a causal mask) runs in our kernels. Everything else is PyTorch. Under
+    `torch.compile` a call is the op `tilebook::attention_fwd`, which chooses when it runs. Under autocast q, k and v are
+    cast as there.
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
@@ -182,13 +182,11 @@ def attend(
     else:
         scale = numbers(scale, softcap, dropout_p)
         bias = together(bias, attn_mask)
-        # PyTorch's kernels would round such a bias; ours, which are deterministic, take it as it is.
-        exact = theirs is None and bias is not None and bias.dtype not in (torch.bool, q.dtype)
         form = checked_form(
             q, k, causal, window, bias, softcap=float(softcap), alibi=alibi_slopes is not None,
             dropout=float(dropout_p),
             tf32=q.dtype == torch.float32 and tf32_allowed(),
-            deterministic=bool(deterministic) or exact or torch.are_deterministic_algorithms_enabled(),
+            deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p else None
         table = bias if bias is None else _four(bias)

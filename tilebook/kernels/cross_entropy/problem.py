@@ -27,6 +27,9 @@ MOST_ELEMENTS = 5 << 28
 PIECE = 1 << 26
 """Numbers of the logits that references take at a time, so that what they make of them fits into memory."""
 
+_VOCABULARY, _MANY, _APART = 16384, 1024, 4.0
+"""Classes and rows from which on problems are like each other, if no more doublings than that are between them."""
+
 _IGNORED_EVERY = 61
 """Of the rows that inputs have. More would flatter kernels that do not read them."""
 
@@ -40,6 +43,7 @@ class CrossEntropy(op.Problem):
     """
 
     EXACT = frozenset({"classes"})
+    TRANSFER = 0.6
     PASSES: ClassVar[int]
     """How often as many bytes as the logits have are moved."""
     FLOPS: ClassVar[float]
@@ -55,6 +59,14 @@ class CrossEntropy(op.Problem):
     def posed(cls, logits: torch.Tensor, label_smoothing: float, softcap: float) -> Self:
         rows, classes = logits.shape
         return cls(op.dtype_name(logits.dtype), next_power_of_2(rows), classes, label_smoothing != 0, softcap != 0)
+
+    def like(self, measured: op.Problem) -> bool:
+        """Vocabularies: rows of many blocks, and so many that no GPU waits for work."""
+        if not isinstance(measured, CrossEntropy) or type(measured) is not type(self):
+            return False
+        forms = [(each.dtype, each.smoothed, each.capped) for each in (self, measured)]
+        many = min(self.classes, measured.classes) >= _VOCABULARY and min(self.rows, measured.rows) >= _MANY
+        return forms[0] == forms[1] and many and self.apart(measured) <= _APART
 
     def neighbours(self) -> Sequence[Self]:
         more = min(max(1024, 2 * self.rows), (1 << 26) // self.classes)  # cheap, and yet more than any GPU runs at once

@@ -22,6 +22,7 @@ class Norm(op.Problem):
     """
 
     EXACT = frozenset({"width"})
+    TRANSFER = 0.85
     FAMILY: ClassVar[str]
     """Whose norms of public models these are."""
     STATISTICS: ClassVar[int]
@@ -45,6 +46,14 @@ class Norm(op.Problem):
         there = sum(vector is not None for vector in vectors)
         parameters = "bare" if not there else "affine" if there == cls.VECTORS else "unbiased"
         return cls(op.dtype_name(x.dtype), next_power_of_2(x.shape[0]), x.shape[1], parameters)
+
+    def like(self, measured: op.Problem) -> bool:
+        """Rows of about the same width, which are as many blocks, and at least as many of them: few gain less."""
+        if not isinstance(measured, Norm) or type(measured) is not type(self):
+            return False
+        alike = (self.dtype, self.parameters) == (measured.dtype, measured.parameters) and not self.width % 16
+        wide = next_power_of_2(self.width) == next_power_of_2(measured.width) and 10 * self.width >= 7 * measured.width
+        return alike and wide and 7 * self.width <= 10 * measured.width and 1 <= self.rows / measured.rows <= 4
 
     def neighbours(self) -> Sequence[Self]:
         more = min(max(1024, 2 * self.rows), (1 << 26) // self.width)  # cheap, and yet more than any GPU runs at once

@@ -22,12 +22,8 @@ def usual(problem: ForwardProblem) -> bool:
 
 
 def proven(problem: ForwardProblem) -> bool:
-    """Seen right on an H200, and not where PyTorch may be faster: it has kernels for padded widths, biases and fp32.
-
-    And for masks, but those err in rows that see nothing; to mend that costs more than our kernel does.
-    """
-    masked = problem.form.bias == "mask" and problem.head_dim == problem.width
-    return usual(problem) or (problem.dtype in ("bf16", "fp16") and (problem.form.composed or masked))
+    """Seen right on an H200, and not where PyTorch may be faster: it has kernels for padded widths, biases and fp32."""
+    return usual(problem) or (problem.dtype in ("bf16", "fp16") and problem.form.composed)
 
 
 MADE_BY_KERNEL = 2
