@@ -107,8 +107,8 @@ def attention(
     for, masks and biases that do not learn among it, is its own call, forward and backward, unless a verdict for this
     very problem, measured on this GPU, has another ahead. What PyTorch would compose in bf16 or fp16 (windows,
     soft-cap, ALiBi, dropout, a bias under a causal mask) runs in our kernels. Everything else is PyTorch. Under
-    `torch.compile` a call is the op `tilebook::attention_fwd`, which chooses when it runs. Under autocast q, k and v are
-    cast as there.
+    `torch.compile` a call is the op `tilebook::attention_fwd`, which chooses when it runs. Under autocast q, k and v
+    are cast as there.
 
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
