@@ -91,3 +91,11 @@ def test_a_shape_of_a_longer_sequence_has_the_larger_share_of_its_models_time():
     shares = models.share([(fwd, local), (fwd, whole)], gpu)
     # 14 layers see 128 columns and 8 all 8,192.
     assert shares[1] > 10 * shares[0] > 0
+
+
+def test_the_suite_of_training_has_norms_as_autocast_has_them():
+    for family in ("layer_norm", "rms_norm"):
+        for op in ops.families()[family]:
+            found = op.problem.suites()["training"]
+            assert len(found) == len(set(found)) >= 30
+            assert all(problem.dtype == "fp32" and problem.rows >= 2048 for problem in found)

@@ -9,6 +9,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import way
+from tilebook.dispatch import forced
 from tilebook.kernels.attention.pytorch import in_vectors, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import VECTOR, aligned
@@ -81,7 +82,7 @@ def scaled_dot_product_attention(
     known_as: Any = None
     if usual and not any(each.is_nested for each in tensors):
         near = query.shape, is_causal, None if attn_mask is None else attn_mask.shape
-        if again(near, *tensors):
+        if again(near, *tensors) or not (query.is_cuda or forced()):
             return plain_sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
         if query.ndim == 4:
             known_as = kind(query, key, value, is_causal, attn_mask), near

@@ -93,7 +93,8 @@ class CrossEntropy(op.Problem):
     @classmethod
     def suites(cls) -> Mapping[str, Sequence[Self]]:
         shapes = [(m, v) for v in VOCABULARIES for m in ROWS if m * v <= MOST_ELEMENTS]
-        return {"models": [cls(dtype, m, v) for dtype in ("bf16", "fp32") for m, v in shapes]}
+        posed = [cls(dtype, m, v) for dtype in ("bf16", "fp32") for m, v in shapes]
+        return {"models": posed, "training": posed}
 
     def drawn(self, device: torch.device | str, seed: int) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
         """Random logits (M, V), targets (M,), of which every 61st is ignored, and the options."""

@@ -13,6 +13,9 @@ from tilebook import models, op
 from tilebook.op import Cost
 from tilebook.problem import next_power_of_2
 
+_TRAINED = 2048
+"""Rows that a training step has at least."""
+
 
 @dataclass(frozen=True)
 class Norm(op.Problem):
@@ -79,7 +82,10 @@ class Norm(op.Problem):
     @classmethod
     def suites(cls) -> Mapping[str, Sequence[Self]]:
         norms = [cls.parse(f"M8192,N{width}", "bf16") for width in (1024, 4096, 16384)]
-        return {"norms": norms, "models": [cls.parse(*each) for each in models.shapes(cls.FAMILY)]}
+        posed = [cls.parse(*each) for each in models.shapes(cls.FAMILY)]
+        many = [problem for problem in posed if problem.rows >= _TRAINED]
+        fp32 = [dataclasses.replace(problem, dtype="fp32") for problem in many]  # as autocast has norms
+        return {"norms": norms, "models": posed, "training": list(dict.fromkeys(fp32))}
 
     def drawn(self, device: torch.device | str, seed: int, matrices: int) -> tuple[list[torch.Tensor], list[Any]]:
         """So many random (M, N), and (N,) for each vector there may be, None for those that are not there."""
