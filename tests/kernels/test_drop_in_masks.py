@@ -36,6 +36,7 @@ def pytorchs(monkeypatch):
         monkeypatch.setattr(module, "way", lambda *_, **__: "direct")
         monkeypatch.setattr(module, "plain_sdpa", sdpa)
     monkeypatch.setattr(drop_in, "_placed", lambda x: isinstance(x, torch.Tensor))
+    monkeypatch.setattr(drop_in, "forced", lambda: True)
     monkeypatch.setattr(dispatch, "known", lambda op, args: None)
     monkeypatch.setattr(dispatch, "lookup", lookup)
     dispatch.reload()
@@ -186,3 +187,11 @@ def test_attention_under_a_mask_of_the_same_for_all_rows_looks_at_one(monkeypatc
     pytorch.sdpa(q, k, v, False, None, MASKS["padded keys"]())
     pytorch.sdpa(q, k, v, False, None, MASKS["of each head"]())
     assert seen == [(2, 1, 1, 32), (2, 4, 32, 32)]
+
+
+def test_without_a_gpu_it_asks_nobody(monkeypatch):
+    monkeypatch.setattr(package, "attend", None)
+    monkeypatch.setattr(drop_in, "_fits", None)
+    q, mask = _qkv(dtype=torch.float32), MASKS["of each row"]()
+    assert torch.equal(tilebook.scaled_dot_product_attention(*q, attn_mask=mask), SDPA(*q, attn_mask=mask))
+    assert torch.equal(tilebook.scaled_dot_product_attention(*q, is_causal=True), SDPA(*q, is_causal=True))

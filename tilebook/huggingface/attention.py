@@ -161,7 +161,7 @@ def _served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return way(query, key, value) != "pytorch"
 
 
-@dataclass(frozen=True)
+@dataclass  # one that is frozen, PyTorch 2.11 does not trace
 class _Call:
     """What a call asks for beside its tensors, and how they go together."""
 
