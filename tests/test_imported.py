@@ -1,9 +1,11 @@
 """What is done once somebody else's module has been imported; and how transformers gets to know `"tilebook"` by it."""
 
 import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,46 @@ def test_it_is_called_at_once_where_the_module_is_there(module):
     seen = []
     after_import(module, lambda: seen.append("now"))
     assert seen == ["now"]
+
+
+def test_it_is_called_after_an_import_that_is_under_way(tmp_path, monkeypatch):
+    """As where a module imports PyTorch, which loads what asks for that module."""
+    (tmp_path / "halfway.py").write_text(
+        "from tilebook.imported import after_import\nimport seen_by\n"
+        "after_import('halfway', lambda: seen_by.values.append(__import__('halfway').value))\nvalue = 1\n"
+    )
+    (tmp_path / "seen_by.py").write_text("values = []\n")
+    (tmp_path / "some_other.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        importlib.import_module("halfway")
+        importlib.import_module("some_other")
+        assert sys.modules["seen_by"].values == [1]
+        assert not any(isinstance(each, imported._Later) for each in sys.meta_path)
+    finally:
+        for name in ("halfway", "seen_by", "some_other"):
+            sys.modules.pop(name, None)
+        sys.meta_path[:] = [each for each in sys.meta_path if not isinstance(each, imported._Later)]
+
+
+def test_a_loader_may_be_that_of_other_modules_too(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "both.zip", "w") as archive:
+        archive.writestr("zipped/__init__.py", "")
+        archive.writestr("zipped/wanted.py", "value = 1\n")
+        archive.writestr("zipped/other.py", "")
+    monkeypatch.syspath_prepend(str(tmp_path / "both.zip"))
+    seen = []
+    try:
+        after_import("zipped.wanted", lambda: seen.append("wanted"))
+        importlib.util.find_spec("zipped.wanted")  # somebody looks whether it is there
+        importlib.import_module("zipped.other")
+        assert seen == []
+        importlib.import_module("zipped.wanted")
+        assert seen == ["wanted"]
+    finally:
+        for name in [name for name in sys.modules if name.startswith("zipped")]:
+            del sys.modules[name]
+        sys.meta_path[:] = [each for each in sys.meta_path if not isinstance(each, imported._Finder)]
 
 
 def test_what_goes_wrong_in_it_is_a_warning(module):

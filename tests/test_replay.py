@@ -96,6 +96,20 @@ def test_plan_repeats_the_launches_on_new_tensors_without_the_jit():
     assert kernel.starts == [(4, 1, 1), (4, 1, 1)]
 
 
+def test_a_tensor_that_was_given_twice_is_two_when_it_is_repeated():
+    """What a launcher passes on of the second must be the second's, whatever it was when the call was recorded."""
+
+    def call(x, other):
+        y = torch.empty_like(x)
+        launch(kernel, (4,), other, y, 2.0, BLOCK=16, num_warps=4)
+        return (y,)
+
+    kernel, x, other = Quiet(), torch.randn(8, 8), torch.randn(8, 8)
+    (y,), plan = record(call, (x, x))
+    assert torch.equal(y, 2 * x)
+    assert torch.equal(plan((x, other))[0], 2 * other)
+
+
 class Fields(NamedTuple):
     x: Any
     y: Any

@@ -112,6 +112,7 @@ def _describer(descriptor: Any) -> Callable[[torch.Tensor], Any]:
 def record(call: Callable[..., Outputs], args: Sequence[Any]) -> tuple[Outputs, Plan | None]:
     """Runs `call(*args)` and returns its outputs, with a plan that repeats it, or None where it cannot be repeated."""
     started: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
+    args = _apart(args)
 
     def start(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], meta: dict[str, Any]) -> None:
         compiled = launch.start(kernel, grid, given, meta)
@@ -125,6 +126,16 @@ def record(call: Callable[..., Outputs], args: Sequence[Any]) -> tuple[Outputs, 
         return outputs, _plan(watch, started, args, outputs)
     except _Unrepeatable:
         return outputs, None
+
+
+def _apart(args: Sequence[Any]) -> list[Any]:
+    """The arguments, of which a tensor that is given twice is two: the next call may give two that differ."""
+    seen: set[int] = set()
+    found = []
+    for each in args:
+        found.append(each.detach() if isinstance(each, torch.Tensor) and id(each) in seen else each)
+        seen.add(id(each))
+    return found
 
 
 def _plan(watch: _Watch, started: Sequence[Any], args: Sequence[Any], outputs: Outputs) -> Plan:

@@ -119,6 +119,20 @@ def test_a_revoked_config_is_passed_over(choose):
     assert choose(led(MEASURED, 3.0, config=config), problem=problem, revocations=[revoked], op=NORM).native
 
 
+def test_no_finalist_serves_that_was_not_far_enough_ahead_itself(choose):
+    problem, best = NORM.problem.parse("M16384,N1024", "fp32"), other_config(MEASURED)
+    slow = NORM.tunable.space.default(MEASURED, GPU)
+    ranked = [
+        {"implementation": "triton", "config": dict(best), "time_ms": 1.0},
+        {"implementation": "torch", "config": {}, "time_ms": 1.5},
+        {"implementation": "triton", "config": dict(slow), "time_ms": 3.0},
+    ]
+    measured = led(MEASURED, 1.5, config=best, evidence={"candidates": ranked})
+    assert choose(measured, problem=problem, op=NORM).config == best
+    revoked = Revocation(op=NORM.name, reason="wrong", implementation="triton", config=best)
+    assert choose(measured, problem=problem, revocations=[revoked], op=NORM).native
+
+
 def test_vocabularies_are_like_each_other(choose):
     measured = led(LOSS.problem.parse("M8192,V32000", "bf16"), 3.0, op=LOSS)
     for text in ("M8192,V50257", "M16384,V128256", "M2048,V32000"):

@@ -1,6 +1,9 @@
 """PyTorch's ops with recorded launches in their places, on the CPU: what launches is a function of this file."""
 
 import ctypes
+import os
+import signal
+import sys
 import threading
 
 import pytest
@@ -203,6 +206,91 @@ SPOILT = {
     "too many tensors": (None, (PLAN[0] * 20, PLAN[1], [5, 6, 7]), None),
     "too many parameters": (None, (PLAN[0], [(77, (1, 1, 1), 32, 0, [(0, 0)] * 99)], [5, 6, 7]), None),
 }
+
+
+@pytest.mark.parametrize("status", [2, 201, 900])
+def test_a_launch_that_may_work_another_time_is_tried_again(served, status):
+    served.answers[OPS[0]] = PLANNED
+    x = _x()
+    _norm(x)
+    served.machine.status = status
+    _near(_norm(x), _plain(served, lambda: _norm(x)))
+    served.machine.status = 0
+    _norm(x)
+    assert served.launched == 1
+
+
+def test_where_there_is_no_memory_for_it_the_call_is_pytorchs(served):
+    huge = (1 << 50,)
+    served.answers[OPS[0]] = None, ([*PLAN[0], (huge, (1,), 6)], *PLAN[1:]), None
+    x = _x()
+    for _ in range(3):
+        _near(_norm(x), _plain(served, lambda: _norm(x)))
+    assert (served.launched, len(served.asked)) == (0, 1)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_what_ends_a_program_is_not_kept_from_it(served, kind):
+    def ends(args):
+        raise kind
+
+    served.answers[OPS[0]] = ends
+    x = _x()
+    with pytest.raises(kind):
+        _norm(x)
+    served.answers[OPS[0]] = PLANNED
+    for _ in range(2):
+        _norm(x)
+    assert served.launched == 1
+
+
+def test_an_answer_that_was_under_way_when_all_was_forgotten_is_not_kept(served):
+    def forgotten(args):
+        served.extension.clear()
+        return PLANNED
+
+    served.answers[OPS[0]] = forgotten
+    x = _x()
+    for _ in range(3):
+        _norm(x)
+    assert (served.launched, len(served.asked)) == (0, 3)
+
+
+def test_a_token_is_held_once_for_all_kinds(served):
+    token = object()
+    served.answers[OPS[0]] = None, False, token
+    before = sys.getrefcount(token)
+    for rows in range(1, 40):
+        _norm(_x(rows, WIDTH).detach())
+    assert sys.getrefcount(token) <= before + 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_is_pytorchs_and_never_waits(served):
+    served.answers[OPS[0]] = PLANNED
+    x = _x().detach()
+    right, going = _plain(served, lambda: _norm(x)), threading.Event()
+
+    def work():
+        while not going.is_set():
+            _norm(x)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+    for each in threads:
+        each.start()
+    try:
+        for _ in range(30):
+            child = os.fork()
+            if not child:
+                signal.alarm(20)
+                served.extension.clear()
+                os._exit(0 if torch.allclose(_norm(x), right, atol=1e-5) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        going.set()
+        for each in threads:
+            each.join()
 
 
 @pytest.mark.parametrize("name", SPOILT)

@@ -175,11 +175,13 @@ def test_what_dispatch_leaves_to_pytorch_is_left(serving, monkeypatch, kept, dec
 
 def test_an_error_leaves_the_call_to_pytorch_with_one_warning(serving, monkeypatch):
     with pytest.warns(RuntimeWarning, match="PyTorch's: ValueError: broken"):
-        assert _answer(serving, monkeypatch, Choice(broken=ValueError("broken"))) == (None, False, None)
+        found = [_answer(serving, monkeypatch, Choice(broken=ValueError("broken")))]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _answer(serving, monkeypatch, Choice(broken=ValueError("broken"))) == (None, False, None)
+        found += [_answer(serving, monkeypatch, Choice(broken=ValueError("broken"))) for _ in range(4)]
         lost = _answer(serving, monkeypatch, Choice(broken=torch.OutOfMemoryError("full")))
+    # It may have been a signal's handler that raised: only errors again and again decide.
+    assert found == [(None, None, None)] * 4 + [(None, False, None)]
     assert lost == (None, None, None)
 
 

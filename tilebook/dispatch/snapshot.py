@@ -131,28 +131,28 @@ class Snapshot:
         """
         if not problem.TRANSFER:
             return
-        leads, found = [], []
+        found = []
         for verdict, other in self.verdicts(op):
-            lead = self._lead(op, verdict, other) if problem.like(other) else None
-            if lead is not None:
-                leads.append(lead)
-                found.append((problem.apart(other), verdict.problem, verdict))
-        if not leads or min(leads) * problem.TRANSFER < _THIN:
+            theirs = self._theirs(op, verdict, other) if problem.like(other) else None
+            ours = [each.time_ms for each in verdict.finalists if each.time_ms and op.digest_of(each.implementation)]
+            if theirs and ours:
+                found.append((problem.apart(other), verdict.problem, theirs / min(ours), theirs, verdict))
+        if not found or min(lead for _, _, lead, _, _ in found) * problem.TRANSFER < _THIN:
             return
-        for _, _, verdict in sorted(found, key=lambda each: each[:2]):
-            for candidate in self._feasible(op, problem, verdict):
-                if candidate[0].digest:
-                    yield Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
+        for _, _, _, theirs, verdict in sorted(found, key=lambda each: each[:2]):
+            times = {(each.implementation, Config(each.config)): each.time_ms for each in verdict.finalists}
+            for implementation, config in self._feasible(op, problem, verdict):
+                its = times.get((implementation.name, config or Config()))
+                if implementation.digest and its and theirs / its * problem.TRANSFER >= _THIN:
+                    yield Choice(implementation, config, "nearest", problem, self.gpu, verdict.layer, verdict)
 
-    def _lead(self, op: Op[Any], verdict: Served, measured: Problem) -> float | None:
-        """How often as fast as PyTorch's own kernel ours was, None where both were not measured in this environment."""
+    def _theirs(self, op: Op[Any], verdict: Served, measured: Problem) -> float | None:
+        """How long PyTorch's own kernel took beside ours, None where that was not measured in this environment."""
         then, now = verdict.environment, devices.environment()
         if not verdict.measured or any(then.get(each, now.get(each)) != now.get(each) for each in _DECISIVE):
             return None
-        times = _times(verdict)
-        theirs = [ms for name, ms in times.items() if op.native(name, measured, self.gpu)]
-        ours = [times[name] for name, each in op.implementations.items() if name in times and each.digest]
-        return min(theirs) / min(ours) if theirs and ours else None
+        native = [ms for name, ms in _times(verdict).items() if op.native(name, measured, self.gpu)]
+        return min(native, default=None)
 
     def _around(self, op: Op[Any], problem: Problem, most: int) -> tuple[list[Served], Iterator[Served]]:
         """The verdicts on a problem itself, and those that are near enough to serve it, nearest first.

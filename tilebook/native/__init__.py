@@ -7,6 +7,7 @@ the extension has not been built there are our functions in the places of PyTorc
 
 from __future__ import annotations
 
+import atexit
 import importlib.machinery
 import importlib.util
 import threading
@@ -26,7 +27,8 @@ from tilebook.op import Op
 __all__ = ["Standing", "available", "begin", "serve", "stop"]
 
 _FEW = 4
-"""Calls of one kind after which a choice has a plan or never will: the first compiles, the second is recorded."""
+"""Calls of one kind after which a choice has a plan or never will: the first compiles, the second is recorded. As many
+errors in answering for an op are passed over."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class _Serving:
         self._extension: Any = None
         self._failed = False
         self._standings: dict[str, Standing] = {}
-        self._warned = False
+        self._failures: dict[str, int] = {}
 
     def extension(self) -> Any:
         """The module, None where it is not built, does not load or finds no driver."""
@@ -101,11 +103,12 @@ class _Serving:
         except torch.OutOfMemoryError:
             return None, None, None  # PyTorch's kernel may need less, or says so itself
         except Exception as broken:
-            if not self._warned:
-                self._warned = True
+            failures = self._failures[name] = self._failures.get(name, 0) + 1
+            if failures == 1:
                 text = f"tilebook: {name} is PyTorch's: {type(broken).__name__}: {broken}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
-            return None, False, None
+            # It may have been somebody's signal handler that raised.
+            return None, (False if failures > _FEW else None), None
 
     def _answer(self, standing: Standing, args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
         given = standing.posed(args)
@@ -140,6 +143,7 @@ def _loaded() -> Any:
 
 
 _serving = _Serving()
+atexit.register(_serving.stop)  # no thread is to ask an interpreter that is gone
 
 
 def available() -> bool:

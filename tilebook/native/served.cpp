@@ -14,16 +14,20 @@
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <shared_mutex>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 namespace {
@@ -61,7 +65,7 @@ struct Plan {
 
 enum class Decision { ask, left, planned };
 
-// What is known of one kind of call. Objects of Python are held for ever: launches need the code that they keep loaded.
+// What is known of one kind of call. Its token is among `tokens`.
 struct Kind {
   Decision decision = Decision::ask;
   Plan plan;
@@ -84,12 +88,21 @@ struct Hash {
 
 std::shared_mutex kinds_lock;
 std::unordered_map<Key, std::shared_ptr<Kind>, Hash> kinds;
+uint64_t generation = 0;  // of what is known: another after `clear`; under the lock
+// Objects of Python, each held once and for ever: launches need the code that they keep loaded. Under the GIL.
+std::unordered_set<PyObject*> tokens;
 std::atomic<bool> on{false};
 std::atomic<bool> always_ask{false};
 std::atomic<Launcher> launcher{nullptr};
 std::atomic<int> served_device{static_cast<int>(c10::DeviceType::CUDA)};
 PyObject* resolver = nullptr;
 std::vector<std::unique_ptr<torch::Library>> installed;
+
+// Of the driver, to give a thread a context that has none: PyTorch may have had no reason to.
+int (*context_of_thread)(void**) = nullptr;
+int (*set_context)(void*) = nullptr;
+int (*retain_context)(void**, int) = nullptr;
+int (*device_of)(int*, int) = nullptr;
 
 thread_local bool asking = false;
 thread_local Key key;
@@ -130,7 +143,7 @@ bool described(const void* op, const c10::IValue* args, size_t count) {
       key.push_back(static_cast<int64_t>(tensor.scalar_type()) << 8 | tensor.dim());
       key.insert(key.end(), tensor.sizes().begin(), tensor.sizes().end());
       key.insert(key.end(), tensor.strides().begin(), tensor.strides().end());
-      key.push_back(reinterpret_cast<int64_t>(tensor.data_ptr()) & 15);
+      key.push_back(reinterpret_cast<int64_t>(tensor.const_data_ptr()) & 15);
     } else if (arg.isNone()) {
       key.push_back(-2);
     } else if (arg.isDouble()) {
@@ -167,9 +180,21 @@ void* stream_of(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-// Allocates and launches what was recorded; puts the outputs in the place of the arguments. False where a launch fails,
-// the arguments then being what they were but for their strides.
-bool repeated(const Plan& plan, Stack* stack, size_t count) {
+enum class Outcome { done, not_now, never };
+
+// What a launch returns where another one may work: no context, or a graph that is being captured.
+bool passing(int status) { return status == 2 || status == 201 || (status >= 900 && status <= 908); }
+
+void give_context(c10::Device device) {
+  void* current = nullptr;
+  int number = 0;
+  if (!context_of_thread || device.is_cpu() || (context_of_thread(&current) == 0 && current)) return;
+  if (device_of(&number, device.index()) == 0 && retain_context(&current, number) == 0) set_context(current);
+}
+
+// Allocates and launches what was recorded; puts the outputs in the place of the arguments. Else the arguments are what
+// they were but for their strides.
+Outcome repeated(const Plan& plan, Stack* stack, size_t count) {
   const size_t first = stack->size() - count;
   at::Tensor made[kMostTensors];
   c10::Device device = c10::kCPU;
@@ -181,20 +206,25 @@ bool repeated(const Plan& plan, Stack* stack, size_t count) {
     }
   }
   const c10::DeviceGuard guard(device);
-  for (size_t i = first; i < stack->size(); ++i) {
-    auto& arg = (*stack)[i];  // launches are recorded for contiguous tensors, which PyTorch's kernels make of others too
-    if (arg.isTensor() && arg.toTensor().defined() && !arg.toTensor().is_contiguous()) {
-      arg = arg.toTensor().contiguous();
+  try {
+    for (size_t i = first; i < stack->size(); ++i) {
+      auto& arg = (*stack)[i];  // launches are recorded for contiguous tensors, which PyTorch makes of others too
+      if (arg.isTensor() && arg.toTensor().defined() && !arg.toTensor().is_contiguous()) {
+        arg = arg.toTensor().contiguous();
+      }
     }
-  }
-  for (size_t i = 0; i < plan.made.size(); ++i) {
-    const auto& each = plan.made[i];
-    made[i] = at::empty_strided(each.sizes, each.strides, at::TensorOptions().dtype(each.dtype).device(device));
+    for (size_t i = 0; i < plan.made.size(); ++i) {
+      const auto& each = plan.made[i];
+      made[i] = at::empty_strided(each.sizes, each.strides, at::TensorOptions().dtype(each.dtype).device(device));
+    }
+  } catch (const c10::Error&) {
+    return Outcome::not_now;  // no memory: PyTorch's kernel may need less, or says so itself
   }
   const auto address = [&](int slot) -> uint64_t {
     const auto& tensor = slot < static_cast<int>(count) ? (*stack)[first + slot].toTensor() : made[slot - count];
-    return reinterpret_cast<uint64_t>(tensor.data_ptr());
+    return reinterpret_cast<uint64_t>(tensor.const_data_ptr());
   };
+  give_context(device);
   void* stream = stream_of(device);
   const auto start = launcher.load(std::memory_order_relaxed);
   for (const auto& launch : plan.launches) {
@@ -204,16 +234,15 @@ bool repeated(const Plan& plan, Stack* stack, size_t count) {
       values[i] = launch.slots[i] == kNoTensor ? launch.numbers[i] : address(launch.slots[i]);
       parameters[i] = &values[i];
     }
-    if (start(launch.function, launch.grid[0], launch.grid[1], launch.grid[2], launch.threads, 1, 1, launch.shared,
-              stream, parameters, nullptr) != 0) {
-      return false;
-    }
+    const int status = start(launch.function, launch.grid[0], launch.grid[1], launch.grid[2], launch.threads, 1, 1,
+                             launch.shared, stream, parameters, nullptr);
+    if (status != 0) return passing(status) ? Outcome::not_now : Outcome::never;
   }
   torch::jit::drop(*stack, count);
   for (const int slot : plan.outputs) {
     stack->emplace_back(slot == kNoTensor ? at::Tensor() : std::move(made[slot - count]));
   }
-  return true;
+  return Outcome::done;
 }
 
 // ---- Python
@@ -310,11 +339,28 @@ bool parsed(PyObject* given, size_t count, Plan& plan) {
   return true;
 }
 
-void keep(std::shared_ptr<Kind> kind) {
+uint64_t generation_now() {
+  std::shared_lock<std::shared_mutex> guard(kinds_lock);
+  return generation;
+}
+
+// Remembers a kind, unless all has been forgotten since it was asked about.
+void keep(std::shared_ptr<Kind> kind, uint64_t since) {
   std::unique_lock<std::shared_mutex> guard(kinds_lock);
+  if (since != generation) return;
   if (kinds.size() >= kMostKinds) kinds.clear();
   kinds[key] = std::move(kind);
 }
+
+// While Python is asked, calls of this thread are PyTorch's; what it does may come here again and use `key`.
+struct Asking {
+  const Key mine = key;
+  Asking() { asking = true; }
+  ~Asking() {
+    asking = false;
+    key = mine;
+  }
+};
 
 // Asks Python about a kind of call. True where it has computed this one, whose outputs then replace the arguments.
 //
@@ -323,13 +369,19 @@ bool asked(const std::string& name, Stack* stack, size_t count, bool kept) {
   const size_t first = stack->size() - count;
   const Gil gil;
   if (!resolver) return false;
-  const Key mine = key;  // what Python does may come here again
+  const uint64_t since = generation_now();
   const Object args(PyTuple_New(static_cast<Py_ssize_t>(count)));
   for (size_t i = 0; i < count; ++i) PyTuple_SET_ITEM(args.held, i, wrapped((*stack)[first + i]));
-  asking = true;
-  const Object answer(PyObject_CallFunction(resolver, "s#O", name.data(), static_cast<Py_ssize_t>(name.size()), args.held));
-  asking = false;
-  key = mine;
+  const auto call = [&] {
+    const Asking now;
+    return PyObject_CallFunction(resolver, "s#O", name.data(), static_cast<Py_ssize_t>(name.size()), args.held);
+  };
+  const Object answer(call());
+  if (!answer && !PyErr_ExceptionMatches(PyExc_Exception)) {  // Ctrl-C, or the end of the program
+    python_error raised;
+    raised.persist();
+    throw raised;
+  }
   PyObject *outputs, *decision, *token;
   if (!answer || !PyArg_ParseTuple(answer, "OOO", &outputs, &decision, &token)) {
     PyErr_WriteUnraisable(resolver);
@@ -342,9 +394,9 @@ bool asked(const std::string& name, Stack* stack, size_t count, bool kept) {
       PyErr_WriteUnraisable(resolver);
       kind->decision = Decision::left;
     }
-    Py_INCREF(token);
+    if (tokens.insert(token).second) Py_INCREF(token);
     kind->token = token;
-    keep(std::move(kind));
+    keep(std::move(kind), since);
   }
   if (outputs == Py_None) return false;
   std::vector<at::Tensor> tensors;
@@ -374,10 +426,13 @@ void serve(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
       } else {
         kind->calls.fetch_add(1, std::memory_order_relaxed);
         if (kind->decision == Decision::planned) {
-          if (repeated(kind->plan, stack, count)) return;
-          auto broken = std::make_shared<Kind>();
-          broken->decision = Decision::left;
-          keep(std::move(broken));
+          const auto outcome = repeated(kind->plan, stack, count);
+          if (outcome == Outcome::done) return;
+          if (outcome == Outcome::never) {
+            auto broken = std::make_shared<Kind>();
+            broken->decision = Decision::left;
+            keep(std::move(broken), generation_now());
+          }
         }
       }
     }
@@ -409,7 +464,15 @@ PyObject* stop(PyObject*, PyObject*) {
 PyObject* able(PyObject*, PyObject*) {
   if (!launcher.load()) {
     void* driver = dlopen("libcuda.so.1", RTLD_NOW);
-    if (driver) launcher = reinterpret_cast<Launcher>(dlsym(driver, "cuLaunchKernel"));
+    if (driver) {
+      context_of_thread = reinterpret_cast<int (*)(void**)>(dlsym(driver, "cuCtxGetCurrent"));
+      set_context = reinterpret_cast<int (*)(void*)>(dlsym(driver, "cuCtxSetCurrent"));
+      retain_context = reinterpret_cast<int (*)(void**, int)>(dlsym(driver, "cuDevicePrimaryCtxRetain"));
+      device_of = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
+      if (context_of_thread && set_context && retain_context && device_of) {
+        launcher = reinterpret_cast<Launcher>(dlsym(driver, "cuLaunchKernel"));
+      }
+    }
   }
   return PyBool_FromLong(launcher.load() != nullptr);
 }
@@ -433,6 +496,7 @@ PyObject* ask(PyObject*, PyObject* given) {
 PyObject* clear(PyObject*, PyObject*) {
   std::unique_lock<std::shared_mutex> guard(kinds_lock);
   kinds.clear();
+  ++generation;
   Py_RETURN_NONE;
 }
 
@@ -479,4 +543,11 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "tilebook_served", nullptr, -1, met
 
 }  // namespace
 
-extern "C" PyMODINIT_FUNC PyInit_tilebook_served() { return PyModule_Create(&module); }
+extern "C" PyMODINIT_FUNC PyInit_tilebook_served() {
+  // In a forked process nobody is there to give the lock back, and no GPU.
+  pthread_atfork(nullptr, nullptr, [] {
+    new (&kinds_lock) std::shared_mutex;
+    on = false;
+  });
+  return PyModule_Create(&module);
+}
