@@ -31,7 +31,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield "somebodys"
     sys.modules.pop("somebodys", None)
-    sys.meta_path[:] = [each for each in sys.meta_path if not isinstance(each, imported._Finder)]
+    sys.meta_path[:] = [each for each in sys.meta_path if getattr(each, "name", "") != "somebodys"]
 
 
 def test_it_is_called_once_at_the_end_of_the_first_import(module):
@@ -44,7 +44,7 @@ def test_it_is_called_once_at_the_end_of_the_first_import(module):
     assert seen == [1]
     assert inspect.getsource(found) == "value = 1\n"
     assert "exec_module" not in vars(found.__loader__)
-    assert not any(isinstance(each, imported._Finder) for each in sys.meta_path)
+    assert not any(isinstance(each, imported._Finder) and each.name == module for each in sys.meta_path)
     importlib.reload(found)
     assert seen == [1]
 
@@ -69,11 +69,11 @@ def test_it_is_called_after_an_import_that_is_under_way(tmp_path, monkeypatch):
         importlib.import_module("halfway")
         importlib.import_module("some_other")
         assert sys.modules["seen_by"].values == [1]
-        assert not any(isinstance(each, imported._Later) for each in sys.meta_path)
+        assert not any(isinstance(each, imported._Later) and each.name == "halfway" for each in sys.meta_path)
     finally:
         for name in ("halfway", "seen_by", "some_other"):
             sys.modules.pop(name, None)
-        sys.meta_path[:] = [each for each in sys.meta_path if not isinstance(each, imported._Later)]
+        sys.meta_path[:] = [each for each in sys.meta_path if getattr(each, "name", "") != "halfway"]
 
 
 def test_a_loader_may_be_that_of_other_modules_too(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_a_loader_may_be_that_of_other_modules_too(tmp_path, monkeypatch):
     finally:
         for name in [name for name in sys.modules if name.startswith("zipped")]:
             del sys.modules[name]
-        sys.meta_path[:] = [each for each in sys.meta_path if not isinstance(each, imported._Finder)]
+        sys.meta_path[:] = [each for each in sys.meta_path if getattr(each, "name", "") != "zipped.wanted"]
 
 
 def test_what_goes_wrong_in_it_is_a_warning(module):
