@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import random
-import statistics
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +22,7 @@ from typing import Any
 
 import torch
 from compare import save
-from train_steps import BLOCK_MS, SETTLED_STEPS, block
+from train_steps import SETTLED_STEPS, alternated
 
 import tilebook
 from tilebook import device as devices
@@ -121,32 +118,8 @@ def _batch(case: Case, vocabulary: int, device: str, tiny: bool) -> dict[str, to
 def measured(case: Case, hows: list[str], rounds: int, device: str, tiny: bool) -> dict[str, Any]:
     runs: dict[str, Run] = {how: Run(case, how, device, tiny) for how in hows}
     first = {how: [float(run.step()) for _ in range(4)] for how, run in runs.items()}
-    for run in runs.values():
-        block(run, 3 if device == "cpu" else SETTLED_STEPS // 4, device)  # type: ignore[arg-type]
-    estimate = max(block(run, 3, device)[0] for run in runs.values())  # type: ignore[arg-type]
-    steps, order = 2 if device == "cpu" else max(2, math.ceil(BLOCK_MS / estimate)), random.Random(0)
-    timed: dict[str, list[tuple[float, float]]] = {name: [] for name in (*runs, "again")}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for name in order.sample(list(timed), len(timed)):
-                timed[name].append(block(runs["pytorch" if name == "again" else name], steps, device))  # type: ignore[arg-type]
-    finally:
-        gc.enable()
-    ms = {name: [each for each, _ in series] for name, series in timed.items()}
-
-    def ratio(name: str) -> list[float]:
-        both = [a / b for a, b in zip(ms["pytorch"], ms[name], strict=True)]
-        return [round(value, 4) for value in statistics.quantiles(both, n=4, method="inclusive")]
-
-    return {
-        "first_losses": first,
-        "steps_a_block": steps,
-        "ms": {name: round(statistics.median(series), 4) for name, series in ms.items() if name != "again"},
-        "peak_mb": {name: round(max(b for _, b in timed[name]) / 2**20) for name in runs},
-        "ratio": {name: ratio(name) for name in timed if name != "pytorch"},
-    }
+    steps, found = alternated(runs, rounds, device, SETTLED_STEPS // 4)
+    return {"first_losses": first, "steps_a_block": steps, **found}
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -157,7 +130,7 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['model']}: {'; '.join(parts)}; {times}"
 
 
-def main(made: Callable[..., dict[str, Any]] = measured) -> None:
+def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--only", default="", help="models whose name contains this")
@@ -173,7 +146,7 @@ def main(made: Callable[..., dict[str, Any]] = measured) -> None:
             continue
         row: dict[str, Any] = {"model": name}
         try:
-            row.update(made(case, given.how.split(","), given.rounds, given.device, given.tiny))
+            row.update(measured(case, given.how.split(","), given.rounds, given.device, given.tiny))
         except Exception as broken:
             row["failed"] = f"{type(broken).__name__}: {broken}"[:500]
         rows.append(row)

@@ -169,10 +169,13 @@ def block(run: Run, steps: int, device: str) -> tuple[float, float]:
     return ms, torch.cuda.max_memory_allocated() - resting if device == "cuda" else 0
 
 
-def measure(runs: dict[str, Run], rounds: int, device: str) -> dict[str, Any]:
-    """ms a step and peak memory of each, and the ratio to plain PyTorch round by round."""
+def alternated(runs: dict[str, Any], rounds: int, device: str, settled: int) -> tuple[int, dict[str, Any]]:
+    """(steps a block, what of each run is worth telling) of blocks that alternate after so many steps, PyTorch's twice.
+
+    ms a step, the most memory, and by round the ratio of plain PyTorch to each: its quartiles.
+    """
     for run in runs.values():
-        block(run, 3 if device == "cpu" else SETTLED_STEPS, device)
+        block(run, 3 if device == "cpu" else settled, device)
     estimate = max(block(run, 3, device)[0] for run in runs.values())
     steps, order = max(2, math.ceil(BLOCK_MS / estimate)), random.Random(0)
     if device == "cpu":
@@ -187,17 +190,23 @@ def measure(runs: dict[str, Run], rounds: int, device: str) -> dict[str, Any]:
     finally:
         gc.enable()
     ms = {name: [each for each, _ in series] for name, series in timed.items()}
-    ratios = {name: [a / b for a, b in zip(ms["pytorch"], ms[name], strict=True)] for name in ("tilebook", "again")}
-    ratio, noise = (
-        [round(value, 4) for value in statistics.quantiles(each, n=4, method="inclusive")] for each in ratios.values()
-    )
-    return {
-        "steps_a_block": steps,
-        "ms": {name: round(statistics.median(series), 4) for name, series in ms.items() if name != "again"},
+    ratios = {name: [a / b for a, b in zip(ms["pytorch"], its, strict=True)] for name, its in ms.items()}
+    return steps, {
+        "ms": {name: round(statistics.median(ms[name]), 4) for name in runs},
         "peak_mb": {name: round(max(b for _, b in timed[name]) / 2**20) for name in runs},
-        "ratio": ratio,
-        "noise": noise,
+        "ratio": {
+            name: [round(value, 4) for value in statistics.quantiles(series, n=4, method="inclusive")]
+            for name, series in ratios.items()
+            if name != "pytorch"
+        },
     }
+
+
+def measure(runs: dict[str, Run], rounds: int, device: str) -> dict[str, Any]:
+    """ms a step and peak memory of each, and the ratio to plain PyTorch round by round."""
+    steps, found = alternated(runs, rounds, device, SETTLED_STEPS)
+    ratios = found.pop("ratio")
+    return {"steps_a_block": steps, **found, "ratio": ratios["tilebook"], "noise": ratios["again"]}
 
 
 def case(name: str, mode: str, given: argparse.Namespace) -> dict[str, Any]:

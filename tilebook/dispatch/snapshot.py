@@ -148,11 +148,12 @@ class Snapshot:
 
     def _theirs(self, op: Op[Any], verdict: Served, measured: Problem) -> float | None:
         """How long PyTorch's own kernel took beside ours, None where that was not measured in this environment."""
-        then, now = verdict.environment, devices.environment()
-        if not verdict.measured or any(then.get(each, now.get(each)) != now.get(each) for each in _DECISIVE):
-            return None
-        native = [ms for name, ms in _times(verdict).items() if op.native(name, measured, self.gpu)]
-        return min(native, default=None)
+        native = self._native_ms(op, verdict, measured)
+        return min(native, default=None) if verdict.measured and _here(verdict) else None
+
+    def _native_ms(self, op: Op[Any], verdict: Served, problem: Problem) -> list[float]:
+        """What a verdict on the problem says of the implementations that PyTorch's own function runs for it."""
+        return [ms for name, ms in _times(verdict).items() if op.native(name, problem, self.gpu)]
 
     def _around(self, op: Op[Any], problem: Problem, most: int) -> tuple[list[Served], Iterator[Served]]:
         """The verdicts on a problem itself, and those that are near enough to serve it, nearest first.
@@ -200,12 +201,10 @@ class Snapshot:
             return True
         if not verdict.measured:
             return False
-        then, now = verdict.environment, devices.environment()
-        if all(then.get(package, now.get(package)) == now.get(package) for package in _DECISIVE):
+        if _here(verdict):
             return True
-        times = _times(verdict)
-        native = [ms for name, ms in times.items() if op.native(name, problem, self.gpu)]
-        its = times.get(candidate.name, verdict.finalists[0].time_ms)
+        native = self._native_ms(op, verdict, problem)
+        its = _times(verdict).get(candidate.name, verdict.finalists[0].time_ms)
         return not native or its is None or min(native) >= _THIN * its
 
     def _feasible(
@@ -258,6 +257,12 @@ def ahead(choice: Choice, other: str) -> bool:
     times = _times(choice.verdict) if choice.verdict is not None and choice.verdict.measured else {}
     its = times.get(choice.implementation.name)
     return its is not None and times.get(other, 0.0) >= _THIN * its
+
+
+def _here(verdict: Served) -> bool:
+    """Was it made with the versions that are here of what decides how fast PyTorch's own call is?"""
+    then, now = verdict.environment, devices.environment()
+    return all(then.get(package, now.get(package)) == now.get(package) for package in _DECISIVE)
 
 
 def _times(verdict: Served) -> dict[str, float]:

@@ -1,7 +1,4 @@
-"""Builds the extension with the machine's C++ compiler, once for each PyTorch and Python, into the user's cache.
-
-python -m tilebook.native.build      # says where it is, or why there is none
-"""
+"""Builds the extension with the machine's C++ compiler, once for each PyTorch and Python, into the user's cache."""
 
 from __future__ import annotations
 

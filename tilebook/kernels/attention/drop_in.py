@@ -80,7 +80,7 @@ def scaled_dot_product_attention(
         plain = plain and not torch.compiler.is_compiling() and _loads(attn_mask, key.shape[-2])
     usual = plain and not dropout_p and (scale is None or (type(scale) is float and scale > 0))
     known_as: Any = None
-    if usual and not any(each.is_nested for each in tensors):
+    if usual and not (query.is_nested or key.is_nested or value.is_nested):
         near = query.shape, is_causal, None if attn_mask is None else attn_mask.shape
         if again(near, *tensors) or not (query.is_cuda or forced()):
             return plain_sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
