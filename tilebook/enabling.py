@@ -24,6 +24,7 @@ from tilebook.call import disabled
 from tilebook.dispatch import forced
 from tilebook.imported import after_import
 from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
+from tilebook.kernels.attention.standing import STANDINGS as _ATTENTIONS
 from tilebook.kernels.cross_entropy import cross_entropy as our_cross_entropy
 from tilebook.kernels.cross_entropy import pytorchs as losses_pytorchs
 from tilebook.kernels.cross_entropy import takes
@@ -31,7 +32,7 @@ from tilebook.kernels.cross_entropy.check import REDUCTIONS
 from tilebook.kernels.norms import layer_norm as our_layer_norm
 from tilebook.kernels.norms import pytorchs
 from tilebook.kernels.norms import rms_norm as our_rms_norm
-from tilebook.kernels.norms.standing import STANDINGS
+from tilebook.kernels.norms.standing import STANDINGS as _NORMS
 from tilebook.left import ORDINARY
 
 _theirs: dict[str, Callable[..., Any]] = {
@@ -157,8 +158,10 @@ _ours: dict[str, Callable[..., Any]] = {
 }
 
 
-_BELOW = frozenset({"layer_norm", "rms_norm"})
+_BELOW = frozenset({"scaled_dot_product_attention", "layer_norm", "rms_norm"})
 """Of these the ops are served instead, where the extension is there."""
+
+_STANDINGS = (*_ATTENTIONS, *_NORMS)
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ class _State:
     @property
     def served(self) -> tuple[str, ...]:
         """The ops of PyTorch's that are served while it is on."""
-        return tuple(each.name for each in STANDINGS) if self.on and native.available() else ()
+        return tuple(each.name for each in _STANDINGS) if self.on and native.available() else ()
 
     def change(self, whole: bool | None = None, blocks: int = 0) -> None:
         """Notes it, and puts functions into their places or takes them out where that makes a difference."""
@@ -207,7 +210,7 @@ class _State:
             self.blocks += blocks
             below = native.available()
             if below and self.on:
-                native.serve(STANDINGS)
+                native.serve(_STANDINGS)
             elif below:
                 native.stop()
             elif self.on and not self.begun:

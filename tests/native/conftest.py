@@ -1,9 +1,17 @@
+import ctypes
 import fcntl
 import shutil
 
 import pytest
 
+from tilebook import native
 from tilebook.native import place
+
+LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_void_p,
+)  # fmt: skip
+REPLACE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +33,49 @@ def library(folder):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert build.build() == place.built()
         return place.built()
+
+
+class Served:
+    """The extension at work, with the answers of a test; `machine` launches."""
+
+    def __init__(self, extension, machine):
+        self.extension, self.machine, self.asked, self.answers = extension, machine, [], {}
+
+    def answer(self, name, args):
+        self.asked.append((name, args))
+        found = self.answers.get(name, (None, False, "left"))
+        return found(args) if callable(found) else found
+
+    @property
+    def launched(self):
+        return len(self.machine.launches)
+
+
+_loaded, _installed = [], set()
+
+
+@pytest.fixture
+def extension(library, folder, monkeypatch):
+    """Makes a `Served` of a machine, which has `launch`, `launches` and perhaps `replace`, and of ops."""
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(folder))
+
+    def served(machine, ops):
+        if not _loaded:
+            _loaded.append(native._loaded())
+        (it,) = _loaded
+        for name in sorted(set(ops) - _installed):
+            it.install(name)
+            _installed.add(name)
+        callbacks = LAUNCH(machine.launch), REPLACE(getattr(machine, "replace", lambda place, address: 1))
+        it.pretend(*[ctypes.cast(each, ctypes.c_void_p).value for each in callbacks])
+        assert it.able()
+        it.clear()
+        made = Served(it, machine)
+        it.start(made.answer)
+        yield made
+        it.stop()
+        it.ask(False)
+        it.clear()
+        it.pretend(0)
+
+    return served

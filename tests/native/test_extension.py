@@ -11,13 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tilebook import native
-
 OPS = ("aten::native_layer_norm", "aten::native_layer_norm_backward")
-LAUNCH = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
-    ctypes.c_void_p,
-)  # fmt: skip
 ROWS, WIDTH = 6, 8
 
 
@@ -31,7 +25,6 @@ class Machine:
 
     def __init__(self):
         self.status, self.launches = 0, []
-        self.callback = LAUNCH(self.launch)
 
     def launch(self, function, x, y, z, threads, _y, _z, shared, stream, parameters, extra):
         if self.status:
@@ -49,50 +42,17 @@ class Machine:
 PLAN = (
     [((ROWS, WIDTH), (WIDTH, 1), 6), ((ROWS, 1), (1, 1), 6), ((ROWS, 1), (1, 1), 6)],
     [(77, (3, 2, 1), 128, 64, [(0, 0), (5, 0), (6, 0), (7, 0), (-1, 5)])],
-    [5, 6, 7],
+    [(5, 0), (6, 0), (7, 0)],
+    [],
 )
 LEFT = None, False, "left"
 AGAIN = None, None, None
 PLANNED = None, PLAN, "planned"
 
 
-class Served:
-    """The extension at work, with the answers of a test."""
-
-    def __init__(self, extension, machine):
-        self.extension, self.machine, self.asked, self.answers = extension, machine, [], {}
-
-    def answer(self, name, args):
-        self.asked.append((name, args))
-        found = self.answers.get(name, LEFT)
-        return found(args) if callable(found) else found
-
-    @property
-    def launched(self):
-        return len(self.machine.launches)
-
-
-_loaded = []
-
-
 @pytest.fixture
-def served(library, folder, monkeypatch):
-    monkeypatch.setenv("TILEBOOK_NATIVE", str(folder))
-    if not _loaded:
-        _loaded.append(native._loaded())
-        for name in OPS:
-            _loaded[0].install(name)
-    (extension,), machine = _loaded, Machine()
-    extension.pretend(ctypes.cast(machine.callback, ctypes.c_void_p).value)
-    assert extension.able()
-    it = Served(extension, machine)
-    extension.clear()
-    extension.start(it.answer)
-    yield it
-    extension.stop()
-    extension.ask(False)
-    extension.clear()
-    extension.pretend(0)
+def served(extension):
+    yield from extension(Machine(), OPS)
 
 
 def _x(*shape, dtype=torch.float32):
@@ -172,8 +132,8 @@ def test_parameters_are_part_of_it_too(served):
     ]  # fmt: skip
 
 
-def test_a_tensor_that_is_not_contiguous_is_made_so(served):
-    served.answers[OPS[0]] = PLANNED
+def test_a_tensor_that_is_to_be_made_contiguous_is(served):
+    served.answers[OPS[0]] = None, (*PLAN[:3], [0]), None
     x = torch.randn(WIDTH, ROWS).t()
     _norm(x)
     _near(_norm(x), _plain(served, lambda: _norm(x)))
@@ -196,15 +156,30 @@ def _raises(args):
     raise RuntimeError("no answer")
 
 
+def _launch(*parameters):
+    return [(77, (1, 1, 1), 32, 0, list(parameters))]
+
+
+def _spoilt(**changes):
+    names = "made", "launches", "outputs", "copied"
+    return None, tuple({**dict(zip(names, PLAN, strict=True)), **changes}.values()), None
+
+
 SPOILT = {
     "an exception": _raises,
     "no answer": 5,
-    "no such argument": (None, (PLAN[0], [(77, (1, 1, 1), 32, 0, [(9, 0)])], [5, 6, 7]), None),
-    "an argument as an output": (None, (PLAN[0], PLAN[1], [0, 6, 7]), None),
-    "no list": (None, (PLAN[0], None, [5, 6, 7]), None),
-    "no number": (None, ([(("six",), (1,), 6)], [], []), None),
-    "too many tensors": (None, (PLAN[0] * 20, PLAN[1], [5, 6, 7]), None),
-    "too many parameters": (None, (PLAN[0], [(77, (1, 1, 1), 32, 0, [(0, 0)] * 99)], [5, 6, 7]), None),
+    "no such tensor": _spoilt(launches=_launch((9, 0))),
+    "no such address of a map": _spoilt(launches=_launch((-1, bytes(128)))),
+    "a short map": _spoilt(launches=_launch((0, bytes(64)))),
+    "too many maps": _spoilt(launches=_launch(*[(0, bytes(128))] * 9)),
+    "no bytes": _spoilt(launches=_launch((0, "1"))),
+    "an argument as an output": _spoilt(outputs=[(0, 0), *PLAN[2][1:]]),
+    "no such output": _spoilt(outputs=[(-3, 0), *PLAN[2][1:]]),
+    "no list": _spoilt(launches=None),
+    "no dimension": _spoilt(made=[(("six",), (1,), 6)]),
+    "too many tensors": _spoilt(made=PLAN[0] * 20),
+    "too many parameters": _spoilt(launches=_launch(*[(0, 0)] * 199)),
+    "no such argument": _spoilt(copied=[5]),
 }
 
 

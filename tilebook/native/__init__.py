@@ -12,7 +12,7 @@ import importlib.machinery
 import importlib.util
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,16 @@ class Standing:
     op:     gives ours; loads its kernels.
     posed:  arguments of PyTorch's op → of ours, None where ours does not do the same.
     places: for each argument of ours, which of PyTorch's it is, None for one that is no tensor.
-    shapes: arguments of PyTorch's op → the shapes of its outputs, None for one that this call does not have. Ours are
-            those that it has, in that order.
+    outputs: arguments of PyTorch's op → its outputs (see `plans.Output`).
+    long:   arguments of PyTorch's op → does the GPU take longer for the call than the host for asking who serves it?
     """
 
     name: str
     op: Callable[[], Op[Any]]
     posed: Callable[[Sequence[Any]], tuple[Any, ...] | None]
     places: tuple[int | None, ...]
-    shapes: Callable[[Sequence[Any]], Sequence[tuple[int, ...] | None]]
+    outputs: Callable[[Sequence[Any]], Sequence[plans.Output]]
+    long: Callable[[Sequence[Any]], bool] = lambda args: False
 
 
 class _Serving:
@@ -115,19 +116,34 @@ class _Serving:
         if given is None:
             return None, False, None
         if args[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return None, None, None  # nothing may be compiled or read now
+            # Nothing may be compiled or read now.
+            known = dispatch.known(standing.op(), given)
+            if known is None or not known.calls:
+                return None, None, None
         choice = dispatch.lookup(standing.op(), given)
         if choice.native:
             return None, (False if choice.kept else None), choice
-        outputs = choice(*given)
-        shapes = standing.shapes(args)
+        computed = choice(*given)
+        outputs = standing.outputs(args)
         decision: Any = None
         if choice.plan is not None:
-            decision = plans.translated(choice.plan, len(args), standing.places, shapes)
-        if decision is None and choice.calls >= _FEW and not dispatch.forced():
+            decision = plans.translated(choice.plan, args, given, standing.places, outputs)
+        if decision is None and choice.calls >= _FEW and not dispatch.forced() and not standing.long(args):
             decision = False
-        there = iter(outputs)
-        return [None if shape is None else next(there).view(shape) for shape in shapes], decision, choice
+        there = iter(computed)
+        return [_placed(each, there, args[0].device) for each in outputs], decision, choice
+
+
+def _placed(output: plans.Output, computed: Iterator[torch.Tensor], device: torch.device) -> Any:
+    """An output of PyTorch's op, where the next of ours is one."""
+    if isinstance(output, plans.Empty):
+        return torch.empty(output.shape, dtype=output.dtype, device=device)
+    if not isinstance(output, plans.Ours):
+        return output
+    given = next(computed)
+    if plans.fits(given, output):
+        return given.as_strided(*output)
+    return given.new_empty_strided(*output).copy_(given)
 
 
 def _loaded() -> Any:

@@ -42,25 +42,47 @@ using Launcher = int (*)(
 
 constexpr size_t kMostKinds = 10000;
 constexpr size_t kMostTensors = 24;
-constexpr size_t kMostParameters = 40;
+constexpr size_t kMostParameters = 160;
+constexpr size_t kMostMaps = 8;
 constexpr int kNoTensor = -1;
+constexpr int kNumber = -2;  // of an output that is no tensor
+
+// A tensor map, by which the hardware copies tiles: a CUtensorMap, of which only the address changes from call to call.
+struct alignas(64) Map {
+  unsigned char bytes[128];
+};
+
+// The signature of cuTensorMapReplaceAddress.
+using Replacer = int (*)(Map*, void*);
 
 struct Made {
   std::vector<int64_t> sizes, strides;
   at::ScalarType dtype;
 };
 
+struct Parameter {
+  int slot;  // the tensor whose address it is or has, or kNoTensor
+  int map;  // which of the launch's maps it is, or kNoTensor
+  uint64_t number;  // its bytes, if it is neither
+};
+
 struct Launch {
   void* function;
   unsigned grid[3], threads, shared;
-  std::vector<int> slots;  // of each parameter: the tensor whose address it is, or kNoTensor
-  std::vector<uint64_t> numbers;  // of each parameter that is no tensor: its bytes
+  std::vector<Parameter> parameters;
+  std::vector<Map> maps;
+};
+
+struct Output {
+  int slot;  // or kNoTensor or kNumber
+  int64_t number;
 };
 
 struct Plan {
   std::vector<Made> made;
   std::vector<Launch> launches;
-  std::vector<int> outputs;  // slots
+  std::vector<Output> outputs;
+  std::vector<int> copied;  // arguments that are made contiguous first; the others are taken as they lie
 };
 
 enum class Decision { ask, left, planned };
@@ -94,6 +116,7 @@ std::unordered_set<PyObject*> tokens;
 std::atomic<bool> on{false};
 std::atomic<bool> always_ask{false};
 std::atomic<Launcher> launcher{nullptr};
+std::atomic<Replacer> replacer{nullptr};
 std::atomic<int> served_device{static_cast<int>(c10::DeviceType::CUDA)};
 PyObject* resolver = nullptr;
 std::vector<std::unique_ptr<torch::Library>> installed;
@@ -207,11 +230,9 @@ Outcome repeated(const Plan& plan, Stack* stack, size_t count) {
   }
   const c10::DeviceGuard guard(device);
   try {
-    for (size_t i = first; i < stack->size(); ++i) {
-      auto& arg = (*stack)[i];  // launches are recorded for contiguous tensors, which PyTorch makes of others too
-      if (arg.isTensor() && arg.toTensor().defined() && !arg.toTensor().is_contiguous()) {
-        arg = arg.toTensor().contiguous();
-      }
+    for (const int each : plan.copied) {
+      auto& arg = (*stack)[first + each];
+      arg = arg.toTensor().contiguous();
     }
     for (size_t i = 0; i < plan.made.size(); ++i) {
       const auto& each = plan.made[i];
@@ -230,17 +251,29 @@ Outcome repeated(const Plan& plan, Stack* stack, size_t count) {
   for (const auto& launch : plan.launches) {
     uint64_t values[kMostParameters];
     void* parameters[kMostParameters];
-    for (size_t i = 0; i < launch.slots.size(); ++i) {
-      values[i] = launch.slots[i] == kNoTensor ? launch.numbers[i] : address(launch.slots[i]);
+    Map maps[kMostMaps];
+    for (size_t i = 0; i < launch.parameters.size(); ++i) {
+      const auto& each = launch.parameters[i];
+      values[i] = each.slot == kNoTensor ? each.number : address(each.slot);
       parameters[i] = &values[i];
+      if (each.map == kNoTensor) continue;
+      maps[each.map] = launch.maps[each.map];
+      parameters[i] = &maps[each.map];
+      if (replacer.load(std::memory_order_relaxed)(&maps[each.map], reinterpret_cast<void*>(values[i])) != 0) {
+        return Outcome::never;
+      }
     }
     const int status = start(launch.function, launch.grid[0], launch.grid[1], launch.grid[2], launch.threads, 1, 1,
                              launch.shared, stream, parameters, nullptr);
     if (status != 0) return passing(status) ? Outcome::not_now : Outcome::never;
   }
   torch::jit::drop(*stack, count);
-  for (const int slot : plan.outputs) {
-    stack->emplace_back(slot == kNoTensor ? at::Tensor() : std::move(made[slot - count]));
+  for (const auto& each : plan.outputs) {
+    if (each.slot == kNumber) {
+      stack->emplace_back(each.number);
+    } else {
+      stack->emplace_back(each.slot == kNoTensor ? at::Tensor() : made[each.slot - count]);
+    }
   }
   return Outcome::done;
 }
@@ -284,10 +317,39 @@ bool numbers(PyObject* given, std::vector<int64_t>& into) {
   return !PyErr_Occurred();
 }
 
-// ([(sizes, strides, dtype)], [(function, (x, y, z), threads, shared, [(slot, bits)])], [output slot]) → a plan.
+// (slot, number or the bytes of a map) → a parameter of the launch.
+bool parsed(PyObject* given, int slots, Launch& launch) {
+  Parameter each{kNoTensor, kNoTensor, 0};
+  PyObject* value;
+  if (!PyArg_ParseTuple(given, "iO", &each.slot, &value)) return false;
+  const bool map = PyBytes_Check(value);
+  if (each.slot < (map ? 0 : kNoTensor) || each.slot >= slots) {
+    PyErr_Format(PyExc_ValueError, "there is no slot %d", each.slot);
+    return false;
+  }
+  if (map) {
+    Map bytes;
+    if (PyBytes_GET_SIZE(value) != sizeof(bytes) || launch.maps.size() == kMostMaps || !replacer.load()) {
+      PyErr_SetString(PyExc_ValueError, "no such maps can be made here");
+      return false;
+    }
+    memcpy(&bytes, PyBytes_AS_STRING(value), sizeof(bytes));
+    each.map = static_cast<int>(launch.maps.size());
+    launch.maps.push_back(bytes);
+  } else {
+    each.number = PyLong_AsUnsignedLongLong(value);
+    if (PyErr_Occurred()) return false;
+  }
+  launch.parameters.push_back(each);
+  return true;
+}
+
+// ([(sizes, strides, dtype)], [(function, (x, y, z), threads, shared, [parameter])], [(output slot, number)],
+// [copied argument]) → a plan.
 bool parsed(PyObject* given, size_t count, Plan& plan) {
-  PyObject *made, *launches, *outputs;
-  if (!PyArg_ParseTuple(given, "O!O!O!", &PyList_Type, &made, &PyList_Type, &launches, &PyList_Type, &outputs)) {
+  PyObject *made, *launches, *outputs, *copied;
+  if (!PyArg_ParseTuple(given, "O!O!O!O!", &PyList_Type, &made, &PyList_Type, &launches, &PyList_Type, &outputs,
+                        &PyList_Type, &copied)) {
     return false;
   }
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(made); ++i) {
@@ -300,11 +362,6 @@ bool parsed(PyObject* given, size_t count, Plan& plan) {
     plan.made.push_back(std::move(each));
   }
   const int slots = static_cast<int>(count + plan.made.size());
-  const auto right = [&](int slot, int least) {
-    if (slot == kNoTensor || (slot >= least && slot < slots)) return true;
-    PyErr_Format(PyExc_ValueError, "there is no slot %d", slot);
-    return false;
-  };
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(launches); ++i) {
     Launch launch;
     unsigned long long function;
@@ -315,22 +372,33 @@ bool parsed(PyObject* given, size_t count, Plan& plan) {
     }
     launch.function = reinterpret_cast<void*>(function);
     for (Py_ssize_t j = 0; j < PyList_GET_SIZE(parameters); ++j) {
-      int slot;
-      unsigned long long bits;
-      if (!PyArg_ParseTuple(PyList_GET_ITEM(parameters, j), "iK", &slot, &bits) || !right(slot, 0)) return false;
-      launch.slots.push_back(slot);
-      launch.numbers.push_back(bits);
+      if (!parsed(PyList_GET_ITEM(parameters, j), slots, launch)) return false;
     }
     plan.launches.push_back(std::move(launch));
-    if (plan.launches.back().slots.size() > kMostParameters) {
+    if (plan.launches.back().parameters.size() > kMostParameters) {
       PyErr_SetString(PyExc_ValueError, "too many parameters");
       return false;
     }
   }
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(outputs); ++i) {
-    const int slot = static_cast<int>(PyLong_AsLong(PyList_GET_ITEM(outputs, i)));
-    if (PyErr_Occurred() || !right(slot, static_cast<int>(count))) return false;
-    plan.outputs.push_back(slot);
+    Output each;
+    long long number;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(outputs, i), "iL", &each.slot, &number)) return false;
+    each.number = number;
+    const bool known = each.slot == kNoTensor || each.slot == kNumber;
+    if (!known && (each.slot < static_cast<int>(count) || each.slot >= slots)) {
+      PyErr_Format(PyExc_ValueError, "there is no output in slot %d", each.slot);
+      return false;
+    }
+    plan.outputs.push_back(each);
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(copied); ++i) {
+    const long each = PyLong_AsLong(PyList_GET_ITEM(copied, i));
+    if (PyErr_Occurred() || each < 0 || each >= static_cast<long>(count)) {
+      PyErr_SetString(PyExc_ValueError, "there is no such argument");
+      return false;
+    }
+    plan.copied.push_back(static_cast<int>(each));
   }
   if (plan.made.size() > kMostTensors) {
     PyErr_SetString(PyExc_ValueError, "too many tensors");
@@ -399,18 +467,22 @@ bool asked(const std::string& name, Stack* stack, size_t count, bool kept) {
     keep(std::move(kind), since);
   }
   if (outputs == Py_None) return false;
-  std::vector<at::Tensor> tensors;
+  std::vector<c10::IValue> values;
   const Object items(PySequence_Fast(outputs, "expected outputs"));
   for (Py_ssize_t i = 0; items && i < PySequence_Fast_GET_SIZE(items.held); ++i) {
     PyObject* each = PySequence_Fast_GET_ITEM(items.held, i);
-    tensors.push_back(THPVariable_Check(each) ? THPVariable_Unpack(each) : at::Tensor());
+    if (PyLong_Check(each)) {
+      values.emplace_back(static_cast<int64_t>(PyLong_AsLongLong(each)));
+    } else {
+      values.emplace_back(THPVariable_Check(each) ? THPVariable_Unpack(each) : at::Tensor());
+    }
   }
   if (!items) {
     PyErr_WriteUnraisable(resolver);
     return false;
   }
   torch::jit::drop(*stack, count);
-  for (auto& each : tensors) stack->emplace_back(std::move(each));
+  for (auto& each : values) stack->emplace_back(std::move(each));
   return true;
 }
 
@@ -471,6 +543,7 @@ PyObject* able(PyObject*, PyObject*) {
       device_of = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
       if (context_of_thread && set_context && retain_context && device_of) {
         launcher = reinterpret_cast<Launcher>(dlsym(driver, "cuLaunchKernel"));
+        replacer = reinterpret_cast<Replacer>(dlsym(driver, "cuTensorMapReplaceAddress"));
       }
     }
   }
@@ -519,11 +592,12 @@ PyObject* counted(PyObject*, PyObject*) {
   return list;
 }
 
-// For tests: calls of CPU tensors are served, and this address launches.
+// For tests: calls of CPU tensors are served, and these addresses launch and change maps.
 PyObject* pretend(PyObject*, PyObject* given) {
-  unsigned long long address;
-  if (!PyArg_ParseTuple(given, "K", &address)) return nullptr;
+  unsigned long long address, maps = 0;
+  if (!PyArg_ParseTuple(given, "K|K", &address, &maps)) return nullptr;
   launcher = reinterpret_cast<Launcher>(address);
+  replacer = reinterpret_cast<Replacer>(maps);
   served_device = static_cast<int>(address ? c10::DeviceType::CPU : c10::DeviceType::CUDA);
   Py_RETURN_NONE;
 }
@@ -536,7 +610,7 @@ PyMethodDef methods[] = {
     {"ask", ask, METH_VARARGS, "Asks about every call, if true."},
     {"clear", clear, METH_NOARGS, "Forgets all answers."},
     {"counted", counted, METH_NOARGS, "[(token, calls since last asked)]"},
-    {"pretend", pretend, METH_VARARGS, "Serves calls on the CPU, launched at an address; 0 for none."},
+    {"pretend", pretend, METH_VARARGS, "Serves calls on the CPU, launched (and mapped) at addresses; 0 for none."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "tilebook_served", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

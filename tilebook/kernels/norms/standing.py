@@ -10,6 +10,7 @@ import torch
 
 from tilebook.kernels.norms.entry import registered
 from tilebook.native import Standing
+from tilebook.native.plans import Output, contiguous
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -39,8 +40,10 @@ def _vector(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _statistics(x: torch.Tensor) -> tuple[int, ...]:
-    return *x.shape[:-1], 1
+def _outputs(args: Sequence[Any], statistics: int) -> list[Output]:
+    """y, and what is kept of each row."""
+    shape = args[0].shape
+    return [contiguous(shape), *[contiguous((*shape[:-1], 1))] * statistics]
 
 
 def _layer_forward(args: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -76,8 +79,8 @@ def _wanted(needs: Sequence[bool], tensors: Sequence[Any]) -> bool:
     return all(need or tensor is None for need, tensor in zip(needs, tensors, strict=True))
 
 
-def _gradients(tensors: Sequence[Any]) -> list[tuple[int, ...] | None]:
-    return [None if each is None else tuple(each.shape) for each in tensors]
+def _gradients(tensors: Sequence[Any]) -> list[Output]:
+    return [None if each is None else contiguous(each.shape) for each in tensors]
 
 
 STANDINGS = (
@@ -86,7 +89,7 @@ STANDINGS = (
         partial(_op, "layer_norm", 0),
         _layer_forward,
         (0, 2, 3, None),
-        lambda args: [tuple(args[0].shape), _statistics(args[0]), _statistics(args[0])],
+        partial(_outputs, statistics=2),
     ),
     Standing(
         "aten::native_layer_norm_backward",
@@ -100,7 +103,7 @@ STANDINGS = (
         partial(_op, "rms_norm", 0),
         _rms_forward,
         (0, 2, None),
-        lambda args: [tuple(args[0].shape), _statistics(args[0])],
+        partial(_outputs, statistics=1),
     ),
     Standing(
         "aten::_fused_rms_norm_backward",
