@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ Function = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One public function and what people call instead. `leaves` have gradients in training, `others` have none."""
+    """One public function and what people call instead. `leaves` have gradients in training, `others` have none.
+
+    placed: are ours PyTorch's own functions, after `tilebook.enable()`?
+    """
 
     name: str
     theirs: Function
@@ -39,6 +43,7 @@ class Case:
     leaves: list[torch.Tensor]
     others: tuple[torch.Tensor, ...] = ()
     trains: bool = True
+    placed: bool = False
 
 
 def cases(device: str) -> list[Case]:
@@ -59,7 +64,27 @@ def cases(device: str) -> list[Case]:
     def grouped(function: Function) -> Function:
         return lambda q, k, v: function(q, k, v, is_causal=True, enable_gqa=True)
 
-    found = [
+    def norm(x: torch.Tensor, *vectors: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], *vectors)
+
+    def root(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+    def vectors(rows: int, width: int, count: int) -> list[torch.Tensor]:
+        return [random(rows, width, dtype=torch.float32), *[random(width, dtype=torch.float32) for _ in range(count)]]
+
+    placed: list[tuple[str, Function, list[torch.Tensor], tuple[torch.Tensor, ...]]] = [
+        ("attention B1,H2,S64,D64", sdpa, heads(1, 2, 2, 64, 64), ()),
+        ("attention B8,H6,S196,D64", sdpa, heads(8, 6, 6, 196, 64), ()),
+        ("attention B1,H8,Hkv2,S128,D128,causal", grouped(sdpa), heads(1, 8, 2, 128, 128), ()),
+        ("attention B2,H12,S128,D64,maskbk", padded(sdpa), heads(2, 12, 12, 128, 64), (seen,)),
+        ("layer_norm M16,N1024 fp32", norm, vectors(16, 1024, 2), ()),
+        ("layer_norm M2048,N384 fp32", norm, vectors(2048, 384, 2), ()),
+        ("rms_norm M16,N1024 fp32", root, vectors(16, 1024, 1), ()),
+        ("cross_entropy M16,V1024", F.cross_entropy, [random(16, 1024)], (torch.arange(16, device=device),)),
+    ]
+    found = [Case(f"in PyTorch's place: {name}", call, call, *rest, placed=True) for name, call, *rest in placed]
+    found += [
         Case("attention B1,H2,S64,D64", sdpa, tilebook.attention, heads(1, 2, 2, 64, 64)),
         Case("attention B8,H6,S196,D64", sdpa, tilebook.attention, heads(8, 6, 6, 196, 64)),
         Case(
@@ -157,10 +182,20 @@ def cost_us(call: Callable[[], Any], calls: int, device: str) -> float:
 
 
 def compare(
-    theirs: Callable[[], Any], ours: Callable[[], Any], calls: int, device: str, turns: int = TURNS
+    theirs: Callable[[], Any], ours: Callable[[], Any], calls: int, device: str, turns: int = TURNS, on: bool = False
 ) -> dict[str, Any]:
-    """In turns, so that what else the machine does meets all alike: medians, and quartiles of the ratio of a turn."""
-    rows = [[cost_us(call, calls, device) for call in (theirs, ours, theirs)] for _ in range(turns + 1)][1:]
+    """In turns, so that what else the machine does meets all alike: medians, and quartiles of the ratio of a turn.
+
+    on: is tilebook enabled for ours?
+    """
+
+    def turn() -> list[float]:
+        before = cost_us(theirs, calls, device)
+        with tilebook.enabled() if on else nullcontext():
+            mine = cost_us(ours, calls, device)
+        return [before, mine, cost_us(theirs, calls, device)]
+
+    rows = [turn() for _ in range(turns + 1)][1:]
     other, mine, again = (statistics.median(each) for each in zip(*rows, strict=True))
     return {
         "pytorch": round(other, 1),
@@ -180,6 +215,7 @@ def measure(case: Case, device: str, calls: int, turns: int) -> dict[str, Any]:
                 calls,
                 device,
                 turns,
+                case.placed,
             )
         }
     if not case.trains:
@@ -192,7 +228,7 @@ def measure(case: Case, device: str, calls: int, turns: int) -> dict[str, Any]:
 
     return {
         **found,
-        "forward+backward": compare(step(case.theirs), step(case.ours), max(2, calls // 2), device, turns),
+        "forward+backward": compare(step(case.theirs), step(case.ours), max(2, calls // 2), device, turns, case.placed),
     }
 
 
