@@ -4,7 +4,8 @@
     python benchmarks/never_slower.py --device cpu --tiny --seconds 60 --out /tmp/tried.json        # no GPU, no figures
     python benchmarks/never_slower.py --classes drawn --tune-a-tenth | sh           # then again with --classes drawn
 
-Ratios are the time of PyTorch's own call over that of tilebook's. For forms that PyTorch fuses no kernel for, it is the
+Ratios are the time of PyTorch's own call over that of the same call with tilebook on, or of tilebook's function where
+it takes no such call's place. For forms that PyTorch fuses no kernel for, it is the
 best of PyTorch's function with a mask, `varlen_attn`, FlexAttention compiled and flash-attn-4. Cells come in batches in
 an order drawn by a seed, so that a run that ends early has met a bit of all. A batch is first run by several processes,
 which compile what is missing, judge the outputs against fp32 and note which kernels PyTorch runs in a process without
@@ -132,11 +133,12 @@ def note_kernels(cells: list[Cell], device: str, until: float) -> None:
     assert "tilebook.dispatch" not in sys.modules
 
 
-def judge(cells: list[Cell], device: str, until: float, workers: int) -> None:
+def judge(cells: list[Cell], device: str, until: float, workers: int, called: bool) -> None:
     """Runs every call, which compiles it, and says how far its outputs are from what fp32 has."""
     import torch
+    from race import around
     from truth import errors, reference
-    from yardsticks import inputs, ours, step, yardsticks
+    from yardsticks import inputs, our_step, step, yardsticks
 
     if device == "cuda":  # one that asks for too much must not take it from the others
         torch.cuda.set_per_process_memory_fraction(0.9 / (workers + 1))
@@ -145,12 +147,17 @@ def judge(cells: list[Cell], device: str, until: float, workers: int) -> None:
         try:
             made = inputs(cell, device)
             truth = reference(cell, made)
-            makers = {**yardsticks(cell, made, device), "tilebook": lambda cell=cell: ours(cell)}
+            makers = {
+                name: lambda make=make, cell=cell: step(cell, make())
+                for name, make in yardsticks(cell, made, device).items()
+            }
+            makers["tilebook"] = lambda cell=cell, made=made: our_step(cell, made, device, called)
             for name, make in makers.items():
                 try:
-                    its = step(cell, make())
-                    for _ in range(3):  # the second call is the one that is kept as a plan
-                        outputs = its(made)
+                    its = make()
+                    with around(its):
+                        for _ in range(3):  # the second call is the one that is kept as a plan
+                            outputs = its(made)
                     found[name] = [round(each, 6) for each in errors(cell, outputs, truth)]
                     del outputs
                 except Exception as broken:
@@ -167,8 +174,8 @@ def judge(cells: list[Cell], device: str, until: float, workers: int) -> None:
 def clock(cells: list[Cell], device: str, until: float, given: argparse.Namespace) -> None:
     """Times every call beside what people would have called."""
     import torch
-    from race import Clock, quartiles, ratios
-    from yardsticks import inputs, ours, step, yardsticks
+    from race import Clock, around, quartiles, ratios
+    from yardsticks import inputs, our_step, step, yardsticks
 
     l2 = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
     its = Clock(device, l2)
@@ -186,15 +193,17 @@ def clock(cells: list[Cell], device: str, until: float, given: argparse.Namespac
             if not steps:
                 raise RuntimeError("nothing else runs this call")
             known = set(_choices())
-            steps["tilebook"] = step(cell, ours(cell))
-            steps["tilebook"](made)
+            steps["tilebook"] = our_step(cell, made, device, given.called)
+            with around(steps["tilebook"]):
+                steps["tilebook"](made)
             sets = its.rotated(made)
             for mode in given.modes.split(","):
                 run = its.replayed if mode == "graph" else its.eager
                 row[mode] = _compared(run, steps, sets, given.rounds, quartiles, ratios)
             for name in ("torch", "tilebook"):
                 if name in steps:
-                    row[f"kernels of {name}"] = _kernels(steps[name], made, device)
+                    with around(steps[name]):
+                        row[f"kernels of {name}"] = _kernels(steps[name], made, device)
             row["served"] = _served(known)
             del made, steps, sets
         except Exception as broken:
@@ -315,7 +324,7 @@ def main() -> None:
         if given.without_flash4:
             without_flash4()
         if given.task == "judge":
-            return judge(cells, given.device, given.until, given.workers)
+            return judge(cells, given.device, given.until, given.workers, given.called)
         return clock(cells, given.device, given.until, given)
 
     if given.tune_a_tenth:
@@ -351,6 +360,7 @@ def _arguments() -> argparse.ArgumentParser:
     found.add_argument("--modes", default="graph,eager")
     found.add_argument("--without-flash4", action="store_true", help="as if flash-attn-4 were not installed")
     found.add_argument("--tune-a-tenth", action="store_true", help="only print what tunes a tenth of those drawn")
+    found.add_argument("--called", action="store_true", help="tilebook's functions, not PyTorch's with tilebook on")
     found.add_argument("--rounds", type=int, default=11)
     found.add_argument("--batch", type=int, default=120, help="cells that one process times")
     found.add_argument("--workers", type=int, default=6, help="processes that compile and judge a batch")

@@ -360,6 +360,30 @@ def ours(cell: Cell) -> Call:
     return call
 
 
+IN_PLACE = frozenset({"attention", "norms", "layer_norm"})
+"""Kinds of which people keep PyTorch's own call, and turn tilebook on."""
+
+
+class Placed:
+    """A step of PyTorch's own call, with tilebook on in the block in which it is made."""
+
+    def __init__(self, its: Callable[[Inputs], Any]) -> None:
+        import tilebook
+
+        self.its, self.around = its, tilebook.enabled
+
+    def __call__(self, given: Inputs) -> Any:
+        return self.its(given)
+
+
+def our_step(cell: Cell, made: Inputs, device: str, called: bool) -> Callable[[Inputs], Any]:
+    """What a user of tilebook runs: PyTorch's own call while it is on; or its function, where there is no such call or
+    it is to be `called`."""
+    if called or cell.kind not in IN_PLACE:
+        return step(cell, ours(cell))
+    return Placed(step(cell, yardsticks(cell, made, device)["torch"]()))
+
+
 def step(cell: Cell, call: Call) -> Callable[[Inputs], Any]:
     """The call as it is timed: by itself without gradients, or with the gradients of all leaves."""
     if cell.step == "forward":

@@ -48,7 +48,7 @@ def test_tables_of_speed_in_the_documentation_are_those_of_the_figures(monkeypat
 
 def test_what_a_call_costs_the_host_is_asked_of_every_public_function(tmp_path):
     document, _ = run("host_cost.py", tmp_path / "host.json")
-    asked = {name.split()[0] for name in document["results"]}
+    asked = {name.split()[0] for name in document["results"] if not name.startswith("in PyTorch's place")}
     # Packs have nothing beside them on the CPU.
     offered = {name for name, module in tilebook._MODULE.items() if module.startswith("kernels.")}
     assert asked == offered - {"attention_varlen"}

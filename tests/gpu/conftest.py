@@ -43,7 +43,9 @@ class Below:
             ours = op.implementations.get(self.implementation) or op.implementations["triton"]
             config = None if ours.space is None else ours.space.default(problem, gpu)
             if config is not None:
-                config = ours.space.config({**config, **{k: v for k, v in self.changes.items() if k in config}})
+                axes = ours.space.axes
+                changes = {name: value for name, value in self.changes.items() if value in axes.get(name, ())}
+                config = ours.space.config({**config, **changes})
             self._choices[known] = dispatch.Choice(ours, config, "exact", problem, gpu, kept=True)
         return self._choices[known]
 

@@ -139,13 +139,10 @@ def test_gradients_that_are_expanded_are_copied():
     assert it.posed((do, *args[1:]))[0].stride(-1) == 1
 
 
-@pytest.mark.parametrize(
-    ("arch", "width", "own"),
-    [("sm_90", 64, "cudnn"), ("sm_90", 256, "flash"), ("sm_80", 64, "flash"), ("sm_80", 256, "flash")],
-)
-def test_only_the_op_that_pytorch_runs_by_itself_is_served(monkeypatch, arch, width, own):
+@pytest.mark.parametrize(("arch", "own"), [("sm_90", "cudnn"), ("sm_80", "flash")])
+def test_only_the_op_that_pytorch_runs_by_itself_is_served(monkeypatch, arch, own):
     class OnGpu:
-        is_cuda, shape = True, (2, 4, 24, width)
+        is_cuda = True
 
         def get_device(self):
             return 0

@@ -18,16 +18,10 @@ from tilebook.layout import rows
 from tilebook.native import Standing
 from tilebook.native.plans import Empty, Ours, Output, contiguous
 
-_CUDNN_WIDTH = 128
-"""The widest heads for which PyTorch prefers cuDNN where it does."""
-
 
 def _own(q: torch.Tensor, cudnn: bool) -> bool:
-    """Is this op the one that PyTorch's function runs by itself here? Who asks for another gets it."""
-    if not q.is_cuda:
-        return True
-    arch = devices.current(q.get_device()).arch
-    return cudnn == (cudnn_first(arch) and q.shape[-1] <= _CUDNN_WIDTH)
+    """Is this op the one that PyTorch's function prefers here? Who asks for another gets it."""
+    return not q.is_cuda or cudnn == cudnn_first(devices.current(q.get_device()).arch)
 
 
 def _posed(
