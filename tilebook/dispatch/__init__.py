@@ -20,6 +20,7 @@ import torch
 from tilebook import device as devices
 from tilebook import registry as store
 from tilebook.device import Device
+from tilebook.dispatch.agreement import Agreement
 from tilebook.dispatch.choice import Choice, Outputs, Source
 from tilebook.dispatch.misses import misses_of, store_misses
 from tilebook.dispatch.snapshot import FARTHEST, Snapshot, ahead, pytorch
@@ -73,6 +74,7 @@ class Dispatch:
         self._memo: dict[tuple[Any, ...], Choice] = {}
         self._snapshots: dict[int, Snapshot] = {}
         self._warned: set[str] = set()
+        self._agreement = Agreement()
         self._inherited: dict[int, int] = {}  # by a choice's id, the calls that a parent process made and counts
 
     def run(self, op: Op[Any], *args: Any) -> Outputs:
@@ -121,6 +123,8 @@ class Dispatch:
         """What would run for this problem on this device. Reads the registry once per process and device."""
         if device.type != "cuda":
             return pytorch(op, problem)
+        if self._agreement.begun():  # from now on all processes are to choose alike
+            self._forget()
         index = device.index if device.index is not None else torch.cuda.current_device()
         gpu = devices.current(index)
         with self._lock:
@@ -157,11 +161,16 @@ class Dispatch:
     def reload(self) -> None:
         """Forgets what was read: the next call reads the registry again."""
         with self._lock:
+            self._snapshots.clear()
+            self._warned.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forgets what was chosen."""
+        with self._lock:
             self._memo.clear()
             self.left.clear()
             self.seen.clear()
-            self._snapshots.clear()
-            self._warned.clear()
         self._tell("changed")
 
     def _tell(self, event: str) -> None:
@@ -180,10 +189,25 @@ class Dispatch:
 
     def _choose(self, snapshot: Snapshot, op: Op[Any], problem: Problem) -> Choice:
         try:
-            return snapshot.choose(op, problem)
+            mine = snapshot.choose(op, problem)
         except Exception as broken:  # a verdict that nobody thought of must not stop a training run
             self._warn_once(f"{op.name} {problem.label}", f"no verdict could be used ({broken}); the default serves")
-            return snapshot.default(op, problem)
+            mine = snapshot.default(op, problem)
+        return self._agreed(snapshot, op, problem, mine)
+
+    def _agreed(self, snapshot: Snapshot, op: Op[Any], problem: Problem, mine: Choice) -> Choice:
+        """What all processes of a distributed program run: mine, or what another of them has chosen before."""
+        name, config = mine.implementation.name, mine.config
+        told = name, None if config is None else dict(config), mine.source, mine.implementation.digest
+        decided = self._agreement.settle(op, problem, snapshot.gpu, told)
+        if decided == told:
+            return mine
+        found = snapshot.told(op, problem, decided)
+        if found is None:
+            about = "another process of this program runs what cannot run here; PyTorch's own serves"
+            self._warn_once(f"{op.name} {problem.label}", about)
+            return pytorch(op, problem, snapshot.gpu)
+        return found
 
     def _snapshot_of(self, gpu: Device | None) -> Snapshot | None:
         """What has been read of the verdicts for this GPU model, if anything has."""

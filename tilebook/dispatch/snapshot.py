@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast, get_args
 
 from tilebook import device as devices
 from tilebook.device import Device
-from tilebook.dispatch.choice import Choice
+from tilebook.dispatch.agreement import Told
+from tilebook.dispatch.choice import Choice, Source
 from tilebook.op import Config, Implementation, Op, Problem
 from tilebook.registry import serving
 from tilebook.registry.current import may_run, stands
@@ -97,6 +98,24 @@ class Snapshot:
         if op.fused(problem):
             return pytorch(op, problem, self.gpu)
         return next(choice for choice in self._defaults(op, problem) if self.revocation(choice) is None)
+
+    def told(self, op: Op[Any], problem: Problem, decided: Told) -> Choice | None:
+        """The choice that another process has made, None where it cannot run here."""
+        name, values, source, digest = decided
+        implementation = op.implementations.get(name)
+        if implementation is None or not implementation.can_run(problem, self.gpu):
+            return None
+        if implementation.digest != digest or source not in get_args(Source):
+            return None
+        config, space = None if values is None else Config(values), implementation.space
+        if space is None or config is None:
+            runs = space is None and config is None
+        else:
+            runs = space.contains(config) and space.reject(problem, config, self.gpu) is None
+        if not runs:
+            return None
+        choice = Choice(implementation, config, cast(Source, source), problem, self.gpu)
+        return choice if self.revocation(choice) is None else None
 
     def revocation(self, choice: Choice) -> Revocation | None:
         """Why a choice may not run, or None where it may."""
