@@ -83,7 +83,8 @@ class Run:
         config.use_cache = False
         torch.manual_seed(0)
         self._on, self._device = how != "pytorch", device
-        self.model = getattr(transformers, case.head).from_config(config, attn_implementation="sdpa")
+        with torch.device(device):  # a host takes a minute for the weights of a large one
+            self.model = getattr(transformers, case.head).from_config(config, attn_implementation="sdpa")
         self.model = self.model.to(device).train()
         if how == "patched":
             tilebook.patch(self.model)
