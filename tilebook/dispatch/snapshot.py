@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from tilebook import device as devices
@@ -97,6 +98,11 @@ class Snapshot:
         if op.fused(problem):
             return pytorch(op, problem, self.gpu)
         return next(choice for choice in self._defaults(op, problem) if self.revocation(choice) is None)
+
+    def own(self, op: Op[Any], problem: Problem) -> Choice | None:
+        """Our own kernel, as the best of what is known says; None where it is revoked or cannot run."""
+        found = chain(self.candidates(op, problem), self._defaults(op, problem))
+        return next((each for each in found if each.implementation is op.tunable and not self.revocation(each)), None)
 
     def revocation(self, choice: Choice) -> Revocation | None:
         """Why a choice may not run, or None where it may."""
