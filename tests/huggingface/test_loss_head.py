@@ -196,4 +196,5 @@ def test_a_call_that_fails_leaves_no_trace():
     tilebook.patch(model, loss_head=True)
     with pytest.raises(IndexError):
         model(input_ids=torch.tensor([[999]]), labels=torch.tensor([[1]]))
+    assert model.lm_head(torch.zeros(2, 64)).shape == (2, 99)
     assert model(**batch(labels=False)).logits.shape == (2, 12, 99)

@@ -100,8 +100,14 @@ class Snapshot:
         return next(choice for choice in self._defaults(op, problem) if self.revocation(choice) is None)
 
     def own(self, op: Op[Any], problem: Problem) -> Choice | None:
-        """Our own kernel, as the best of what is known says; None where it is revoked or cannot run."""
-        found = chain(self.candidates(op, problem), self._defaults(op, problem))
+        """Our own kernel as the nearest verdict has it, whatever that says of PyTorch's; None where none may run."""
+        exact, near = self._around(op, problem, _FIRST)
+        known = (
+            Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
+            for verdict in chain(exact, near)
+            for candidate in self._feasible(op, problem, verdict)
+        )
+        found = chain(known, self._defaults(op, problem))
         return next((each for each in found if each.implementation is op.tunable and not self.revocation(each)), None)
 
     def revocation(self, choice: Choice) -> Revocation | None:

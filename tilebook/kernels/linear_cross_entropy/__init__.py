@@ -24,7 +24,10 @@ from tilebook.left import ORDINARY
 __all__ = ["linear_cross_entropy"]
 
 HOST_BOUND = 1 << 35
-"""Rows · classes · features up to which the host takes as long for the chunks as a GPU does."""
+"""Logits times features up to which the host takes as long for the chunks as a GPU does."""
+
+_LOSS = 350
+"""Features whose products take as long as the rest of the loss."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -116,7 +119,7 @@ def takes(
         return False
     if not (0 <= label_smoothing <= 1 and 0 <= softcap < math.inf):
         return False
-    return dispatch.forced() or bool(input.numel() * linear_weight.shape[0] > HOST_BOUND)
+    return dispatch.forced() or bool(target.numel() * linear_weight.shape[0] * (input.shape[-1] + _LOSS) > HOST_BOUND)
 
 
 def chunked(

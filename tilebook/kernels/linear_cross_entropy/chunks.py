@@ -166,7 +166,6 @@ def _add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> 
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif a.is_cuda and _WIDE_SUMS:
         torch.addmm(total, a, b, total.dtype, beta=0 if first else 1, out=total)
-    elif first:
-        total.copy_(a @ b)
     else:
-        total.add_(a @ b)
+        product = torch.mm(a, b, out_dtype=total.dtype) if a.is_cuda else a.float() @ b.float()
+        total.copy_(product) if first else total.add_(product)
