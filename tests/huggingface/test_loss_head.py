@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -132,7 +133,11 @@ def with_another_layer(model):
     model.lm_head = nn.Sequential(model.lm_head)
 
 
-CHANGES = [listened, of_another_loss, with_another_layer]
+def with_another_forward(model):
+    model.lm_head.forward = partial(nn.Linear.forward, model.lm_head)
+
+
+CHANGES = [listened, of_another_loss, with_another_layer, with_another_forward]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -189,6 +194,18 @@ def test_changed_models_are_copied_and_stored():
     torch.save(model, file)
     file.seek(0)
     same(step(torch.load(file, weights_only=False)), right)
+
+
+def test_what_wraps_a_changed_model_goes_on_when_it_is_changed_back():
+    model = made()
+    right = model(**batch())
+    report, ours = tilebook.patch(model, loss_head=True), model.forward
+    model.forward = lambda **given: ours(**given)
+    assert model(**batch()).logits is None
+    report.undo()
+    found = model(**batch())
+    torch.testing.assert_close(found.loss, right.loss)
+    torch.testing.assert_close(found.logits, right.logits)
 
 
 def test_a_call_that_fails_leaves_no_trace():

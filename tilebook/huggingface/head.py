@@ -39,7 +39,7 @@ class Head:
         self.on = self._trains(**kwargs)
         try:
             out = type(self.model).forward(self.model, *args, **kwargs)
-            if not self.on:
+            if self.hidden is None:  # it has its logits
                 return out
         finally:
             self.on, self.hidden = False, None
@@ -50,7 +50,7 @@ class Head:
     def _trains(self, labels: Any = None, logits_to_keep: Any = None, **_: Any) -> bool:
         wanted = labels is not None and logits_to_keep is None and self.model.training and torch.is_grad_enabled()
         same = self.model.get_output_embeddings() is self.linear and type(self.linear) is nn.Linear
-        loss = getattr(self.model._loss_function, "args", ())  # somebody may have set another since
+        loss = getattr(self.model.__dict__.get("_loss_function"), "args", ())  # somebody may have set another since
         return bool(wanted and same and not hooked(self.linear) and loss and loss[0] is self)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:

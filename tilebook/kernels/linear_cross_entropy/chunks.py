@@ -163,7 +163,7 @@ def _product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def _add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     """total += a @ b; total = a @ b where it is the first."""
     if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+        total.addmm_(a, b, beta=0 if first else 1)
     elif a.is_cuda and _WIDE_SUMS:
         torch.addmm(total, a, b, total.dtype, beta=0 if first else 1, out=total)
     else:
