@@ -1,10 +1,10 @@
-"""Training steps of transformers' models, as people run them: plain PyTorch, `TILEBOOK=1`, and with `patch` besides.
+"""Training steps of transformers' models as people run them: plain PyTorch, `TILEBOOK=1`, `patch`, and its loss head.
 
     python benchmarks/e2e.py --out benchmarks/results/nvidia-h200/e2e.json [--only GPT] [--seconds 300]
     python benchmarks/e2e.py --device cpu --tiny --out /tmp/tried.json     # no GPU, no figures
 
 Random weights, bf16 autocast over fp32 weights, AdamW fused, dropout as the configs have it, the loss of the model's
-own class. Padded batches have lengths between a quarter of the longest and all of it. Blocks of steps of the three
+own class. Padded batches have lengths between a quarter of the longest and all of it. Blocks of steps of all
 alternate in one process in a new random order each round; plain PyTorch takes part twice, and the ratio of the two is
 the noise.
 """
@@ -74,7 +74,7 @@ CASES = {
 
 
 class Run:
-    """One model in training. how: "pytorch", "tilebook" or "patched"."""
+    """One model in training. how: "pytorch", "tilebook", "patched" or "loss head"."""
 
     def __init__(self, case: Case, how: str, device: str, tiny: bool) -> None:
         import transformers
@@ -86,8 +86,8 @@ class Run:
         with torch.device(device):  # a host takes a minute for the weights of a large one
             self.model = getattr(transformers, case.head).from_config(config, attn_implementation="sdpa")
         self.model = self.model.to(device).train()
-        if how == "patched":
-            tilebook.patch(self.model)
+        if how in ("patched", "loss head"):
+            tilebook.patch(self.model, loss_head=how == "loss head")
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device == "cuda")
         self._batch = _batch(case, config.vocab_size, device, tiny)
 
@@ -135,7 +135,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--only", default="", help="models whose name contains this")
-    arguments.add_argument("--how", default="pytorch,tilebook,patched")
+    arguments.add_argument("--how", default="pytorch,tilebook,patched,loss head")
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--seconds", type=float, default=math.inf, help="begins no further model after that")
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

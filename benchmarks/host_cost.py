@@ -128,6 +128,13 @@ def cases(device: str) -> list[Case]:
             [random(16, 1024), random(1024), random(1024)],
         ),
         Case(
+            "linear_cross_entropy M16,H64,V1024",
+            lambda x, w, target: F.cross_entropy(F.linear(x, w), target),
+            tilebook.linear_cross_entropy,
+            [random(16, 64), random(1024, 64)],
+            (torch.arange(16, device=device),),
+        ),
+        Case(
             "mlp M32,H64,I128",
             lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
             tilebook.mlp,

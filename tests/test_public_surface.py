@@ -82,6 +82,7 @@ lens = torch.tensor([0, 3], dtype=torch.int32)
         "tilebook.attention_decode(x.detach(), x.detach(), x.detach()).requires_grad_()",
         "tilebook.attention_varlen(x[0], x[0], x[0], lens, lens, max_seqlen_q=3, max_seqlen_k=3)",
         "tilebook.layer_norm(x, w[0], w[1])",
+        "tilebook.linear_cross_entropy(x[0, 0], w, torch.arange(3))",
         "tilebook.mlp(x, w, None, w, None)",
         "tilebook.rms_norm(x, w[0])",
     ],

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.cross_entropy import cross_entropy
     from tilebook.kernels.decode import attention_decode
+    from tilebook.kernels.linear_cross_entropy import linear_cross_entropy
     from tilebook.kernels.mlp import mlp
     from tilebook.kernels.norms import layer_norm, rms_norm
     from tilebook.kernels.varlen import attention_varlen
@@ -28,6 +29,7 @@ __all__ = [
     "enable",
     "enabled",
     "layer_norm",
+    "linear_cross_entropy",
     "mlp",
     "patch",
     "patched",
@@ -48,6 +50,7 @@ _MODULE = {
     "enable": "enabling",
     "enabled": "enabling",
     "layer_norm": "kernels.norms",
+    "linear_cross_entropy": "kernels.linear_cross_entropy",
     "mlp": "kernels.mlp",
     "patch": "patching",
     "patched": "patching",

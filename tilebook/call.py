@@ -29,6 +29,7 @@ _DISABLED = os.environ.get("TILEBOOK_DISABLE", "") not in ("", "0")
 _functorch: Any = torch._C._functorch
 _profiler: Any = torch.autograd.profiler
 _saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+_kept: Any = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def disabled() -> bool:
@@ -126,6 +127,7 @@ class Entry:
     forward:  (choice or None, tensors, options) → outputs, by dispatch.
     backward: (gradient, tensors, kept, options, needs) → gradients of the tensors, None where not needed, by dispatch;
               None for what has no gradients, whose one op then bears the name alone.
+    last:     backward once more, or None: for a graph that is not kept, so that it may write over what was kept.
     check:    (tensors, options as the schema has them) → ValueError for what does not go together. Kernels believe the
               sizes they are told, and PyTorch's own checks would come too late.
     plain:    (tensors, options) → the result, in PyTorch's own functions.
@@ -154,6 +156,7 @@ class Entry:
     fold: tuple[str, ...] = ()
     flops: Callable[[Tensors, Any, Sequence[bool] | None], int] | None = None
     shards: Callable[[dict[str, Any]], list[dict[str, int | None]]] | None = None
+    last: Callable[[torch.Tensor, Tensors, Tensors, tuple[Any, ...], Sequence[bool]], Tensors] | None = None
 
     op: Any = field(init=False)
     op_backward: Any = field(init=False)
@@ -201,7 +204,8 @@ class Entry:
         stored = torch.compiler.is_compiling() or torch._C._has_storage(dy)
         if not stored or dy.is_meta or way(dy, optional=(*tensors, *kept)) == "op":
             return self._by_op(dy, tensors, kept, self.pack(options), needs)
-        return self.backward(rows(dy), tensors, kept, options, needs)  # dy may be expanded from a sum
+        run = self.backward if self.last is None or _kept() else self.last
+        return run(rows(dy), tensors, kept, options, needs)  # dy may be expanded from a sum
 
     def gradients_of_op(
         self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]

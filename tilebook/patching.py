@@ -40,13 +40,13 @@ class Report:
 
     changed: Mapping[str, str]
     left: Mapping[str, str]
-    _ours: Sequence[tuple[nn.Module, Function]] = field(default=(), repr=False, compare=False)
+    _ours: Sequence[tuple[nn.Module, str, Function]] = field(default=(), repr=False, compare=False)
 
     def undo(self) -> None:
         """Changes back what this report says was changed, except where somebody has changed it again."""
-        for module, ours in self._ours:
-            if module.__dict__.get("forward") is ours:
-                del module.forward
+        for module, name, ours in self._ours:
+            if module.__dict__.get(name) is ours:
+                delattr(module, name)
 
     def __str__(self) -> str:
         def lines(of: Mapping[str, str]) -> list[str]:
@@ -58,7 +58,7 @@ class Report:
         return "\n".join(["changed:", *lines(self.changed), "left:", *lines(self.left)])
 
 
-def patch(model: nn.Module) -> Report:
+def patch(model: nn.Module, *, loss_head: bool = False) -> Report:
     """Lets the model's norms and MLPs call tilebook's functions; says what was changed, what was left and why.
 
     An RMSNorm that is written out becomes `tilebook.rms_norm`, also one that multiplies by 1 + weight. Two linear
@@ -66,24 +66,30 @@ def patch(model: nn.Module) -> Report:
     names and hooks of the modules themselves stay as they are; `Report.undo` changes it back. PyTorch's own norms and
     attention are `tilebook.enable`'s. Ours multiplies by the weight before it rounds, and so may differ by a rounding
     from one that rounds twice.
+
+    With loss_head a language model of transformers that is called with `labels=` while it trains makes its loss by
+    `tilebook.linear_cross_entropy`, and never has its logits: `logits` of what it returns is None then, as it is with
+    Liger-Kernel. In `eval()`, under `torch.no_grad()`, without labels and with `logits_to_keep=` it is as it was.
     """
-    changed, left, ours = dict[str, str](), dict[str, str](), list[tuple[nn.Module, Function]]()
+    changed, left, ours = dict[str, str](), dict[str, str](), list[tuple[nn.Module, str, Function]]()
     for name, module in model.named_modules():
         try:
-            found = _norm(module) or _mlp(module)
+            found = _norm(module) or _mlp(module) or (_head(module) if loss_head else None)
         except _Left as why:
             left[name] = str(why)
             continue
         if found is not None:
-            changed[name], module.forward = found
-            ours.append((module, module.forward))
+            changed[name], places = found
+            for place in [(module, "forward", places)] if callable(places) else places:
+                setattr(*place)
+                ours.append(place)
     return Report(changed, left, ours)
 
 
 @contextmanager
-def patched(model: nn.Module) -> Iterator[Report]:
+def patched(model: nn.Module, *, loss_head: bool = False) -> Iterator[Report]:
     """Inside the block the model is as after `patch`."""
-    report = patch(model)
+    report = patch(model, loss_head=loss_head)
     try:
         yield report
     finally:
@@ -145,7 +151,7 @@ def _mlp(module: nn.Module) -> tuple[str, Function] | None:
     dropout = max([each.p for each in module.modules() if isinstance(each, nn.Dropout)], default=0.0)
     if dropout:
         raise _Left(f"drops with a probability of {dropout}")
-    if _hooked(first) or _hooked(second):
+    if hooked(first) or hooked(second):
         raise _Left("its layers have hooks")
     drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     tensors = drawn(_INNER, _WIDTH), drawn(_INNER), drawn(_WIDTH, _INNER), drawn(_WIDTH)
@@ -160,6 +166,27 @@ def _mlp(module: nn.Module) -> tuple[str, Function] | None:
     return f"tilebook.mlp with {alike[0]}", partial(_mlp_forward, module, up, down, alike[0])
 
 
+def _head(module: Any) -> tuple[str, Sequence[tuple[nn.Module, str, Function]]] | None:
+    """What a language model's loss calls from now on; None for what has none. Raises _Left."""
+    from tilebook.huggingface import head
+
+    linear = head.candidate(module)
+    if linear is None:
+        return None
+    if type(linear) is not nn.Linear:
+        raise _Left("its last layer is not PyTorch's own Linear")
+    for each in (linear, module):
+        _check(each, linear.weight)
+    if head.another_loss(module):
+        raise _Left("its loss is another one")
+    if hooked(linear):
+        raise _Left("its last layer has hooks")
+    softcap = _result(head.tried, module, linear)
+    if softcap is None:
+        raise _Left("computes something else between its last layer and its loss")
+    return "tilebook.linear_cross_entropy", head.Head(module, linear, softcap).places()
+
+
 def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
     made = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     made.weight, made.bias = nn.Parameter(weight), nn.Parameter(bias)
@@ -168,7 +195,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
 
 def _mlp_forward(module: Any, up: str, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     first, second = module._modules[up], module._modules[down]
-    usual = type(first) is type(second) is nn.Linear and not (_hooked(first) or _hooked(second))
+    usual = type(first) is type(second) is nn.Linear and not (hooked(first) or hooked(second))
     if args or kwargs or not usual:  # somebody has put something else there, or listens
         return type(module).forward(module, x, *args, **kwargs)
     return mlp(x, first.weight, first.bias, second.weight, second.bias, activation=activation)
@@ -181,7 +208,7 @@ def _check(module: nn.Module, weight: torch.Tensor | None) -> None:
         raise _Left("its weight is no ordinary parameter with numbers")
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Would somebody hear of a call of the module, who does not of a call of its parameters?"""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks)

@@ -8,6 +8,7 @@ from dispatch_samples import (
     COMPOSED,
     COMPOSED_DEFAULT,
     COMPOSED_OTHER,
+    DEFAULT,
     FUSED,
     GPU,
     OP,
@@ -49,6 +50,22 @@ def test_a_revoked_default_gives_way_to_the_feasible_config_fewest_steps_away(ch
     assert sum(steps) == 1
     assert OP.tunable.space.reject(COMPOSED, choice.config, GPU) is None
     assert choose(problem=COMPOSED).config == choice.config
+
+
+def test_our_own_kernel_is_had_beside_pytorchs_unless_it_is_revoked(choose):
+    ranked = [{"implementation": "torch", "config": {}, "time_ms": 0.9}, *RANKED["candidates"][:2]]
+    lost = verdict(implementation="torch", config={}, evidence={"candidates": ranked})
+    near = OP.problem.parse("B4,H16,S2049,D64", "bf16")
+    for problem, config in ((FUSED, OTHER), (near, OTHER)):
+        choice = choose(lost, problem=problem)
+        own = choose.here.own(choice)
+        assert (choice.implementation.name, own.implementation, own.config) == ("torch", OP.tunable, config)
+        assert choose.here.own(choice) is own
+        assert choose.here.own(own) is own
+    choice = choose(problem=FUSED, revocations=[revocation(), revocation(RUNNER_UP)])
+    assert choose.here.own(choice).config == DEFAULT
+    choice = choose(problem=FUSED, revocations=[revocation(each) for each in OP.tunable.space.defaults(FUSED, GPU)])
+    assert choose.here.own(choice) is choice
 
 
 @pytest.mark.parametrize("status", ["measured", "predicted"])

@@ -149,6 +149,15 @@ def _classified(device, dtype, generator):
     return logits, target.to(device)
 
 
+def _headed(device, dtype, generator):
+    """Hidden states, the weight of a head, and a class for each of them but one."""
+    h, classes = small(64, device), small(1000, device)
+    target = torch.randint(classes, (2, 40), generator=generator)
+    target[0, 3] = -100
+    weight = rand(generator, (classes, h), device, dtype) * h**-0.5
+    return rand(generator, (2, 40, h), device, dtype), weight, target.to(device)
+
+
 # Rows of masks and biases are whole vectors here, which any kernel of PyTorch's loads; see `plain_masked`.
 def _lower_half(device, dtype, generator):
     return torch.ones(small(96, device), small(96, device), dtype=torch.bool).tril(3).to(device)
@@ -241,6 +250,13 @@ FAMILIES = {
             lambda x, target: CROSS_ENTROPY(x, target, label_smoothing=0.1, reduction="none"),
             _classified,
             1,
+        ),
+        Family(
+            "linear_cross_entropy",
+            lambda x, w, target: tilebook.linear_cross_entropy(x, w, target, label_smoothing=0.1),
+            lambda x, w, target: CROSS_ENTROPY(F.linear(x, w).flatten(0, -2), target.flatten(), label_smoothing=0.1),
+            _headed,
+            2,
         ),
         Family("rms_norm", lambda x, weight: tilebook.rms_norm(x, weight), plain_norm, _rows, 2),
     )

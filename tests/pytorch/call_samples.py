@@ -29,6 +29,10 @@ def losses(x):
     return tilebook.cross_entropy(x.movedim(-1, 1), LABELS, label_smoothing=0.1, reduction="none")
 
 
+def heads(x, w, b):
+    return tilebook.linear_cross_entropy(x, w, LABELS, linear_bias=b, label_smoothing=0.1)
+
+
 QKV = [(2, 4, 6, 16)] * 3
 CALLS = {
     "attention": (tilebook.attention, QKV),
@@ -45,6 +49,7 @@ CALLS = {
     "layer norm": (tilebook.layer_norm, [(2, 3, 8), (8,), (8,)]),
     "loss": (lambda x: tilebook.cross_entropy(x, LABELS[0]), [(3, 8)]),
     "loss of each": (losses, [(2, 3, 8)]),
+    "loss of a head": (heads, [(2, 3, 8), (12, 8), (12,)]),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 

@@ -51,6 +51,14 @@ def losses(make=normal, rows=5, *, smoothing=0.0, softcap=0.0, z_loss=0.0, **how
     return make(rows, 8, **how), target, smoothing, -100, softcap, z_loss
 
 
+def heads(rows=5, *, wants=(True, True, True), smoothing=0.0, softcap=0.0, z_loss=0.0, mean=True, bias=True, **how):
+    target = torch.randint(12, (rows,))
+    target[1:2] = -100
+    x, w, b = (normal(*shape, grad=want, **how) for shape, want in zip(((rows, 8), (12, 8), (12,)), wants, strict=True))
+    dtype = how.get("dtype", torch.float32)
+    return x, w, target, b if bias else None, smoothing, -100, softcap, z_loss, mean, dtype, *wants
+
+
 def qkv(make=normal, rows=5, columns=7, heads_kv=4, **how):
     return make(2, 4, rows, 16, **how), *(make(2, heads_kv, columns, 16, **how) for _ in range(2))
 
@@ -133,6 +141,16 @@ SAMPLES = {
         "no rows": lambda: losses(rows=0),
         "bf16": lambda: losses(dtype=BF16),
         "expanded": lambda: (normal(1, 8).expand(5, 8), *losses()[1:]),
+    },
+    "linear_cross_entropy_fwd": {
+        "plain": lambda: heads(),
+        "sum, no bias": lambda: heads(mean=False, bias=False, wants=(True, True, False)),
+        "smoothed, capped, with a z-loss": lambda: heads(smoothing=0.1, softcap=2.0, z_loss=0.1),
+        "head frozen": lambda: heads(wants=(True, False, False)),
+        "body frozen": lambda: heads(wants=(False, True, True)),
+        "no rows": lambda: heads(rows=0, mean=False),
+        "bf16": lambda: heads(dtype=BF16),
+        "fp16": lambda: heads(dtype=torch.float16),
     },
     "layer_norm_fwd": {
         "plain": lambda: (normal(5, 8), normal(8), normal(8), 1e-6),

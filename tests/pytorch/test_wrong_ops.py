@@ -12,6 +12,7 @@ LSE = PACKED[0][..., 0].t()
 SEED = torch.tensor([7])
 
 LABELS, LOSS = torch.tensor([1, 7, -100, 0, 3]), (0.0, -100, 0.0, 0.0)
+HEAD = None, *LOSS, True, torch.float32, True, True, False
 
 WRONG = {
     "fewer values than keys": lambda: OPS.attention_fwd(*attention(Q, K, V[:, :, :3])),
@@ -44,6 +45,10 @@ WRONG = {
     "loss: fewer targets": lambda: OPS.cross_entropy_fwd(X, LABELS[:3], *LOSS),
     "loss: targets of another dtype": lambda: OPS.cross_entropy_fwd(X, LABELS.int(), *LOSS),
     "loss: no rows": lambda: OPS.cross_entropy_fwd(X[0], LABELS, *LOSS),
+    "head: fewer targets": lambda: OPS.linear_cross_entropy_fwd(X, W1, LABELS[:3], *HEAD),
+    "head: fewer features": lambda: OPS.linear_cross_entropy_fwd(X[:, :4], W1, LABELS, *HEAD),
+    "head: a short bias": lambda: OPS.linear_cross_entropy_fwd(X, W1, LABELS, B2, *HEAD[1:]),
+    "head: more axes": lambda: OPS.linear_cross_entropy_fwd(X[None], W1, LABELS[None], *HEAD),
     "loss: no classes": lambda: OPS.cross_entropy_fwd(X[:, :0], LABELS, *LOSS),
 }
 

@@ -42,6 +42,7 @@ __all__ = [
     "known",
     "lookup",
     "misses",
+    "own",
     "reload",
     "run",
     "use",
@@ -96,6 +97,22 @@ class Dispatch:
                 snapshot = self._snapshot_of(gpu)
                 choice.backward = pytorch(op, problem, gpu) if snapshot is None else self._choose(snapshot, op, problem)
         return choice.backward
+
+    def own(self, choice: Choice) -> Choice:
+        """Our own kernel for a choice's problem, where PyTorch has no function for it; the choice if none runs."""
+        op = choice.implementation.op
+        if choice.own is None:
+            snapshot = self._snapshot_of(choice.gpu)
+            if choice.source == "forced" or choice.implementation is op.tunable or snapshot is None:
+                return choice
+            try:
+                found = snapshot.own(op, choice.problem)
+            except Exception:  # of the same verdict as when the choice was made, which has warned
+                found = None
+            if found is None:
+                return choice
+            found.instead, choice.own = self._spare, found
+        return choice.own
 
     def lookup(self, op: Op[Any], args: Sequence[Any], call: Sequence[Any] | None = None) -> Choice:
         """What runs this call. A call like one made before is known by its key, in about a microsecond an argument.
@@ -256,7 +273,8 @@ class Dispatch:
 here = Dispatch()
 """The program's own."""
 
-run, lookup, known, choose, backward_of = here.run, here.lookup, here.known, here.choose, here.backward_of
+run, lookup, known, choose = here.run, here.lookup, here.known, here.choose
+backward_of, own = here.backward_of, here.own
 use, reload, misses, ahead_of = here.use, here.reload, here.misses, here.ahead_of
 
 

@@ -28,6 +28,7 @@ class Choice:
     where the spare did not; `instead` makes the spare. `native` says that PyTorch's own function would run the
     same here, so that the call may be left to it; `backward` is what the backward pass would run; `aligned` says that
     the tensors of its calls lie as kernels that load whole vectors want them, and `kept` that it serves calls to come.
+    `own` is our own kernel for the same problem, once somebody has asked for it.
     """
 
     implementation: Implementation
@@ -43,6 +44,7 @@ class Choice:
     spare: Choice | None = None
     native: bool = field(init=False)
     backward: Choice | None = None
+    own: Choice | None = None
     aligned: bool = True
     kept: bool = False
 

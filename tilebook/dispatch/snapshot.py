@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, cast, get_args
 
 from tilebook import device as devices
@@ -116,6 +117,17 @@ class Snapshot:
             return None
         choice = Choice(implementation, config, cast(Source, source), problem, self.gpu)
         return choice if self.revocation(choice) is None else None
+
+    def own(self, op: Op[Any], problem: Problem) -> Choice | None:
+        """Our own kernel as the nearest verdict has it, whatever that says of PyTorch's; None where none may run."""
+        exact, near = self._around(op, problem, _FIRST)
+        known = (
+            Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
+            for verdict in chain(exact, near)
+            for candidate in self._feasible(op, problem, verdict)
+        )
+        found = chain(known, self._defaults(op, problem))
+        return next((each for each in found if each.implementation is op.tunable and not self.revocation(each)), None)
 
     def revocation(self, choice: Choice) -> Revocation | None:
         """Why a choice may not run, or None where it may."""

@@ -183,6 +183,12 @@ for name, ours, theirs, given in [
     ("layer_norm", tilebook.layer_norm, lambda x, w, b: F.layer_norm(x, w.shape, w, b), (x, w, b)),
     ("rms_norm", tilebook.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), (x, w)),
     ("cross_entropy", lambda x: tilebook.cross_entropy(x, target), lambda x: F.cross_entropy(x, target), (x,)),
+    (
+        "linear_cross_entropy",
+        lambda x, w: tilebook.linear_cross_entropy(x, w, target),
+        lambda x, w: F.cross_entropy(x @ w.t(), target),
+        block[:2],
+    ),
     ("mlp", tilebook.mlp, lambda x, a, c, d, e: F.linear(F.gelu(F.linear(x, a, c)), d, e), block),
 ]:
     right = theirs(*[each.float() for each in given])

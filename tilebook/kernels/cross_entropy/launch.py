@@ -61,3 +61,20 @@ def backward(
         SAME=logits.stride(0) == width, CAPPED=softcap != 0, **columns,
     )  # fmt: skip
     return dlogits
+
+
+def backward_in_place(
+    dloss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, label_smoothing: float,
+    ignore_index: int, softcap: float, z_loss: float, *, config: Config,
+) -> None:  # fmt: skip
+    """Writes dlogits over logits (M, V), of which a program reads what it writes, and nothing else.
+
+    The rows may lie apart where a program takes one of them.
+    """
+    (count, width), columns = logits.shape, _columns(logits, config)
+    chunks = triton.cdiv(width, columns["BLOCK"])
+    launch(
+        bwd_kernel, (triton.cdiv(count, columns["ROWS"]) * chunks,), dloss, logits, target, lse, logits, count, width,
+        logits.stride(0), target.stride(0), chunks, ignore_index, label_smoothing, softcap, z_loss,
+        SAME=True, CAPPED=softcap != 0, **columns,
+    )  # fmt: skip
