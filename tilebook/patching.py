@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tilebook.hooks import hooked
 from tilebook.kernels.mlp import mlp
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
@@ -206,12 +207,6 @@ def _check(module: nn.Module, weight: torch.Tensor | None) -> None:
         raise _Left("its forward was changed already")
     if weight is None or type(weight) is not nn.Parameter or weight.is_meta or not weight.is_floating_point():
         raise _Left("its weight is no ordinary parameter with numbers")
-
-
-def hooked(module: nn.Module) -> bool:
-    """Would somebody hear of a call of the module, who does not of a call of its parameters?"""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
 
 
 def _result(function: Function, *args: Any) -> Any:

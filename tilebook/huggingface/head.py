@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tilebook.hooks import hooked
 from tilebook.kernels.cross_entropy.problem import IGNORED, capped
 from tilebook.kernels.linear_cross_entropy import wide_loss
-from tilebook.patching import hooked
 
 
 class Head:
