@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook import dispatch
 from tilebook.call import Entry, constant, left_whole, recorded, way
 from tilebook.kernels.norms.check import check
-from tilebook.kernels.norms.entry import LAYER_NORM, RMS_NORM, addressed, registered
+from tilebook.kernels.norms.entry import LAYER_NORM, RMS_NORM, addressed, registered, turned
 from tilebook.kernels.norms.pytorch import HOST_BOUND
 from tilebook.left import ORDINARY, again, keep, known, recall, unsettled
 from tilebook.traced import ahead, described
@@ -106,7 +106,11 @@ def _norm(entry: Entry, x: torch.Tensor, vectors: tuple[Vector, ...], eps: float
             return entry.through(addressed((x.reshape(-1, x.shape[-1]), *vectors)), (eps,))[0].view(x.shape)
         return entry.plain((x, *vectors), (eps,))
     forward = registered(entry.name)[0]
-    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x
+    turn = None
+    if route == "direct" and x.stride(-1) != 1:
+        check(entry.tensors[1:], x, vectors)
+        turn = turned(forward, (x, *vectors, eps))
+    flat = turn[0] if turn else x if x.ndim == 2 or not x.numel() else x.reshape(-1, x.shape[-1])
     tensors = addressed((flat, *vectors))
     choice = dispatch.known(forward, (*tensors, eps)) if route == "direct" else None
     if choice is None:
