@@ -134,8 +134,9 @@ def test_a_call_and_its_gradients_are_pytorchs_without_a_copy(laid, name, dtype,
     dy = drawn(*x.shape, seed=5, dtype=dtype)
     with dispatch.use("triton"):
         found = step(ours, x, vectors, dy)
-    assert [args[at].data_ptr() for (_, args, _), at in zip(started, (0, 1), strict=False)] == [x.data_ptr()] * 2
-    assert all(meta["UNIT"] for _, _, meta in started[:2])
+    for _, args, meta in started[:2]:
+        assert meta["UNIT"]
+        assert x.data_ptr() in [each.data_ptr() for each in args if isinstance(each, torch.Tensor)]
     pytorch = step(theirs, x, vectors, dy)
     wide = [each.detach().double().requires_grad_() for each in (x, *vectors)]
     truth = step(theirs, wide[0], wide[1:], dy.double())

@@ -128,6 +128,19 @@ SAMPLES = {
         "frozen": lambda: (normal(5, 8), data(8), 1e-6),
         "no weight": lambda: (normal(5, 8), None, 1e-6),
     },
+    "add_rms_norm_fwd": {
+        "plain": lambda: (normal(5, 8), normal(5, 8), normal(8), 1e-6),
+        "another weight": lambda: (normal(5, 8, dtype=BF16), normal(5, 8, dtype=BF16), normal(8), 1e-6),
+        "turned": lambda: (normal(5, 8, order=(1, 0)), normal(5, 8, order=(1, 0)), normal(16)[::2], 1e-6),
+        "no rows": lambda: (normal(0, 8), normal(0, 8), normal(8), 1e-6),
+        "one frozen": lambda: (data(5, 8), normal(5, 8), data(8), 1e-6),
+        "no weight": lambda: (normal(5, 8), data(5, 8), None, 1e-6),
+    },
+    "add_layer_norm_fwd": {
+        "plain": lambda: (normal(5, 8), normal(5, 8), normal(8), normal(8), 1e-6),
+        "no bias": lambda: (normal(5, 8), normal(5, 8), normal(8), None, 1e-6),
+        "no rows": lambda: (normal(0, 8), normal(0, 8), normal(8), normal(8), 1e-6),
+    },
     "cross_entropy_fwd": {
         "plain": lambda: losses(),
         "smoothed, capped, with a z-loss": lambda: losses(smoothing=0.1, softcap=2.0, z_loss=0.1),

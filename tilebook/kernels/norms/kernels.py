@@ -1,8 +1,10 @@
 """The norms' Triton kernels. A program takes ROWS rows at a time, BLOCK columns of them at a time.
 
 A tensor that is None is not there: without `mean` rows are not centred, without `weight` or `bias` not scaled or
-shifted. With a UNIT, x lies transposed: (B, S, N) of which the rows of a batch are side by side in memory, S = stride_x
-· UNIT apart from column to column. Such a program's rows are of one batch; all other tensors have contiguous rows.
+shifted, without `residual` and `dtotal` nothing is added to x and to its gradient.
+
+With a UNIT, x lies transposed: (B, S, N) of which the rows of a batch are side by side in memory, S = stride_x · UNIT
+apart from column to column. Such a program's rows are of one batch; all other tensors have contiguous rows.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -36,6 +38,12 @@ def _load(pointer, r, c, stride, inside, TURNED: tl.constexpr = False):
 
 
 @triton.jit
+def _added(values, x, residual, r, c, stride, inside):
+    """x + residual, rounded as x is."""
+    return (values + _load(residual, r, c, stride, inside)).to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def _gain(weight, c, width):
     """The weight of each column, 1 where there is none."""
     gain = 1.0 if weight is None else tl.load(weight + c, mask=c < width, other=0.0).to(tl.float32)
@@ -63,13 +71,18 @@ def _write(y, values, scale, weight, bias, r, c, width, inside):
 
 
 @triton.jit
-def _moments(x, row, rows, width, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr):
+def _moments(
+    x, residual, row, rows, width, stride, stride_residual,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
     """Mean of each row and sum of squares around it, block by block (Chan, Golub & LeVeque, 1979)."""
     center = tl.zeros((ROWS,), tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
     for first in range(0, width, BLOCK):
         r, c, inside = _place(row, first, rows, width, ROWS, BLOCK)
         values = _load(x, r, c, stride, inside, TURNED)
+        if residual is not None:
+            values = _added(values, x, residual, r, c, stride_residual, inside)
         count = tl.minimum(width - first, BLOCK)
         here = tl.sum(values, 1) / count
         around = tl.where(inside, values - here[:, None], 0.0)
@@ -81,7 +94,7 @@ def _moments(x, row, rows, width, stride, ROWS: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit(do_not_specialize=["rows"])
 def fwd_kernel(
-    x, weight, bias, y, mean, rstd, rows, width, stride_x, eps,
+    x, residual, weight, bias, y, total, mean, rstd, rows, width, stride_x, stride_residual, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS
@@ -91,6 +104,9 @@ def fwd_kernel(
     if WHOLE:
         r, c, inside = _place(row, 0, rows, width, ROWS, BLOCK)
         values = _load(x, r, c, stride_x, inside, UNIT > 0)
+        if residual is not None:
+            values = _added(values, x, residual, r, c, stride_residual, inside)
+            tl.store(total + r * width + c, values.to(total.dtype.element_ty), mask=inside)
         if mean is not None:
             center = (tl.sum(values, 1) / width)[:, None]
             values = tl.where(inside, values - center, 0.0)
@@ -98,19 +114,24 @@ def fwd_kernel(
         _write(y, values, scale, weight, bias, r, c, width, inside)
     else:
         if mean is not None:
-            center, total = _moments(x, row, rows, width, stride_x, ROWS, BLOCK, UNIT > 0)
+            center, power = _moments(x, residual, row, rows, width, stride_x, stride_residual, ROWS, BLOCK, UNIT > 0)
             center = center[:, None]
         else:
             squares = tl.zeros((ROWS, BLOCK), tl.float32)
             for first in range(0, width, BLOCK):
                 r, c, inside = _place(row, first, rows, width, ROWS, BLOCK)
                 values = _load(x, r, c, stride_x, inside, UNIT > 0)
+                if residual is not None:
+                    values = _added(values, x, residual, r, c, stride_residual, inside)
                 squares += values * values
-            total = tl.sum(squares, 1)
-        scale = tl.rsqrt(total / width + eps)[:, None]
+            power = tl.sum(squares, 1)
+        scale = tl.rsqrt(power / width + eps)[:, None]
         for first in range(0, width, BLOCK):
             r, c, inside = _place(row, first, rows, width, ROWS, BLOCK)
             values = _load(x, r, c, stride_x, inside, UNIT > 0)
+            if residual is not None:
+                values = _added(values, x, residual, r, c, stride_residual, inside)
+                tl.store(total + r * width + c, values.to(total.dtype.element_ty), mask=inside)
             if mean is not None:
                 values -= center
             _write(y, values, scale, weight, bias, r, c, width, inside)
@@ -130,7 +151,7 @@ def _add_share(partial, mine, values, columns, known, width):
 
 @triton.jit(do_not_specialize=["rows"])
 def bwd_kernel(
-    dy, x, weight, mean, rstd, dx, partial, partial_bias, rows, width, stride_dy, stride_x,
+    dy, dtotal, x, weight, mean, rstd, dx, partial, partial_bias, rows, width, stride_dy, stride_dtotal, stride_x,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dx, and in partial (programs, width) each program's share of dweight, in partial_bias of dbias.
@@ -165,7 +186,11 @@ def bwd_kernel(
             slope = (tl.sum(upper * normal, 1) / width)[:, None]
             if mean is not None:
                 upper -= (tl.sum(upper, 1) / width)[:, None]
-            tl.store(dx + r * width + c, (scale * (upper - normal * slope)).to(dx.dtype.element_ty), mask=inside)
+            into = dx + r * width + c
+            slopes = scale * (upper - normal * slope)
+            if dtotal is not None:
+                slopes += _load(dtotal, r, c, stride_dtotal, inside)
+            tl.store(into, slopes.to(dx.dtype.element_ty), mask=inside)
         if partial is not None:
             share = partial + mine.to(tl.int64) * width + tl.arange(0, BLOCK)
             tl.store(share, tl.sum(total, 0), mask=tl.arange(0, BLOCK) < width)
@@ -204,7 +229,11 @@ def bwd_kernel(
                 upper *= gain
                 if mean is not None:
                     upper -= tl.sum(level, 1)[:, None] / width
-                tl.store(dx + r * width + c, (scale * (upper - normal * slope)).to(dx.dtype.element_ty), mask=inside)
+                into = dx + r * width + c
+                slopes = scale * (upper - normal * slope)
+                if dtotal is not None:
+                    slopes += _load(dtotal, r, c, stride_dtotal, inside)
+                tl.store(into, slopes.to(dx.dtype.element_ty), mask=inside)
             tl.debug_barrier()  # other threads may read these shares in the next turn
 
 

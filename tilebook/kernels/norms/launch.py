@@ -52,25 +52,35 @@ def _columns(width: int, config: Config) -> dict[str, Any]:
 
 
 def forward(
-    x: torch.Tensor, weight: Vector, bias: Vector, eps: float, config: Config, *, centred: bool
+    x: torch.Tensor, weight: Vector, bias: Vector, eps: float, config: Config, *, centred: bool, residual: Vector = None
 ) -> tuple[torch.Tensor, ...]:
-    """y (M, N), then, each (M,) in fp32, the mean of each row if `centred`, and rstd. x may lie transposed."""
+    """y (M, N), x + residual where there is one, then, each (M,) in fp32, the mean of each row if `centred`, and rstd.
+
+    x may lie transposed where there is no residual.
+    """
     (x, step, unit), width = _laid(x), x.shape[-1]
     rows = x.numel() // width
     y, rstd = x.new_empty(rows, width), x.new_empty(rows, dtype=torch.float32)
     mean = torch.empty_like(rstd) if centred else None
+    residual = None if residual is None else _rows(residual)
+    total = None if residual is None else x.new_empty(rows, width)
     launch(
-        fwd_kernel, (_tiles(x, unit, config),), x, _vector(weight), _vector(bias), y, mean, rstd,
-        rows, width, step, eps, **_columns(width, config), UNIT=unit,
+        fwd_kernel, (_tiles(x, unit, config),), x, residual, _vector(weight), _vector(bias), y, total, mean, rstd,
+        rows, width, step, None if residual is None else residual.stride(0), eps, **_columns(width, config), UNIT=unit,
     )  # fmt: skip
-    return (y, rstd) if mean is None else (y, mean, rstd)
+    return tuple(each for each in (y, total, mean, rstd) if each is not None)
 
 
 def backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: Vector, bias: Vector, mean: Vector, rstd: torch.Tensor, *, config: Config
-) -> tuple[torch.Tensor, ...]:
-    """dx, then dweight and dbias where there are a weight and a bias, in their dtypes. No bias without a weight."""
+    dy: torch.Tensor, x: torch.Tensor, weight: Vector, bias: Vector, mean: Vector, rstd: torch.Tensor, *,
+    config: Config, dtotal: Vector = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """dx, then dweight and dbias where there are a weight and a bias, in their dtypes. No bias without a weight.
+
+    dtotal: what else there is of the gradient of x.
+    """
     dy, (x, step, unit), (rows, width) = _rows(dy), _laid(x), dy.shape
+    dtotal = None if dtotal is None else _rows(dtotal)
     dx = x.new_empty(rows, width)
     # Interpreted, on the CPU: a few programs that each take several turns.
     sms = 3 if x.is_cpu else devices.current(x.device.index or 0).sm_count
@@ -80,8 +90,9 @@ def backward(
     sums: list[Any] = [vector.new_empty(width) for vector in given]
     none = [None] * (2 - len(given))
     launch(
-        bwd_kernel, (programs,), dy, x, _vector(weight), _vector(mean), _vector(rstd), dx, *shares, *none,
-        rows, width, dy.stride(0), step, **_columns(width, config), UNIT=unit,
+        bwd_kernel, (programs,), dy, dtotal, x, _vector(weight), _vector(mean), _vector(rstd), dx, *shares, *none,
+        rows, width, dy.stride(0), None if dtotal is None else dtotal.stride(0), step, **_columns(width, config),
+        UNIT=unit,
     )  # fmt: skip
     if sums:
         launch(

@@ -37,12 +37,18 @@ class Norm(op.Problem):
     """Numbers of each row that a forward pass keeps, in fp32."""
     VECTORS: ClassVar[int]
     """Parameter vectors of an affine one."""
+    TURNED: ClassVar[bool] = True
+    """May x lie transposed?"""
 
     dtype: str
     rows: int = op.size("M")
     width: int = op.size("N")
     parameters: str = op.choice("affine", "unbiased", "bare", elided=True)
     lies: str = op.pattern(rf"{_TRANSPOSED}([2-9]|[1-9]\d{{1,8}})", f"{_TRANSPOSED}<S>")
+
+    def check(self) -> None:
+        if self.lies and not self.TURNED:
+            raise op.UsageError(f"{self.label}: what is added up has contiguous rows")
 
     @property
     def vectors(self) -> int:
@@ -100,7 +106,7 @@ class Norm(op.Problem):
             ("M20,N1500,bare,transposed10", "fp16"),
             ("M4,N24,transposed4", "fp32"),
         )
-        return [cls.parse(text, dtype) for text, dtype in texts]
+        return [cls.parse(text, dtype) for text, dtype in texts if cls.TURNED or _TRANSPOSED not in text]
 
     @classmethod
     def suites(cls) -> Mapping[str, Sequence[Self]]:
