@@ -83,6 +83,15 @@ def test_results_and_gradients_err_at_most_twice_as_much_as_pytorchs_two_calls(n
 
 
 @interpreted
+@pytest.mark.parametrize("config", [None, *CONFIGS], ids=["default", "whole rows", "in pieces"])
+def test_the_sum_is_rounded_before_it_is_normalised(config):
+    x, residual, weight = (each.detach() for each in leaves((9, 1500), 1, torch.bfloat16))
+    with dispatch.use("triton", config):
+        y, h = tilebook.add_rms_norm(x, residual, weight)
+        assert torch.equal(y, tilebook.rms_norm(h, weight))
+
+
+@interpreted
 @pytest.mark.parametrize("way", ["direct", "op"])
 @pytest.mark.parametrize("which", [(0,), (1,)], ids=["of y alone", "of h alone"])
 @each_norm
