@@ -33,6 +33,7 @@ _TRAINED = {
 class _Added(Norm):
     """Rows (M, N) of x and of the residual, in one dtype."""
 
+    TRANSFER = 0.0  # nobody has looked
     TURNED = False
 
     @classmethod
