@@ -17,8 +17,11 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 def beside(x: torch.Tensor) -> int:
     """S, where a tensor (B, S, N) lies in one piece with the last two axes transposed, as (B, N, S); else 0."""
-    dense = x.ndim == 3 and x.shape[1] > 1 and x.shape[2] > 1 and x.mT.is_contiguous()
-    return x.shape[1] if dense else 0
+    if x.ndim != 3:
+        return 0
+    (batches, length, width), (step, *others) = x.shape, x.stride()
+    dense = length > 1 and width > 1 and others == [1, length] and (batches == 1 or step == length * width)
+    return length if dense else 0
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor | None:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 import tilebook
 from tilebook import device as devices
-from tilebook import dispatch
+from tilebook import dispatch, replay
 from tilebook import op as ops
 from tilebook.kernels.norms import entry, launch
+from tilebook.launch import intercepted
 from tilebook.layout import transposed
 from tilebook.tuner.judge.verify import Case, error, floors, verify
 
@@ -91,6 +92,15 @@ def test_neighbours_have_the_same_unit_and_lie_so_too(op):
         near = problem.neighbours()
         assert len(near) >= 3
         assert {math.gcd(each.beside, 8) for each in near} == {math.gcd(problem.beside, 8)}
+
+
+@pytest.mark.parametrize("op", ops.families()["add_rms_norm"] + OPS, ids=lambda op: op.name)
+def test_calls_can_be_repeated_without_the_launcher(op):
+    problem = op.problem.parse("M40,N100,transposed20" if op.problem.TURNED else "M40,N100", "fp32")
+    args, config = problem.inputs("meta", 0), op.tunable.space.default(problem, H200)
+    with devices.posing_as(H200), replay._Watch() as watch, intercepted(lambda *_: None):
+        op.tunable(*args, config=config)
+    assert watch.faithful
 
 
 @interpreted
