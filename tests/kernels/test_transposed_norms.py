@@ -12,6 +12,7 @@ from tilebook import device as devices
 from tilebook import dispatch, replay
 from tilebook import op as ops
 from tilebook.kernels.norms import entry, launch
+from tilebook.kernels.norms.standing import STANDINGS
 from tilebook.launch import intercepted
 from tilebook.layout import transposed
 from tilebook.tuner.judge.verify import Case, error, floors, verify
@@ -190,3 +191,33 @@ def test_x_is_taken_as_it_lies_where_a_verdict_is_on_that(monkeypatch, source, s
     assert (found is None, choice.calls) == (not served, int(not served))  # one that is not there is a miss
     assert entry.turned(LAYER_BWD, (dy, x.contiguous(), None), 1) is None
     assert len(asked) == 1
+
+
+X, DY, W, STATISTIC = drawn(3, 24, 5).mT, drawn(3, 5, 24), drawn(24), drawn(3, 5, 1)
+POSED = {
+    "aten::native_layer_norm": [X, (24,), W, W, 1e-5],
+    "aten::native_layer_norm_backward": [DY, X, (24,), STATISTIC, STATISTIC, W, W, (True, True, True)],
+    "aten::_fused_rms_norm": [X, (24,), W, 1e-6],
+    "aten::_fused_rms_norm_backward": [DY, X, (24,), STATISTIC, W, (True, True)],
+}
+
+
+@pytest.mark.parametrize("spread", [None, -1, 0], ids=["nothing", "the weight", "the gradient"])
+@pytest.mark.parametrize("source", ["exact", "fallback"])
+@pytest.mark.parametrize("standing", STANDINGS, ids=lambda standing: standing.name)
+def test_below_autograd_x_is_taken_as_it_lies_where_all_else_is_too(monkeypatch, standing, source, spread):
+    args = list(POSED[standing.name])
+    at, tensors = args.index((24,)) - 1, [n for n, each in enumerate(args) if isinstance(each, torch.Tensor)]
+    if spread is not None:
+        one = tensors[spread] if tensors[spread] != at else tensors[-1]
+        args[one] = torch.stack((args[one], args[one]), -1)[..., 0]
+    monkeypatch.setattr(dispatch, "lookup", lambda op, given: SimpleNamespace(source=source, calls=0))
+    posed = standing.posed(tuple(args))
+    as_it_lies = source == "exact" and spread is None
+    assert [n for n, each in enumerate(posed) if torch.is_tensor(each) and not each.is_contiguous()] == [
+        at
+    ] * as_it_lies
+    assert posed[at].shape == ((3, 5, 24) if as_it_lies else (15, 24))
+    if as_it_lies:
+        for mine, theirs in zip(posed, standing.places, strict=True):
+            assert theirs is None or mine.data_ptr() == args[theirs].data_ptr()
