@@ -135,6 +135,18 @@ def cases(device: str) -> list[Case]:
             (torch.arange(16, device=device),),
         ),
         Case(
+            "add_layer_norm M16,N1024",
+            lambda x, r, w, b: F.layer_norm(x + r, w.shape, w, b, 1e-5),
+            lambda *given: tilebook.add_layer_norm(*given)[0],
+            [random(16, 1024), random(16, 1024), random(1024), random(1024)],
+        ),
+        Case(
+            "add_rms_norm M16,N1024",
+            lambda x, r, w: F.rms_norm(x + r, w.shape, w, 1e-6),
+            lambda *given: tilebook.add_rms_norm(*given)[0],
+            [random(16, 1024), random(16, 1024), random(1024)],
+        ),
+        Case(
             "mlp M32,H64,I128",
             lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
             tilebook.mlp,

@@ -47,7 +47,7 @@ def test_a_model_poses_its_norms_to_the_family_that_it_has():
         "BERT base": "M8192,N768",
         "ViT-B/16": "M16384,N768",  # 64 × 197
         "GPT-2 XL": "M16,N1600",
-        "CCT-14": "M32768,N384",
+        "CCT-14": "M32768,N384,transposed196",
         "ModernBERT base": "M16384,N768,unbiased",
         "DiT-XL/2": "M8192,N1152,bare",
         "Flux.1": "M8192,N3072,bare",

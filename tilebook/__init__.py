@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from tilebook.kernels.decode import attention_decode
     from tilebook.kernels.linear_cross_entropy import linear_cross_entropy
     from tilebook.kernels.mlp import mlp
-    from tilebook.kernels.norms import layer_norm, rms_norm
+    from tilebook.kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
     from tilebook.kernels.varlen import attention_varlen
     from tilebook.patching import patch, patched
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_decode",
     "attention_varlen",
@@ -42,6 +44,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULE = {
+    "add_layer_norm": "kernels.norms",
+    "add_rms_norm": "kernels.norms",
     "attention": "kernels.attention",
     "attention_decode": "kernels.decode",
     "attention_varlen": "kernels.varlen",

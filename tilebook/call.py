@@ -124,13 +124,16 @@ class Entry:
     options:  the other arguments, as PyTorch's schemas write them.
     outputs:  the names of what a forward pass gives. The first is the result, the rest statistics without gradient.
     kept:     which outputs a backward pass wants, beside the tensors.
+    addends:  so many of the first tensors are added up, and nothing else is done with them: the second output is their
+              sum, which is a result too. A backward pass has the sum in their place, and its gradient is that of each.
     forward:  (choice or None, tensors, options) → outputs, by dispatch.
-    backward: (gradient, tensors, kept, options, needs) → gradients of the tensors, None where not needed, by dispatch;
-              None for what has no gradients, whose one op then bears the name alone.
+    backward: (gradient of each result, None for one that has none, tensors, kept, options, needs) → gradients of the
+              tensors, None where not needed, by dispatch; None for what has no gradients, whose one op then bears the
+              name alone.
     last:     backward once more, or None: for a graph that is not kept, so that it may write over what was kept.
     check:    (tensors, options as the schema has them) → ValueError for what does not go together. Kernels believe the
               sizes they are told, and PyTorch's own checks would come too late.
-    plain:    (tensors, options) → the result, in PyTorch's own functions.
+    plain:    (tensors, options) → the result, or all results, in PyTorch's own functions.
     fake:     (tensors, options as the schema has them) → empty outputs, laid out as those of the op are.
     pack, unpack: options as the family has them ↔ as the schema has them.
     casts:    the tensors that are factors of products, which autocast casts.
@@ -146,17 +149,18 @@ class Entry:
     outputs: tuple[str, ...]
     kept: tuple[int, ...]
     forward: Callable[[Any, Tensors, tuple[Any, ...]], tuple[torch.Tensor, ...]]
-    backward: Callable[[torch.Tensor, Tensors, Tensors, tuple[Any, ...], Sequence[bool]], Tensors] | None
+    backward: Callable[..., Tensors] | None
     check: Callable[[Tensors, tuple[Any, ...]], None]
-    plain: Callable[[Tensors, tuple[Any, ...]], torch.Tensor]
+    plain: Callable[[Tensors, tuple[Any, ...]], Any]
     fake: Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
+    addends: int = 0
     pack: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda options: options
     unpack: Callable[[Tensors, tuple[Any, ...]], tuple[Any, ...]] = lambda tensors, options: options
     casts: tuple[str, ...] = ()
     fold: tuple[str, ...] = ()
     flops: Callable[[Tensors, Any, Sequence[bool] | None], int] | None = None
     shards: Callable[[dict[str, Any]], list[dict[str, int | None]]] | None = None
-    last: Callable[[torch.Tensor, Tensors, Tensors, tuple[Any, ...], Sequence[bool]], Tensors] | None = None
+    last: Callable[..., Tensors] | None = None
 
     op: Any = field(init=False)
     op_backward: Any = field(init=False)
@@ -165,8 +169,32 @@ class Entry:
         self.op, self.op_backward = torch_ops.register(self)
         torch_ops.shard()
 
+    @property
+    def results(self) -> int:
+        """How many of the outputs have gradients."""
+        return 2 if self.addends else 1
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the tensors that a backward pass has."""
+        return (self.outputs[1], *self.tensors[self.addends :]) if self.addends else self.tensors
+
+    def saved(self, tensors: Tensors, outputs: Sequence[torch.Tensor]) -> Tensors:
+        """What a backward pass has of a call: its tensors, and what is kept."""
+        sums = (outputs[1],) if self.addends else ()
+        return *sums, *tensors[self.addends :], *[outputs[which] for which in self.kept]
+
+    def needed(self, needs: Sequence[bool]) -> list[bool]:
+        """Which of its tensors a backward pass is to find gradients of, by those of the forward pass that need them."""
+        return [any(needs[: self.addends]), *needs[self.addends :]] if self.addends else list(needs)
+
+    def spread(self, gradients: Tensors, needs: Sequence[bool]) -> Tensors:
+        """Gradients of the forward pass's tensors, by those that a backward pass has found."""
+        each = [gradients[0] if need else None for need in needs[: self.addends]]
+        return (*each, *gradients[1:]) if self.addends else gradients
+
     def direct(self, choice: Any, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-        """The outputs, past the dispatcher; differentiable in the first where gradients are recorded."""
+        """The outputs, past the dispatcher; differentiable in the results where gradients are recorded."""
         if recorded(tensors):
             return _apply(self, choice, options, *tensors)  # type: ignore[no-any-return]
         return self.forward(choice, tensors, options)
@@ -194,29 +222,30 @@ class Entry:
         return native(choice, tensors)
 
     def gradients(
-        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
+        self, dys: Tensors, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
         """Gradients of the tensors that need one, None for the others. `options` as the family has them."""
         assert self.backward is not None
         if self._differentiated():
-            return self._differentiable(dy, tensors, options, needs)
+            return self._differentiable(dys, tensors, options, needs)
         # No storage: a batch of cotangents, by a mechanism older than torch.func's.
-        stored = torch.compiler.is_compiling() or torch._C._has_storage(dy)
-        if not stored or dy.is_meta or way(dy, optional=(*tensors, *kept)) == "op":
-            return self._by_op(dy, tensors, kept, self.pack(options), needs)
+        given = [dy for dy in dys if dy is not None]
+        stored = torch.compiler.is_compiling() or all(torch._C._has_storage(dy) for dy in given)
+        if not stored or given[0].is_meta or way(*given, optional=(*tensors, *kept)) == "op":
+            return self._by_op(dys, tensors, kept, self.pack(options), needs)
         run = self.backward if self.last is None or _kept() else self.last
-        return run(rows(dy), tensors, kept, options, needs)  # dy may be expanded from a sum
+        return run(*_rows(dys), tensors, kept, options, needs)  # one may be expanded from a sum
 
     def gradients_of_op(
-        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
+        self, dys: Tensors, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
         """The same where what went forward was the op, and so is what goes backward. `packed` as the schema has them.
 
         In a trace nothing may look at them: lengths among them are symbols.
         """
         if self._differentiated():
-            return self._differentiable(dy, tensors, self.unpack(tensors, packed), needs)
-        return self._by_op(dy, tensors, kept, packed, needs)
+            return self._differentiable(dys, tensors, self.unpack(tensors, packed), needs)
+        return self._by_op(dys, tensors, kept, packed, needs)
 
     @staticmethod
     def _differentiated() -> bool:
@@ -226,21 +255,32 @@ class Entry:
         return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _differentiating())
 
     def _by_op(
-        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
+        self, dys: Tensors, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
-        found = self.op_backward(rows(dy), *tensors, *kept, *packed, list(needs))
+        found = self.op_backward(*_rows(dys), *tensors, *kept, *packed, list(needs))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
     def _differentiable(
-        self, dy: torch.Tensor, tensors: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
+        self, dys: Tensors, tensors: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
         """Gradients that can be differentiated again, as far as PyTorch's own functions can be."""
         with torch.enable_grad():
             # Views stand for the tensors: one may have been made of another, or be given twice.
             apart = tuple(x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True))
             wanted = [x for x, need in zip(apart, needs, strict=True) if need and x is not None]
-            found = iter(torch.autograd.grad(self.plain(apart, options), wanted, dy, create_graph=True))
+            zeros = [torch.zeros_like(x) for x in apart[:1] if x is not None] * (self.addends - 1)
+            made = self.plain((*apart[:1], *zeros, *apart[1:]), options)
+            results = made if self.addends else (made,)
+            given = [(y, dy) for y, dy in zip(results, dys, strict=True) if dy is not None]
+            ys, gradients = zip(*given, strict=True)
+            found = iter(
+                torch.autograd.grad(ys, wanted, gradients, create_graph=True, materialize_grads=self.addends > 0)
+            )
         return tuple(next(found) if need else None for need in needs)
+
+
+def _rows(tensors: Tensors) -> Tensors:
+    return tuple(None if x is None else rows(x) for x in tensors)
 
 
 class _Direct(torch.autograd.Function):
@@ -251,21 +291,21 @@ class _Direct(torch.autograd.Function):
         ctx: Any, entry: Entry, choice: Any, options: tuple[Any, ...], *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         outputs = entry.forward(choice, tensors, options)
-        ctx.save_for_backward(*tensors, *[outputs[which] for which in entry.kept])
+        ctx.save_for_backward(*entry.saved(tensors, outputs))
         ctx.call = entry, options
-        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.mark_non_differentiable(*outputs[entry.results :])
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[Any, ...]:
         entry, options = ctx.call
-        needs = ctx.needs_input_grad[3:]
-        if dy is None:
+        needs, dys = ctx.needs_input_grad[3:], dys[: entry.results]
+        if all(dy is None for dy in dys):
             return (None,) * (3 + len(needs))
-        saved = ctx.saved_tensors
-        count = len(entry.tensors)
-        return None, None, None, *entry.gradients(dy, saved[:count], saved[count:], options, needs)
+        saved, count = ctx.saved_tensors, len(entry.inputs)
+        found = entry.gradients(dys, saved[:count], saved[count:], options, entry.needed(needs))
+        return None, None, None, *entry.spread(found, needs)
 
 
 _apply: Any = super(torch.autograd.Function, _Direct).apply

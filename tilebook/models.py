@@ -31,6 +31,7 @@ class Model:
     rms:        are its norms, two a layer, RMSNorm? They are LayerNorm otherwise.
     parameters: what the norms have of them, as their shapes are written: "affine", "unbiased" or "bare".
     head_norms: is there RMSNorm of every head of q and k, too?
+    transposed: do the tokens come from a convolution, side by side in memory, and stay so up to the norms?
     splits:     over how many GPUs heads are split (tensor parallelism).
     fp16:       also in fp16, beside bf16.
     """
@@ -46,6 +47,7 @@ class Model:
     rms: bool = False
     parameters: str = "affine"
     head_norms: bool = False
+    transposed: bool = False
     attention: Mapping[str, int] = field(default_factory=dict)
     calls: tuple[tuple[int, ...], ...] = ()
     decoding: tuple[tuple[int, int], ...] = ()
@@ -204,7 +206,7 @@ MODELS: Mapping[str, Model] = {
     "SAM ViT-B, global": _encoder(12, 768, 12, attention={"dbiasbhqk": 4}, calls=((1, 4096),)),
     "SAM ViT-H, windows": _encoder(28, 1280, 16, inner=0, attention={"dbiasbhqk": 28}, calls=((25, 196),)),
     "SAM ViT-H, global": _encoder(32, 1280, 16, attention={"dbiasbhqk": 4}, calls=((1, 4096),)),
-    "CCT-14": _encoder(14, 384, 6, inner=1152, calls=((8, 196), (128, 196))),
+    "CCT-14": _encoder(14, 384, 6, inner=1152, transposed=True, calls=((8, 196), (128, 196))),
 }  # fmt: skip
 """Tokens of images: (side / patch)², and one more for the class. 1178 and 4429 are SD3's at 512 and 1024 pixels, with
 333 of text, 1536 and 4608 Flux's with 512 of text."""
@@ -235,13 +237,15 @@ def _attention(model: Model, call: tuple[int, ...], split: int) -> Iterator[tupl
         yield "attention", f"B{batch},{_heads(model, split)},{lengths},D{model.head_dim},{form}".rstrip(","), layers
 
 
-def _rows(model: Model, rows: int, split: int) -> Iterator[tuple[str, str, int]]:
+def _rows(model: Model, batch: int, length: int, split: int) -> Iterator[tuple[str, str, int]]:
     """What is done to every row by itself: the MLP, of which kernels take those with biases and no gate, and norms."""
+    rows = batch * length
     if model.inner and model.biases and model.activation in ("gelu", "gelu_tanh", "relu") and split == 1:
         form = "" if model.activation == "gelu" else f",{model.activation}"
         yield "mlp", f"M{rows},H{model.hidden},I{model.inner}{form}", model.layers
     if model.inner:
         form = "" if model.parameters == "affine" else f",{model.parameters}"
+        form += f",transposed{length}" if model.transposed else ""
         family = "rms_norm" if model.rms else "layer_norm"
         yield family, f"M{_power_of_two(rows)},N{model.hidden}{form}", 2 * model.layers
     if model.head_norms:
@@ -280,13 +284,13 @@ def calls() -> Iterator[Call]:
 def _steps(model: Model, split: int) -> Iterator[tuple[str, list[tuple[str, str, int]]]]:
     for call in model.calls:
         batch, rows, *_ = call
-        yield f"{batch} × {rows}", [*_attention(model, call, split), *_rows(model, batch * rows, split)]
+        yield f"{batch} × {rows}", [*_attention(model, call, split), *_rows(model, batch, rows, split)]
     for batch, keys in model.decoding:
-        found = [*_decoding(model, (batch, keys), split), *_rows(model, batch, split)]
+        found = [*_decoding(model, (batch, keys), split), *_rows(model, batch, 1, split)]
         yield f"decoding {batch} × {keys}", found
     if model.decoding:
         met = {batch for batch, _ in model.decoding}
-        yield from ((f"decoding {n}", [*_rows(model, n, split)]) for n in DECODING_ROWS if n not in met)
+        yield from ((f"decoding {n}", [*_rows(model, n, 1, split)]) for n in DECODING_ROWS if n not in met)
 
 
 def shapes(family: str) -> Sequence[tuple[str, str]]:

@@ -17,8 +17,9 @@ def register(entry: Entry) -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     names = [name.rstrip("?") for name in entry.tensors]
+    saved = [name.rstrip("?") for name in entry.inputs]
     kept = [entry.outputs[which] for which in entry.kept]
-    first = entry.outputs[0]
+    results = {f"d{name}": name for name in entry.outputs[: entry.results]}
 
     def forward(*args: Any) -> list[tuple[list[Any], list[Any]]]:
         return [
@@ -27,12 +28,12 @@ def register(entry: Entry) -> None:
         ]
 
     def backward(*args: Any) -> list[tuple[list[Any], list[Any]]]:
-        inputs = ["dy", *names, *kept]
+        inputs = [*results, *saved, *kept]
         found = []
         for cut in _cuts(entry, dict(zip(inputs, args, strict=False))):
-            cut = {**cut, "dy": cut.get(first)}
+            cut = {**cut, **{gradient: cut.get(name) for gradient, name in results.items()}}
             given = [*_given(inputs, args, cut), *_options(args[len(inputs) :])]
-            found.append((_gradients(names, cut, args[-1]), given))
+            found.append((_gradients(saved, cut, args[-1]), given))
         return found
 
     register_sharding(entry.op)(forward)

@@ -28,18 +28,20 @@ Promises = Callable[["Tensors", tuple[Any, ...]], tuple[Layout, ...]]
 def register(entry: Entry) -> tuple[Any, Any]:
     """Makes `tilebook::<name>_fwd` and `tilebook::<name>_bwd` of an entry, and returns them."""
     forward, backward = names(entry)
-    tensors = ", ".join(f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in entry.tensors)
     options = "".join(f", {option}" for option in entry.options)
     outs = ", ".join(f"Tensor {name}" for name in entry.outputs)
     promises = _promises(entry)
-    _define(f"{forward}({tensors}{options}) -> ({outs})", _forward(entry, promises), _fake_forward(entry))
+    _define(
+        f"{forward}({_tensors(entry.tensors)}{options}) -> ({outs})", _forward(entry, promises), _fake_forward(entry)
+    )
     torch.library.register_vmap(f"tilebook::{forward}", _batched(entry, forward, entry.tensors), lib=_library)
     if entry.backward is not None:
         kept = "".join(f", Tensor {entry.outputs[which]}" for which in entry.kept)
-        inputs = f"Tensor dy, {tensors}{kept}{options}, bool[] needs"
-        grads = ", ".join("Tensor" for _ in entry.tensors)
+        dys = ", ".join(f"Tensor? {name}" for name in _gradients_of(entry)) if entry.addends else "Tensor dy"
+        inputs = f"{dys}, {_tensors(entry.inputs)}{kept}{options}, bool[] needs"
+        grads = ", ".join("Tensor" for _ in entry.inputs)
         _define(f"{backward}({inputs}) -> ({grads})", _backward(entry, promises), _fake_backward(entry))
-        given = ("dy", *entry.tensors, *(entry.outputs[which] for which in entry.kept))
+        given = (*_gradients_of(entry), *entry.inputs, *(entry.outputs[which] for which in entry.kept))
         torch.library.register_vmap(f"tilebook::{backward}", _batched(entry, backward, given), lib=_library)
         torch.library.register_autograd(
             f"tilebook::{forward}", _gradients(entry), setup_context=_keep(entry), lib=_library
@@ -53,6 +55,16 @@ def register(entry: Entry) -> tuple[Any, Any]:
     _unsharded.append(entry)
     ops = torch.ops.tilebook
     return getattr(ops, forward).default, getattr(ops, backward).default if entry.backward is not None else None
+
+
+def _tensors(names: Sequence[str]) -> str:
+    """As arguments in a schema."""
+    return ", ".join(f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in names)
+
+
+def _gradients_of(entry: Entry) -> tuple[str, ...]:
+    """The names of the results' gradients."""
+    return ("dy", f"d{entry.outputs[1]}") if entry.addends else ("dy",)
 
 
 def names(entry: Entry) -> tuple[str, str]:
@@ -116,26 +128,29 @@ def _fake_forward(entry: Entry) -> Callable[..., Any]:
     return fake
 
 
-def _parts(entry: Entry, args: Sequence[Any]) -> tuple[torch.Tensor, Tensors, Tensors, tuple[Any, ...], list[bool]]:
-    """(gradient, tensors, kept, options as the schema has them, needs) of a backward op's arguments."""
-    count, kept = len(entry.tensors), len(entry.kept)
-    dy, tensors, rest = args[0], tuple(args[1 : 1 + count]), args[1 + count + kept :]
-    return dy, tensors, tuple(args[1 + count : 1 + count + kept]), tuple(rest[:-1]), rest[-1]
+def _parts(entry: Entry, args: Sequence[Any]) -> tuple[Tensors, Tensors, Tensors, tuple[Any, ...], list[bool]]:
+    """(gradients, tensors, kept, options as the schema has them, needs) of a backward op's arguments."""
+    first, kept = entry.results + len(entry.inputs), len(entry.kept)
+    dys, tensors, rest = tuple(args[: entry.results]), tuple(args[entry.results : first]), args[first + kept :]
+    return dys, tensors, tuple(args[first : first + kept]), tuple(rest[:-1]), rest[-1]
 
 
 def _backward(entry: Entry, promises: Promises) -> Callable[..., Any]:
     def run(*args: Any) -> tuple[torch.Tensor, ...]:
-        dy, tensors, kept, options, needs = _parts(entry, args)
-        layouts = promises(tensors, options)
-        given = [each.shape for each in (dy, *kept) if each is not None]
-        if given != [layouts[which][0] for which in (0, *entry.kept)]:
+        dys, tensors, kept, options, needs = _parts(entry, args)
+        layouts = promises((*tensors[:1] * (entry.addends - 1), *tensors), options)
+        told = zip((*dys, *kept), (*range(entry.results), *entry.kept), strict=True)
+        there = [(each.shape, layouts[which][0]) for each, which in told if each is not None]
+        given = [shape for shape, _ in there]
+        if given != [shape for _, shape in there]:
             shapes, first = ", ".join(str(tuple(shape)) for shape in given), tensors[0]
             assert first is not None
             raise ValueError(f"gradient and outputs {shapes} are not of {entry.tensors[0]} {tuple(first.shape)}")
         assert entry.backward is not None
-        found = entry.backward(dy, tensors, kept, entry.unpack(tensors, options), needs)
+        found = entry.backward(*dys, tensors, kept, entry.unpack(tensors, options), needs)
+        (model, *_) = (dy for dy in dys if dy is not None)
         return tuple(
-            _gradient(x, grad if need else None, dy) for x, grad, need in zip(tensors, found, needs, strict=True)
+            _gradient(x, grad if need else None, model) for x, grad, need in zip(tensors, found, needs, strict=True)
         )
 
     return run
@@ -153,7 +168,9 @@ def _gradient(x: torch.Tensor | None, grad: torch.Tensor | None, dy: torch.Tenso
 
 def _fake_backward(entry: Entry) -> Callable[..., Any]:
     def fake(*args: Any) -> tuple[torch.Tensor, ...]:
-        return _empty_gradients(args[1 : 1 + len(entry.tensors)], args[-1], args[0])
+        dys, tensors, _, _, needs = _parts(entry, args)
+        (model, *_) = (dy for dy in dys if dy is not None)
+        return _empty_gradients(tensors, needs, model)
 
     return fake
 
@@ -169,23 +186,23 @@ def _empty_gradients(tensors: Sequence[Any], needs: Sequence[bool], dy: torch.Te
 def _keep(entry: Entry) -> Callable[..., None]:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         count = len(entry.tensors)
-        ctx.save_for_backward(*inputs[:count], *[output[which] for which in entry.kept])
+        ctx.save_for_backward(*entry.saved(inputs[:count], output))
         ctx.options = inputs[count:]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*output[entry.results :])
 
     return setup
 
 
 def _gradients(entry: Entry) -> Callable[..., Any]:
-    def backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        count, needs = len(entry.tensors), list(ctx.needs_input_grad)
-        if dy is None:
+    def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[Any, ...]:
+        needs, dys = list(ctx.needs_input_grad), dys[: entry.results]
+        if all(dy is None for dy in dys):
             return (None,) * len(needs)
-        saved = ctx.saved_tensors
-        tensors = saved[:count]
-        found = entry.gradients_of_op(dy, tensors, saved[count:], ctx.options, needs[:count])
-        return *found, *[None] * (len(needs) - count)
+        saved, count = ctx.saved_tensors, len(entry.inputs)
+        wanted = needs[: len(entry.tensors)]
+        found = entry.gradients_of_op(dys, saved[:count], saved[count:], ctx.options, entry.needed(wanted))
+        return *entry.spread(found, wanted), *[None] * (len(needs) - len(wanted))
 
     return backward
 
@@ -199,7 +216,7 @@ def _only_once(name: str) -> Callable[..., Any]:
 
 def _batched(entry: Entry, name: str, names: Sequence[str]) -> Callable[..., Any]:
     """A batch of problems as more of the first axis where all that has a batch may have it so; else one by one."""
-    foldable = {*entry.fold, "dy", *entry.outputs}
+    foldable = {*entry.fold, *_gradients_of(entry), *entry.outputs}
 
     def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         op = getattr(torch.ops.tilebook, name)

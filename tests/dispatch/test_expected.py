@@ -45,6 +45,7 @@ UNLIKE = {
     "much narrower": "M8192,N640",
     "no whole vectors": "M8192,N1001",
     "without parameters": "M8192,N768,bare",
+    "side by side": "M8192,N1024,transposed256",
 }
 
 

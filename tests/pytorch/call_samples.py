@@ -47,6 +47,8 @@ CALLS = {
     "norm": (tilebook.rms_norm, [(2, 3, 8), (8,)]),
     "norm without a weight": (tilebook.rms_norm, [(2, 3, 8)]),
     "layer norm": (tilebook.layer_norm, [(2, 3, 8), (8,), (8,)]),
+    "norm of a sum": (lambda *given: torch.cat(tilebook.add_rms_norm(*given)), [(2, 3, 8), (2, 3, 8), (8,)]),
+    "layer norm of a sum": (lambda *given: torch.cat(tilebook.add_layer_norm(*given)), [(2, 3, 8)] * 2 + [(8,)] * 2),
     "loss": (lambda x: tilebook.cross_entropy(x, LABELS[0]), [(3, 8)]),
     "loss of each": (losses, [(2, 3, 8)]),
     "loss of a head": (heads, [(2, 3, 8), (12, 8), (12,)]),

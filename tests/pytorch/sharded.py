@@ -63,6 +63,11 @@ def decoded(q, k, v):
     return tilebook.attention_decode(q.detach(), k.detach(), v.detach(), window=3)
 
 
+def summed(x, residual, weight):
+    y, h = tilebook.add_rms_norm(x, residual, weight)
+    return y * h
+
+
 # What is called, shapes, placements, the placement of the result
 CASES = {
     "whole": (window, QKV, [R] * 3, R),
@@ -82,6 +87,7 @@ CASES = {
     "layers whole": (layers, LAYERS, [R] * 5, R),
     "norm by rows": (tilebook.rms_norm, [(4, 6, 8), (8,)], [B, R], B),
     "layer norm by rows": (tilebook.layer_norm, [(4, 6, 8), (8,), (8,)], [B, R, R], B),
+    "norm of a sum by rows": (summed, [(4, 6, 8), (4, 6, 8), (8,)], [B, B, R], B),
     "losses by rows": (losses, [(4, 8)], [B], B),
 }
 

@@ -49,8 +49,11 @@ def backward_of(op, name):
     inputs, options = args[:count], args[count:]
     outputs = forward(op)(*args)
     kept = {"attention_fwd": outputs, "attention_varlen_fwd": outputs}.get(op, outputs[1:])
+    dys = [torch.randn_like(outputs[0])]
+    if op.startswith("add_"):  # h is in the place of what it is the sum of
+        inputs, kept, dys = (outputs[1], *inputs[2:]), outputs[2:], [*dys, torch.randn_like(outputs[1])]
     needs = [x is not None and x.requires_grad for x in inputs]
-    given = (torch.randn_like(outputs[0]), *inputs, *kept)
+    given = (*dys, *inputs, *kept)
     return getattr(OPS, op.replace("_fwd", "_bwd")).default, [
         *(x if x is None else x.detach() for x in given), *options, needs
     ]  # fmt: skip

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 import torch
 
 
+def check_alike(x: torch.Tensor, residual: torch.Tensor) -> None:
+    """Raises ValueError where the one cannot be added to the other as it is."""
+    if residual.shape != x.shape or residual.device != x.device or not residual.is_floating_point():
+        told = [f"{each.dtype} {tuple(each.shape)} on {each.device}" for each in (x, residual)]
+        raise ValueError(f"expected a residual like x, not {told[1]} beside {told[0]}")
+
+
 def check(names: Sequence[str], x: torch.Tensor, vectors: Sequence[torch.Tensor | None]) -> None:
     """Raises ValueError for what does not go together. `names`: what the vectors are called, in schemas."""
     if x.ndim < 1 or not x.is_floating_point():

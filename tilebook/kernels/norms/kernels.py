@@ -1,7 +1,10 @@
 """The norms' Triton kernels. A program takes ROWS rows at a time, BLOCK columns of them at a time.
 
 A tensor that is None is not there: without `mean` rows are not centred, without `weight` or `bias` not scaled or
-shifted.
+shifted, without `residual` and `dtotal` nothing is added to x and to its gradient.
+
+With a UNIT, x lies transposed: (B, S, N) of which the rows of a batch are side by side in memory, S = stride_x · UNIT
+apart from column to column. Such a program's rows are of one batch; all other tensors have contiguous rows.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -20,8 +23,24 @@ def _place(row, first, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, r, c, stride, inside):
+def _turned(x, tile, length, width, ROWS: tl.constexpr):
+    """A tile's first row, the row behind the last of its batch, and that of which row r, column c is at r + c · S."""
+    tiles = (length + ROWS - 1) // ROWS
+    batch = tile // tiles
+    return batch * length + tile % tiles * ROWS, (batch + 1) * length, x + batch.to(tl.int64) * length * (width - 1)
+
+
+@triton.jit
+def _load(pointer, r, c, stride, inside, TURNED: tl.constexpr = False):
+    if TURNED:
+        r, c = c, r
     return tl.load(pointer + r * stride + c, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _added(values, x, residual, r, c, stride, inside):
+    """x + residual, rounded as x is."""
+    return (values + _load(residual, r, c, stride, inside)).to(x.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -32,9 +51,9 @@ def _gain(weight, c, width):
 
 
 @triton.jit
-def _normal(x, mean, r, c, stride, inside, scale, rows):
+def _normal(x, mean, r, c, stride, inside, scale, rows, TURNED: tl.constexpr):
     """x̂ = (x − mean) · scale. What is not inside may be any number where there is a mean."""
-    values = _load(x, r, c, stride, inside)
+    values = _load(x, r, c, stride, inside, TURNED)
     if mean is not None:
         values -= tl.load(mean + r, mask=r < rows, other=0.0)
     return values * scale
@@ -52,13 +71,18 @@ def _write(y, values, scale, weight, bias, r, c, width, inside):
 
 
 @triton.jit
-def _moments(x, row, rows, width, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _moments(
+    x, residual, row, rows, width, stride, stride_residual,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
     """Mean of each row and sum of squares around it, block by block (Chan, Golub & LeVeque, 1979)."""
     center = tl.zeros((ROWS,), tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
     for first in range(0, width, BLOCK):
         r, c, inside = _place(row, first, rows, width, ROWS, BLOCK)
-        values = _load(x, r, c, stride, inside)
+        values = _load(x, r, c, stride, inside, TURNED)
+        if residual is not None:
+            values = _added(values, x, residual, r, c, stride_residual, inside)
         count = tl.minimum(width - first, BLOCK)
         here = tl.sum(values, 1) / count
         around = tl.where(inside, values - here[:, None], 0.0)
@@ -70,13 +94,19 @@ def _moments(x, row, rows, width, stride, ROWS: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit(do_not_specialize=["rows"])
 def fwd_kernel(
-    x, weight, bias, y, mean, rstd, rows, width, stride_x, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    x, residual, weight, bias, y, total, mean, rstd, rows, width, stride_x, stride_residual, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS
+    if UNIT:
+        stride_x *= UNIT
+        row, rows, x = _turned(x, tl.program_id(0), stride_x, width, ROWS)
     if WHOLE:
         r, c, inside = _place(row, 0, rows, width, ROWS, BLOCK)
-        values = _load(x, r, c, stride_x, inside)
+        values = _load(x, r, c, stride_x, inside, UNIT > 0)
+        if residual is not None:
+            values = _added(values, x, residual, r, c, stride_residual, inside)
+            tl.store(total + r * width + c, values.to(total.dtype.element_ty), mask=inside)
         if mean is not None:
             center = (tl.sum(values, 1) / width)[:, None]
             values = tl.where(inside, values - center, 0.0)
@@ -84,19 +114,24 @@ def fwd_kernel(
         _write(y, values, scale, weight, bias, r, c, width, inside)
     else:
         if mean is not None:
-            center, total = _moments(x, row, rows, width, stride_x, ROWS, BLOCK)
+            center, power = _moments(x, residual, row, rows, width, stride_x, stride_residual, ROWS, BLOCK, UNIT > 0)
             center = center[:, None]
         else:
             squares = tl.zeros((ROWS, BLOCK), tl.float32)
             for first in range(0, width, BLOCK):
                 r, c, inside = _place(row, first, rows, width, ROWS, BLOCK)
-                values = _load(x, r, c, stride_x, inside)
+                values = _load(x, r, c, stride_x, inside, UNIT > 0)
+                if residual is not None:
+                    values = _added(values, x, residual, r, c, stride_residual, inside)
                 squares += values * values
-            total = tl.sum(squares, 1)
-        scale = tl.rsqrt(total / width + eps)[:, None]
+            power = tl.sum(squares, 1)
+        scale = tl.rsqrt(power / width + eps)[:, None]
         for first in range(0, width, BLOCK):
             r, c, inside = _place(row, first, rows, width, ROWS, BLOCK)
-            values = _load(x, r, c, stride_x, inside)
+            values = _load(x, r, c, stride_x, inside, UNIT > 0)
+            if residual is not None:
+                values = _added(values, x, residual, r, c, stride_residual, inside)
+                tl.store(total + r * width + c, values.to(total.dtype.element_ty), mask=inside)
             if mean is not None:
                 values -= center
             _write(y, values, scale, weight, bias, r, c, width, inside)
@@ -116,8 +151,8 @@ def _add_share(partial, mine, values, columns, known, width):
 
 @triton.jit(do_not_specialize=["rows"])
 def bwd_kernel(
-    dy, x, weight, mean, rstd, dx, partial, partial_bias, rows, width, stride_dy, stride_x,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    dy, dtotal, x, weight, mean, rstd, dx, partial, partial_bias, rows, width, stride_dy, stride_dtotal, stride_x,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dx, and in partial (programs, width) each program's share of dweight, in partial_bias of dbias.
 
@@ -125,15 +160,22 @@ def bwd_kernel(
     """
     mine = tl.program_id(0)
     step = tl.num_programs(0) * ROWS
+    turns = rows
+    if UNIT:
+        stride_x *= UNIT
+        turns = rows // stride_x * ((stride_x + ROWS - 1) // ROWS) * ROWS
     if WHOLE:
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         if partial_bias is not None:
             total_bias = tl.zeros((ROWS, BLOCK), tl.float32)
         columns = tl.arange(0, BLOCK)[None, :]
-        for row in range(mine * ROWS, rows, step):
-            r, c, inside = _place(row, 0, rows, width, ROWS, BLOCK)
-            scale = tl.load(rstd + r, mask=r < rows, other=0.0)
-            normal = _normal(x, mean, r, c, stride_x, inside, scale, rows)
+        for turn in range(mine * ROWS, turns, step):
+            row, end, there = turn, rows, x
+            if UNIT:
+                row, end, there = _turned(x, turn // ROWS, stride_x, width, ROWS)
+            r, c, inside = _place(row, 0, end, width, ROWS, BLOCK)
+            scale = tl.load(rstd + r, mask=r < end, other=0.0)
+            normal = _normal(there, mean, r, c, stride_x, inside, scale, end, UNIT > 0)
             upper = _load(dy, r, c, stride_dy, inside)
             if partial is not None:
                 total += upper * normal
@@ -144,7 +186,11 @@ def bwd_kernel(
             slope = (tl.sum(upper * normal, 1) / width)[:, None]
             if mean is not None:
                 upper -= (tl.sum(upper, 1) / width)[:, None]
-            tl.store(dx + r * width + c, (scale * (upper - normal * slope)).to(dx.dtype.element_ty), mask=inside)
+            into = dx + r * width + c
+            slopes = scale * (upper - normal * slope)
+            if dtotal is not None:
+                slopes += _load(dtotal, r, c, stride_dtotal, inside)
+            tl.store(into, slopes.to(dx.dtype.element_ty), mask=inside)
         if partial is not None:
             share = partial + mine.to(tl.int64) * width + tl.arange(0, BLOCK)
             tl.store(share, tl.sum(total, 0), mask=tl.arange(0, BLOCK) < width)
@@ -152,25 +198,28 @@ def bwd_kernel(
             share = partial_bias + mine.to(tl.int64) * width + tl.arange(0, BLOCK)
             tl.store(share, tl.sum(total_bias, 0), mask=tl.arange(0, BLOCK) < width)
     else:
-        for row in range(mine * ROWS, rows, step):
+        for turn in range(mine * ROWS, turns, step):
+            row, end, there = turn, rows, x
+            if UNIT:
+                row, end, there = _turned(x, turn // ROWS, stride_x, width, ROWS)
             products = tl.zeros((ROWS, BLOCK), tl.float32)
             if mean is not None:
                 level = tl.zeros((ROWS, BLOCK), tl.float32)
             for first in range(0, width, BLOCK):
-                r, c, inside = _place(row, first, rows, width, ROWS, BLOCK)
+                r, c, inside = _place(row, first, end, width, ROWS, BLOCK)
                 gain = _gain(weight, c, width)
                 upper = _load(dy, r, c, stride_dy, inside) * gain
-                products += upper * _normal(x, mean, r, c, stride_x, inside, 1.0, rows)
+                products += upper * _normal(there, mean, r, c, stride_x, inside, 1.0, end, UNIT > 0)
                 if mean is not None:
                     level += upper
-            own, _, _ = _place(row, 0, rows, width, ROWS, 1)
-            scale = tl.load(rstd + own, mask=own < rows, other=0.0)
+            own, _, _ = _place(row, 0, end, width, ROWS, 1)
+            scale = tl.load(rstd + own, mask=own < end, other=0.0)
             slope = tl.sum(products, 1)[:, None] * scale / width
-            known = tl.where(row == mine * ROWS, 0, width)  # in the first turn there are no shares to add to
+            known = tl.where(turn == mine * ROWS, 0, width)  # in the first turn there are no shares to add to
             for first in range(0, width, BLOCK):
-                r, c, inside = _place(row, first, rows, width, ROWS, BLOCK)
+                r, c, inside = _place(row, first, end, width, ROWS, BLOCK)
                 gain = _gain(weight, c, width)
-                normal = _normal(x, mean, r, c, stride_x, inside, scale, rows)
+                normal = _normal(there, mean, r, c, stride_x, inside, scale, end, UNIT > 0)
                 upper = _load(dy, r, c, stride_dy, inside)
                 columns = first + tl.arange(0, BLOCK)  # registers hold a BLOCK of a share only
                 if partial is not None:
@@ -180,7 +229,11 @@ def bwd_kernel(
                 upper *= gain
                 if mean is not None:
                     upper -= tl.sum(level, 1)[:, None] / width
-                tl.store(dx + r * width + c, (scale * (upper - normal * slope)).to(dx.dtype.element_ty), mask=inside)
+                into = dx + r * width + c
+                slopes = scale * (upper - normal * slope)
+                if dtotal is not None:
+                    slopes += _load(dtotal, r, c, stride_dtotal, inside)
+                tl.store(into, slopes.to(dx.dtype.element_ty), mask=inside)
             tl.debug_barrier()  # other threads may read these shares in the next turn
 
 

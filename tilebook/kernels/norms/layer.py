@@ -53,14 +53,15 @@ class LayerNormBackwardProblem(Norm):
     def of(
         cls, dy: torch.Tensor, x: torch.Tensor, weight: Vector, bias: Vector, mean: torch.Tensor, rstd: torch.Tensor
     ) -> Self:
-        return cls.posed(dy, weight, bias)
+        return cls.posed(x, weight, bias)
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         (dy, x), vectors = self.drawn(device, seed, 2)
         if x.is_meta:
-            return dy, x, *vectors, *torch.empty(2, self.rows, device=device)
-        mean = x.float().mean(-1)
-        return dy, x, *vectors, mean, rstd(x.float() - mean[:, None], 1e-5)
+            return dy, x, *vectors, *torch.empty(2, len(dy), device=device)
+        values = x.float().reshape(dy.shape)
+        mean = values.mean(-1)
+        return dy, x, *vectors, mean, rstd(values - mean[:, None], 1e-5)
 
     def cost(self) -> Cost:
         # The weight is read, the gradients of both vectors are written.
@@ -73,13 +74,16 @@ class LayerNormBackwardProblem(Norm):
 
 @op.define("layer_norm_fwd", LayerNormProblem, family="layer_norm", fused=fused)
 def layer_norm_fwd(x: torch.Tensor, weight: Vector, bias: Vector, eps: float) -> Outputs:
-    """x (M, N), weight and bias (N,) or None → y (M, N) in the dtype of x, mean and rstd (M,) in fp32."""
+    """x (M, N), or (B, S, N) that lies transposed, weight and bias (N,) or None → y (M, N) in the dtype of x, mean and
+    rstd (M,) in fp32.
+    """
     return _forward(torch.float64, x, weight, bias, eps)
 
 
 def _forward(dtype: torch.dtype, x: torch.Tensor, weight: Vector, bias: Vector, eps: float) -> Outputs:
-    mean = x.to(dtype).mean(-1)
-    centred = x.to(dtype) - mean[:, None]
+    values = x.to(dtype).reshape(-1, x.shape[-1])
+    mean = values.mean(-1)
+    centred = values - mean[:, None]
     scale = rstd(centred, eps)
     y = centred * scale[:, None]
     y = y if weight is None else y * weight.to(dtype)
@@ -100,7 +104,7 @@ def _backward(
     rstd: torch.Tensor,
 ) -> Outputs:  # fmt: skip
     scale, upper = rstd.to(dtype)[:, None], dy.to(dtype)
-    normal = (x.to(dtype) - mean.to(dtype)[:, None]) * scale
+    normal = (x.to(dtype).reshape(dy.shape) - mean.to(dtype)[:, None]) * scale
     g = upper if weight is None else upper * weight.to(dtype)
     dx = scale * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
     sums = ((weight, upper * normal), (bias, upper))
@@ -127,19 +131,20 @@ def _alike(x: torch.Tensor, *others: Vector) -> tuple[Any, ...]:
 def _torch_fwd(x: torch.Tensor, weight: Vector, bias: Vector, eps: float) -> Outputs:
     given, *vectors = _alike(x, weight, bias)
     y, mean, scale = torch.ops.aten.native_layer_norm(given, x.shape[-1:], *vectors, eps)
-    return y.to(x.dtype), mean[..., 0], scale[..., 0]
+    return y.to(x.dtype).view(-1, x.shape[-1]), mean.view(-1), scale.view(-1)
 
 
 @layer_norm_bwd.implementation("torch")
 def _torch_bwd(
     dy: torch.Tensor, x: torch.Tensor, weight: Vector, bias: Vector, mean: torch.Tensor, rstd: torch.Tensor
 ) -> Outputs:
-    given, upper, *vectors = _alike(x, dy, weight, bias)
-    wanted = [True, weight is not None, bias is not None]
+    given, upper, *vectors = _alike(x, dy.view(x.shape), weight, bias)
+    wanted, each_row = [True, weight is not None, bias is not None], (*x.shape[:-1], 1)
     found: Any = torch.ops.aten.native_layer_norm_backward(
-        upper, given, x.shape[-1:], mean[:, None], rstd[:, None], *vectors, wanted
+        upper, given, x.shape[-1:], mean.view(each_row), rstd.view(each_row), *vectors, wanted
     )
-    return tuple(each.to(like.dtype) for each, like in zip(found, (x, weight, bias), strict=True) if like is not None)
+    dx, *sums = (each.to(like.dtype) for each, like in zip(found, (x, weight, bias), strict=True) if like is not None)
+    return dx.reshape(dy.shape), *sums
 
 
 inductor.register(layer_norm_fwd, _forward, torch.float32, supports=outlasts_the_host)

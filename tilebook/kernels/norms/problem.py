@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -10,11 +11,14 @@ from typing import Any, ClassVar, Self
 import torch
 
 from tilebook import models, op
+from tilebook.layout import beside
 from tilebook.op import Cost
 from tilebook.problem import next_power_of_2
 
 _TRAINED = 2048
 """Rows that a training step has at least."""
+
+_TRANSPOSED = "transposed"
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Norm(op.Problem):
     """`rows` vectors of `width`; calls round their rows up to a power of two, so that one verdict serves a bucket.
 
     parameters: "affine" with all that the norm has (a weight, a bias), "unbiased" without the bias, "bare" with none.
+    lies: "transposedS" of x (B, S, N) whose rows of a batch are side by side in memory; all else has contiguous rows.
     """
 
     EXACT = frozenset({"width"})
@@ -32,27 +37,43 @@ class Norm(op.Problem):
     """Numbers of each row that a forward pass keeps, in fp32."""
     VECTORS: ClassVar[int]
     """Parameter vectors of an affine one."""
+    TURNED: ClassVar[bool] = True
+    """May x lie transposed?"""
 
     dtype: str
     rows: int = op.size("M")
     width: int = op.size("N")
     parameters: str = op.choice("affine", "unbiased", "bare", elided=True)
+    lies: str = op.pattern(rf"{_TRANSPOSED}([2-9]|[1-9]\d{{1,8}})", f"{_TRANSPOSED}<S>")
+
+    def check(self) -> None:
+        if self.lies and not self.TURNED:
+            raise op.UsageError(f"{self.label}: what is added up has contiguous rows")
 
     @property
     def vectors(self) -> int:
         """How many parameter vectors there are, and hence gradients of such."""
         return {"affine": self.VECTORS, "unbiased": 1, "bare": 0}[self.parameters]
 
+    @property
+    def beside(self) -> int:
+        """Rows of a batch, where they are side by side in memory, else 0."""
+        return int(self.lies.removeprefix(_TRANSPOSED) or 0)
+
     @classmethod
     def posed(cls, x: torch.Tensor, *vectors: torch.Tensor | None) -> Self:
-        """The problem of x (M, N) with these parameter vectors, None where one is left out."""
+        """The problem of x (M, N), or (B, S, N), with these parameter vectors, None where one is left out."""
         there = sum(vector is not None for vector in vectors)
         parameters = "bare" if not there else "affine" if there == cls.VECTORS else "unbiased"
-        return cls(op.dtype_name(x.dtype), next_power_of_2(x.shape[0]), x.shape[1], parameters)
+        length = beside(x)
+        lies = f"{_TRANSPOSED}{length}" if length else ""
+        return cls(op.dtype_name(x.dtype), next_power_of_2(math.prod(x.shape[:-1])), x.shape[-1], parameters, lies)
 
     def like(self, measured: op.Problem) -> bool:
         """Rows of about the same width, which are as many blocks, and at least as many of them: few gain less."""
         if not isinstance(measured, Norm) or type(measured) is not type(self):
+            return False
+        if self.lies or measured.lies:
             return False
         alike = (self.dtype, self.parameters) == (measured.dtype, measured.parameters) and not self.width % 16
         wide = next_power_of_2(self.width) == next_power_of_2(measured.width) and 10 * self.width >= 7 * measured.width
@@ -60,6 +81,10 @@ class Norm(op.Problem):
 
     def neighbours(self) -> Sequence[Self]:
         more = min(max(1024, 2 * self.rows), (1 << 26) // self.width)  # cheap, and yet more than any GPU runs at once
+        if length := self.beside:  # of others the units are the same, and so is the kernel
+            near = ((length, 1), (length + 128, 3), (3 * length, 1), (length, more // length))
+            posed = [dataclasses.replace(self, rows=n * each, lies=f"{_TRANSPOSED}{each}") for each, n in near if n]
+            return [each for each in posed if each != self]
         rows = [333, 1, *([more] if more > self.rows else [])]
         return [dataclasses.replace(self, rows=each) for each in rows if each != self.rows]
 
@@ -76,8 +101,12 @@ class Norm(op.Problem):
             ("M33,N64", "fp32"),
             ("M9,N136,bare", "bf16"),
             ("M6,N1500,bare", "fp32"),
+            ("M24,N100,transposed12", "fp32"),
+            ("M33,N136,transposed11", "bf16"),
+            ("M20,N1500,bare,transposed10", "fp16"),
+            ("M4,N24,transposed4", "fp32"),
         )
-        return [cls.parse(text, dtype) for text, dtype in texts]
+        return [cls.parse(text, dtype) for text, dtype in texts if cls.TURNED or _TRANSPOSED not in text]
 
     @classmethod
     def suites(cls) -> Mapping[str, Sequence[Self]]:
@@ -88,10 +117,16 @@ class Norm(op.Problem):
         return {"norms": norms, "models": posed, "training": list(dict.fromkeys(fp32))}
 
     def drawn(self, device: torch.device | str, seed: int, matrices: int) -> tuple[list[torch.Tensor], list[Any]]:
-        """So many random (M, N), and (N,) for each vector there may be, None for those that are not there."""
+        """So many random (M, N), of which the last is x, as it lies, and (N,) for each vector there may be, None for
+        those that are not there.
+        """
         source = op.generator(device, seed)
-        shapes = [(self.rows, self.width)] * matrices + [(self.width,)] * self.vectors
+        batches = max(1, self.rows // (self.beside or 1))
+        rows = batches * self.beside or self.rows
+        shapes = [(rows, self.width)] * matrices + [(self.width,)] * self.vectors
         drawn = [op.normal(shape, source, device, torch.float32).to(self.torch_dtype) for shape in shapes]
+        if self.beside:
+            drawn[matrices - 1] = drawn[matrices - 1].view(batches, self.width, self.beside).mT
         return drawn[:matrices], [*drawn[matrices:], *[None] * (self.VECTORS - self.vectors)]
 
     def moved(self, matrices: int, vectors: int) -> float:
@@ -135,11 +170,11 @@ class BackwardProblem(RMSProblem):
 
     @classmethod
     def of(cls, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor) -> Self:
-        return cls.posed(dy, weight)
+        return cls.posed(x, weight)
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         (dy, x), vectors = self.drawn(device, seed, 2)
-        return dy, x, *vectors, torch.empty(self.rows, device=device) if x.is_meta else rstd(x.float(), 1e-6)
+        return dy, x, *vectors, torch.empty(len(dy), device=device) if x.is_meta else rstd(x.float(), 1e-6).view(-1)
 
     def cost(self) -> Cost:
         # The weight is read, its gradient written.

@@ -21,6 +21,13 @@ def rms(tensors: tuple[Any, ...], options: tuple[float]) -> torch.Tensor:
     return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast would have it in fp32
 
 
+def of_sum(norm: Any, tensors: tuple[Any, ...], options: tuple[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, h) for an entry's tensors (x, residual, …) of this norm: that of h = x + residual."""
+    x, residual, *vectors = tensors
+    h = x + residual
+    return norm((h, *vectors), options), h
+
+
 def layer(tensors: tuple[Any, ...], options: tuple[float]) -> torch.Tensor:
     """LayerNorm's y for an entry's tensors (x, weight, bias), vectors None or not, and options (eps,)."""
     (x, weight, bias), (eps,) = tensors, options

@@ -8,6 +8,9 @@ from tilebook.device import Device
 from tilebook.kernels.norms.problem import Norm
 from tilebook.op import Config, Cost, Space, powers_of_two
 
+_SIDE = 8
+"""Rows that a program takes at least where they are side by side: of fp32 they are one sector of 32 bytes."""
+
 
 def _block(problem: Norm, config: Config) -> int:
     """Columns in registers at a time; if they are not all, a row is read twice, the second time from the L2 cache."""
@@ -23,7 +26,14 @@ def _reject(problem: Norm, config: Config, device: Device, registers: int) -> st
         return f"{threads} threads in a block"
     if block < config.number("BLOCK") and config["BLOCK"] != FORWARD_AXES["BLOCK"][0]:
         return "a smaller BLOCK holds the row"
-    if rows > 1 and rows > triton.next_power_of_2(problem.rows):
+    if problem.beside:
+        if rows < _SIDE:
+            return f"less than {_SIDE} rows side by side"
+        if rows * block * 4 > device.shared_per_block:
+            return "more than shared memory can turn"
+    elif rows > 16:
+        return "more rows than are worth having"
+    if rows > max(_SIDE if problem.beside else 1, triton.next_power_of_2(problem.beside or problem.rows)):
         return "more rows than there are"
     most = min(device.registers_per_sm // threads, 256) // registers
     if rows * block > most * threads:
@@ -45,10 +55,16 @@ def _reject_bwd(problem: Norm, config: Config, device: Device) -> str | None:
 
 
 def _default_fwd(problem: Norm, device: Device) -> Config:
-    """As many rows as have 1024 elements, else one row, 16384 columns at a time; 16 elements a thread."""
+    """As many rows as have 1024 elements, else one row, 16384 columns at a time; 16 elements a thread.
+
+    Of rows that are side by side 8 to 32, 1024 columns at a time.
+    """
     width = triton.next_power_of_2(problem.width)
     rows = max(1, min(16, 1024 // width, triton.next_power_of_2(problem.rows)))
     block = max(1024, min(16384, width))
+    if problem.beside:
+        rows = max(_SIDE, min(32, 4096 // width, triton.next_power_of_2(problem.beside)))
+        block = 1024
     warps = max(1, rows * min(block, width) // (16 * device.warp_size))
     return Config(ROWS=rows, BLOCK=block, num_warps=warps)
 
@@ -63,13 +79,14 @@ def _default_bwd(problem: Norm, device: Device) -> Config:
 def _work(problem: Norm, config: Config) -> Cost:
     """Rows in a last program that are not there count, and the second reading of what registers do not hold."""
     floor = problem.cost()
-    rows = triton.cdiv(problem.rows, config.number("ROWS")) * config.number("ROWS")
+    length = problem.beside or problem.rows
+    rows = triton.cdiv(length, config.number("ROWS")) * config.number("ROWS")
     again = 1.5 if _block(problem, config) < problem.width else 1.0
-    return Cost(floor.flops * rows / problem.rows, floor.bytes * again)
+    return Cost(floor.flops * rows / length, floor.bytes * again)
 
 
 FORWARD_AXES = {
-    "ROWS": powers_of_two(1, 16),
+    "ROWS": powers_of_two(1, 64),
     "BLOCK": powers_of_two(1024, 65536),
     "num_warps": powers_of_two(1, 32),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tilebook.kernels.norms.entry import registered
+from tilebook.kernels.norms.entry import registered, turned
 from tilebook.native import Standing
 from tilebook.native.plans import Output, contiguous
 
@@ -36,6 +36,19 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(-1, x.shape[-1])
 
 
+def _laid(
+    op: Any, before: Sequence[Any], x: torch.Tensor, after: Sequence[Any], others: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Arguments of ours: x as it lies where a verdict is on that, and all others lie as they are taken; else flat.
+
+    What is not contiguous here is taken as it lies, and so is all beside it.
+    """
+    found = None
+    if all(each is None or each.is_contiguous() for each in others):
+        found = turned(op, (*before, x, *after), len(before))
+    return found or (*before, _flat(x), *after)
+
+
 def _vector(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -48,12 +61,16 @@ def _outputs(args: Sequence[Any], statistics: int) -> list[Output]:
 
 def _layer_forward(args: Sequence[Any]) -> tuple[Any, ...] | None:
     x, shape, weight, bias, eps = args
-    return (_flat(x), _vector(weight), _vector(bias), eps) if _rows(x, shape, (weight, bias)) else None
+    if not _rows(x, shape, (weight, bias)):
+        return None
+    return _laid(_op("layer_norm", 0), (), x, (_vector(weight), _vector(bias), eps), (weight, bias))
 
 
 def _rms_forward(args: Sequence[Any]) -> tuple[Any, ...] | None:
     x, shape, weight, eps = args
-    return (_flat(x), _vector(weight), eps) if eps is not None and _rows(x, shape, (weight,)) else None
+    if eps is None or not _rows(x, shape, (weight,)):
+        return None
+    return _laid(_op("rms_norm", 0), (), x, (_vector(weight), eps), (weight,))
 
 
 def _layer_backward(args: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -62,7 +79,8 @@ def _layer_backward(args: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     if not all(each.dtype == torch.float32 and each.numel() == x[..., 0].numel() for each in (mean, rstd)):
         return None
-    return _flat(dy), _flat(x), _vector(weight), _vector(bias), mean.reshape(-1), rstd.reshape(-1)
+    after, others = (_vector(weight), _vector(bias), mean.reshape(-1), rstd.reshape(-1)), (dy, *args[3:7])
+    return _laid(_op("layer_norm", 1), (_flat(dy),), x, after, others)
 
 
 def _rms_backward(args: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -71,7 +89,8 @@ def _rms_backward(args: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     if rstd.dtype != torch.float32 or rstd.numel() != x[..., 0].numel():
         return None
-    return _flat(dy), _flat(x), _vector(weight), rstd.reshape(-1)
+    after = _vector(weight), rstd.reshape(-1)
+    return _laid(_op("rms_norm", 1), (_flat(dy),), x, after, (dy, rstd, weight))
 
 
 def _wanted(needs: Sequence[bool], tensors: Sequence[Any]) -> bool:
