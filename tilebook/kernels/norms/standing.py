@@ -36,17 +36,9 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(-1, x.shape[-1])
 
 
-def _laid(
-    op: Any, before: Sequence[Any], x: torch.Tensor, after: Sequence[Any], others: Sequence[Any]
-) -> tuple[Any, ...]:
-    """Arguments of ours: x as it lies where a verdict is on that, and all others lie as they are taken; else flat.
-
-    What is not contiguous here is taken as it lies, and so is all beside it.
-    """
-    found = None
-    if all(each is None or each.is_contiguous() for each in others):
-        found = turned(op, (*before, x, *after), len(before))
-    return found or (*before, _flat(x), *after)
+def _laid(op: Any, before: Sequence[Any], x: torch.Tensor, after: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments of ours: x as it lies where it is transposed and a verdict is on that, else flat."""
+    return turned(op, (*before, x, *after), len(before)) or (*before, _flat(x), *after)
 
 
 def _vector(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -63,14 +55,14 @@ def _layer_forward(args: Sequence[Any]) -> tuple[Any, ...] | None:
     x, shape, weight, bias, eps = args
     if not _rows(x, shape, (weight, bias)):
         return None
-    return _laid(_op("layer_norm", 0), (), x, (_vector(weight), _vector(bias), eps), (weight, bias))
+    return _laid(_op("layer_norm", 0), (), x, (_vector(weight), _vector(bias), eps))
 
 
 def _rms_forward(args: Sequence[Any]) -> tuple[Any, ...] | None:
     x, shape, weight, eps = args
     if eps is None or not _rows(x, shape, (weight,)):
         return None
-    return _laid(_op("rms_norm", 0), (), x, (_vector(weight), eps), (weight,))
+    return _laid(_op("rms_norm", 0), (), x, (_vector(weight), eps))
 
 
 def _layer_backward(args: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -79,8 +71,8 @@ def _layer_backward(args: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     if not all(each.dtype == torch.float32 and each.numel() == x[..., 0].numel() for each in (mean, rstd)):
         return None
-    after, others = (_vector(weight), _vector(bias), mean.reshape(-1), rstd.reshape(-1)), (dy, *args[3:7])
-    return _laid(_op("layer_norm", 1), (_flat(dy),), x, after, others)
+    after = _vector(weight), _vector(bias), mean.reshape(-1), rstd.reshape(-1)
+    return _laid(_op("layer_norm", 1), (_flat(dy),), x, after)
 
 
 def _rms_backward(args: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -90,7 +82,7 @@ def _rms_backward(args: Sequence[Any]) -> tuple[Any, ...] | None:
     if rstd.dtype != torch.float32 or rstd.numel() != x[..., 0].numel():
         return None
     after = _vector(weight), rstd.reshape(-1)
-    return _laid(_op("rms_norm", 1), (_flat(dy),), x, after, (dy, rstd, weight))
+    return _laid(_op("rms_norm", 1), (_flat(dy),), x, after)
 
 
 def _wanted(needs: Sequence[bool], tensors: Sequence[Any]) -> bool:
