@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.cross_entropy import cross_entropy
     from tilebook.kernels.decode import attention_decode
+    from tilebook.kernels.glu import geglu, glu, swiglu
     from tilebook.kernels.mlp import mlp
     from tilebook.kernels.norms import layer_norm, rms_norm
+    from tilebook.kernels.rope import apply_rope
     from tilebook.kernels.varlen import attention_varlen
     from tilebook.patching import patch, patched
 
 __all__ = [
+    "apply_rope",
     "attention",
     "attention_decode",
     "attention_varlen",
@@ -27,6 +30,8 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "geglu",
+    "glu",
     "layer_norm",
     "mlp",
     "patch",
@@ -35,11 +40,13 @@ __all__ = [
     "rms_norm",
     "scaled_dot_product_attention",
     "status",
+    "swiglu",
 ]
 
 __version__ = "0.1.0"
 
 _MODULE = {
+    "apply_rope": "kernels.rope",
     "attention": "kernels.attention",
     "attention_decode": "kernels.decode",
     "attention_varlen": "kernels.varlen",
@@ -47,6 +54,8 @@ _MODULE = {
     "disable": "enabling",
     "enable": "enabling",
     "enabled": "enabling",
+    "geglu": "kernels.glu",
+    "glu": "kernels.glu",
     "layer_norm": "kernels.norms",
     "mlp": "kernels.mlp",
     "patch": "patching",
@@ -55,6 +64,7 @@ _MODULE = {
     "rms_norm": "kernels.norms",
     "scaled_dot_product_attention": "kernels.attention",
     "status": "enabling",
+    "swiglu": "kernels.glu",
 }
 """Public function → the module that has it, which is imported when it is first asked for."""
 

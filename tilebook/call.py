@@ -22,6 +22,7 @@ from tilebook.layout import rows
 from tilebook.left import ORDINARY
 
 Tensors = tuple[torch.Tensor | None, ...]
+Gradients = Sequence[torch.Tensor]
 Way = Literal["direct", "op", "pytorch"]
 
 _DISABLED = os.environ.get("TILEBOOK_DISABLE", "") not in ("", "0")
@@ -121,7 +122,7 @@ class Entry:
     name:     of the ops, with _fwd and _bwd behind it.
     tensors:  the names of the arguments that are tensors, in order; "?" behind those that may be None.
     options:  the other arguments, as PyTorch's schemas write them.
-    outputs:  the names of what a forward pass gives. The first is the result, the rest statistics without gradient.
+    outputs:  the names of what a forward pass gives: the result, and statistics without gradient.
     kept:     which outputs a backward pass wants, beside the tensors.
     forward:  (choice or None, tensors, options) → outputs, by dispatch.
     backward: (gradient, tensors, kept, options, needs) → gradients of the tensors, None where not needed, by dispatch;
@@ -133,6 +134,9 @@ class Entry:
     pack, unpack: options as the family has them ↔ as the schema has them.
     casts:    the tensors that are factors of products, which autocast casts.
     fold:     may a batch of problems (see `torch.vmap`) be more of the first axis, if only these tensors have one?
+    results:  how many outputs, the first ones, have gradients; of several `plain` gives, and `backward` takes, a tuple.
+    linear:   the tensors, one for each result, that results are linear in: nothing is kept of them, and a backward pass
+              has the results' gradients in their places.
     flops:    (tensors, options as the schema has them, needs) → floating-point operations, as PyTorch counts its own:
               of a forward pass where needs is None, else of the gradients that are needed.
     shards:   (what DTensor says of the tensors, by name) → axes that may be cut over GPUs (see `tilebook.sharding`).
@@ -144,7 +148,7 @@ class Entry:
     outputs: tuple[str, ...]
     kept: tuple[int, ...]
     forward: Callable[[Any, Tensors, tuple[Any, ...]], tuple[torch.Tensor, ...]]
-    backward: Callable[[torch.Tensor, Tensors, Tensors, tuple[Any, ...], Sequence[bool]], Tensors] | None
+    backward: Callable[[Any, Tensors, Tensors, tuple[Any, ...], Sequence[bool]], Tensors] | None
     check: Callable[[Tensors, tuple[Any, ...]], None]
     plain: Callable[[Tensors, tuple[Any, ...]], torch.Tensor]
     fake: Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
@@ -152,6 +156,8 @@ class Entry:
     unpack: Callable[[Tensors, tuple[Any, ...]], tuple[Any, ...]] = lambda tensors, options: options
     casts: tuple[str, ...] = ()
     fold: tuple[str, ...] = ()
+    results: int = 1
+    linear: tuple[str, ...] = ()
     flops: Callable[[Tensors, Any, Sequence[bool] | None], int] | None = None
     shards: Callable[[dict[str, Any]], list[dict[str, int | None]]] | None = None
 
@@ -171,7 +177,7 @@ class Entry:
     def through(self, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         """The outputs, by PyTorch's dispatcher."""
         torch_ops.shard()
-        return tuple(self.op(*tensors, *self.pack(options)))
+        return torch_ops.several(self.op(*tensors, *self.pack(options)))
 
     def left_to_pytorch(self, posed: Callable[[], tuple[Any, Any]], tensors: Tensors) -> bool:
         """Is a call on the op's way one that PyTorch's own function serves? `posed` gives its op and problem.
@@ -190,29 +196,47 @@ class Entry:
             choice = dispatch.choose(op, problem, first.device)
         return native(choice, tensors)
 
+    def held(self, tensors: Tensors) -> Tensors:
+        """What is kept of the tensors for a backward pass."""
+        if not self.linear:
+            return tensors
+        return tuple(None if name in self.linear else x for name, x in zip(self.tensors, tensors, strict=True))
+
+    def filled(self, tensors: Tensors, dys: Gradients) -> Tensors:
+        """The tensors of a backward pass, of which these were kept."""
+        if not self.linear:
+            return tensors
+        given = iter(dys)
+        return tuple(next(given) if name in self.linear else x for name, x in zip(self.tensors, tensors, strict=True))
+
+    def given(self, dys: Gradients) -> Any:
+        """The gradients of the results as `backward` takes them."""
+        return dys[0] if self.results == 1 else tuple(dys)
+
     def gradients(
-        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
+        self, dys: Gradients, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
         """Gradients of the tensors that need one, None for the others. `options` as the family has them."""
         assert self.backward is not None
         if self._differentiated():
-            return self._differentiable(dy, tensors, options, needs)
+            return self._differentiable(dys, tensors, options, needs)
         # No storage: a batch of cotangents, by a mechanism older than torch.func's.
-        stored = torch.compiler.is_compiling() or torch._C._has_storage(dy)
-        if not stored or dy.is_meta or way(dy, optional=(*tensors, *kept)) == "op":
-            return self._by_op(dy, tensors, kept, self.pack(options), needs)
-        return self.backward(rows(dy), tensors, kept, options, needs)  # dy may be expanded from a sum
+        stored = torch.compiler.is_compiling() or all(torch._C._has_storage(dy) for dy in dys)
+        if not stored or dys[0].is_meta or way(*dys, optional=(*tensors, *kept)) == "op":
+            return self._by_op(dys, tensors, kept, self.pack(options), needs)
+        dys = [rows(dy) for dy in dys]  # they may be expanded from a sum
+        return self.backward(self.given(dys), tensors, kept, options, needs)
 
     def gradients_of_op(
-        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
+        self, dys: Gradients, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
         """The same where what went forward was the op, and so is what goes backward. `packed` as the schema has them.
 
         In a trace nothing may look at them: lengths among them are symbols.
         """
         if self._differentiated():
-            return self._differentiable(dy, tensors, self.unpack(tensors, packed), needs)
-        return self._by_op(dy, tensors, kept, packed, needs)
+            return self._differentiable(dys, tensors, self.unpack(tensors, packed), needs)
+        return self._by_op(dys, tensors, kept, packed, needs)
 
     @staticmethod
     def _differentiated() -> bool:
@@ -222,20 +246,23 @@ class Entry:
         return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _differentiating())
 
     def _by_op(
-        self, dy: torch.Tensor, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
+        self, dys: Gradients, tensors: Tensors, kept: Tensors, packed: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
-        found = self.op_backward(rows(dy), *tensors, *kept, *packed, list(needs))
+        found = self.op_backward(*[rows(dy) for dy in dys], *tensors, *kept, *packed, list(needs))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
     def _differentiable(
-        self, dy: torch.Tensor, tensors: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
+        self, dys: Gradients, tensors: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
     ) -> Tensors:
         """Gradients that can be differentiated again, as far as PyTorch's own functions can be."""
         with torch.enable_grad():
+            if self.linear:  # any point will do
+                points = [torch.zeros_like(dy).requires_grad_() for dy in dys]
+                tensors = self.filled(tensors, points)
             # Views stand for the tensors: one may have been made of another, or be given twice.
             apart = tuple(x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True))
             wanted = [x for x, need in zip(apart, needs, strict=True) if need and x is not None]
-            found = iter(torch.autograd.grad(self.plain(apart, options), wanted, dy, create_graph=True))
+            found = iter(torch.autograd.grad(self.plain(apart, options), wanted, dys, create_graph=True))
         return tuple(next(found) if need else None for need in needs)
 
 
@@ -247,21 +274,23 @@ class _Direct(torch.autograd.Function):
         ctx: Any, entry: Entry, choice: Any, options: tuple[Any, ...], *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         outputs = entry.forward(choice, tensors, options)
-        ctx.save_for_backward(*tensors, *[outputs[which] for which in entry.kept])
+        ctx.save_for_backward(*entry.held(tensors), *[outputs[which] for which in entry.kept])
         ctx.call = entry, options
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[entry.results :])
+        ctx.set_materialize_grads(entry.results > 1)
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         entry, options = ctx.call
         needs = ctx.needs_input_grad[3:]
-        if dy is None:
+        dys: Any = grads[: entry.results]
+        if dys[0] is None:
             return (None,) * (3 + len(needs))
         saved = ctx.saved_tensors
         count = len(entry.tensors)
-        return None, None, None, *entry.gradients(dy, saved[:count], saved[count:], options, needs)
+        tensors = entry.filled(saved[:count], dys)
+        return None, None, None, *entry.gradients(dys, tensors, saved[count:], options, needs)
 
 
 _apply: Any = super(torch.autograd.Function, _Direct).apply

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tilebook.torch_ops import directions
+
 if TYPE_CHECKING:
     from tilebook.call import Entry
 
@@ -18,7 +20,7 @@ def register(entry: Entry) -> None:
 
     names = [name.rstrip("?") for name in entry.tensors]
     kept = [entry.outputs[which] for which in entry.kept]
-    first = entry.outputs[0]
+    above = dict(zip(directions(entry), entry.outputs, strict=False))
 
     def forward(*args: Any) -> list[tuple[list[Any], list[Any]]]:
         return [
@@ -27,10 +29,10 @@ def register(entry: Entry) -> None:
         ]
 
     def backward(*args: Any) -> list[tuple[list[Any], list[Any]]]:
-        inputs = ["dy", *names, *kept]
+        inputs = [*above, *names, *kept]
         found = []
         for cut in _cuts(entry, dict(zip(inputs, args, strict=False))):
-            cut = {**cut, "dy": cut.get(first)}
+            cut = {**cut, **{dy: cut.get(result) for dy, result in above.items()}}
             given = [*_given(inputs, args, cut), *_options(args[len(inputs) :])]
             found.append((_gradients(names, cut, args[-1]), given))
         return found

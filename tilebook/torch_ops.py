@@ -36,10 +36,11 @@ def register(entry: Entry) -> tuple[Any, Any]:
     torch.library.register_vmap(f"tilebook::{forward}", _batched(entry, forward, entry.tensors), lib=_library)
     if entry.backward is not None:
         kept = "".join(f", Tensor {entry.outputs[which]}" for which in entry.kept)
-        inputs = f"Tensor dy, {tensors}{kept}{options}, bool[] needs"
+        above = "".join(f"Tensor {name}, " for name in directions(entry))
+        inputs = f"{above}{tensors}{kept}{options}, bool[] needs"
         grads = ", ".join("Tensor" for _ in entry.tensors)
         _define(f"{backward}({inputs}) -> ({grads})", _backward(entry, promises), _fake_backward(entry))
-        given = ("dy", *entry.tensors, *(entry.outputs[which] for which in entry.kept))
+        given = (*directions(entry), *entry.tensors, *(entry.outputs[which] for which in entry.kept))
         torch.library.register_vmap(f"tilebook::{backward}", _batched(entry, backward, given), lib=_library)
         torch.library.register_autograd(
             f"tilebook::{forward}", _gradients(entry), setup_context=_keep(entry), lib=_library
@@ -58,6 +59,11 @@ def register(entry: Entry) -> tuple[Any, Any]:
 def names(entry: Entry) -> tuple[str, str]:
     """Of the op, and of the op of its gradients."""
     return (entry.name, "") if entry.backward is None else (f"{entry.name}_fwd", f"{entry.name}_bwd")
+
+
+def directions(entry: Entry) -> tuple[str, ...]:
+    """What the backward op calls the gradients of the results."""
+    return ("dy",) if entry.results == 1 else tuple(f"d{name}" for name in entry.outputs[: entry.results])
 
 
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -97,45 +103,58 @@ def _laid(made: torch.Tensor, shape: Sequence[int], strides: tuple[int, ...]) ->
     return torch.empty_strided(shape, strides, dtype=made.dtype, device=made.device).copy_(made)
 
 
+def several(made: Any) -> tuple[torch.Tensor, ...]:
+    """The outputs of an op, which is a tensor where there is one only."""
+    return (made,) if isinstance(made, torch.Tensor) else tuple(made)
+
+
+def _returned(outputs: Sequence[torch.Tensor]) -> Any:
+    """The outputs as an op returns them."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
 def _forward(entry: Entry, promises: Promises) -> Callable[..., Any]:
-    def run(*args: Any) -> tuple[torch.Tensor, ...]:
+    def run(*args: Any) -> Any:
         count = len(entry.tensors)
         tensors, options = tuple(args[:count]), tuple(args[count:])
         layouts = promises(tensors, options)
         outputs = entry.forward(None, tensors, entry.unpack(tensors, options))
-        return tuple(_laid(made, *layout) for made, layout in zip(outputs, layouts, strict=True))
+        return _returned([_laid(made, *layout) for made, layout in zip(outputs, layouts, strict=True)])
 
     return run
 
 
 def _fake_forward(entry: Entry) -> Callable[..., Any]:
-    def fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    def fake(*args: Any) -> Any:
         count = len(entry.tensors)
-        return entry.fake(tuple(args[:count]), args[count:])
+        return _returned(entry.fake(tuple(args[:count]), args[count:]))
 
     return fake
 
 
-def _parts(entry: Entry, args: Sequence[Any]) -> tuple[torch.Tensor, Tensors, Tensors, tuple[Any, ...], list[bool]]:
-    """(gradient, tensors, kept, options as the schema has them, needs) of a backward op's arguments."""
+def _parts(
+    entry: Entry, args: Sequence[Any]
+) -> tuple[tuple[torch.Tensor, ...], Tensors, Tensors, tuple[Any, ...], list[bool]]:
+    """(gradients, tensors, kept, options as the schema has them, needs) of a backward op's arguments."""
+    dys, args = tuple(args[: entry.results]), args[entry.results :]
     count, kept = len(entry.tensors), len(entry.kept)
-    dy, tensors, rest = args[0], tuple(args[1 : 1 + count]), args[1 + count + kept :]
-    return dy, tensors, tuple(args[1 + count : 1 + count + kept]), tuple(rest[:-1]), rest[-1]
+    rest = args[count + kept :]
+    return dys, tuple(args[:count]), tuple(args[count : count + kept]), tuple(rest[:-1]), rest[-1]
 
 
 def _backward(entry: Entry, promises: Promises) -> Callable[..., Any]:
     def run(*args: Any) -> tuple[torch.Tensor, ...]:
-        dy, tensors, kept, options, needs = _parts(entry, args)
+        dys, tensors, kept, options, needs = _parts(entry, args)
         layouts = promises(tensors, options)
-        given = [each.shape for each in (dy, *kept) if each is not None]
-        if given != [layouts[which][0] for which in (0, *entry.kept)]:
+        given = [each.shape for each in (*dys, *kept) if each is not None]
+        if given != [layouts[which][0] for which in (*range(entry.results), *entry.kept)]:
             shapes, first = ", ".join(str(tuple(shape)) for shape in given), tensors[0]
             assert first is not None
             raise ValueError(f"gradient and outputs {shapes} are not of {entry.tensors[0]} {tuple(first.shape)}")
         assert entry.backward is not None
-        found = entry.backward(dy, tensors, kept, entry.unpack(tensors, options), needs)
+        found = entry.backward(entry.given(dys), tensors, kept, entry.unpack(tensors, options), needs)
         return tuple(
-            _gradient(x, grad if need else None, dy) for x, grad, need in zip(tensors, found, needs, strict=True)
+            _gradient(x, grad if need else None, dys[0]) for x, grad, need in zip(tensors, found, needs, strict=True)
         )
 
     return run
@@ -153,7 +172,7 @@ def _gradient(x: torch.Tensor | None, grad: torch.Tensor | None, dy: torch.Tenso
 
 def _fake_backward(entry: Entry) -> Callable[..., Any]:
     def fake(*args: Any) -> tuple[torch.Tensor, ...]:
-        return _empty_gradients(args[1 : 1 + len(entry.tensors)], args[-1], args[0])
+        return _empty_gradients(args[entry.results :][: len(entry.tensors)], args[-1], args[0])
 
     return fake
 
@@ -167,24 +186,25 @@ def _empty_gradients(tensors: Sequence[Any], needs: Sequence[bool], dy: torch.Te
 
 
 def _keep(entry: Entry) -> Callable[..., None]:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        count = len(entry.tensors)
-        ctx.save_for_backward(*inputs[:count], *[output[which] for which in entry.kept])
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        count, output = len(entry.tensors), several(output)
+        ctx.save_for_backward(*entry.held(inputs[:count]), *[output[which] for which in entry.kept])
         ctx.options = inputs[count:]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(entry.results > 1)
+        ctx.mark_non_differentiable(*output[entry.results :])
 
     return setup
 
 
 def _gradients(entry: Entry) -> Callable[..., Any]:
-    def backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         count, needs = len(entry.tensors), list(ctx.needs_input_grad)
-        if dy is None:
+        dys: Any = grads[: entry.results]
+        if dys[0] is None:
             return (None,) * len(needs)
         saved = ctx.saved_tensors
-        tensors = saved[:count]
-        found = entry.gradients_of_op(dy, tensors, saved[count:], ctx.options, needs[:count])
+        tensors = entry.filled(saved[:count], dys)
+        found = entry.gradients_of_op(dys, tensors, saved[count:], ctx.options, needs[:count])
         return *found, *[None] * (len(needs) - count)
 
     return backward
@@ -199,7 +219,7 @@ def _only_once(name: str) -> Callable[..., Any]:
 
 def _batched(entry: Entry, name: str, names: Sequence[str]) -> Callable[..., Any]:
     """A batch of problems as more of the first axis where all that has a batch may have it so; else one by one."""
-    foldable = {*entry.fold, "dy", *entry.outputs}
+    foldable = {*entry.fold, *directions(entry), *entry.outputs}
 
     def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         op = getattr(torch.ops.tilebook, name)
@@ -215,16 +235,22 @@ def _batched(entry: Entry, name: str, names: Sequence[str]) -> Callable[..., Any
             folded = [
                 x if x is None else _moved(x, dim, size).flatten(0, 1) for x, dim in zip(tensors, dims, strict=True)
             ]
-            outputs = op(*folded, *options)
-            made = tuple(x if x.ndim == 1 and not x.numel() else x.unflatten(0, (size, -1)) for x in outputs)
-            return made, tuple(None if x.ndim == 1 and not x.numel() else 0 for x in made)
-        each_one = [
-            op(*[x if dim is None else x.select(dim, at) for x, dim in zip(tensors, dims, strict=True)], *options)
+            outputs: Any = several(op(*folded, *options))
+            made = [x if x.ndim == 1 and not x.numel() else x.unflatten(0, (size, -1)) for x in outputs]
+            return _batch(made, [None if x.ndim == 1 and not x.numel() else 0 for x in made])
+        chosen = [
+            [x if dim is None else x.select(dim, at) for x, dim in zip(tensors, dims, strict=True)]
             for at in range(size)
         ]
-        return tuple(torch.stack(parts) for parts in zip(*each_one, strict=True)), (0,) * len(each_one[0])
+        each_one = [several(op(*some, *options)) for some in chosen]
+        return _batch([torch.stack(parts) for parts in zip(*each_one, strict=True)], [0] * len(each_one[0]))
 
     return run
+
+
+def _batch(made: Sequence[torch.Tensor], dims: Sequence[int | None]) -> tuple[Any, Any]:
+    """Outputs and where their batch is, as PyTorch wants to be told."""
+    return (made[0], dims[0]) if len(made) == 1 else (tuple(made), tuple(dims))
 
 
 def _moved(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
@@ -254,8 +280,9 @@ def _count(entry: Entry) -> None:
     def forward(*args: Any, out_val: Any = None) -> int:
         return flops(args[:count], args[count:], None)
 
-    def backward(dy: Any, *args: Any, out_val: Any = None) -> int:
-        return flops(args[:count], args[count + kept : -1], args[-1])
+    def backward(*args: Any, out_val: Any = None) -> int:
+        given = args[entry.results :]
+        return flops(given[:count], given[count + kept : -1], given[-1])
 
     for name, formula in zip(names(entry), (forward, backward), strict=True):
         if name:
