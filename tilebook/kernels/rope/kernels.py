@@ -35,48 +35,51 @@ class Angles(NamedTuple):
 
 
 @triton.jit
-def _pairs(pointer, half, inside, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """First and second number of each pair, in fp32. `inside` has the shape of one of them."""
+def _pairs(pointer, there, ROTATED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """First and second number of each pair, in fp32. `there`: which heads of which tokens, (ROWS, HEADS, 1)."""
+    ROWS: tl.constexpr = there.shape[0]
+    HEADS: tl.constexpr = there.shape[1]
     if INTERLEAVED:
         both = tl.arange(0, 2 * HALF)[None, None, :]
-        there = tl.join(inside, inside).reshape(inside.shape[0], inside.shape[1], 2 * HALF)
-        loaded = tl.load(pointer + both, mask=there, other=0.0).to(tl.float32)
-        first, second = loaded.reshape(inside.shape[0], inside.shape[1], HALF, 2).split()
+        at = tl.broadcast_to(pointer + both, (ROWS, HEADS, 2 * HALF))
+        loaded = tl.load(at, mask=there & (both < ROTATED), other=0.0).to(tl.float32)
+        first, second = loaded.reshape(ROWS, HEADS, HALF, 2).split()
     else:
-        at = pointer + tl.arange(0, HALF)[None, None, :]
+        i = tl.arange(0, HALF)[None, None, :]
+        at, inside = tl.broadcast_to(pointer + i, (ROWS, HEADS, HALF)), there & (i < ROTATED // 2)
         first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(at + ROTATED // 2, mask=inside, other=0.0).to(tl.float32)
     return first, second
 
 
 @triton.jit
 def _rotate(
-    of, angles, b, s, h, there, ROTATED: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
+    of, angles, b, s, h, seq, ROTATED: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
     BACKWARD: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """`there`: which of the tokens s there are, as (ROWS, 1, 1)."""
-    half: tl.constexpr = ROTATED // 2
-    i = tl.arange(0, HALF)[None, None, :]
     x = of.x + b * of.x_b + s * of.x_s + h * of.x_h
     y = of.y + b * of.y_b + s * of.y_s + h * of.y_h
-    known, inside = there & (i < half), there & (h < of.n) & (i < half)
-    c1, c2 = _pairs(angles.cos + b * angles.cos_b + s * angles.cos_s, half, known, HALF, INTERLEAVED)
-    s1, s2 = _pairs(angles.sin + b * angles.sin_b + s * angles.sin_s, half, known, HALF, INTERLEAVED)
-    x1, x2 = _pairs(x, half, inside, HALF, INTERLEAVED)
+    there = (s < seq) & (h < of.n)
+    # Once a head, from the L1 cache: once a token would be another layout of threads, and a way through shared memory.
+    c1, c2 = _pairs(angles.cos + b * angles.cos_b + s * angles.cos_s, there, ROTATED, HALF, INTERLEAVED)
+    s1, s2 = _pairs(angles.sin + b * angles.sin_b + s * angles.sin_s, there, ROTATED, HALF, INTERLEAVED)
+    x1, x2 = _pairs(x, there, ROTATED, HALF, INTERLEAVED)
     if BACKWARD:
         y1, y2 = x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
     else:
         y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
     if INTERLEAVED:
         both = tl.arange(0, 2 * HALF)[None, None, :]
-        joined = tl.join(y1, y2).reshape(inside.shape[0], inside.shape[1], 2 * HALF)
-        tl.store(y + both, joined.to(of.y.dtype.element_ty), mask=there & (h < of.n) & (both < ROTATED))
+        joined = tl.join(y1, y2).reshape(there.shape[0], there.shape[1], 2 * HALF)
+        tl.store(y + both, joined.to(of.y.dtype.element_ty), mask=there & (both < ROTATED))
     else:
+        i = tl.arange(0, HALF)[None, None, :]
+        inside = there & (i < ROTATED // 2)
         tl.store(y + i, y1.to(of.y.dtype.element_ty), mask=inside)
-        tl.store(y + half + i, y2.to(of.y.dtype.element_ty), mask=inside)
+        tl.store(y + ROTATED // 2 + i, y2.to(of.y.dtype.element_ty), mask=inside)
     if REST:
         more = ROTATED + tl.arange(0, REST)[None, None, :]
-        passed = there & (h < of.n) & (more < WIDTH)
+        passed = there & (more < WIDTH)
         tl.store(y + more, tl.load(x + more, mask=passed), mask=passed)
 
 
@@ -96,7 +99,7 @@ def rope_kernel(
     s = (place % pieces * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
     if part < of_q:
         h = (part * HEADS + tl.arange(0, HEADS))[None, :, None]
-        _rotate(q, angles, b, s, h, s < seq, ROTATED, WIDTH, INTERLEAVED, BACKWARD, HALF, REST)
+        _rotate(q, angles, b, s, h, seq, ROTATED, WIDTH, INTERLEAVED, BACKWARD, HALF, REST)
     else:
         h = ((part - of_q) * HEADS + tl.arange(0, HEADS))[None, :, None]
-        _rotate(k, angles, b, s, h, s < seq, ROTATED, WIDTH, INTERLEAVED, BACKWARD, HALF, REST)
+        _rotate(k, angles, b, s, h, seq, ROTATED, WIDTH, INTERLEAVED, BACKWARD, HALF, REST)
