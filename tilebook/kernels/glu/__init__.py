@@ -15,8 +15,7 @@ from tilebook.call import Tensors, native, recorded, way
 from tilebook.casting import autocast, autocast_dtype
 from tilebook.kernels.glu.check import check, check_block
 from tilebook.kernels.glu.entry import BLOCK, GLU, addressed, registered
-from tilebook.kernels.glu.pytorch import HOST_BOUND, block, plain
-from tilebook.kernels.mlp.pytorch import BOUNDS
+from tilebook.kernels.glu.pytorch import BOUNDS, HOST_BOUND, block, plain
 from tilebook.left import ORDINARY, again, keep, known, recall, unsettled
 from tilebook.traced import ahead, described
 
@@ -209,7 +208,7 @@ def _block(given: Tensors, activation: str, recompute: bool) -> torch.Tensor:
             return _shaped(BLOCK.through(tensors, options)[0], x)
         choice = dispatch.lookup(forward, (*_between(tensors, x.device), activation), args)
     if own is not None and unsettled(own, choice):
-        weight: Any = given[1]
+        weight: Any = given[3]
         keep(own, known(choice, x.numel() // x.shape[-1] * weight.numel(), BOUNDS))
     if native(choice, tensors):
         choice.calls += 1

@@ -7,9 +7,16 @@ from typing import Any
 import torch
 
 from tilebook.call import recorded
+from tilebook.kernels.mlp.pytorch import BOUNDS as TWO_LAYERS
 
 HOST_BOUND = 1 << 22
 """Elements up to which the GPU is done with an eager call before the host has made the next one."""
+
+BOUNDS = 2 / 3 * TWO_LAYERS[0], 2 / 3 * TWO_LAYERS[1]
+"""Multiplications of one of the three layers up to which the host bounds an eager call: without gradients, with them.
+
+As many as an MLP of two layers has then, all together.
+"""
 
 # Bound here once: a program may put other functions in the places of PyTorch's.
 linear: Any = torch._C._nn.linear
