@@ -196,6 +196,11 @@ class Entry:
             choice = dispatch.choose(op, problem, first.device)
         return native(choice, tensors)
 
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What the backward op calls the gradients of the results."""
+        return ("dy",) if self.results == 1 else tuple(f"d{name}" for name in self.outputs[: self.results])
+
     def held(self, tensors: Tensors) -> Tensors:
         """What is kept of the tensors for a backward pass."""
         if not self.linear:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tilebook.torch_ops import directions
-
 if TYPE_CHECKING:
     from tilebook.call import Entry
 
@@ -20,7 +18,7 @@ def register(entry: Entry) -> None:
 
     names = [name.rstrip("?") for name in entry.tensors]
     kept = [entry.outputs[which] for which in entry.kept]
-    above = dict(zip(directions(entry), entry.outputs, strict=False))
+    above = dict(zip(entry.directions, entry.outputs, strict=False))
 
     def forward(*args: Any) -> list[tuple[list[Any], list[Any]]]:
         return [

@@ -36,11 +36,11 @@ def register(entry: Entry) -> tuple[Any, Any]:
     torch.library.register_vmap(f"tilebook::{forward}", _batched(entry, forward, entry.tensors), lib=_library)
     if entry.backward is not None:
         kept = "".join(f", Tensor {entry.outputs[which]}" for which in entry.kept)
-        above = "".join(f"Tensor {name}, " for name in directions(entry))
+        above = "".join(f"Tensor {name}, " for name in entry.directions)
         inputs = f"{above}{tensors}{kept}{options}, bool[] needs"
         grads = ", ".join("Tensor" for _ in entry.tensors)
         _define(f"{backward}({inputs}) -> ({grads})", _backward(entry, promises), _fake_backward(entry))
-        given = (*directions(entry), *entry.tensors, *(entry.outputs[which] for which in entry.kept))
+        given = (*entry.directions, *entry.tensors, *(entry.outputs[which] for which in entry.kept))
         torch.library.register_vmap(f"tilebook::{backward}", _batched(entry, backward, given), lib=_library)
         torch.library.register_autograd(
             f"tilebook::{forward}", _gradients(entry), setup_context=_keep(entry), lib=_library
@@ -59,11 +59,6 @@ def register(entry: Entry) -> tuple[Any, Any]:
 def names(entry: Entry) -> tuple[str, str]:
     """Of the op, and of the op of its gradients."""
     return (entry.name, "") if entry.backward is None else (f"{entry.name}_fwd", f"{entry.name}_bwd")
-
-
-def directions(entry: Entry) -> tuple[str, ...]:
-    """What the backward op calls the gradients of the results."""
-    return ("dy",) if entry.results == 1 else tuple(f"d{name}" for name in entry.outputs[: entry.results])
 
 
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -219,7 +214,7 @@ def _only_once(name: str) -> Callable[..., Any]:
 
 def _batched(entry: Entry, name: str, names: Sequence[str]) -> Callable[..., Any]:
     """A batch of problems as more of the first axis where all that has a batch may have it so; else one by one."""
-    foldable = {*entry.fold, *directions(entry), *entry.outputs}
+    foldable = {*entry.fold, *entry.directions, *entry.outputs}
 
     def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         op = getattr(torch.ops.tilebook, name)

@@ -8,7 +8,7 @@ from programs.compare import assert_as_near
 from programs.hf_models import inputs, made, plain, step
 
 import tilebook
-from tilebook import dispatch
+from tilebook import dispatch, patching
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -33,7 +33,9 @@ def model_of(name, **more):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gates_and_rotations_are_changed_and_changed_back(name):
+def test_gates_and_rotations_are_changed_and_changed_back(name, monkeypatch):
+    calls, ours = [], patching.apply_rope
+    monkeypatch.setattr(patching, "apply_rope", lambda *args, **options: calls.append(1) or ours(*args, **options))
     family, model = model_of(name)
     given = inputs(family, "whole", "cpu")
     right = step(model, given)
@@ -43,6 +45,7 @@ def test_gates_and_rotations_are_changed_and_changed_back(name):
         assert not report.left
         for mine, other in zip(step(model, given), right, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2, "once in each layer"
     for mine, other in zip(step(model, given), right, strict=True):
         assert torch.equal(mine, other)
 
