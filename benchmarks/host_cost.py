@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compare import save
+from small_models import turned
 
 import tilebook
 from tilebook import device as devices
@@ -151,6 +152,31 @@ def cases(device: str) -> list[Case]:
             lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
             tilebook.mlp,
             [random(32, 64), random(128, 64), random(128), random(64, 128), random(64)],
+        ),
+    ]
+    weights = [random(128, 64), random(128, 64), random(64, 128)]
+    turn = torch.randn(1, 128, 32, device=device).repeat(1, 1, 2)
+    angles = turn.cos().bfloat16(), turn.sin().bfloat16()
+    found += [
+        Case("glu M32,F128", lambda g, u: F.silu(g) * u, tilebook.glu, [random(32, 128), random(32, 128)]),
+        Case(
+            "swiglu M32,H64,F128",
+            lambda x, g, u, d: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d),
+            tilebook.swiglu,
+            [random(32, 64), *weights],
+        ),
+        Case(
+            "geglu M32,H64,F128",
+            lambda x, g, u, d: F.linear(F.gelu(F.linear(x, g), approximate="tanh") * F.linear(x, u), d),
+            tilebook.geglu,
+            [random(32, 64), *weights],
+        ),
+        Case(
+            "apply_rope B1,H8,Hkv2,S128,D64",
+            lambda q, k, cos, sin: torch.cat([turned(x, cos, sin) for x in (q, k)], 1),
+            lambda q, k, cos, sin: torch.cat(tilebook.apply_rope(q, k, cos, sin), 1),
+            heads(1, 8, 2, 128, 64)[:2],
+            angles,
         ),
     ]
     for dtype in (torch.bfloat16, torch.float32):

@@ -19,22 +19,35 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Functions:
-    """What a layer is made of. `mlp` takes a layer's two linear modules; between them is GELU."""
+    """What a layer is made of. `mlp` takes a layer's two linear modules, between which is GELU, `gated` three, with
+    SiLU; `rope` takes q, k, cos and sin."""
 
     attention: Callable[..., torch.Tensor]
     rms_norm: Callable[..., torch.Tensor]
     mlp: Callable[[torch.Tensor, nn.Linear, nn.Linear], torch.Tensor]
+    gated: Callable[[torch.Tensor, nn.Linear, nn.Linear, nn.Linear], torch.Tensor]
+    rope: Callable[..., tuple[torch.Tensor, ...]]
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (Su et al. 2021)."""
+    one, other = x.chunk(2, -1)
+    return (x * cos + torch.cat([-other, one], -1) * sin).to(x.dtype)
 
 
 PYTORCH = Functions(
     F.scaled_dot_product_attention,
     lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
     lambda x, up, down: down(F.gelu(up(x))),
+    lambda x, gate, up, down: down(F.silu(gate(x)) * up(x)),
+    lambda q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin)),
 )
 TILEBOOK = Functions(
     tilebook.scaled_dot_product_attention,
     lambda x, weight: tilebook.rms_norm(x, weight, EPS),
     lambda x, up, down: tilebook.mlp(x, up.weight, up.bias, down.weight, down.bias),
+    lambda x, gate, up, down: tilebook.swiglu(x, gate.weight, up.weight, down.weight),
+    tilebook.apply_rope,
 )
 
 
@@ -148,17 +161,11 @@ class LlamaBlock(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(self.use.rms_norm(x, self.norm1)).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.heads_kv, self.heads_kv], 1)
-        q, k = (turned(each, cos, sin).to(v.dtype) for each in (q, k))
+        q, k = self.use.rope(q, k, cos, sin)
         o = self.use.attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.heads_kv)
         x = x + self.out(o.transpose(1, 2).reshape(batch, tokens, width))
         y = self.use.rms_norm(x, self.norm2)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (Su et al. 2021)."""
-    one, other = x.chunk(2, -1)
-    return x * cos + torch.cat([-other, one], -1) * sin
+        return x + self.use.gated(y, self.gate, self.up, self.down)
 
 
 class Llama(nn.Module):

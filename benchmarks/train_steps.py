@@ -1,7 +1,7 @@
 """Training steps of whole models: plain PyTorch against the same model with tilebook on.
 
     python benchmarks/train_steps.py --out benchmarks/results/nvidia-h200/train_steps.json [--only ViT] [--seconds 300]
-    python benchmarks/train_steps.py --by-hand --out …      # its functions written into the model, the MLP among them
+    python benchmarks/train_steps.py --by-hand --out …      # its functions written into the models, MLPs too
     python benchmarks/train_steps.py --device cpu --tiny --modes eager --out /tmp/tried.json     # no GPU, no figures
 
 bf16 autocast over fp32 weights, AdamW fused, eager and compiled. Both start from the same weights and see the same

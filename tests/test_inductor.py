@@ -17,6 +17,7 @@ NAMES = {
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
     *("cross_entropy_fwd", "cross_entropy_bwd"),
     *("mlp_up_fwd", "mlp_down_fwd", "mlp_act_bwd", "mlp_grads_bwd"),
+    *("glu_fwd", "glu_bwd", "rope_fwd", "rope_bwd"),
 }
 
 
@@ -26,7 +27,7 @@ def traced(monkeypatch):
     monkeypatch.setattr(inductor, "_how", lambda: {"fullgraph": True, "dynamic": False, "backend": "eager"})
 
 
-def test_norms_mlp_and_cross_entropy_have_it():
+def test_families_that_a_compiler_fuses_have_it():
     assert {each.name for each in OPS} == NAMES
 
 

@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.cross_entropy import cross_entropy
     from tilebook.kernels.decode import attention_decode
+    from tilebook.kernels.glu import geglu, glu, swiglu
     from tilebook.kernels.linear_cross_entropy import linear_cross_entropy
     from tilebook.kernels.mlp import mlp
     from tilebook.kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+    from tilebook.kernels.rope import apply_rope
     from tilebook.kernels.varlen import attention_varlen
     from tilebook.patching import patch, patched
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "apply_rope",
     "attention",
     "attention_decode",
     "attention_varlen",
@@ -30,6 +33,8 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "geglu",
+    "glu",
     "layer_norm",
     "linear_cross_entropy",
     "mlp",
@@ -39,6 +44,7 @@ __all__ = [
     "rms_norm",
     "scaled_dot_product_attention",
     "status",
+    "swiglu",
 ]
 
 __version__ = "0.1.0"
@@ -46,6 +52,7 @@ __version__ = "0.1.0"
 _MODULE = {
     "add_layer_norm": "kernels.norms",
     "add_rms_norm": "kernels.norms",
+    "apply_rope": "kernels.rope",
     "attention": "kernels.attention",
     "attention_decode": "kernels.decode",
     "attention_varlen": "kernels.varlen",
@@ -53,6 +60,8 @@ _MODULE = {
     "disable": "enabling",
     "enable": "enabling",
     "enabled": "enabling",
+    "geglu": "kernels.glu",
+    "glu": "kernels.glu",
     "layer_norm": "kernels.norms",
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "mlp": "kernels.mlp",
@@ -62,6 +71,7 @@ _MODULE = {
     "rms_norm": "kernels.norms",
     "scaled_dot_product_attention": "kernels.attention",
     "status": "enabling",
+    "swiglu": "kernels.glu",
 }
 """Public function → the module that has it, which is imported when it is first asked for."""
 

@@ -34,10 +34,15 @@ def varlen(problem: Any) -> None:
             raise UsageError(f"{problem.batch} sequences of up to {longest} tokens cannot have {total} together")
 
 
+def rope(problem: Any) -> None:
+    if problem.rotated % 2 or problem.rotated > problem.head_dim:
+        raise UsageError(f"{problem.rotated} rotated numbers are not an even part of {problem.head_dim}")
+
+
 def _grouped(problem: Any) -> None:
     if problem.heads % problem.heads_kv:
         raise UsageError(f"{problem.heads} query heads are not a multiple of {problem.heads_kv} key/value heads")
 
 
-OF: Mapping[str, Callable[[Any], None]] = {"attention": attention, "decode": decode, "varlen": varlen}
+OF: Mapping[str, Callable[[Any], None]] = {"attention": attention, "decode": decode, "rope": rope, "varlen": varlen}
 """Family → what its problems keep; any numbers will do for those that are not named."""

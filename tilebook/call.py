@@ -122,7 +122,7 @@ class Entry:
     name:     of the ops, with _fwd and _bwd behind it.
     tensors:  the names of the arguments that are tensors, in order; "?" behind those that may be None.
     options:  the other arguments, as PyTorch's schemas write them.
-    outputs:  the names of what a forward pass gives. The first is the result, the rest statistics without gradient.
+    outputs:  the names of what a forward pass gives: the result, and statistics without gradient.
     kept:     which outputs a backward pass wants, beside the tensors.
     addends:  so many of the first tensors are added up, and nothing else is done with them: the second output is their
               sum, which is a result too. A backward pass has the sum in their place, and its gradient is that of each.
@@ -138,6 +138,9 @@ class Entry:
     pack, unpack: options as the family has them ↔ as the schema has them.
     casts:    the tensors that are factors of products, which autocast casts.
     fold:     may a batch of problems (see `torch.vmap`) be more of the first axis, if only these tensors have one?
+    results:  how many outputs, the first ones, have gradients; of several `plain` gives a tuple.
+    linear:   the tensors, one for each result, that results are linear in: nothing is kept of them, and a backward pass
+              has the results' gradients in their places.
     flops:    (tensors, options as the schema has them, needs) → floating-point operations, as PyTorch counts its own:
               of a forward pass where needs is None, else of the gradients that are needed.
     shards:   (what DTensor says of the tensors, by name) → axes that may be cut over GPUs (see `tilebook.sharding`).
@@ -158,6 +161,8 @@ class Entry:
     unpack: Callable[[Tensors, tuple[Any, ...]], tuple[Any, ...]] = lambda tensors, options: options
     casts: tuple[str, ...] = ()
     fold: tuple[str, ...] = ()
+    results: int = 1
+    linear: tuple[str, ...] = ()
     flops: Callable[[Tensors, Any, Sequence[bool] | None], int] | None = None
     shards: Callable[[dict[str, Any]], list[dict[str, int | None]]] | None = None
     last: Callable[..., Tensors] | None = None
@@ -170,19 +175,22 @@ class Entry:
         torch_ops.shard()
 
     @property
-    def results(self) -> int:
-        """How many of the outputs have gradients."""
-        return 2 if self.addends else 1
-
-    @property
     def inputs(self) -> tuple[str, ...]:
         """The names of the tensors that a backward pass has."""
         return (self.outputs[1], *self.tensors[self.addends :]) if self.addends else self.tensors
 
     def saved(self, tensors: Tensors, outputs: Sequence[torch.Tensor]) -> Tensors:
-        """What a backward pass has of a call: its tensors, and what is kept."""
+        """What a backward pass has of a call: its tensors, None where results are linear in them, what is kept."""
         sums = (outputs[1],) if self.addends else ()
-        return *sums, *tensors[self.addends :], *[outputs[which] for which in self.kept]
+        held = (None if name in self.linear else x for name, x in zip(self.tensors, tensors, strict=True))
+        return *sums, *list(held)[self.addends :], *[outputs[which] for which in self.kept]
+
+    def filled(self, tensors: Tensors, dys: Tensors) -> Tensors:
+        """The tensors of a backward pass, of which these were kept."""
+        if not self.linear:
+            return tensors
+        given = iter(dys)
+        return tuple(next(given) if name in self.linear else x for name, x in zip(self.tensors, tensors, strict=True))
 
     def needed(self, needs: Sequence[bool]) -> list[bool]:
         """Which of its tensors a backward pass is to find gradients of, by those of the forward pass that need them."""
@@ -202,7 +210,7 @@ class Entry:
     def through(self, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         """The outputs, by PyTorch's dispatcher."""
         torch_ops.shard()
-        return tuple(self.op(*tensors, *self.pack(options)))
+        return torch_ops.several(self.op(*tensors, *self.pack(options)))
 
     def left_to_pytorch(self, posed: Callable[[], tuple[Any, Any]], tensors: Tensors) -> bool:
         """Is a call on the op's way one that PyTorch's own function serves? `posed` gives its op and problem.
@@ -220,6 +228,11 @@ class Entry:
             op, problem = posed()
             choice = dispatch.choose(op, problem, first.device)
         return native(choice, tensors)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What the backward op calls the gradients of the results."""
+        return ("dy",) if self.results == 1 else tuple(f"d{name}" for name in self.outputs[: self.results])
 
     def gradients(
         self, dys: Tensors, tensors: Tensors, kept: Tensors, options: tuple[Any, ...], needs: Sequence[bool]
@@ -265,12 +278,15 @@ class Entry:
     ) -> Tensors:
         """Gradients that can be differentiated again, as far as PyTorch's own functions can be."""
         with torch.enable_grad():
+            if self.linear:  # any point will do
+                points = [torch.zeros_like(dy).requires_grad_() for dy in dys if dy is not None]
+                tensors = self.filled(tensors, tuple(points))
             # Views stand for the tensors: one may have been made of another, or be given twice.
             apart = tuple(x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True))
             wanted = [x for x, need in zip(apart, needs, strict=True) if need and x is not None]
             zeros = [torch.zeros_like(x) for x in apart[:1] if x is not None] * (self.addends - 1)
             made = self.plain((*apart[:1], *zeros, *apart[1:]), options)
-            results = made if self.addends else (made,)
+            results = made if self.results > 1 else (made,)
             given = [(y, dy) for y, dy in zip(results, dys, strict=True) if dy is not None]
             ys, gradients = zip(*given, strict=True)
             found = iter(
@@ -294,7 +310,7 @@ class _Direct(torch.autograd.Function):
         ctx.save_for_backward(*entry.saved(tensors, outputs))
         ctx.call = entry, options
         ctx.mark_non_differentiable(*outputs[entry.results :])
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(bool(entry.linear))
         return outputs
 
     @staticmethod
@@ -304,7 +320,8 @@ class _Direct(torch.autograd.Function):
         if all(dy is None for dy in dys):
             return (None,) * (3 + len(needs))
         saved, count = ctx.saved_tensors, len(entry.inputs)
-        found = entry.gradients(dys, saved[:count], saved[count:], options, entry.needed(needs))
+        tensors = entry.filled(saved[:count], dys)
+        found = entry.gradients(dys, tensors, saved[count:], options, entry.needed(needs))
         return None, None, None, *entry.spread(found, needs)
 
 

@@ -1,13 +1,16 @@
 """One model on tilebook: modules that compute what a function of ours does call it, until they are changed back.
 
-`tilebook.enable` reaches what calls PyTorch's functions. Language models write RMSNorm out in several of them, and an
-MLP is two layers with an activation between. What a module computes is not read off its name: it is tried on random
-numbers, and a module whose numbers are not those of our function is left as it is.
+`tilebook.enable` reaches what calls PyTorch's functions. Language models write RMSNorm out in several of them, have
+MLPs of two or three layers with an activation between, and rotate heads by a function of their own. What a module
+computes is not read off its name: it is tried on random numbers, and a module whose numbers are not those of our
+function is left as it is.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,14 +20,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from tilebook.casting import autocast_dtype
 from tilebook.hooks import hooked
+from tilebook.kernels.glu import form as gated
+from tilebook.kernels.glu import geglu, swiglu
+from tilebook.kernels.glu.pytorch import plain_block
 from tilebook.kernels.mlp import mlp
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
 from tilebook.kernels.norms import rms_norm
+from tilebook.kernels.rope import apply_rope
+from tilebook.kernels.rope.pytorch import plain as plain_rope
 
 _EPSILONS = "variance_epsilon", "eps", "epsilon"
-_ROWS, _WIDTH, _INNER = 5, 8, 12
+_ROTATES = "apply_rotary_pos_emb"
+_ROWS, _WIDTH, _INNER, _OUT = 5, 8, 12, 6
 _SCALES = 3.0, 1e-3
 """Of the numbers that a norm is tried on: of the smaller ones its epsilon decides."""
 
@@ -36,7 +46,7 @@ class Report:
     """What was changed in a model, and what was not.
 
     changed: by a module's name, what it calls by now.
-    left:    by the name of a norm or MLP, why it was left as it is.
+    left:    by the name of a norm, an MLP or an attention that rotates its heads, why it was left as it is.
     """
 
     changed: Mapping[str, str]
@@ -60,13 +70,16 @@ class Report:
 
 
 def patch(model: nn.Module, *, loss_head: bool = False) -> Report:
-    """Lets the model's norms and MLPs call tilebook's functions; says what was changed, what was left and why.
+    """Lets a model's modules call tilebook's functions; says what was changed, what was left and why.
 
     An RMSNorm that is written out becomes `tilebook.rms_norm`, also one that multiplies by 1 + weight. Two linear
-    layers with biases and GELU (exact or tanh) or ReLU between them become `tilebook.mlp`. Parameters, state dicts,
-    names and hooks of the modules themselves stay as they are; `Report.undo` changes it back. PyTorch's own norms and
-    attention are `tilebook.enable`'s. Ours multiplies by the weight before it rounds, and so may differ by a rounding
-    from one that rounds twice.
+    layers with biases and GELU (exact or tanh) or ReLU between them become `tilebook.mlp`; three, or two of which the
+    first makes gate and up at once, with SiLU or GELU become `tilebook.swiglu` or `geglu`. Attention that calls its
+    file's `apply_rotary_pos_emb` calls `tilebook.apply_rope` there, in this model alone and not where it is compiled.
+
+    Parameters, state dicts, names and hooks of the modules themselves stay as they are; `Report.undo` changes it back.
+    PyTorch's own norms and attention are `tilebook.enable`'s. Ours rounds once where several functions of PyTorch's
+    round one after the other, and so may differ by a rounding.
 
     With loss_head a language model of transformers that is called with `labels=` while it trains makes its loss by
     `tilebook.linear_cross_entropy`, and never has its logits: `logits` of what it returns is None then, as it is with
@@ -75,7 +88,8 @@ def patch(model: nn.Module, *, loss_head: bool = False) -> Report:
     changed, left, ours = dict[str, str](), dict[str, str](), list[tuple[nn.Module, str, Function]]()
     for name, module in model.named_modules():
         try:
-            found = _norm(module) or _mlp(module) or (_head(module) if loss_head else None)
+            alone = _norm(module) or _rotary(module) or _mlp(module) or _gated(module)
+            found = alone or (_head(module) if loss_head else None)
         except _Left as why:
             left[name] = str(why)
             continue
@@ -144,16 +158,9 @@ def _mlp(module: nn.Module) -> tuple[str, Function] | None:
     (up, first), (down, second) = layers.items()
     if (first.in_features, first.out_features) != (second.out_features, second.in_features):
         return None
-    if any(type(each) is not nn.Linear for each in (first, second)):
-        raise _Left("its layers are not PyTorch's own Linear")
-    _check(module, first.weight)
+    _check_layers(module, first, second)
     if first.bias is None or second.bias is None:
         raise _Left("its layers have no biases")
-    dropout = max([each.p for each in module.modules() if isinstance(each, nn.Dropout)], default=0.0)
-    if dropout:
-        raise _Left(f"drops with a probability of {dropout}")
-    if hooked(first) or hooked(second):
-        raise _Left("its layers have hooks")
     drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     tensors = drawn(_INNER, _WIDTH), drawn(_INNER), drawn(_WIDTH, _INNER), drawn(_WIDTH)
     other = copy.copy(module)  # the same, but for its layers, which are small and of fp32
@@ -188,18 +195,172 @@ def _head(module: Any) -> tuple[str, Sequence[tuple[nn.Module, str, Function]]] 
     return "tilebook.linear_cross_entropy", head.Head(module, linear, softcap).places()
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    made.weight, made.bias = nn.Parameter(weight), nn.Parameter(bias)
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight)
+    if bias is not None:
+        made.bias = nn.Parameter(bias)
     return made
 
 
 def _mlp_forward(module: Any, up: str, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     first, second = module._modules[up], module._modules[down]
-    usual = type(first) is type(second) is nn.Linear and not (hooked(first) or hooked(second))
-    if args or kwargs or not usual:  # somebody has put something else there, or listens
+    if args or kwargs or not _usual(first, second):  # somebody has put something else there, or listens
         return type(module).forward(module, x, *args, **kwargs)
     return mlp(x, first.weight, first.bias, second.weight, second.bias, activation=activation)
+
+
+def _gated(module: nn.Module) -> tuple[str, Function] | None:
+    """What a gated MLP calls from now on; None for what is none. Raises _Left where a layer's name speaks of a gate."""
+    layers = {name: each for name, each in module.named_children() if isinstance(each, nn.Linear)}
+    try:
+        return _gate(module, layers) if len(layers) in (2, 3) else None
+    except _Left:
+        if any("gate" in name for name in layers):
+            raise
+        return None
+
+
+def _gate(module: nn.Module, layers: Mapping[str, nn.Linear]) -> tuple[str, Function] | None:
+    """The same for these layers, of which the last comes after the activation."""
+    *first, (down, last) = layers.items()
+    packed = len(first) == 1
+    size = first[0][1].in_features, last.in_features * (1 + packed)
+    if any((each.in_features, each.out_features) != size for _, each in first) or module._parameters:
+        return None
+    if any(True for name, each in module.named_children() if name not in layers for _ in each.parameters()):
+        return None
+    _check_layers(module, *layers.values())
+    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    out = _WIDTH if last.out_features == last.in_features or last.out_features == size[0] else _OUT
+    shapes = {name: (_INNER * (1 + packed), _WIDTH) for name, _ in first} | {down: (out, _INNER)}
+    small = {
+        name: _linear(drawn(shape), None if layers[name].bias is None else drawn(shape[0]))
+        for name, shape in shapes.items()
+    }
+    other = copy.copy(module)  # the same, but for its layers, which are small and of fp32
+    other.__dict__["_modules"] = {**module._modules, **small}
+    other.__dict__["training"] = True
+    x = drawn(_ROWS, _WIDTH)
+    found = _result(type(module).forward, other, x)
+    names = [name for name, _ in first]
+    for gate, up in [(names[0], None)] if packed else [(names[0], names[1]), (names[1], names[0])]:
+        tensors = _tensors(small, gate, up, down)
+        for activation in gated.ACTIVATIONS:
+            if _alike(found, plain_block((x, *tensors), (activation,)).detach()):
+                what = {"silu": "swiglu", "gelu_tanh": "geglu with tanh", "gelu": "geglu"}[activation]
+                return f"tilebook.{what}", partial(_gated_forward, module, gate, up, down, activation)
+    raise _Left("computes something else than a gate of SiLU or GELU between layers")
+
+
+def _tensors(layers: Mapping[str, Any], gate: str, up: str | None, down: str) -> tuple[Any, ...]:
+    """Weights, then biases."""
+    found = [None if name is None else layers[name] for name in (gate, up, down)]
+    return tuple(None if each is None else getattr(each, what) for what in ("weight", "bias") for each in found)
+
+
+def _gated_forward(
+    module: Any, gate: str, up: str | None, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    layers = module._modules
+    if args or kwargs or not _usual(layers[gate], layers[down], *([] if up is None else [layers[up]])):
+        return type(module).forward(module, x, *args, **kwargs)
+    tensors = _tensors(layers, gate, up, down)
+    if activation == "silu":
+        return swiglu(x, *tensors)
+    return geglu(x, *tensors, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _rotary(module: nn.Module) -> tuple[str, Function] | None:
+    """What attention that rotates its heads calls from now on; None for what is none. Raises _Left."""
+    forward = type(module).forward
+    if _ROTATES not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return None
+    if "forward" in module.__dict__:
+        raise _Left("its forward was changed already")
+    if _with_ours(forward, forward.__globals__.get(_ROTATES)) is None:
+        raise _Left("rotates heads otherwise than tilebook.apply_rope")
+    return "attention with tilebook.apply_rope", partial(_rotary_forward, module)
+
+
+class _Globals(dict[str, Any]):
+    """The globals of a function with one of ours among them; the others are looked up as they are at the time."""
+
+    def __init__(self, others: Mapping[str, Any], ours: Function) -> None:
+        super().__init__({_ROTATES: ours})
+        self._others = others
+
+    def __missing__(self, name: str) -> Any:
+        return self._others[name]
+
+
+@functools.cache
+def _with_ours(forward: Any, theirs: Any) -> Function | None:
+    """A function's code with our rotation in the place of `theirs`, if they compute the same; else None."""
+    if not callable(theirs) or _ROTATES not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return None
+    widths = {}
+    for width in (_WIDTH, _WIDTH // 2):
+        forms = [form for form in (False, True) if _rotates_alike(theirs, width, form)]
+        if forms:
+            widths[width] = forms[0]
+    if _WIDTH not in widths or len(set(widths.values())) > 1:
+        return None
+
+    def ours(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Angles in fp32 make narrower heads fp32, which autocast casts back for what comes next.
+        dtypes = q.dtype == k.dtype and (cos.dtype == q.dtype or autocast_dtype(q) == q.dtype)
+        parts = cos.shape[-1] == q.shape[-1] or len(widths) > 1
+        if args or kwargs or q.ndim != 4 or cos.ndim != 3 or not dtypes or not parts:
+            return theirs(q, k, cos, sin, *args, **kwargs)
+        return apply_rope(q, k, cos, sin, interleaved=widths[_WIDTH])
+
+    made = types.FunctionType(
+        forward.__code__, _Globals(forward.__globals__, ours), forward.__name__, forward.__defaults__,
+        forward.__closure__,
+    )  # fmt: skip
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+def _rotates_alike(theirs: Function, width: int, interleaved: bool) -> bool:
+    """Does it rotate the first `width` numbers of heads as ours does?"""
+    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    q, k = (drawn(2, heads, _ROWS, _WIDTH) for heads in (4, 2))
+    half = drawn(1, _ROWS, width // 2)
+    angles = half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)
+    tensors = q, k, angles.cos(), angles.sin()
+    try:
+        found = _result(theirs, *tensors)
+    except _Left:
+        return False
+    both = isinstance(found, tuple) and len(found) == 2
+    return both and all(map(_alike, found, plain_rope(tensors, (interleaved,))))
+
+
+def _rotary_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    forward = type(module).forward
+    if not torch.compiler.is_compiling():  # a compiler fuses the rotation with what is around it
+        forward = _with_ours(forward, getattr(forward, "__globals__", {}).get(_ROTATES)) or forward
+    return forward(module, *args, **kwargs)
+
+
+def _check_layers(module: nn.Module, *layers: nn.Linear) -> None:
+    """Raises _Left where the layers are more than their parameters, or there is something between them."""
+    if any(type(each) is not nn.Linear for each in layers):
+        raise _Left("its layers are not PyTorch's own Linear")
+    for each in layers:
+        _check(module, each.weight)
+    dropout = max([each.p for each in module.modules() if isinstance(each, nn.Dropout)], default=0.0)
+    if dropout:
+        raise _Left(f"drops with a probability of {dropout}")
+    if not _usual(*layers):
+        raise _Left("its layers have hooks")
+
+
+def _usual(*layers: Any) -> bool:
+    """Are these PyTorch's own layers, to whose calls nobody listens?"""
+    return all(type(each) is nn.Linear and not hooked(each) and "forward" not in each.__dict__ for each in layers)
 
 
 def _check(module: nn.Module, weight: torch.Tensor | None) -> None:

@@ -19,7 +19,7 @@ def register(entry: Entry) -> None:
     names = [name.rstrip("?") for name in entry.tensors]
     saved = [name.rstrip("?") for name in entry.inputs]
     kept = [entry.outputs[which] for which in entry.kept]
-    results = {f"d{name}": name for name in entry.outputs[: entry.results]}
+    above = dict(zip(entry.directions, entry.outputs, strict=False))
 
     def forward(*args: Any) -> list[tuple[list[Any], list[Any]]]:
         return [
@@ -28,10 +28,10 @@ def register(entry: Entry) -> None:
         ]
 
     def backward(*args: Any) -> list[tuple[list[Any], list[Any]]]:
-        inputs = [*results, *saved, *kept]
+        inputs = [*above, *saved, *kept]
         found = []
         for cut in _cuts(entry, dict(zip(inputs, args, strict=False))):
-            cut = {**cut, **{gradient: cut.get(name) for gradient, name in results.items()}}
+            cut = {**cut, **{dy: cut.get(result) for dy, result in above.items()}}
             given = [*_given(inputs, args, cut), *_options(args[len(inputs) :])]
             found.append((_gradients(saved, cut, args[-1]), given))
         return found

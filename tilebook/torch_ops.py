@@ -37,11 +37,12 @@ def register(entry: Entry) -> tuple[Any, Any]:
     torch.library.register_vmap(f"tilebook::{forward}", _batched(entry, forward, entry.tensors), lib=_library)
     if entry.backward is not None:
         kept = "".join(f", Tensor {entry.outputs[which]}" for which in entry.kept)
-        dys = ", ".join(f"Tensor? {name}" for name in _gradients_of(entry)) if entry.addends else "Tensor dy"
+        kind = "Tensor?" if entry.addends else "Tensor"
+        dys = ", ".join(f"{kind} {name}" for name in entry.directions)
         inputs = f"{dys}, {_tensors(entry.inputs)}{kept}{options}, bool[] needs"
         grads = ", ".join("Tensor" for _ in entry.inputs)
         _define(f"{backward}({inputs}) -> ({grads})", _backward(entry, promises), _fake_backward(entry))
-        given = (*_gradients_of(entry), *entry.inputs, *(entry.outputs[which] for which in entry.kept))
+        given = (*entry.directions, *entry.inputs, *(entry.outputs[which] for which in entry.kept))
         torch.library.register_vmap(f"tilebook::{backward}", _batched(entry, backward, given), lib=_library)
         torch.library.register_autograd(
             f"tilebook::{forward}", _gradients(entry), setup_context=_keep(entry), lib=_library
@@ -60,11 +61,6 @@ def register(entry: Entry) -> tuple[Any, Any]:
 def _tensors(names: Sequence[str]) -> str:
     """As arguments in a schema."""
     return ", ".join(f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in names)
-
-
-def _gradients_of(entry: Entry) -> tuple[str, ...]:
-    """The names of the results' gradients."""
-    return ("dy", f"d{entry.outputs[1]}") if entry.addends else ("dy",)
 
 
 def names(entry: Entry) -> tuple[str, str]:
@@ -109,21 +105,31 @@ def _laid(made: torch.Tensor, shape: Sequence[int], strides: tuple[int, ...]) ->
     return torch.empty_strided(shape, strides, dtype=made.dtype, device=made.device).copy_(made)
 
 
+def several(made: Any) -> tuple[torch.Tensor, ...]:
+    """The outputs of an op, which is a tensor where there is one only."""
+    return (made,) if isinstance(made, torch.Tensor) else tuple(made)
+
+
+def _returned(outputs: Sequence[torch.Tensor]) -> Any:
+    """The outputs as an op returns them."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
 def _forward(entry: Entry, promises: Promises) -> Callable[..., Any]:
-    def run(*args: Any) -> tuple[torch.Tensor, ...]:
+    def run(*args: Any) -> Any:
         count = len(entry.tensors)
         tensors, options = tuple(args[:count]), tuple(args[count:])
         layouts = promises(tensors, options)
         outputs = entry.forward(None, tensors, entry.unpack(tensors, options))
-        return tuple(_laid(made, *layout) for made, layout in zip(outputs, layouts, strict=True))
+        return _returned([_laid(made, *layout) for made, layout in zip(outputs, layouts, strict=True)])
 
     return run
 
 
 def _fake_forward(entry: Entry) -> Callable[..., Any]:
-    def fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    def fake(*args: Any) -> Any:
         count = len(entry.tensors)
-        return entry.fake(tuple(args[:count]), args[count:])
+        return _returned(entry.fake(tuple(args[:count]), args[count:]))
 
     return fake
 
@@ -184,11 +190,11 @@ def _empty_gradients(tensors: Sequence[Any], needs: Sequence[bool], dy: torch.Te
 
 
 def _keep(entry: Entry) -> Callable[..., None]:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        count = len(entry.tensors)
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        count, output = len(entry.tensors), several(output)
         ctx.save_for_backward(*entry.saved(inputs[:count], output))
         ctx.options = inputs[count:]
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(bool(entry.linear))
         ctx.mark_non_differentiable(*output[entry.results :])
 
     return setup
@@ -201,7 +207,8 @@ def _gradients(entry: Entry) -> Callable[..., Any]:
             return (None,) * len(needs)
         saved, count = ctx.saved_tensors, len(entry.inputs)
         wanted = needs[: len(entry.tensors)]
-        found = entry.gradients_of_op(dys, saved[:count], saved[count:], ctx.options, entry.needed(wanted))
+        tensors = entry.filled(saved[:count], dys)
+        found = entry.gradients_of_op(dys, tensors, saved[count:], ctx.options, entry.needed(wanted))
         return *entry.spread(found, wanted), *[None] * (len(needs) - len(wanted))
 
     return backward
@@ -216,7 +223,7 @@ def _only_once(name: str) -> Callable[..., Any]:
 
 def _batched(entry: Entry, name: str, names: Sequence[str]) -> Callable[..., Any]:
     """A batch of problems as more of the first axis where all that has a batch may have it so; else one by one."""
-    foldable = {*entry.fold, *_gradients_of(entry), *entry.outputs}
+    foldable = {*entry.fold, *entry.directions, *entry.outputs}
 
     def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         op = getattr(torch.ops.tilebook, name)
@@ -232,16 +239,22 @@ def _batched(entry: Entry, name: str, names: Sequence[str]) -> Callable[..., Any
             folded = [
                 x if x is None else _moved(x, dim, size).flatten(0, 1) for x, dim in zip(tensors, dims, strict=True)
             ]
-            outputs = op(*folded, *options)
-            made = tuple(x if x.ndim == 1 and not x.numel() else x.unflatten(0, (size, -1)) for x in outputs)
-            return made, tuple(None if x.ndim == 1 and not x.numel() else 0 for x in made)
-        each_one = [
-            op(*[x if dim is None else x.select(dim, at) for x, dim in zip(tensors, dims, strict=True)], *options)
+            outputs: Any = several(op(*folded, *options))
+            made = [x if x.ndim == 1 and not x.numel() else x.unflatten(0, (size, -1)) for x in outputs]
+            return _batch(made, [None if x.ndim == 1 and not x.numel() else 0 for x in made])
+        chosen = [
+            [x if dim is None else x.select(dim, at) for x, dim in zip(tensors, dims, strict=True)]
             for at in range(size)
         ]
-        return tuple(torch.stack(parts) for parts in zip(*each_one, strict=True)), (0,) * len(each_one[0])
+        each_one = [several(op(*some, *options)) for some in chosen]
+        return _batch([torch.stack(parts) for parts in zip(*each_one, strict=True)], [0] * len(each_one[0]))
 
     return run
+
+
+def _batch(made: Sequence[torch.Tensor], dims: Sequence[int | None]) -> tuple[Any, Any]:
+    """Outputs and where their batch is, as PyTorch wants to be told."""
+    return (made[0], dims[0]) if len(made) == 1 else (tuple(made), tuple(dims))
 
 
 def _moved(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
@@ -265,14 +278,15 @@ def _cast(entry: Entry, kind: str) -> Callable[..., Any]:
 def _count(entry: Entry) -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    count, kept, flops = len(entry.tensors), len(entry.kept), entry.flops
+    count, inputs, kept, flops = len(entry.tensors), len(entry.inputs), len(entry.kept), entry.flops
     assert flops is not None
 
     def forward(*args: Any, out_val: Any = None) -> int:
         return flops(args[:count], args[count:], None)
 
-    def backward(dy: Any, *args: Any, out_val: Any = None) -> int:
-        return flops(args[:count], args[count + kept : -1], args[-1])
+    def backward(*args: Any, out_val: Any = None) -> int:
+        given = args[entry.results :]
+        return flops(given[:inputs], given[inputs + kept : -1], given[-1])
 
     for name, formula in zip(names(entry), (forward, backward), strict=True):
         if name:

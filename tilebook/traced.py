@@ -42,17 +42,20 @@ def _gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def ahead(family: str, names: tuple[str, ...], args: tuple[Any, ...], device: torch.device) -> bool:
+def ahead(
+    family: str, names: tuple[str, ...], args: tuple[Any, ...], device: torch.device, *, flat: bool = True
+) -> bool:
     """Are our kernels ahead of the compiler's in all of these ops of `tilebook.kernels.<family>`, on this GPU?
 
-    args: those of the first op, `described`; of the first of them all axes but the last are rows. The problems of the
-    other ops have the same fields.
+    args: those of the first op, `described`; if `flat`, all axes but the last of the first of them are rows. The
+    problems of the other ops have the same fields.
     """
     if device.type != "cuda" or not _gpu():
         return False
     first, *others = (getattr(importlib.import_module(f"tilebook.kernels.{family}.ops"), name) for name in names)
     given = [torch.empty(each[0], dtype=each[1], device="meta") if isinstance(each, tuple) else each for each in args]
-    given[0] = given[0].reshape(-1, args[0][0][-1])  # rows of more than one axis
+    if flat:
+        given[0] = given[0].reshape(-1, args[0][0][-1])  # rows of more than one axis
     problem = first.problem.of(*given)
     posed = {each.name: getattr(problem, each.name) for each in fields(problem)}
     return dispatch.ahead_of(first, problem, device, COMPILER) and all(

@@ -6,7 +6,7 @@ import torch
 from tilebook import device as devices
 from tilebook import op as ops
 
-FAMILIES = ("decode", "layer_norm", "mlp", "rms_norm")
+FAMILIES = ("decode", "glu", "layer_norm", "mlp", "rms_norm", "rope")
 OPS = [each for each in ops.ops().values() if each.family in FAMILIES]
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the kernels themselves")
 

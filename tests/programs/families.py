@@ -140,6 +140,35 @@ def _rows_and_bias(device, dtype, generator):
     return x, weight, 0.1 * rand(generator, tuple(weight.shape), device, dtype)
 
 
+def _gated_weights(device, dtype, generator):
+    h, i = small(64, device), small(256, device)
+    shapes = ((2, 40, h), 1.0), ((i, h), h**-0.5), ((i, h), h**-0.5), ((h, i), i**-0.5)
+    return tuple(rand(generator, shape, device, dtype) * size for shape, size in shapes)
+
+
+def _two(device, dtype, generator):
+    return tuple(rand(generator, (2, 40, small(256, device)), device, dtype) for _ in range(2))
+
+
+def _angles(device, dtype, generator):
+    angles = torch.rand(1, small(96, device), small(64, device) // 2, generator=generator).repeat(1, 1, 2) * 6
+    return torch.stack((angles.cos(), angles.sin())).to(device, dtype)
+
+
+def _qk_and_angles(device, dtype, generator):
+    return *_qkv()(device, dtype, generator)[:2], _angles(device, dtype, generator)
+
+
+def _rope(function):
+    """Of q and of as many heads of k, side by side."""
+    return lambda q, k, angles: torch.cat(function(q, k, angles[0], angles[1]), -1)
+
+
+def plain_rope(q, k, cos, sin):
+    half = q.shape[-1] // 2
+    return tuple(x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin for x in (q, k))
+
+
 def _classified(device, dtype, generator):
     """Logits, and a class for each row but one."""
     classes = small(1000, device)
@@ -169,6 +198,10 @@ def _table(device, dtype, generator):
 
 def plain_mlp(x, w1, b1, w2, b2):
     return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+
+def plain_swiglu(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def plain_layer_norm(x, weight, bias):
@@ -243,6 +276,9 @@ FAMILIES = {
             0,
         ),
         Family("mlp", lambda *args: tilebook.mlp(*args), plain_mlp, _linear_weights, 5),
+        Family("swiglu", lambda *args: tilebook.swiglu(*args), plain_swiglu, _gated_weights, 4),
+        Family("glu", lambda gate, up: tilebook.glu(gate, up), lambda gate, up: F.silu(gate) * up, _two, 2),
+        Family("rope", _rope(lambda *args: tilebook.apply_rope(*args)), _rope(plain_rope), _qk_and_angles, 2),
         Family("layer_norm", lambda *args: tilebook.layer_norm(*args), plain_layer_norm, _rows_and_bias, 3),
         Family(
             "cross_entropy",

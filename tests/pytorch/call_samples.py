@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_samples import ends, normal
+from op_samples import angles, ends, normal
 
 import tilebook
 from tilebook import dispatch
@@ -20,6 +20,17 @@ def packed(q, k, v):
 
 def layers(x, w1, w2):
     return tilebook.mlp(x, w1, w1[:, 0], w2, w2[:, 0])
+
+
+def gated(x, gate, up, down):
+    return tilebook.swiglu(x, gate, up, down, gate[:, 0], None, down[:, 0])
+
+
+ANGLES = angles(1, 6, 8, dtype=torch.float32)
+
+
+def rotated(q, k):
+    return torch.cat(tilebook.apply_rope(q, k, *ANGLES), 1)
 
 
 LABELS = torch.tensor([[1, 7, -100], [0, 3, 2]])
@@ -44,6 +55,14 @@ CALLS = {
     "drop-in": (tilebook.scaled_dot_product_attention, QKV),
     "packed": (packed, QKV),
     "layers": (layers, [(2, 3, 8), (12, 8), (8, 12)]),
+    "gated layers": (gated, [(2, 3, 8), (12, 8), (12, 8), (8, 12)]),
+    "gated layers, one weight": (
+        lambda x, both, down: tilebook.geglu(x, both, None, down, recompute=True),
+        [(2, 3, 8), (24, 8), (6, 12)],
+    ),
+    "gate": (tilebook.glu, [(2, 3, 8), (2, 3, 8)]),
+    "gate, packed": (lambda x: tilebook.glu(x, activation="gelu"), [(2, 3, 8)]),
+    "rotation": (rotated, [(2, 4, 6, 16), (2, 2, 6, 16)]),
     "norm": (tilebook.rms_norm, [(2, 3, 8), (8,)]),
     "norm without a weight": (tilebook.rms_norm, [(2, 3, 8)]),
     "layer norm": (tilebook.layer_norm, [(2, 3, 8), (8,), (8,)]),

@@ -59,6 +59,23 @@ def heads(rows=5, *, wants=(True, True, True), smoothing=0.0, softcap=0.0, z_los
     return x, w, target, b if bias else None, smoothing, -100, softcap, z_loss, mean, dtype, *wants
 
 
+def gated(make=normal, rows=5, activation="silu", recompute=False, packed=False, biased=True, **how):
+    weights = [make(24, 8, **how), None] if packed else [make(12, 8, **how), make(12, 8, **how)]
+    biases = [None if each is None else make(len(each)) for each in (*weights, None)] if biased else [None] * 3
+    return make(rows, 8, **how), *weights, make(6, 12, **how), *biases, activation, recompute
+
+
+def angles(batch, rows, width, **how):
+    """cos and sin of angles that stand twice."""
+    drawn = torch.rand(batch, rows, width // 2).repeat(1, 1, 2)
+    return drawn.cos().to(**how), drawn.sin().to(**how)
+
+
+def rope(make=normal, rows=5, width=16, batch=1, interleaved=False, **how):
+    q, k = (make(2, heads, rows, 16, **how) for heads in (4, 2))
+    return q, k, *angles(batch, rows, width, dtype=q.dtype), interleaved
+
+
 def qkv(make=normal, rows=5, columns=7, heads_kv=4, **how):
     return make(2, 4, rows, 16, **how), *(make(2, heads_kv, columns, 16, **how) for _ in range(2))
 
@@ -126,6 +143,41 @@ SAMPLES = {
         "not kept, and yet differentiated": lambda: mlp(*layers(), "gelu", False),
         "bf16": lambda: mlp(*(x.detach().to(BF16).requires_grad_() for x in layers())),
     },
+    "glu_fwd": {
+        "silu": lambda: (normal(5, 8), normal(5, 8), "silu"),
+        "gelu, packed": lambda: (normal(5, 8), None, "gelu"),
+        "turned": lambda: (normal(5, 8, order=(1, 0)), normal(5, 8, order=(1, 0)), "gelu_tanh"),
+        "halves": lambda: (*data(5, 16).requires_grad_().chunk(2, -1), "silu"),
+        "no rows": lambda: (normal(0, 8), normal(0, 8), "silu"),
+        "frozen": lambda: (normal(5, 8), data(5, 8), "silu"),
+        "bf16": lambda: (normal(5, 8, dtype=BF16), normal(5, 8, dtype=BF16), "silu"),
+    },
+    "gated_mlp_fwd": {
+        "silu": lambda: gated(),
+        "gelu, no biases": lambda: gated(activation="gelu", biased=False),
+        "packed": lambda: gated(packed=True, activation="gelu_tanh"),
+        "turned": lambda: gated(order=(1, 0), biased=False),
+        "recomputed": lambda: gated(recompute=True),
+        "recomputed, packed": lambda: gated(recompute=True, packed=True),
+        "no rows": lambda: gated(rows=0),
+        "first layer frozen": lambda: (*gated(data)[:3], normal(6, 12), *gated(data)[4:6], normal(6), "silu", False),
+        "second layer frozen": lambda: (*gated()[:3], data(6, 12), *gated()[4:6], data(6), "silu", False),
+        "only a bias trained": lambda: (*gated(data)[:4], normal(12), data(12), None, "silu", False),
+        "bf16": lambda: gated(dtype=BF16, biased=False),
+    },
+    "rope_fwd": {
+        "grouped": lambda: rope(),
+        "interleaved": lambda: rope(interleaved=True),
+        "a part of each head": lambda: rope(width=8),
+        "angles of each sequence": lambda: rope(batch=2),
+        "heads after rows": lambda: rope(order=BSHD),
+        "last axis first": lambda: rope(order=TURNED),
+        "expanded": lambda: (normal(1, 1, 5, 16).expand(2, 4, 5, 16), normal(2, 2, 5, 16), *rope()[2:]),
+        "k alone": lambda: (data(2, 4, 5, 16), *rope()[1:]),
+        "no rows": lambda: rope(rows=0),
+        "bf16": lambda: rope(dtype=BF16),
+        "bf16, angles in fp32": lambda: (*rope(dtype=BF16)[:2], *rope()[2:]),
+    },
     "rms_norm_fwd": {
         "plain": lambda: (normal(5, 8), normal(8), 1e-6),
         "another weight": lambda: (normal(5, 8, dtype=BF16), normal(8), 1e-6),
@@ -192,6 +244,16 @@ def forward(op):
     return getattr(OPS, op).default
 
 
+def called(op):
+    """The op as a function of several outputs."""
+
+    def call(*args):
+        made = forward(op)(*args)
+        return (made,) if isinstance(made, torch.Tensor) else made
+
+    return call
+
+
 def tensors_of(args):
     return [x for x in args if isinstance(x, torch.Tensor)]
 
@@ -200,6 +262,11 @@ def wanted(args):
     return [x for x in tensors_of(args) if x.requires_grad]
 
 
+def results(op):
+    """How many outputs of the op have gradients."""
+    return 2 if op == "rope_fwd" or op.startswith("add_") else 1
+
+
 def gradients(function, args, dy):
-    """Of the first output."""
-    return torch.autograd.grad(function(*args)[0], wanted(args), dy)
+    """Of the first outputs, as many as there are gradients."""
+    return torch.autograd.grad(function(*args)[: len(dy)], wanted(args), dy)

@@ -37,7 +37,13 @@ def layers(x, w1, b1, w2, b2):
     return tilebook.mlp(x, w1, b1, w2, b2)
 
 
+def rotated(q, k, cos, sin):
+    return torch.cat(tilebook.apply_rope(q, k, cos.detach(), sin.detach()), -1)
+
+
 QKV, GROUPED = [(4, 8, 6, 16)] * 3, [(4, 8, 6, 16), *[(4, 2, 6, 16)] * 2]
+ROTATED, ANGLES = [(4, 8, 6, 16)] * 2, (1, 6, 16)
+GATED = [(4, 6, 8), (12, 8), (12, 8), (8, 12)]
 LAYERS = [(4, 6, 8), (12, 8), (12,), (8, 12), (8,)]
 R, B, H = Replicate(), Shard(0), Shard(1)
 
@@ -85,6 +91,13 @@ CASES = {
     "decoding by batch": (decoded, [(4, 8, 1, 16), *[(4, 2, 6, 16)] * 2], [B] * 3, B),
     "layers by rows": (layers, LAYERS, [B, R, R, R, R], B),
     "layers whole": (layers, LAYERS, [R] * 5, R),
+    "gated layers by rows": (tilebook.swiglu, GATED, [B, R, R, R], B),
+    "gate by rows": (tilebook.glu, [(4, 6, 8)] * 2, [B, B], B),
+    "gate by columns": (tilebook.glu, [(4, 6, 8)] * 2, [Shard(2)] * 2, Shard(2)),
+    "gate for both by rows": (tilebook.glu, [(4, 6, 8)], [B], B),
+    "rotation by heads": (rotated, [*ROTATED, ANGLES, ANGLES], [H, H, R, R], H),
+    "rotation by batch": (rotated, [*ROTATED, ANGLES, ANGLES], [B, B, R, R], B),
+    "rotation by batch, with its angles": (rotated, [*ROTATED, (4, 6, 16), (4, 6, 16)], [B] * 4, B),
     "norm by rows": (tilebook.rms_norm, [(4, 6, 8), (8,)], [B, R], B),
     "layer norm by rows": (tilebook.layer_norm, [(4, 6, 8), (8,), (8,)], [B, R, R], B),
     "norm of a sum by rows": (summed, [(4, 6, 8), (4, 6, 8), (8,)], [B, B, R], B),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from op_samples import data, ends, ints, normal
+from op_samples import angles, data, ends, ints, normal
 
 import tilebook
 from tilebook import device as devices
@@ -46,6 +46,8 @@ def here(monkeypatch):
     monkeypatch.setattr("tilebook.kernels.norms.HOST_BOUND", 0.0)
     monkeypatch.setattr("tilebook.kernels.cross_entropy.HOST_BOUND", 0.0)
     monkeypatch.setattr("tilebook.kernels.attention.BOUNDS", (0.0, 0.0))
+    monkeypatch.setattr("tilebook.kernels.glu.HOST_BOUND", 0.0)
+    monkeypatch.setattr("tilebook.kernels.glu.BOUNDS", (0.0, 0.0))
     return here
 
 
@@ -59,6 +61,10 @@ def biased(q, k, v, bias):
 
 def sloped(q, k, v, slopes):
     return tilebook.attention(q, k, v, alibi_slopes=slopes)
+
+
+def rotated(*given):
+    return torch.cat(tilebook.apply_rope(*given), 1)
 
 
 HALF = torch.float16
@@ -85,6 +91,13 @@ CALLS = {
         lambda make=data: [data(2, 4, 1, 16, dtype=HALF), *qkv(dtype=HALF)[1:], ints(3, 6)],
     ),
     "layers": (tilebook.mlp, layers),
+    "gated layers": (tilebook.swiglu, lambda make=data: [make(5, 8), make(12, 8), make(12, 8), make(8, 12)]),
+    "gated layers, recomputed": (
+        lambda *args: tilebook.geglu(args[0], args[1], None, args[2], recompute=True),
+        lambda make=data: [make(5, 8), make(24, 8), make(6, 12)],
+    ),
+    "gate": (tilebook.glu, lambda make=data: [make(5, 8), make(5, 8)]),
+    "rotation": (rotated, lambda make=data: [make(2, 4, 6, 16), make(2, 2, 6, 16), *angles(1, 6, 16, dtype=None)]),
     "norm": (tilebook.rms_norm, lambda make=data: [make(5, 8), make(8)]),
     "layer norm": (tilebook.layer_norm, lambda make=data: [make(5, 8), make(8), make(8)]),
     "loss": (lambda x, labels: tilebook.cross_entropy(x, labels), lambda make=data: [make(5, 8), LABELS]),
@@ -99,7 +112,8 @@ def test_a_call_like_one_before_is_neither_checked_nor_chosen_again(here, name, 
     first = function(*args)
     monkeypatch.setattr(here, "choose", None)
     families = {"layers": "mlp", "norm": "norms", "layer norm": "norms", "packed": "varlen", "decode": "decode"}
-    family = {**families, "loss": "cross_entropy"}.get(name, "attention")
+    families |= {"loss": "cross_entropy", "rotation": "rope"}
+    family = "glu" if name.startswith("gate") else families.get(name, "attention")
     monkeypatch.setattr(f"tilebook.kernels.{family}.check", None)
     assert torch.equal(function(*args), first)
     assert all(each.implementation.name == "triton" for each in here._memo.values())

@@ -10,6 +10,7 @@ from op_samples import (
     OPS,
     SAMPLES,
     attention,
+    called,
     data,
     decode,
     ends,
@@ -17,6 +18,7 @@ from op_samples import (
     gradients,
     normal,
     qkv,
+    results,
     sample,
     tensors_of,
     varlen,
@@ -45,15 +47,14 @@ def test_opcheck(op, name):
 def backward_of(op, name):
     """The backward op, and arguments for it."""
     args = sample(op, name)
-    count = len(tensors_of(args)) + sum(x is None for x in args[:6])
+    count = len(tensors_of(args)) + sum(x is None for x in args[:7])
     inputs, options = args[:count], args[count:]
-    outputs = forward(op)(*args)
-    kept = {"attention_fwd": outputs, "attention_varlen_fwd": outputs}.get(op, outputs[1:])
-    dys = [torch.randn_like(outputs[0])]
+    outputs = called(op)(*args)
+    kept = {"attention_fwd": outputs, "attention_varlen_fwd": outputs}.get(op, outputs[results(op) :])
     if op.startswith("add_"):  # h is in the place of what it is the sum of
-        inputs, kept, dys = (outputs[1], *inputs[2:]), outputs[2:], [*dys, torch.randn_like(outputs[1])]
+        inputs = (outputs[1], *inputs[2:])
     needs = [x is not None and x.requires_grad for x in inputs]
-    given = (*dys, *inputs, *kept)
+    given = (*map(torch.randn_like, outputs[: results(op)]), *inputs, *kept)
     return getattr(OPS, op.replace("_fwd", "_bwd")).default, [
         *(x if x is None else x.detach() for x in given), *options, needs
     ]  # fmt: skip
@@ -80,10 +81,10 @@ def test_backward_is_right_whatever_the_strides_of_what_was_kept(op, name):
 def test_outputs_lie_in_memory_as_fake_ones_do(op, name):
     args = sample(op, name)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = forward(op)(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
+        fake = called(op)(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
     for choice in ("torch", "triton"):
         with dispatch.use(choice):
-            real = forward(op)(*args)
+            real = called(op)(*args)
         assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in fake]
         assert [x.stride() for x in real if x.numel()] == [x.stride() for x in fake if x.numel()]
 
@@ -121,6 +122,13 @@ BATCHED = [
     ("mlp_fwd", "gelu", (0,), 0),
     ("mlp_fwd", "gelu", (1, 3), 1),
     ("mlp_fwd", "not kept", (0,), 0),
+    ("glu_fwd", "silu", (0, 1), 1),
+    ("glu_fwd", "gelu, packed", (0,), 0),
+    ("glu_fwd", "silu", (1,), 0),
+    ("gated_mlp_fwd", "silu", (0,), 0),
+    ("gated_mlp_fwd", "packed", (1, 3), 1),
+    ("rope_fwd", "grouped", (0, 1), 0),
+    ("rope_fwd", "interleaved", (1,), 2),
     ("rms_norm_fwd", "plain", (0,), 1),
     ("rms_norm_fwd", "plain", (1,), 0),
     ("layer_norm_fwd", "plain", (0, 2), 1),
@@ -131,8 +139,8 @@ BATCHED = [
 @pytest.mark.parametrize(("op", "name", "which", "dim"), BATCHED)
 def test_vmap_is_a_loop(op, name, which, dim):
     args, dims = batch(sample(op, name), which, 3, dim)
-    found = torch.vmap(forward(op), tuple(dims))(*args)
-    for got, expected in zip(found, looped(forward(op), args, dims, 3), strict=True):
+    found = torch.vmap(called(op), tuple(dims))(*args)
+    for got, expected in zip(found, looped(called(op), args, dims, 3), strict=True):
         torch.testing.assert_close(got, expected)
 
 
@@ -141,9 +149,9 @@ def test_gradients_pass_through_vmap(op, name, which, dim):
     args, dims = batch(sample(op, name), which, 3, dim)
     if not wanted(args):
         return
-    dy = torch.randn_like(looped(forward(op), args, dims, 3)[0])
-    found = gradients(torch.vmap(forward(op), tuple(dims)), args, dy)
-    expected = gradients(lambda *given: looped(forward(op), given, dims, 3), args, dy)
+    dy = [torch.randn_like(each) for each in looped(called(op), args, dims, 3)[: results(op)]]
+    found = gradients(torch.vmap(called(op), tuple(dims)), args, dy)
+    expected = gradients(lambda *given: looped(called(op), given, dims, 3), args, dy)
     for got, right in zip(found, expected, strict=True):
         torch.testing.assert_close(got, right)
 
@@ -160,11 +168,12 @@ def test_gradients_of_a_batch_of_directions(op, name):
     args = sample(op, name)
     if not wanted(args):
         return
-    y = forward(op)(*args)[0]
-    dys = torch.stack([torch.randn_like(y) for _ in range(3)])
-    found = torch.autograd.grad(y, wanted(args), dys, is_grads_batched=True, retain_graph=True)
+    ys = [y for y in called(op)(*args)[: results(op)] if y.requires_grad]
+    dys = [torch.stack([torch.randn_like(y) for _ in range(3)]) for y in ys]
+    found = torch.autograd.grad(ys, wanted(args), dys, is_grads_batched=True, retain_graph=True)
     for i in range(3):
-        for got, expected in zip(found, torch.autograd.grad(y, wanted(args), dys[i], retain_graph=True), strict=True):
+        alone = torch.autograd.grad(ys, wanted(args), [dy[i] for dy in dys], retain_graph=True)
+        for got, expected in zip(found, alone, strict=True):
             torch.testing.assert_close(got[i], expected)
 
 
@@ -239,6 +248,20 @@ def test_operations_are_counted_as_those_of_pytorchs_layers(name):
     assert counted(OPS.mlp_fwd, *args) == counted(plain, *args)
 
 
+@pytest.mark.parametrize(
+    "name", ["silu", "gelu, no biases", "packed", "first layer frozen", "second layer frozen", "only a bias trained"]
+)
+def test_operations_are_counted_as_those_of_pytorchs_gated_layers(name):
+    args = sample("gated_mlp_fwd", name)
+
+    def plain(x, gate, up, down, gate_bias, up_bias, down_bias, *_):
+        wide = F.linear(x, gate, gate_bias)
+        g, u = wide.chunk(2, -1) if up is None else (wide, F.linear(x, up, up_bias))
+        return F.linear(F.silu(g) * u, down, down_bias)
+
+    assert counted(OPS.gated_mlp_fwd, *args) == counted(plain, *args)
+
+
 def test_operations_are_counted_as_those_of_pytorchs_norm():
     x, w, eps = sample("rms_norm_fwd", "plain")
     assert counted(OPS.rms_norm_fwd, x, w, eps) == counted(lambda: F.rms_norm(x, (8,), w, eps))
@@ -283,7 +306,7 @@ def test_make_fx_keeps_the_op_whole(op, name, mode):
         given = list(args)
         for i, x in zip(at, tensors, strict=True):
             given[i] = x
-        return forward(op)(*given)
+        return called(op)(*given)
 
     graph = make_fx(call, tracing_mode=mode)(*tensors_of(args))
     assert forward(op) in [node.target for node in graph.graph.nodes]
@@ -309,6 +332,10 @@ def test_what_fits_gets_no_second_derivative_from_the_backward_op():
         ("attention_fwd", "window"),
         ("attention_varlen_fwd", "full, grouped"),
         ("mlp_fwd", "gelu"),
+        ("glu_fwd", "silu"),
+        ("gated_mlp_fwd", "silu"),
+        ("gated_mlp_fwd", "recomputed, packed"),
+        ("rope_fwd", "grouped"),
         ("rms_norm_fwd", "plain"),
         ("layer_norm_fwd", "plain"),
     ],
@@ -322,7 +349,7 @@ def test_second_derivatives_are_those_of_pytorchs_own_functions(op, name):
         given = list(args)
         for i, x in zip(at, tensors, strict=True):
             given[i] = x
-        return forward(op)(*given)[0]
+        return called(op)(*given)[: results(op)]
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert torch.autograd.gradgradcheck(call, [args[i] for i in at], atol=1e-4, fast_mode=True)

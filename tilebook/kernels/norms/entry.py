@@ -133,6 +133,7 @@ def _entry(
         outputs=(*results, *statistics),
         kept=tuple(range(len(results), len(results) + len(statistics))),
         addends=len(addends) if more else 0,
+        results=len(results),
         forward=forward,
         backward=backward_of_sum if more else backward,
         check=checked,

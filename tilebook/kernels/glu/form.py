@@ -1,0 +1,3 @@
+"""What a gated linear unit may be."""
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
