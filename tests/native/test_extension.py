@@ -403,3 +403,27 @@ def test_it_ends_with_stop(served):
     served.extension.stop()
     _norm(x)
     assert served.launched == 0
+
+
+def test_what_no_plan_needs_is_let_go_when_all_is_forgotten(served):
+    left, planned = object(), object()
+    before = sys.getrefcount(left), sys.getrefcount(planned)
+    served.answers[OPS[0]] = None, False, left
+    _norm(_x(3, WIDTH).detach())
+    served.answers[OPS[0]] = None, PLAN, planned
+    _norm(_x().detach())
+    served.answers.clear()
+    served.extension.clear()
+    assert sys.getrefcount(left) <= before[0]
+    assert sys.getrefcount(planned) > before[1]
+
+
+def test_deterministic_programs_are_another_kind(served):
+    x = _x().detach()
+    for on in (False, True, False, True):
+        torch.use_deterministic_algorithms(on)
+        try:
+            _norm(x)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert len(served.asked) == 2

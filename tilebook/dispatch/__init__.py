@@ -84,7 +84,11 @@ class Dispatch:
 
     def known(self, op: Op[Any], args: Sequence[Any]) -> Choice | None:
         """The choice for a call like one made before, else None. Such a call needs no checks: it has passed them."""
-        return None if self.forced is not None else self._memo.get(key(op, args))
+        if self.forced is not None:
+            return None
+        if self._agreement.begun():  # from now on all processes are to choose alike
+            self._forget()
+        return self._memo.get(key(op, args))
 
     def backward_of(self, choice: Choice) -> Choice:
         """What would run for the backward pass of a choice's problem; the choice itself where none is known."""
@@ -123,6 +127,8 @@ class Dispatch:
             return choice
         if not args[0].is_cuda:
             return pytorch(op, op.problem.of(*args))
+        if self._agreement.begun():
+            self._forget()
         known = key(op, args if call is None else call)
         choice = self._memo.get(known)
         if choice is None:
@@ -140,7 +146,7 @@ class Dispatch:
         """What would run for this problem on this device. Reads the registry once per process and device."""
         if device.type != "cuda":
             return pytorch(op, problem)
-        if self._agreement.begun():  # from now on all processes are to choose alike
+        if self._agreement.begun():
             self._forget()
         index = device.index if device.index is not None else torch.cuda.current_device()
         gpu = devices.current(index)

@@ -2,7 +2,7 @@
 
 Processes may read their registries at different times, while somebody tunes, or have different ones. They agree through
 the key-value store by which `torch.distributed` has brought them together: whoever asks first, decides. So nobody waits
-for another, whichever of them ever makes the call.
+for another process's call, whichever of them ever makes it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+import weakref
 from typing import Any
 
 from tilebook.device import Device
@@ -23,43 +24,51 @@ class Agreement:
     """What this process has to keep to, in the process group that is there now, if any is."""
 
     def __init__(self) -> None:
+        self._group: Any = None  # a weak reference: the group's store must end with it, or the next one finds it there
         self._store: Any = None
-        self._failed = False
+        self._decided: dict[str, Told] = {}
 
     def begun(self) -> bool:
         """Has a process group of several been made since this was last asked, so that what was chosen may differ?"""
-        store = _store()
-        if store is self._store:
+        distributed = sys.modules.get("torch.distributed.distributed_c10d")
+        group = None if distributed is None else distributed.GroupMember.WORLD
+        if group is (None if self._group is None else self._group()):
             return False
-        self._store, self._failed = store, False
-        return store is not None
+        self._group, self._decided = None if group is None else weakref.ref(group), {}
+        self._store = None if group is None else _store(group)
+        return self._store is not None
 
     def settle(self, op: Op[Any], problem: Problem, gpu: Device, mine: Told) -> Told:
         """What is decided for a problem on GPUs of this model: mine, if nobody has yet, or nobody can be asked."""
-        if self._store is None or self._failed:
+        if self._store is None:
             return mine
         key = json.dumps(["tilebook", op.name, op.digest, problem.key, gpu.identity])
-        try:
-            name, config, source, digest = json.loads(self._store.compare_set(key, "", json.dumps(mine)))
-            return name, config, source, digest
-        except Exception as broken:  # the process that keeps the store may be gone
-            self._failed = True
-            warnings.warn(
-                f"tilebook: processes cannot agree on kernels ({type(broken).__name__}: {str(broken)[:200]}); each "
-                "chooses by itself",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            return mine
+        if key not in self._decided:
+            try:
+                name, config, source, digest = json.loads(self._store.compare_set(key, "", json.dumps(mine)))
+            except Exception as broken:  # the process that keeps the store may be gone
+                self._store = None
+                warnings.warn(
+                    f"tilebook: processes cannot agree on kernels ({type(broken).__name__}: {str(broken)[:200]}); "
+                    "each chooses by itself",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+                return mine
+            self._decided[key] = name, config, source, digest
+        return self._decided[key]
 
 
-def _store() -> Any:
-    """The store of the process group that is there; None without one, or with one of a single process."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return None
-    if distributed.get_world_size() < 2:
-        return None
+def _store(group: Any) -> Any:
+    """A connection of our own to the store of a group; None for a group of a single process, or a pretended one.
+
+    The group's own would wait for whatever another thread waits for there.
+    """
     from torch.distributed import distributed_c10d
 
-    return distributed_c10d._get_default_store()
+    try:
+        if group.size() < 2 or distributed_c10d.get_backend(group) == "fake":
+            return None
+        return distributed_c10d._get_default_store().clone()
+    except Exception:  # it is gone already, or its store cannot be shared
+        return None

@@ -89,11 +89,10 @@ class _Serving:
 
     def _told(self, event: str) -> None:
         """Dispatch has forgotten what it read, is being forced, is no longer, or wants its calls counted."""
-        if event == "counted":
-            for choice, calls in self._extension.counted():
-                if choice is not None:
-                    choice.calls += calls
-        else:
+        for choice, calls in self._extension.counted():
+            if choice is not None:
+                choice.calls += calls
+        if event != "counted":
             self._extension.ask(dispatch.forced())
             self._extension.clear()
 

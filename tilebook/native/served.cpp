@@ -8,6 +8,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
@@ -111,9 +112,10 @@ struct Hash {
 std::shared_mutex kinds_lock;
 std::unordered_map<Key, std::shared_ptr<Kind>, Hash> kinds;
 uint64_t generation = 0;  // of what is known: another after `clear`; under the lock
-// Objects of Python, each held once and for ever: launches need the code that they keep loaded. Under the GIL.
-std::unordered_set<PyObject*> tokens;
+// Objects of Python, each held once, those of plans for ever: launches need the code that they keep loaded. Under the GIL.
+std::unordered_set<PyObject*> tokens, planned_tokens;
 std::atomic<bool> on{false};
+std::atomic<bool> met{false};  // a tensor of the device that is served, which a forked process cannot use
 std::atomic<bool> always_ask{false};
 std::atomic<Launcher> launcher{nullptr};
 std::atomic<Replacer> replacer{nullptr};
@@ -145,6 +147,7 @@ bool described(const void* op, const c10::IValue* args, size_t count) {
   const auto kind = static_cast<c10::DeviceType>(served_device.load(std::memory_order_relaxed));
   key.clear();
   key.push_back(reinterpret_cast<int64_t>(op));
+  key.push_back(at::globalContext().deterministicAlgorithms());
   bool any = false;
   int device = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -189,6 +192,7 @@ bool described(const void* op, const c10::IValue* args, size_t count) {
       return false;
     }
   }
+  if (any) met.store(true, std::memory_order_relaxed);
   return any;
 }
 
@@ -420,6 +424,29 @@ void keep(std::shared_ptr<Kind> kind, uint64_t since) {
   kinds[key] = std::move(kind);
 }
 
+// Lets go of what no plan needs, once no kind is known any more. Under the GIL.
+void release_tokens() {
+  for (auto it = tokens.begin(); it != tokens.end();) {
+    if (planned_tokens.count(*it)) {
+      ++it;
+    } else {
+      PyObject* token = *it;
+      it = tokens.erase(it);
+      Py_DECREF(token);
+    }
+  }
+}
+
+// Makes room for another kind. Under the GIL.
+void make_room() {
+  {
+    std::unique_lock<std::shared_mutex> guard(kinds_lock);
+    if (kinds.size() < kMostKinds) return;
+    kinds.clear();
+  }
+  release_tokens();
+}
+
 // While Python is asked, calls of this thread are PyTorch's; what it does may come here again and use `key`.
 struct Asking {
   const Key mine = key;
@@ -462,7 +489,9 @@ bool asked(const std::string& name, Stack* stack, size_t count, bool kept) {
       PyErr_WriteUnraisable(resolver);
       kind->decision = Decision::left;
     }
+    make_room();
     if (tokens.insert(token).second) Py_INCREF(token);
+    if (kind->decision == Decision::planned) planned_tokens.insert(token);
     kind->token = token;
     keep(std::move(kind), since);
   }
@@ -541,9 +570,10 @@ PyObject* able(PyObject*, PyObject*) {
       set_context = reinterpret_cast<int (*)(void*)>(dlsym(driver, "cuCtxSetCurrent"));
       retain_context = reinterpret_cast<int (*)(void**, int)>(dlsym(driver, "cuDevicePrimaryCtxRetain"));
       device_of = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
-      if (context_of_thread && set_context && retain_context && device_of) {
+      replacer = reinterpret_cast<Replacer>(dlsym(driver, "cuTensorMapReplaceAddress"));
+      const bool asked = dlsym(driver, "cuFuncGetParamInfo") != nullptr;  // by plans.py
+      if (context_of_thread && set_context && retain_context && device_of && replacer.load() && asked) {
         launcher = reinterpret_cast<Launcher>(dlsym(driver, "cuLaunchKernel"));
-        replacer = reinterpret_cast<Replacer>(dlsym(driver, "cuTensorMapReplaceAddress"));
       }
     }
   }
@@ -567,9 +597,12 @@ PyObject* ask(PyObject*, PyObject* given) {
 }
 
 PyObject* clear(PyObject*, PyObject*) {
-  std::unique_lock<std::shared_mutex> guard(kinds_lock);
-  kinds.clear();
-  ++generation;
+  {
+    std::unique_lock<std::shared_mutex> guard(kinds_lock);
+    kinds.clear();
+    ++generation;
+  }
+  release_tokens();
   Py_RETURN_NONE;
 }
 
@@ -618,10 +651,10 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "tilebook_served", nullptr, -1, met
 }  // namespace
 
 extern "C" PyMODINIT_FUNC PyInit_tilebook_served() {
-  // In a forked process nobody is there to give the lock back, and no GPU.
+  // In a forked process nobody is there to give the lock back, and no GPU that was in use before.
   pthread_atfork(nullptr, nullptr, [] {
     new (&kinds_lock) std::shared_mutex;
-    on = false;
+    if (met) on = false;
   });
   return PyModule_Create(&module);
 }
