@@ -6,12 +6,14 @@ import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from dispatch_samples import COMPOSED, COMPOSED_OTHER, FUSED, OP, OTHER, RANKED, RUNNER_UP, verdict
+from dispatch_samples import COMPOSED, COMPOSED_OTHER, FUSED, GPU, OP, OTHER, RANKED, RUNNER_UP, verdict
 
 from tilebook.dispatch import Dispatch, agreement
 from tilebook.registry import Registry, Revocation
@@ -19,11 +21,16 @@ from tilebook.registry import Registry, Revocation
 GPU_0 = torch.device("cuda", 0)
 
 
+class Group:
+    """Stands for a process group."""
+
+
 @pytest.fixture
 def store(monkeypatch):
     """The store of a process group, as long as there is one."""
-    there = [dist.HashStore()]
-    monkeypatch.setattr(agreement, "_store", lambda: there[0])
+    there, groups = [dist.HashStore()], {}
+    monkeypatch.setattr(agreement, "_group", lambda: there[0] and groups.setdefault(id(there[0]), Group()))
+    monkeypatch.setattr(agreement, "_store", lambda group: there[0])
     return there
 
 
@@ -117,6 +124,48 @@ def test_what_is_revoked_here_does_not_run(process, store):
     revoked = Revocation(OP.name, "triton", "wrong")
     with pytest.warns(RuntimeWarning, match="cannot run here"):
         assert process(revocations=[revoked])[1][0] == "torch"
+
+
+def test_a_call_like_one_made_before_there_was_a_group_is_chosen_again(process, store, monkeypatch):
+    group, store[0] = store[0], None
+    here, _ = process()
+    q = SimpleNamespace(is_cuda=True, device=GPU_0)
+    monkeypatch.setattr("tilebook.dispatch.key", lambda op, args: "this call")
+    monkeypatch.setattr(OP.problem, "of", classmethod(lambda cls, *args: FUSED))
+    assert here.lookup(OP, (q,)).implementation.name == "torch"
+    assert here.known(OP, (q,)) is not None
+    store[0] = group
+    process(verdict())
+    assert here.known(OP, (q,)) is None
+    assert here.lookup(OP, (q,)).implementation.name == "triton"
+
+
+def test_a_problem_is_asked_about_once(process, store):
+    asked = []
+
+    class Counted:
+        def compare_set(self, key, expected, mine):
+            asked.append(key)
+            return store_.compare_set(key, expected, mine)
+
+    store_, store[0] = store[0], Counted()
+    here, _ = process(verdict())
+    for _ in range(3):
+        process(here=here)
+    assert len(asked) == 1
+
+
+def test_a_group_ends_when_its_program_ends_it(monkeypatch):
+    group = Group()
+    monkeypatch.setattr(agreement, "_group", lambda: group)
+    monkeypatch.setattr(agreement, "_store", lambda group: dist.HashStore())
+    it = agreement.Agreement()
+    assert it.begun()
+    assert not it.begun()
+    gone, group = weakref.ref(group), None
+    assert gone() is None
+    assert not it.begun()
+    assert it.settle(OP, FUSED, GPU, ("triton", None, "exact", "")) == ("triton", None, "exact", "")
 
 
 class Gone:

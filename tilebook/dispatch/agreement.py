@@ -30,8 +30,7 @@ class Agreement:
 
     def begun(self) -> bool:
         """Has a process group of several been made since this was last asked, so that what was chosen may differ?"""
-        distributed = sys.modules.get("torch.distributed.distributed_c10d")
-        group = None if distributed is None else distributed.GroupMember.WORLD
+        group = _group()
         if group is (None if self._group is None else self._group()):
             return False
         self._group, self._decided = None if group is None else weakref.ref(group), {}
@@ -59,6 +58,12 @@ class Agreement:
         return self._decided[key]
 
 
+def _group() -> Any:
+    """The process group that is there now, if any is."""
+    distributed = sys.modules.get("torch.distributed.distributed_c10d")
+    return None if distributed is None else distributed.GroupMember.WORLD
+
+
 def _store(group: Any) -> Any:
     """A connection of our own to the store of a group; None for a group of a single process, or a pretended one.
 
@@ -69,6 +74,7 @@ def _store(group: Any) -> Any:
     try:
         if group.size() < 2 or distributed_c10d.get_backend(group) == "fake":
             return None
-        return distributed_c10d._get_default_store().clone()
+        store: Any = distributed_c10d._get_default_store()
+        return store.clone()
     except Exception:  # it is gone already, or its store cannot be shared
         return None
