@@ -55,6 +55,34 @@ def test_a_problem_that_is_not_like_it_is_pytorchs(choose, name):
     assert (choice.source, choice.native) == ("fallback", True)
 
 
+GATE, ROTATION = ops.get("glu_bwd"), ops.get("rope_fwd")
+OTHERS = {  # measured, like it, not like it
+    GATE: (
+        "M8192,F8192",
+        ("M8192,F11008", "M4096,F5632", "M16384,F14336", "M32768,F8192"),
+        ("M8192,F8192,gelu_tanh", "M8192,F8192,packed", "M1024,F8192", "M8192,F1024", "M8192,F11000", "M65536,F32768"),
+    ),
+    ROTATION: (
+        "B4,H32,Hkv8,S2048,D128",
+        ("B4,H32,S2048,D128", "B1,H16,Hkv8,S8192,D256", "B8,H14,Hkv2,S2048,D64", "B1,H24,S4096,D96"),
+        ("B4,H32,Hkv8,S2048,D128,interleaved", "B4,H32,S2048,D80,R32", "B1,H32,Hkv8,S512,D128", "B4,H32,S2048,D32"),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", OTHERS, ids=lambda op: op.name)
+def test_gates_and_rotations_are_like_others_of_their_form_and_size(choose, op):
+    measured, like, unlike = OTHERS[op]
+    problem = op.problem.parse(measured, "bf16")
+    choose(led(problem, 2.2, op=op), problem=problem, op=op)
+    for text in like:
+        choice = choose.again(problem=op.problem.parse(text, "bf16"), op=op)
+        assert (choice.source, choice.implementation.name) == ("nearest", "triton"), text
+    for text in unlike:
+        assert choose.again(problem=op.problem.parse(text, "bf16"), op=op).native, text
+    assert choose.again(problem=op.problem.parse(like[0], "fp16"), op=op).native
+
+
 def test_another_dtype_and_another_op_are_pytorchs(choose):
     assert choose(led(MEASURED, 3.0), problem=NORM.problem.parse("M8192,N768", "bf16"), op=NORM).native
     forward = ops.get("layer_norm_fwd")
@@ -155,4 +183,5 @@ def test_no_more_of_a_lead_is_counted_on_than_was_seen_to_be_left(path):
 
 def test_what_nobody_has_looked_at_is_counted_on_by_no_family():
     for name, op in ops.ops().items():
-        assert bool(op.problem.TRANSFER) == name.startswith(("layer_norm", "rms_norm", "cross_entropy")), name
+        looked_at = "layer_norm", "rms_norm", "cross_entropy", "rope", "glu_bwd"
+        assert bool(op.problem.TRANSFER) == name.startswith(looked_at), name

@@ -23,6 +23,10 @@ TRAINED = (
 Phi-3 mini, Phi-4."""
 
 
+_WIDE, _MANY, _APART = 2048, 1 << 24, 4.0
+"""Features, and numbers in all, from which on a gate is like another, and how far apart they may be."""
+
+
 @dataclass(frozen=True)
 class Glu(op.Problem):
     """`rows` vectors of `width`; calls round their rows up to a power of two, so that one verdict serves a bucket.
@@ -46,6 +50,15 @@ class Glu(op.Problem):
     def posed(cls, gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> Self:
         width = gate.shape[1] if up is not None else gate.shape[1] // 2
         return cls(op.dtype_name(gate.dtype), next_power_of_2(gate.shape[0]), width, activation, up is None)
+
+    def like(self, measured: op.Problem) -> bool:
+        """Rows of many whole blocks, and so many numbers that no GPU waits for work."""
+        if not isinstance(measured, Glu) or type(measured) is not type(self):
+            return False
+        forms = [(each.dtype, each.activation, each.packed) for each in (self, measured)]
+        least, numbers = min(self.width, measured.width), min(self.rows * self.width, measured.rows * measured.width)
+        large = least >= _WIDE and not self.width % 16 and numbers >= _MANY
+        return forms[0] == forms[1] and large and self.apart(measured) <= _APART
 
     def neighbours(self) -> Sequence[Self]:
         more = min(max(1024, 2 * self.rows), (1 << 26) // self.width)  # cheap, and yet more than any GPU runs at once
@@ -104,6 +117,7 @@ class Problem(Glu):
 class BackwardProblem(Glu):
     """dh, gate, up, activation, again → dgate, dup, and h if `again`, as it is wherever this is measured."""
 
+    TRANSFER = 0.8
     MOVED = 6
     FLOPS = 12.0
 

@@ -20,6 +20,9 @@ TRAINED = (
 )  # fmt: skip
 """Of Llama-3.2 1B, Llama-3 8B, Llama-2 7B, Mistral 7B, Qwen2 0.5B and 7B, Gemma-2 9B, Phi-3 mini, Phi-2."""
 
+_LIKE, _WIDE = 1 << 22, 64
+"""Numbers of q, and of a head, from which on a rotation is like another."""
+
 _MOST_ELEMENTS = 1 << 26
 """Of q in a neighbour: verification must stay cheap."""
 
@@ -33,6 +36,7 @@ class Rope(op.Problem):
     """
 
     EXACT = frozenset({"heads", "heads_kv", "head_dim", "rotated"})
+    TRANSFER = 0.5
 
     dtype: str
     batch: int = op.size("B")
@@ -45,6 +49,15 @@ class Rope(op.Problem):
 
     def check(self) -> None:
         bounds.rope(self)
+
+    def like(self, measured: op.Problem) -> bool:
+        """Heads that are wholly rotated, not narrow, and so many numbers that no GPU waits for work."""
+        if not isinstance(measured, Rope) or type(measured) is not type(self):
+            return False
+        forms = [(each.dtype, each.interleaved) for each in (self, measured)]
+        whole = all(each.rotated == each.head_dim >= _WIDE and not each.head_dim % 16 for each in (self, measured))
+        large = min(each.batch * each.seq * each.heads * each.head_dim for each in (self, measured)) >= _LIKE
+        return forms[0] == forms[1] and whole and large
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> Self:
