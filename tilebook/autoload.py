@@ -1,4 +1,4 @@
-"""What PyTorch calls at the end of `import torch`: turns tilebook on where `TILEBOOK=1` asks for it, and only there."""
+"""What PyTorch calls at the end of `import torch`: turns tilebook on where `TILEBOOK` asks for it, and only there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 ASKED = "TILEBOOK"
 _YES = ("1", "true", "yes", "on")
+_PATCH = "patch"
 
 
 def load() -> None:
@@ -20,12 +21,13 @@ def load() -> None:
         register_flash_attention_impl("tilebook", register_fn=_activate)
     except Exception:  # an older PyTorch has no such register
         pass
-    if os.environ.get(ASKED, "").strip().lower() not in _YES:
+    asked = os.environ.get(ASKED, "").strip().lower()
+    if asked not in (*_YES, _PATCH):
         return
     try:
         from tilebook.enabling import enable
 
-        enable()
+        enable(patch=asked == _PATCH)
     except Exception as broken:
         import warnings
 

@@ -7,6 +7,7 @@ own functions wherever no verdict has ours ahead.
 
 from __future__ import annotations
 
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -172,12 +173,14 @@ class Status:
     replaced: functions of `torch.nn.functional` in whose places ours are.
     served:   ops of PyTorch's, below its autograd, that run what dispatch chooses (see `tilebook.native`).
     others:   those in whose places somebody else's are, which may call ours or not.
+    patched:  how many of transformers' models were patched by themselves, and still are there.
     """
 
     enabled: bool
     replaced: tuple[str, ...]
     served: tuple[str, ...]
     others: tuple[str, ...]
+    patched: int = 0
 
 
 def _pytorchs(function: Callable[..., Any]) -> bool:
@@ -192,6 +195,7 @@ class _State:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.whole, self.blocks = False, 0
+        self.patch = False  # every model of transformers?
         self.begun = False  # has building what is missing for the ops?
 
     @property
@@ -203,10 +207,11 @@ class _State:
         """The ops of PyTorch's that are served while it is on."""
         return tuple(each.name for each in _STANDINGS) if self.on and native.available() else ()
 
-    def change(self, whole: bool | None = None, blocks: int = 0) -> None:
+    def change(self, whole: bool | None = None, blocks: int = 0, patch: bool = False) -> None:
         """Notes it, and puts functions into their places or takes them out where that makes a difference."""
         with self.lock:
             self.whole = self.whole if whole is None else whole
+            self.patch = patch or (self.patch and whole is not False)
             self.blocks += blocks
             below = native.available()
             if below and self.on:
@@ -228,7 +233,9 @@ class _State:
                     setattr(F, name, _theirs[name])
         # Outside of the lock: it imports. A program that names it runs where ours are disabled, too.
         if whole or blocks > 0:
-            after_import("transformers.modeling_utils", register_transformers)
+            after_import("transformers.modeling_utils", _transformers_is_there)
+        elif whole is False:
+            _every_model()
 
 
 def register_transformers() -> None:
@@ -244,6 +251,24 @@ def register_transformers() -> None:
     from tilebook.huggingface import register
 
     register()
+
+
+def _transformers_is_there() -> None:
+    try:
+        register_transformers()
+    finally:  # which takes newer ones than patching does
+        _every_model()
+
+
+def _every_model() -> None:
+    """Has models of transformers patched, or what was patched as it was, once transformers is there."""
+    if not _state.patch and "tilebook.every_model" not in sys.modules:
+        return
+    from tilebook.every_model import every_model, watch
+
+    if _state.patch:
+        watch()
+    every_model.turn(_state.patch and not disabled())
 
 
 def _scripted(function: Callable[..., Any], name: str) -> None:
@@ -272,19 +297,23 @@ class Handle:
             _state.change(blocks=-1)
 
 
-def enable() -> None:
+def enable(*, patch: bool = False) -> None:
     """Puts tilebook's functions in the places of PyTorch's: a model runs on it without being changed.
 
     `torch.nn.functional.scaled_dot_product_attention`, `layer_norm`, `rms_norm` and `cross_entropy` then run what
     verdicts have ahead on this GPU, and else PyTorch's own code; transformers gets to know
     `attn_implementation="tilebook"`. The same as `TILEBOOK=1` in the environment. Calling it twice is calling it once.
     `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
+
+    With patch, every model of transformers that is made from now on is patched when it is first called, as by
+    `tilebook.patch(model)` without its loss_head; `TILEBOOK=patch` is the same. What it changes is logged, at the level
+    of information, by the logger "tilebook".
     """
-    _state.change(whole=True)
+    _state.change(whole=True, patch=patch)
 
 
 def disable() -> None:
-    """Puts PyTorch's functions back, except inside blocks of `enabled()` that are under way."""
+    """Puts PyTorch's functions back, except inside blocks of `enabled()` that are under way; and models, if patched."""
     _state.change(whole=False)
 
 
@@ -304,4 +333,6 @@ def status() -> Status:
         there = {name: getattr(F, name) for name in _ours}
         replaced = tuple(name for name, function in there.items() if function is _ours[name])
         others = tuple(name for name, function in there.items() if name not in replaced and not _pytorchs(function))
-        return Status(_state.on, replaced, _state.served, others)
+        whole: Any = sys.modules.get("tilebook.every_model")
+        patched = 0 if whole is None else whole.every_model.patched
+        return Status(_state.on, replaced, _state.served, others, patched)
