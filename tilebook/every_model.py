@@ -68,7 +68,7 @@ every_model = EveryModel()
 
 def _first_call(model: nn.Module, args: Any) -> None:
     """Stands before a model's first call. What is traced runs as it is, and is told of again."""
-    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
         every_model.called(model)
 
 
