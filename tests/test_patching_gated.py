@@ -1,6 +1,7 @@
 """MLPs with a gate, and attention that rotates its heads, call functions of ours; what is anything else is left."""
 
 import copy
+import functools
 import io
 import itertools
 
@@ -12,7 +13,7 @@ from rotating import Attention, rotate_half
 from torch import nn
 
 import tilebook
-from tilebook import patching
+from tilebook import patching, rotation
 
 
 def tanh(x):
@@ -128,14 +129,15 @@ def test_modules_are_changed_and_give_the_same_numbers(dtype, how):
 
 @pytest.mark.parametrize("name", ["swiglu", "geglu", "apply_rope"])
 def test_the_functions_are_called(name, monkeypatch):
-    calls, ours = [], getattr(patching, name)
-    monkeypatch.setattr(patching, name, lambda *args, **options: calls.append(1) or ours(*args, **options))
-    patching._with_ours.cache_clear()
+    there = rotation if name == "apply_rope" else patching
+    calls, ours = [], getattr(there, name)
+    monkeypatch.setattr(there, name, lambda *args, **options: calls.append(1) or ours(*args, **options))
+    rotation._with_ours.cache_clear()
     model = Model(*parts())
     with tilebook.patched(model):
         model(torch.randn(2, 3, 16))
     assert len(calls) == {"swiglu": 2, "geglu": 3, "apply_rope": 1}[name]
-    patching._with_ours.cache_clear()
+    rotation._with_ours.cache_clear()
 
 
 def with_lora():
@@ -235,9 +237,9 @@ def test_another_rotation_that_is_put_into_the_file_later_is_called(monkeypatch)
 
 
 def test_what_is_no_usual_rotation_is_the_files_own(monkeypatch):
-    tried = patching._with_ours(Attention.forward, rotating.apply_rotary_pos_emb)
+    tried = rotation._with_ours(Attention.forward, rotating.apply_rotary_pos_emb)
     ours = tried.__globals__["apply_rotary_pos_emb"]
-    monkeypatch.setattr(patching, "apply_rope", None)
+    monkeypatch.setattr(rotation, "apply_rope", None)
     q, cos = torch.randn(2, 3, 4, 8), torch.randn(1, 4, 8)
     right = q * cos[:, None] + rotate_half(q) * cos[:, None]
     assert ours(q.bfloat16(), q.bfloat16(), cos, cos)[0].dtype == torch.float32
@@ -255,3 +257,29 @@ def test_under_autocast_angles_in_fp32_make_no_wider_heads():
     for mine, other in zip(found, right, strict=True):
         assert mine.dtype == other.dtype
         torch.testing.assert_close(mine.float(), other.float(), rtol=0, atol=0.02 * other.abs().max().item())
+
+
+def decorated(function):
+    """As transformers wraps a forward whose arguments have had other names."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        kwargs["x"] = kwargs.pop("x_as_it_was", kwargs.get("x"))
+        return function(*args, **{name: each for name, each in kwargs.items() if each is not None})
+
+    return wrapper
+
+
+def test_a_forward_that_is_wrapped_is_changed_within(monkeypatch):
+    model = Model(*parts())
+    x = torch.randn(2, 3, 16)
+    right = model(x)
+    monkeypatch.setattr(Attention, "forward", decorated(decorated(Attention.forward)))
+    called, ours = [], rotation.apply_rope
+    monkeypatch.setattr(rotation, "apply_rope", lambda *args, **options: called.append(1) or ours(*args, **options))
+    with tilebook.patched(model) as report:
+        assert [what for what in report.changed.values() if "rope" in what]
+        torch.testing.assert_close(model(x), right)
+    assert called
+    monkeypatch.setattr(Attention, "forward", functools.wraps(Attention.forward)(lambda *args: None))  # holds none
+    assert not [what for what in tilebook.patch(Model(*parts())).changed.values() if "rope" in what]

@@ -9,9 +9,7 @@ function is left as it is.
 from __future__ import annotations
 
 import copy
-import functools
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilebook.casting import autocast_dtype
 from tilebook.hooks import hooked
 from tilebook.kernels.glu import form as gated
 from tilebook.kernels.glu import geglu, swiglu
@@ -29,16 +26,13 @@ from tilebook.kernels.mlp import mlp
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
 from tilebook.kernels.norms import rms_norm
-from tilebook.kernels.rope import apply_rope
-from tilebook.kernels.rope.pytorch import plain as plain_rope
+from tilebook.rotation import rotary
+from tilebook.trial import Function, Left, alike, result
 
 _EPSILONS = "variance_epsilon", "eps", "epsilon"
-_ROTATES = "apply_rotary_pos_emb"
 _ROWS, _WIDTH, _INNER, _OUT = 5, 8, 12, 6
 _SCALES = 3.0, 1e-3
 """Of the numbers that a norm is tried on: of the smaller ones its epsilon decides."""
-
-Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -88,9 +82,9 @@ def patch(model: nn.Module, *, loss_head: bool = False) -> Report:
     changed, left, ours = dict[str, str](), dict[str, str](), list[tuple[nn.Module, str, Function]]()
     for name, module in model.named_modules():
         try:
-            alone = _norm(module) or _rotary(module) or _mlp(module) or _gated(module)
+            alone = _norm(module) or rotary(module) or _mlp(module) or _gated(module)
             found = alone or (_head(module) if loss_head else None)
-        except _Left as why:
+        except Left as why:
             left[name] = str(why)
             continue
         if found is not None:
@@ -111,12 +105,8 @@ def patched(model: nn.Module, *, loss_head: bool = False) -> Iterator[Report]:
         report.undo()
 
 
-class _Left(Exception):
-    """The module stays as it is; the text says why."""
-
-
 def _norm(module: nn.Module) -> tuple[str, Function] | None:
-    """What an RMSNorm calls from now on; None for what is none. Raises _Left."""
+    """What an RMSNorm calls from now on; None for what is none. Raises Left."""
     name = type(module).__name__
     if not ("RMSNorm" in name or name.endswith("T5LayerNorm")) or isinstance(module, nn.RMSNorm):
         return None
@@ -125,17 +115,17 @@ def _norm(module: nn.Module) -> tuple[str, Function] | None:
     _check(module, weight)
     assert weight is not None
     if eps is None or weight.ndim != 1 or len(module._parameters) > 1:
-        raise _Left("not one weight and an epsilon")
+        raise Left("not one weight and an epsilon")
     drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     trial = drawn(len(weight)).to(weight)
     other = copy.copy(module)  # the same, but for its weight
     other.__dict__["_parameters"] = {"weight": trial}
     xs = [((drawn(_ROWS, len(weight)) + 0.5) * scale).to(weight) for scale in _SCALES]
-    theirs = [_result(type(module).forward, other, x) for x in xs]
+    theirs = [result(type(module).forward, other, x) for x in xs]
     for offset, what in ((0, "tilebook.rms_norm"), (1, "tilebook.rms_norm of 1 + weight")):
-        if all(_alike(found, rms_norm(x, _scale(trial, offset), eps)) for found, x in zip(theirs, xs, strict=True)):
+        if all(alike(found, rms_norm(x, _scale(trial, offset), eps)) for found, x in zip(theirs, xs, strict=True)):
             return what, partial(_norm_forward, module, offset, eps)
-    raise _Left("computes something else than RMSNorm")
+    raise Left("computes something else than RMSNorm")
 
 
 def _scale(weight: torch.Tensor, offset: int) -> torch.Tensor:
@@ -149,7 +139,7 @@ def _norm_forward(module: Any, offset: int, eps: float, x: torch.Tensor, *args: 
 
 
 def _mlp(module: nn.Module) -> tuple[str, Function] | None:
-    """What an MLP of two layers calls from now on; None for what is none. Raises _Left."""
+    """What an MLP of two layers calls from now on; None for what is none. Raises Left."""
     layers = {name: each for name, each in module.named_children() if isinstance(each, nn.Linear)}
     if len(layers) != 2 or isinstance(module, nn.Sequential) or module._parameters:
         return None
@@ -160,38 +150,38 @@ def _mlp(module: nn.Module) -> tuple[str, Function] | None:
         return None
     _check_layers(module, first, second)
     if first.bias is None or second.bias is None:
-        raise _Left("its layers have no biases")
+        raise Left("its layers have no biases")
     drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     tensors = drawn(_INNER, _WIDTH), drawn(_INNER), drawn(_WIDTH, _INNER), drawn(_WIDTH)
     other = copy.copy(module)  # the same, but for its layers, which are small and of fp32
     small = {up: _linear(*tensors[:2]), down: _linear(*tensors[2:])}
     other.__dict__["_modules"] = {**module._modules, **small}
     x = drawn(_ROWS, _WIDTH)
-    found = _result(type(module).forward, other, x)
-    alike = [each for each in ACTIVATIONS if _alike(found, plain((x, *tensors), (each,)))]
-    if not alike:
-        raise _Left("computes something else than two layers and GELU or ReLU")
-    return f"tilebook.mlp with {alike[0]}", partial(_mlp_forward, module, up, down, alike[0])
+    found = result(type(module).forward, other, x)
+    forms = [each for each in ACTIVATIONS if alike(found, plain((x, *tensors), (each,)))]
+    if not forms:
+        raise Left("computes something else than two layers and GELU or ReLU")
+    return f"tilebook.mlp with {forms[0]}", partial(_mlp_forward, module, up, down, forms[0])
 
 
 def _head(module: Any) -> tuple[str, Sequence[tuple[nn.Module, str, Function]]] | None:
-    """What a language model's loss calls from now on; None for what has none. Raises _Left."""
+    """What a language model's loss calls from now on; None for what has none. Raises Left."""
     from tilebook.huggingface import head
 
     linear = head.candidate(module)
     if linear is None:
         return None
     if type(linear) is not nn.Linear:
-        raise _Left("its last layer is not PyTorch's own Linear")
+        raise Left("its last layer is not PyTorch's own Linear")
     for each in (linear, module):
         _check(each, linear.weight)
     if head.another_loss(module):
-        raise _Left("its loss is another one")
+        raise Left("its loss is another one")
     if hooked(linear):
-        raise _Left("its last layer has hooks")
-    softcap = _result(head.tried, module, linear)
+        raise Left("its last layer has hooks")
+    softcap = result(head.tried, module, linear)
     if softcap is None:
-        raise _Left("computes something else between its last layer and its loss")
+        raise Left("computes something else between its last layer and its loss")
     return "tilebook.linear_cross_entropy", head.Head(module, linear, softcap).places()
 
 
@@ -211,11 +201,11 @@ def _mlp_forward(module: Any, up: str, down: str, activation: str, x: torch.Tens
 
 
 def _gated(module: nn.Module) -> tuple[str, Function] | None:
-    """What a gated MLP calls from now on; None for what is none. Raises _Left where a layer's name speaks of a gate."""
+    """What a gated MLP calls from now on; None for what is none. Raises Left where a layer's name speaks of a gate."""
     layers = {name: each for name, each in module.named_children() if isinstance(each, nn.Linear)}
     try:
         return _gate(module, layers) if len(layers) in (2, 3) else None
-    except _Left:
+    except Left:
         if any("gate" in name for name in layers):
             raise
         return None
@@ -242,15 +232,15 @@ def _gate(module: nn.Module, layers: Mapping[str, nn.Linear]) -> tuple[str, Func
     other.__dict__["_modules"] = {**module._modules, **small}
     other.__dict__["training"] = True
     x = drawn(_ROWS, _WIDTH)
-    found = _result(type(module).forward, other, x)
+    found = result(type(module).forward, other, x)
     names = [name for name, _ in first]
     for gate, up in [(names[0], None)] if packed else [(names[0], names[1]), (names[1], names[0])]:
         tensors = _tensors(small, gate, up, down)
         for activation in gated.ACTIVATIONS:
-            if _alike(found, plain_block((x, *tensors), (activation,)).detach()):
+            if alike(found, plain_block((x, *tensors), (activation,)).detach()):
                 what = {"silu": "swiglu", "gelu_tanh": "geglu with tanh", "gelu": "geglu"}[activation]
                 return f"tilebook.{what}", partial(_gated_forward, module, gate, up, down, activation)
-    raise _Left("computes something else than a gate of SiLU or GELU between layers")
+    raise Left("computes something else than a gate of SiLU or GELU between layers")
 
 
 def _tensors(layers: Mapping[str, Any], gate: str, up: str | None, down: str) -> tuple[Any, ...]:
@@ -271,91 +261,17 @@ def _gated_forward(
     return geglu(x, *tensors, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _rotary(module: nn.Module) -> tuple[str, Function] | None:
-    """What attention that rotates its heads calls from now on; None for what is none. Raises _Left."""
-    forward = type(module).forward
-    if _ROTATES not in getattr(getattr(forward, "__code__", None), "co_names", ()):
-        return None
-    if "forward" in module.__dict__:
-        raise _Left("its forward was changed already")
-    if _with_ours(forward, forward.__globals__.get(_ROTATES)) is None:
-        raise _Left("rotates heads otherwise than tilebook.apply_rope")
-    return "attention with tilebook.apply_rope", partial(_rotary_forward, module)
-
-
-class _Globals(dict[str, Any]):
-    """The globals of a function with one of ours among them; the others are looked up as they are at the time."""
-
-    def __init__(self, others: Mapping[str, Any], ours: Function) -> None:
-        super().__init__({_ROTATES: ours})
-        self._others = others
-
-    def __missing__(self, name: str) -> Any:
-        return self._others[name]
-
-
-@functools.cache
-def _with_ours(forward: Any, theirs: Any) -> Function | None:
-    """A function's code with our rotation in the place of `theirs`, if they compute the same; else None."""
-    if not callable(theirs) or _ROTATES not in getattr(getattr(forward, "__code__", None), "co_names", ()):
-        return None
-    widths = {}
-    for width in (_WIDTH, _WIDTH // 2):
-        forms = [form for form in (False, True) if _rotates_alike(theirs, width, form)]
-        if forms:
-            widths[width] = forms[0]
-    if _WIDTH not in widths or len(set(widths.values())) > 1:
-        return None
-
-    def ours(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Angles in fp32 make narrower heads fp32, which autocast casts back for what comes next.
-        dtypes = q.dtype == k.dtype and (cos.dtype == q.dtype or autocast_dtype(q) == q.dtype)
-        parts = cos.shape[-1] == q.shape[-1] or len(widths) > 1
-        if args or kwargs or q.ndim != 4 or cos.ndim != 3 or not dtypes or not parts:
-            return theirs(q, k, cos, sin, *args, **kwargs)
-        return apply_rope(q, k, cos, sin, interleaved=widths[_WIDTH])
-
-    made = types.FunctionType(
-        forward.__code__, _Globals(forward.__globals__, ours), forward.__name__, forward.__defaults__,
-        forward.__closure__,
-    )  # fmt: skip
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made
-
-
-def _rotates_alike(theirs: Function, width: int, interleaved: bool) -> bool:
-    """Does it rotate the first `width` numbers of heads as ours does?"""
-    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    q, k = (drawn(2, heads, _ROWS, _WIDTH) for heads in (4, 2))
-    half = drawn(1, _ROWS, width // 2)
-    angles = half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)
-    tensors = q, k, angles.cos(), angles.sin()
-    try:
-        found = _result(theirs, *tensors)
-    except _Left:
-        return False
-    both = isinstance(found, tuple) and len(found) == 2
-    return both and all(map(_alike, found, plain_rope(tensors, (interleaved,))))
-
-
-def _rotary_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    forward = type(module).forward
-    if not torch.compiler.is_compiling():  # a compiler fuses the rotation with what is around it
-        forward = _with_ours(forward, getattr(forward, "__globals__", {}).get(_ROTATES)) or forward
-    return forward(module, *args, **kwargs)
-
-
 def _check_layers(module: nn.Module, *layers: nn.Linear) -> None:
-    """Raises _Left where the layers are more than their parameters, or there is something between them."""
+    """Raises Left where the layers are more than their parameters, or there is something between them."""
     if any(type(each) is not nn.Linear for each in layers):
-        raise _Left("its layers are not PyTorch's own Linear")
+        raise Left("its layers are not PyTorch's own Linear")
     for each in layers:
         _check(module, each.weight)
     dropout = max([each.p for each in module.modules() if isinstance(each, nn.Dropout)], default=0.0)
     if dropout:
-        raise _Left(f"drops with a probability of {dropout}")
+        raise Left(f"drops with a probability of {dropout}")
     if not _usual(*layers):
-        raise _Left("its layers have hooks")
+        raise Left("its layers have hooks")
 
 
 def _usual(*layers: Any) -> bool:
@@ -365,24 +281,6 @@ def _usual(*layers: Any) -> bool:
 
 def _check(module: nn.Module, weight: torch.Tensor | None) -> None:
     if "forward" in module.__dict__:
-        raise _Left("its forward was changed already")
+        raise Left("its forward was changed already")
     if weight is None or type(weight) is not nn.Parameter or weight.is_meta or not weight.is_floating_point():
-        raise _Left("its weight is no ordinary parameter with numbers")
-
-
-def _result(function: Function, *args: Any) -> Any:
-    """What a module gives, without gradients. Raises _Left where it does not take one tensor."""
-    try:
-        with torch.no_grad():
-            return function(*args)
-    except Exception as broken:
-        raise _Left(f"cannot be tried: {type(broken).__name__}") from None
-
-
-def _alike(theirs: Any, ours: torch.Tensor) -> bool:
-    """Are these the same numbers but for a few roundings?"""
-    if not isinstance(theirs, torch.Tensor) or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
-        return False
-    size = theirs.float().abs().max().item()
-    allowed = 8 * torch.finfo(theirs.dtype).eps * size
-    return size > 0 and bool((theirs.float() - ours.float()).abs().max().item() <= allowed)
+        raise Left("its weight is no ordinary parameter with numbers")

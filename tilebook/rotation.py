@@ -1,0 +1,126 @@
+"""Attention that rotates its heads by a function of its file, on `tilebook.apply_rope`: in one model alone.
+
+The code of a class's `forward` runs with other globals, among which the rotation is ours. So no other model is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilebook.casting import autocast_dtype
+from tilebook.kernels.rope import apply_rope
+from tilebook.kernels.rope.pytorch import plain as plain_rope
+from tilebook.trial import Function, Left, alike, result
+
+_ROTATES = "apply_rotary_pos_emb"
+_ROWS, _WIDTH = 5, 8
+
+
+def rotary(module: nn.Module) -> tuple[str, Function] | None:
+    """What attention that rotates its heads calls from now on; None for what is none. Raises Left."""
+    forward = type(module).forward
+    if not _rotates(forward):
+        return None
+    if "forward" in module.__dict__:
+        raise Left("its forward was changed already")
+    if _with_ours(forward, _theirs(forward)) is None:
+        raise Left("rotates heads otherwise than tilebook.apply_rope")
+    return "attention with tilebook.apply_rope", partial(_forward, module)
+
+
+def _rotates(forward: Any) -> bool:
+    """Does its code, whatever is wrapped around it, call a rotation by its name?"""
+    return _ROTATES in getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())
+
+
+def _theirs(forward: Any) -> Any:
+    """The rotation that the code calls now."""
+    return getattr(inspect.unwrap(forward), "__globals__", {}).get(_ROTATES)
+
+
+class _Globals(dict[str, Any]):
+    """The globals of a function with one of ours among them; the others are looked up as they are at the time."""
+
+    def __init__(self, others: Mapping[str, Any], ours: Function) -> None:
+        super().__init__({_ROTATES: ours})
+        self._others = others
+
+    def __missing__(self, name: str) -> Any:
+        return self._others[name]
+
+
+@functools.cache
+def _with_ours(forward: Any, theirs: Any) -> Function | None:
+    """A function's code with our rotation in the place of `theirs`, if they compute the same; else None."""
+    if not callable(theirs) or not _rotates(forward):
+        return None
+    widths = {}
+    for width in (_WIDTH, _WIDTH // 2):
+        forms = [form for form in (False, True) if _same_rotation(theirs, width, form)]
+        if forms:
+            widths[width] = forms[0]
+    if _WIDTH not in widths or len(set(widths.values())) > 1:
+        return None
+
+    def ours(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Angles in fp32 make narrower heads fp32, which autocast casts back for what comes next.
+        dtypes = q.dtype == k.dtype and (cos.dtype == q.dtype or autocast_dtype(q) == q.dtype)
+        parts = cos.shape[-1] == q.shape[-1] or len(widths) > 1
+        if args or kwargs or q.ndim != 4 or cos.ndim != 3 or not dtypes or not parts:
+            return theirs(q, k, cos, sin, *args, **kwargs)
+        return apply_rope(q, k, cos, sin, interleaved=widths[_WIDTH])
+
+    return _rebuilt(forward, ours)
+
+
+def _rebuilt(function: Any, ours: Function) -> Function | None:
+    """The function once more, with ours among the globals of what it wraps; None where that is not in its closure."""
+    within, known, cells = getattr(function, "__wrapped__", None), function.__globals__, function.__closure__ or ()
+    if within is None:
+        known = _Globals(known, ours)
+    else:
+        inner = _rebuilt(within, ours)
+        at = [n for n, cell in enumerate(cells) if _contents(cell) is within]
+        if inner is None or not at:
+            return None
+        cells = tuple(types.CellType(inner) if n in at else cell for n, cell in enumerate(cells))
+    made = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
+
+
+def _same_rotation(theirs: Function, width: int, interleaved: bool) -> bool:
+    """Does it rotate the first `width` numbers of heads as ours does?"""
+    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    q, k = (drawn(2, heads, _ROWS, _WIDTH) for heads in (4, 2))
+    half = drawn(1, _ROWS, width // 2)
+    angles = half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)
+    tensors = q, k, angles.cos(), angles.sin()
+    try:
+        found = result(theirs, *tensors)
+    except Left:
+        return False
+    both = isinstance(found, tuple) and len(found) == 2
+    return both and all(map(alike, found, plain_rope(tensors, (interleaved,))))
+
+
+def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    forward = type(module).forward
+    if not torch.compiler.is_compiling():  # a compiler fuses the rotation with what is around it
+        forward = _with_ours(forward, _theirs(forward)) or forward
+    return forward(module, *args, **kwargs)
