@@ -8,7 +8,7 @@ from programs.compare import assert_as_near
 from programs.hf_models import inputs, made, plain, step
 
 import tilebook
-from tilebook import dispatch, patching
+from tilebook import dispatch, rotation
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -34,8 +34,8 @@ def model_of(name, **more):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gates_and_rotations_are_changed_and_changed_back(name, monkeypatch):
-    calls, ours = [], patching.apply_rope
-    monkeypatch.setattr(patching, "apply_rope", lambda *args, **options: calls.append(1) or ours(*args, **options))
+    calls, ours = [], rotation.apply_rope
+    monkeypatch.setattr(rotation, "apply_rope", lambda *args, **options: calls.append(1) or ours(*args, **options))
     family, model = model_of(name)
     given = inputs(family, "whole", "cpu")
     right = step(model, given)
@@ -67,7 +67,7 @@ def test_numbers_are_as_near_as_pytorchs_by_our_kernels_in_the_interpreter(name,
 def test_another_model_of_the_family_is_left_alone():
     (_, model), (family, other) = (model_of("llama") for _ in range(2))
     with tilebook.patched(model), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tilebook.patching.apply_rope", None)
+        patch.setattr("tilebook.rotation.apply_rope", None)
         patch.setattr("tilebook.patching.swiglu", None)
         other(**inputs(family, "whole", "cpu"))
         with pytest.raises(TypeError):
