@@ -13,7 +13,7 @@ from rotating import Attention, rotate_half
 from torch import nn
 
 import tilebook
-from tilebook import patching, rotation
+from tilebook import dispatch, patching, rotation
 
 
 def tanh(x):
@@ -135,7 +135,10 @@ def test_the_functions_are_called(name, monkeypatch):
     rotation._with_ours.cache_clear()
     model = Model(*parts())
     with tilebook.patched(model):
-        model(torch.randn(2, 3, 16))
+        model(torch.randn(2, 3, 16))  # on a CPU it is the modules' own
+        assert not calls
+        with dispatch.use("torch"):
+            model(torch.randn(2, 3, 16))
     assert len(calls) == {"swiglu": 2, "geglu": 3, "apply_rope": 1}[name]
     rotation._with_ours.cache_clear()
 
@@ -279,7 +282,8 @@ def test_a_forward_that_is_wrapped_is_changed_within(monkeypatch):
     monkeypatch.setattr(rotation, "apply_rope", lambda *args, **options: called.append(1) or ours(*args, **options))
     with tilebook.patched(model) as report:
         assert [what for what in report.changed.values() if "rope" in what]
-        torch.testing.assert_close(model(x), right)
+        with dispatch.use("torch"):
+            torch.testing.assert_close(model(x), right)
     assert called
     monkeypatch.setattr(Attention, "forward", functools.wraps(Attention.forward)(lambda *args: None))  # holds none
     assert not [what for what in tilebook.patch(Model(*parts())).changed.values() if "rope" in what]

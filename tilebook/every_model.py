@@ -23,20 +23,22 @@ class EveryModel:
     def __init__(self) -> None:
         self._on = False
         self._lock = threading.Lock()
-        self._reports: list[tuple[Any, Report]] = []
+        self._reports = weakref.WeakKeyDictionary[nn.Module, Report]()
 
     def turn(self, on: bool) -> None:
         """On: from now on. Off: what was patched is as it was, and what waits for its first call stays so."""
         with self._lock:
             self._on = on
-            reports, self._reports = ([], self._reports) if on else (self._reports, [])
-        for _, report in reports:
+            reports = [] if on else list(self._reports.values())
+            if not on:
+                self._reports.clear()
+        for report in reports:
             report.undo()
 
     @property
     def patched(self) -> int:
         """How many models are."""
-        return sum(model() is not None for model, report in self._reports if report.changed)
+        return sum(bool(report.changed) for report in list(self._reports.values()))
 
     def made(self, model: nn.Module) -> None:
         """Told of a model, or a part of one, that has all its modules, perhaps without their weights."""
@@ -47,7 +49,7 @@ class EveryModel:
         """Told of a model's first call."""
         for each in model.modules():  # parts of it, which were told of before it, are patched with it
             for key in [key for key, hook in each._forward_pre_hooks.items() if hook is _first_call]:
-                del each._forward_pre_hooks[key]
+                each._forward_pre_hooks.pop(key, None)  # another thread may have been first
         if not self._on:
             return
         try:
@@ -57,8 +59,7 @@ class EveryModel:
             warnings.warn(text, RuntimeWarning, stacklevel=3)
             return
         with self._lock:
-            self._reports = [each for each in self._reports if each[0]() is not None]
-            self._reports.append((weakref.ref(model), report))
+            self._reports[model] = report
         _log.info("%s: %s", type(model).__name__, report)
 
 

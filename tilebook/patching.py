@@ -26,11 +26,15 @@ from tilebook.kernels.mlp import mlp
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
 from tilebook.kernels.norms import rms_norm
+from tilebook.left import ORDINARY
 from tilebook.rotation import rotary
-from tilebook.trial import Function, Left, alike, result
+from tilebook.trial import Function, Left, alike, drawn, in_training, result, served
 
+_REPLICATE = "_replicate_for_data_parallel"
 _EPSILONS = "variance_epsilon", "eps", "epsilon"
 _ROWS, _WIDTH, _INNER, _OUT = 5, 8, 12, 6
+_SIZES = 1.0, 1e4
+"""Of the numbers that an MLP is tried on: some clamp what is large."""
 _SCALES = 3.0, 1e-3
 """Of the numbers that a norm is tried on: of the smaller ones its epsilon decides."""
 
@@ -90,9 +94,18 @@ def patch(model: nn.Module, *, loss_head: bool = False) -> Report:
         if found is not None:
             changed[name], places = found
             for place in [(module, "forward", places)] if callable(places) else places:
-                setattr(*place)
-                ours.append(place)
+                for each in (place, (place[0], _REPLICATE, partial(_replica, place[0]))):
+                    setattr(*each)
+                    ours.append(each)
     return Report(changed, left, ours)
+
+
+def _replica(module: Any) -> Any:
+    """What `DataParallel` makes of a module: one that has other weights, and so its class's own forward."""
+    made = type(module)._replicate_for_data_parallel(module)
+    for name in ("forward", "_loss_function", _REPLICATE):
+        made.__dict__.pop(name, None)
+    return made
 
 
 @contextmanager
@@ -116,11 +129,11 @@ def _norm(module: nn.Module) -> tuple[str, Function] | None:
     assert weight is not None
     if eps is None or weight.ndim != 1 or len(module._parameters) > 1:
         raise Left("not one weight and an epsilon")
-    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    trial = drawn(len(weight)).to(weight)
+    draw = drawn()
+    trial = draw(len(weight)).to(weight)
     other = copy.copy(module)  # the same, but for its weight
     other.__dict__["_parameters"] = {"weight": trial}
-    xs = [((drawn(_ROWS, len(weight)) + 0.5) * scale).to(weight) for scale in _SCALES]
+    xs = [((draw(_ROWS, len(weight)) + 0.5) * scale).to(weight) for scale in _SCALES]
     theirs = [result(type(module).forward, other, x) for x in xs]
     for offset, what in ((0, "tilebook.rms_norm"), (1, "tilebook.rms_norm of 1 + weight")):
         if all(alike(found, rms_norm(x, _scale(trial, offset), eps)) for found, x in zip(theirs, xs, strict=True)):
@@ -133,7 +146,7 @@ def _scale(weight: torch.Tensor, offset: int) -> torch.Tensor:
 
 
 def _norm_forward(module: Any, offset: int, eps: float, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    if args or kwargs or x.dtype != module.weight.dtype:  # which decides about the dtype of the result
+    if args or kwargs or not served(x) or x.dtype != module.weight.dtype:  # which decides about the dtype of the result
         return type(module).forward(module, x, *args, **kwargs)
     return rms_norm(x, _scale(module.weight, offset), eps)
 
@@ -151,14 +164,10 @@ def _mlp(module: nn.Module) -> tuple[str, Function] | None:
     _check_layers(module, first, second)
     if first.bias is None or second.bias is None:
         raise Left("its layers have no biases")
-    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    tensors = drawn(_INNER, _WIDTH), drawn(_INNER), drawn(_WIDTH, _INNER), drawn(_WIDTH)
-    other = copy.copy(module)  # the same, but for its layers, which are small and of fp32
-    small = {up: _linear(*tensors[:2]), down: _linear(*tensors[2:])}
-    other.__dict__["_modules"] = {**module._modules, **small}
-    x = drawn(_ROWS, _WIDTH)
-    found = result(type(module).forward, other, x)
-    forms = [each for each in ACTIVATIONS if alike(found, plain((x, *tensors), (each,)))]
+    draw = drawn()
+    tensors = draw(_INNER, _WIDTH), draw(_INNER), draw(_WIDTH, _INNER), draw(_WIDTH)
+    tried = _tried(module, {up: _linear(*tensors[:2]), down: _linear(*tensors[2:])})
+    forms = [each for each in ACTIVATIONS if all(alike(y, result(plain, (x, *tensors), (each,))) for x, y in tried)]
     if not forms:
         raise Left("computes something else than two layers and GELU or ReLU")
     return f"tilebook.mlp with {forms[0]}", partial(_mlp_forward, module, up, down, forms[0])
@@ -195,7 +204,9 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 def _mlp_forward(module: Any, up: str, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     first, second = module._modules[up], module._modules[down]
-    if args or kwargs or not _usual(first, second):  # somebody has put something else there, or listens
+    if (
+        args or kwargs or not served(x) or not _usual(first, second)
+    ):  # somebody has put something else there, or listens
         return type(module).forward(module, x, *args, **kwargs)
     return mlp(x, first.weight, first.bias, second.weight, second.bias, activation=activation)
 
@@ -221,26 +232,29 @@ def _gate(module: nn.Module, layers: Mapping[str, nn.Linear]) -> tuple[str, Func
     if any(True for name, each in module.named_children() if name not in layers for _ in each.parameters()):
         return None
     _check_layers(module, *layers.values())
-    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    draw = drawn()
     out = _WIDTH if last.out_features == last.in_features or last.out_features == size[0] else _OUT
     shapes = {name: (_INNER * (1 + packed), _WIDTH) for name, _ in first} | {down: (out, _INNER)}
     small = {
-        name: _linear(drawn(shape), None if layers[name].bias is None else drawn(shape[0]))
+        name: _linear(draw(shape), None if layers[name].bias is None else draw(shape[0]))
         for name, shape in shapes.items()
     }
-    other = copy.copy(module)  # the same, but for its layers, which are small and of fp32
-    other.__dict__["_modules"] = {**module._modules, **small}
-    other.__dict__["training"] = True
-    x = drawn(_ROWS, _WIDTH)
-    found = result(type(module).forward, other, x)
+    tried = _tried(module, small)
     names = [name for name, _ in first]
     for gate, up in [(names[0], None)] if packed else [(names[0], names[1]), (names[1], names[0])]:
         tensors = _tensors(small, gate, up, down)
         for activation in gated.ACTIVATIONS:
-            if alike(found, plain_block((x, *tensors), (activation,)).detach()):
+            if all(alike(y, result(plain_block, (x, *tensors), (activation,))) for x, y in tried):
                 what = {"silu": "swiglu", "gelu_tanh": "geglu with tanh", "gelu": "geglu"}[activation]
                 return f"tilebook.{what}", partial(_gated_forward, module, gate, up, down, activation)
     raise Left("computes something else than a gate of SiLU or GELU between layers")
+
+
+def _tried(module: nn.Module, small: Mapping[str, nn.Module]) -> list[tuple[torch.Tensor, Any]]:
+    """Random numbers, and what the module in training makes of them with these layers, small and of fp32."""
+    draw = drawn()
+    xs = [draw(_ROWS, _WIDTH) * size for size in _SIZES]
+    return [(x, result(type(module).forward, in_training(module, small), x)) for x in xs]
 
 
 def _tensors(layers: Mapping[str, Any], gate: str, up: str | None, down: str) -> tuple[Any, ...]:
@@ -253,7 +267,8 @@ def _gated_forward(
     module: Any, gate: str, up: str | None, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     layers = module._modules
-    if args or kwargs or not _usual(layers[gate], layers[down], *([] if up is None else [layers[up]])):
+    used = layers[gate], layers[down], *([] if up is None else [layers[up]])
+    if args or kwargs or not served(x) or not _usual(*used):
         return type(module).forward(module, x, *args, **kwargs)
     tensors = _tensors(layers, gate, up, down)
     if activation == "silu":
@@ -276,7 +291,13 @@ def _check_layers(module: nn.Module, *layers: nn.Linear) -> None:
 
 def _usual(*layers: Any) -> bool:
     """Are these PyTorch's own layers, to whose calls nobody listens?"""
-    return all(type(each) is nn.Linear and not hooked(each) and "forward" not in each.__dict__ for each in layers)
+    return all(
+        type(each) is nn.Linear
+        and type(each.weight) in ORDINARY
+        and not hooked(each)
+        and "forward" not in each.__dict__
+        for each in layers
+    )
 
 
 def _check(module: nn.Module, weight: torch.Tensor | None) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from tilebook.casting import autocast_dtype
 from tilebook.kernels.rope import apply_rope
 from tilebook.kernels.rope.pytorch import plain as plain_rope
-from tilebook.trial import Function, Left, alike, result
+from tilebook.trial import Function, Left, alike, drawn, result, served
 
 _ROTATES = "apply_rotary_pos_emb"
 _ROWS, _WIDTH = 5, 8
@@ -74,6 +74,7 @@ def _with_ours(forward: Any, theirs: Any) -> Function | None:
         # Angles in fp32 make narrower heads fp32, which autocast casts back for what comes next.
         dtypes = q.dtype == k.dtype and (cos.dtype == q.dtype or autocast_dtype(q) == q.dtype)
         parts = cos.shape[-1] == q.shape[-1] or len(widths) > 1
+        parts = parts and k.shape[2] == q.shape[2] == cos.shape[-2] and cos.shape[0] in (1, q.shape[0])
         if args or kwargs or q.ndim != 4 or cos.ndim != 3 or not dtypes or not parts:
             return theirs(q, k, cos, sin, *args, **kwargs)
         return apply_rope(q, k, cos, sin, interleaved=widths[_WIDTH])
@@ -106,9 +107,9 @@ def _contents(cell: Any) -> Any:
 
 def _same_rotation(theirs: Function, width: int, interleaved: bool) -> bool:
     """Does it rotate the first `width` numbers of heads as ours does?"""
-    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    q, k = (drawn(2, heads, _ROWS, _WIDTH) for heads in (4, 2))
-    half = drawn(1, _ROWS, width // 2)
+    draw = drawn()
+    q, k = (draw(2, heads, _ROWS, _WIDTH) for heads in (4, 2))
+    half = draw(1, _ROWS, width // 2)
     angles = half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)
     tensors = q, k, angles.cos(), angles.sin()
     try:
@@ -121,6 +122,7 @@ def _same_rotation(theirs: Function, width: int, interleaved: bool) -> bool:
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     forward = type(module).forward
-    if not torch.compiler.is_compiling():  # a compiler fuses the rotation with what is around it
+    # A compiler fuses the rotation with what is around it.
+    if not torch.compiler.is_compiling() and all(served(x) for x in args[:1]):
         forward = _with_ours(forward, _theirs(forward)) or forward
     return forward(module, *args, **kwargs)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+
+from tilebook.dispatch import forced
 
 Function = Callable[..., Any]
 
@@ -14,10 +19,28 @@ class Left(Exception):
     """The module stays as it is; the text says why."""
 
 
+def served(x: Any) -> bool:
+    """May a call be other than plain PyTorch's? Where not, a module's own forward costs the host less."""
+    return bool(x.is_cuda or forced())
+
+
+def drawn() -> Function:
+    """Draws random numbers of a shape, in fp32 on the CPU, whatever a program's defaults are."""
+    return partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+
+
+def in_training(module: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """The same module in training, dropouts and all, but for these layers."""
+    other = copy.copy(module)
+    inner = {name: layers.get(name) or (each and in_training(each, {})) for name, each in module._modules.items()}
+    other.__dict__.update(training=True, _modules=inner)
+    return other
+
+
 def result(function: Function, *args: Any) -> Any:
     """What a module gives, without gradients. Raises Left where it does not take one tensor."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableAutocast(), torch.random.fork_rng([]):
             return function(*args)
     except Exception as broken:
         raise Left(f"cannot be tried: {type(broken).__name__}") from None

@@ -310,3 +310,14 @@ def test_bad_inputs_are_named(name):
     given, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         tilebook.apply_rope(*given)
+
+
+def test_heads_that_lie_too_far_apart_to_count_are_copied():
+    from tilebook.kernels.rope.entry import addressed
+
+    far = torch.empty_strided((1, 128, 4, 64), (1 << 33, 1 << 24, 64, 1), device="meta")
+    near = torch.empty_strided((1, 127, 4, 64), (1 << 33, 1 << 24, 64, 1), device="meta")
+    angles = torch.empty(1, 4, 64, device="meta")
+    q, k, *_ = addressed((far, near, angles, angles))
+    assert q.shape[1] * q.stride(1) < 1 << 31
+    assert k is near

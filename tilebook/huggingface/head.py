@@ -7,6 +7,8 @@ in some. While it trains, the last layer here only notes what it was given, and 
 from __future__ import annotations
 
 import copy
+import inspect
+import threading
 from functools import partial
 from typing import Any
 
@@ -19,30 +21,51 @@ from tilebook.kernels.cross_entropy.problem import IGNORED, capped
 from tilebook.kernels.linear_cross_entropy import wide_loss
 
 
+class _Call:
+    """A call of a model that is under way: is its loss ours to make, and of what?"""
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+        self.hidden: torch.Tensor | None = None
+
+
+class _Here(threading.local):
+    """This thread's calls, by the number of their head."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, _Call] = {}
+
+
+_here = _Here()
+
+
 class Head:
-    """One model, and what its last layer was given in the call that is under way."""
+    """One model whose last layer notes what it is given, for the loss."""
 
     def __init__(self, model: Any, linear: nn.Linear, softcap: float) -> None:
         self.model, self.linear, self.softcap = model, linear, softcap
-        self.on = False
-        self.hidden: torch.Tensor | None = None
 
     def places(self) -> list[tuple[nn.Module, str, Any]]:
         """Whose attribute is to be what. No bound methods, which others bind to a model of theirs."""
+        forward: Any = partial(Head.forward, self)
+        forward.__signature__ = inspect.signature(self.model.forward)  # by which trainers choose what they pass
         return [
-            (self.model, "forward", partial(Head.forward, self)),
+            (self.model, "forward", forward),
             (self.linear, "forward", partial(Head.project, self)),
             (self.model, "_loss_function", partial(Head.loss, self)),
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.on = self._trains(**kwargs)
+        before, mine = _here.calls.get(id(self)), _Call(self._trains(**kwargs))
+        _here.calls[id(self)] = mine
         try:
             out = type(self.model).forward(self.model, *args, **kwargs)
-            if self.hidden is None:  # it has its logits
-                return out
         finally:
-            self.on, self.hidden = False, None
+            del _here.calls[id(self)]
+            if before is not None:
+                _here.calls[id(self)] = before
+        if mine.hidden is None:  # it has its logits
+            return out
         if isinstance(out, tuple):
             return out[0], None, *out[2:]
         return type(out)(**{name: each for name, each in out.items() if name != "logits"})
@@ -54,9 +77,10 @@ class Head:
         return bool(wanted and same and not hooked(self.linear) and loss and loss[0] is self)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.on:
+        call = _here.calls.get(id(self))
+        if call is None or not call.on:
             return nn.Linear.forward(self.linear, x)
-        self.hidden = x
+        call.hidden = x
         return x[..., :1]
 
     def loss(
@@ -66,13 +90,14 @@ class Head:
         """transformers' ForCausalLMLoss."""
         from transformers.loss.loss_utils import ForCausalLMLoss
 
-        if self.hidden is None:
+        call = _here.calls.get(id(self))
+        if call is None or call.hidden is None:
             return ForCausalLMLoss(  # type: ignore[no-any-return]
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
             )
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        hidden, weight, bias = self.hidden.flatten(0, -2), self.linear.weight, self.linear.bias
+        hidden, weight, bias = call.hidden.flatten(0, -2), self.linear.weight, self.linear.bias
         reduction = "mean" if num_items_in_batch is None else "sum"
         target = shift_labels.reshape(-1).to(hidden.device)
         loss = wide_loss(hidden, weight, target, bias, ignore_index, reduction, self.softcap)
@@ -111,19 +136,20 @@ def tried(model: Any, linear: nn.Linear) -> float | None:
                 raise AttributeError(name)
 
     source = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 6, 8, generator=source)
+    draw = partial(torch.randn, generator=source, dtype=torch.float32, device="cpu")
+    hidden = draw(1, 6, 8)
     base = nn.Identity()
     base.forward = lambda *_, **__: Given(last_hidden_state=hidden)  # type: ignore[method-assign]
     small = nn.Linear(8, linear.out_features, bias=linear.bias is not None, device="meta")
     for name, parameter in list(small.named_parameters()):
-        setattr(small, name, nn.Parameter(torch.randn(parameter.shape, generator=source)))
+        setattr(small, name, nn.Parameter(draw(parameter.shape)))
     modules = {id(model.base_model): base, id(linear): small}
     other = object.__new__(type(model))
     other.__dict__.update(model.__dict__)
     other.__dict__["config"] = copy.copy(model.config)
     other.config.output_router_logits = False
     other.__dict__["_modules"] = {name: modules.get(id(each), each) for name, each in model._modules.items()}
-    ids = torch.arange(6)[None] % linear.out_features
+    ids = torch.arange(6, device="cpu")[None] % linear.out_features
     labels = ids.flip(1).masked_fill(ids == 2, IGNORED)
     with torch.no_grad():
         out = type(model).forward(other, input_ids=ids, labels=labels, return_dict=True)

@@ -188,13 +188,13 @@ def _block(given: Tensors, activation: str, recompute: bool) -> torch.Tensor:
         if recall(own, near, *there):
             return block(given, options)
     route = way(*there)
-    given = autocast(*given)
+    whole, given = given, autocast(*given)  # PyTorch keeps what it casts for a parameter's next use
     some = x.ndim > 0 and x.numel() > 0 and given[1].numel() > 0  # type: ignore[union-attr]
     if route == "pytorch" or torch.compiler.is_compiling() or not some:
         check_block(*given)  # type: ignore[arg-type]
         if route == "op" and some and _block_ahead(given, activation):
             return _shaped(BLOCK.through(_rows(given), options)[0], x)
-        return block(given, options)
+        return block(whole, options)
     tensors, forward = _rows(given), registered()[0]
     args = *tensors, *options, recorded(tensors)
     choice = dispatch.known(forward, args) if route == "direct" else None
@@ -204,7 +204,7 @@ def _block(given: Tensors, activation: str, recompute: bool) -> torch.Tensor:
             if BLOCK.left_to_pytorch(
                 lambda: (forward, forward.problem.of(*_between(tensors, "meta"), activation)), tensors
             ):
-                return block(given, options)
+                return block(whole, options)
             return _shaped(BLOCK.through(tensors, options)[0], x)
         choice = dispatch.lookup(forward, (*_between(tensors, x.device), activation), args)
     if own is not None and unsettled(own, choice):
@@ -212,7 +212,7 @@ def _block(given: Tensors, activation: str, recompute: bool) -> torch.Tensor:
         keep(own, known(choice, x.numel() // x.shape[-1] * weight.numel(), BOUNDS))
     if native(choice, tensors):
         choice.calls += 1
-        return block(given, options)
+        return block(whole, options)
     return _shaped(BLOCK.direct(choice, tensors, options)[0], x)
 
 

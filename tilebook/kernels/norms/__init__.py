@@ -174,6 +174,8 @@ def _norm(
     for each in more:
         check_alike(x, each)
         mixed |= each.dtype != x.dtype
+        # Of two leaves, seen as rows, one gradient would be both's, and what is added to one be added to the other.
+        mixed |= x.ndim != 2 and x.is_leaf and each.is_leaf and x.requires_grad and each.requires_grad
     alone = vectors[0] is None and any(each is not None for each in vectors)
     if route == "pytorch" or torch.compiler.is_compiling() or not x.ndim or alone or mixed:
         check(names, x, vectors)

@@ -26,7 +26,13 @@ def registered() -> tuple[Any, Any]:
 def addressed(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The tensors as the kernel steps through them, cos and sin (B or 1, S, R); copied only where they are not so."""
     q, k, *angles = tensors
-    return rows(q), rows(k), *(rows(x if x.ndim == 3 else x[None]) for x in angles)
+    return _heads(q), _heads(k), *(rows(x if x.ndim == 3 else x[None]) for x in angles)
+
+
+def _heads(x: torch.Tensor) -> torch.Tensor:
+    """`x`, whose heads lie within 2³¹ numbers, as the kernel counts them; copied only where they do not."""
+    x = rows(x)
+    return x if x.shape[1] * x.stride(1) < 1 << 31 else x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _check(tensors: Tensors, options: Any) -> None:
@@ -56,7 +62,7 @@ def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
     q, k, *_ = tensors
     assert q is not None
     assert k is not None
-    return torch.empty_like(rows(q)), torch.empty_like(rows(k))
+    return torch.empty_like(_heads(q)), torch.empty_like(_heads(k))
 
 
 def _shards(tensors: dict[str, Any]) -> list[dict[str, int | None]]:
