@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-
 _any_global: Any = nn.modules.module._has_any_global_hook
 
 
