@@ -129,7 +129,7 @@ def test_kernels_and_their_gradients_err_at_most_twice_as_much_as_pytorch(angles
 
 
 @interpreted
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(1, 3), heads=st.integers(1, 9), heads_kv=st.integers(1, 9), seq=st.integers(1, 40),
     half=st.integers(1, 40), rest=st.integers(0, 20), dtype=st.sampled_from(DTYPES), interleaved=st.booleans(),

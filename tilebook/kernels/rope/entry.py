@@ -32,7 +32,8 @@ def addressed(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 def _heads(x: torch.Tensor) -> torch.Tensor:
     """`x`, whose heads lie within 2³¹ numbers, as the kernel counts them; copied only where they do not."""
     x = rows(x)
-    return x if x.shape[1] * x.stride(1) < 1 << 31 else x.transpose(1, 2).contiguous().transpose(1, 2)
+    near = x.ndim != 4 or x.shape[1] * x.stride(1) < 1 << 31
+    return x if near else x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _check(tensors: Tensors, options: Any) -> None:
