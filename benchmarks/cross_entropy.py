@@ -132,6 +132,13 @@ def measure(
             continue
         found[name] = {"errors": errors, "peak_mib": peak_mib(run, device)}
         running[name] = run
+    for name, times in in_turns(running, rounds, calls, device).items():
+        found[name] |= times
+    return found
+
+
+def in_turns(running: dict[str, Callable[[], Any]], rounds: int, calls: int, device: str) -> dict[str, dict[str, Any]]:
+    """ms a call of each and its quartiles, of rounds that another one begins each time."""
     series: dict[str, list[float]] = {name: [] for name in running}
     names = list(running)
     for turn in range(rounds + 1):
@@ -139,9 +146,10 @@ def measure(
             taken = time_ms(running[name], calls, device)
             if turn:  # the first round warms up
                 series[name].append(taken)
+    found = {}
     for name, samples in series.items():
         low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-        found[name] |= {"ms": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
+        found[name] = {"ms": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
     return found
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compare import save
-from cross_entropy import cast, time_ms
+from cross_entropy import cast, in_turns
 
 import tilebook
 from tilebook import device as devices
@@ -131,16 +130,8 @@ def measure(
         running[name] = run
     running["products"] = products(x, w, torch.bfloat16)
     found["products"] = {}
-    series: dict[str, list[float]] = {name: [] for name in running}
-    names = list(running)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            taken = time_ms(running[name], 1, device)
-            if turn:  # the first round warms up
-                series[name].append(taken)
-    for name, samples in series.items():
-        low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-        found[name] |= {"ms": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
+    for name, times in in_turns(running, rounds, 1, device).items():
+        found[name] |= times
     return found
 
 

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from patched_models import assert_changed_and_right
 from torch import nn
 
 import tilebook
@@ -112,26 +113,11 @@ WHAT = {
 }
 
 
-def step(model, x):
-    x = x.clone().requires_grad_()
-    y = model(x)
-    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *model.parameters()])]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 def test_norms_and_mlps_are_changed_and_give_the_same_numbers(dtype, how):
     torch.manual_seed(0)
-    model, x = Model(*parts()).to(dtype), torch.randn(3, 5, 16, dtype=dtype)
-    right = step(model, x)
-    torch._dynamo.reset()
-    called = torch.compile(model, backend="aot_eager", fullgraph=True) if how == "compiled" else model
-    with tilebook.patched(model) as report:
-        assert (report.changed, report.left) == (WHAT, {})
-        for got, wanted in zip(step(called, x), right, strict=True):
-            size = wanted.float().abs().max().item()
-            torch.testing.assert_close(got, wanted, rtol=0.03, atol=16 * torch.finfo(dtype).eps * size)
-    assert not any("forward" in each.__dict__ for each in model.modules())
+    assert_changed_and_right(Model(*parts()), WHAT, dtype, how)
 
 
 LEFT = {

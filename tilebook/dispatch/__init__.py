@@ -86,8 +86,7 @@ class Dispatch:
         """The choice for a call like one made before, else None. Such a call needs no checks: it has passed them."""
         if self.forced is not None:
             return None
-        if self._agreement.begun():  # from now on all processes are to choose alike
-            self._forget()
+        self._join()
         return self._memo.get(key(op, args))
 
     def backward_of(self, choice: Choice) -> Choice:
@@ -127,8 +126,7 @@ class Dispatch:
             return choice
         if not args[0].is_cuda:
             return pytorch(op, op.problem.of(*args))
-        if self._agreement.begun():
-            self._forget()
+        self._join()
         known = key(op, args if call is None else call)
         choice = self._memo.get(known)
         if choice is None:
@@ -146,8 +144,7 @@ class Dispatch:
         """What would run for this problem on this device. Reads the registry once per process and device."""
         if device.type != "cuda":
             return pytorch(op, problem)
-        if self._agreement.begun():
-            self._forget()
+        self._join()
         index = device.index if device.index is not None else torch.cuda.current_device()
         gpu = devices.current(index)
         with self._lock:
@@ -187,6 +184,11 @@ class Dispatch:
             self._snapshots.clear()
             self._warned.clear()
         self._forget()
+
+    def _join(self) -> None:
+        """Forgets what was chosen if there is a process group by now: from then on all processes choose alike."""
+        if self._agreement.begun():
+            self._forget()
 
     def _forget(self) -> None:
         """Forgets what was chosen."""
