@@ -162,13 +162,20 @@ def now(monkeypatch):
 
 @pytest.mark.parametrize("elsewhere", [{"torch": "2.12.0"}, {"cudnn": "91002"}, {"cuda": "12.9"}], ids=str)
 def test_a_thin_margin_over_pytorch_does_not_outlive_its_environment(choose, now, elsewhere):
-    assert choose(measured({"triton": 1.0, "torch": 1.049}, elsewhere)).source == "fallback"
-    assert choose(measured({"triton": 1.0, "torch": 1.06}, elsewhere)).source == "exact"
+    assert choose(measured({"triton": 1.0, "torch": 1.049}, elsewhere)).native
+    assert choose(measured({"triton": 1.0, "torch": 1.06}, elsewhere)).config == OTHER
 
 
 @pytest.mark.parametrize("same", [{"torch": "2.13.0", "cudnn": "92000", "cuda": "13.0"}, {}, {"driver": "1"}], ids=str)
 def test_a_thin_margin_holds_in_its_own_environment(choose, now, same):
-    assert choose(measured({"triton": 1.0, "torch": 1.01}, same)).source == "exact"
+    assert choose(measured({"triton": 1.0, "torch": 1.025}, same)).config == OTHER
+
+
+def test_a_tie_is_pytorchs(choose, now, monkeypatch):
+    assert choose(measured({"triton": 1.0, "torch": 1.01}, {})).native
+    monkeypatch.setattr(flash4, "_installed", lambda: False)
+    tied = {"flash_attention_4": 0.5, "triton": 1.0, "torch": 1.003}
+    assert choose(measured(tied, {})).native
 
 
 def test_a_thin_margin_over_what_pytorch_does_not_run_holds_anywhere(choose, now):
@@ -183,7 +190,7 @@ def test_a_thin_margin_over_what_pytorch_composes_holds_anywhere(choose, now):
 def test_a_margin_is_that_of_the_finalist_that_serves(choose, now, monkeypatch):
     monkeypatch.setattr(flash4, "_installed", lambda: False)
     times = {"flash_attention_4": 0.5, "triton": 1.0, "torch": 1.02}
-    assert choose(measured(times, {"torch": "2.12.0"})).source == "fallback"
+    assert choose(measured(times, {"torch": "2.12.0"})).native
     assert choose(measured({**times, "torch": 1.1}, {"torch": "2.12.0"})).config == OTHER
 
 

@@ -25,8 +25,9 @@ from tilebook.registry.serving import Answer, Question, Served
 FARTHEST = 8.0
 """A verdict serves problems up to this distance: a factor of 256 in one dimension, or less in several."""
 
-_THIN = 1.05
-"""In an environment other than the verdict's, a winner must have beaten what PyTorch runs by at least this factor."""
+_SURE, _THIN = 1.02, 1.05
+"""By what factor a finalist must have beaten what PyTorch runs to serve in its place: in the verdict's own environment,
+where two processes, or two cards of one model, may see what is equal so far apart; and in any other."""
 
 _DECISIVE = ("torch", "cudnn", "cuda")
 """Packages whose versions decide how fast PyTorch's own call is."""
@@ -224,19 +225,17 @@ class Snapshot:
     def _counts(self, candidate: Implementation, problem: Problem, verdict: Served) -> bool:
         """Does an exact verdict say of this finalist how it compares here with what PyTorch's own call would do?
 
-        A prediction compares our configs with each other only. In another environment PyTorch's own may have become
-        faster, so that a thin margin over it no longer counts.
+        A prediction compares our configs with each other only. A lead that another card may not see does not count; in
+        another environment PyTorch's own may have become faster, so that a thin margin over it does not either.
         """
         op = candidate.op
         if not op.fused(problem):
             return True
-        if not verdict.measured:
-            return False
-        if _here(verdict):
-            return True
+        if not verdict.measured or op.native(candidate.name, problem, self.gpu):
+            return verdict.measured
         native = self._native_ms(op, verdict, problem)
         its = _times(verdict).get(candidate.name, verdict.finalists[0].time_ms)
-        return not native or its is None or min(native) >= _THIN * its
+        return not native or its is None or min(native) >= (_SURE if _here(verdict) else _THIN) * its
 
     def _feasible(
         self, op: Op[Any], problem: Problem, verdict: Served
