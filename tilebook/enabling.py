@@ -174,6 +174,7 @@ class Status:
     served:   ops of PyTorch's, below its autograd, that run what dispatch chooses (see `tilebook.native`).
     others:   those in whose places somebody else's are, which may call ours or not.
     patched:  how many of transformers' models were patched by themselves, and still are there.
+    casts:    are weights that autocast casts, cast many at a time (see `native/casts.cpp`)?
     """
 
     enabled: bool
@@ -181,6 +182,7 @@ class Status:
     served: tuple[str, ...]
     others: tuple[str, ...]
     patched: int = 0
+    casts: bool = False
 
 
 def _pytorchs(function: Callable[..., Any]) -> bool:
@@ -301,8 +303,8 @@ def enable(*, patch: bool = False) -> None:
     """Puts tilebook's functions in the places of PyTorch's: a model runs on it without being changed.
 
     `torch.nn.functional.scaled_dot_product_attention`, `layer_norm`, `rms_norm` and `cross_entropy` then run what
-    verdicts have ahead on this GPU, and else PyTorch's own code; transformers gets to know
-    `attn_implementation="tilebook"`. The same as `TILEBOOK=1` in the environment. Calling it twice is calling it once.
+    verdicts have ahead on this GPU, and else PyTorch's own code. Under autocast linear layers give the same bits with
+    fewer kernels and nodes. transformers gets to know `attn_implementation="tilebook"`. The same as `TILEBOOK=1` in the environment. Calling it twice is calling it once.
     `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
 
     With patch, every model of transformers that is made from now on is patched when it is first called, as by
@@ -335,4 +337,4 @@ def status() -> Status:
         others = tuple(name for name, function in there.items() if name not in replaced and not _pytorchs(function))
         whole: Any = sys.modules.get("tilebook.every_model")
         patched = 0 if whole is None else whole.every_model.patched
-        return Status(_state.on, replaced, _state.served, others, patched)
+        return Status(_state.on, replaced, _state.served, others, patched, bool(_state.served))

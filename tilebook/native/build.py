@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tilebook.native.place import SOURCE, built, folder, place
+from tilebook.native.place import SOURCES, built, folder, place
 
 _MOST_SECONDS = 600.0
 _AGAIN_S = 3600.0
@@ -95,6 +95,6 @@ def _command(compiler: str, output: str) -> list[str]:
     return [
         compiler, "-O2", "-std=c++20", "-fPIC", "-shared",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *[f"-I{each}" for each in include], str(SOURCE), "-o", output,
+        *[f"-I{each}" for each in include], *[str(each) for each in SOURCES if each.suffix == ".cpp"], "-o", output,
         f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10", "-ldl",
     ]  # fmt: skip

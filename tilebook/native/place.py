@@ -13,7 +13,7 @@ import platformdirs
 import torch
 
 NAME = "tilebook_served"
-SOURCE = Path(__file__).with_name("served.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("served.cpp", "casts.cpp", "casts.h"))
 
 
 def folder() -> Path | None:
@@ -24,7 +24,9 @@ def folder() -> Path | None:
 
 def place(root: Path) -> Path:
     """Where in that folder the extension for this PyTorch and this Python is, or would be."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for source in SOURCES:
+        digest.update(source.read_bytes())
     for each in (torch.__version__, sys.version, sysconfig.get_platform(), str(torch.compiled_with_cxx11_abi())):
         digest.update(each.encode())
     return root / digest.hexdigest()[:16] / f"{NAME}.so"

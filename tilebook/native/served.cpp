@@ -31,6 +31,8 @@
 #include <unordered_set>
 #include <vector>
 
+#include "casts.h"
+
 namespace {
 
 using c10::DispatchKey;
@@ -558,6 +560,7 @@ PyObject* install(PyObject*, PyObject* given) {
 
 PyObject* stop(PyObject*, PyObject*) {
   on = false;
+  casts_on(false, false);
   Py_RETURN_NONE;
 }
 
@@ -586,6 +589,7 @@ PyObject* start(PyObject*, PyObject* given) {
   Py_INCREF(function);
   Py_XSETREF(resolver, function);
   on = true;
+  casts_on(true, served_device == static_cast<int>(c10::DeviceType::CPU));
   Py_RETURN_NONE;
 }
 

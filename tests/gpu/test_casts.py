@@ -1,0 +1,141 @@
+"""Casts of autocast many at a time, and products with one node, on a GPU: the same bits as PyTorch's own."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import tilebook
+from tilebook import native
+from tilebook.native import build
+
+pytestmark = pytest.mark.gpu
+LAYERS = 12
+
+
+@pytest.fixture(autouse=True)
+def there(monkeypatch):
+    if not native.available():
+        try:
+            build.build()
+        except build.BuildError as broken:
+            pytest.skip(str(broken))
+        monkeypatch.setattr(native, "_serving", native._Serving())
+
+
+def stack(width=64, bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *[nn.Sequential(nn.Linear(width, width, bias=bias), nn.GELU()) for _ in range(LAYERS)], nn.LayerNorm(width)
+    ).cuda()
+
+
+def numbers(*shape):
+    return torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+
+
+def both(program):
+    plain = program()
+    with tilebook.enabled():
+        ours = program()
+    torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def region(dtype=torch.bfloat16):
+    return torch.autocast("cuda", dtype)
+
+
+def steps(model, x, dtype=torch.bfloat16, count=4):
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(count):
+        with region(dtype):
+            loss = model(x).float().square().mean()
+        loss.backward()
+        found += [loss.detach(), *[p.grad.clone() for p in model.parameters()]]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("shape", [(300, 64), (8, 197, 64), (2, 3, 5, 64), (1, 1, 64)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_are_the_same(shape, bias, dtype):
+    # The norm that ends a stack is dispatch's to serve: here it is left out.
+    both(lambda: steps(stack(bias=bias)[:-1], numbers(*shape).requires_grad_(), dtype))
+
+
+def test_kernels_are_fewer():
+    def kernels():
+        model, x = stack()[:-1], numbers(8, 197, 64)
+        steps(model, x)
+        with torch.profiler.profile() as seen:
+            steps(model, x, count=1)
+            torch.cuda.synchronize()
+        return sum(
+            each.name().count("copy") for each in seen.profiler.kineto_results.events() if "kernel" in each.name()
+        )
+
+    plain = kernels()
+    with tilebook.enabled():
+        assert kernels() <= plain - 3 * LAYERS
+
+
+@pytest.mark.parametrize("begun", ["inside", "outside"])
+def test_a_graph_casts_the_weights_of_its_time(begun):
+    def program():
+        model, x, found = stack()[:-1], numbers(8, 64), []
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                with region():
+                    model(x)
+        torch.cuda.current_stream().wait_stream(side)
+        if begun == "outside":
+            with region():
+                y = model[0](x)
+                with torch.cuda.graph(graph):
+                    out = model[1:](y)
+        else:
+            with torch.cuda.graph(graph), region():
+                out = model(x)
+        for _ in range(2):
+            for each in model.parameters():
+                each.mul_(1.5)
+            graph.replay()
+            found.append(out.clone())
+        return found
+
+    with torch.no_grad():
+        both(program)
+
+
+def test_what_is_first_used_on_another_stream_is_cast_there():
+    def program():
+        model, x, found = stack(2048)[:-1], numbers(512, 2048), []
+        side = torch.cuda.Stream()
+        for _ in range(3):
+            with torch.no_grad(), region():
+                side.wait_stream(torch.cuda.current_stream())
+                y = model[0](x)
+                with torch.cuda.stream(side):
+                    other = model[1:](x)
+                torch.cuda.current_stream().wait_stream(side)
+            found += [y.clone(), other.clone()]
+        return found
+
+    both(program)
+
+
+def test_memory_is_given_back_with_the_region():
+    model, x = stack(1024)[:-1], numbers(8, 1024)
+    with tilebook.enabled():
+        for _ in range(3):
+            before = torch.cuda.memory_allocated()
+            with region():
+                y = model(x)
+            del y
+            gc.collect()
+            assert torch.cuda.memory_allocated() == before
