@@ -304,8 +304,8 @@ def enable(*, patch: bool = False) -> None:
 
     `torch.nn.functional.scaled_dot_product_attention`, `layer_norm`, `rms_norm` and `cross_entropy` then run what
     verdicts have ahead on this GPU, and else PyTorch's own code. Under autocast linear layers give the same bits with
-    fewer kernels and nodes. transformers gets to know `attn_implementation="tilebook"`. The same as `TILEBOOK=1` in the environment. Calling it twice is calling it once.
-    `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
+    fewer kernels and nodes. transformers gets to know `attn_implementation="tilebook"`. The same as `TILEBOOK=1` in the
+    environment. Calling it twice is calling it once. `TILEBOOK_DISABLE=1` in the environment keeps PyTorch's functions.
 
     With patch, every model of transformers that is made from now on is patched when it is first called, as by
     `tilebook.patch(model)` without its loss_head; `TILEBOOK=patch` is the same. What it changes is logged, at the level
