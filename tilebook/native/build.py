@@ -9,6 +9,8 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,24 +44,43 @@ def build() -> Path:
         raise BuildError("there is no C++ compiler (g++, clang++ or $CXX)")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, half = tempfile.mkstemp(".so", dir=path.parent)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            half = _compiled(compiler, Path(scratch))
+            os.chmod(half, 0o700)
+            os.replace(half, path)
     except OSError as broken:
-        raise BuildError(f"{path.parent}: {broken.strerror}") from None
-    os.close(handle)
-    try:
-        done = subprocess.run(
-            _command(compiler, half), capture_output=True, text=True, timeout=_MOST_SECONDS, check=False
-        )
+        raise BuildError(f"{path.parent}: {broken.strerror or broken}") from None
+    return path
+
+
+def _compiled(compiler: str, folder: Path) -> Path:
+    """The sources compiled, each by a process of its own, and linked."""
+    sources = [each for each in SOURCES if each.suffix == ".cpp"]
+    objects = [folder / each.with_suffix(".o").name for each in sources]
+    library = folder / "linked.so"
+    home = Path(torch.__file__).parent
+    include = [home / "include", home / "include/torch/csrc/api/include", Path(sysconfig.get_path("include"))]
+    options = [
+        "-O2", "-std=c++20", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *[f"-I{each}" for each in include],
+    ]  # fmt: skip
+    libraries = [f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10", "-ldl"]
+
+    def run(arguments: Sequence[object]) -> None:
+        try:
+            done = subprocess.run(
+                [compiler, *map(str, arguments)], capture_output=True, text=True, timeout=_MOST_SECONDS, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as broken:
+            raise BuildError(f"{compiler}: {broken}") from None
         if done.returncode:
             raise BuildError(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
-        os.chmod(half, 0o700)
-        os.replace(half, path)
-    except (OSError, subprocess.TimeoutExpired) as broken:
-        raise BuildError(f"{compiler}: {broken}") from None
-    finally:
-        with suppress(OSError):
-            os.unlink(half)
-    return path
+
+    with ThreadPoolExecutor(len(sources)) as at_once:
+        compiling = [[*options, "-c", source, "-o", made] for source, made in zip(sources, objects, strict=True)]
+        list(at_once.map(run, compiling))
+    run(["-shared", *objects, "-o", library, *libraries])
+    return library
 
 
 def begin() -> None:
@@ -87,14 +108,3 @@ def begin() -> None:
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )
         )  # fmt: skip
-
-
-def _command(compiler: str, output: str) -> list[str]:
-    home = Path(torch.__file__).parent
-    include = [home / "include", home / "include/torch/csrc/api/include", Path(sysconfig.get_path("include"))]
-    return [
-        compiler, "-O2", "-std=c++20", "-fPIC", "-shared",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *[f"-I{each}" for each in include], *[str(each) for each in SOURCES if each.suffix == ".cpp"], "-o", output,
-        f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10", "-ldl",
-    ]  # fmt: skip
