@@ -9,6 +9,7 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.kernels.attention.form import form
 from tilebook.kernels.attention.peers import flash4, flex
+from tilebook.kernels.attention.pytorch import sdpa
 from tilebook.tuner.judge.verify import Case, Wrong, verify
 
 pytestmark = pytest.mark.gpu
@@ -122,6 +123,30 @@ def test_rows_that_see_nothing_are_zero_everywhere(kind, causal):
             dq, dk, dv = backward(do, q, k, v, o, lse, options, 0.125, table, config=settings)
             assert (dq[:, :, dead] == 0).all(), (forward.name, backward.name)
             assert all(x.isfinite().all() for x in (dq, dk, dv)), (forward.name, backward.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("length", [192, 200])
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("rows", [1, None], ids=["keys", "pairs"])
+@pytest.mark.parametrize("kind", ["mask", "bias"])
+def test_rows_that_see_nothing_are_zero_where_pytorch_serves(kind, rows, learnt, length, dtype):
+    if kind == "mask" and learnt:
+        pytest.skip("booleans have no gradient")
+    generator = torch.Generator("cuda").manual_seed(0)
+    leaves = [
+        torch.randn(2, 2, length, 64, device="cuda", dtype=dtype, generator=generator).requires_grad_()
+        for _ in range(3)
+    ]
+    shown = torch.rand(2, 1, rows or length, length, device="cuda", generator=generator) < 0.5
+    shown[1, :, -1] = False  # of keys: all that this sequence has
+    table = shown if kind == "mask" else torch.where(shown, 0.25, -torch.inf).to(dtype).requires_grad_(learnt)
+    o = sdpa(*leaves, False, None, table)
+    assert (o[1, :, -1] == 0).all()
+    wanted = [*leaves, table] if learnt else leaves
+    found = torch.autograd.grad(o.float().square().sum(), wanted)
+    assert all(each.isfinite().all() for each in found)
+    assert (found[0][1, :, -1] == 0).all()
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -34,20 +34,23 @@ def sdpa(
 ) -> torch.Tensor:
     """PyTorch's function, grouped where head counts differ; a bias only without a causal mask.
 
-    Rows that see nothing are 0, and so are their gradients, also where PyTorch's kernel makes a mean or NaN of them.
+    Rows that see nothing are 0, and so are their gradients, also where PyTorch's kernel makes a mean of them.
     """
     q, scale = positive(q, scale)
     grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if bias is None:
         o: torch.Tensor = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
         return o
-    mask, hidden = bias if bias.dtype == torch.bool else bias.to(q.dtype), None
-    if q.is_cuda:  # rows that see nothing see everything, and then count for nothing
-        # Where all rows see the same, as with keys that are padded, one is looked at.
-        seen = mask[..., :1, :] if mask.ndim > 1 and not mask.stride(-2) else mask
-        hidden = ~seen.any(-1, True) if mask.dtype == torch.bool else seen.amax(-1, True) == -torch.inf
-        shown = seen | hidden if mask.dtype == torch.bool else seen.masked_fill(hidden, 0.0)
-        mask = in_vectors(shown, k.shape[2], q.dtype).expand(*mask.shape[:-1], k.shape[2])
+    if not q.is_cuda:
+        mask = bias if bias.dtype == torch.bool else bias.to(q.dtype)
+        o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
+        return o
+    # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
+    added, hidden = bias.to(q.dtype).log() if bias.dtype == torch.bool else bias.to(q.dtype), None
+    if bias.requires_grad:  # whose gradient would be NaN there: such rows see everything, and then count for nothing
+        hidden = added.amax(-1, True) == -torch.inf
+        added = added.masked_fill(hidden, 0.0)
+    mask = in_vectors(added, k.shape[2], q.dtype).expand(*added.shape[:-1], k.shape[2])
     o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
     return o if hidden is None else o.masked_fill(hidden, 0.0)
 
