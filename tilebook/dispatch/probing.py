@@ -1,0 +1,521 @@
+"""A running program settles problems that no verdict is on: PyTorch's own and candidates take turns in its calls.
+
+Off by default. Candidates are what verdicts on the nearest problems have won. They compile in a process of their own,
+are verified once, on numbers of their own and aside from the program's stream, and are timed by events that are read
+when they have come to pass. What has been found is an *observed* verdict: the registry keeps it until a tune knows
+better. Whatever goes wrong, the call is the usual one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from tilebook import device as devices
+from tilebook import registry as store
+from tilebook.device import Device
+from tilebook.dispatch import Dispatch, here
+from tilebook.dispatch.choice import Choice, Outputs
+from tilebook.dispatch.snapshot import Snapshot, pytorch
+from tilebook.op import Config, Implementation, Op, Problem
+from tilebook.registry import Finalist, Speedup, Verdict, VerdictStatus
+from tilebook.registry.served import of as of_verdict
+
+__all__ = ["Prober", "Settling", "probe", "stop"]
+
+SHARE = 0.01
+"""How much of a program's time so far may go to probing."""
+
+MOST_S = 0.2
+"""What one problem may take of it, in one direction."""
+
+LOOKS = (8, 16, 32, 64)
+"""Rounds after which the times are looked at. The error that is allowed for is that of all looks and candidates."""
+
+CANDIDATES = 3
+
+HOST_FACTOR = 2.0
+"""A call is the GPU's if its events are so many times as far apart as the host took: where the GPU waits for the host,
+they are about as far apart as that."""
+
+_LEAST_S = 5e-6  # calls that no GPU takes longer for are the host's
+_VERIFYING_S, _VERIFYING = 0.01, 50.0  # verifying costs about so much, and so many times the least time of a call
+_SPARE_BYTES, _SPARE = 2 << 30, 16  # memory that it needs at most, and by how much what a call moves counts
+_TURN_S = 50e-6  # what a call costs the host more than usual, beside what is timed here
+_WAKING_S = 100e-6  # what it takes to find out again who serves a kind of call
+_CHUNK_S = 0.02  # less time is not worth waking up for
+_UNREAD = 64  # calls whose events have not come to pass
+_TICK_S, _HEAR_S, _KEEP_S, _JOIN_S = 0.25, 2.0, 60.0, 2.0
+_WARM = 2  # calls of a candidate: the first loads, the second is recorded
+
+Candidate = tuple[Implementation, Config | None]
+Started = Callable[[Op[Any], Implementation, Problem, Config, Device], "Future[Any]"]
+
+
+class Gpu:
+    """What is asked of the GPU and of the clock; tests have their own."""
+
+    now = staticmethod(time.perf_counter)
+
+    def event(self, like: torch.Tensor) -> Any:
+        """One that the tensor's GPU reaches after what it has been given so far."""
+        new: Any = torch.cuda.Event
+        made = new(enable_timing=True)
+        made.record(torch.cuda.current_stream(like.device))
+        return made
+
+    def room(self, like: torch.Tensor, size: float) -> bool:
+        return torch.cuda.mem_get_info(like.device)[0] >= size
+
+    @contextmanager
+    def aside(self, like: torch.Tensor) -> Iterator[torch.device]:
+        """Inside the block nothing waits for the program's stream, and nothing is recorded or cast."""
+        new: Any = torch.cuda.Stream
+        with torch.cuda.stream(new(like.device)), torch.no_grad(), torch._C._DisableAutocast():
+            yield like.device
+
+
+@dataclass(eq=False)
+class Settling:
+    """One problem until it is known what serves it. `active`: its calls are looked at; `done`: never again.
+
+    rounds: ms by candidate, None for PyTorch's own, a dictionary a round. host_s: what calls of PyTorch's own cost it.
+    """
+
+    op: Op[Any]
+    problem: Problem
+    gpu: Device
+    alive: list[Candidate]
+    compiled: dict[Candidate, Future[Any]] = field(default_factory=dict)
+    active: bool = False
+    done: bool = False
+    verified: bool = False
+    spent_s: float = 0.0
+    looks: int = 0
+    rounds: list[dict[Candidate | None, float]] = field(default_factory=list)
+    host_s: list[float] = field(default_factory=list)
+    turns: list[Candidate | None] = field(default_factory=list)
+    unread: deque[tuple[dict[Candidate | None, float], Candidate | None, Any, Any]] = field(default_factory=deque)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.tried = tuple(self.alive)
+
+    @property
+    def ready(self) -> bool:
+        return not (self.active or self.done) and all(each.done() for each in self.compiled.values())
+
+    @property
+    def expected_s(self) -> float:
+        """What the next step costs."""
+        return _TURN_S if self.verified else _VERIFYING_S + _VERIFYING * self.problem.floor_s(self.gpu)
+
+    @property
+    def whole(self) -> list[dict[Candidate | None, float]]:
+        """The rounds of which all is known."""
+        return [each for each in self.rounds if None in each and all(one in each for one in self.alive)]
+
+    @property
+    def own_ms(self) -> list[float]:
+        """Times of PyTorch's own calls."""
+        return [each[None] for each in self.rounds if None in each]
+
+    def drop(self, candidate: Candidate) -> None:
+        self.alive = [each for each in self.alive if each is not candidate]
+        self.turns = [each for each in self.turns if each is not candidate]
+
+    def _pairs(self, candidate: Candidate) -> list[tuple[float, float]]:
+        """Times of PyTorch's own calls and of the candidate's, of the rounds that have both."""
+        return [(each[None], each[candidate]) for each in self.rounds if None in each and candidate in each]
+
+    def lead(self, candidate: Candidate) -> Speedup:
+        """How many times as fast as PyTorch's own it is. Looks at all candidates together err in 5 % of problems."""
+        from tilebook.tuner.judge.stats import speedup
+
+        own, its = zip(*self._pairs(candidate), strict=True)
+        found = speedup(own, its, level=100 - 5 / (len(LOOKS) * len(self.tried)))
+        return Speedup(found.value, found.low, found.high)
+
+    def verdict(self, winner: Candidate | None) -> Verdict:
+        """What has been found: the winner, PyTorch's own if that is None, and all that was compared with it."""
+        from tilebook.tuner.judge.stats import median
+
+        ones = Speedup(1.0, 1.0, 1.0)
+        own = Finalist("torch", {}, median(self.own_ms), ones, _rounded(self.own_ms))
+        made: dict[Candidate | None, Finalist] = {None: own}
+        for each in self.tried:
+            its = [ms for _, ms in self._pairs(each)]
+            if len(its) >= LOOKS[0]:
+                config = dict(each[1] or {})
+                made[each] = Finalist(each[0].name, config, median(its), self.lead(each), _rounded(its))
+        first = made.pop(winner)
+        told: dict[str, store.Json] = {
+            "rounds": len(self.whole),
+            "looks": self.looks,
+            "host_ms": round(1e3 * median(self.host_s), 6),
+            "spent_ms": round(1e3 * self.spent_s, 3),
+        }
+        return Verdict(
+            op=self.op.name,
+            problem=self.problem.key,
+            device=store.Device(*self.gpu.identity),
+            environment=store.Environment(dict(devices.environment())),
+            kernel=self.op.digest,
+            status=VerdictStatus.MEASURED,
+            finalists=(first, *made.values()),
+            default_time_ms=own.time_ms,
+            interval=first.speedup,
+            mode="eager",
+            sources={each.name: each.digest for each, _ in self.tried if each.digest},
+            notes={"observed": told},
+            origin="observed",
+        )
+
+
+def _rounded(samples_ms: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(each, 6) for each in samples_ms)
+
+
+class Probe:
+    """What stands in a choice's place while its problem is settled. Plans belong to the choice: so do candidates."""
+
+    def __init__(self, prober: Prober, state: Settling, choice: Choice) -> None:
+        self.prober, self.state = prober, state
+        self._choices: dict[Candidate | None, Choice] = {None: pytorch(state.op, state.problem, state.gpu)}
+        for each in state.tried:
+            self._choices[each] = Choice(*each, "nearest", state.problem, state.gpu)
+
+    @property
+    def active(self) -> bool:
+        return self.state.active
+
+    def __call__(self, usual: Callable[..., Outputs], args: Sequence[Any]) -> Outputs:
+        state, prober, outputs = self.state, self.prober, None
+        if state.lock.acquire(blocking=False):  # else it is another thread's turn
+            try:
+                began = prober.gpu.now()
+                turn = self._next(args[0])
+                prober.spend(state, prober.gpu.now() - began + _TURN_S)
+                if turn is not None:
+                    outputs = self._take(*turn, args)
+            finally:
+                state.lock.release()
+        return usual(*args) if outputs is None else outputs
+
+    def _next(self, like: torch.Tensor) -> tuple[Candidate | None, bool] | None:
+        """Whose turn it is, and whether it is timed. None where the call is the usual one."""
+        state, prober = self.state, self.prober
+        try:
+            prober.read(state)
+            if not state.active or not prober.affords(state):
+                return None
+            if not state.verified:
+                prober.verify(state, like)
+        except Exception as broken:  # no memory, no NumPy, a mind of its own
+            prober.end(state, broken)
+        if not state.active or len(state.unread) >= _UNREAD:
+            return None
+        cold = next((each for each in state.alive if self._choices[each].calls < _WARM), None)
+        if cold is not None:
+            return cold, False
+        if not state.turns:
+            state.turns = prober.random.sample([None, *state.alive], 1 + len(state.alive))
+            state.rounds.append({})
+        return state.turns.pop(), True
+
+    def _take(self, who: Candidate | None, timed: bool, args: Sequence[Any]) -> Outputs | None:
+        """One call of the candidate, PyTorch's own where it is None; nothing where the candidate fails."""
+        state, gpu = self.state, self.prober.gpu
+        began, start = gpu.now(), gpu.event(args[0]) if timed else None
+        try:
+            outputs = self._choices[who].usual(*args)
+        except Exception as broken:
+            if who is not None:
+                self.prober.drop(state, who, broken)
+            return None  # which says what is wrong with the call, if anything is
+        took_s = gpu.now() - began
+        if start is None:
+            self.prober.spend(state, took_s)
+            return outputs
+        state.unread.append((state.rounds[-1], who, start, gpu.event(args[0])))
+        if who is None:
+            state.host_s.append(took_s)
+        return outputs
+
+
+class Prober:
+    """The problems that a program settles, and what it may spend on that."""
+
+    def __init__(self, dispatch: Dispatch = here, gpu: Any = None, compile: Started | None = None) -> None:
+        self.gpu, self._watched = gpu or Gpu(), gpu is None
+        self.random = random.Random(0)
+        self.spent_s = 0.0
+        self.states: dict[Any, Settling | None] = {}
+        self._dispatch, self._compile = dispatch, compile or self._compiling
+        self._began = self._kept = self._heard = self.gpu.now()
+        self.found: list[Verdict] = []
+        self._written = 0
+        self._wrong: set[tuple[str, str, str]] = set()
+        self._pool: Any = None
+        self._thread: threading.Thread | None = None
+        self._lock, self._over = threading.RLock(), threading.Event()
+        self._process = os.getpid()
+
+    def of(self, choice: Choice) -> Probe | None:
+        """What is to look at a choice's calls, if its problem is one to be settled."""
+        op, problem, gpu = choice.implementation.op, choice.problem, choice.gpu
+        if gpu is None or choice.source in ("exact", "forced") or not choice.aligned or not op.fused(problem):
+            return None
+        if self._over.is_set() or self._process != os.getpid() or torch.are_deterministic_algorithms_enabled():
+            return None
+        key = op.name, problem.key, gpu.identity
+        with self._lock:
+            if self._thread is None and self._watched:
+                self._thread = threading.Thread(target=self._watch, name="tilebook-probe", daemon=True)
+                self._thread.start()
+            if not self._dispatch.leads:
+                return None
+            if key not in self.states:
+                began, self.states[key] = self.gpu.now(), None
+                with suppress(Exception):  # a problem without a cost, compilers that do not start
+                    self.states[key] = self._begun(op, problem, gpu)
+                self.spent_s += self.gpu.now() - began
+            state = self.states[key]
+        return None if state is None or state.done else Probe(self, state, choice)
+
+    def _begun(self, op: Op[Any], problem: Problem, gpu: Device) -> Settling | None:
+        """A problem that has just been met; None where there is nothing to try, or too much to pay for it."""
+        if problem.floor_s(gpu) < _LEAST_S:
+            return None
+        candidates = self._dispatch.contenders(op, problem, gpu, CANDIDATES)
+        state = Settling(op, problem, gpu, [each for each in candidates if _named(each) not in self._wrong])
+        if not state.alive or state.expected_s > MOST_S / 2:
+            return None
+        for implementation, config in state.alive:
+            if config is not None:
+                future = self._compile(op, implementation, problem, config, gpu)
+                state.compiled[implementation, config] = future
+        return state
+
+    def _compiling(
+        self, op: Op[Any], implementation: Implementation, problem: Problem, config: Config, gpu: Device
+    ) -> Future[Any]:
+        """In a process of its own, into Triton's cache, as a tune does it."""
+        from tilebook.tuner.process.compile import CompilePool
+
+        if self._pool is None:
+            self._pool = CompilePool(gpu, workers=1)
+        return self._pool.submit(op.name, implementation.name, problem.key, config)  # type: ignore[no-any-return]
+
+    def allowance_s(self) -> float:
+        """What may be spent now."""
+        return SHARE * (self.gpu.now() - self._began) - self.spent_s
+
+    def affords(self, state: Settling) -> bool:
+        """May its next step be made? All pause where there is no time for it; one that has spent its own ends."""
+        if state.spent_s + state.expected_s > MOST_S:
+            self.end(state)
+        elif self.allowance_s() < state.expected_s:
+            for each in self._pending():
+                each.active = False
+        return state.active
+
+    def spend(self, state: Settling, seconds: float) -> None:
+        with self._lock:
+            self.spent_s += seconds
+        state.spent_s += seconds
+
+    def _pending(self) -> list[Settling]:
+        return [each for each in list(self.states.values()) if each is not None and not each.done]
+
+    def tick(self) -> None:
+        """What is to be done now and then: look again who serves, keep what was found."""
+        if not self._dispatch.leads:
+            for each in self._pending():
+                each.active = False
+            if self.gpu.now() - self._heard >= _HEAR_S:
+                self._heard = self.gpu.now()
+                self._dispatch.follow()
+            return
+        waiting = [each for each in self._pending() if each.ready]
+        waking_s = _WAKING_S * self._dispatch.kinds
+        if waiting and self.allowance_s() >= max(_CHUNK_S, 10 * waking_s):
+            with self._lock:
+                self.spent_s += waking_s
+            for each in waiting:
+                each.active = True
+            self._dispatch.look_again()
+        if self.gpu.now() - self._kept > _KEEP_S:
+            self.keep()
+
+    def verify(self, state: Settling, like: torch.Tensor) -> None:
+        """Leaves those that compile and are right, by the rule of a tune, on numbers of their own."""
+        from tilebook.tuner.judge.verify import Case, Wrong, verify
+
+        needed = _SPARE_BYTES + _SPARE * state.problem.cost().bytes
+        if not self.gpu.room(like, needed):
+            raise MemoryError(f"{needed / 2**30:.0f} GiB are not free")
+        with self.gpu.aside(like) as place:
+            case = Case.make(state.op, state.problem, place, self.random.randrange(1 << 30))
+            for each in state.tried:
+                try:
+                    compiled = state.compiled[each].result() if each in state.compiled else None
+                    if _named(each) in self._wrong or getattr(compiled, "failure", None):
+                        raise Wrong(getattr(compiled, "reason", "wrong on another problem"))
+                    verify(*each, [case])
+                except Exception as wrong:
+                    if isinstance(wrong, Wrong):
+                        self._wrong.add(_named(each))
+                    self.drop(state, each, wrong)
+        state.verified = True
+
+    def drop(self, state: Settling, candidate: Candidate, why: Exception) -> None:
+        """A candidate that is not right, or does not run, is none any more."""
+        name, config = candidate[0].name, candidate[1] or ""
+        self._warn(state, f"{name} {config} is not what serves it: {type(why).__name__}: {str(why)[:200]}")
+        state.drop(candidate)
+        if not state.alive:
+            self.end(state)
+
+    def read(self, state: Settling) -> None:
+        """Takes the times that are there, and looks at them when it is time to."""
+        while state.unread and state.unread[0][3].query():
+            its, who, start, end = state.unread.popleft()
+            its[who] = start.elapsed_time(end)
+            if who is not None and state.own_ms:
+                self.spend(state, max(0.0, its[who] - state.own_ms[-1]) / 1e3)
+        if state.active and state.looks < len(LOOKS) and len(state.whole) >= LOOKS[state.looks]:
+            self._look(state)
+
+    def _look(self, state: Settling) -> None:
+        from tilebook.tuner.judge.stats import PROMOTION, median
+
+        state.looks += 1
+        if median(state.own_ms) < HOST_FACTOR * 1e3 * median(state.host_s):
+            state.looks = 0  # the host's, and nothing that a verdict is about
+            return self.end(state)
+        ratios = {each: state.lead(each) for each in state.alive}
+        ahead = [each for each in ratios if ratios[each].low > PROMOTION]
+        if ahead:
+            return self.end(state, winner=max(ahead, key=lambda each: ratios[each].value))
+        for each, ratio in ratios.items():
+            if ratio.high <= PROMOTION:
+                state.drop(each)
+        if not state.alive or state.looks == len(LOOKS):
+            self.end(state)
+        return None
+
+    def end(self, state: Settling, broken: Exception | None = None, winner: Candidate | None = None) -> None:
+        """The winner serves from now on, PyTorch's own where nothing has won; kept if times were compared."""
+        state.active, state.done = False, True
+        state.unread.clear()
+        if broken is not None:
+            self._warn(state, f"its calls cannot be compared: {type(broken).__name__}: {str(broken)[:200]}")
+        found = None if broken is not None or not state.looks else state.verdict(winner)
+        if found is not None:
+            self.found.append(found)
+        served = None if found is None else of_verdict(found, "observed")
+        self._dispatch.settled(state.op, state.problem, state.gpu, served)
+
+    def remind(self, snapshot: Snapshot) -> None:
+        """Tells a snapshot that has just been read what has been found until now."""
+        for each in self.found:
+            if each.device.content() == store.Device(*snapshot.gpu.identity).content():
+                snapshot.observe(of_verdict(each, "observed"))
+
+    def keep(self) -> None:
+        """Writes what has been found since into the registry, if one can be written."""
+        self._kept = self.gpu.now()
+        rest, count = self.found[self._written :], len(self.found)
+        if not rest:
+            return
+        try:
+            with store.Layers.default().writer() as registry:
+                registry.merge((), rest)
+            self._written = count
+        except Exception as broken:  # what was found serves this program all the same
+            warnings.warn(f"tilebook: what was observed is not kept: {broken}", RuntimeWarning, stacklevel=2)
+            self._written = count
+
+    def close(self) -> None:
+        """Looks at nothing any more, and keeps what it has found."""
+        if self._over.is_set() or self._process != os.getpid():
+            return
+        self._over.set()
+        for each in self._pending():
+            each.active, each.done = False, True
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_S)
+        if self._pool is not None:
+            self._pool.close()
+        self.keep()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_TICK_S):
+            try:
+                self.tick()
+            except Exception as broken:
+                warnings.warn(f"tilebook: probing has ended: {broken}", RuntimeWarning, stacklevel=2)
+                return
+
+    def _warn(self, state: Settling, text: str) -> None:
+        warnings.warn(f"tilebook: {state.op.name} {state.problem.label}: {text}", RuntimeWarning, stacklevel=4)
+
+
+def _named(candidate: Candidate) -> tuple[str, str, str]:
+    implementation, config = candidate
+    return implementation.op.name, implementation.name, "" if config is None else config.key
+
+
+class Probing:
+    """Probing that has begun, and ends with the block, if it is used as one, or with the program."""
+
+    def __init__(self) -> None:
+        self._mine = here.prober is None
+        if self._mine:
+            here.begin_probing(Prober())
+
+    def __enter__(self) -> Probing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._mine:
+            stop()
+
+
+def probe() -> Probing:
+    """From now on the program settles problems that no verdict is on by its own calls; as a block, while that lasts.
+
+    The first calls of a problem take turns: PyTorch's own, and what has won on the nearest problems of this GPU model.
+    Candidates are verified before, and timed by events; the one that is shown faster serves from then on, PyTorch's own
+    if none is. At most 1 % of the program's time goes to it, and 200 ms to a problem. The registry keeps what was found
+    as observed verdicts, which a tune replaces. `TILEBOOK_PROBE=1` in the environment is the same. Off by default.
+
+    Numbers may differ in rounding from call to call while calls take turns. Nothing is probed while a graph is captured
+    or a program is traced, or under `torch.use_deterministic_algorithms(True)`; of a distributed program the first
+    process probes, and the others take its outcome when they hear of it.
+    """
+    return Probing()
+
+
+def stop() -> None:
+    """Ends probing, and keeps what was found."""
+    if here.prober is not None:
+        here.prober.close()
+        here.prober = None
+
+
+atexit.register(stop)
