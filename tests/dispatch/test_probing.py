@@ -1,6 +1,8 @@
-"""A program that probes settles what no verdict is on: the faster serves, within a budget, with right numbers always."""
+"""A program that probes settles what no verdict is on: the faster serves, within a budget, numbers always right."""
 
 import contextlib
+import threading
+import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,8 +12,8 @@ import torch
 from dispatch_samples import GPU, Doubling, OnGpu, doubling, on_gpu, verdict
 
 from tilebook import op as ops
-from tilebook.dispatch import Dispatch
-from tilebook.dispatch.probing import Prober
+from tilebook.dispatch import Dispatch, probing
+from tilebook.dispatch.probing import MOST_S, SHARE, Prober
 from tilebook.op import Cost
 from tilebook.registry import Registry
 from tilebook.registry.searched import observed
@@ -127,10 +129,14 @@ def program(gpu, monkeypatch):
     monkeypatch.setattr("tilebook.dispatch.choice.record", lambda run, args: (run(*args), None))
 
     def make(*args, **options):
-        made = Program(gpu, *args, **options)
+        make.count += 1
+        path = gpu.with_name(f"{make.count}.db")
+        monkeypatch.setenv("TILEBOOK_REGISTRY", str(path))
+        made = Program(path, *args, **options)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
         return made
 
+    make.count = 0
     return make
 
 
@@ -150,3 +156,237 @@ def test_the_faster_one_serves_from_then_on_and_is_kept_with_its_evidence(progra
     assert {each.implementation for each in found.finalists} == {"triton", "torch"}
     assert len(found.winner.samples_ms) == found.notes["observed"]["rounds"] == 8
     assert found.environment.versions["torch"] == str(torch.__version__)
+
+
+def test_pytorchs_own_serves_where_nothing_is_faster_and_is_not_asked_again(program):
+    it = program({1: 100e-6, 2: 130e-6})
+    it.run(8000)
+    (found,) = it.kept()
+    assert (found.implementation, found.time_ms) == ("torch", pytest.approx(0.1, rel=0.05))
+    slower = next(each for each in found.finalists if each.implementation == "triton")
+    assert slower.speedup.high < 1
+    assert it.serves == ("torch", "exact")
+    it.fresh()
+    it.op.ran.clear()
+    it.run(500)
+    assert set(it.op.ran) == {"torch"}
+
+
+def test_a_gain_that_is_not_shown_is_none(program):
+    it = program(99.5e-6)
+    it.run(20000)
+    (found,) = it.kept()
+    assert found.implementation == "torch"
+    assert found.notes["observed"]["looks"] in (1, 2, 3, 4)
+
+
+def test_the_best_of_several_candidates_wins(program):
+    it = program({1: 60e-6, 2: 80e-6})
+    with Registry.open(it.path, write=True) as registry:
+        registry.merge((), [it.verdict(112, config={"TILE": 1})])
+    it.here.reload()
+    it.run(12000)
+    (found,) = it.kept()
+    assert len(it.compiled) == 2
+    assert found.config == {"TILE": 1}
+
+
+WRONG = {
+    "always": lambda it: True,
+    "in every third run": lambda it: it.op.ran.count("triton") % 3 == 0,
+    "from its second run on": lambda it: it.op.ran.count("triton") > 1,
+}
+
+
+@pytest.mark.parametrize("when", WRONG)
+def test_a_wrong_candidate_never_serves(program, when):
+    it = program(10e-6)
+    it.wrong = lambda: WRONG[when](it)
+    with pytest.warns(RuntimeWarning, match="triton TILE=2 is not what serves it: (Wrong|NotRepeatable)"):
+        it.run(5000)  # every call is compared
+    assert it.serves == ("torch", "fallback")
+    ran = it.op.ran.count("triton")
+    assert ran <= 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        it.run(400, n=65)  # nor on another problem
+    assert it.op.ran.count("triton") == ran
+    assert it.kept() == []
+
+
+def test_a_candidate_that_fails_in_a_call_is_dropped_and_the_call_is_right(program):
+    it = program(50e-6)
+    it.broken = lambda: it.op.ran.count("triton") < 6
+    with pytest.warns(RuntimeWarning, match="RuntimeError: no such instruction"):
+        it.run(6000)
+    assert it.serves[0] == "torch"
+
+
+def test_what_does_not_compile_is_no_candidate(program):
+    it = program(50e-6)
+    it.compiled = None
+    future = Future()
+    future.set_result(SimpleNamespace(failure="spills", reason="4 bytes"))
+    it.prober._compile = lambda *candidate: future
+    with pytest.warns(RuntimeWarning, match="4 bytes"):
+        it.run(5000)
+    assert "triton" not in it.op.ran
+
+
+def test_nothing_is_run_before_it_has_compiled(program):
+    it, future = program(50e-6), Future()
+    it.prober._compile = lambda *candidate: future
+    it.run(5000)
+    assert "triton" not in it.op.ran
+    future.set_result(None)
+    it.run(6000)
+    assert it.serves[0] == "triton"
+
+
+def test_a_problem_that_goes_wrong_is_left_to_pytorch(program, monkeypatch):
+    it = program(50e-6)
+    monkeypatch.setattr(it.machine, "room", lambda like, size: False)
+    with pytest.warns(RuntimeWarning, match="its calls cannot be compared: MemoryError"):
+        it.run(5000)
+    assert "triton" not in it.op.ran
+    assert it.kept() == []
+
+
+def test_calls_that_the_host_bounds_are_left_to_pytorch(program):
+    it = program(5e-6, own_s=10e-6)
+    it.run(6000)
+    assert it.serves == ("torch", "fallback")
+    assert it.kept() == []
+
+
+def test_no_more_is_spent_than_may_be(program):
+    it = program(150e-6)
+    for calls in range(1, 60):
+        it.run(200)
+        spent, ran_s = it.prober.spent_s, it.machine.host_s
+        one = 0.02  # what a step may cost that was begun
+        assert spent <= SHARE * ran_s + one, calls
+    assert all(state.spent_s <= MOST_S + one for state in it.prober.states.values())
+    assert it.op.ran.count("triton") > 0
+
+
+def test_a_problem_that_has_spent_its_own_ends(program, monkeypatch):
+    it = program(130e-6)
+    it.call()
+    monkeypatch.setattr(probing, "MOST_S", 0.03)
+    monkeypatch.setattr(probing, "LOOKS", (1000,))
+    it.run(20000)
+    (state,) = it.prober.states.values()
+    assert state.done
+    assert 0.5 * probing.MOST_S < state.spent_s < probing.MOST_S + 1e-4
+    assert it.serves[0] == "torch"
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(program):
+    it = program(50e-6)
+    it.prober._began -= 1000.0
+    it.call()
+    it.prober.tick()
+    it.op.ran.clear()
+    it.capturing = True
+    for _ in range(50):
+        it.call()
+    assert set(it.op.ran) == {"torch"}
+    it.capturing = False
+    it.run(100)
+    assert "triton" in it.op.ran
+
+
+def test_what_is_traced_is_told_what_serves_and_never_what_is_compared(program):
+    it = program(50e-6)
+    it.prober._began -= 1000.0
+    it.call()
+    it.prober.tick()
+    choice = it.here.choose(it.op, it.problem, torch.device("cuda", 0))
+    assert (choice.probed, choice.native) == (False, True)
+
+
+def test_problems_with_a_verdict_without_near_ones_and_without_a_kernel_of_pytorchs_are_not_probed(program):
+    it = program(50e-6, known=(64,))
+    it.run(100)
+    assert it.prober.states == {}
+    it = program(50e-6, known=())
+    it.run(100)
+    assert list(it.prober.states.values()) == [None]
+    it = program(50e-6)
+    it.op.fused = lambda problem: False
+    it.run(100)
+    assert it.prober.states == {}
+
+
+def test_where_bits_are_to_repeat_nothing_is_probed(program):
+    it = program(50e-6)
+    torch.use_deterministic_algorithms(True)
+    try:
+        it.run(100)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert it.prober.states == {}
+
+
+def test_threads_take_turns_and_none_waits(program):
+    it = program(50e-6)
+    it.prober._began -= 1000.0
+    it.call()
+    it.prober.tick()
+    failed = []
+
+    def calls():
+        try:
+            for _ in range(300):
+                it.call()
+                it.machine.host_s += 1e-3
+        except BaseException as broken:
+            failed.append(broken)
+
+    threads = [threading.Thread(target=calls) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(30)
+    assert not failed
+    (state,) = it.prober.states.values()
+    with state.lock:
+        assert state.done
+
+
+def test_calls_before_it_begins_and_after_it_ends_are_the_usual_ones(program):
+    it = program(50e-6)
+    it.prober.close()
+    it.here.prober = None
+    it.run(1000)
+    assert "triton" not in it.op.ran
+    it.prober = it.fresh()
+    it.prober._began -= 1000.0
+    it.call()
+    it.prober.tick()
+    it.run(10)
+    assert "triton" in it.op.ran
+    it.prober.close()
+    it.op.ran.clear()
+    it.run(100)
+    assert set(it.op.ran) == {"torch"}
+
+
+def test_what_was_found_outlives_a_reload_and_the_program(program):
+    it = program(50e-6)
+    it.run(8000)
+    it.here.reload()
+    assert it.serves == ("triton", "exact")
+    it.kept()
+    it.here = Dispatch()
+    assert it.serves == ("triton", "exact")
+
+
+def test_a_registry_that_cannot_be_written_is_told_and_what_was_found_serves(program, monkeypatch):
+    it = program(50e-6)
+    it.run(8000)
+    monkeypatch.setattr("tilebook.registry.Layers.writer", lambda self: Registry.open(it.path / "none.db", write=True))
+    with pytest.warns(RuntimeWarning, match="what was observed is not kept"):
+        it.prober.close()
+    assert it.serves == ("triton", "exact")

@@ -173,8 +173,8 @@ def test_what_dispatch_leaves_to_pytorch_is_left(serving, monkeypatch, kept, dec
 
 
 def test_calls_that_are_probed_run_what_the_choice_says_and_nothing_is_decided(serving, monkeypatch):
-    for native in (True, False):
-        choice = Choice(native=native)
+    for pytorchs in (True, False):
+        choice = Choice(native=pytorchs)
         choice.probed = True
         for _ in range(6):
             outputs, decision, token = _answer(serving, monkeypatch, choice)

@@ -52,7 +52,8 @@ HOST_FACTOR = 2.0
 they are about as far apart as that."""
 
 _LEAST_S = 5e-6  # calls that no GPU takes longer for are the host's
-_VERIFYING_S, _VERIFYING = 0.01, 50.0  # verifying costs about so much, and so many times the least time of a call
+_REPEATS = 5  # a candidate that is wrong in every third run is seen
+_VERIFYING_S, _VERIFYING = 0.02, 50.0  # verifying costs about so much, and so many times the least time of a call
 _SPARE_BYTES, _SPARE = 2 << 30, 16  # memory that it needs at most, and by how much what a call moves counts
 _TURN_S = 50e-6  # what a call costs the host more than usual, beside what is timed here
 _WAKING_S = 100e-6  # what it takes to find out again who serves a kind of call
@@ -352,7 +353,8 @@ class Prober:
             return
         waiting = [each for each in self._pending() if each.ready]
         waking_s = _WAKING_S * self._dispatch.kinds
-        if waiting and self.allowance_s() >= max(_CHUNK_S, 10 * waking_s):
+        least_s = max(_CHUNK_S, 10 * waking_s, min((each.expected_s for each in waiting), default=0.0))
+        if waiting and self.allowance_s() >= least_s:
             with self._lock:
                 self.spent_s += waking_s
             for each in waiting:
@@ -375,7 +377,7 @@ class Prober:
                     compiled = state.compiled[each].result() if each in state.compiled else None
                     if _named(each) in self._wrong or getattr(compiled, "failure", None):
                         raise Wrong(getattr(compiled, "reason", "wrong on another problem"))
-                    verify(*each, [case])
+                    verify(*each, [case], _REPEATS)
                 except Exception as wrong:
                     if isinstance(wrong, Wrong):
                         self._wrong.add(_named(each))
