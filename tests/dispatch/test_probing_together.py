@@ -82,7 +82,7 @@ dist.barrier()
 if rank == 0 or os.environ["SLOW"] == "0":
     it.run(6000)
 dist.barrier()
-it.run(3000)
+it.run(6000)
 dist.barrier()
 it.op.ran.clear()
 it.run(50)
