@@ -62,7 +62,7 @@ class Program:
     """Calls an op of the size 64; PyTorch's own takes 100 µs, ours `ours_s`, by a verdict on the size 96."""
 
     def __init__(self, path, ours_s, wrong=lambda: False, own_s=100e-6, broken=None, known=(96,)):
-        self.machine, self.capturing, self.broken = Machine(), False, broken
+        self.machine, self.capturing, self.broken, self.waits_s = Machine(), False, broken, 0.0
         self.op = op = doubling(lambda x, config: self.ours(x, config), lambda x: self.own(x), fused=True)
         op.problem = Large
         op.implementations["triton"].__dict__["digest"] = "a" * 64
@@ -108,6 +108,7 @@ class Program:
         """So many calls with other work between."""
         for _ in range(calls):
             self.machine.work(gap_s / 2, gap_s / 2)
+            self.machine.host_s += self.waits_s
             self.machine.host_s = max(self.machine.host_s, self.machine.gpu_s - 5e-3)  # what a queue holds
             if int(self.machine.host_s / 0.25) != int((self.machine.host_s - gap_s) / 0.25):
                 self.prober.tick()
@@ -253,10 +254,23 @@ def test_a_problem_that_goes_wrong_is_left_to_pytorch(program, monkeypatch):
 
 
 def test_calls_that_the_host_bounds_are_left_to_pytorch(program):
-    it = program(5e-6, own_s=10e-6)
+    it = program(50e-6)
+    it.waits_s = 1e-3  # for what comes next, at each call
     it.run(6000)
+    (state,) = it.prober.states.values()
+    assert (state.done, state.idle) == (True, probing.IDLE)
     assert it.serves == ("torch", "fallback")
     assert it.kept() == []
+
+
+def test_times_that_have_some_of_the_hosts_do_not_count(program):
+    it = program(90e-6)
+    for n in range(9000):
+        it.waits_s = 1e-3 if n % 3 == 0 else 0.0
+        it.run(1)
+    (found,) = it.kept()
+    assert found.notes["observed"]["idle"] > 0
+    assert found.interval.value == pytest.approx(100 / 90, rel=0.03)
 
 
 def test_no_more_is_spent_than_may_be(program):

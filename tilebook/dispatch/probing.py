@@ -47,9 +47,8 @@ LOOKS = (8, 16, 32, 64)
 
 CANDIDATES = 3
 
-HOST_FACTOR = 2.0
-"""A call is the GPU's if its events are so many times as far apart as the host took: where the GPU waits for the host,
-they are about as far apart as that."""
+IDLE = 64
+"""The GPU waits for the host where, of so many calls, it was not yet at what came before in less than a quarter."""
 
 _LEAST_S = 5e-6  # calls that no GPU takes longer for are the host's
 _REPEATS = 5  # a candidate that is wrong in every third run is seen
@@ -93,7 +92,7 @@ class Gpu:
 class Settling:
     """One problem until it is known what serves it. `active`: its calls are looked at; `done`: never again.
 
-    rounds: ms by candidate, None for PyTorch's own, a dictionary a round. host_s: what calls of PyTorch's own cost it.
+    rounds: ms by candidate, None for PyTorch's own, a dictionary a round. idle: calls that the GPU was waiting for.
     """
 
     op: Op[Any]
@@ -107,7 +106,7 @@ class Settling:
     spent_s: float = 0.0
     looks: int = 0
     rounds: list[dict[Candidate | None, float]] = field(default_factory=list)
-    host_s: list[float] = field(default_factory=list)
+    idle: int = 0
     turns: list[Candidate | None] = field(default_factory=list)
     unread: deque[tuple[dict[Candidate | None, float], Candidate | None, Any, Any]] = field(default_factory=deque)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -166,7 +165,7 @@ class Settling:
         told: dict[str, store.Json] = {
             "rounds": len(self.whole),
             "looks": self.looks,
-            "host_ms": round(1e3 * median(self.host_s), 6),
+            "idle": self.idle,
             "spent_ms": round(1e3 * self.spent_s, 3),
         }
         return Verdict(
@@ -251,9 +250,12 @@ class Probe:
         if start is None:
             self.prober.spend(state, took_s)
             return outputs
-        state.unread.append((state.rounds[-1], who, start, gpu.event(args[0])))
-        if who is None:
-            state.host_s.append(took_s)
+        if start.query():  # there is some of the host's time between the events
+            state.idle += 1
+            state.turns.append(who)
+            self.prober.spend(state, took_s)
+        else:
+            state.unread.append((state.rounds[-1], who, start, gpu.event(args[0])))
         return outputs
 
 
@@ -270,6 +272,7 @@ class Prober:
         self.found: list[Verdict] = []
         self._written = 0
         self._wrong: set[tuple[str, str, str]] = set()
+        self._told: set[type[Exception]] = set()
         self._pool: Any = None
         self._thread: threading.Thread | None = None
         self._lock, self._over = threading.RLock(), threading.Event()
@@ -326,12 +329,11 @@ class Prober:
         return SHARE * (self.gpu.now() - self._began) - self.spent_s
 
     def affords(self, state: Settling) -> bool:
-        """May its next step be made? All pause where there is no time for it; one that has spent its own ends."""
+        """May its next step be made? It pauses where there is no time for it, and ends where it has spent its own."""
         if state.spent_s + state.expected_s > MOST_S:
             self.end(state)
         elif self.allowance_s() < state.expected_s:
-            for each in self._pending():
-                each.active = False
+            state.active = False
         return state.active
 
     def spend(self, state: Settling, seconds: float) -> None:
@@ -351,10 +353,9 @@ class Prober:
                 self._heard = self.gpu.now()
                 self._dispatch.follow()
             return
-        waiting = [each for each in self._pending() if each.ready]
-        waking_s = _WAKING_S * self._dispatch.kinds
-        least_s = max(_CHUNK_S, 10 * waking_s, min((each.expected_s for each in waiting), default=0.0))
-        if waiting and self.allowance_s() >= least_s:
+        allowed_s, waking_s = self.allowance_s(), _WAKING_S * self._dispatch.kinds
+        waiting = [each for each in self._pending() if each.ready and each.expected_s <= allowed_s]
+        if waiting and allowed_s >= max(_CHUNK_S, 10 * waking_s):
             with self._lock:
                 self.spent_s += waking_s
             for each in waiting:
@@ -399,16 +400,16 @@ class Prober:
             its[who] = start.elapsed_time(end)
             if who is not None and state.own_ms:
                 self.spend(state, max(0.0, its[who] - state.own_ms[-1]) / 1e3)
+        if state.idle >= IDLE and state.idle > 3 * sum(map(len, state.rounds)):
+            state.looks = 0  # the host's to bound, and nothing that a verdict is about
+            self.end(state)
         if state.active and state.looks < len(LOOKS) and len(state.whole) >= LOOKS[state.looks]:
             self._look(state)
 
     def _look(self, state: Settling) -> None:
-        from tilebook.tuner.judge.stats import PROMOTION, median
+        from tilebook.tuner.judge.stats import PROMOTION
 
         state.looks += 1
-        if median(state.own_ms) < HOST_FACTOR * 1e3 * median(state.host_s):
-            state.looks = 0  # the host's, and nothing that a verdict is about
-            return self.end(state)
         ratios = {each: state.lead(each) for each in state.alive}
         ahead = [each for each in ratios if ratios[each].low > PROMOTION]
         if ahead:
@@ -424,7 +425,8 @@ class Prober:
         """The winner serves from now on, PyTorch's own where nothing has won; kept if times were compared."""
         state.active, state.done = False, True
         state.unread.clear()
-        if broken is not None:
+        if broken is not None and type(broken) not in self._told:  # once of each kind
+            self._told.add(type(broken))
             self._warn(state, f"its calls cannot be compared: {type(broken).__name__}: {str(broken)[:200]}")
         found = None if broken is not None or not state.looks else state.verdict(winner)
         if found is not None:
