@@ -66,7 +66,7 @@ sys.path[:0] = {paths}
 import torch, torch.distributed as dist
 from pathlib import Path
 from dispatch_samples import GPU
-from test_probing import Program
+from probing_samples import Program
 from tilebook import device as devices
 
 devices.current = lambda index=0: GPU

@@ -12,26 +12,23 @@ import atexit
 import os
 import random
 import threading
-import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from tilebook import device as devices
 from tilebook import registry as store
 from tilebook.device import Device
 from tilebook.dispatch import Dispatch, here
 from tilebook.dispatch.choice import Choice, Outputs
+from tilebook.dispatch.settling import LOOKS, TURN_S, Candidate, Gpu, Settling
 from tilebook.dispatch.snapshot import Snapshot, pytorch
 from tilebook.op import Config, Implementation, Op, Problem
-from tilebook.registry import Finalist, Speedup, Verdict, VerdictStatus
+from tilebook.registry import Verdict
 from tilebook.registry.served import of as of_verdict
 
 __all__ = ["Prober", "Settling", "probe", "stop"]
@@ -42,9 +39,6 @@ SHARE = 0.01
 MOST_S = 0.2
 """What one problem may take of it, in one direction."""
 
-LOOKS = (8, 16, 32, 64)
-"""Rounds after which the times are looked at. The error that is allowed for is that of all looks and candidates."""
-
 CANDIDATES = 3
 
 IDLE = 64
@@ -52,141 +46,15 @@ IDLE = 64
 
 _LEAST_S = 5e-6  # calls that no GPU takes longer for are the host's
 _REPEATS = 5  # a candidate that is wrong in every third run is seen
-_VERIFYING_S, _VERIFYING = 0.02, 50.0  # verifying costs about so much, and so many times the least time of a call
 _SPARE_BYTES, _SPARE = 2 << 30, 16  # memory that it needs at most, and by how much what a call moves counts
-_TURN_S = 50e-6  # what a call costs the host more than usual, beside what is timed here
+
 _WAKING_S = 100e-6  # what it takes to find out again who serves a kind of call
 _CHUNK_S = 0.02  # less time is not worth waking up for
 _UNREAD = 64  # calls whose events have not come to pass
 _TICK_S, _HEAR_S, _KEEP_S, _JOIN_S = 0.25, 2.0, 60.0, 2.0
 _WARM = 2  # calls of a candidate: the first loads, the second is recorded
 
-Candidate = tuple[Implementation, Config | None]
 Started = Callable[[Op[Any], Implementation, Problem, Config, Device], "Future[Any]"]
-
-
-class Gpu:
-    """What is asked of the GPU and of the clock; tests have their own."""
-
-    now = staticmethod(time.perf_counter)
-
-    def event(self, like: torch.Tensor) -> Any:
-        """One that the tensor's GPU reaches after what it has been given so far."""
-        new: Any = torch.cuda.Event
-        made = new(enable_timing=True)
-        made.record(torch.cuda.current_stream(like.device))
-        return made
-
-    def room(self, like: torch.Tensor, size: float) -> bool:
-        return torch.cuda.mem_get_info(like.device)[0] >= size
-
-    @contextmanager
-    def aside(self, like: torch.Tensor) -> Iterator[torch.device]:
-        """Inside the block nothing waits for the program's stream, and nothing is recorded or cast."""
-        new: Any = torch.cuda.Stream
-        with torch.cuda.stream(new(like.device)), torch.no_grad(), torch._C._DisableAutocast():
-            yield like.device
-
-
-@dataclass(eq=False)
-class Settling:
-    """One problem until it is known what serves it. `active`: its calls are looked at; `done`: never again.
-
-    rounds: ms by candidate, None for PyTorch's own, a dictionary a round. idle: calls that the GPU was waiting for.
-    """
-
-    op: Op[Any]
-    problem: Problem
-    gpu: Device
-    alive: list[Candidate]
-    compiled: dict[Candidate, Future[Any]] = field(default_factory=dict)
-    active: bool = False
-    done: bool = False
-    verified: bool = False
-    spent_s: float = 0.0
-    looks: int = 0
-    rounds: list[dict[Candidate | None, float]] = field(default_factory=list)
-    idle: int = 0
-    turns: list[Candidate | None] = field(default_factory=list)
-    unread: deque[tuple[dict[Candidate | None, float], Candidate | None, Any, Any]] = field(default_factory=deque)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self.tried = tuple(self.alive)
-
-    @property
-    def ready(self) -> bool:
-        return not (self.active or self.done) and all(each.done() for each in self.compiled.values())
-
-    @property
-    def expected_s(self) -> float:
-        """What the next step costs."""
-        return _TURN_S if self.verified else _VERIFYING_S + _VERIFYING * self.problem.floor_s(self.gpu)
-
-    @property
-    def whole(self) -> list[dict[Candidate | None, float]]:
-        """The rounds of which all is known."""
-        return [each for each in self.rounds if None in each and all(one in each for one in self.alive)]
-
-    @property
-    def own_ms(self) -> list[float]:
-        """Times of PyTorch's own calls."""
-        return [each[None] for each in self.rounds if None in each]
-
-    def drop(self, candidate: Candidate) -> None:
-        self.alive = [each for each in self.alive if each is not candidate]
-        self.turns = [each for each in self.turns if each is not candidate]
-
-    def _pairs(self, candidate: Candidate) -> list[tuple[float, float]]:
-        """Times of PyTorch's own calls and of the candidate's, of the rounds that have both."""
-        return [(each[None], each[candidate]) for each in self.rounds if None in each and candidate in each]
-
-    def lead(self, candidate: Candidate) -> Speedup:
-        """How many times as fast as PyTorch's own it is. Looks at all candidates together err in 5 % of problems."""
-        from tilebook.tuner.judge.stats import speedup
-
-        own, its = zip(*self._pairs(candidate), strict=True)
-        found = speedup(own, its, level=100 - 5 / (len(LOOKS) * len(self.tried)))
-        return Speedup(found.value, found.low, found.high)
-
-    def verdict(self, winner: Candidate | None) -> Verdict:
-        """What has been found: the winner, PyTorch's own if that is None, and all that was compared with it."""
-        from tilebook.tuner.judge.stats import median
-
-        ones = Speedup(1.0, 1.0, 1.0)
-        own = Finalist("torch", {}, median(self.own_ms), ones, _rounded(self.own_ms))
-        made: dict[Candidate | None, Finalist] = {None: own}
-        for each in self.tried:
-            its = [ms for _, ms in self._pairs(each)]
-            if len(its) >= LOOKS[0]:
-                config = dict(each[1] or {})
-                made[each] = Finalist(each[0].name, config, median(its), self.lead(each), _rounded(its))
-        first = made.pop(winner)
-        told: dict[str, store.Json] = {
-            "rounds": len(self.whole),
-            "looks": self.looks,
-            "idle": self.idle,
-            "spent_ms": round(1e3 * self.spent_s, 3),
-        }
-        return Verdict(
-            op=self.op.name,
-            problem=self.problem.key,
-            device=store.Device(*self.gpu.identity),
-            environment=store.Environment(dict(devices.environment())),
-            kernel=self.op.digest,
-            status=VerdictStatus.MEASURED,
-            finalists=(first, *made.values()),
-            default_time_ms=own.time_ms,
-            interval=first.speedup,
-            mode="eager",
-            sources={each.name: each.digest for each, _ in self.tried if each.digest},
-            notes={"observed": told},
-            origin="observed",
-        )
-
-
-def _rounded(samples_ms: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(each, 6) for each in samples_ms)
 
 
 class Probe:
@@ -208,7 +76,7 @@ class Probe:
             try:
                 began = prober.gpu.now()
                 turn = self._next(args[0])
-                prober.spend(state, prober.gpu.now() - began + _TURN_S)
+                prober.spend(state, prober.gpu.now() - began + TURN_S)
                 if turn is not None:
                     outputs = self._take(*turn, args)
             finally:
