@@ -45,7 +45,7 @@ IDLE = 64
 """The GPU waits for the host where, of so many calls, it was not yet at what came before in less than a quarter."""
 
 _LEAST_S = 5e-6  # calls that no GPU takes longer for are the host's
-_REPEATS = 5  # a candidate that is wrong in every third run is seen
+_REPEATS = 3  # a candidate that is wrong in every third run is seen
 _SPARE_BYTES, _SPARE = 2 << 30, 16  # memory that it needs at most, and by how much what a call moves counts
 
 _WAKING_S = 100e-6  # what it takes to find out again who serves a kind of call
