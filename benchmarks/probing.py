@@ -126,30 +126,17 @@ def tune(given: argparse.Namespace, cells: list[Cell]) -> float:
             shapes = [cell.label for cell in cells if (cell.kind, cell.dtype) == (kind, dtype)]
             asked = [word for label in dict.fromkeys(shapes) for word in ("--shape", label)]
             if asked:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "tilebook",
-                    "tune",
-                    ops.get(DRAWN[kind]).family,
-                    "--dtype",
-                    dtype,
-                    *asked,
-                ]
-                options = [
-                    "--registry",
-                    registry(given, "tuned"),
-                    *(["--budget", given.budget] if given.budget else []),
-                ]
-                subprocess.run([*command, *options], check=True)
+                family, budget = ops.get(DRAWN[kind]).family, ["--budget", given.budget] if given.budget else []
+                command = [sys.executable, "-m", "tilebook", "tune", family, "--dtype", dtype, *asked, *budget]
+                subprocess.run([*command, "--registry", registry(given, "tuned")], check=True)
     return round(time.perf_counter() - began, 1)
 
 
 class Served:
     """A step with a registry of its own, in the block in which its calls are made."""
 
-    def __init__(self, its: Any, path: str) -> None:
-        self._its, self._path = its, path
+    def __init__(self, its: Any, made: Any, path: str) -> None:
+        self._its, self._made, self._path = its, made, path
 
     def __call__(self, made: Any) -> Any:
         return self._its(made)
@@ -161,6 +148,8 @@ class Served:
         os.environ["TILEBOOK_REGISTRY"] = self._path
         dispatch.reload()
         with self._its.around():
+            for _ in range(3):  # a graph is captured of what is compiled and known
+                self._its(self._made)
             yield
 
 
@@ -178,8 +167,8 @@ def clock(given: argparse.Namespace, cells: list[Cell], device: str) -> list[dic
             print("time is up", flush=True)
             break
         made = inputs(cell, device)
-        steps = {name: Served(our_step(cell, made, device, False), registry(given, name)) for name in names}
-        steps["again"] = Served(our_step(cell, made, device, False), registry(given, "before"))
+        steps = {name: Served(our_step(cell, made, device, False), made, registry(given, name)) for name in names}
+        steps["again"] = Served(our_step(cell, made, device, False), made, registry(given, "before"))
         try:
             series = its.replayed(steps, its.rotated(made), given.rounds)
         except Exception as broken:
@@ -209,9 +198,9 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     device = "cpu" if given.dry_run else "cuda"
     cells, notes = chosen(given), given.work / "noted.json"
-    noted: dict[str, Any] = (
-        json.loads(notes.read_text()) if notes.exists() else {"watch": [], "tune_s": 0.0, "rows": []}
-    )
+    noted: dict[str, Any] = {"watch": [], "tune_s": 0.0, "rows": []}
+    if notes.exists():
+        noted = json.loads(notes.read_text())
     if given.task == "watch":
         noted["watch"].append(watch(given, cells, device))
     elif given.task == "clock":
