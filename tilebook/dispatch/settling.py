@@ -47,7 +47,7 @@ class Gpu:
     def aside(self, like: torch.Tensor) -> Iterator[torch.device]:
         """Inside the block nothing waits for the program's stream, and nothing is recorded or cast."""
         new: Any = torch.cuda.Stream
-        with torch.cuda.stream(new(like.device)), torch.no_grad(), torch._C._DisableAutocast():
+        with torch.cuda.stream(new(like.device, priority=-1)), torch.no_grad(), torch._C._DisableAutocast():
             yield like.device
 
 
