@@ -114,7 +114,7 @@ def unsettled(key: Hashable, choice: Any) -> bool:
     Kernels of ours run the first calls all the same, so that they are there when a graph is captured.
     """
     return key not in _here.left and bool(
-        choice.kept and choice.aligned and not choice.probed and (choice.native or choice.calls >= _FIRST_CALLS)
+        choice.kept and choice.aligned and not choice.open and (choice.native or choice.calls >= _FIRST_CALLS)
     )
 
 

@@ -62,9 +62,14 @@ class Choice:
         return self.usual(*args)
 
     @property
+    def open(self) -> bool:
+        """Does a probe look at such calls, so that nothing is settled about them?"""
+        return self.probe is not None and bool(self.probe.active)
+
+    @property
     def probed(self) -> bool:
-        """Does a probe look at calls made now?"""
-        return self.probe is not None and self.probe.active and not torch.cuda.is_current_stream_capturing()
+        """Does it look at calls made now? At none that is captured."""
+        return self.open and not torch.cuda.is_current_stream_capturing()
 
     def usual(self, *args: Any) -> Outputs:
         """One call by the choice. One that raises where its spare does not is replaced, now and from now on."""

@@ -190,6 +190,8 @@ class Prober:
 
         if self._pool is None:
             self._pool = CompilePool(gpu, workers=1)
+            threads: Any = threading
+            threads._register_atexit(self.close)  # before its threads are waited for, with all that they have to do
         return self._pool.submit(op.name, implementation.name, problem.key, config)  # type: ignore[no-any-return]
 
     def allowance_s(self) -> float:

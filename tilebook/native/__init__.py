@@ -122,7 +122,7 @@ class _Serving:
         choice = dispatch.lookup(standing.op(), given)
         probed = choice.probed
         if choice.native and not probed:
-            return None, (False if choice.kept else None), choice
+            return None, (False if choice.kept and not choice.open else None), choice
         computed = choice(*given)
         outputs = standing.outputs(args)
         decision: Any = None
