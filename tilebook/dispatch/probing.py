@@ -141,7 +141,7 @@ class Prober:
         self._written = 0
         self._wrong: set[tuple[str, str, str]] = set()
         self._told: set[type[Exception]] = set()
-        self._pool: Any = None
+        self._pools: dict[Any, Any] = {}
         self._thread: threading.Thread | None = None
         self._lock, self._over = threading.RLock(), threading.Event()
         self._process = os.getpid()
@@ -188,11 +188,12 @@ class Prober:
         """In a process of its own, into Triton's cache, as a tune does it."""
         from tilebook.tuner.process.compile import CompilePool
 
-        if self._pool is None:
-            self._pool = CompilePool(gpu, workers=1)
+        pool = self._pools.get(gpu.identity)
+        if pool is None:
+            pool = self._pools[gpu.identity] = CompilePool(gpu, workers=1)
             threads: Any = threading
             threads._register_atexit(self.close)  # before its threads are waited for, with all that they have to do
-        return self._pool.submit(op.name, implementation.name, problem.key, config)  # type: ignore[no-any-return]
+        return pool.submit(op.name, implementation.name, problem.key, config)
 
     def allowance_s(self) -> float:
         """What may be spent now."""
@@ -333,8 +334,8 @@ class Prober:
             each.active, each.done = False, True
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_S)
-        if self._pool is not None:
-            self._pool.close()
+        for pool in self._pools.values():
+            pool.close()
         self.keep()
 
     def _watch(self) -> None:

@@ -200,9 +200,10 @@ class Snapshot:
                     yield Choice(implementation, config, "nearest", problem, self.gpu, verdict.layer, verdict)
 
     def _theirs(self, op: Op[Any], verdict: Served, measured: Problem) -> float | None:
-        """How long PyTorch's own kernel took beside ours, None where that was not measured in this environment."""
+        """How long PyTorch's own kernel took beside ours, None where no tune has measured it in this environment."""
         native = self._native_ms(op, verdict, measured)
-        return min(native, default=None) if verdict.measured and _here(verdict) else None
+        counts = verdict.measured and verdict.origin != "observed" and _here(verdict)
+        return min(native, default=None) if counts else None
 
     def _native_ms(self, op: Op[Any], verdict: Served, problem: Problem) -> list[float]:
         """What a verdict on the problem says of the implementations that PyTorch's own function runs for it."""
