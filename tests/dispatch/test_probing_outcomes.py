@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tilebook.dispatch import Dispatch, probing
-from tilebook.dispatch.probing import MOST_S, SHARE
+from tilebook.dispatch.probing import SHARE
 from tilebook.registry import Registry
 from tilebook.registry.searched import observed
 
@@ -39,6 +39,7 @@ def test_pytorchs_own_serves_where_nothing_is_faster_and_is_not_asked_again(prog
     assert (found.implementation, found.time_ms) == ("torch", pytest.approx(0.1, rel=0.05))
     slower = next(each for each in found.finalists if each.implementation == "triton")
     assert slower.speedup.high < 1
+    assert found.notes["observed"]["rounds"] == len(slower.samples_ms) == 8  # it is soon clear
     assert it.serves == ("torch", "exact")
     it.fresh()
     it.op.ran.clear()
@@ -146,15 +147,19 @@ def test_times_that_have_some_of_the_hosts_do_not_count(program):
     assert found.interval.value == pytest.approx(100 / 90, rel=0.03)
 
 
-def test_no_more_is_spent_than_may_be(program):
+def test_no_more_is_spent_than_may_be(program, monkeypatch):
     it = program(150e-6)
-    for calls in range(1, 60):
+    it.call()
+    monkeypatch.setattr(probing, "LOOKS", (10**6,))  # it is never clear
+    monkeypatch.setattr(probing, "MOST_S", 100.0)
+    for calls in range(1, 80):
         it.run(200)
-        spent, ran_s = it.prober.spent_s, it.machine.host_s
-        one = 0.02  # what a step may cost that was begun
-        assert spent <= SHARE * ran_s + one, calls
-    assert all(state.spent_s <= MOST_S + one for state in it.prober.states.values())
-    assert it.op.ran.count("triton") > 0
+        assert it.prober.spent_s <= SHARE * it.machine.host_s + 1e-3, calls
+    (state,) = it.prober.states.values()
+    assert not state.done
+    assert 0.5 * SHARE * it.machine.host_s < it.prober.spent_s
+    ran = it.op.ran.count("triton")
+    assert 100 < ran < 4000  # of 16,000 calls
 
 
 def test_a_problem_that_has_spent_its_own_ends(program, monkeypatch):
