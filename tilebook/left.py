@@ -135,8 +135,8 @@ def known(choice: Any, size: float, bounds: tuple[float, float]) -> Left:
     own = bool(choice.native)
     both = own and bool(dispatch.backward_of(choice).native)
     forward, training = own or size <= bounds[0], both or size <= bounds[1]
-    if _here.prober is not None and (not _recording() or dispatch.backward_probed(choice)):
-        return Left(forward, False, forward and not own, choice)  # calls with gradients are looked at
+    if own and _here.prober is not None and (not _recording() or dispatch.backward_probed(choice)):
+        return Left(True, False, False, choice)  # calls with gradients are looked at
     bounded = (forward and not own) or (training and not both)
     if not training and size <= _SPAN * bounds[1]:
         return Left(forward, Pace(), True, choice)

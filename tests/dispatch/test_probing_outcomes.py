@@ -209,6 +209,10 @@ def test_problems_with_a_verdict_without_near_ones_and_without_a_kernel_of_pytor
     it.op.fused = lambda problem: False
     it.run(100)
     assert it.prober.states == {}
+    it = program(50e-6)
+    it.op.family = "mlp"  # of whose call the op is a part
+    it.run(100)
+    assert list(it.prober.states.values()) == [None]
 
 
 def test_where_bits_are_to_repeat_nothing_is_probed(program):

@@ -44,6 +44,7 @@ CANDIDATES = 3
 IDLE = 64
 """The GPU waits for the host where, of so many calls, it was not yet at what came before in less than a quarter."""
 
+_IN_PARTS = frozenset({"mlp"})  # families whose call is several ops, none of which is what PyTorch's call is beside
 _LEAST_S = 5e-6  # calls that no GPU takes longer for are the host's
 _REPEATS = 3  # a candidate that is wrong in every third run is seen
 _SPARE_BYTES, _SPARE = 2 << 30, 16  # memory that it needs at most, and by how much what a call moves counts
@@ -170,7 +171,7 @@ class Prober:
 
     def _begun(self, op: Op[Any], problem: Problem, gpu: Device) -> Settling | None:
         """A problem that has just been met; None where there is nothing to try, or too much to pay for it."""
-        if problem.floor_s(gpu) < _LEAST_S:
+        if problem.floor_s(gpu) < _LEAST_S or op.family in _IN_PARTS:
             return None
         candidates = self._dispatch.contenders(op, problem, gpu, CANDIDATES)
         state = Settling(op, problem, gpu, [each for each in candidates if _named(each) not in self._wrong])
