@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
@@ -24,9 +24,9 @@ import torch
 from tilebook import registry as store
 from tilebook.device import Device
 from tilebook.dispatch import Dispatch, here
-from tilebook.dispatch.choice import Choice, Outputs
-from tilebook.dispatch.settling import LOOKS, TURN_S, Candidate, Gpu, Settling
-from tilebook.dispatch.snapshot import Snapshot, pytorch
+from tilebook.dispatch.choice import Choice
+from tilebook.dispatch.settling import LOOKS, TURN_S, Candidate, Gpu, Probe, Settling
+from tilebook.dispatch.snapshot import Snapshot
 from tilebook.op import Config, Implementation, Op, Problem
 from tilebook.registry import Verdict
 from tilebook.registry.served import of as of_verdict
@@ -51,81 +51,10 @@ _SPARE_BYTES, _SPARE = 2 << 30, 16  # memory that it needs at most, and by how m
 
 _WAKING_S = 100e-6  # what it takes to find out again who serves a kind of call
 _CHUNK_S = 0.02  # less time is not worth waking up for
-_UNREAD = 64  # calls whose events have not come to pass
-_TICK_S, _HEAR_S, _KEEP_S, _JOIN_S = 0.25, 2.0, 60.0, 2.0
-_WARM = 2  # calls of a candidate: the first loads, the second is recorded
+_TIMING_S = 64 * 2 * TURN_S  # what a problem takes once it is verified
+_TICK_S, _WAKE_S, _HEAR_S, _KEEP_S, _JOIN_S = 0.25, 2.0, 2.0, 60.0, 2.0
 
 Started = Callable[[Op[Any], Implementation, Problem, Config, Device], "Future[Any]"]
-
-
-class Probe:
-    """What stands in a choice's place while its problem is settled. Plans belong to the choice: so do candidates."""
-
-    def __init__(self, prober: Prober, state: Settling, choice: Choice) -> None:
-        self.prober, self.state = prober, state
-        self._choices: dict[Candidate | None, Choice] = {None: pytorch(state.op, state.problem, state.gpu)}
-        for each in state.tried:
-            self._choices[each] = Choice(*each, "nearest", state.problem, state.gpu)
-
-    @property
-    def active(self) -> bool:
-        return self.state.active
-
-    def __call__(self, usual: Callable[..., Outputs], args: Sequence[Any]) -> Outputs:
-        state, prober, outputs = self.state, self.prober, None
-        if state.lock.acquire(blocking=False):  # else it is another thread's turn
-            try:
-                began = prober.gpu.now()
-                turn = self._next(args[0])
-                prober.spend(state, prober.gpu.now() - began + TURN_S)
-                if turn is not None:
-                    outputs = self._take(*turn, args)
-            finally:
-                state.lock.release()
-        return usual(*args) if outputs is None else outputs
-
-    def _next(self, like: torch.Tensor) -> tuple[Candidate | None, bool] | None:
-        """Whose turn it is, and whether it is timed. None where the call is the usual one."""
-        state, prober = self.state, self.prober
-        try:
-            prober.read(state)
-            if not state.active or not prober.affords(state):
-                return None
-            if not state.verified:
-                prober.verify(state, like)
-        except Exception as broken:  # no memory, no NumPy, a mind of its own
-            prober.end(state, broken)
-        if not state.active or len(state.unread) >= _UNREAD:
-            return None
-        cold = next((each for each in state.alive if self._choices[each].calls < _WARM), None)
-        if cold is not None:
-            return cold, False
-        if not state.turns:
-            state.turns = prober.random.sample([None, *state.alive], 1 + len(state.alive))
-            state.rounds.append({})
-        return state.turns.pop(), True
-
-    def _take(self, who: Candidate | None, timed: bool, args: Sequence[Any]) -> Outputs | None:
-        """One call of the candidate, PyTorch's own where it is None; nothing where the candidate fails."""
-        state, gpu = self.state, self.prober.gpu
-        began, start = gpu.now(), gpu.event(args[0]) if timed else None
-        try:
-            outputs = self._choices[who].usual(*args)
-        except Exception as broken:
-            if who is not None:
-                self.prober.drop(state, who, broken)
-            return None  # which says what is wrong with the call, if anything is
-        took_s = gpu.now() - began
-        if start is None:
-            self.prober.spend(state, took_s)
-            return outputs
-        if start.query():  # there is some of the host's time between the events
-            state.idle += 1
-            state.turns.append(who)
-            self.prober.spend(state, took_s)
-        else:
-            state.unread.append((state.rounds[-1], who, start, gpu.event(args[0])))
-        return outputs
 
 
 class Prober:
@@ -143,6 +72,7 @@ class Prober:
         self._wrong: set[tuple[str, str, str]] = set()
         self._told: set[type[Exception]] = set()
         self._pools: dict[Any, Any] = {}
+        self._woke = -_WAKE_S
         self._thread: threading.Thread | None = None
         self._lock, self._over = threading.RLock(), threading.Event()
         self._process = os.getpid()
@@ -225,16 +155,29 @@ class Prober:
                 self._heard = self.gpu.now()
                 self._dispatch.follow()
             return
-        allowed_s, waking_s = self.allowance_s(), _WAKING_S * self._dispatch.kinds
-        waiting = [each for each in self._pending() if each.ready and each.expected_s <= allowed_s]
-        if waiting and allowed_s >= max(_CHUNK_S, 10 * waking_s):
-            with self._lock:
-                self.spent_s += waking_s
-            for each in waiting:
-                each.active = True
-            self._dispatch.look_again()
+        if self.gpu.now() - self._woke >= _WAKE_S:
+            self._wake()
         if self.gpu.now() - self._kept > _KEEP_S:
             self.keep()
+
+    def _wake(self) -> None:
+        """Has calls of so many problems looked at as there is time to settle, what is verified first."""
+        waking_s = _WAKING_S * self._dispatch.kinds
+        rest_s, chosen = self.allowance_s() - waking_s, []
+        if rest_s < max(_CHUNK_S, 10 * waking_s):
+            return
+        for each in sorted((each for each in self._pending() if each.ready), key=lambda each: not each.verified):
+            needed_s = each.expected_s + _TIMING_S
+            if needed_s <= rest_s:
+                rest_s -= needed_s
+                chosen.append(each)
+        if chosen:
+            self._woke = self.gpu.now()
+            with self._lock:
+                self.spent_s += waking_s
+            for each in chosen:
+                each.active = True
+            self._dispatch.look_again()
 
     def verify(self, state: Settling, like: torch.Tensor) -> None:
         """Leaves those that compile and are right, by the rule of a tune, on numbers of their own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ import torch
 from tilebook import device as devices
 from tilebook import registry as store
 from tilebook.device import Device
+from tilebook.dispatch.choice import Choice, Outputs
+from tilebook.dispatch.snapshot import pytorch
 from tilebook.op import Config, Implementation, Op, Problem
 from tilebook.registry import Finalist, Speedup, Verdict, VerdictStatus
 
@@ -24,6 +26,9 @@ LOOKS = (8, 16, 32, 64)
 
 _VERIFYING_S, _VERIFYING = 0.02, 50.0  # verifying costs about so much, and so many times the least time of a call
 TURN_S = 50e-6  # what a call costs the host more than usual, beside what is timed here
+
+_UNREAD = 64  # calls whose events have not come to pass
+_WARM = 2  # calls of a candidate: the first loads, the second is recorded
 
 Candidate = tuple[Implementation, Config | None]
 
@@ -150,3 +155,73 @@ class Settling:
 
 def _rounded(samples_ms: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(each, 6) for each in samples_ms)
+
+
+class Probe:
+    """What stands in a choice's place while its problem is settled. Plans belong to the choice: so do candidates."""
+
+    def __init__(self, prober: Any, state: Settling, choice: Choice) -> None:
+        self.prober, self.state = prober, state
+        self._choices: dict[Candidate | None, Choice] = {None: pytorch(state.op, state.problem, state.gpu)}
+        for each in state.tried:
+            self._choices[each] = Choice(*each, "nearest", state.problem, state.gpu)
+
+    @property
+    def active(self) -> bool:
+        return self.state.active
+
+    def __call__(self, usual: Callable[..., Outputs], args: Sequence[Any]) -> Outputs:
+        state, prober, outputs = self.state, self.prober, None
+        if state.lock.acquire(blocking=False):  # else it is another thread's turn
+            try:
+                began = prober.gpu.now()
+                turn = self._next(args[0])
+                prober.spend(state, prober.gpu.now() - began + TURN_S)
+                if turn is not None:
+                    outputs = self._take(*turn, args)
+            finally:
+                state.lock.release()
+        return usual(*args) if outputs is None else outputs
+
+    def _next(self, like: torch.Tensor) -> tuple[Candidate | None, bool] | None:
+        """Whose turn it is, and whether it is timed. None where the call is the usual one."""
+        state, prober = self.state, self.prober
+        try:
+            prober.read(state)
+            if not state.active or not prober.affords(state):
+                return None
+            if not state.verified:
+                prober.verify(state, like)
+        except Exception as broken:  # no memory, no NumPy, a mind of its own
+            prober.end(state, broken)
+        if not state.active or len(state.unread) >= _UNREAD:
+            return None
+        cold = next((each for each in state.alive if self._choices[each].calls < _WARM), None)
+        if cold is not None:
+            return cold, False
+        if not state.turns:
+            state.turns = prober.random.sample([None, *state.alive], 1 + len(state.alive))
+            state.rounds.append({})
+        return state.turns.pop(), True
+
+    def _take(self, who: Candidate | None, timed: bool, args: Sequence[Any]) -> Outputs | None:
+        """One call of the candidate, PyTorch's own where it is None; nothing where the candidate fails."""
+        state, gpu = self.state, self.prober.gpu
+        began, start = gpu.now(), gpu.event(args[0]) if timed else None
+        try:
+            outputs = self._choices[who].usual(*args)
+        except Exception as broken:
+            if who is not None:
+                self.prober.drop(state, who, broken)
+            return None  # which says what is wrong with the call, if anything is
+        took_s = gpu.now() - began
+        if start is None:
+            self.prober.spend(state, took_s)
+            return outputs
+        if start.query():  # there is some of the host's time between the events
+            state.idle += 1
+            state.turns.append(who)
+            self.prober.spend(state, took_s)
+        else:
+            state.unread.append((state.rounds[-1], who, start, gpu.event(args[0])))
+        return outputs
