@@ -161,12 +161,13 @@ class Prober:
             self.keep()
 
     def _wake(self) -> None:
-        """Has calls of so many problems looked at as there is time to settle, what is verified first."""
+        """Has calls of so many problems looked at as there is time to settle: verified ones, then by weight."""
         waking_s = _WAKING_S * self._dispatch.kinds
         rest_s, chosen = self.allowance_s() - waking_s, []
         if rest_s < max(_CHUNK_S, 10 * waking_s):
             return
-        for each in sorted((each for each in self._pending() if each.ready), key=lambda each: not each.verified):
+        waiting = [each for each in self._pending() if each.ready]
+        for each in sorted(waiting, key=lambda each: (not each.verified, -each.problem.floor_s(each.gpu))):
             needed_s = each.expected_s + _TIMING_S
             if needed_s <= rest_s:
                 rest_s -= needed_s
