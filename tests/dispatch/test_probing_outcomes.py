@@ -97,6 +97,29 @@ def test_a_candidate_that_fails_in_a_call_is_dropped_and_the_call_is_right(progr
     assert it.serves[0] == "torch"
 
 
+def test_a_fault_of_probing_ends_it_and_no_call(program, monkeypatch):
+    it = program(50e-6)
+    it.broken = lambda: it.op.ran.count("triton") < 6
+    monkeypatch.setattr(it.prober, "drop", lambda *told: 1 / 0)
+    it.run(6000)
+    (state,) = it.prober.states.values()
+    assert state.done
+    assert it.op.ran.count("triton") == 6
+    assert it.serves[0] == "torch"
+
+
+def test_an_error_of_the_call_itself_is_the_programs(program):
+    it = program(50e-6)
+    it.run(3990)
+
+    def own(x):
+        raise ValueError("no such shape")
+
+    it.own, it.broken = own, lambda: False
+    with pytest.raises(ValueError, match="no such shape"):
+        it.run(300)
+
+
 def test_what_does_not_compile_is_no_candidate(program):
     it = program(50e-6)
     it.compiled = None

@@ -179,6 +179,8 @@ class Probe:
                 prober.spend(state, prober.gpu.now() - began + TURN_S)
                 if turn is not None:
                     outputs = self._take(*turn, args)
+            except Exception:  # a fault of probing, which ends it; what is wrong with the call the usual one says
+                state.active, state.done = False, True
             finally:
                 state.lock.release()
         return usual(*args) if outputs is None else outputs
