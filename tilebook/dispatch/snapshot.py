@@ -35,6 +35,9 @@ _DECISIVE = ("torch", "cudnn", "cuda")
 COMPILED = frozenset({"inductor", "flex_attention"})
 """Implementations that compile for seconds when they are first called: a program must not wait for that."""
 
+_ALIKE = 1
+"""In so many flags and names a problem may differ whose winner is tried (see `Snapshot.contenders`)."""
+
 _FIRST, _MORE = 1, 32
 """How many verdicts on near problems are asked of a large registry: the nearest serves nearly always."""
 
@@ -85,18 +88,27 @@ class Snapshot:
     def contenders(self, op: Op[Any], problem: Problem, most: int) -> list[tuple[Implementation, Config | None]]:
         """What may be faster than PyTorch's own: the best of verdicts on the nearest problems, if none is on this one.
 
-        Not what is compiled when it is first called.
+        Those that are too far for a verdict to serve count too, and our default comes last. Not what is compiled when
+        it is first called.
         """
         exact, near = self._around(op, problem, _MORE)
+        if exact:
+            return []
+        others = [(*_unlike(op, problem, each.problem), each.problem, each) for each in self._some(op)]
+        others = [each for each in others if each[0] <= _ALIKE and each[1] <= FARTHEST]
+        far = (verdict for *_, verdict in sorted(others, key=lambda each: each[:3]))
         found: dict[tuple[Implementation, Config | None], None] = {}
-        for verdict in () if exact else near:
+        for verdict in chain(near, far):
             for implementation, config in self._feasible(op, problem, verdict) if verdict.measured else ():
                 theirs = op.native(implementation.name, problem, self.gpu) or implementation.external
                 if not theirs and not self.revocation(Choice(implementation, config, "nearest", problem, self.gpu)):
                     found[implementation, config] = None
                     break
             if len(found) == most:
-                break
+                return list(found)
+        ours = next(iter(self._defaults(op, problem)))
+        if ours.implementation is op.tunable and not self.revocation(ours):
+            found[ours.implementation, ours.config] = None
         return list(found)
 
     def _deny(self) -> DenyList:
@@ -334,6 +346,16 @@ def _by_distance(problem: Problem, known: Sequence[tuple[Served, Problem]]) -> l
     """The verdicts on other problems that are near enough, nearest first, measurements first of two as near."""
     found = [(problem.distance(p), not v.measured, v) for v, p in known if v.problem != problem.key]
     return sorted((each for each in found if each[0] <= FARTHEST), key=_order)
+
+
+def _unlike(op: Op[Any], problem: Problem, key: str) -> tuple[float, float]:
+    """In how many flags and names another problem differs, and how far its sizes are apart."""
+    try:
+        other = op.problem.from_key(key)
+    except (TypeError, ValueError, RecursionError):
+        return math.inf, math.inf
+    named = [each.name for each in problem._fields() if "letter" not in each.metadata]
+    return sum(getattr(problem, name) != getattr(other, name) for name in named), problem.apart(other)
 
 
 def _order(near: tuple[float, bool, Served]) -> tuple[float, bool, str]:
