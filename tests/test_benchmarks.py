@@ -55,3 +55,13 @@ def test_what_a_call_costs_the_host_is_asked_of_every_public_function(tmp_path):
     for name, row in document["results"].items():
         assert ("forward+backward" in row) == ("decode" not in name)
         assert all(len(each["ratio"]) == 3 for each in row.values())
+
+
+def test_a_program_is_watched_without_and_with_probing_and_timed_by_each_registry(tmp_path):
+    arguments = "--problems", "2", "--seconds", "1", "--rounds", "2", "--work", str(tmp_path / "work")
+    document, printed = run("probing.py", tmp_path / "probing.json", *arguments)
+    (watched,) = document["watch"]
+    assert watched["spent_s"] == 0.0  # there is no GPU
+    assert set(watched["cycle_ms"]) == {"before", "during", "after"}
+    assert [set(row["ms"]) for row in document["results"]] == [{"before", "again"}] * watched["problems"]
+    assert "gain" in printed

@@ -86,7 +86,10 @@ def inside(name: str, *folders: str) -> bool:
     [
         ("tilebook.cli", ["tilebook.cli", "tilebook.__main__"]),
         ("tilebook.report", ["tilebook.report", "tilebook.cli", "tilebook.revocation"]),
-        ("tilebook.tuner", ["tilebook.tuner", "tilebook.report", "tilebook.recheck", "tilebook.cli"]),
+        (
+            "tilebook.tuner",
+            ["tilebook.tuner", "tilebook.dispatch", "tilebook.report", "tilebook.recheck", "tilebook.cli"],
+        ),
         ("tilebook.tuner.sweeps", ["tilebook.tuner.sweeps", "tilebook.cli"]),
         ("tilebook.tuner.cluster", ["tilebook.tuner.cluster", "tilebook.cli"]),
     ],
@@ -106,6 +109,17 @@ def test_only_the_layers_above_know_a_layer(what, who):
 def test_a_layer_knows_no_more_than_it_must(who, what):
     known = {other for name, others in rooms().items() if inside(name, who) for other in others}
     assert {name for name in known if not inside(name, *what)} == set()
+
+
+def test_dispatch_knows_of_the_tuner_how_candidates_compile_and_are_judged_and_only_where_it_probes():
+    known = {module: imported(module, lazy=True) for module in MODULES if inside(module, "tilebook.dispatch")}
+    above = {name: {each for each in others if inside(each, "tilebook.tuner")} for name, others in known.items()}
+    assert {name: others for name, others in above.items() if others} == {
+        "tilebook.dispatch.probing": {
+            "tilebook.tuner.process.compile", "tilebook.tuner.judge.stats", "tilebook.tuner.judge.verify"
+        },
+        "tilebook.dispatch.settling": {"tilebook.tuner.judge.stats"},
+    }  # fmt: skip
 
 
 def test_kernels_know_neither_tuner_nor_registry():

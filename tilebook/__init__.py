@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tilebook.dispatch.probing import probe
     from tilebook.enabling import disable, enable, enabled, register_transformers, status
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.cross_entropy import cross_entropy
@@ -40,6 +41,7 @@ __all__ = [
     "mlp",
     "patch",
     "patched",
+    "probe",
     "register_transformers",
     "rms_norm",
     "scaled_dot_product_attention",
@@ -67,6 +69,7 @@ _MODULE = {
     "mlp": "kernels.mlp",
     "patch": "patching",
     "patched": "patching",
+    "probe": "dispatch.probing",
     "register_transformers": "enabling",
     "rms_norm": "kernels.norms",
     "scaled_dot_product_attention": "kernels.attention",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-ASKED = "TILEBOOK"
-_YES = ("1", "true", "yes", "on")
+from tilebook.variables import ASKED, value
+
 _PATCH = "patch"
 
 
@@ -21,8 +20,8 @@ def load() -> None:
         register_flash_attention_impl("tilebook", register_fn=_activate)
     except Exception:  # an older PyTorch has no such register
         pass
-    asked = os.environ.get(ASKED, "").strip().lower()
-    if asked not in (*_YES, _PATCH):
+    asked = value(ASKED)
+    if asked not in ("yes", _PATCH):
         return
     try:
         from tilebook.enabling import enable

@@ -99,7 +99,11 @@ def left_whole(choice: Any, tensors: Sequence[torch.Tensor | None]) -> bool:
 
 def native(choice: Any, tensors: Sequence[torch.Tensor | None]) -> bool:
     """Is a call PyTorch's own function's to serve, with the gradients that will be wanted?"""
-    return bool(choice.native and (not recorded(tensors) or dispatch.backward_of(choice).native))
+    if not choice.native or choice.probed:
+        return False
+    return not recorded(tensors) or bool(
+        dispatch.backward_of(choice).native and not (choice.kept and dispatch.backward_probed(choice))
+    )
 
 
 def recorded(tensors: Sequence[torch.Tensor | None]) -> bool:

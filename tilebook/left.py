@@ -114,7 +114,7 @@ def unsettled(key: Hashable, choice: Any) -> bool:
     Kernels of ours run the first calls all the same, so that they are there when a graph is captured.
     """
     return key not in _here.left and bool(
-        choice.kept and choice.aligned and (choice.native or choice.calls >= _FIRST_CALLS)
+        choice.kept and choice.aligned and not choice.open and (choice.native or choice.calls >= _FIRST_CALLS)
     )
 
 
@@ -135,6 +135,8 @@ def known(choice: Any, size: float, bounds: tuple[float, float]) -> Left:
     own = bool(choice.native)
     both = own and bool(dispatch.backward_of(choice).native)
     forward, training = own or size <= bounds[0], both or size <= bounds[1]
+    if own and _here.prober is not None and (not _recording() or dispatch.backward_probed(choice)):
+        return Left(True, False, False, choice)  # calls with gradients are looked at
     bounded = (forward and not own) or (training and not both)
     if not training and size <= _SPAN * bounds[1]:
         return Left(forward, Pace(), True, choice)

@@ -6,6 +6,7 @@ import dispatch_samples
 import pytest
 import torch
 from dispatch_samples import FUSED, GPU, OP, RANKED, SECOND, verdict
+from probing_samples import Program
 
 from tilebook import device as devices
 from tilebook.dispatch import Dispatch
@@ -64,3 +65,19 @@ def second(monkeypatch):
 
     won.made, won.before = made, dataclasses.replace(made, function=dispatch_samples.second_as_it_was)
     return won
+
+
+@pytest.fixture
+def program(gpu, monkeypatch):
+    monkeypatch.setattr("tilebook.dispatch.choice.record", lambda run, args: (run(*args), None))
+
+    def make(*args, **options):
+        make.count += 1
+        path = gpu.with_name(f"{make.count}.db")
+        monkeypatch.setenv("TILEBOOK_REGISTRY", str(path))
+        made = Program(path, *args, **options)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
+        return made
+
+    make.count = 0
+    return make

@@ -24,6 +24,9 @@ GPU_0 = torch.device("cuda", 0)
 class Group:
     """Stands for a process group."""
 
+    def rank(self):
+        return 0
+
 
 @pytest.fixture
 def store(monkeypatch):

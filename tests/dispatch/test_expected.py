@@ -126,8 +126,9 @@ def test_a_verdict_of_its_own_comes_first(choose):
         {"evidence": {"candidates": [{"implementation": "triton", "config": {}, "time_ms": 1.0}]}},
         {"kernel": "0" * len(NORM.digest)},
         {"trusted": False},
+        {"origin": "observed"},
     ],
-    ids=["predicted", "PyTorch's not measured", "other source", "not trusted"],
+    ids=["predicted", "PyTorch's not measured", "other source", "not trusted", "observed"],
 )
 def test_what_was_not_measured_against_pytorchs_is_no_evidence(choose, changes):
     assert choose(led(MEASURED, 3.0, **changes), problem=NORM.problem.parse("M16384,N1024", "fp32"), op=NORM).native

@@ -131,6 +131,8 @@ def serving(monkeypatch):
 class Choice:
     """What dispatch would give: a choice whose plan is there after its second call."""
 
+    open = probed = False
+
     def __init__(self, native=False, kept=True, plan="plan", broken=None):
         self.native, self.kept, self.calls, self.plan, self._plan, self.broken = native, kept, 0, None, plan, broken
 
@@ -168,6 +170,22 @@ def test_what_dispatch_leaves_to_pytorch_is_left(serving, monkeypatch, kept, dec
     choice = Choice(native=True, kept=kept)
     assert _answer(serving, monkeypatch, choice) == (None, decision, choice)
     assert choice.calls == 0
+
+
+def test_calls_that_are_probed_run_what_the_choice_says_and_nothing_is_decided(serving, monkeypatch):
+    for pytorchs in (True, False):
+        choice = Choice(native=pytorchs)
+        choice.open = choice.probed = True
+        for _ in range(6):
+            outputs, decision, token = _answer(serving, monkeypatch, choice)
+            assert [tuple(each.shape) for each in outputs] == [(3, 5, 24), (3, 5, 1), (3, 5, 1)]
+            assert (decision, token) == (None, choice)
+
+
+def test_a_call_that_is_captured_meanwhile_is_pytorchs_and_nothing_is_decided(serving, monkeypatch):
+    choice = Choice(native=True)
+    choice.open = True
+    assert _answer(serving, monkeypatch, choice) == (None, None, choice)
 
 
 def test_an_error_leaves_the_call_to_pytorch_with_one_warning(serving, monkeypatch):

@@ -206,3 +206,16 @@ def test_ctrl_c_ends_the_run_at_once_and_keeps_its_trials(path):
     states, registry = tune(path, FakeRunner(valley))
     assert states[0].reused == kept - 1  # PyTorch's own choice is measured again
     assert Config(registry.verdicts()[0].config) == BEST
+
+
+def test_what_a_program_has_observed_is_tuned_as_if_it_were_not_there(path):
+    tune(path, FakeRunner(valley))
+    with Registry.open(path, write=True) as registry:
+        (measured,) = registry.verdicts()
+        assert registry.merge((), [dataclasses.replace(measured, trusted=False)]).verdicts
+        seen = dataclasses.replace(measured, origin="observed", notes={"observed": {"rounds": 8}})
+        assert registry.merge((), [seen]).verdicts
+    states, registry = tune(path, FakeRunner(valley))
+    assert not states[0].skipped
+    (found,) = registry.verdicts()
+    assert (found.origin, found.notes.get("observed")) == ("local", None)

@@ -20,12 +20,14 @@ import torch
 from tilebook import device as devices
 from tilebook import registry as store
 from tilebook.device import Device
-from tilebook.dispatch.agreement import Agreement
+from tilebook.dispatch.agreement import Agreement, Told
 from tilebook.dispatch.choice import Choice, Outputs, Source
 from tilebook.dispatch.misses import misses_of, store_misses
 from tilebook.dispatch.snapshot import FARTHEST, Snapshot, ahead, pytorch
 from tilebook.layout import fits
 from tilebook.op import Config, Op, Problem
+from tilebook.registry.served import Served
+from tilebook.variables import PROBE, value
 
 __all__ = [
     "FARTHEST",
@@ -36,6 +38,7 @@ __all__ = [
     "Source",
     "ahead_of",
     "backward_of",
+    "backward_probed",
     "choose",
     "forced",
     "key",
@@ -76,6 +79,7 @@ class Dispatch:
         self._snapshots: dict[int, Snapshot] = {}
         self._warned: set[str] = set()
         self._agreement = Agreement()
+        self.prober: Any = None  # see `dispatch.probing`
         self._inherited: dict[int, int] = {}  # by a choice's id, the calls that a parent process made and counts
 
     def run(self, op: Op[Any], *args: Any) -> Outputs:
@@ -133,6 +137,8 @@ class Dispatch:
             choice = self.choose(op, op.problem.of(*args), args[0].device)
             choice.aligned = all(fits(x) for x in args[:3] if isinstance(x, torch.Tensor))
             if self._settled(choice):
+                if self.prober is not None:
+                    choice.probe = self.prober.of(choice)
                 with self._lock:  # another thread's choice would change what is walked here
                     while len(self._memo) >= _MOST_CHOICES:
                         del self._memo[next(iter(self._memo))]
@@ -153,10 +159,75 @@ class Dispatch:
                     # Nothing may be read now, so nobody knows whether the default is revoked.
                     return Choice(op.uncompiled(problem, gpu), None, "fallback", problem, gpu)
                 self._snapshots[index] = Snapshot(gpu)
+                if self.prober is not None:
+                    self.prober.remind(self._snapshots[index])
             snapshot = self._snapshots[index]
         choice = self._choose(snapshot, op, problem)
         choice.instead = self._spare
         return choice
+
+    @property
+    def leads(self) -> bool:
+        """Is it this process of a distributed program that finds out what is fastest, for all?"""
+        return self._agreement.leads
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of calls are known."""
+        return len(self._memo)
+
+    def contenders(self, op: Op[Any], problem: Problem, gpu: Device, most: int) -> list[Any]:
+        """See `Snapshot.contenders`."""
+        snapshot = self._snapshot_of(gpu)
+        return [] if snapshot is None else snapshot.contenders(op, problem, most)
+
+    def backward_probed(self, choice: Choice) -> bool:
+        """Are calls of the backward pass looked at, of a call that is PyTorch's own forward?"""
+        if self.prober is None:
+            return False
+        backward = self.backward_of(choice)
+        if backward.probe is None and backward is not choice:
+            backward.probe = self.prober.of(backward)
+        return backward.probed
+
+    def begin_probing(self, prober: Any) -> None:
+        """Has it look at calls from now on, of all kinds."""
+        self.prober = prober
+        self._forget()
+
+    def settled(self, op: Op[Any], problem: Problem, gpu: Device, served: Served | None) -> None:
+        """What serves a problem has been found out: it does from now on."""
+        snapshot = self._snapshot_of(gpu)
+        if snapshot is not None and served is not None:
+            snapshot.observe(served)
+            mine = snapshot.choose(op, problem)
+            self._agreement.announce(op, problem, gpu, _told(mine))
+        self._refresh([(op.name, problem.key)])
+
+    def follow(self) -> None:
+        """Takes what the process that leads has found out since, if anything."""
+        if heard := self._agreement.heard():
+            self._refresh(heard)
+
+    def look_again(self) -> None:
+        """Has dispatch asked about calls that it was not asked about any more."""
+        self.left.clear()
+        self.seen.clear()
+        self._tell("changed")
+
+    def _refresh(self, problems: Sequence[tuple[str, str]]) -> None:
+        """Forgets what was chosen for these problems, by op and key."""
+
+        def among(choice: Choice | None) -> bool:
+            return choice is not None and (choice.implementation.op.name, choice.problem.key) in problems
+
+        with self._lock:
+            for known, choice in list(self._memo.items()):
+                if among(choice):
+                    del self._memo[known]
+                if among(choice.backward):
+                    choice.backward = None
+        self.look_again()
 
     def ahead_of(self, op: Op[Any], problem: Problem, device: torch.device, other: str) -> bool:
         """Is a kernel of ours what runs, by a verdict that measured it as faster than this other implementation?"""
@@ -222,8 +293,7 @@ class Dispatch:
 
     def _agreed(self, snapshot: Snapshot, op: Op[Any], problem: Problem, mine: Choice) -> Choice:
         """What all processes of a distributed program run: mine, or what another of them has chosen before."""
-        name, config = mine.implementation.name, mine.config
-        told = name, None if config is None else dict(config), mine.source, mine.implementation.digest
+        told = _told(mine)
         decided = self._agreement.settle(op, problem, snapshot.gpu, told)
         if decided == told:
             return mine
@@ -278,12 +348,18 @@ class Dispatch:
             warnings.warn(f"tilebook: {about}: {text}", RuntimeWarning, stacklevel=4)
 
 
+def _told(choice: Choice) -> Told:
+    config = None if choice.config is None else dict(choice.config)
+    return choice.implementation.name, config, choice.source, choice.implementation.digest
+
+
 here = Dispatch()
 """The program's own."""
 
 run, lookup, known, choose = here.run, here.lookup, here.known, here.choose
 backward_of, own = here.backward_of, here.own
 use, reload, misses, ahead_of = here.use, here.reload, here.misses, here.ahead_of
+backward_probed = here.backward_probed
 
 
 def forced() -> bool:
@@ -298,3 +374,13 @@ if hasattr(os, "register_at_fork"):
 @atexit.register
 def _store_misses() -> None:
     store_misses(here.misses())
+
+
+def _probe() -> None:
+    from tilebook.dispatch.probing import probe
+
+    probe()
+
+
+if value(PROBE) == "yes":
+    _probe()

@@ -28,7 +28,8 @@ class Choice:
     where the spare did not; `instead` makes the spare. `native` says that PyTorch's own function would run the
     same here, so that the call may be left to it; `backward` is what the backward pass would run; `aligned` says that
     the tensors of its calls lie as kernels that load whole vectors want them, and `kept` that it serves calls to come.
-    `own` is our own kernel for the same problem, once somebody has asked for it.
+    `own` is our own kernel for the same problem, once somebody has asked for it. `probe` settles a problem that no
+    verdict is on, in calls that it looks at (see `dispatch.probing`).
     """
 
     implementation: Implementation
@@ -47,6 +48,7 @@ class Choice:
     own: Choice | None = None
     aligned: bool = True
     kept: bool = False
+    probe: Any = None
 
     def __post_init__(self) -> None:
         forced = self.source == "forced"
@@ -54,7 +56,23 @@ class Choice:
         self.native = not forced and (self.gpu is None or op.native(name, self.problem, self.gpu))
 
     def __call__(self, *args: Any) -> Outputs:
-        """One call of the op. A choice that raises where its spare does not is replaced, now and from now on."""
+        """One call of the op, by the choice or what is compared with it."""
+        if self.probe is not None and self.probed:
+            return self.probe(self.usual, args)  # type: ignore[no-any-return]
+        return self.usual(*args)
+
+    @property
+    def open(self) -> bool:
+        """Does a probe look at such calls, so that nothing is settled about them?"""
+        return self.probe is not None and bool(self.probe.active)
+
+    @property
+    def probed(self) -> bool:
+        """Does it look at calls made now? At none that is captured."""
+        return self.open and not torch.cuda.is_current_stream_capturing()
+
+    def usual(self, *args: Any) -> Outputs:
+        """One call by the choice. One that raises where its spare does not is replaced, now and from now on."""
         self.calls += 1
         if self.plan is not None:
             return self.plan(args)

@@ -36,6 +36,9 @@ _DECISIVE = ("torch", "cudnn", "cuda")
 COMPILED = frozenset({"inductor", "flex_attention"})
 """Implementations that compile for seconds when they are first called: a program must not wait for that."""
 
+_ALIKE = 1
+"""In so many flags and names a problem may differ whose winner is tried (see `Snapshot.contenders`)."""
+
 _FIRST, _MORE = 1, 32
 """How many verdicts on near problems are asked of a large registry: the nearest serves nearly always."""
 
@@ -52,6 +55,7 @@ class Snapshot:
         self.gpu = gpu
         self._verdicts: dict[str, list[tuple[Served, Problem]]] = {}
         self._warned: set[str] = set()
+        self._observed: dict[tuple[str, str], Served] = {}
         try:
             self._table = serving.read(*gpu.identity, explicit)
         except Exception as broken:  # whatever is wrong with it, training goes on
@@ -77,6 +81,36 @@ class Snapshot:
             self._denied = self._deny()  # a layer that was locked may have told its revocations only now
             self._warn()
         return self._verdicts[op.name]
+
+    def observe(self, verdict: Served) -> None:
+        """Has a verdict that this program has come to itself served from now on."""
+        self._observed[verdict.op, verdict.problem] = verdict
+
+    def contenders(self, op: Op[Any], problem: Problem, most: int) -> list[tuple[Implementation, Config | None]]:
+        """What may be faster than PyTorch's own: the best of verdicts on the nearest problems, if none is on this one.
+
+        Those that are too far for a verdict to serve count too, and our default comes last. Not what is compiled when
+        it is first called.
+        """
+        exact, near = self._around(op, problem, _MORE)
+        if exact:
+            return []
+        others = [(*_unlike(op, problem, each.problem), each.problem, each) for each in self._some(op)]
+        others = [each for each in others if each[0] <= _ALIKE and each[1] <= FARTHEST]
+        far = (verdict for *_, verdict in sorted(others, key=lambda each: each[:3]))
+        found: dict[tuple[Implementation, Config | None], None] = {}
+        for verdict in chain(near, far):
+            for implementation, config in self._feasible(op, problem, verdict) if verdict.measured else ():
+                theirs = op.native(implementation.name, problem, self.gpu) or implementation.external
+                if not theirs and not self.revocation(Choice(implementation, config, "nearest", problem, self.gpu)):
+                    found[implementation, config] = None
+                    break
+            if len(found) == most:
+                return list(found)
+        ours = next(iter(self._defaults(op, problem)))
+        if ours.implementation is op.tunable and not self.revocation(ours):
+            found[ours.implementation, ours.config] = None
+        return list(found)
 
     def _deny(self) -> DenyList:
         return DenyList(self._table.revocations, devices.package_version("triton"))
@@ -179,9 +213,10 @@ class Snapshot:
                     yield Choice(implementation, config, "nearest", problem, self.gpu, verdict.layer, verdict)
 
     def _theirs(self, op: Op[Any], verdict: Served, measured: Problem) -> float | None:
-        """How long PyTorch's own kernel took beside ours, None where that was not measured in this environment."""
+        """How long PyTorch's own kernel took beside ours, None where no tune has measured it in this environment."""
         native = self._native_ms(op, verdict, measured)
-        return min(native, default=None) if verdict.measured and _here(verdict) else None
+        counts = verdict.measured and verdict.origin != "observed" and _here(verdict)
+        return min(native, default=None) if counts else None
 
     def _native_ms(self, op: Op[Any], verdict: Served, problem: Problem) -> list[float]:
         """What a verdict on the problem says of the implementations that PyTorch's own function runs for it."""
@@ -192,7 +227,9 @@ class Snapshot:
 
         most: how many near ones to ask of a large registry at once; more are asked for when these have been looked at.
         """
-        known = self.verdicts(op)
+        known, observed = self.verdicts(op), self._observed.get((op.name, problem.key))
+        if observed is not None:
+            return [observed], iter(())
         if not self._table.large(op.name):
             near = (verdict for _, _, verdict in _by_distance(problem, known))
             return [verdict for verdict, _ in known if verdict.problem == problem.key], near
@@ -308,6 +345,16 @@ def _by_distance(problem: Problem, known: Sequence[tuple[Served, Problem]]) -> l
     """The verdicts on other problems that are near enough, nearest first, measurements first of two as near."""
     found = [(problem.distance(p), not v.measured, v) for v, p in known if v.problem != problem.key]
     return sorted((each for each in found if each[0] <= FARTHEST), key=_order)
+
+
+def _unlike(op: Op[Any], problem: Problem, key: str) -> tuple[float, float]:
+    """In how many flags and names another problem differs, and how far its sizes are apart."""
+    try:
+        other = op.problem.from_key(key)
+    except (TypeError, ValueError, RecursionError):
+        return math.inf, math.inf
+    named = [each.name for each in problem._fields() if "letter" not in each.metadata]
+    return sum(getattr(problem, name) != getattr(other, name) for name in named), problem.apart(other)
 
 
 def _order(near: tuple[float, bool, Served]) -> tuple[float, bool, str]:

@@ -120,14 +120,15 @@ class _Serving:
             if known is None or not known.calls:
                 return None, None, None
         choice = dispatch.lookup(standing.op(), given)
-        if choice.native:
-            return None, (False if choice.kept else None), choice
+        probed = choice.probed
+        if choice.native and not probed:
+            return None, (False if choice.kept and not choice.open else None), choice
         computed = choice(*given)
         outputs = standing.outputs(args)
         decision: Any = None
-        if choice.plan is not None:
+        if choice.plan is not None and not probed:
             decision = plans.translated(choice.plan, args, given, standing.places, outputs)
-        if decision is None and choice.calls >= _FEW and not dispatch.forced() and not standing.long(args):
+        if decision is None and choice.calls >= _FEW and not (probed or dispatch.forced() or standing.long(args)):
             decision = False
         there = iter(computed)
         return [_placed(each, there, args[0].device) for each in outputs], decision, choice

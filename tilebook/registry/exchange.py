@@ -16,6 +16,7 @@ from tilebook.registry import lines
 from tilebook.registry.checks import quoted
 from tilebook.registry.merging import Choice, note
 from tilebook.registry.records import Revocation, Trial
+from tilebook.registry.searched import observed
 from tilebook.registry.store import Registry
 from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
@@ -128,12 +129,13 @@ def import_rule(existing: Verdict, new: Verdict) -> Choice:
 def strength(verdict: Verdict) -> tuple[Any, ...]:
     """A total order of verdicts on one key, so that what is left of many does not depend on who was merged first.
 
-    What may be served goes before what may not, since a stranger's claims are claims only; then measurements, one's
-    own, the tighter interval, more samples, the newer.
+    What may be served goes before what may not, since a stranger's claims are claims only; then measurements, those
+    of a tune before what a program has observed, one's own, the tighter interval, more samples, the newer.
     """
     return (
         verdict.trusted,
         verdict.measured,
+        not observed(verdict),
         verdict.origin != "imported",
         0.0 if verdict.interval is None else verdict.interval.low - verdict.interval.high,
         sum(len(each.samples_ms) for each in verdict.finalists),
@@ -145,6 +147,7 @@ def strength(verdict: Verdict) -> tuple[Any, ...]:
 _REASONS = (
     "a trusted verdict stands against one that is not",
     "a measurement stands against a prediction",
+    "a measurement stands against what a program has observed",
     "one's own verdict stands against an imported one",
     "the tighter of two intervals stands",
     "of two verdicts, the one with more samples stands",

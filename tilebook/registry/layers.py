@@ -299,7 +299,13 @@ class Standing(Protocol):
     @property
     def measured(self) -> bool: ...
 
+    @property
+    def origin(self) -> str: ...
+
 
 def standing(verdict: Standing) -> int:
-    """2 for a trusted measurement, 1 for a trusted prediction, 0 for what may not be served."""
-    return 0 if not verdict.trusted else 2 if verdict.measured else 1
+    """3 for a trusted measurement, 2 for what a program has observed, 1 for a trusted prediction, 0 for what may not be
+    served."""
+    if not verdict.trusted or not verdict.measured:
+        return int(verdict.trusted)
+    return 2 if verdict.origin == "observed" else 3

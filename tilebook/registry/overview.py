@@ -92,6 +92,7 @@ NOTES = (
     "searches",
     "unmeasured",
     "unconfirmed",
+    "observed",
 )
 """What is shown of how a verdict was found. Which points of a space were searched is not, and is most of the notes."""
 

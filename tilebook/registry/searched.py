@@ -8,6 +8,11 @@ if TYPE_CHECKING:
     from tilebook.registry.overview import Shown
 
 
+def observed(verdict: Shown) -> bool:
+    """Did a running program come to it by timing its own calls? A tune knows better."""
+    return "observed" in verdict.notes
+
+
 def cut_short(verdict: Shown) -> bool:
     """Did the budget keep something out that another run would look at?"""
     searches: Any = verdict.notes.get("searches")

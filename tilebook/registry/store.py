@@ -32,6 +32,7 @@ from tilebook.registry.models import (
 from tilebook.registry.readers import lost_revocation
 from tilebook.registry.records import Device, Miss, Revocation, Trial
 from tilebook.registry.rows import Keys, miss_of, revocation_of, trial_of, verdict_of
+from tilebook.registry.searched import observed
 from tilebook.registry.sql import Sql
 from tilebook.registry.target import SCHEMA_VERSION, Target, Unreachable, sniff
 from tilebook.registry.texts import Record, Written
@@ -50,6 +51,8 @@ def local_rule(existing: Verdict, new: Verdict) -> Choice:
     """The newest word counts, but a prediction never overwrites a measurement that may be served."""
     if new.trusted and not existing.trusted:
         return Choice(True, "a trusted verdict replaces one that is not")
+    if existing.trusted and existing.measured and observed(new) and not observed(existing):
+        return Choice(False, "what a program has observed does not replace a measurement")
     if existing.measured and not new.measured:
         return Choice(False, "a prediction does not replace a measurement")
     return Choice(True, "newer")

@@ -176,11 +176,13 @@ class Verdict:
 
     kernel:          hex digest of the source of the op's own kernel when this was found.
     finalists:       best first: the winner, then the others, fastest first; what to fall back on, in this order.
-    default_time_ms: of the default, in the same contest. interval: the winner's speed-up by both of its contests.
+    default_time_ms: of the default, in the same contest. interval: the winner's speed-up by both of its contests. Of an
+                     observed one both are of PyTorch's own call, which is timed in a program beside the candidates.
     mode:            how calls were timed, one of MODES.
     sources:         the source digest that each implementation of ours had, or the package and version of others'.
     notes:           how it was found: counts, seconds, the spaces that were searched. Plain JSON, not for serving.
-    origin:          who put it here ("local", "imported", "shipped"); only a `trusted` verdict may be served.
+    origin:          who put it here: "local", "observed" (a running program), "imported", "shipped". Only a `trusted`
+                     verdict may be served.
     """
 
     op: str

@@ -108,10 +108,11 @@ def _flash() -> Iterator[Finding]:
 
 
 def _turned_on() -> Iterator[Finding]:
-    from tilebook import autoload, call, enabling
+    from tilebook import call, enabling
+    from tilebook.variables import ASKED
 
     named = {each.name for each in metadata.entry_points(group="torch.backends")}
-    asked = os.environ.get(autoload.ASKED, "")
+    asked = os.environ.get(ASKED, "")
     status = enabling.status()
     if call.disabled():
         yield Finding("note", "TILEBOOK_DISABLE", "is set: everything is PyTorch's")

@@ -9,7 +9,7 @@ from tilebook import inventory, machine
 from tilebook.registry import Revocation
 from tilebook.registry.checks import quoted
 from tilebook.registry.current import Sourced, retired
-from tilebook.registry.searched import cut_short
+from tilebook.registry.searched import cut_short, observed
 from tilebook.report import grid
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def row(verdict: Shown, layer: str, revocation: Revocation | None = None) -> dic
         "seconds": notes.get("seconds"),
         "busy": notes.get("busy"),
         "cut_short": cut_short(verdict),
+        "observed": observed(verdict),
         "mode": verdict.mode,
         "others": _others(verdict),
         "measured_at": verdict.created_at.isoformat(),
@@ -175,6 +176,7 @@ def _outcome(each: dict[str, Any]) -> tuple[str, list[str]]:
         ratio = f"{each['speedup']:.3f}\n[{each['speedup_low']:.3f}, {each['speedup_high']:.3f}]"
     flags = [each["status"], each["layer"]]
     flags += [each["mode"]] if each["mode"] == "eager" else []
+    flags += ["observed"] if each["observed"] else []
     flags += ["cut short"] if each["cut_short"] else []
     flags += ["stale"] if each["stale"] else []
     flags += [] if each["trusted"] else ["not trusted"]
@@ -182,7 +184,8 @@ def _outcome(each: dict[str, Any]) -> tuple[str, list[str]]:
     flags += [f"revoked: {quoted(each['revoked'])}"] if each["revoked"] else []
     config = " ".join(f"{axis}={value}" for axis, value in each["config"].items())
     others = {name: _ms(time_ms) for name, time_ms in each["others"].items() if name != each["implementation"]}
-    times = {each["implementation"]: winner_ms, **({} if each["status"] == "default" else {"default": default_ms})}
+    default = {} if each["status"] == "default" or each["observed"] else {"default": default_ms}
+    times = {each["implementation"]: winner_ms, **default}
     what = f"{each['op']} {each['problem']}\n{each['implementation']} {config}".strip() + f"\n({', '.join(flags)})"
     return what, ["\n".join(f"{name} {time}" for name, time in {**times, **others}.items()), ratio]
 

@@ -11,12 +11,9 @@ from tilebook.errors import OutOfTime, TuningError
 from tilebook.registry import Again, Finalist, Json, Speedup, Verdict, VerdictStatus
 from tilebook.tuner.budget import Turn
 from tilebook.tuner.judge.measure import SAMPLE_MS
-from tilebook.tuner.judge.stats import Ratio, median, speedup
+from tilebook.tuner.judge.stats import PROMOTION, Ratio, median, speedup
 from tilebook.tuner.process.runner import Attempt, Candidate, Runner
 from tilebook.tuner.tuning import Tuning
-
-PROMOTION = 1.01
-"""A winner must beat the default by this factor at the lower end of its interval, twice, or the default stays."""
 
 TIE = 1.003
 """Candidates within this factor of the fastest are equal: thirty interleaved rounds cannot tell them apart. The tie is

@@ -13,6 +13,7 @@ from tilebook import registry as store
 from tilebook.device import Device, package_version
 from tilebook.op import Config, Implementation, Op, Problem, Space
 from tilebook.registry import Json, Layers, Registry, Trial, Verdict, canonical
+from tilebook.registry.searched import observed
 
 PREDICTED = "predicted"
 """The mode of a run that compiles and ranks by the performance model, and measures nothing."""
@@ -92,8 +93,8 @@ class Known:
         feasible = {each.name: each.feasible for each in fields}
         found = self._registry.verdicts(op=op.name, problem=problem.key, device=self.device, kernel=op.digest)
         for verdict in found:
-            if not verdict.trusted or self._denied.winner(verdict) is not None:
-                continue  # somebody else's word, or proved wrong since
+            if not verdict.trusted or observed(verdict) or self._denied.winner(verdict) is not None:
+                continue  # somebody else's word, what a program has seen, or proved wrong since
             if Config(verdict.config) not in feasible.get(verdict.implementation, [Config(verdict.config)]):
                 continue  # the space has changed its mind since
             same = verdict.environment == self.environment

@@ -126,7 +126,7 @@ def attention_decode(
             o, lse = DECODE.through(tensors, options)
             return (o, lse) if return_lse else o
         choice = dispatch.lookup(registered(), (*tensors, *options))
-    if choice.native:
+    if choice.native and not choice.probed:
         choice.calls += 1
         if own is not None and unsettled(own, choice):
             keep(own, Left(forward=True, training=False, bounded=False, choice=choice))

@@ -332,6 +332,7 @@ class Check:
             "winner": str(self.winner),
         }
         notes: dict[str, Json] = {**(was.notes if was.trusted else {}), "checked": told}
+        notes.pop("observed", None)  # it is measured now
         if outcome is Outcome.DEMOTED:
             notes["searches"] = {self.subject.op.tunable.name: {"asked": 0, "ended": "budget"}}
         return notes

@@ -27,9 +27,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from tilebook.autoload import ASKED
 from tilebook.errors import TuningError
 from tilebook.tuner.process.processes import has_exited, kill_group, kill_marked
+from tilebook.variables import ASKED, PROBE
 
 Json = dict[str, Any]
 
@@ -311,7 +311,13 @@ def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     paths = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
     if here not in paths:
         paths.insert(0, here)
-    values: dict[str, str | None] = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), ASKED: None, **changes}
+    values: dict[str, str | None] = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        ASKED: None,
+        PROBE: None,
+        **changes,
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -1,0 +1,17 @@
+"""What the environment asks for by variables that turn something on."""
+
+from __future__ import annotations
+
+import os
+
+ASKED = "TILEBOOK"
+"""Our functions in the places of PyTorch's."""
+
+PROBE = "TILEBOOK_PROBE"
+"""Problems settled by running programs."""
+
+
+def value(name: str) -> str:
+    """What a variable says, in small letters; "yes" for all that means no more than that."""
+    told = os.environ.get(name, "").strip().lower()
+    return "yes" if told in ("1", "true", "yes", "on") else told
