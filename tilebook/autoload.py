@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from tilebook.variables import ASKED, value
+from tilebook.variables import ASKED, PROFILED, value
 
 _PATCH = "patch"
 
@@ -20,6 +21,13 @@ def load() -> None:
         register_flash_attention_impl("tilebook", register_fn=_activate)
     except Exception:  # an older PyTorch has no such register
         pass
+    if folder := os.environ.get(PROFILED, ""):
+        try:
+            from tilebook.profiling import begin
+
+            begin(folder)
+        except Exception as broken:
+            _warn("not profiled", broken)
     asked = value(ASKED)
     if asked not in ("yes", _PATCH):
         return
@@ -28,9 +36,13 @@ def load() -> None:
 
         enable(patch=asked == _PATCH)
     except Exception as broken:
-        import warnings
+        _warn("not turned on", broken)
 
-        warnings.warn(f"tilebook: not turned on: {type(broken).__name__}: {broken}", RuntimeWarning, stacklevel=2)
+
+def _warn(what: str, broken: Exception) -> None:
+    import warnings
+
+    warnings.warn(f"tilebook: {what}: {type(broken).__name__}: {broken}", RuntimeWarning, stacklevel=3)
 
 
 def _activate() -> Any:

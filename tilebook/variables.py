@@ -10,6 +10,9 @@ ASKED = "TILEBOOK"
 PROBE = "TILEBOOK_PROBE"
 """Problems settled by running programs."""
 
+PROFILED = "TILEBOOK_PROFILE"
+"""Names the folder that `tilebook profile` has made, for what it starts."""
+
 
 def value(name: str) -> str:
     """What a variable says, in small letters; "yes" for all that means no more than that."""

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from registry_samples import A100, START, evidenced, miss
 import tilebook.registry
 from tilebook.dispatch.misses import store_misses
 from tilebook.registry import Locked, Registry, RegistryError, ledger, serving
+from tilebook.registry.records import Guess
 
 REPOSITORY = Path(tilebook.registry.__file__).parents[2]
 LATER = START + timedelta(days=1)
@@ -165,3 +166,18 @@ def test_dispatch_does_without_a_server_that_does_not_answer(home: Path) -> None
         deaf.accept()
         with pytest.raises(BlockingIOError):
             deaf.accept()
+
+
+def test_what_was_timed_is_not_replaced_by_a_guess(path: Path) -> None:
+    def guess(calls: int, last_seen: datetime) -> Guess:
+        return Guess(miss().op, miss().problem, miss().device, calls, 9.0, last_seen)
+
+    Registry.open(path, write=True).close()
+    day = timedelta(days=1)
+    for each in (guess(5, START), miss(calls=2, time_ms=7.0, last_seen=LATER), guess(3, LATER + day)):
+        ledger.add(path, [each], 0)
+    assert misses(path) == [miss(calls=10, time_ms=7.0, last_seen=LATER + day)]
+    with Registry.open(path, write=True) as registry:
+        registry.count_misses([guess(1, LATER + 2 * day)])
+        registry.count_misses([miss(calls=1, time_ms=6.0, last_seen=LATER + 3 * day)])
+    assert misses(path) == [miss(calls=12, time_ms=6.0, last_seen=LATER + 3 * day)]

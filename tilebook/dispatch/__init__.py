@@ -7,6 +7,7 @@ here, something else computes the right numbers, after one warning. What a regis
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from tilebook import device as devices
+from tilebook import logs
 from tilebook import registry as store
 from tilebook.device import Device
 from tilebook.dispatch.agreement import Agreement, Told
@@ -74,10 +76,12 @@ class Dispatch:
         self.left: dict[Any, Any] = {}  # see `tilebook.left`
         self.seen: dict[Any, Any] = {}  # likewise
         self.watchers: list[Callable[[str], None]] = []  # told of "changed" and "counted"
+        self.measured: dict[tuple[str, str], float] = {}  # by op and problem, milliseconds of a call, see `profiling`
         self._lock = threading.Lock()
         self._memo: dict[tuple[Any, ...], Choice] = {}
         self._snapshots: dict[int, Snapshot] = {}
         self._warned: set[str] = set()
+        self._told: set[str] = set()
         self._agreement = Agreement()
         self.prober: Any = None  # see `dispatch.probing`
         self._inherited: dict[int, int] = {}  # by a choice's id, the calls that a parent process made and counts
@@ -164,6 +168,9 @@ class Dispatch:
             snapshot = self._snapshots[index]
         choice = self._choose(snapshot, op, problem)
         choice.instead = self._spare
+        if logs.log.isEnabledFor(logging.DEBUG) and (told := choice.because) not in self._told:
+            self._told.add(told)
+            logs.log.debug(told)
         return choice
 
     @property
@@ -254,6 +261,7 @@ class Dispatch:
         with self._lock:
             self._snapshots.clear()
             self._warned.clear()
+            self._told.clear()
         self._forget()
 
     def _join(self) -> None:
@@ -276,7 +284,10 @@ class Dispatch:
     def misses(self) -> list[store.Miss]:
         """The problems that this process asked for and no verdict covers, heaviest first."""
         self._tell("counted")
-        return misses_of(list(self._memo.values()), self._inherited)
+        kept = list(self._memo.values())
+        # Gradients of calls that are left whole have run where somebody has counted them.
+        behind = [each.backward for each in kept if each.backward is not None and each.backward is not each]
+        return misses_of([*kept, *behind], self._inherited, self.measured)
 
     def forked(self) -> None:
         """Told in a process that was forked off: the calls until now are its parent's to count."""
@@ -367,6 +378,7 @@ def forced() -> bool:
     return here.forced is not None
 
 
+logs.begin()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=here.forked)
 

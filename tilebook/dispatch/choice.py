@@ -55,6 +55,21 @@ class Choice:
         op, name = self.implementation.op, self.implementation.name
         self.native = not forced and (self.gpu is None or op.native(name, self.problem, self.gpu))
 
+    @property
+    def because(self) -> str:
+        """What runs and why, for people."""
+        op, why = self.implementation.op, f"by {self.source}"
+        if self.verdict is not None:
+            of = op.problem.from_key(self.verdict.problem)
+            on = "just this problem" if self.source == "exact" else of.label
+            why = f"by the {self.verdict.status} verdict on {on}, layer {self.layer}"
+        elif self.source == "default":
+            why = "our kernel's default: no verdict is near that can serve"
+        elif self.source == "fallback":
+            why = "PyTorch's own: no verdict has another ahead, or no kernel takes it"
+        problem = f"{self.problem.label} {getattr(self.problem, 'dtype', '')}"
+        return f"{op.name} {problem}: {self.implementation.name} {self.config or ''}".rstrip() + f" ({why})"
+
     def __call__(self, *args: Any) -> Outputs:
         """One call of the op, by the choice or what is compared with it."""
         if self.probe is not None and self.probed:

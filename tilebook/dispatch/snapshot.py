@@ -164,6 +164,17 @@ class Snapshot:
         found = chain(known, self._defaults(op, problem))
         return next((each for each in found if each.implementation is op.tunable and not self.revocation(each)), None)
 
+    def lead(self, op: Op[Any], verdict: Served) -> float | None:
+        """How many times as fast as PyTorch's own call its winner was measured to be; None where that was not."""
+        its = verdict.finalists[0].time_ms if verdict.measured else None
+        theirs = min(self._native_ms(op, verdict, op.problem.from_key(verdict.problem)), default=None)
+        return theirs / its if theirs and its else None
+
+    def near(self, op: Op[Any], problem: Problem) -> Served | None:
+        """The nearest verdict of the same kind, on another problem, that was measured beside PyTorch's own call."""
+        near = self._around(op, problem, _FIRST)[1]
+        return next((each for each in near if self.lead(op, each)), None)
+
     def revocation(self, choice: Choice) -> Revocation | None:
         """Why a choice may not run, or None where it may."""
         implementation = choice.implementation

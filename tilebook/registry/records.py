@@ -282,9 +282,10 @@ class Miss:
         object.__setattr__(self, "last_seen", checks.utc(self.last_seen, "last_seen"))
 
     def plus(self, other: Miss) -> Miss:
-        """The calls of both; the estimate of the time of a call and `last_seen` are the newest."""
-        newest = max(self, other, key=lambda each: (each.last_seen, each.time_ms))
-        return replace(newest, calls=min(self.calls + other.calls, 2**62))
+        """The calls of both, with the newest estimate of the time of a call and the newest `last_seen`."""
+        timed = max(self, other, key=lambda each: (not isinstance(each, Guess), each.last_seen, each.time_ms))
+        calls = min(self.calls + other.calls, 2**62)
+        return replace(timed, calls=calls, last_seen=max(self.last_seen, other.last_seen))
 
     def content(self) -> dict[str, Json]:
         return {
@@ -299,6 +300,10 @@ class Miss:
     @property
     def sha256(self) -> str:
         return digest_of(self.content())
+
+
+class Guess(Miss):
+    """One of which no call was timed: what a registry says of the problem's time stays."""
 
 
 def check_key(op: str, problem: str, device: Device, environment: Environment, kernel: str) -> None:
