@@ -28,6 +28,7 @@ def test_the_package_offers_what_its_families_export():
         f"kernels.{family}": importlib.import_module(f"tilebook.kernels.{family}").__all__ for family in families
     }
     modules["enabling"] = ["disable", "enable", "enabled", "register_transformers", "status"]
+    modules["foreign.autotune"] = ["autotune"]
     modules["patching"] = ["patch", "patched"]
     exported = {name: module for module, names in modules.items() for name in names}
     assert exported == tilebook._MODULE

@@ -1,11 +1,16 @@
-"""What PyTorch calls at the end of `import torch`: turns tilebook on where `TILEBOOK` asks for it, and only there."""
+"""What PyTorch calls at the end of `import torch`: turns tilebook on where `TILEBOOK` asks for it, and only there.
+
+`TILEBOOK_TRITON` asks for the kernels of others, see `tilebook.foreign`.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 ASKED = "TILEBOOK"
+TRITON = "TILEBOOK_TRITON"
 _YES = ("1", "true", "yes", "on")
 _PATCH = "patch"
 
@@ -21,17 +26,34 @@ def load() -> None:
         register_flash_attention_impl("tilebook", register_fn=_activate)
     except Exception:  # an older PyTorch has no such register
         pass
+    if os.environ.get(TRITON, "").strip():
+        _guarded("kernels of others are neither recorded nor served", _others)
     asked = os.environ.get(ASKED, "").strip().lower()
     if asked not in (*_YES, _PATCH):
         return
-    try:
-        from tilebook.enabling import enable
+    _guarded("not turned on", lambda: _enable(asked == _PATCH))
 
-        enable(patch=asked == _PATCH)
+
+def _guarded(what: str, action: Callable[[], None]) -> None:
+    """Whatever goes wrong is a warning."""
+    try:
+        action()
     except Exception as broken:
         import warnings
 
-        warnings.warn(f"tilebook: not turned on: {type(broken).__name__}: {broken}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"tilebook: {what}: {type(broken).__name__}: {broken}", RuntimeWarning, stacklevel=3)
+
+
+def _enable(patch: bool) -> None:
+    from tilebook.enabling import enable
+
+    enable(patch=patch)
+
+
+def _others() -> None:
+    from tilebook.foreign.wrap import install
+
+    install(os.environ[TRITON].strip())
 
 
 def _activate() -> Any:

@@ -142,6 +142,18 @@ class Space:
 P = TypeVar("P", bound=Problem)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What is right on one set of inputs, where no reference says so: what most configs agree on.
+
+    steps: of each output, how many of its largest value, and of its root mean square, a candidate may be off.
+    """
+
+    inputs: tuple[Any, ...]
+    outputs: tuple[torch.Tensor, ...]
+    steps: tuple[float, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Implementation:
     """One way to compute an op. With a space it is tunable, and its function takes the keyword `config`.
@@ -187,7 +199,8 @@ class Op(Generic[P]):
     its error against the truth is the yardstick for the others. `fused` says for which problems PyTorch's own function
     is one that people would have called and that is fast: those it serves wherever no verdict of their own says more.
     `native` names the implementations that are what this function runs by itself for a problem on a GPU, so that a call
-    which one of them won is left to it.
+    which one of them won is left to it. `answers` is somebody else's kernel's word for what is right: (problem, device,
+    seed) → Answers, in the place of the reference.
     """
 
     def __init__(
@@ -207,6 +220,7 @@ class Op(Generic[P]):
         self.fused = fused
         self.native = native
         self.backward: Op[Any] | None = None  # the op of the gradients, posed by a problem with the same fields
+        self.answers: Callable[[Any, Any, int], Answers] | None = None
         self.captured = "torch"  # runs where a graph is captured and nothing is compiled yet, if it takes the problem
         self.family = family or reference.__module__.removeprefix("tilebook.kernels.").split(".")[0]
         self.implementations: dict[str, Implementation] = {}
@@ -318,7 +332,10 @@ def ops() -> Mapping[str, Op[Any]]:
 
 
 def get(name: str) -> Op[Any]:
-    """The op of that name. Raises UsageError with the known names."""
+    """The op of that name; module:kernel is somebody else's. Raises UsageError with the known names."""
+    if ":" in name:
+        made: Op[Any] = importlib.import_module("tilebook.foreign.ops").get(name)
+        return made
     try:
         return ops()[name]
     except KeyError:

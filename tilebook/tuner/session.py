@@ -212,8 +212,8 @@ class Session:
         if self._prepared:  # the first time a process had to start
             turn.note("prepare", turn.now() - began)
         self._prepared = True
-        fallback, *others = self._others(op, problem)
-        self._measure(tuning, self._runner, [fallback], turn)  # while the compilers start
+        fallback, others = (found := self._others(op, problem))[:1], found[1:]  # somebody else's kernel has neither
+        self._measure(tuning, self._runner, fallback, turn)  # while the compilers start
         self._explore(turn.search_until([each.implementation for each in others]))
         self._measure(tuning, self._runner, others, turn)
         return decide.confirm(tuning, self._runner, self._options.rounds, self._options.seed, before, turn)

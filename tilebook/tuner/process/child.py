@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from tilebook.autoload import ASKED
+from tilebook.autoload import ASKED, TRITON
 from tilebook.errors import TuningError
 from tilebook.tuner.process.processes import has_exited, kill_group, kill_marked
 
@@ -311,7 +311,8 @@ def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     paths = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
     if here not in paths:
         paths.insert(0, here)
-    values: dict[str, str | None] = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), ASKED: None, **changes}
+    plain = dict.fromkeys((ASKED, TRITON))
+    values: dict[str, str | None] = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **plain, **changes}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -1,0 +1,155 @@
+"""Which kernel an autotuner runs, and what its configs and problems are called in a registry."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tilebook import source
+from tilebook.errors import UsageError
+from tilebook.op import Config
+from tilebook.registry.checks import MAX_PROBLEM, canonical
+from tilebook.registry.checks import config as checked
+
+IMPLEMENTATION = "triton"
+
+_OPTIONS = {"num_warps": 4, "num_stages": 3, "num_ctas": 1, "maxnreg": 0}
+_ALWAYS = ("num_warps", "num_stages")
+_MOST_NAME = 64  # characters of an op's name in a registry
+
+
+class Unfit(UsageError):
+    """A kernel, a config or a call that cannot be written down; the text says why."""
+
+
+def is_foreign(op: str) -> bool:
+    """Is it the name of somebody else's kernel, module:kernel?"""
+    return ":" in op
+
+
+class Kernel:
+    """The kernel behind an object of `triton.autotune`.
+
+    module, name: where it can be imported from. outer: the heuristics' values between the autotuner and the kernel.
+    """
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+        self.jit = tuner.fn
+        self.heuristics: dict[str, Any] = {}
+        while not inspect.isfunction(self.jit.fn):
+            self.heuristics |= getattr(self.jit, "values", {})
+            self.jit = self.jit.fn
+        self.function = self.jit.fn
+        self.module = source.module_name(self.function.__module__)
+        self.name = self.function.__qualname__
+
+    @functools.cached_property
+    def op(self) -> str:
+        """Its name in registries: module:kernel, the module in short where that is too long."""
+        if len(whole := f"{self.module}:{self.name}") <= _MOST_NAME:
+            return whole
+        short = hashlib.sha256(whole.encode()).hexdigest()[:8]
+        room = _MOST_NAME - len(short) - 2
+        package = self.module.split(".")[0]
+        return f"{package}.{short}:{self.name[: room - len(package)]}"
+
+    @functools.cached_property
+    def texts(self) -> Mapping[str, str]:
+        return source.texts(self.function)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the kernel's source and all that it calls in its own package."""
+        return source.digest(self.function)
+
+    @property
+    def atomic(self) -> bool:
+        """May its sums be added in any order, so that two runs differ?"""
+        return any("atomic_" in text for text in self.texts.values())
+
+    def config(self, config: Any) -> Config:
+        """A `triton.Config` as registries have it. Raises Unfit."""
+        values = dict(config.kwargs)
+        for name, usual in _OPTIONS.items():
+            value = getattr(config, name, usual)
+            value = usual if value is None else value
+            if name in _ALWAYS or value != usual:
+                values[name] = value
+        if getattr(config, "ir_override", None) is not None:
+            raise Unfit("a config that replaces the compiler's code is not taken")
+        try:
+            return Config(checked(values))
+        except ValueError as wrong:
+            raise Unfit(str(wrong)) from None
+
+    @functools.cached_property
+    def configs(self) -> dict[Config, Any]:
+        """The autotuner's configs by their names, in its order; those that cannot be written down are left out."""
+        found: dict[Config, Any] = {}
+        for each in self.tuner.configs:
+            try:
+                found.setdefault(self.config(each), each)
+            except Unfit:
+                continue
+        return found
+
+    def problem(self, key: Sequence[Any]) -> str:
+        """What a verdict is stored under, of the autotuner's own key. Raises Unfit."""
+        values = list(key)
+        dtypes: list[str] = []
+        while values and isinstance(values[-1], str) and values[-1].startswith("torch."):
+            written = values.pop()
+            dtypes.insert(0, _SHORT.get(written, written.removeprefix("torch.")))
+        names = self.tuner.keys if len(self.tuner.keys) == len(values) else [f"k{n}" for n in range(len(values))]
+        text = canonical({"dtype": ",".join(dtypes), "key": dict(zip(names, map(_plain, values), strict=True))})
+        if len(text) > MAX_PROBLEM:
+            raise Unfit("its key is too long")
+        return text
+
+
+_SHORT = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+
+
+def _plain(value: Any) -> str | int | float | bool | None:
+    """A key's value as JSON has it; of what JSON has not, a dtype for one, the text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    text = str(value)
+    if len(text) > 64 or " at 0x" in text:
+        raise Unfit(f"a key of type {type(value).__name__} cannot be written down")
+    return text
+
+
+def key_of(tuner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The key that an autotuner makes of a call, as Triton 3.6 to 3.9 do."""
+    given = {**dict(zip(tuner.arg_names, args, strict=False)), **kwargs}
+    named = {name: value for name, value in given.items() if name in tuner.arg_names}
+    key = [named[name] for name in tuner.keys if name in named]
+    return (*key, *(str(value.dtype) for value in named.values() if hasattr(value, "dtype")))
+
+
+def autotuner(value: Any) -> Any:
+    """The autotuner in a chain of decorators, None where there is none."""
+    from triton.runtime.autotuner import Autotuner
+
+    while value is not None and not isinstance(value, Autotuner):
+        value = None if inspect.isfunction(value) else getattr(value, "fn", None)
+    return value
+
+
+def imported(module: str, name: str) -> Kernel:
+    """The kernel of that module and name. Raises UsageError where it is not there, or nothing tunes it."""
+    try:
+        value: Any = importlib.import_module(module)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except Exception as broken:
+        raise UsageError(f"{module}:{name} cannot be imported: {type(broken).__name__}: {broken}") from broken
+    if (found := autotuner(value)) is None:
+        raise UsageError(f"{module}:{name} has no autotuner")
+    return Kernel(found)

@@ -1,0 +1,286 @@
+"""An op of somebody else's kernel, which registry, tuner and commands take for one of ours.
+
+Its launcher gets copies of all tensors of a recorded call. What the kernel writes it allocates itself, so that poison,
+guard bands and repeats show what they show of our own kernels; what the kernel only reads it must leave as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from tilebook.device import Device
+from tilebook.errors import UsageError
+from tilebook.foreign import record
+from tilebook.foreign.call import Call, Rule, decoded, heuristic
+from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, imported
+from tilebook.foreign.record import Entry, Recorded
+from tilebook.launch import launch
+from tilebook.op import Config, Cost, Implementation, Op, Problem, Space
+
+RECORDED = "TILEBOOK_RECORDED"
+"""Names the folder in which a tune's processes find the record that it is about, and the rules."""
+
+RECORD, RULES = "record.json", "rules.json"
+
+_MOST_POINTS = 1_000_000  # of the grid in which a list of configs lies: a verdict's evidence has a bit for each
+
+
+@dataclass(frozen=True)
+class Called(Problem):
+    """One key of a kernel. `place` tells its recorded calls apart: the first is timed, all are verified."""
+
+    text: str
+    place: int = 0
+
+    OF: ClassVar[Foreign]
+
+    @functools.cached_property
+    def key(self) -> str:
+        return self.text
+
+    @property
+    def recorded(self) -> Recorded | None:
+        return self.OF.problems.get(self.text)
+
+    @property
+    def call(self) -> Call:
+        if self.recorded is None or not self.recorded.calls:
+            raise UsageError(f"no call of {self.OF.kernel.op} {self.label} was recorded")
+        return self.recorded.calls[self.place]
+
+    @property
+    def dtype(self) -> str:
+        return str(json.loads(self.text)["dtype"])
+
+    @property
+    def label(self) -> str:
+        return label(self.text) + (f" (call {self.place + 1})" if self.place else "")
+
+    @classmethod
+    def from_key(cls, key: str) -> Self:
+        if not is_problem(key):
+            raise ValueError(f"{key} is no problem of a kernel")
+        return cls(key)
+
+    @classmethod
+    def parse(cls, text: str, dtype: str) -> Self:
+        """The recorded or tuned problem whose label begins so."""
+        known = [cls(key) for key in cls.OF.problems]
+        found = [each for each in known if each.label.replace(" ", ",").startswith(text.replace(" ", ","))]
+        if len(found) != 1:
+            raise UsageError(f"{text!r} is {'none' if not found else 'several'} of {[each.label for each in known]}")
+        return found[0]
+
+    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        return (*self.call.inputs(device, seed, self.OF.rules), self)
+
+    def bucket(self) -> Self:
+        return self
+
+    def cost(self) -> Cost:
+        return Cost(0.0, float(self.call.bytes))
+
+    def neighbours(self) -> Sequence[Self]:
+        if self.place or self.recorded is None:
+            return ()
+        return [type(self)(self.text, n) for n in range(1, len(self.recorded.calls))]
+
+    def distance(self, other: Problem) -> float:
+        return 0.0 if isinstance(other, Called) and other.text == self.text else math.inf
+
+
+class Listed(Space):
+    """A space that is a list of configs, within the grid of all their values."""
+
+    listed: tuple[Config, ...]
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    def configs(self) -> Iterator[Config]:
+        return iter(self.listed)
+
+
+class Foreign:
+    """A kernel, what was recorded of it, and what it does to its tensors as far as that is known.
+
+    roles: by key, what the kernel does to each tensor. They are learned where it first runs: see `truth`.
+    """
+
+    def __init__(self, kernel: Kernel, entry: Entry | None = None, rules: Mapping[str, Rule] | None = None) -> None:
+        self.kernel, self.rules = kernel, dict(rules or {})
+        self.problems: Mapping[str, Recorded] = {} if entry is None else entry.problems
+        self.places = {} if entry is None else {config: n for n, config in enumerate(entry.configs)}
+        self.roles: dict[str, Mapping[str, str]] = {}
+
+    def op(self) -> Op[Called]:
+        from tilebook.foreign.truth import Truth
+
+        kernel = self.kernel
+        problem: Any = dataclass(frozen=True)(type("Called", (Called,), {"OF": self, "__annotations__": {}}))
+        made = Op(kernel.op, problem, _no_reference, "fwd", family=kernel.module.split(".")[0])
+        made.answers = Truth(self, made)
+        made.implementations[IMPLEMENTATION] = _Kernels(
+            made, IMPLEMENTATION, self.run, self._space(), deterministic=not kernel.atomic
+        )
+        return made
+
+    def _space(self) -> Space:
+        configs = tuple(self.kernel.configs)
+        if not configs:
+            raise UsageError(f"{self.kernel.op}: no config of its autotuner can be written down")
+        if len({frozenset(config) for config in configs}) > 1:
+            raise UsageError(f"{self.kernel.op}: its configs do not all set the same parameters")
+        axes = {axis: _ordered({config[axis] for config in configs}) for axis in configs[0]}
+        if math.prod(map(len, axes.values())) > _MOST_POINTS:
+            raise UsageError(f"{self.kernel.op}: its {len(configs)} configs lie too far apart")
+        made = Listed(axes, self._reject, self._default)
+        object.__setattr__(made, "listed", configs)
+        return made
+
+    def _reject(self, problem: Called, config: Config, device: Device) -> str | None:
+        recorded = problem.recorded
+        if recorded is None:
+            return None
+        if config in recorded.failed:
+            return "it could not run in the program"
+        place = self.places.get(config)
+        if place is None or any(call.grids[place] is None for call in recorded.calls):
+            return "the kernel's own rules left it out"
+        return None
+
+    def _default(self, problem: Called, device: Device) -> Config:
+        """The first that may run, which is what runs where nothing is known."""
+        return next(
+            (c for c in self.kernel.configs if self._reject(problem, c, device) is None),
+            next(iter(self.kernel.configs)),
+        )
+
+    def run(self, *args: Any, config: Config) -> tuple[torch.Tensor, ...]:
+        """One launch on copies of what the kernel writes; returns these, in the order of its arguments."""
+        *given, problem = args
+        call: Call = problem.call
+        roles = self.roles.get(problem.key, {})
+        own = [name for name, each in call.tensors.items() if not each.same]
+        placed = [_placed(x, roles.get(name, "in")) for name, x in zip(own, given, strict=True)]
+        self._launch(call, self.arguments(call, placed), config)
+        return tuple(x for name, x in zip(own, placed, strict=True) if roles.get(name, "in") != "in")
+
+    def arguments(self, call: Call, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """A call's arguments by name, of the tensors as `Call.inputs` makes them."""
+        own = dict(zip((name for name, each in call.tensors.items() if not each.same), tensors, strict=True))
+        given = {name: own[t.same or name].as_strided(t.shape, t.stride) for name, t in call.tensors.items()}
+        return {**given, **{name: decoded(value) for name, value in call.values.items()}}
+
+    def _launch(self, call: Call, given: Mapping[str, Any], config: Config) -> None:
+        """As the autotuner would have started it."""
+        kernel, place = self.kernel, self.places.get(config)
+        its, grid = kernel.configs[config], None if place is None else call.grids[place]
+        if grid is None:
+            raise UsageError(f"{kernel.op} was not recorded with {config}")
+        whole = {**given, **its.all_kwargs()}
+        if kernel.tuner.user_defined_pre_hook:
+            kernel.tuner.pre_hook(dict(whole))
+        if its.pre_hook is not None:
+            its.pre_hook(dict(whole))
+        whole |= heuristic(kernel, whole)
+        launch(kernel.jit, grid, **whole)
+
+
+class _Kernels(Implementation):
+    """The implementation of an op that is not ours: its source is the kernel's, not the launcher's."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return str(self.op.problem.OF.kernel.digest)
+
+
+def _no_reference(*args: Any) -> Any:
+    raise UsageError("somebody else's kernel has no reference of ours")
+
+
+def _placed(x: torch.Tensor, role: str) -> torch.Tensor:
+    """What the kernel gets in a tensor's place: itself where it only reads it."""
+    if role == "in":
+        return x
+    made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    if role == "zero":
+        made.zero_()
+    return made.copy_(x) if role == "inout" else made
+
+
+def _ordered(values: set[Any]) -> tuple[Any, ...]:
+    return tuple(sorted(values, key=lambda value: (str(type(value)), value)))
+
+
+def label(key: str) -> str:
+    """A problem of a kernel for people: its key by name."""
+    values = json.loads(key)
+    return " ".join([*(f"{name}={value}" for name, value in values["key"].items()), values["dtype"]])
+
+
+def is_problem(key: str) -> bool:
+    """Is the text a key of somebody else's kernel?"""
+    try:
+        values = json.loads(key)
+    except (ValueError, RecursionError):
+        return False
+    named = isinstance(values, dict) and values.keys() == {"key", "dtype"}
+    return named and isinstance(values["dtype"], str) and isinstance(values["key"], dict)
+
+
+_made: dict[str, Op[Called]] = {}
+
+
+def get(name: str) -> Op[Called]:
+    """The op of a kernel by its name: as it was recorded, where that is known, else as it can be imported.
+
+    Raises UsageError."""
+    _read()
+    if name not in _made:
+        _made[name] = Foreign(imported(*name.split(":", 1))).op()
+    return _made[name]
+
+
+@functools.cache
+def _read() -> None:
+    """Takes up the record that a tune has left for its processes."""
+    if place := os.environ.get(RECORDED):
+        folder = Path(place)
+        for entry in record.read(folder / RECORD):
+            add(entry, record.rules(folder / RULES))
+
+
+def add(entry: Entry, rules: Mapping[str, Mapping[str, Rule]]) -> Op[Called]:
+    """Makes a recorded kernel known; it is imported for that. Raises UsageError where it is another by now."""
+    if entry.path and entry.path not in sys.path:
+        sys.path.append(entry.path)
+    kernel = imported(entry.module, entry.name)
+    if kernel.digest != entry.digest:
+        raise UsageError(f"{kernel.op} is not the kernel that was recorded: its source has changed")
+    mine: dict[str, Rule] = {}
+    for pattern, arguments in rules.items():
+        if fnmatch(kernel.op, pattern):
+            mine |= arguments
+    made = Foreign(kernel, entry, mine).op()
+    _made[made.name] = made
+    return made
+
+
+def forget() -> None:
+    """What is known of kernels, for tests."""
+    _made.clear()
+    _read.cache_clear()
+    importlib.invalidate_caches()

@@ -1,0 +1,59 @@
+"""`TILEBOOK_TRITON`: every autotuner of a program is recorded, or served, whoever has written its kernels."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from tilebook.autoload import TRITON
+from tilebook.registry.target import user_folder
+
+
+def folder() -> Path:
+    """Where records are kept that nobody has named a place for."""
+    return user_folder() / "recorded"
+
+
+def install(asked: str) -> None:
+    """Does what the variable says: record, record:FOLDER or serve. Raises ValueError for anything else."""
+    what, _, place = asked.partition(":")
+    if what == "record":
+        _record(Path(place).absolute() if place else folder())
+    elif what == "serve" and not place:
+        _serve()
+    else:
+        raise ValueError(f"{TRITON} is record, record:FOLDER or serve, not {asked!r}")
+
+
+def _record(place: Path) -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    from tilebook.foreign.record import start
+
+    recording, run = start(place), Autotuner.run
+
+    @functools.wraps(run)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = run(self, *args, **kwargs)
+        if len(self.configs) > 1:
+            recording.note(self, args, kwargs)
+        return done
+
+    Autotuner.run = noting
+
+
+def _serve() -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    from tilebook.foreign.serving import Served
+
+    init = Autotuner.__init__
+
+    @functools.wraps(init)
+    def serving(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(getattr(self, "cache", None)) is dict:
+            self.cache = Served(self, self.cache)
+
+    Autotuner.__init__ = serving
