@@ -25,7 +25,14 @@ def product(a, b):
 
 def listed() -> list[triton.Config]:
     """Tiles that fit most GPUs, the safest first: it runs where no verdict says more."""
-    tiles = [(64, 64, 32, 4), (128, 64, 32, 4), (64, 128, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8), (256, 128, 64, 8)]
+    tiles = [
+        (64, 64, 32, 4),
+        (128, 64, 32, 4),
+        (64, 128, 64, 4),
+        (128, 128, 64, 8),
+        (128, 256, 64, 8),
+        (256, 128, 64, 8),
+    ]
     return [
         triton.Config({"TILE_M": m, "TILE_N": n, "TILE_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
         for m, n, k, warps in tiles

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,11 +27,6 @@ class Unfit(UsageError):
     """A kernel, a config or a call that cannot be written down; the text says why."""
 
 
-def is_foreign(op: str) -> bool:
-    """Is it the name of somebody else's kernel, module:kernel?"""
-    return ":" in op
-
-
 class Kernel:
     """The kernel behind an object of `triton.autotune`.
 
@@ -46,7 +42,7 @@ class Kernel:
             self.jit = self.jit.fn
         self.function = self.jit.fn
         self.module = source.module_name(self.function.__module__)
-        self.name = self.function.__qualname__
+        self.name = _variable(tuner, self.function) or self.function.__qualname__
 
     @functools.cached_property
     def op(self) -> str:
@@ -125,6 +121,13 @@ def _plain(value: Any) -> str | int | float | bool | None:
     return text
 
 
+def _variable(tuner: Any, function: Any) -> str:
+    """What the kernel's module calls an autotuner, nearly always as its function; "" where it does not."""
+    names = vars(sys.modules[function.__module__]) if function.__module__ in sys.modules else {}
+    likely = [function.__name__, *names]
+    return next((name for name in likely if name in names and autotuner(names[name]) is tuner), "")
+
+
 def key_of(tuner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """The key that an autotuner makes of a call, as Triton 3.6 to 3.9 do."""
     given = {**dict(zip(tuner.arg_names, args, strict=False)), **kwargs}
@@ -136,10 +139,11 @@ def key_of(tuner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
 def autotuner(value: Any) -> Any:
     """The autotuner in a chain of decorators, None where there is none."""
     from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import KernelInterface
 
-    while value is not None and not isinstance(value, Autotuner):
-        value = None if inspect.isfunction(value) else getattr(value, "fn", None)
-    return value
+    while isinstance(value, KernelInterface) and not isinstance(value, Autotuner):
+        value = getattr(value, "fn", None)
+    return value if isinstance(value, Autotuner) else None
 
 
 def imported(module: str, name: str) -> Kernel:

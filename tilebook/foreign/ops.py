@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import math
 import os
 import sys
@@ -25,6 +24,7 @@ from tilebook.errors import UsageError
 from tilebook.foreign import record
 from tilebook.foreign.call import Call, Rule, decoded, heuristic
 from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, imported
+from tilebook.foreign.names import Key
 from tilebook.foreign.record import Entry, Recorded
 from tilebook.launch import launch
 from tilebook.op import Config, Cost, Implementation, Op, Problem, Space
@@ -38,17 +38,12 @@ _MOST_POINTS = 1_000_000  # of the grid in which a list of configs lies: a verdi
 
 
 @dataclass(frozen=True)
-class Called(Problem):
+class Called(Key):
     """One key of a kernel. `place` tells its recorded calls apart: the first is timed, all are verified."""
 
-    text: str
     place: int = 0
 
     OF: ClassVar[Foreign]
-
-    @functools.cached_property
-    def key(self) -> str:
-        return self.text
 
     @property
     def recorded(self) -> Recorded | None:
@@ -61,27 +56,8 @@ class Called(Problem):
         return self.recorded.calls[self.place]
 
     @property
-    def dtype(self) -> str:
-        return str(json.loads(self.text)["dtype"])
-
-    @property
     def label(self) -> str:
-        return label(self.text) + (f" (call {self.place + 1})" if self.place else "")
-
-    @classmethod
-    def from_key(cls, key: str) -> Self:
-        if not is_problem(key):
-            raise ValueError(f"{key} is no problem of a kernel")
-        return cls(key)
-
-    @classmethod
-    def parse(cls, text: str, dtype: str) -> Self:
-        """The recorded or tuned problem whose label begins so."""
-        known = [cls(key) for key in cls.OF.problems]
-        found = [each for each in known if each.label.replace(" ", ",").startswith(text.replace(" ", ","))]
-        if len(found) != 1:
-            raise UsageError(f"{text!r} is {'none' if not found else 'several'} of {[each.label for each in known]}")
-        return found[0]
+        return super().label + (f" (call {self.place + 1})" if self.place else "")
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         return (*self.call.inputs(device, seed, self.OF.rules), self)
@@ -223,22 +199,6 @@ def _placed(x: torch.Tensor, role: str) -> torch.Tensor:
 
 def _ordered(values: set[Any]) -> tuple[Any, ...]:
     return tuple(sorted(values, key=lambda value: (str(type(value)), value)))
-
-
-def label(key: str) -> str:
-    """A problem of a kernel for people: its key by name."""
-    values = json.loads(key)
-    return " ".join([*(f"{name}={value}" for name, value in values["key"].items()), values["dtype"]])
-
-
-def is_problem(key: str) -> bool:
-    """Is the text a key of somebody else's kernel?"""
-    try:
-        values = json.loads(key)
-    except (ValueError, RecursionError):
-        return False
-    named = isinstance(values, dict) and values.keys() == {"key", "dtype"}
-    return named and isinstance(values["dtype"], str) and isinstance(values["key"], dict)
 
 
 _made: dict[str, Op[Called]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from tilebook import device as devices
 from tilebook.device import Device, package_version
-from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, Unfit, is_foreign
+from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, Unfit
 from tilebook.op import Config
 from tilebook.registry import ledger, serving
 from tilebook.registry.current import may_run, stands
@@ -141,7 +141,7 @@ def missed(kernel: Kernel, problem: str, gpu: Device, moved: int) -> list[float]
 def misses() -> list[Miss]:
     """What this process asked for and no verdict covers."""
     found = ((key, int(calls), time_ms) for key, (calls, time_ms) in _missed.items())
-    return [Miss(*key, calls, time_ms) for key, calls, time_ms in found if calls and is_foreign(key[0])]
+    return [Miss(*key, calls, time_ms) for key, calls, time_ms in found if calls]
 
 
 @atexit.register
