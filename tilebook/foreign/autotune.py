@@ -76,6 +76,8 @@ class _Memory(serving.Served):
         if len(waiting) < 2 or waiting[0] is not failed:
             return False
         del waiting[0]
+        if self._last in self._counted:
+            self._counted[self._last][0] -= 1  # the same call comes again
         if dict.__contains__(self, self._last):
             self[self._last] = waiting[0]
         return True

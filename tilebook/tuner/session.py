@@ -216,6 +216,9 @@ class Session:
         self._measure(tuning, self._runner, fallback, turn)  # while the compilers start
         self._explore(turn.search_until([each.implementation for each in others]))
         self._measure(tuning, self._runner, others, turn)
+        if op.answers is not None and tuning.default not in tuning.times:
+            # Nobody has promised that the first config of somebody else's list is right, or fits.
+            ours.default = next((c for c in ours.feasible if ours.candidate(c) in tuning.times), ours.default)
         return decide.confirm(tuning, self._runner, self._options.rounds, self._options.seed, before, turn)
 
     def _bounds(self, field: Field, turn: Turn) -> Bounds:
