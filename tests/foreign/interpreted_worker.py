@@ -1,9 +1,6 @@
 """The real worker on other people's kernels, in Triton's interpreter: only its clock is made up. Run as a module."""
 
 import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 from typing import Any
 
 import torch
@@ -48,5 +45,6 @@ class Interpreted(Server):
 
 
 if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     serve(Interpreted().handle)

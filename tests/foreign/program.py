@@ -1,4 +1,4 @@
-"""A user's program with somebody's kernel, which knows nothing of tilebook. Prints which config ran, and what was tried.
+"""A user's program with somebody's kernel, which knows nothing of tilebook. It prints which config ran.
 
 Run by tests in Triton's interpreter; `TILEBOOK_TEST_GPU` lets it believe that it runs on a GPU of that model.
 """

@@ -1,10 +1,5 @@
 """`tilebook tune` with an interpreter in the place of the GPU: everything but clock and compilers is real."""
 
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tuner")]
-
 from contextlib import contextmanager
 
 from fakes import GPU, FakePool

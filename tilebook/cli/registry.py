@@ -94,10 +94,15 @@ def show(
 def explain(op: str, shape: str, dtype: str, gpu: str | None, registry: str | None, format_: str) -> None:
     """Says what dispatch would run for one problem, from which layer, why, and how stale the evidence is."""
     from tilebook import op as ops
+    from tilebook.foreign.names import is_foreign
     from tilebook.report.explain import explain as describe
+    from tilebook.report.explain import explain_foreign
 
-    found = ops.get(op)
-    text, data = describe(found, found.problem.parse(shape, dtype), gpu, registry)
+    if is_foreign(op):
+        text, data = explain_foreign(op, shape, gpu, registry)
+    else:
+        found = ops.get(op)
+        text, data = describe(found, found.problem.parse(shape, dtype), gpu, registry)
     click.echo(json.dumps(data, indent=2) if format_ == "json" else text)
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -113,7 +114,7 @@ _SHORT = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "f
 
 def _plain(value: Any) -> str | int | float | bool | None:
     """A key's value as JSON has it; of what JSON has not, a dtype for one, the text."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     text = str(value)
     if len(text) > 64 or " at 0x" in text:
