@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+import tilebook
+
 SILENT, RACE, OUTSIDE, RAGGED, DAMAGE, HANG = 1, 2, 3, 4, 5, 6
 
 
@@ -66,6 +68,31 @@ def scaled(kernel, x, factor=3.0):
 
 first_is_wrong = autotune(configs(RAGGED)[-1:] + configs(), key=["n"])(scale_kernel.fn)
 half_are_wrong = autotune(configs(RAGGED, blocks=(16,)), key=["n"])(scale_kernel.fn)
+
+
+def tripled(x):
+    return 3 * x
+
+
+wrong_but_told = tilebook.autotune(
+    [*configs(RAGGED, RAGGED, blocks=())[:1], *configs(RAGGED, blocks=(16,))[::-1]], key=["n"], reference=tripled
+)(scale_kernel.fn)
+
+
+@autotune(configs(RAGGED), key=["cols"])
+@triton.jit
+def columns_kernel(x, y, rows, cols, BLOCK: tl.constexpr, FAULT: tl.constexpr):
+    """Twice x, of any number of rows: one verdict serves them all."""
+    row, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    last = rows // BLOCK * BLOCK if FAULT == 4 else rows
+    value = tl.load(x + row * cols + column, mask=row < rows, other=0.0)
+    tl.store(y + row * cols + column, value * 2, mask=row < last)
+
+
+def columns(x):
+    y = torch.empty_like(x)
+    columns_kernel[lambda meta: (triton.cdiv(x.shape[0], meta["BLOCK"]), x.shape[1])](x, y, *x.shape)
+    return y
 
 
 @autotune(configs=configs(), key=["rows", "cols"], restore_value=["y"])

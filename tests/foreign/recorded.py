@@ -28,10 +28,20 @@ def recording(folder, monkeypatch):
     made[0].write()
 
 
+class OneProcess(GpuRunner):
+    """Starts none that is not needed: what fresh ones and spares are for has tests of its own."""
+
+    def confirm(self, candidates, rounds, seed, *, fresh=False):
+        return super().confirm(candidates, rounds, seed)
+
+    def _start_spare(self):
+        pass
+
+
 def tune(folder, registry, rules=None, attempt_s=60.0):
     """The states of the record's problems."""
     layers = Layers([("explicit", str(registry))])
-    runner = GpuRunner(0, limits=Limits(attempt_s=attempt_s), worker="interpreted_worker")
+    runner = OneProcess(0, limits=Limits(attempt_s=attempt_s), worker="interpreted_worker")
     with offered(folder, rules) as offer, layers.writer() as writer:
         run = Run(len(offer.problems), True)
         known = Known(writer, layers, GPU, ENVIRONMENT, "graph")

@@ -3,65 +3,91 @@
 import json
 
 import others
+import pytest
 import torch
 from recorded import recording, tune
 
 from tilebook.registry import Registry
 
 
-def test_six_planted_faults_are_refused_and_the_right_configs_accepted(tmp_path, monkeypatch):
-    with recording(tmp_path / "record", monkeypatch):
-        others.scaled(others.scale_kernel, torch.randn(100))
-    (state,) = tune(tmp_path / "record", tmp_path / "registry.db", attempt_s=3.0)
-    assert not state.error
-    with Registry.open(tmp_path / "registry.db") as registry:
-        trials, (verdict,) = registry.trials(), registry.verdicts()
-    failures = {trial.config["FAULT"]: trial.failure for trial in trials if trial.failure is not None}
-    reasons = {trial.config["FAULT"]: trial.reason for trial in trials if trial.failure is not None}
-    assert set(failures) == set(others.FAULTS), reasons
-    assert failures[others.HANG] == "run_timeout"
-    assert failures[others.RACE] in ("not_repeatable", "wrong_answer")
-    assert {failures[each] for each in (others.SILENT, others.OUTSIDE, others.RAGGED, others.DAMAGE)} == {
-        "wrong_answer"
-    }
-    assert "outside its tensors" in reasons[others.OUTSIDE]
-    assert "changed its input" in reasons[others.DAMAGE]
-    assert all(each.config["FAULT"] == 0 for each in verdict.finalists)
-    assert verdict.config["BLOCK"] == 64
-    assert {trial.config["BLOCK"] for trial in trials if trial.failure is None} == {16, 32, 64}
+class Tuned:
+    """What a tune has left, by kernel."""
+
+    def __init__(self, states, path):
+        self.errors = {state.op.partition(":")[2]: state.error for state in states}
+        with Registry.open(path) as registry:
+            self._trials, verdicts = registry.trials(), registry.verdicts()
+        self.verdicts = {verdict.op.partition(":")[2]: verdict for verdict in verdicts}
+
+    def refused(self, kernel):
+        """Of the configs that failed, by what is planted in them, the failure and the reason."""
+        its = (trial for trial in self._trials if trial.op == f"others:{kernel}" and trial.failure is not None)
+        return {trial.config["FAULT"]: (trial.failure, trial.reason) for trial in its}
+
+    def served(self, kernel):
+        return {(config["BLOCK"], config["FAULT"]) for _, config in self.verdicts[kernel].ranking()}
 
 
-def verdicts_of(path):
-    with Registry.open(path) as registry:
-        return {verdict.op.partition(":")[2]: verdict for verdict in registry.verdicts()}
-
-
-def test_kernels_that_write_in_place_add_in_any_order_and_read_indices_are_tuned(tmp_path, monkeypatch):
-    with recording(tmp_path / "record", monkeypatch):
-        wide = torch.randn(3, 80, dtype=torch.float16)[:, :50]
-        others.add_(wide, torch.randn(3, 50, dtype=torch.float16))
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as monkeypatch, recording(folder / "record", monkeypatch):
+        for kernel in ("scale_kernel", "first_is_wrong", "half_are_wrong", "wrong_but_told"):
+            others.scaled(getattr(others, kernel), torch.randn(100))
+        others.columns(torch.randn(64, 2))
+        others.columns(torch.randn(50, 2))
+        others.add_(torch.randn(3, 80, dtype=torch.float16)[:, :50], torch.randn(3, 50, dtype=torch.float16))
         others.total(torch.randn(200))
         others.pick(torch.randn(40), torch.arange(40))
-    rules = tmp_path / "rules.json"
+    rules = folder / "rules.json"
     rules.write_text(json.dumps({"others:pick_*": {"index": {"below": 40}}}))
-    states = tune(tmp_path / "record", tmp_path / "registry.db", rules)
-    assert [state.error for state in states] == [""] * 3
-    found = verdicts_of(tmp_path / "registry.db")
-    assert {name: verdict.config["BLOCK"] for name, verdict in found.items()} == dict.fromkeys(
-        ("add_kernel", "total_kernel", "pick_kernel"), 64
-    )
-    with Registry.open(tmp_path / "registry.db") as registry:
-        assert [trial.reason for trial in registry.trials() if trial.failure is not None] == []
+    return Tuned(tune(folder / "record", folder / "registry.db", rules, attempt_s=3.0), folder / "registry.db")
 
 
-def test_a_first_config_that_is_wrong_is_no_baseline_and_where_configs_disagree_there_is_no_verdict(
-    tmp_path, monkeypatch
-):
-    with recording(tmp_path / "record", monkeypatch):
-        others.scaled(others.first_is_wrong, torch.randn(100))
-        others.scaled(others.half_are_wrong, torch.randn(100))
-    states = {state.op: state.error for state in tune(tmp_path / "record", tmp_path / "registry.db")}
-    assert "do not agree" in states["others:half_are_wrong"]
-    (verdict,) = verdicts_of(tmp_path / "registry.db").values()
-    assert {config["FAULT"] for _, config in verdict.ranking()} == {0}
-    assert next(dict(each.config) for each in verdict.finalists if each.default)["BLOCK"] == 16
+def test_six_planted_faults_are_refused_and_the_right_configs_accepted(tuned):
+    refused = tuned.refused("scale_kernel")
+    assert set(refused) == set(others.FAULTS)
+    assert refused[others.HANG][0] == "run_timeout"
+    assert refused[others.RACE][0] in ("not_repeatable", "wrong_answer")
+    for fault, reason in {
+        others.SILENT: "max error",
+        others.RAGGED: "max error",
+        others.OUTSIDE: "outside its tensors",
+        others.DAMAGE: "changed its input",
+    }.items():
+        assert refused[fault][0] == "wrong_answer"
+        assert reason in refused[fault][1]
+    assert tuned.served("scale_kernel") <= {(16, 0), (32, 0), (64, 0)}
+    assert tuned.verdicts["scale_kernel"].config["BLOCK"] == 64
+
+
+@pytest.mark.parametrize("kernel", ["add_kernel", "total_kernel", "pick_kernel"])
+def test_kernels_that_write_in_place_add_in_any_order_and_read_indices_are_tuned(tuned, kernel):
+    assert tuned.refused(kernel) == {}
+    assert tuned.verdicts[kernel].config["BLOCK"] == 64
+
+
+def test_a_config_that_is_wrong_at_another_recorded_size_of_the_same_key_is_refused(tuned):
+    failure, reason = tuned.refused("columns_kernel")[others.RAGGED]
+    assert failure == "wrong_answer"
+    assert "call 2" in reason
+    assert tuned.served("columns_kernel") <= {(16, 0), (32, 0), (64, 0)}
+
+
+def test_a_first_config_that_is_wrong_is_no_baseline(tuned):
+    default = next(each for each in tuned.verdicts["first_is_wrong"].finalists if each.default)
+    assert (default.config["BLOCK"], default.config["FAULT"]) == (16, 0)
+    assert others.RAGGED in tuned.refused("first_is_wrong")
+
+
+def test_where_configs_do_not_agree_there_is_no_verdict(tuned):
+    assert "do not agree" in tuned.errors["half_are_wrong"]
+    assert "half_are_wrong" not in tuned.verdicts
+
+
+def test_a_reference_tells_what_most_configs_do_not(tuned):
+    assert tuned.served("wrong_but_told") == {(16, 0)}
+
+
+def test_nothing_else_failed(tuned):
+    assert {kernel for kernel, error in tuned.errors.items() if error} == {"half_are_wrong"}

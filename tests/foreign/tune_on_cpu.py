@@ -3,11 +3,11 @@
 from contextlib import contextmanager
 
 from fakes import GPU, FakePool
+from recorded import OneProcess
 
 from tilebook import device as devices
 from tilebook.cli import main
 from tilebook.tuner import run
-from tilebook.tuner.process.runner import GpuRunner
 
 
 @contextmanager
@@ -20,6 +20,6 @@ def pool(device, workers):
 if __name__ == "__main__":
     devices.present, devices.current = lambda: True, lambda index=0: GPU
     run.torch.cuda.device_count = lambda: 1
-    run.GpuRunner = lambda index, mode: GpuRunner(index, mode, worker="interpreted_worker")
+    run.GpuRunner = lambda index, mode: OneProcess(index, mode, worker="interpreted_worker")
     run.CompilePool = pool
     main()

@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from tilebook.autoload import TRITON
 from tilebook.registry.target import user_folder
 
 
@@ -23,7 +22,7 @@ def install(asked: str) -> None:
     elif what == "serve" and not place:
         _serve()
     else:
-        raise ValueError(f"{TRITON} is record, record:FOLDER or serve, not {asked!r}")
+        raise ValueError(f"TILEBOOK_TRITON is record, record:FOLDER or serve, not {asked!r}")
 
 
 def _record(place: Path) -> None:

@@ -67,6 +67,8 @@ def explain_foreign(name: str, shape: str, gpu: str | None, registry: str | None
     device, layers = target(gpu), Layers.default(registry)
     found, revocations = layers.read(op=name, device=store.Device(*device.identity))
     denied = store.DenyList((each for _, each in revocations), package_version("triton"))
+    now = _source_now(name)
+    found = sorted(found, key=lambda each: each[1].kernel == now)  # what is of this source hides what is not
     told = {label(name, verdict.problem): (layer, verdict) for layer, verdict in found}
     wanted = [each for each in told if f"{each} ".startswith(f"{shape} ")]
     if len(wanted) != 1:
@@ -80,7 +82,7 @@ def explain_foreign(name: str, shape: str, gpu: str | None, registry: str | None
         if not denied.find(name, verdict.kernel, arch, each.implementation, each.config)
     )
     winner = next(allowed, None)
-    why, changed = _source_now(verdict), stale(verdict)
+    why, changed = "" if now in ("", verdict.kernel) else "its source is another now", stale(verdict)
     if not verdict.trusted:
         why = why or "the verdict is not trusted: tune the record here, or import it with --trust"
     runs = None if why or winner is None else winner
@@ -102,13 +104,12 @@ def explain_foreign(name: str, shape: str, gpu: str | None, registry: str | None
     return "\n".join(lines), data
 
 
-def _source_now(verdict: Verdict) -> str:
-    """Why the kernel is not the one that the verdict is about, as far as it can be imported here; or nothing."""
+def _source_now(name: str) -> str:
+    """The digest of a kernel's source, "" where it cannot be imported here."""
     try:
-        now = ops.get(verdict.op).digest
+        return ops.get(name).digest
     except UsageError:
         return ""
-    return "" if now == verdict.kernel else "its source is another now"
 
 
 def _whole(served: Served, gpu: Device, registry: str | None) -> Verdict | None:
