@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tuner"), str(HERE.parents[1] / "examples")]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tuner"), str(HERE.parents[1] / "examples")]
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from interpreter import mended
 
 from tilebook.tuner.process.child import serve
 from tilebook.tuner.process.worker import Server
@@ -47,4 +48,5 @@ class Interpreted(Server):
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
-    serve(Interpreted().handle)
+    with mended():
+        serve(Interpreted().handle)

@@ -5,6 +5,7 @@ import json
 import others
 import pytest
 import torch
+from interpreter import mended
 from recorded import recording, tune
 
 from tilebook.registry import Registry
@@ -31,7 +32,7 @@ class Tuned:
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    with pytest.MonkeyPatch.context() as monkeypatch, recording(folder / "record", monkeypatch):
+    with mended(), pytest.MonkeyPatch.context() as patch, recording(folder / "record", patch):
         for kernel in ("scale_kernel", "first_is_wrong", "half_are_wrong", "wrong_but_told"):
             others.scaled(getattr(others, kernel), torch.randn(100))
         others.columns(torch.randn(64, 2))

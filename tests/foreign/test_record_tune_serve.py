@@ -17,7 +17,7 @@ ROOT = HERE.parents[1]
 
 
 def run(*command, **variables):
-    paths = os.pathsep.join(map(str, (ROOT, HERE, ROOT / "tests" / "tuner")))
+    paths = os.pathsep.join(map(str, (ROOT, HERE, ROOT / "tests", ROOT / "tests" / "tuner")))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
