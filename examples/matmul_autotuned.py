@@ -5,12 +5,14 @@
     tilebook tune --recorded                                                # finds the best config, proves it, keeps it
     python examples/matmul_autotuned.py                                     # runs it
 
+MATMUL_SPACE=1 has all combinations of the list's values searched instead of the list.
 Without a GPU: TRITON_INTERPRET=1 python examples/matmul_autotuned.py --size 64 --device cpu
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 import triton
@@ -40,7 +42,35 @@ def listed() -> list[triton.Config]:
     ]
 
 
-@tilebook.autotune(configs=listed(), key=["M", "N", "K"], reference=product)
+SPACE = {
+    "TILE_M": (64, 128, 256),
+    "TILE_N": (64, 128, 256),
+    "TILE_K": (32, 64, 128),
+    "GROUP": (1, 4, 8, 16),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
+
+
+def fitting(configs, arguments, **options):
+    """Without tiles that no GPU's shared memory holds, and those whose accumulator fills no registers, or all."""
+    size = arguments["a"].element_size()
+    found = []
+    for config in configs:
+        m, n, k = (config.kwargs[f"TILE_{axis}"] for axis in "MNK")
+        shared, held = config.num_stages * (m + n) * k * size, m * n // (32 * config.num_warps)
+        if shared <= 232_448 and 16 <= held <= 256:
+            found.append(config)
+    return found
+
+
+@tilebook.autotune(
+    configs=listed(),
+    key=["M", "N", "K"],
+    space=SPACE if os.environ.get("MATMUL_SPACE") else None,
+    prune_configs_by={"early_config_prune": fitting},
+    reference=product,
+)
 @triton.jit
 def matmul_kernel(
     a, b, c, M, N, K, a_row, a_col, b_row, b_col, c_row, c_col,
@@ -63,7 +93,7 @@ def matmul_kernel(
     tl.store(c + rows[:, None] * c_row + cols * c_col, acc.to(c.dtype.element_ty), mask=inside_c)
 
 
-def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def matmul(a: torch.Tensor, b: torch.Tensor, kernel=matmul_kernel) -> torch.Tensor:
     """(M, K) times (K, N), of any strides."""
     (M, K), N = a.shape, b.shape[1]
     c = torch.empty((M, N), device=a.device, dtype=a.dtype)
@@ -71,7 +101,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     def grid(meta):
         return (triton.cdiv(M, meta["TILE_M"]) * triton.cdiv(N, meta["TILE_N"]),)
 
-    matmul_kernel[grid](a, b, c, M, N, K, *a.stride(), *b.stride(), *c.stride())
+    kernel[grid](a, b, c, M, N, K, *a.stride(), *b.stride(), *c.stride())
     return c
 
 

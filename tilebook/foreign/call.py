@@ -170,7 +170,10 @@ def _grids(
 ) -> list[tuple[int, ...] | None]:
     """By config, what the program's grid is for it."""
     tuner = kernel.tuner
-    before, tuner.nargs = tuner.nargs, {name: given[name] for name in tuner.arg_names if name in given}
+    before, tuner.nargs = (
+        getattr(tuner, "nargs", None),
+        {name: given[name] for name in tuner.arg_names if name in given},
+    )
     try:
         left = [kernel.config(each) for each in tuner.prune_configs(dict(kwargs))]
     finally:
