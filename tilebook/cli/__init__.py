@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 try:
-    from tilebook.cli import audit, compare, doctor, maintain, recheck, registry, tuning  # noqa: F401 (they are its commands)
+    from tilebook.cli import audit, compare, doctor, maintain, recheck, record, registry, tuning  # noqa: F401 (commands)
     from tilebook.cli.common import main
 except ModuleNotFoundError as missing:
     if missing.name != "click":

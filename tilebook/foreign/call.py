@@ -170,10 +170,8 @@ def _grids(
 ) -> list[tuple[int, ...] | None]:
     """By config, what the program's grid is for it."""
     tuner = kernel.tuner
-    before, tuner.nargs = (
-        getattr(tuner, "nargs", None),
-        {name: given[name] for name in tuner.arg_names if name in given},
-    )
+    positional = {name: given[name] for name in tuner.arg_names if name in given}
+    before, tuner.nargs = getattr(tuner, "nargs", None), positional
     try:
         left = [kernel.config(each) for each in tuner.prune_configs(dict(kwargs))]
     finally:
