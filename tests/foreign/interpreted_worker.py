@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from interpreter import mended
 
+from tilebook.tuner.process import worker
 from tilebook.tuner.process.child import serve
-from tilebook.tuner.process.worker import Server
 
 
 class Clock:
@@ -30,7 +30,7 @@ class Clock:
         return [self.time_ms] * n
 
 
-class Interpreted(Server):
+class Interpreted(worker.Server):
     clock = Clock()
 
     def _claim(self, index: int) -> torch.device:
@@ -48,5 +48,6 @@ class Interpreted(Server):
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
+    worker.FINAL_REPEATS = 8
     with mended():
         serve(Interpreted().handle)

@@ -83,6 +83,26 @@ def test_a_config_that_the_kernel_does_not_have_never_runs(registry):
     assert ranked() == [32]
 
 
+class Store(dict):
+    """What brings a process group together."""
+
+    def compare_set(self, key, expected, value):
+        return self.setdefault(key, value).encode()
+
+
+def test_processes_of_one_program_run_the_same_config_whatever_their_registries_say(registry, tmp_path):
+    kernel, store = Kernel(TUNER), Store()
+    problem = kernel.problem(key_of(TUNER, ARGS, {}))
+    stored(tmp_path / "other.db", verdict(TUNER, ARGS, TUNER.configs[0]))
+    stored(tmp_path / "none.db")
+    found = []
+    for place in (registry, tmp_path / "other.db", tmp_path / "none.db"):
+        book = serving.Book(GPU, str(place))
+        book._agreement._store = store
+        found.append(book.chosen(kernel, problem, True)[0]["BLOCK"])
+    assert found == [64, 64, 64]
+
+
 def test_status_lists_what_kernels_of_others_asked_for(registry):
     kernel = Kernel(TUNER)
     problem = kernel.problem(("many", "torch.float16"))

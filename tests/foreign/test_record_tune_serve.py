@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import others
 import pytest
 import torch
 
 from tilebook.foreign import record
+from tilebook.foreign.kernel import key_of
 from tilebook.registry import Registry
 
 HERE = Path(__file__).parent
@@ -75,6 +77,13 @@ def test_a_record_says_what_calls_were_like_and_nothing_of_what_tensors_held(rec
     assert (call.tensors["x"].dtype, call.tensors["x"].shape, call.values) == ("float32", (100,), {"n": 100})
     assert call.grids == ((7,), (4,), (2,))
     assert len(file.read_text()) < 4000
+
+
+def test_a_call_is_known_by_the_key_that_triton_makes_of_it():
+    x = torch.randn(40)
+    others.pick(x, torch.arange(40))
+    (key,) = [each for each in others.pick_kernel.cache if each[0] == 40]
+    assert key_of(others.pick_kernel, (x, torch.arange(40), x, 40), {"grid": (1,), "warmup": False}) == key
 
 
 def test_records_of_several_processes_are_one(recorded, tmp_path):

@@ -89,7 +89,7 @@ class _Memory(serving.Served):
         try:
             here = serving.book()
             problem, gpu = self.kernel.problem(key), here.gpu
-            configs, ranked = self.kernel.configs, here.ranked(self.kernel, problem, measured=False)
+            configs, ranked = self.kernel.configs, here.chosen(self.kernel, problem, measured=False)
             # Behind them the others: what a verdict found elsewhere may not fit beside this call's arguments.
             found = [configs[each] for each in ranked if configs[each] in left]
             left = here.allowed(self.kernel, left)

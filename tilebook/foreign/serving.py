@@ -6,10 +6,12 @@ import atexit
 import contextlib
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from tilebook import device as devices
 from tilebook.device import Device, package_version
+from tilebook.dispatch.agreement import Agreement
 from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, Unfit
 from tilebook.op import Config
 from tilebook.registry import ledger, serving
@@ -29,6 +31,19 @@ class Book:
         self.gpu = gpu
         self._table = serving.read(*gpu.identity, registry)
         self._warned: set[str] = set()
+        self._agreement = Agreement()
+
+    def chosen(self, kernel: Kernel, problem: str, measured: bool) -> list[Config]:
+        """As `ranked`; all processes of a distributed program run what the first of them that asks has found."""
+        ranked = self.ranked(kernel, problem, measured)
+        self._agreement.begun()
+        mine = IMPLEMENTATION, dict(ranked[0]) if ranked else None, "exact", kernel.digest
+        op: Any = SimpleNamespace(name=kernel.op, digest=kernel.digest)
+        decided = self._agreement.settle(op, cast(Any, SimpleNamespace(key=problem)), self.gpu, mine)
+        if decided == mine:
+            return ranked
+        theirs = Config(decided[1] or {})
+        return [theirs] if decided[3] == kernel.digest and theirs in kernel.configs else []
 
     def ranked(self, kernel: Kernel, problem: str, measured: bool) -> list[Config]:
         """What a verdict on exactly this problem has to offer of this kernel's configs, best first.
@@ -107,7 +122,7 @@ class Served(dict[Any, Any]):
 
     def _found(self, key: Any) -> bool:
         try:
-            ranked = book().ranked(self.kernel, self.kernel.problem(key), measured=True)
+            ranked = book().chosen(self.kernel, self.kernel.problem(key), measured=True)
         except Exception as broken:  # the program does without
             _say(self._tuner, broken)
             return False
