@@ -343,6 +343,11 @@ def get(name: str) -> Op[Any]:
         raise UsageError("; ".join([known, *_load_families()])) from None
 
 
+def recorded() -> None:
+    """Imports the kernels of others that a tune is about, if it is about any."""
+    importlib.import_module("tilebook.foreign.ops").read()
+
+
 def families() -> Mapping[str, Sequence[Op[Any]]]:
     """The ops by kernel family, in the order of registration."""
     grouped: dict[str, list[Op[Any]]] = {}

@@ -95,6 +95,18 @@ class Kernel:
                 continue
         return found
 
+    def made(self, config: Config) -> Any:
+        """The `triton.Config` of this name: the autotuner's own, where its list has it here too.
+
+        Some lists depend on the GPU, which a process that only compiles does not see.
+        """
+        if config in self.configs:
+            return self.configs[config]
+        from triton import Config as TritonConfig
+
+        options = {name: value for name, value in config.items() if name in _OPTIONS}
+        return TritonConfig({name: value for name, value in config.items() if name not in _OPTIONS}, **options)
+
     def problem(self, key: Sequence[Any]) -> str:
         """What a verdict is stored under, of the autotuner's own key. Raises Unfit."""
         values = list(key)

@@ -6,6 +6,7 @@ guard bands and repeats show what they show of our own kernels; what the kernel 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
@@ -98,7 +99,8 @@ class Foreign:
     def __init__(self, kernel: Kernel, entry: Entry | None = None, rules: Mapping[str, Rule] | None = None) -> None:
         self.kernel, self.rules = kernel, dict(rules or {})
         self.problems: Mapping[str, Recorded] = {} if entry is None else entry.problems
-        self.places = {} if entry is None else {config: n for n, config in enumerate(entry.configs)}
+        listed = tuple(kernel.configs) if entry is None else entry.configs
+        self.places = {config: n for n, config in enumerate(listed)}
         self.roles: dict[str, Mapping[str, str]] = {}
 
     def op(self) -> Op[Called]:
@@ -114,7 +116,7 @@ class Foreign:
         return made
 
     def _space(self) -> Space:
-        configs = tuple(self.kernel.configs)
+        configs = tuple(self.places)
         if not configs:
             raise UsageError(f"{self.kernel.op}: no config of its autotuner can be written down")
         if len({frozenset(config) for config in configs}) > 1:
@@ -139,10 +141,7 @@ class Foreign:
 
     def _default(self, problem: Called, device: Device) -> Config:
         """The first that may run, which is what runs where nothing is known."""
-        return next(
-            (c for c in self.kernel.configs if self._reject(problem, c, device) is None),
-            next(iter(self.kernel.configs)),
-        )
+        return next((c for c in self.places if self._reject(problem, c, device) is None), next(iter(self.places)))
 
     def run(self, *args: Any, config: Config) -> tuple[torch.Tensor, ...]:
         """One launch on copies of what the kernel writes; returns these, in the order of its arguments."""
@@ -163,7 +162,7 @@ class Foreign:
     def _launch(self, call: Call, given: Mapping[str, Any], config: Config) -> None:
         """As the autotuner would have started it."""
         kernel, place = self.kernel, self.places.get(config)
-        its, grid = kernel.configs[config], None if place is None else call.grids[place]
+        its, grid = kernel.made(config), None if place is None else call.grids[place]
         if grid is None:
             raise UsageError(f"{kernel.op} was not recorded with {config}")
         whole = {**given, **its.all_kwargs()}
@@ -208,27 +207,31 @@ def get(name: str) -> Op[Called]:
     """The op of a kernel by its name: as it was recorded, where that is known, else as it can be imported.
 
     Raises UsageError."""
-    _read()
+    read()
     if name not in _made:
         _made[name] = Foreign(imported(*name.split(":", 1))).op()
     return _made[name]
 
 
 @functools.cache
-def _read() -> None:
+def read() -> None:
     """Takes up the record that a tune has left for its processes."""
     if place := os.environ.get(RECORDED):
         folder = Path(place)
         for entry in record.read(folder / RECORD):
-            add(entry, record.rules(folder / RULES))
+            with contextlib.suppress(UsageError):  # who asks for it is told
+                add(entry, record.rules(folder / RULES), checked=True)
 
 
-def add(entry: Entry, rules: Mapping[str, Mapping[str, Rule]]) -> Op[Called]:
-    """Makes a recorded kernel known; it is imported for that. Raises UsageError where it is another by now."""
+def add(entry: Entry, rules: Mapping[str, Mapping[str, Rule]], checked: bool = False) -> Op[Called]:
+    """Makes a recorded kernel known; it is imported for that. Raises UsageError where it is another by now.
+
+    checked: by the process that started this one. Here constants may differ, where no GPU is to be seen.
+    """
     if entry.path and entry.path not in sys.path:
         sys.path.append(entry.path)
     kernel = imported(entry.module, entry.name)
-    if kernel.digest != entry.digest:
+    if not checked and kernel.digest != entry.digest:
         raise UsageError(f"{kernel.op} is not the kernel that was recorded: its source has changed")
     mine: dict[str, Rule] = {}
     for pattern, arguments in rules.items():
@@ -242,5 +245,5 @@ def add(entry: Entry, rules: Mapping[str, Mapping[str, Rule]]) -> Op[Called]:
 def forget() -> None:
     """What is known of kernels, for tests."""
     _made.clear()
-    _read.cache_clear()
+    read.cache_clear()
     importlib.invalidate_caches()

@@ -226,6 +226,7 @@ def _warm_up() -> None:
 def _main(order: str) -> None:
     wanted = json.loads(order)
     device = Device(**wanted["device"])
+    ops.recorded()  # before: some packages ask at their import what GPU there is, and fail at half an answer
     _pose_as(device)
     for module in wanted["modules"]:
         importlib.import_module(module)
