@@ -130,6 +130,20 @@ def total(x):
     return y
 
 
+@autotune(configs=configs(), key=["rest"])
+@triton.jit
+def some_kernel(x, length, y, rest: tl.constexpr, BLOCK: tl.constexpr, FAULT: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.load(length)
+    tl.store(y + at, tl.load(x + at, mask=inside) + 1, mask=inside)
+
+
+def some(x, length):
+    y = torch.zeros_like(x)
+    some_kernel[lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)](x, length, y, 0)
+    return y
+
+
 @autotune(configs=configs(), key=["n"])
 @triton.jit
 def pick_kernel(x, index, y, n, BLOCK: tl.constexpr, FAULT: tl.constexpr):

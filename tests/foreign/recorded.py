@@ -22,7 +22,7 @@ def recording(folder, monkeypatch):
     made = []
     with monkeypatch.context() as patched:
         patched.setattr(Autotuner, "run", Autotuner.run)
-        patched.setattr("tilebook.foreign.record.start", lambda place: made.append(Recording(place)) or made[0])
+        patched.setattr("tilebook.foreign.wrap.start", lambda place: made.append(Recording(place)) or made[0])
         install(f"record:{folder}")
         yield made[0]
     made[0].write()

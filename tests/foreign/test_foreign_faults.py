@@ -8,7 +8,11 @@ import torch
 from interpreter import mended
 from recorded import recording, tune
 
+from tilebook.errors import TuningError, UsageError
+from tilebook.foreign import record
+from tilebook.foreign.offered import offered
 from tilebook.registry import Registry
+from tilebook.tuner.judge.verify import trial_cases
 
 
 class Tuned:
@@ -88,6 +92,39 @@ def test_where_configs_do_not_agree_there_is_no_verdict(tuned):
 
 def test_a_reference_tells_what_most_configs_do_not(tuned):
     assert tuned.served("wrong_but_told") == {(16, 0)}
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"x": {"fill": float("inf")}}, "are no numbers"),
+        ({"index": {"values": [[1] * 40]}, "y": {"role": "in"}}, "no outputs"),
+    ],
+)
+def test_inputs_that_tell_nothing_are_no_truth(rules, words, tmp_path, monkeypatch):
+    with mended(), recording(tmp_path / "record", monkeypatch):
+        others.pick(torch.randn(40), torch.arange(40))
+    (tmp_path / "rules.json").write_text(json.dumps({"*": rules}))
+    with mended(), offered(tmp_path / "record", tmp_path / "rules.json") as offer:
+        ((op, problem),) = offer.problems
+        with pytest.raises(TuningError, match=words):
+            trial_cases(op, problem, "cpu")
+
+
+def test_a_kernel_that_does_nothing_on_zeros_asks_for_rules(tmp_path, monkeypatch):
+    with mended(), recording(tmp_path / "record", monkeypatch):
+        others.some(torch.randn(40), torch.tensor([40]))
+    with mended(), offered(tmp_path / "record") as offer:
+        ((op, problem),) = offer.problems
+        with pytest.raises(TuningError, match=r"writes nothing .* rules may be wanted for length"):
+            trial_cases(op, problem, "cpu")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": 1}', '{"a": {"x": {"normall": 1}}}', '{"a": {"x": {"role": "all"}}}'])
+def test_rules_that_nobody_understands_are_refused(text, tmp_path):
+    (tmp_path / "rules.json").write_text(text)
+    with pytest.raises(UsageError, match="rule"):
+        record.rules(tmp_path / "rules.json")
 
 
 def test_nothing_else_failed(tuned):

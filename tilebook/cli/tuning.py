@@ -167,7 +167,7 @@ def _recorded(
 ) -> tuple[list[tuple[Op[Any], Problem]], list[float]]:
     """The problems of a record, and what they are worth; says which kernels cannot be had."""
     from tilebook.foreign.offered import offered
-    from tilebook.foreign.wrap import folder
+    from tilebook.foreign.record import folder
     from tilebook.op import UsageError
 
     offer = given.enter_context(offered(Path(place) if place else folder(), rules))

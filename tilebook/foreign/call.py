@@ -18,7 +18,7 @@ Rule = Mapping[str, Any]
 ROLES = ("in", "out", "inout", "zero")
 """What a kernel does to a tensor: reads it, writes it, both, or adds to zeros."""
 
-_DISTRIBUTIONS = ("normal", "uniform", "fill", "below", "cumulative", "step")
+_DISTRIBUTIONS = ("normal", "uniform", "fill", "below", "cumulative", "step", "values")
 _MOST_ELEMENTS = 1 << 40
 
 
@@ -88,6 +88,8 @@ class Tensor:
                 cuts = torch.randint(0, how + 1, (count,), generator=source, device=device).sort().values
                 cuts[:1], cuts[-1:] = 0, how
                 return cuts.reshape(whole)
+            case "values":
+                return torch.tensor(how, device=device).reshape(whole)
             case "step":
                 return torch.arange(count, device=device).reshape(whole).mul_(how)
         if self.torch_dtype.is_floating_point or self.torch_dtype.is_complex:

@@ -47,13 +47,8 @@ class Kernel:
 
     @functools.cached_property
     def op(self) -> str:
-        """Its name in registries: module:kernel, the module in short where that is too long."""
-        if len(whole := f"{self.module}:{self.name}") <= _MOST_NAME:
-            return whole
-        short = hashlib.sha256(whole.encode()).hexdigest()[:8]
-        room = _MOST_NAME - len(short) - 2
-        package = self.module.split(".")[0]
-        return f"{package}.{short}:{self.name[: room - len(package)]}"
+        """Its name in registries."""
+        return op_name(self.module, self.name)
 
     @functools.cached_property
     def texts(self) -> Mapping[str, str]:
@@ -119,6 +114,14 @@ class Kernel:
         if len(text) > MAX_PROBLEM:
             raise Unfit("its key is too long")
         return text
+
+
+def op_name(module: str, name: str) -> str:
+    """A kernel's name in registries: module:kernel, the module in short where that is too long."""
+    if len(whole := f"{module}:{name}") <= _MOST_NAME:
+        return whole
+    package, short = module.split(".")[0], hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return f"{package}.{short}:{name[: _MOST_NAME - len(package) - len(short) - 2]}"
 
 
 _SHORT = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}

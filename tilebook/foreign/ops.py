@@ -24,7 +24,7 @@ from tilebook.device import Device
 from tilebook.errors import UsageError
 from tilebook.foreign import record
 from tilebook.foreign.call import Call, Rule, decoded, heuristic
-from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, imported
+from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, imported, op_name
 from tilebook.foreign.names import Key
 from tilebook.foreign.record import Entry, Recorded
 from tilebook.launch import launch
@@ -209,8 +209,17 @@ def get(name: str) -> Op[Called]:
     Raises UsageError."""
     read()
     if name not in _made:
-        _made[name] = Foreign(imported(*name.split(":", 1))).op()
+        where = _recorded(name) or tuple(name.split(":", 1))
+        _made[name] = Foreign(imported(*where)).op()
     return _made[name]
+
+
+def _recorded(name: str) -> tuple[str, str] | None:
+    """Module and name of a kernel whose name is too long for a registry, by the user's own records."""
+    with contextlib.suppress(UsageError):
+        entries = record.read(record.folder())
+        return next(((each.module, each.name) for each in entries if op_name(each.module, each.name) == name), None)
+    return None
 
 
 @functools.cache

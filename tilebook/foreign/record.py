@@ -17,6 +17,7 @@ from tilebook.errors import UsageError
 from tilebook.foreign.call import Call, Rule, check_rules, noted
 from tilebook.foreign.kernel import Kernel, Unfit, key_of
 from tilebook.op import Config
+from tilebook.registry.target import user_folder
 
 VERSION = 1
 MOST_KERNELS, MOST_PROBLEMS, MOST_CALLS = 512, 64, 4
@@ -73,6 +74,11 @@ class Entry:
     path: str
     configs: tuple[Config, ...]
     problems: dict[str, Recorded] = field(default_factory=dict)
+
+
+def folder() -> Path:
+    """Where records are kept that nobody has named a place for."""
+    return user_folder() / "recorded"
 
 
 class Recording:

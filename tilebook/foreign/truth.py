@@ -81,6 +81,8 @@ class Truth:
         roles |= {name: "inout" for name in tuner.restore_value if name in roles}
         roles |= {name: "zero" for name in tuner.reset_to_zero if name in roles}
         roles |= {name: rule["role"] for name, rule in foreign.rules.items() if "role" in rule and name in names}
+        if set(roles.values()) <= {"in"}:
+            raise TuningError("its rules leave the kernel no outputs")
         foreign.roles[problem.key] = roles
         self._voters[problem.key] = voters
 

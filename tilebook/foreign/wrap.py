@@ -6,12 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from tilebook.registry.target import user_folder
-
-
-def folder() -> Path:
-    """Where records are kept that nobody has named a place for."""
-    return user_folder() / "recorded"
+from tilebook.foreign.record import folder, start
 
 
 def install(asked: str) -> None:
@@ -27,8 +22,6 @@ def install(asked: str) -> None:
 
 def _record(place: Path) -> None:
     from triton.runtime.autotuner import Autotuner
-
-    from tilebook.foreign.record import start
 
     recording, run = start(place), Autotuner.run
 

@@ -241,7 +241,11 @@ class Case:
         """Of what configs agree on: no error of PyTorch's is the yardstick, but rounding."""
         allowed = []
         for output, steps in zip(answers.outputs, answers.steps, strict=True):
-            finite = torch.where(output.isfinite(), output, 0).float()
+            number = output.float().isfinite()
+            finite = torch.where(number, output.float(), 0.0)
+            written = output.view(_BITS[output.dtype.itemsize]) != _poison(output.dtype, _SCRATCH)
+            if int((written & ~number).sum()) > int(written.sum()) // 2:
+                raise TuningError(f"most of the results of {label} are no numbers; rules may be wanted for its inputs")
             largest = finite.abs().max().item() if finite.numel() else 0.0
             rms = finite.square().mean(dtype=torch.float64).sqrt().item() if finite.numel() else 0.0
             floor = cancelled(answers.inputs, output.dtype) if steps and not largest else Error(0.0, 0.0)
