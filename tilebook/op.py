@@ -13,7 +13,7 @@ import pkgutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -154,6 +154,15 @@ class Answers:
     steps: tuple[float, ...]
 
 
+class Answering(Protocol):
+    """What says what is right where no reference does. Both raise TuningError where nothing is to be said."""
+
+    def learn(self, problem: Any, device: Any) -> None:
+        """Finds out once what has to be known of a problem before it is judged."""
+
+    def __call__(self, problem: Any, device: Any, seed: int) -> Answers: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Implementation:
     """One way to compute an op. With a space it is tunable, and its function takes the keyword `config`.
@@ -199,8 +208,8 @@ class Op(Generic[P]):
     its error against the truth is the yardstick for the others. `fused` says for which problems PyTorch's own function
     is one that people would have called and that is fast: those it serves wherever no verdict of their own says more.
     `native` names the implementations that are what this function runs by itself for a problem on a GPU, so that a call
-    which one of them won is left to it. `answers` is somebody else's kernel's word for what is right: (problem, device,
-    seed) → Answers, in the place of the reference.
+    which one of them won is left to it. `answers` is somebody else's kernel's word for what is right, in the place of
+    the reference.
     """
 
     def __init__(
@@ -220,7 +229,7 @@ class Op(Generic[P]):
         self.fused = fused
         self.native = native
         self.backward: Op[Any] | None = None  # the op of the gradients, posed by a problem with the same fields
-        self.answers: Callable[[Any, Any, int], Answers] | None = None
+        self.answers: Answering | None = None
         self.captured = "torch"  # runs where a graph is captured and nothing is compiled yet, if it takes the problem
         self.family = family or reference.__module__.removeprefix("tilebook.kernels.").split(".")[0]
         self.implementations: dict[str, Implementation] = {}

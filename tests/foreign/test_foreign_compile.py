@@ -7,9 +7,12 @@ import pytest
 import torch
 import triton
 from click.testing import CliRunner
+from served import GPU
 
 from tilebook.cli import main
+from tilebook.errors import UsageError
 from tilebook.foreign.record import Recording
+from tilebook.tuner.process.compiler import compile_here
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +38,11 @@ def test_a_product_is_compiled_for_a_gpu_that_is_not_here(gpu, record, tmp_path)
     assert (row["status"], row["op"]) == ("predicted", "matmul_autotuned:matmul_kernel")
     assert row["predicted_ms"] > 0
     assert row["tried"] == 2
+
+
+def test_a_kernel_that_cannot_be_imported_without_a_gpu_is_left_for_the_process_that_has_one():
+    left = compile_here(GPU, "no_such_module:kernel", "triton", "{}", {})
+    assert (left.failure, left.binaries) == (None, ())
+    assert "cannot be imported" in left.reason
+    with pytest.raises(UsageError):
+        compile_here(GPU, "no_such_op", "triton", "{}", {})

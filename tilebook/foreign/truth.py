@@ -37,8 +37,6 @@ class Truth:
 
     def __call__(self, problem: Any, device: Any, seed: int) -> Answers:
         """Raises TuningError where the configs do not agree, or the kernel changes nothing."""
-        if problem.key not in self._voters:
-            self._learn(type(problem)(problem.key), device)
         inputs = problem.inputs(device, seed)
         found = [(config, self._op.tunable(*inputs, config=config)) for config in self._voters[problem.key]]
         steps = _steps(inputs, found[0][1])
@@ -53,8 +51,11 @@ class Truth:
         found: Callable[..., Any] | None = getattr(self._foreign.kernel.tuner, "reference", None)
         return found
 
-    def _learn(self, problem: Any, device: Any) -> None:
-        """What the kernel does to its tensors, and who votes."""
+    def learn(self, problem: Any, device: Any) -> None:
+        """What the kernel does to its tensors, and who votes: by the first of the key's calls."""
+        if problem.key in self._voters:
+            return
+        problem = type(problem)(problem.key)
         foreign, call = self._foreign, problem.call
         foreign.roles[problem.key] = {}
         names = [name for name, each in call.tensors.items() if not each.same]

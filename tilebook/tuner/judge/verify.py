@@ -214,6 +214,7 @@ class Case:
         """Raises NoYardstick where PyTorch's answer overflows, TuningError where nothing says what is right."""
         label = f"{problem.label} (seed {seed}{', with outliers' if outliers else ''})"
         if op.answers is not None:
+            op.answers.learn(problem, device)
             with Outliers() if outliers else nullcontext(), Poisoned(), torch.no_grad():
                 return cls._answered(problem, label, op.answers(problem, device, seed))
         with Outliers() if outliers else nullcontext():
