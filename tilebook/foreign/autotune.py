@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 import triton
 from triton.runtime.autotuner import Autotuner
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from tilebook.errors import UsageError
 from tilebook.foreign import serving
@@ -19,8 +18,6 @@ OnMiss = Literal["serve", "tune", "error"]
 
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 _MOST_CONFIGS = 10_000
-_FAILURES = (OutOfResources, PTXASError, triton.CompilationError)
-"""What a config raises that does not fit, before any kernel has run."""
 
 
 class Missing(UsageError):
@@ -40,7 +37,7 @@ class Tuned(Autotuner):  # type: ignore[misc]
         self._arguments = kwargs
         try:
             return super().run(*args, **kwargs)
-        except _FAILURES:
+        except serving.FAILURES:
             # What stands first may not fit here; the next that does serves from then on.
             if not self.cache.next(self.best_config):
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,16 +12,16 @@ from typing import Any, Self
 from tilebook.problem import Problem
 
 
-def is_foreign(op: str) -> bool:
-    """Is it the name of somebody else's kernel, module:kernel?"""
-    return ":" in op
+def is_foreign(op: object) -> bool:
+    """Is it the name of somebody else's kernel, module:kernel? Damaged rows have names that are no text."""
+    return isinstance(op, str) and ":" in op
 
 
 @dataclass(frozen=True)
 class Key(Problem):
     """A problem of a kernel: the values of its autotuner's key, and its tensors' dtypes. `text` is its canonical JSON.
 
-    Near ones are no neighbours: what a value means is the kernel's affair.
+    What a value means is the kernel's affair: no verdict serves another key than its own.
     """
 
     text: str
@@ -51,7 +52,21 @@ class Key(Problem):
             raise ValueError(f"{key} is no problem of a kernel")
         return cls(key)
 
-    def check(self) -> None: ...
+    def distance(self, other: Problem) -> float:
+        """How unlike another key is: where a search may begin with what won there. No verdict serves a near one."""
+        if not isinstance(other, Key) or other.dtype != self.dtype:
+            return math.inf
+        mine, theirs = self.values["key"], other.values["key"]
+        if mine.keys() != theirs.keys():
+            return math.inf
+        return sum(_apart(mine[name], theirs[name]) for name in mine)
+
+
+def _apart(one: Any, other: Any) -> float:
+    if one == other:
+        return 0.0
+    numbers = all(isinstance(each, int | float) and each > 0 for each in (one, other))
+    return abs(math.log2(one / other)) if numbers else 1.0
 
 
 class Anybodys:

@@ -28,7 +28,7 @@ from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, imported, op_name
 from tilebook.foreign.names import Key
 from tilebook.foreign.record import Entry, Recorded
 from tilebook.launch import launch
-from tilebook.op import Config, Cost, Implementation, Op, Problem, Space
+from tilebook.op import Config, Cost, Implementation, Op, Space
 
 RECORDED = "TILEBOOK_RECORDED"
 """Names the folder in which a tune's processes find the record that it is about, and the rules."""
@@ -73,9 +73,6 @@ class Called(Key):
         if self.place or self.recorded is None:
             return ()
         return [type(self)(self.text, n) for n in range(1, len(self.recorded.calls))]
-
-    def distance(self, other: Problem) -> float:
-        return 0.0 if isinstance(other, Called) and other.text == self.text else math.inf
 
 
 class Listed(Space):

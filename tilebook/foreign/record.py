@@ -85,7 +85,8 @@ class Recording:
     """A program's record, of this process. What cannot be written down is counted in `left_out`, by its reason."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._written = folder, time.monotonic()
+        self._file = folder / f"{os.uname().nodename}-{os.getpid()}-{int(time.time())}.json"
+        self._written = time.monotonic()
         self._kernels: dict[int, tuple[Kernel, Entry] | None] = {}
         self._tuners: list[Any] = []  # so that no two have the same id
         self._found: dict[tuple[int, tuple[Any, ...]], Recorded | None] = {}
@@ -155,8 +156,8 @@ class Recording:
         self._written = time.monotonic()
         if entries := self.entries():
             with contextlib.suppress(Exception):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                write(self._folder / f"{os.uname().nodename}-{os.getpid()}-{id(self):x}.json", entries, self.left_out)
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                write(self._file, entries, self.left_out)
 
     def forked(self) -> None:
         """Told in a process that was forked off: the calls until now are its parent's to count."""

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+import triton
+from triton.runtime.errors import OutOfResources, PTXASError
+
 from tilebook import device as devices
 from tilebook.device import Device, package_version
 from tilebook.dispatch.agreement import Agreement
@@ -20,6 +23,9 @@ from tilebook.registry.layers import DenyList
 from tilebook.registry.lookup import Question
 from tilebook.registry.records import Device as Model
 from tilebook.registry.records import Miss
+
+FAILURES = (OutOfResources, PTXASError, triton.CompilationError)
+"""What a config raises that does not fit, before any kernel has run."""
 
 _EFFICIENCY = 0.5  # of the memory's bandwidth, by which a missed call's time is estimated
 
@@ -110,9 +116,17 @@ class Served(dict[Any, Any]):
         super().__init__(known)
         self._tuner = tuner
         self._kernel: Kernel | None = None
+        self._told: dict[Any, Any] = {}  # by key, what a verdict has said
 
     def __contains__(self, key: object) -> bool:
-        return dict.__contains__(self, key) or self._found(key)
+        return dict.__contains__(self, key) or (key not in self._told and self._found(key))
+
+    def withdraw(self, config: Any) -> bool:
+        """A config has failed: where a verdict has said so of it, its keys are searched for as ever."""
+        keys = [key for key, told in self._told.items() if told is config and self.get(key) is config]
+        for key in keys:
+            del self[key]
+        return bool(keys)
 
     @property
     def kernel(self) -> Kernel:
@@ -127,7 +141,7 @@ class Served(dict[Any, Any]):
             _say(self._tuner, broken)
             return False
         if ranked:
-            self[key] = self.kernel.configs[ranked[0]]
+            self[key] = self._told[key] = self.kernel.configs[ranked[0]]
         return bool(ranked)
 
 

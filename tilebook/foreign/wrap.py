@@ -38,9 +38,9 @@ def _record(place: Path) -> None:
 def _serve() -> None:
     from triton.runtime.autotuner import Autotuner
 
-    from tilebook.foreign.serving import Served
+    from tilebook.foreign.serving import FAILURES, Served
 
-    init = Autotuner.__init__
+    init, run = Autotuner.__init__, Autotuner.run
 
     @functools.wraps(init)
     def serving(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -48,4 +48,13 @@ def _serve() -> None:
         if type(getattr(self, "cache", None)) is dict:
             self.cache = Served(self, self.cache)
 
-    Autotuner.__init__ = serving
+    @functools.wraps(run)
+    def running(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(self, *args, **kwargs)
+        except FAILURES:
+            if type(self.cache) is not Served or not self.cache.withdraw(self.best_config):
+                raise
+        return run(self, *args, **kwargs)
+
+    Autotuner.__init__, Autotuner.run = serving, running
