@@ -1,5 +1,6 @@
 """Verdicts on kernels of others in registries: exported, imported, shown, revoked, explained as our own are."""
 
+import hashlib
 import json
 
 import others
@@ -117,3 +118,15 @@ def test_a_key_keeps_what_json_can_say_and_is_refused_otherwise():
     for wrong in (object(), "x" * 3000):
         with pytest.raises(Unfit):
             kernel.problem((wrong,))
+
+
+def test_verdicts_are_written_as_flash_linear_attention_reads_them(registry, tmp_path):
+    tilebook("export", tmp_path / "configs", "--as", "fla")
+    (file,) = (tmp_path / "configs").iterdir()
+    content = json.loads(file.read_text())
+    key = [100, "torch.float32", "torch.float32"]
+    assert (file.name, content["triton_version"]) == ("scale_kernel.json", "3.6.0")
+    hashed = hashlib.md5(json.dumps(key, separators=(",", ":")).encode()).hexdigest()
+    assert content["autotune_entries"][hashed]["autotune_key"] == key
+    config = content["default_config"]
+    assert (config["kwargs"], config["num_warps"], config["maxnreg"]) == ({"BLOCK": 64, "FAULT": 0}, 4, None)

@@ -127,6 +127,12 @@ def op_name(module: str, name: str) -> str:
 _SHORT = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 
 
+def split(dtypes: str) -> list[str]:
+    """The texts that stand in an autotuner's key for the dtypes of a problem."""
+    whole = {short: text for text, short in _SHORT.items()}
+    return [whole.get(each, f"torch.{each}") for each in dtypes.split(",") if each]
+
+
 def _plain(value: Any) -> str | int | float | bool | None:
     """A key's value as JSON has it; of what JSON has not, a dtype for one, the text."""
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
