@@ -31,7 +31,7 @@ class Tuned(Autotuner):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.reference = reference
         self.cache = _Memory(self, on_miss)
-        self._arguments: Mapping[str, Any] = {}
+        self._arguments: Mapping[str, Any] | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self._arguments = kwargs
@@ -41,6 +41,8 @@ class Tuned(Autotuner):  # type: ignore[misc]
             # What stands first may not fit here; the next that does serves from then on.
             if not self.cache.next(self.best_config):
                 raise
+        finally:
+            self._arguments = None  # or it would keep the call's tensors
         return self.run(*args, **kwargs)
 
 

@@ -115,7 +115,7 @@ class Truth:
             mine = [_copy(x) if isinstance(x, torch.Tensor) else x for x in inputs]
             for name, x in zip(names, mine, strict=False):
                 if name in outputs:
-                    x.mul_(0).add_(fill / 4 if x.dtype.is_floating_point else fill - 1)
+                    x.fill_(fill / 4 if x.dtype.is_floating_point else fill - 1)
             before.append([_copy(x) if isinstance(x, torch.Tensor) else x for x in mine])
             self._op.tunable(*mine, config=config)
             after.append(mine)
