@@ -122,3 +122,9 @@ def test_tensors_with_gaps_and_repeated_rows_are_made_as_they_lay():
         assert (tuple(x.shape), x.stride(), x.clone().stride()) == (shape, stride, stride)
         assert x.as_strided(made.shape, made.stride).stride() == like.stride()
     assert Tensor("int64", (5,), (1,)).random("cpu", torch.Generator(), {"cumulative": 9})[[0, -1]].tolist() == [0, 9]
+
+
+def test_record_runs_any_command_and_passes_on_its_options(tmp_path):
+    command = ("-m", "tilebook.cli", "record", "--to", tmp_path / "records", "--", sys.executable, "-u")
+    assert run(*command, HERE / "program.py").stdout.splitlines() == ["100 16 3", "70 16 6"]
+    assert len(list((tmp_path / "records").iterdir())) == 1
