@@ -92,6 +92,10 @@ def inside(name: str, *folders: str) -> bool:
         ),
         ("tilebook.tuner.sweeps", ["tilebook.tuner.sweeps", "tilebook.cli"]),
         ("tilebook.tuner.cluster", ["tilebook.tuner.cluster", "tilebook.cli"]),
+        (
+            "tilebook.foreign",
+            ["tilebook.foreign", "tilebook.autoload", "tilebook.inventory", "tilebook.report", "tilebook.cli"],
+        ),
     ],
 )
 def test_only_the_layers_above_know_a_layer(what, who):

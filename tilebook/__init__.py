@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilebook.dispatch.probing import probe
     from tilebook.enabling import disable, enable, enabled, register_transformers, status
+    from tilebook.foreign.autotune import autotune
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.cross_entropy import cross_entropy
     from tilebook.kernels.decode import attention_decode
@@ -30,6 +31,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "autotune",
     "cross_entropy",
     "disable",
     "enable",
@@ -58,6 +60,7 @@ _MODULE = {
     "attention": "kernels.attention",
     "attention_decode": "kernels.decode",
     "attention_varlen": "kernels.varlen",
+    "autotune": "foreign.autotune",
     "cross_entropy": "kernels.cross_entropy",
     "disable": "enabling",
     "enable": "enabling",

@@ -1,11 +1,15 @@
-"""What PyTorch calls at the end of `import torch`: turns tilebook on where `TILEBOOK` asks for it, and only there."""
+"""What PyTorch calls at the end of `import torch`: turns tilebook on where `TILEBOOK` asks for it, and only there.
+
+`TILEBOOK_TRITON` asks for the kernels of others, see `tilebook.foreign`.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
-from tilebook.variables import ASKED, PROFILED, value
+from tilebook.variables import ASKED, PROFILED, TRITON, value
 
 _PATCH = "patch"
 
@@ -21,28 +25,42 @@ def load() -> None:
         register_flash_attention_impl("tilebook", register_fn=_activate)
     except Exception:  # an older PyTorch has no such register
         pass
-    if folder := os.environ.get(PROFILED, ""):
-        try:
-            from tilebook.profiling import begin
-
-            begin(folder)
-        except Exception as broken:
-            _warn("not profiled", broken)
+    if os.environ.get(TRITON, "").strip():
+        _guarded("kernels of others are neither recorded nor served", _others)
+    if os.environ.get(PROFILED, ""):
+        _guarded("not profiled", _profile)
     asked = value(ASKED)
     if asked not in ("yes", _PATCH):
         return
+    _guarded("not turned on", lambda: _enable(asked == _PATCH))
+
+
+def _guarded(what: str, action: Callable[[], None]) -> None:
+    """Whatever goes wrong is a warning."""
     try:
-        from tilebook.enabling import enable
-
-        enable(patch=asked == _PATCH)
+        action()
     except Exception as broken:
-        _warn("not turned on", broken)
+        import warnings
+
+        warnings.warn(f"tilebook: {what}: {type(broken).__name__}: {broken}", RuntimeWarning, stacklevel=3)
 
 
-def _warn(what: str, broken: Exception) -> None:
-    import warnings
+def _enable(patch: bool) -> None:
+    from tilebook.enabling import enable
 
-    warnings.warn(f"tilebook: {what}: {type(broken).__name__}: {broken}", RuntimeWarning, stacklevel=3)
+    enable(patch=patch)
+
+
+def _others() -> None:
+    from tilebook.foreign.wrap import install
+
+    install(os.environ[TRITON].strip())
+
+
+def _profile() -> None:
+    from tilebook.profiling import begin
+
+    begin(os.environ[PROFILED])
 
 
 def _activate() -> Any:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tilebook import bounds
 from tilebook.errors import UsageError
+from tilebook.foreign.names import Anybodys, is_foreign
 from tilebook.problem import Problem
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Entry:
 
 
 class Known(Protocol):
-    """What of an op is known either way."""
+    """What of an op is known either way. digest: "" where its source is not known here."""
 
     @property
     def problem(self) -> type[Problem]: ...
@@ -92,8 +93,15 @@ def ops() -> Mapping[str, Known]:
     return op.ops()
 
 
+def find(name: str) -> Known | None:
+    """The op of that name, None where there is none; of somebody else's kernel what is known of all."""
+    return Anybodys() if is_foreign(name) else ops().get(name)
+
+
 def get(name: str) -> Known:
     """The op of that name. Raises UsageError with the known names."""
+    if is_foreign(name):
+        return Anybodys()
     known = ops()
     if name in known:
         return known[name]

@@ -13,7 +13,7 @@ import pkgutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -142,6 +142,27 @@ class Space:
 P = TypeVar("P", bound=Problem)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What is right on one set of inputs, where no reference says so: what most configs agree on.
+
+    steps: of each output, how many of its largest value, and of its root mean square, a candidate may be off.
+    """
+
+    inputs: tuple[Any, ...]
+    outputs: tuple[torch.Tensor, ...]
+    steps: tuple[float, ...]
+
+
+class Answering(Protocol):
+    """What says what is right where no reference does. Both raise TuningError where nothing is to be said."""
+
+    def learn(self, problem: Any, device: Any) -> None:
+        """Finds out once what has to be known of a problem before it is judged."""
+
+    def __call__(self, problem: Any, device: Any, seed: int) -> Answers: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Implementation:
     """One way to compute an op. With a space it is tunable, and its function takes the keyword `config`.
@@ -187,7 +208,8 @@ class Op(Generic[P]):
     its error against the truth is the yardstick for the others. `fused` says for which problems PyTorch's own function
     is one that people would have called and that is fast: those it serves wherever no verdict of their own says more.
     `native` names the implementations that are what this function runs by itself for a problem on a GPU, so that a call
-    which one of them won is left to it.
+    which one of them won is left to it. `answers` is somebody else's kernel's word for what is right, in the place of
+    the reference.
     """
 
     def __init__(
@@ -207,6 +229,7 @@ class Op(Generic[P]):
         self.fused = fused
         self.native = native
         self.backward: Op[Any] | None = None  # the op of the gradients, posed by a problem with the same fields
+        self.answers: Answering | None = None
         self.captured = "torch"  # runs where a graph is captured and nothing is compiled yet, if it takes the problem
         self.family = family or reference.__module__.removeprefix("tilebook.kernels.").split(".")[0]
         self.implementations: dict[str, Implementation] = {}
@@ -318,12 +341,20 @@ def ops() -> Mapping[str, Op[Any]]:
 
 
 def get(name: str) -> Op[Any]:
-    """The op of that name. Raises UsageError with the known names."""
+    """The op of that name; module:kernel is somebody else's. Raises UsageError with the known names."""
+    if ":" in name:
+        made: Op[Any] = importlib.import_module("tilebook.foreign.ops").get(name)
+        return made
     try:
         return ops()[name]
     except KeyError:
         known = f"no op {name!r}; there are {', '.join(sorted(ops()))}"
         raise UsageError("; ".join([known, *_load_families()])) from None
+
+
+def recorded() -> None:
+    """Imports the kernels of others that a tune is about, if it is about any."""
+    importlib.import_module("tilebook.foreign.ops").read()
 
 
 def families() -> Mapping[str, Sequence[Op[Any]]]:

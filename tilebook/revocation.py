@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tilebook import device as devices
-from tilebook import inventory
 from tilebook.errors import UsageError
 from tilebook.registry import DenyList, Layers, Revocation
 from tilebook.registry.checks import in_range
@@ -93,7 +92,9 @@ def revoke(layers: Layers, revocation: Revocation) -> tuple[bool, list[dict[str,
     with layers.writer() as registry:
         new = registry.revoke(revocation)
     denied = DenyList([revocation], devices.package_version("triton"))
-    kernel = inventory.get(revocation.op).digest
+    from tilebook import op as ops
+
+    kernel = ops.get(revocation.op).digest
     return new, [
         verdict_row(verdict, layer, revocation)
         for layer, verdict in layers.verdicts(op=revocation.op)

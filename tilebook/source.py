@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -76,12 +78,28 @@ def digest(function: Callable[..., Any]) -> str:
     tuples by their fields. Equal after reformatting, after edits of comments and docstrings, and under Triton's
     interpreter.
     """
+    found = texts(function)
+    return hashlib.sha256("\n".join(f"{name}\n{text}" for name, text in sorted(found.items())).encode()).hexdigest()
+
+
+def module_name(module: str) -> str:
+    """A module as others import it: what runs as `__main__` by the name of its file."""
+    main = sys.modules.get("__main__")
+    if module != "__main__" or main is None:
+        return module
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    return str(spec.name) if spec is not None else Path(file).stem if file else module
+
+
+def texts(function: Callable[..., Any]) -> dict[str, str]:
+    """What `digest` is taken of: the syntax trees by the functions' names, and the constants by theirs."""
     texts: dict[str, str] = {}
     scope = _scope(function.__module__)
     waiting = [_unwrap(function)]
     while waiting:
         current = waiting.pop()
-        name = f"{current.__module__}.{current.__qualname__}"
+        module = module_name(current.__module__)
+        name = f"{module}.{current.__qualname__}"
         if name in texts:
             continue
         tree = _tree(current)
@@ -92,9 +110,9 @@ def digest(function: Callable[..., Any]) -> str:
                 if _within(reached.__module__, scope):
                     waiting.append(reached)
             elif isinstance(value, type) and issubclass(value, tuple) and _within(value.__module__, scope):
-                texts[f"{value.__module__}.{value.__qualname__}"] = repr(getattr(value, "_fields", ()))
+                texts[f"{module_name(value.__module__)}.{value.__qualname__}"] = repr(getattr(value, "_fields", ()))
             elif isinstance(value, int | float | str | bool):
-                texts[f"{current.__module__}.{label}"] = repr(value)
+                texts[f"{module}.{label}"] = repr(value)
             elif isinstance(getattr(value, "value", None), int | float | str | bool):  # tl.constexpr
-                texts[f"{current.__module__}.{label}"] = repr(value.value)
-    return hashlib.sha256("\n".join(f"{name}\n{text}" for name, text in sorted(texts.items())).encode()).hexdigest()
+                texts[f"{module}.{label}"] = repr(value.value)
+    return texts

@@ -13,6 +13,9 @@ PROBE = "TILEBOOK_PROBE"
 PROFILED = "TILEBOOK_PROFILE"
 """Names the folder that `tilebook profile` has made, for what it starts."""
 
+TRITON = "TILEBOOK_TRITON"
+"""Kernels of others recorded, "record" or "record:FOLDER", or served, "serve"."""
+
 
 def value(name: str) -> str:
     """What a variable says, in small letters; "yes" for all that means no more than that."""

@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 try:
-    from tilebook.cli import audit, compare, doctor, maintain, profile, recheck, registry, tuning  # noqa: F401 (they are its commands)
+    # They are its commands.
+    from tilebook.cli import audit, compare, doctor, maintain, profile, recheck, record, registry, tuning  # noqa: F401
     from tilebook.cli.common import main
 except ModuleNotFoundError as missing:
     if missing.name != "click":

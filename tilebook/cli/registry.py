@@ -94,10 +94,15 @@ def show(
 def explain(op: str, shape: str, dtype: str, gpu: str | None, registry: str | None, format_: str) -> None:
     """Says what dispatch would run for one problem, from which layer, why, and how stale the evidence is."""
     from tilebook import op as ops
+    from tilebook.foreign.names import is_foreign
     from tilebook.report.explain import explain as describe
+    from tilebook.report.explain import explain_foreign
 
-    found = ops.get(op)
-    text, data = describe(found, found.problem.parse(shape, dtype), gpu, registry)
+    if is_foreign(op):
+        text, data = explain_foreign(op, shape, gpu, registry)
+    else:
+        found = ops.get(op)
+        text, data = describe(found, found.problem.parse(shape, dtype), gpu, registry)
     click.echo(json.dumps(data, indent=2) if format_ == "json" else text)
 
 
@@ -129,6 +134,14 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
 @SINCE
 @MEASURED
 @click.option("--trials/--no-trials", default=True, show_default=True, help="With every candidate that was tried.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["tilebook", "fla"]),
+    default="tilebook",
+    show_default=True,
+    help="fla: into the folder FILE, what won kernels of others, as flash-linear-attention reads it by FLA_CONFIG_DIR.",
+)
 @REGISTRY
 def export_(
     file: str,
@@ -138,6 +151,7 @@ def export_(
     since: datetime | None,
     measured: bool,
     trials: bool,
+    form: str,
     registry: str | None,
 ) -> None:
     """Writes a registry to FILE as JSON Lines, to be passed on and imported elsewhere; - is stdout.
@@ -151,6 +165,9 @@ def export_(
 
     selection = Selection(op=known_op(op), gpu=gpu, dtype=dtype, since=since, measured=measured)
     layers = Layers.default(registry)
+    if form == "fla":
+        _as_fla(layers, selection, Path(file))
+        return
     first, target = layers.layers[0]
     own = first == "explicit" or (first == "user" and Path(target).exists() and _any_record(target))
     with written(file) as stream:
@@ -161,6 +178,19 @@ def export_(
     for problem in problems:
         click.echo(f"tilebook: {problem}", err=True)
     click.echo(f"{count} records written to {'stdout' if file == '-' else file}", err=True)
+
+
+def _as_fla(layers: Layers, selection: Selection, folder: Path) -> None:
+    """Writes what flash-linear-attention reads, and says what was left out."""
+    from tilebook.foreign.fla import files
+
+    found, left_out = files(filter(selection.verdict, (each for _, each in layers.read(op=selection.op)[0])))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in found.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for line in left_out:
+        click.echo(f"tilebook: left out: {line}", err=True)
+    click.echo(f"{len(found)} kernels written to {folder}", err=True)
 
 
 def _any_record(target: str) -> bool:

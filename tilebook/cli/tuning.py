@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Sequence
@@ -29,6 +30,19 @@ if TYPE_CHECKING:
     "--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64,causal; repeatable."
 )
 @click.option("--misses", is_flag=True, help="What programs asked for and no verdict covers, heaviest first.")
+@click.option(
+    "--recorded",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="What programs under TILEBOOK_TRITON=record called other people's kernels with, heaviest first"
+    " (default: all records of this user).",
+)
+@click.option(
+    "--rules",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="With --recorded: a JSON file that says how kernels' integer tensors are made.",
+)
 @click.option(
     "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True, help="With --shape."
 )
@@ -77,6 +91,8 @@ def tune(
     suites: tuple[str, ...],
     shapes: tuple[str, ...],
     misses: bool,
+    recorded: str | None,
+    rules: Path | None,
     dtype: str,
     direction: str,
     gpu: str | None,
@@ -111,7 +127,12 @@ def tune(
             "give --ray or --gpus, not both: all GPUs of a cluster take part, --gpus names those of this host"
         )
     weights: list[float] | None = None
-    if misses:
+    given = contextlib.ExitStack()
+    if recorded is not None:
+        if misses or families or suites or shapes or ray:
+            raise UsageError("--recorded goes with none of FAMILY, --misses, --suite, --shape and --ray")
+        problems, weights = _recorded(given, recorded, rules)
+    elif misses:
         missed = _missed(families, suites, shapes, direction, gpu, registry)
         problems = [(each.op, each.problem) for each in missed]
         weights = [each.weight_s for each in missed]
@@ -123,21 +144,38 @@ def tune(
     else:
         problems = _problems(families, suites, shapes, dtype, direction)
     start = functools.partial(tune_problems, gpus=gpus) if ray is None else functools.partial(tune_cluster, address=ray)
-    outcomes = start(
-        problems,
-        gpu=gpu,
-        mode=mode,
-        registry=registry,
-        budget_s=budget,
-        trials=trials,
-        method=method,
-        workers=workers,
-        seed=seed,
-        force=force,
-        weights=weights,
-        watch=view,
-    )
+    with given:
+        outcomes = start(
+            problems,
+            gpu=gpu,
+            mode=mode,
+            registry=registry,
+            budget_s=budget,
+            trials=trials,
+            method=method,
+            workers=workers,
+            seed=seed,
+            force=force,
+            weights=weights,
+            watch=view,
+        )
     _print(outcomes if isinstance(outcomes, list) else [outcomes], format_)
+
+
+def _recorded(
+    given: contextlib.ExitStack, place: str, rules: Path | None
+) -> tuple[list[tuple[Op[Any], Problem]], list[float]]:
+    """The problems of a record, and what they are worth; says which kernels cannot be had."""
+    from tilebook.foreign.offered import offered
+    from tilebook.foreign.record import folder
+    from tilebook.op import UsageError
+
+    offer = given.enter_context(offered(Path(place) if place else folder(), rules))
+    for line in offer.left_out:
+        click.echo(f"tilebook: left out: {line}", err=True)
+    if not offer.problems:
+        raise UsageError("none of the recorded kernels can be tuned")
+    return offer.problems, offer.weights
 
 
 def _print(outcomes: Sequence[Outcome], format_: str) -> None:

@@ -160,13 +160,13 @@ def _refusal(record: Record, allowed: Allowed | None, is_problem: Callable[[str,
     if allowed is None:
         return ""
     told = record.verdict if isinstance(record, Written) else record
-    if told.op not in allowed:
+    if told.op not in allowed and ":" not in told.op:  # of somebody else's kernel only what it has itself ever runs
         return f"unknown op {told.op}"
     if not isinstance(told, Revocation) and not is_problem(told.op, told.problem):
         return f"{told.op} has no problem {quoted(told.problem)}"
     # A verdict's finalists are what dispatch falls back on, so their configs are held to the same list.
     for each in told.finalists if isinstance(told, Verdict) else (told,):
-        known = allowed[told.op].get(each.implementation)
+        known = allowed.get(told.op, {}).get(each.implementation)
         if known is not None and not each.config.keys() <= known:
             unknown = quoted(sorted(each.config.keys() - known))
             return f"{told.op} has no config key {unknown} for {each.implementation}"

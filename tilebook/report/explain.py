@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tilebook import op as ops
 from tilebook import registry as store
-from tilebook.device import Device
+from tilebook.device import Device, package_version
 from tilebook.dispatch import Snapshot
-from tilebook.op import Op, Problem
+from tilebook.op import Op, Problem, UsageError
 from tilebook.registry import Layers, Verdict
 from tilebook.registry.serving import Served
 from tilebook.report.asked import target
-from tilebook.report.rows import row, stale
+from tilebook.report.rows import label, row, stale
 
 
 def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
@@ -56,6 +57,59 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
         lines.append(f"  with     {', '.join(f'{k} {v}' for k, v in sorted(verdict.environment.versions.items()))}")
         lines.append(f"  stale    {'yes: ' + ', '.join(changed) if changed else 'no'}")
     return "\n".join(lines), data
+
+
+def explain_foreign(name: str, shape: str, gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
+    """The same for somebody else's kernel: its verdict on the problem of that label, and whether it would be served.
+
+    Raises UsageError where there is no such verdict, or several.
+    """
+    device, layers = target(gpu), Layers.default(registry)
+    found, revocations = layers.read(op=name, device=store.Device(*device.identity))
+    denied = store.DenyList((each for _, each in revocations), package_version("triton"))
+    now = _source_now(name)
+    found = sorted(found, key=lambda each: each[1].kernel == now)  # what is of this source hides what is not
+    told = {label(name, verdict.problem): (layer, verdict) for layer, verdict in found}
+    wanted = [each for each in told if f"{each} ".startswith(f"{shape} ")]
+    if len(wanted) != 1:
+        known = "; ".join(sorted(told)) or "none"
+        raise UsageError(f"{name} {shape!r} is {'several' if wanted else 'none'} of what has verdicts: {known}")
+    layer, verdict = told[wanted[0]]
+    arch = device.arch
+    allowed = (
+        each
+        for each in verdict.finalists
+        if not denied.find(name, verdict.kernel, arch, each.implementation, each.config)
+    )
+    winner = next(allowed, None)
+    why, changed = "" if now in ("", verdict.kernel) else "its source is another now", stale(verdict)
+    if not verdict.trusted:
+        why = why or "the verdict is not trusted: tune the record here, or import it with --trust"
+    runs = None if why or winner is None else winner
+    because = f"layer {layer} has a {verdict.status.value} verdict for exactly this problem"
+    nothing = f"its autotuner's own choice, or the first config that fits: {why or 'all finalists are revoked'}"
+    data: dict[str, Any] = {
+        "op": name,
+        "problem": wanted[0],
+        "device": device.name,
+        "verdict": row(verdict, layer),
+        "changed": changed,
+    }
+    data |= {"config": None if runs is None else dict(runs.config), "reason": because if runs else nothing}
+    lines = [f"{name} {wanted[0]} on {device.name}"]
+    lines += [f"  runs     {'nothing of ours' if runs is None else _written(dict(runs.config))}"]
+    lines += [f"  because  {data['reason']}", f"  measured {_evidence(data['verdict'])}"]
+    lines += [f"  with     {', '.join(f'{k} {v}' for k, v in sorted(verdict.environment.versions.items()))}"]
+    lines += [f"  stale    {'yes: ' + ', '.join(changed) if changed else 'no'}"]
+    return "\n".join(lines), data
+
+
+def _source_now(name: str) -> str:
+    """The digest of a kernel's source, "" where it cannot be imported here."""
+    try:
+        return ops.get(name).digest
+    except UsageError:
+        return ""
 
 
 def _whole(served: Served, gpu: Device, registry: str | None) -> Verdict | None:

@@ -33,7 +33,7 @@ UNREACHED = "not reached"
 
 def label(op: str, key: str) -> str:
     """A problem as people write it, with its dtype; the key where this version does not know the op or a field."""
-    known = inventory.ops().get(op)
+    known = inventory.find(op)
     try:
         problem = None if known is None else known.problem.from_key(key)
     except (TypeError, ValueError):
@@ -53,13 +53,15 @@ class _Verdict(Sourced, Protocol):
 
 def is_retired(verdict: _Verdict) -> bool:
     """Is the winner not served, because its source or that of the op's own kernel is another now?"""
-    op = inventory.ops().get(verdict.op)
+    op = inventory.find(verdict.op)
+    if op is not None and not op.digest:
+        return False  # whoever serves it looks at the source
     return op is None or retired(verdict, verdict.implementation, op.digest, op.digest_of)
 
 
 def is_retired_trial(trial: _Verdict) -> bool:
     """Is it of source that is another now? Of what is not ours nobody knows; its version counts when it is tuned."""
-    op = inventory.ops().get(trial.op)
+    op = inventory.find(trial.op)
     digest = None if op is None else op.digest_of(trial.implementation)
     return digest is None or digest not in ("", trial.kernel)
 

@@ -47,12 +47,12 @@ class Asked:
 
 def asked(misses: Iterable[Miss], verdicts: Iterable[Shown], denied: DenyList) -> list[Asked]:
     """The ledger, and what verdicts say of it. Ops and fields that this version does not know are left out."""
-    known, by_problem = inventory.ops(), dict[tuple[str, str], list[Shown]]()
+    by_problem = dict[tuple[str, str], list[Shown]]()
     for verdict in verdicts:
         by_problem.setdefault((verdict.op, verdict.problem), []).append(verdict)
     found = []
     for miss in misses:
-        if miss.op not in known or not _is_problem(miss):
+        if not _is_problem(miss):
             continue
         answers = ((v, _runs(v, denied)) for v in by_problem.get((miss.op, miss.problem), ()))
         serving = ((v, winner) for v, winner in answers if winner is not None)
@@ -62,7 +62,7 @@ def asked(misses: Iterable[Miss], verdicts: Iterable[Shown], denied: DenyList) -
 
 def _is_problem(miss: Miss) -> bool:
     try:
-        inventory.ops()[miss.op].problem.from_key(miss.problem)
+        inventory.get(miss.op).problem.from_key(miss.problem)
     except (TypeError, ValueError):
         return False
     return True
@@ -70,14 +70,16 @@ def _is_problem(miss: Miss) -> bool:
 
 def _runs(verdict: Shown, denied: DenyList) -> Finalist | Candidate | None:
     """The best of a verdict that is what was measured and is not revoked; None of one that may not be served."""
-    op = inventory.ops()[verdict.op]
-    if not verdict.trusted or not stands(verdict, op.digest):
+    op = inventory.get(verdict.op)
+    unknown = not op.digest  # of somebody else's kernel: whoever serves it looks at the source
+    if not verdict.trusted or not (unknown or stands(verdict, op.digest)):
         return None
     for each in verdict.finalists:
-        digest = op.digest_of(each.implementation)
-        if not may_run(verdict, each.implementation, digest):
+        name = each.implementation
+        digest = verdict.source_of(name) if unknown else op.digest_of(name)
+        if not may_run(verdict, name, digest):
             continue
-        if denied.find(verdict.op, digest or "", verdict.device.arch, each.implementation, each.config) is None:
+        if denied.find(verdict.op, digest or "", verdict.device.arch, name, each.config) is None:
             return each
     return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tilebook.op import Config
 from tilebook.registry import Failure, Json, Trial
@@ -227,6 +227,8 @@ class Explorer:
             config, compiled = ready
             self._tuning.state.compiled += not self._entrant.implementation.external
             self._tuning.state.compiling_s += compiled.seconds
+            if self._runner is None and not (compiled.failure or compiled.binaries):
+                compiled = replace(compiled, failure=Failure.COMPILE_ERROR.value)
             if compiled.failure is not None:
                 self._judge(config, compiled, Attempt(Failure(compiled.failure), compiled.reason), ran=False)
             elif (twin := self._twin(config, compiled)) != config:

@@ -212,10 +212,13 @@ class Session:
         if self._prepared:  # the first time a process had to start
             turn.note("prepare", turn.now() - began)
         self._prepared = True
-        fallback, *others = self._others(op, problem)
-        self._measure(tuning, self._runner, [fallback], turn)  # while the compilers start
+        fallback, others = (found := self._others(op, problem))[:1], found[1:]  # somebody else's kernel has neither
+        self._measure(tuning, self._runner, fallback, turn)  # while the compilers start
         self._explore(turn.search_until([each.implementation for each in others]))
         self._measure(tuning, self._runner, others, turn)
+        if op.answers is not None and tuning.default not in tuning.times:
+            # Nobody has promised that the first config of somebody else's list is right, or fits.
+            ours.default = next((c for c in ours.feasible if ours.candidate(c) in tuning.times), ours.default)
         return decide.confirm(tuning, self._runner, self._options.rounds, self._options.seed, before, turn)
 
     def _bounds(self, field: Field, turn: Turn) -> Bounds:

@@ -20,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tilebook.errors import TuningError
-from tilebook.op import Config, Implementation, Op, Problem
+from tilebook.op import Answers, Config, Implementation, Op, Problem
 
 FACTOR = 2.0
 """A candidate may err this many times as much as PyTorch's implementation in the same dtype."""
@@ -211,8 +211,12 @@ class Case:
 
     @classmethod
     def make(cls, op: Op[Any], problem: Problem, device: torch.device | str, seed: int, outliers: bool = False) -> Self:
-        """Raises NoYardstick where PyTorch's answer overflows."""
+        """Raises NoYardstick where PyTorch's answer overflows, TuningError where nothing says what is right."""
         label = f"{problem.label} (seed {seed}{', with outliers' if outliers else ''})"
+        if op.answers is not None:
+            op.answers.learn(problem, device)
+            with Outliers() if outliers else nullcontext(), Poisoned(), torch.no_grad():
+                return cls._answered(problem, label, op.answers(problem, device, seed))
         with Outliers() if outliers else nullcontext():
             inputs = problem.inputs(device, seed)
         truth = truths(op, inputs)
@@ -232,6 +236,23 @@ class Case:
             allowed.append(Error(FACTOR * theirs.max + floor.max, FACTOR * theirs.rms + floor.rms))
         dtypes = tuple(output.dtype for output in plain)
         return cls(problem, label, inputs, truth, dtypes, tuple(allowed), yardstick)
+
+    @classmethod
+    def _answered(cls, problem: Problem, label: str, answers: Answers) -> Self:
+        """Of what configs agree on: no error of PyTorch's is the yardstick, but rounding."""
+        allowed = []
+        for output, steps in zip(answers.outputs, answers.steps, strict=True):
+            number = output.float().isfinite()
+            finite = torch.where(number, output.float(), 0.0)
+            written = output.view(_BITS[output.dtype.itemsize]) != _poison(output.dtype, _SCRATCH)
+            if int((written & ~number).sum()) > int(written.sum()) // 2:
+                raise TuningError(f"most of the results of {label} are no numbers; rules may be wanted for its inputs")
+            largest = finite.abs().max().item() if finite.numel() else 0.0
+            rms = finite.square().mean(dtype=torch.float64).sqrt().item() if finite.numel() else 0.0
+            floor = cancelled(answers.inputs, output.dtype) if steps and not largest else Error(0.0, 0.0)
+            allowed.append(Error(steps * largest + floor.max, steps / 2 * rms + floor.rms))
+        dtypes = tuple(output.dtype for output in answers.outputs)
+        return cls(problem, label, answers.inputs, answers.outputs, dtypes, tuple(allowed), tuple(allowed))
 
     def judge(self, outputs: Sequence[torch.Tensor]) -> tuple[Error, ...]:
         """The errors of these outputs. Raises Wrong where one is larger than allowed."""
@@ -289,10 +310,10 @@ def final_cases(op: Op[Any], problem: Problem, device: torch.device | str, seed:
 
 
 def _with_outliers(op: Op[Any], problem: Problem, device: torch.device | str, seed: int) -> list[Case]:
-    """None where PyTorch cannot do it either."""
+    """None where PyTorch cannot do it either, or a kernel's own configs do not agree on it."""
     try:
         return [Case.make(op, problem, device, seed, outliers=True)]
-    except NoYardstick:
+    except TuningError:
         return []
 
 

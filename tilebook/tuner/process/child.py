@@ -29,7 +29,7 @@ from typing import Any, NoReturn, Self
 
 from tilebook.errors import TuningError
 from tilebook.tuner.process.processes import has_exited, kill_group, kill_marked
-from tilebook.variables import ASKED, PROBE
+from tilebook.variables import ASKED, PROBE, PROFILED, TRITON
 
 Json = dict[str, Any]
 
@@ -311,13 +311,8 @@ def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     paths = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
     if here not in paths:
         paths.insert(0, here)
-    values: dict[str, str | None] = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        ASKED: None,
-        PROBE: None,
-        **changes,
-    }
+    plain = dict.fromkeys((ASKED, PROBE, PROFILED, TRITON))
+    values: dict[str, str | None] = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **plain, **changes}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -1,0 +1,48 @@
+"""Without a GPU a recorded kernel is compiled for any, and a predicted verdict is stored."""
+
+import json
+
+import matmul_autotuned as example
+import pytest
+import torch
+import triton
+from click.testing import CliRunner
+from served import GPU
+
+from tilebook.cli import main
+from tilebook.errors import UsageError
+from tilebook.foreign.record import Recording
+from tilebook.tuner.process.compiler import compile_here
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """Of a call that nobody has made: what it would have been called with."""
+    folder = tmp_path_factory.mktemp("record")
+    recording, kernel = Recording(folder), example.matmul_kernel
+    a, b, c = (torch.empty(512, 512, dtype=torch.float16) for _ in range(3))
+    args = (a, b, c, 512, 512, 512, *a.stride(), *b.stride(), *c.stride())
+    tiles = lambda meta: (triton.cdiv(512, meta["TILE_M"]) * triton.cdiv(512, meta["TILE_N"]),)  # noqa: E731
+    recording.note(kernel, args, {"grid": tiles, "warmup": False})
+    assert recording.left_out == {}
+    recording.write()
+    return folder
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H100", "B200", "MI300X"])
+def test_a_product_is_compiled_for_a_gpu_that_is_not_here(gpu, record, tmp_path):
+    command = ["tune", "--recorded", record, "--gpu", gpu, "--registry", tmp_path / "registry.db", "--trials", 2]
+    done = CliRunner().invoke(main, [*map(str, command), "--workers", "1", "--format", "json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (row["status"], row["op"]) == ("predicted", "matmul_autotuned:matmul_kernel")
+    assert row["predicted_ms"] > 0
+    assert row["tried"] == 2
+
+
+def test_a_kernel_that_cannot_be_imported_without_a_gpu_is_left_for_the_process_that_has_one():
+    left = compile_here(GPU, "no_such_module:kernel", "triton", "{}", {})
+    assert (left.failure, left.binaries) == (None, ())
+    assert "cannot be imported" in left.reason
+    with pytest.raises(UsageError):
+        compile_here(GPU, "no_such_op", "triton", "{}", {})

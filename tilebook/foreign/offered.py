@@ -1,0 +1,59 @@
+"""What a record offers to a tune: the problems of its kernels, heaviest first, also to the processes that measure."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tilebook.errors import UsageError
+from tilebook.foreign import ops, record
+from tilebook.op import Op, Problem
+
+_BYTES_S = 1e12  # by which bytes moved become seconds: problems are compared with each other alone
+
+
+@dataclass
+class Offer:
+    """weights: what the problems are worth, in seconds. left_out: kernels that cannot be had, with the reason."""
+
+    problems: list[tuple[Op[Any], Problem]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def offered(place: Path, rules: Path | None = None) -> Iterator[Offer]:
+    """The problems of a record, a file or a folder of files; while the block lasts other processes know them by name.
+
+    rules: a file that says how integer tensors are made, kernel → argument → rule. Raises UsageError.
+    """
+    wanted, offer = record.rules(rules), Offer()
+    known, found = [], []
+    for entry in record.read(place):
+        try:
+            op = ops.add(entry, wanted)
+        except UsageError as wrong:
+            offer.left_out.append(str(wrong))
+            continue
+        known.append(entry)
+        found += [(problem.weight / _BYTES_S, op, problem.key) for problem in entry.problems.values()]
+    for weight, op, key in sorted(found, key=lambda each: -each[0]):
+        offer.problems.append((op, op.problem.from_key(key)))
+        offer.weights.append(weight)
+    before = os.environ.get(ops.RECORDED)
+    with tempfile.TemporaryDirectory(prefix="tilebook-") as folder:
+        record.write(Path(folder) / ops.RECORD, known)
+        (Path(folder) / ops.RULES).write_text(json.dumps(wanted), encoding="utf-8")
+        os.environ[ops.RECORDED] = folder
+        try:
+            yield offer
+        finally:
+            os.environ.pop(ops.RECORDED)
+            if before is not None:
+                os.environ[ops.RECORDED] = before

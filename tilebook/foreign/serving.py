@@ -1,0 +1,179 @@
+"""Verdicts for the autotuners of a program: looked up by key when one asks for the first time, remembered by itself."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import warnings
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import triton
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from tilebook import device as devices
+from tilebook.device import Device, package_version
+from tilebook.dispatch.agreement import Agreement
+from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, Unfit
+from tilebook.op import Config
+from tilebook.registry import ledger, serving
+from tilebook.registry.current import may_run, stands
+from tilebook.registry.layers import DenyList
+from tilebook.registry.lookup import Question
+from tilebook.registry.records import Device as Model
+from tilebook.registry.records import Miss
+
+FAILURES = (OutOfResources, PTXASError, triton.CompilationError)
+"""What a config raises that does not fit, before any kernel has run."""
+
+_EFFICIENCY = 0.5  # of the memory's bandwidth, by which a missed call's time is estimated
+
+
+class Book:
+    """The registries as one program has read them, for the GPU model that it runs on."""
+
+    def __init__(self, gpu: Device, registry: str | None = None) -> None:
+        self.gpu = gpu
+        self._table = serving.read(*gpu.identity, registry)
+        self._warned: set[str] = set()
+        self._agreement = Agreement()
+
+    def chosen(self, kernel: Kernel, problem: str, measured: bool) -> list[Config]:
+        """As `ranked`; all processes of a distributed program run what the first of them that asks has found."""
+        ranked = self.ranked(kernel, problem, measured)
+        self._agreement.begun()
+        mine = IMPLEMENTATION, dict(ranked[0]) if ranked else None, "exact", kernel.digest
+        op: Any = SimpleNamespace(name=kernel.op, digest=kernel.digest)
+        decided = self._agreement.settle(op, cast(Any, SimpleNamespace(key=problem)), self.gpu, mine)
+        if decided == mine:
+            return ranked
+        theirs = Config(decided[1] or {})
+        return [theirs] if decided[3] == kernel.digest and theirs in kernel.configs else []
+
+    def ranked(self, kernel: Kernel, problem: str, measured: bool) -> list[Config]:
+        """What a verdict on exactly this problem has to offer of this kernel's configs, best first.
+
+        measured: what was only predicted counts for nothing.
+        """
+        found = self._table.find(Question(kernel.op, kernel.digest, problem)).exact
+        self._warn()
+        if (
+            found is None
+            or not found.trusted
+            or not stands(found, kernel.digest)
+            or not (found.measured or not measured)
+        ):
+            return []
+        denied = DenyList(self._table.revocations, package_version("triton"))
+        ranked = [Config(each.config) for each in found.finalists if may_run(found, each.implementation, kernel.digest)]
+        return [each for each in ranked if each in kernel.configs and not self._denied(denied, kernel, each)]
+
+    def allowed(self, kernel: Kernel, configs: Sequence[Any]) -> list[Any]:
+        """Those of an autotuner's configs that nobody has revoked; all, where none would be left."""
+        denied = DenyList(self._table.revocations, package_version("triton"))
+        if kernel.op not in denied.ops:
+            return list(configs)
+        return [each for each in configs if not self._denied(denied, kernel, kernel.config(each))] or list(configs)
+
+    def _denied(self, denied: DenyList, kernel: Kernel, config: Config) -> bool:
+        return denied.find(kernel.op, kernel.digest, self.gpu.arch, IMPLEMENTATION, config) is not None
+
+    def _warn(self) -> None:
+        for problem in self._table.problems:
+            if problem not in self._warned:
+                self._warned.add(problem)
+                warnings.warn(f"tilebook: {problem}; kernels run without its verdicts", RuntimeWarning, stacklevel=4)
+
+
+_books: dict[str, Book] = {}
+
+
+def book() -> Book:
+    """The program's own, for the GPU that is current. Raises Unfit where there is none."""
+    import torch
+
+    if not devices.present():
+        raise Unfit("there is no GPU here")
+    gpu = devices.current(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if gpu.name not in _books:
+        _books[gpu.name] = Book(gpu)
+    return _books[gpu.name]
+
+
+def reload() -> None:
+    """Forgets what was read; what an autotuner has been told it keeps."""
+    _books.clear()
+
+
+class Served(dict[Any, Any]):
+    """An autotuner's memory, which knows a verdict where it would be searched for.
+
+    Of what no verdict covers it knows nothing, and the autotuner does as ever.
+    """
+
+    def __init__(self, tuner: Any, known: dict[Any, Any]) -> None:
+        super().__init__(known)
+        self._tuner = tuner
+        self._kernel: Kernel | None = None
+        self._told: dict[Any, Any] = {}  # by key, what a verdict has said
+
+    def __contains__(self, key: object) -> bool:
+        return dict.__contains__(self, key) or (key not in self._told and self._found(key))
+
+    def withdraw(self, config: Any) -> bool:
+        """A config has failed: where a verdict has said so of it, its keys are searched for as ever."""
+        keys = [key for key, told in self._told.items() if told is config and self.get(key) is config]
+        for key in keys:
+            del self[key]
+        return bool(keys)
+
+    @property
+    def kernel(self) -> Kernel:
+        if self._kernel is None:
+            self._kernel = Kernel(self._tuner)
+        return self._kernel
+
+    def _found(self, key: Any) -> bool:
+        try:
+            ranked = book().chosen(self.kernel, self.kernel.problem(key), measured=True)
+        except Exception as broken:  # the program does without
+            _say(self._tuner, broken)
+            return False
+        if ranked:
+            self[key] = self._told[key] = self.kernel.configs[ranked[0]]
+        return bool(ranked)
+
+
+_said: set[str] = set()
+
+
+def _say(tuner: Any, broken: Exception) -> None:
+    if isinstance(broken, Unfit):
+        return  # it cannot be in a registry
+    name = getattr(getattr(tuner, "base_fn", None), "__name__", "a kernel")
+    text = f"{type(broken).__name__}: {broken}"
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(f"tilebook: no verdict for {name} can be looked up ({text})", RuntimeWarning, stacklevel=4)
+
+
+_missed: dict[tuple[str, str, Model], list[float]] = {}
+
+
+def missed(kernel: Kernel, problem: str, gpu: Device, moved: int) -> list[float]:
+    """The counter of a problem's calls that no verdict covers, to be raised with each. moved: bytes of a call."""
+    time_ms = 1e3 * moved / gpu.bandwidth / _EFFICIENCY
+    return _missed.setdefault((kernel.op, problem, Model(*gpu.identity)), [0, time_ms])
+
+
+def misses() -> list[Miss]:
+    """What this process asked for and no verdict covers."""
+    found = ((key, int(calls), time_ms) for key, (calls, time_ms) in _missed.items())
+    return [Miss(*key, calls, time_ms) for key, calls, time_ms in found if calls]
+
+
+@atexit.register
+def _store() -> None:
+    with contextlib.suppress(Exception):  # the program is over; what it computed stands
+        ledger.count(misses())

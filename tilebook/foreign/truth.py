@@ -1,0 +1,194 @@
+"""What is right, where the only word for it is the kernel's own: what most of its configs agree on.
+
+The first configs that run vote. A tensor that most of them change is an output; one of them alone has damaged it. An
+output whose old contents show in the new ones is read too, and begins with numbers instead of poison.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from tilebook.errors import TuningError, one_line
+from tilebook.foreign.call import Call
+from tilebook.op import Answers, Config, Op
+
+VOTERS = 3
+"""Configs that say together what is right."""
+
+_TRIED = 12  # of those that may run, to find so many that do
+_UNFIT = ("CompilationError", "PTXASError", "OutOfResources", "OutOfMemoryError", "CompileTimeAssertionFailure")
+"""What a config may raise without anything being wrong with the inputs."""
+
+_FP32_STEP = 2**-10  # products of fp32 numbers round to tf32
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Truth:
+    """`Op.answers` of a kernel."""
+
+    def __init__(self, foreign: Any, op: Op[Any]) -> None:
+        self._foreign, self._op = foreign, op
+        self._voters: dict[str, list[Config]] = {}
+
+    def __call__(self, problem: Any, device: Any, seed: int) -> Answers:
+        """Raises TuningError where the configs do not agree, or the kernel changes nothing."""
+        inputs = problem.inputs(device, seed)
+        found = [(config, self._op.tunable(*inputs, config=config)) for config in self._voters[problem.key]]
+        steps = _steps(inputs, found[0][1])
+        votes = [sum(_agree(mine, theirs, steps) for _, theirs in found) for _, mine in found]
+        best = votes.index(max(votes))
+        if 2 * votes[best] <= len(found) and self._reference is None:
+            raise TuningError(f"its configs do not agree on {problem.label}: {'; '.join(str(c) for c, _ in found)}")
+        return Answers(inputs, self._referred(problem.call, inputs, found[best][1]), steps)
+
+    @property
+    def _reference(self) -> Callable[..., Any] | None:
+        found: Callable[..., Any] | None = getattr(self._foreign.kernel.tuner, "reference", None)
+        return found
+
+    def learn(self, problem: Any, device: Any) -> None:
+        """What the kernel does to its tensors, and who votes: by the first of the key's calls."""
+        if problem.key in self._voters:
+            return
+        problem = type(problem)(problem.key)
+        foreign, call = self._foreign, problem.call
+        foreign.roles[problem.key] = {}
+        names = [name for name, each in call.tensors.items() if not each.same]
+        inputs = problem.inputs(device, 0)
+        changed: dict[Config, frozenset[str]] = {}
+        for config, after in self._runs(problem, inputs):
+            changed[config] = frozenset(
+                n for n, x, y in zip(names, inputs, after, strict=False) if not _bits(x).equal(_bits(y))
+            )
+            if len(changed) == VOTERS:
+                break
+        outputs, votes = Counter(changed.values()).most_common(1)[0]
+        if 2 * votes <= len(changed):
+            raise TuningError(f"its configs do not change the same tensors: {'; '.join(map(str, changed))}")
+        if not outputs:
+            unknown = [n for n in names if not call.tensors[n].torch_dtype.is_floating_point]
+            rules = f"; rules may be wanted for {', '.join(unknown)}" if unknown else ""
+            raise TuningError(f"the kernel writes nothing on the inputs that were made for it{rules}")
+        voters = [config for config, its in changed.items() if its == outputs]
+        roles = {name: "out" for name in names if name in outputs}
+        read = self._read(problem, inputs, names, outputs, voters[0])
+        roles |= {name: "inout" for name in read}
+        tuner = foreign.kernel.tuner
+        roles |= {name: "inout" for name in tuner.restore_value if name in roles}
+        roles |= {name: "zero" for name in tuner.reset_to_zero if name in roles}
+        roles |= {name: rule["role"] for name, rule in foreign.rules.items() if "role" in rule and name in names}
+        if set(roles.values()) <= {"in"}:
+            raise TuningError("its rules leave the kernel no outputs")
+        foreign.roles[problem.key] = roles
+        self._voters[problem.key] = voters
+
+    def _runs(self, problem: Any, inputs: Sequence[Any]) -> Iterator[tuple[Config, list[Any]]]:
+        """The configs that run, each with what it has left of copies of the inputs."""
+        tunable, broken = self._op.tunable, ""
+        assert tunable.space is not None
+        ran = False
+        for config in tunable.space.feasible(problem, None)[:_TRIED]:  # type: ignore[arg-type]
+            mine = [_copy(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+            try:
+                tunable(*mine, config=config)
+            except Exception as error:
+                if not any(kind.__name__ in _UNFIT for kind in type(error).__mro__):
+                    raise
+                broken = f"{config}: {one_line(error)}"
+                continue
+            ran = True
+            yield config, mine
+        if not ran:
+            raise TuningError(f"none of its configs runs here ({broken})" if broken else "none of its configs may run")
+
+    def _read(
+        self, problem: Any, inputs: Sequence[Any], names: Sequence[str], outputs: frozenset[str], config: Config
+    ) -> set[str]:
+        """The outputs whose old contents show in the new: two runs over different ones leave different numbers."""
+        before, after = [], []
+        for fill in (1, 2):
+            mine = [_copy(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+            for name, x in zip(names, mine, strict=False):
+                if name in outputs:
+                    x.fill_(fill / 4 if x.dtype.is_floating_point else fill - 1)
+            before.append([_copy(x) if isinstance(x, torch.Tensor) else x for x in mine])
+            self._op.tunable(*mine, config=config)
+            after.append(mine)
+        found = set()
+        for place, name in enumerate(names):
+            if name in outputs:
+                (one, other), (left, right) = ([_bits(x[place]) for x in both] for both in (before, after))
+                untouched = (left == one) & (right == other)
+                if bool((~untouched & (left != right)).any()):
+                    found.add(name)
+        return found
+
+    def _referred(self, call: Call, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The outputs as the kernel's reference has them, where it has one; what it says nothing of, as they are."""
+        if (reference := self._reference) is None:
+            return outputs
+        *given, problem = inputs
+        named = self._foreign.arguments(call, given)
+        wide = {
+            name: value.float() if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else value
+            for name, value in named.items()
+        }
+        accepted = inspect.signature(reference).parameters
+        if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in accepted.values()):
+            wide = {name: value for name, value in wide.items() if name in accepted}
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            answer = reference(**wide)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        roles = self._foreign.roles[problem.key]
+        written = [name for name in call.tensors if roles.get(name, "in") != "in"]
+        if not isinstance(answer, dict):
+            answer = dict(zip(written, answer if isinstance(answer, tuple) else (answer,), strict=True))
+        told = []
+        for name, output in zip(written, outputs, strict=True):
+            whole = _copy(output)
+            if name in answer:
+                each = call.tensors[name]
+                whole.as_strided(each.shape, each.stride).copy_(answer[name])
+            told.append(whole)
+        return tuple(told)
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(_BITS[x.element_size()])
+
+
+def _steps(inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """How far apart two right configs may be, by the coarsest dtype in which a number may have been rounded."""
+    floats = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.dtype.is_floating_point]
+    coarse = max([torch.finfo(each).eps for each in floats if each.itemsize < 4], default=_FP32_STEP)
+
+    def step(dtype: torch.dtype) -> float:
+        if not dtype.is_floating_point:
+            return 0.0
+        return coarse if dtype.itemsize >= 4 else 2 * torch.finfo(dtype).eps
+
+    return tuple(step(each.dtype) for each in outputs)
+
+
+def _agree(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], steps: Sequence[float]) -> bool:
+    for a, b, step in zip(one, other, steps, strict=True):
+        x, y = a.float(), b.float()
+        if not bool((x.isnan() == y.isnan()).all()) or not x.numel():
+            return not x.numel()
+        apart = torch.where((x == y) | x.isnan(), 0.0, (x - y).abs())
+        largest = torch.where(x.isfinite(), x, 0.0).abs().max()
+        if not bool(apart.max() <= step * largest):
+            return False
+    return True

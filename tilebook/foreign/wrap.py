@@ -1,0 +1,60 @@
+"""`TILEBOOK_TRITON`: every autotuner of a program is recorded, or served, whoever has written its kernels."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from tilebook.foreign.record import folder, start
+
+
+def install(asked: str) -> None:
+    """Does what the variable says: record, record:FOLDER or serve. Raises ValueError for anything else."""
+    what, _, place = asked.partition(":")
+    if what == "record":
+        _record(Path(place).absolute() if place else folder())
+    elif what == "serve" and not place:
+        _serve()
+    else:
+        raise ValueError(f"TILEBOOK_TRITON is record, record:FOLDER or serve, not {asked!r}")
+
+
+def _record(place: Path) -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    recording, run = start(place), Autotuner.run
+
+    @functools.wraps(run)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = run(self, *args, **kwargs)
+        if len(self.configs) > 1:
+            recording.note(self, args, kwargs)
+        return done
+
+    Autotuner.run = noting
+
+
+def _serve() -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    from tilebook.foreign.serving import FAILURES, Served
+
+    init, run = Autotuner.__init__, Autotuner.run
+
+    @functools.wraps(init)
+    def serving(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(getattr(self, "cache", None)) is dict:
+            self.cache = Served(self, self.cache)
+
+    @functools.wraps(run)
+    def running(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(self, *args, **kwargs)
+        except FAILURES:
+            if type(self.cache) is not Served or not self.cache.withdraw(self.best_config):
+                raise
+        return run(self, *args, **kwargs)
+
+    Autotuner.__init__, Autotuner.run = serving, running
