@@ -137,27 +137,35 @@ def _offsets(states, batch, head, place):
 
 @triton.jit
 def _load_state(states, batch, head, place, column, tile):
-    """(state [WIDE, BLOCK_V], z [WIDE]) in fp32; zeros where there is none."""
+    """A state [WIDE, BLOCK_V], as it is kept; zeros in fp32 where there is none."""
     d, v = tl.arange(0, tile.WIDE), column + tl.arange(0, tile.BLOCK_V)
-    state = tl.zeros([tile.WIDE, tile.BLOCK_V], tl.float32)
+    if states.source is None:
+        state = tl.zeros([tile.WIDE, tile.BLOCK_V], tl.float32)
+    else:
+        at = _offsets(states, batch, head, place) + d[:, None] * states.d + v[None, :] * states.v
+        state = tl.load(at, mask=(d < tile.D)[:, None] & (v < tile.V)[None, :], other=0.0)
+    return state
+
+
+@triton.jit
+def _load_z(states, batch, head, place, tile):
+    """Its last column z [WIDE], in fp32; zeros where there is none."""
+    d = tl.arange(0, tile.WIDE)
     z = tl.zeros([tile.WIDE], tl.float32)
-    if states.source is not None:
-        base = _offsets(states, batch, head, place)
-        inside = (d < tile.D)[:, None] & (v < tile.V)[None, :]
-        state += tl.load(base + d[:, None] * states.d + v[None, :] * states.v, mask=inside, other=0.0)
-        if tile.NORM:
-            z += tl.load(base + d * states.d + tile.V * states.v, mask=d < tile.D, other=0.0)
-    return state, z
+    if tile.NORM and states.source is not None:
+        z += tl.load(_offsets(states, batch, head, place) + d * states.d + tile.V * states.v, mask=d < tile.D, other=0.0)
+    return z
 
 
 @triton.jit
 def _store_state(states, state, z, batch, head, place, column, tile):
     d, v = tl.arange(0, tile.WIDE), column + tl.arange(0, tile.BLOCK_V)
-    base, kind = _offsets(states, batch, head, place), states.source.dtype.element_ty
+    base = _offsets(states, batch, head, place)
     inside = (d < tile.D)[:, None] & (v < tile.V)[None, :]
-    tl.store(base + d[:, None] * states.d + v[None, :] * states.v, state.to(kind), mask=inside)
+    tl.store(base + d[:, None] * states.d + v[None, :] * states.v, state.to(states.source.dtype.element_ty), mask=inside)
     if tile.NORM and column == 0:
-        tl.store(base + d * states.d + tile.V * states.v, z.to(kind), mask=d < tile.D)
+        last = base + d * states.d + tile.V * states.v
+        tl.store(last, z.to(states.source.dtype.element_ty), mask=d < tile.D)
 
 
 @triton.jit
@@ -196,7 +204,8 @@ def states_kernel(
     first, end = part * walk, tl.minimum(part * walk + walk, chunks)
     decays = g + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
     r, total = tl.arange(0, tile.CHUNK), 0.0
-    state, z = _load_state(init, batch, head, part, column, tile)
+    state, z = _load_state(init, batch, head, part, column, tile), _load_z(init, batch, head, part, tile)
+    state = state.to(tl.float32)
     for step in tl.range(0, end - first):
         chunk = end - 1 - step if REVERSE else first + step
         token = chunk * tile.CHUNK
@@ -260,7 +269,9 @@ def forward_kernel(
     part, chunks, r = tl.program_id(1), tl.cdiv(n, tile.CHUNK), tl.arange(0, tile.CHUNK)
     first, end = part * walk, tl.minimum(part * walk + walk, chunks)
     decays = g + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
-    state, z = _load_state(init, batch, head, part, column, tile)
+    state, z = _load_state(init, batch, head, part, column, tile), _load_z(init, batch, head, part, tile)
+    if not ONE:
+        state = state.to(tl.float32)
     for chunk in tl.range(first, end):
         token = chunk * tile.CHUNK
         queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
@@ -283,77 +294,57 @@ def forward_kernel(
         _store_state(final, state, z, batch, head, part, column, tile)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=["g_b", "g_h", "g_s", "heads", "n"])
 def backward_kernel(
-    do, q, k, v, weight, g, states, init, dq, dk, dv, dg, final, g_b, g_h, g_s, heads, n, walk, scale,
-    tile, DECAYED: tl.constexpr, ONE: tl.constexpr,
-):  # fmt: skip
-    """Gradients along a walk backwards in time. states: in front of each chunk; init: gradients of those behind walks.
+    do, q, k, v, weight, g, states, grads, dq, dk, dv, dg, g_b, g_h, g_s, heads, n, scale, tile, DECAYED: tl.constexpr
+):
+    """Gradients of one chunk, of the state in front of it and the gradient of the one behind it.
 
-    weight: of z in each row's gradient, where NORM. dq, dk and dg have a place for each tile of columns, to be added
-    up. DECAYED: dg is wanted. With P_ij = do_i · v_j times what q_i · k_j counts for, dg_t is the sum of all that passes
-    from before t to t or after it: of P over j < t ≤ i, of tokens and states likewise.
+    weight: of z in each row's gradient, where NORM. DECAYED: dg is wanted. With P_ij = do_i · v_j times what q_i · k_j
+    counts for, dg_t is the sum of all that passes from before t to t or after it: of P over j < t ≤ i, of tokens and
+    states likewise.
     """
-    column, head, batch, pair = _whose(heads, tile)
-    part, chunks, r = tl.program_id(1), tl.cdiv(n, tile.CHUNK), tl.arange(0, tile.CHUNK)
-    first, end = part * walk, tl.minimum(part * walk + walk, chunks)
-    decays = g + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
-    outer = column // tile.BLOCK_V * (tl.num_programs(0) // tl.cdiv(tile.V, tile.BLOCK_V)) + pair  # place of sums
-    grad, dz = _load_state(init, batch, head, part, column, tile)
-    for step in tl.range(0, end - first):
-        chunk = end - 1 - step
-        token = chunk * tile.CHUNK
-        queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-        keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
+    head, batch, token = pair % heads, pair // heads, chunk * tile.CHUNK
+    c, rest, last = _decays(g + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h, token, n, g_s, tile)
+    within, behind = tl.exp(c) * scale, tl.exp(rest)
+    queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    # Weights of pairs stand the other way round, [j, i]: two of three products with them take them so.
+    s = (_dot(keys, tl.trans(queries), tile) * (tl.trans(_seen(c, tile)) * scale)).to(queries.dtype)
+    a = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
+    inter = tl.zeros([tile.CHUNK, tile.WIDE], tl.float32)
+    outward = tl.zeros([tile.CHUNK, tile.WIDE], tl.float32)
+    through = tl.zeros([tile.WIDE], tl.float32)
+    for column in tl.range(0, tile.V, tile.BLOCK_V):
         values = _rows(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
         above = _rows(do, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        state, z = _load_state(states, batch, head, chunk, column, tile)
-        c, rest, last = _decays(decays, token, n, g_s, tile)
-        seen, within, behind = _seen(c, tile) * scale, tl.exp(c) * scale, tl.exp(rest)
-        some = tl.zeros([tile.CHUNK], tl.float32)
-        s = _dot(queries, tl.trans(keys), tile)
-        a = _dot(above, tl.trans(values), tile)
-        if tile.NORM:
-            if column == 0:
-                some += tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
-            a += some[:, None]
-        gradient = _factor(grad, keys)
-        onward = _dot(keys, gradient[0], tile) * (behind * gradient[1])[:, None]
-        onward += _dot(tl.trans((s * seen).to(above.dtype)), above, tile)
-        _put(dv, onward, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-
-        ds = (a * seen).to(keys.dtype)
-        old = _factor(state, above)
-        inter = _dot(above, tl.trans(old[0]), tile) * (within * old[1])[:, None]
-        outward = _dot(values, tl.trans(gradient[0]), tile) * (behind * gradient[1])[:, None]
-        if tile.NORM:
-            inter += (some * within)[:, None] * z[None, :]
-            if column == 0:
-                outward += behind[:, None] * dz[None, :]
+        state = _load_state(states, batch, head, chunk, column, tile)
+        grad = _load_state(grads, batch, head, chunk, column, tile)
         if DECAYED:
-            p = tl.where(r[:, None] > r[None, :], s * a * seen, 0.0)
-            passed = tl.sum(p, 1) - tl.sum(p, 0) + tl.sum(inter * queries, 1)
-            left = tl.sum(outward * keys, 1)
-            through = tl.sum(tl.sum(grad * state, 1), 0)
-            if tile.NORM and column == 0:
-                through += tl.sum(dz * z, 0)
-            found = tl.cumsum(passed, 0, reverse=True) + (tl.cumsum(left, 0) - left) + tl.exp(last) * through
-            tl.store(dg + outer.to(tl.int64) * n + token + r, found, mask=r < n - token)
-        inter += _dot(ds, keys, tile)
-        outward += _dot(tl.trans(ds), queries, tile)
-        _put(dq, inter, outer // heads, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-        _put(dk, outward, outer // heads, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-        if not ONE:
-            grad, dz = _grow(grad, dz, queries, above, some, within, last, tile)
-    if final.source is not None:
-        _store_state(final, grad, dz, batch, head, part, column, tile)
-
-
-@triton.jit(do_not_specialize=["count"])
-def sum_kernel(parts, out, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of PARTS tensors of `count` numbers, one after the other in `parts`."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(PARTS):
-        total += tl.load(parts + part * count.to(tl.int64) + at, mask=at < count, other=0.0)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+            through += tl.sum(grad * state, 1)
+        a += _dot(values, tl.trans(above), tile)
+        old, gradient = _factor(state, above), _factor(grad, keys)
+        inter += _dot(above, tl.trans(old[0]), tile) * old[1]
+        outward += _dot(values, tl.trans(gradient[0]), tile) * gradient[1]
+        onward = _dot(keys, gradient[0], tile) * (behind * gradient[1])[:, None]
+        onward += _dot(s, above, tile)
+        _put(dv, onward, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+    if tile.NORM:
+        some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
+        z, dz = _load_z(states, batch, head, chunk, tile), _load_z(grads, batch, head, chunk, tile)
+        a += some[None, :]
+        inter += some[:, None] * z[None, :]
+        outward += dz[None, :]
+        through += dz * z
+    inter, outward = inter * within[:, None], outward * behind[:, None]
+    if DECAYED:
+        p = tl.where(r[:, None] < r[None, :], s * a, 0.0)
+        passed, left = tl.sum(p, 0) - tl.sum(p, 1) + tl.sum(inter * queries, 1), tl.sum(outward * keys, 1)
+        found = tl.cumsum(passed, 0, reverse=True) + (tl.cumsum(left, 0) - left) + tl.exp(last) * tl.sum(through, 0)
+        tl.store(dg + pair.to(tl.int64) * n + token + r, found, mask=r < n - token)
+    ds = (a * (tl.trans(_seen(c, tile)) * scale)).to(keys.dtype)
+    outward += _dot(ds, queries, tile)
+    _put(dk, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    inter += _dot(tl.trans(ds), keys, tile)
+    _put(dq, inter, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)

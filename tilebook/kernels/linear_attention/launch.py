@@ -17,7 +17,6 @@ from tilebook.kernels.linear_attention.kernels import (
     forward_kernel,
     scan_kernel,
     states_kernel,
-    sum_kernel,
 )
 from tilebook.kernels.linear_attention.layout import new_state
 from tilebook.kernels.linear_attention.space import walks
@@ -40,6 +39,10 @@ def _given(x: torch.Tensor | None) -> States:
 
 def _rows(x: torch.Tensor) -> Rows:
     return Rows(x, *x.stride()[:3])
+
+
+def _nothing(q: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.float32, device=q.device)
 
 
 class _Call:
@@ -110,7 +113,7 @@ def linear_attention_fwd(
     q, k, v = addressable(q), addressable(k), addressable(v)
     call = _Call(q, v, g, normalize, config)
     o, final = like(v), new_state(q, v, normalize)
-    den = torch.empty(q.shape[:3] if normalize else (0,), dtype=torch.float32, device=q.device)
+    den = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if normalize else _nothing(q)
     walk, long = walks(call.chunks, config)
     init, last, block_v = _given(state), _given(final), config.number("BLOCK_V")
     if walk < call.chunks:
@@ -129,30 +132,18 @@ def linear_attention_bwd(
     *, config: Config,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
-    call = _Call(q, v, g, weight is not None, config)
-    block_v = config.number("BLOCK_V")
-    parts = triton.cdiv(call.columns, block_v)
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if parts > 1 else like(x) for x in (q, k))
-    dv = like(v)
-    dg = torch.empty(q.shape[:3] if decayed else (0,), dtype=torch.float32, device=q.device)
-    sums = [dq, dk, dg]
-    if parts > 1:
-        shapes = [(parts * x.shape[0], *x.shape[1:]) for x in sums]
-        sums = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
-    dinit = torch.empty(0, dtype=torch.float32, device=q.device) if state is None else new_state(q, v, weight is not None)
-    walk, long = walks(call.chunks, config)
-    states = call.states(k, v, None, 1.0, _given(state), _NOWHERE, 1, long, rounded=not decayed)
-    init, last = _given(dstate), _NOWHERE if state is None else _given(dinit)
-    if walk < call.chunks:
-        init, last = call.states(q, do, weight, scale, init, last, walk, long, True, not decayed), _NOWHERE
+    norm = weight is not None
+    call, nothing = _Call(q, v, g, norm, config), _nothing(q)
+    dq, dk, dv = like(q), like(k), like(v)
+    dg = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if decayed else nothing
+    dinit = nothing if state is None else new_state(q, v, norm)
+    walk, end = walks(call.chunks, config)[1], _NOWHERE if state is None else _given(dinit)
+    # Products of two states are in dg.
+    states = call.states(k, v, None, 1.0, _given(state), _NOWHERE, 1, walk, rounded=not decayed)
+    grads = call.states(q, do, weight, scale, _given(dstate), end, 1, walk, reverse=True, rounded=not decayed)
     launch(
-        backward_kernel, call.grid(block_v, walk), _rows(do), _rows(q), _rows(k), _rows(v), weight, call.g, states, init,
-        _rows(sums[0]), _rows(sums[1]), _rows(dv), sums[2], last, *call.sizes, walk, scale, call.tile(block_v),
-        DECAYED=decayed, ONE=walk == 1 and last is _NOWHERE,
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
+        backward_kernel, (call.batch * call.heads, call.chunks), _rows(do), _rows(q), _rows(k), _rows(v), weight, call.g,
+        states, grads, _rows(dq), _rows(dk), _rows(dv), dg, *call.sizes, scale, call.tile(config.number("BLOCK_V")),
+        DECAYED=decayed, num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
-    for whole, part in zip((dq, dk, dg), sums, strict=True):
-        if parts > 1 and whole.numel():
-            count = whole.numel()
-            launch(sum_kernel, (triton.cdiv(count, 1024),), part, whole, count, PARTS=parts, BLOCK=1024, num_warps=4)
     return dq, dk, dv, dg, dinit
