@@ -13,7 +13,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook import dispatch
-from tilebook.call import Entry, constant, native, way
+from tilebook.call import Entry, Way, constant, native, way
 from tilebook.casting import autocast
 from tilebook.kernels.attention.check import multiplier
 from tilebook.kernels.linear_attention import features
@@ -65,11 +65,12 @@ def gated_linear_attention(
             return_state=return_state,
         )  # fmt: skip
     constant("scale", scale)
+    route = way(q, k, v, optional=(log_decay, initial_state))
     if log_decay is not None:
         log_decay = _wide(log_decay, q)
         if log_decay.ndim == 1 and q.ndim == 4 and log_decay.shape == q.shape[1:2]:
             log_decay = log_decay[None, :, None].expand(q.shape[:3])
-    o, state = _causal(GATED, (q, k, v, log_decay, _wide(initial_state, q)), (multiplier(scale, q),))
+    o, state = _causal(route, GATED, (q, k, v, log_decay, _wide(initial_state, q)), (multiplier(scale, q),))
     return (o, state) if return_state else o
 
 
@@ -119,14 +120,15 @@ def linear_attention(
             initial_state=initial_state, return_state=return_state,
         )  # fmt: skip
     constant("eps", eps)
+    route = way(q, k, v, optional=(initial_state,))
     q, k = features.mapped(q, k, feature_map)
     tensors = q, k, v, _wide(initial_state, q)
     if not causal:
         o, state = _everything(*tensors, bool(normalize), eps)
     elif normalize:
-        o, state = _causal(NORMALIZED, tensors, (1.0, float(eps)))
+        o, state = _causal(route, NORMALIZED, tensors, (1.0, float(eps)))
     else:
-        o, state = _causal(GATED, (*tensors[:3], None, tensors[3]), (1.0,))
+        o, state = _causal(route, GATED, (*tensors[:3], None, tensors[3]), (1.0,))
     return (o, state) if return_state else o
 
 
@@ -164,9 +166,10 @@ def _wide(x: torch.Tensor | None, q: torch.Tensor) -> Any:
     return x if x is None else x.to(torch.promote_types(q.dtype, torch.float32))
 
 
-def _causal(entry: Entry, tensors: tuple[Any, ...], options: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
+def _causal(
+    route: Way, entry: Entry, tensors: tuple[Any, ...], options: tuple[float, ...]
+) -> tuple[torch.Tensor, ...]:
     """(o, state) by what serves the call."""
-    route = way(*tensors[:3], optional=tensors[3:])
     tensors = *autocast(*tensors[:3]), *tensors[3:]
     entry.check(tensors, options)
     if route == "pytorch":

@@ -44,7 +44,10 @@ class States(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Constants. D, V: the widths; WIDE, BLOCK_V: the power of two above D, columns of v that a program takes."""
+    """Constants. D, V: the widths; WIDE, BLOCK_V: the power of two above D, columns of v that a program takes.
+
+    APART: states must not be sums that products are added to in place, where Triton 3.6 fails to compile reading them.
+    """
 
     CHUNK: Any
     D: Any
@@ -54,6 +57,7 @@ class Tile(NamedTuple):
     DECAY: Any
     NORM: Any
     EXACT: Any
+    APART: Any
 
 
 @triton.jit
@@ -169,11 +173,13 @@ def _store_state(states, state, z, batch, head, place, column, tile):
 
 
 @triton.jit
-def _grow(state, z, x, y, weight, factor, last, tile):
+def _grow(state, z, x, y, weight, factor, last, n, tile):
     """The state behind a chunk: exp(last) · state + xᵀ (factor · y), and z likewise of x alone, times `weight`."""
     if tile.DECAY:
         kept = tl.exp(last)
         state, z = state * kept, z * kept
+    elif tile.APART:
+        state = state * tl.minimum(n, 1).to(tl.float32)
     state += _dot(tl.trans(x), (y * factor[:, None]).to(x.dtype), tile)
     if tile.NORM:
         z += tl.sum(x.to(tl.float32) * (factor * weight)[:, None], 0)
@@ -222,7 +228,7 @@ def states_kernel(
         if weight is not None:
             some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
         factor = tl.exp(c) * scale if REVERSE else tl.exp(rest)
-        state, z = _grow(state, z, rows, values, some, factor, last, tile)
+        state, z = _grow(state, z, rows, values, some, factor, last, n, tile)
         total += last
     if not STORE:
         _store_state(out, state, z, batch, head, part, column, tile)
@@ -289,7 +295,7 @@ def forward_kernel(
                 tl.store(den + pair.to(tl.int64) * n + token + r, weight, mask=r < n - token)
         _put(o, acc * scale, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
         if not ONE:
-            state, z = _grow(state, z, keys, values, 1.0, tl.exp(rest), last, tile)
+            state, z = _grow(state, z, keys, values, 1.0, tl.exp(rest), last, n, tile)
     if final.source is not None:
         _store_state(final, state, z, batch, head, part, column, tile)
 

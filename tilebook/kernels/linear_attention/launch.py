@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tilebook import device as devices
+from tilebook.arch import since_blackwell
 from tilebook.kernels.attention.layout import addressable, like
 from tilebook.kernels.linear_attention.kernels import (
     Rows,
@@ -54,7 +56,8 @@ class _Call:
         self.columns, self.chunk = v.shape[-1], config.number("CHUNK")
         self.chunks = triton.cdiv(self.n, self.chunk)
         self.size = (self.columns + norm) * self.width
-        self.constants = {"DECAY": g is not None, "NORM": norm, "EXACT": q.dtype == torch.float32}
+        apart = not q.is_cpu and since_blackwell(devices.current(q.device.index or 0))
+        self.constants = {"DECAY": g is not None, "NORM": norm, "EXACT": q.dtype == torch.float32, "APART": apart}
         # Of log-decays, then how many heads and tokens there are.
         self.sizes = *(self.g.stride()[:3] if g is not None else (0, 0, 0)), self.heads, self.n
 

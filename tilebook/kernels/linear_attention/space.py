@@ -11,7 +11,7 @@ import triton
 
 from tilebook.device import Device
 from tilebook.kernels.linear_attention.problem import BackwardProblem, LinearAttention
-from tilebook.occupancy import crowded, too_large
+from tilebook.occupancy import asynchronous, crowded, too_large
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 _MOST_WALKS = 1024
@@ -77,7 +77,7 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
     )
 
 
-def _shapes(problem: LinearAttention) -> list[tuple[int, int, int, int]]:
+def _shapes(problem: LinearAttention, device: Device) -> list[tuple[int, int, int, int]]:
     """Chunk, columns, warps and stages that compile without spills, the best guess first."""
     wide, backward = problem.wide, _backward(problem)
     padded = problem.head_dim != wide or problem.value_dim % 64
@@ -86,6 +86,8 @@ def _shapes(problem: LinearAttention) -> list[tuple[int, int, int, int]]:
         return small[:1] + small[8:] if wide <= 64 else [(16, 32 if wide <= 128 else 16, 8, 1), *small[8:]]
     if wide > 128:
         return [(16, 32, 8, 1), *small[8:]] if backward else [(32, 32, 8, 1), *small]
+    if backward and not asynchronous(device):  # factors of products pass through registers
+        return [(32, 64, 8, 1), *small]
     if padded and backward:
         return [(64, 32, 8, 1), *small]
     four = [(64, 64, 4, 2), (64, 64, 4, 1)] if wide <= 64 and not (backward and problem.decay) else []
@@ -96,7 +98,7 @@ def _default(problem: LinearAttention, device: Device) -> Config:
     """Chunks of 64, four to a program forward, all of a sequence of few."""
     most, length = (max(16, triton.next_power_of_2(n)) for n in (problem.value_dim, problem.seq))
     configs, exact = [], problem.dtype == "fp32"
-    for chunk, columns, warps, stages in _shapes(problem):
+    for chunk, columns, warps, stages in _shapes(problem, device):
         chunk = min(chunk, length)
         chunks = triton.cdiv(problem.seq, chunk)
         whole = not _backward(problem) and chunks <= 16
