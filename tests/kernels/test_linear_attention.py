@@ -16,7 +16,10 @@ FWD, BWD = OPS = [op.get(name) for name in ("linear_attention_fwd", "linear_atte
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the kernels themselves")
 BASE = {"CHUNK": 16, "BLOCK_V": 16, "STATE_V": 16, "STATE_WARPS": 4, "num_warps": 1, "num_stages": 1}
 CONFIGS = [
-    *(op.Config(BASE | {"SPAN": span, "WALK": walk}) for span, walk in ((0, 0), (1, 0), (2, 0), (1, 8), (8, 8), (4, 16))),
+    *(
+        op.Config(BASE | {"SPAN": span, "WALK": walk})
+        for span, walk in ((0, 0), (1, 0), (2, 0), (1, 8), (8, 8), (4, 16))
+    ),
     op.Config(BASE | {"CHUNK": 64, "SPAN": 1, "WALK": 0}),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,7 +43,9 @@ def quadratic(q, k, v, g=None, state=None, *, scale=1.0, eps=None, wide=torch.fl
     return (o * scale if eps is None else o / (weight + eps)).to(v.dtype)
 
 
-def drawn(n, *, batch=1, heads=2, width=16, columns=16, dtype=torch.float32, decay=True, state=True, norm=False, seed=0):
+def drawn(
+    n, *, batch=1, heads=2, width=16, columns=16, dtype=torch.float32, decay=True, state=True, norm=False, seed=0
+):
     """q, k, v, log-decays from 1 down to 1e-6, and a state; they want gradients."""
     source = torch.Generator().manual_seed(seed)
 
@@ -311,9 +316,7 @@ def test_features_weigh_pairs_of_tokens(feature_map, causal, normalize):
     o = tilebook.linear_attention(q, k, v, feature_map=feature_map, causal=causal, normalize=normalize, eps=1e-3)
     torch.testing.assert_close(o, right)
     if not causal:  # other lengths
-        few = tilebook.linear_attention(
-            q[:, :, :7], k, v, feature_map=feature_map, normalize=normalize, eps=1e-3
-        )
+        few = tilebook.linear_attention(q[:, :, :7], k, v, feature_map=feature_map, normalize=normalize, eps=1e-3)
         if feature_map != "performer":  # whose queries' features are of one row each
             torch.testing.assert_close(few, right[:, :, :7])
 

@@ -99,8 +99,8 @@ def linear_attention(
         causal: token i sees the tokens j ≤ i only.
         normalize: divide by the sum of the weights; φ must be positive then.
         eps: what is added to that sum.
-        initial_state: what earlier tokens have left: (B, H, D, V), normalized (B, H, D, V + 1), whose last column is the
-            sum of φ(k); D is that of the features.
+        initial_state: what earlier tokens have left: (B, H, D, V), normalized (B, H, D, V + 1), whose last column is
+            the sum of φ(k); D is that of the features.
         return_state: return (o, state), the state with the tokens of this call, in fp32.
 
     Returns:
@@ -166,9 +166,7 @@ def _wide(x: torch.Tensor | None, q: torch.Tensor) -> Any:
     return x if x is None else x.to(torch.promote_types(q.dtype, torch.float32))
 
 
-def _causal(
-    route: Way, entry: Entry, tensors: tuple[Any, ...], options: tuple[float, ...]
-) -> tuple[torch.Tensor, ...]:
+def _causal(route: Way, entry: Entry, tensors: tuple[Any, ...], options: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
     """(o, state) by what serves the call."""
     tensors = *autocast(*tensors[:3]), *tensors[3:]
     entry.check(tensors, options)
@@ -204,8 +202,6 @@ def _everything(
     if state is not None:
         whole = whole + state / count
     o = (q @ whole[..., : v.shape[-1]].to(q.dtype)).to(wide)
-    if normalize:
-        o = o / ((q.to(wide) * whole[..., None, :, -1]).sum(-1, keepdim=True) + eps / count)
-    else:
-        o = o * count
+    den = (q.to(wide) * whole[..., None, :, -1]).sum(-1, keepdim=True) + eps / count if normalize else 1 / count
+    o = o / den
     return o.to(v.dtype), whole * count

@@ -19,7 +19,7 @@ def check(
         raise ValueError(f"head dimensions must be at least 1; {shapes}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must have one floating point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
-    expected = (*q.shape[:2], q.shape[3], v.shape[3] + normalize)
+    expected = (*q.shape[:2], q.shape[3], v.shape[3] + int(normalize))
     for name, x, shape in (("log_decay", log_decay, q.shape[:3]), ("initial_state", state, expected)):
         if x is not None and (x.shape != shape or x.dtype not in (torch.float32, torch.float64)):
             raise ValueError(f"{name} must be fp32 of shape {tuple(shape)}; got {x.dtype} {tuple(x.shape)}")

@@ -30,10 +30,16 @@ def registered() -> tuple[Any, Any]:
 
 
 def arguments(tensors: Tensors, options: tuple[float, ...]) -> tuple[Any, ...]:
-    """The forward op's, of an entry's tensors and options: a scale, and what is added to divisors where there are any."""
+    """The forward op's, of an entry's tensors and options: a scale, and what is added to divisors if there are any."""
     q, k, v, *more = tensors
     (scale, *eps), given = options, [rows(x) for x in (q, k, v) if x is not None]
     return (*given, None, *more, scale, True, *eps) if eps else (*given, *more, scale, False, 0.0)
+
+
+def _check(tensors: Tensors, options: tuple[float, ...]) -> None:
+    *given, state = tensors
+    q, k, v, g = (*given, None)[:4]
+    check(q, k, v, g, state, len(options) == 2)  # type: ignore[arg-type]
 
 
 def _forward(choice: Any, tensors: Tensors, options: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
@@ -118,6 +124,7 @@ def _entry(name: str, middle: tuple[str, ...], options: tuple[str, ...], kept: t
         kept=kept,
         forward=_forward,
         fake=_fake,
+        check=_check,
         plain=lambda tensors, options: plain((found := arguments(tensors, options))[:5], found[5:]),
         casts=("q", "k", "v"),
         fold=everything[: len(tensors)],
@@ -134,7 +141,6 @@ GATED = _entry(
     ("float scale",),
     (),
     backward=_backward,
-    check=lambda tensors, options: check(*tensors, False),  # type: ignore[arg-type]
 )
 NORMALIZED = _entry(
     "linear_attention",
@@ -142,5 +148,4 @@ NORMALIZED = _entry(
     ("float scale", "float eps"),
     (0, 2),
     backward=_backward_of_quotient,
-    check=lambda tensors, options: check(*tensors[:3], None, tensors[3], True),  # type: ignore[arg-type]
 )

@@ -34,14 +34,15 @@ def mapped(q: torch.Tensor, k: torch.Tensor, feature_map: Any) -> tuple[torch.Te
 
 @functools.lru_cache(maxsize=64)
 def projection(width: int, features: int, seed: int) -> torch.Tensor:
-    """(features, D) in fp64: rows of length √χ²(D), orthogonal within each D of them (Choromanski et al., 2021, §2.4)."""
+    """(features, D) in fp64: rows of length √χ²(D), orthogonal in groups of D (Choromanski et al., 2021, §2.4)."""
     source = torch.Generator().manual_seed(seed)
     blocks = []
     for _ in range(math.ceil(features / width)):
         square = torch.randn(width, width, generator=source, dtype=torch.float64)
         blocks.append(torch.linalg.qr(square)[0].T)
     lengths = torch.randn(features, width, generator=source, dtype=torch.float64).norm(dim=1)
-    return torch.cat(blocks)[:features] * lengths[:, None]
+    found: torch.Tensor = torch.cat(blocks)[:features] * lengths[:, None]
+    return found
 
 
 def performer(

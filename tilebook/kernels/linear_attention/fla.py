@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -46,8 +47,7 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, state: torch.Tensor | None,
     scale: float, normalize: bool, eps: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    from fla.ops.simple_gla import chunk_simple_gla
-
+    chunk_simple_gla = import_module("fla.ops.simple_gla").chunk_simple_gla
     decays = None if g is None else _turned(g.clamp(min=LEAST))
     start = None if state is None else state.contiguous()
     with torch.no_grad():
@@ -61,16 +61,15 @@ def backward(
     do: torch.Tensor, dstate: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     g: torch.Tensor | None, state: torch.Tensor | None, weight: torch.Tensor | None, scale: float, decayed: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    from fla.ops.simple_gla.chunk import chunk_simple_gla_bwd
-    from fla.ops.utils import chunk_local_cumsum
-    from fla.ops.utils.constant import RCP_LN2
-
+    run = import_module("fla.ops.simple_gla.chunk").chunk_simple_gla_bwd
+    chunk_local_cumsum = import_module("fla.ops.utils").chunk_local_cumsum
+    log2e = import_module("fla.ops.utils.constant").RCP_LN2
     with torch.no_grad():
         sums = None
         if g is not None:
-            sums = chunk_local_cumsum(_turned(g.clamp(min=LEAST)), chunk_size=64, scale=RCP_LN2)
+            sums = chunk_local_cumsum(_turned(g.clamp(min=LEAST)), chunk_size=64, scale=log2e)
         start, end = (None if x is None else x.contiguous() for x in (state, dstate))
-        dq, dk, dv, dg, dstart = chunk_simple_gla_bwd(
+        dq, dk, dv, dg, dstart = run(
             q=_turned(q), k=_turned(k), v=_turned(v), g=sums, g_gamma=None, initial_state=start, do=_turned(do),
             dht=end, scale=scale,
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Linear attention's Triton kernels: h_t = exp(g_t) h_{t−1} + k_t v_tᵀ, o_t = scale · h_tᵀ q_t, CHUNK tokens at a time.
+"""Linear attention's Triton kernels: h_t = exp(g_t) h_{t−1} + k_t v_tᵀ, o_t = scale · h_tᵀ q_t, by chunks of tokens.
 
-Inside a chunk they are matrix products, between chunks a state [D, V] in fp32. A program walks over some chunks with its
-state in registers. With c the running sum of a chunk's log-decays, token i sees token j ≤ i times exp(c_i − c_j) and the
-state before the chunk times exp(c_i), and counts in the state behind the chunk for exp(c_last − c_i).
+Inside a chunk they are matrix products, between chunks a state [D, V] in fp32. A program walks over some chunks with
+its state in registers. With c the running sum of a chunk's log-decays, token i sees token j ≤ i times exp(c_i − c_j)
+and the state before the chunk times exp(c_i), and counts in the state behind the chunk for exp(c_last − c_i).
 
 States lie in memory transposed, [V, D]. Where NORM, the row behind the last is z, the sum of the keys alone, by which
 outputs are divided: a column of v that is 1 throughout.
@@ -115,11 +115,8 @@ def _seen(sums, tile):
 @triton.jit
 def _dot(a, b, tile):
     """a · b in fp32; fp32 factors are not rounded."""
-    if tile.EXACT:
-        found = tl.dot(a, b, input_precision="ieee")
-    else:
-        found = tl.dot(a, b)
-    return found
+    precision: tl.constexpr = "ieee" if tile.EXACT else "tf32"
+    return tl.dot(a, b, input_precision=precision)
 
 
 @triton.jit
@@ -157,7 +154,9 @@ def _load_z(states, batch, head, place, tile):
     d = tl.arange(0, tile.WIDE)
     z = tl.zeros([tile.WIDE], tl.float32)
     if tile.NORM and states.source is not None:
-        z += tl.load(_offsets(states, batch, head, place) + d * states.d + tile.V * states.v, mask=d < tile.D, other=0.0)
+        z += tl.load(
+            _offsets(states, batch, head, place) + d * states.d + tile.V * states.v, mask=d < tile.D, other=0.0
+        )
     return z
 
 
@@ -166,7 +165,9 @@ def _store_state(states, state, z, batch, head, place, column, tile):
     d, v = tl.arange(0, tile.WIDE), column + tl.arange(0, tile.BLOCK_V)
     base = _offsets(states, batch, head, place)
     inside = (d < tile.D)[:, None] & (v < tile.V)[None, :]
-    tl.store(base + d[:, None] * states.d + v[None, :] * states.v, state.to(states.source.dtype.element_ty), mask=inside)
+    tl.store(
+        base + d[:, None] * states.d + v[None, :] * states.v, state.to(states.source.dtype.element_ty), mask=inside
+    )
     if tile.NORM and column == 0:
         last = base + d * states.d + tile.V * states.v
         tl.store(last, z.to(states.source.dtype.element_ty), mask=d < tile.D)
@@ -200,7 +201,7 @@ def states_kernel(
     x, y, weight, g, init, out, sums, final, g_b, g_h, g_s, heads, n, walk, every, scale,
     tile, STORE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """States along a walk of `walk` chunks: x is k, y is v; backwards in time x is q, y is do, and states are gradients.
+    """States along a walk of `walk` chunks: x is k, y is v; backwards in time x is q, y do, and states are gradients.
 
     STORE: begins with `init`, writes the state in front of every `every` chunks (backwards: behind) to `out`, and the
     last of all to `final`. Else begins with nothing, and writes the last alone to `out`, its decay to `sums`.
@@ -235,7 +236,8 @@ def states_kernel(
         if column == 0:
             tl.store(sums + pair.to(tl.int64) * tl.num_programs(1) + part, total)
     elif final.source is not None:
-        if part == (0 if REVERSE else tl.num_programs(1) - 1):
+        edge = 0 if REVERSE else tl.num_programs(1) - 1
+        if part == edge:
             _store_state(final, state, z, batch, head, part * 0, column, tile)
 
 
@@ -264,9 +266,7 @@ def scan_kernel(
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def forward_kernel(
-    q, k, v, g, init, o, den, final, g_b, g_h, g_s, heads, n, walk, scale, eps, tile, ONE: tl.constexpr
-):
+def forward_kernel(q, k, v, g, init, o, den, final, g_b, g_h, g_s, heads, n, walk, scale, eps, tile, ONE: tl.constexpr):
     """o along a walk that begins with its state in `init`, and is ONE chunk long or more; the last state to `final`.
 
     Where NORM o is divided by eps + den, den_i = scale · Σ_j (q_i · k_j).

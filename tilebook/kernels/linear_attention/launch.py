@@ -83,7 +83,8 @@ class _Call:
 
         def place(parts: int, dtype: torch.dtype) -> States:
             made = torch.empty((self.batch, self.heads, parts, self.size), dtype=dtype, device=self.q.device)
-            return States(made, *made.stride()[:3], 1, self.width)
+            b, h, p, _ = made.stride()
+            return States(made, b, h, p, 1, self.width)
 
         def walked(init: States, out: States, sums: Any, final: States, store: bool) -> None:
             launch(
@@ -145,8 +146,9 @@ def linear_attention_bwd(
     states = call.states(k, v, None, 1.0, _given(state), _NOWHERE, 1, walk, rounded=not decayed)
     grads = call.states(q, do, weight, scale, _given(dstate), end, 1, walk, reverse=True, rounded=not decayed)
     launch(
-        backward_kernel, (call.batch * call.heads, call.chunks), _rows(do), _rows(q), _rows(k), _rows(v), weight, call.g,
-        states, grads, _rows(dq), _rows(dk), _rows(dv), dg, *call.sizes, scale, call.tile(config.number("BLOCK_V")),
-        DECAYED=decayed, num_warps=config["num_warps"], num_stages=config["num_stages"],
+        backward_kernel, (call.batch * call.heads, call.chunks), _rows(do), _rows(q), _rows(k), _rows(v), weight,
+        call.g, states, grads, _rows(dq), _rows(dk), _rows(dv), dg, *call.sizes, scale,
+        call.tile(config.number("BLOCK_V")), DECAYED=decayed,
+        num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return dq, dk, dv, dg, dinit

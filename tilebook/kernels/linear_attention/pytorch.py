@@ -27,7 +27,7 @@ def chunked(
     (batch, heads, n, width), columns = q.shape, v.shape[-1]
     wide = torch.promote_types(q.dtype, torch.float32)
     if state is None:
-        state = torch.zeros(batch, heads, width, columns + normalize, dtype=wide, device=q.device)
+        state = torch.zeros(batch, heads, width, columns + int(normalize), dtype=wide, device=q.device)
     size = next((chunk for longest, chunk in _CHUNKS if n <= longest), _LONG)
     size = min(size, max(n, 1))
     count, short = -(-n // size), -n % size
@@ -48,10 +48,7 @@ def chunked(
     if normalize:
         grown = torch.cat((grown, leaving.sum(-2, dtype=wide)[..., None]), -1)
     states = torch.cat((state.to(wide)[:, :, None], grown), 2)
-    if between is None:
-        states = states.cumsum(2)
-    else:
-        states = (between @ states.flatten(3)).view(states.shape)
+    states = states.cumsum(2) if between is None else (between @ states.flatten(3)).view(states.shape)
     before, last = states[:, :, :-1], states[:, :, -1]
     old = (q @ before[..., :columns].to(q.dtype)).to(wide)
     o = (a.to(v.dtype) @ v).to(wide) + (old if within is None else old * within)

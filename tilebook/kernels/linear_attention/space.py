@@ -68,13 +68,11 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
     if chunk * min(chunk, columns, wide) < 32 * warps:
         return f"{warps} warps need larger tiles"
     elements, shared = _needs(problem, config, device)
+    reason = too_large(shared, device) or crowded(elements, warps, device)
+    if reason or _whole(config):
+        return reason
     state_shared = (2 * chunk * (wide + state_v) + wide * state_v) * problem.torch_dtype.itemsize
-    return (
-        too_large(shared, device)
-        or too_large(state_shared, device)
-        or crowded(elements, warps, device)
-        or crowded(2 * wide * state_v, state_warps, device)
-    )
+    return too_large(state_shared, device) or crowded(2 * wide * state_v, state_warps, device)
 
 
 def _shapes(problem: LinearAttention, device: Device) -> list[tuple[int, int, int, int]]:
@@ -127,7 +125,9 @@ def _work(problem: LinearAttention, config: Config) -> Cost:
     if not _whole(config):
         passes, kept = 1 if walk == chunks else 2, 2 if span == 1 and not problem.decay else 4
         tokens = pairs * problem.seq * (problem.head_dim + problem.value_dim)
-        states = problem.states * (2 * kept * triton.cdiv(chunks, span) + (16 * triton.cdiv(chunks, walk) if passes > 1 else 0))
+        states = problem.states * (
+            2 * kept * triton.cdiv(chunks, span) + (16 * triton.cdiv(chunks, walk) if passes > 1 else 0)
+        )
         read += (2 if backward else 1) * (float(passes * tokens * size) + states)
         flops += (2 if backward else 1) * 2.0 * passes * pairs * chunks * chunk * problem.wide * problem.value_dim
     return Cost(max(flops, floor.flops), read)
