@@ -101,15 +101,14 @@ def _decays(g, token, n, step, tile):
 
 
 @triton.jit
-def _seen(sums, tile):
-    """exp(c_i − c_j) where j ≤ i, else 0."""
+def _seen(sums, tile, TURNED: tl.constexpr):
+    """exp(c_i − c_j) where j ≤ i, else 0: [i, j], or where TURNED [j, i]."""
     r = tl.arange(0, tile.CHUNK)
-    seen = r[:, None] >= r[None, :]
-    if tile.DECAY:
-        found = tl.exp(tl.where(seen, sums[:, None] - sums[None, :], -float("inf")))
+    if TURNED:
+        seen, apart = r[:, None] <= r[None, :], sums[None, :] - sums[:, None]
     else:
-        found = tl.where(seen, 1.0, 0.0)
-    return found
+        seen, apart = r[:, None] >= r[None, :], sums[:, None] - sums[None, :]
+    return tl.exp(tl.where(seen, apart if tile.DECAY else 0.0, -float("inf")))
 
 
 @triton.jit
@@ -286,7 +285,7 @@ def forward_kernel(q, k, v, g, init, o, den, final, g_b, g_h, g_s, heads, n, wal
         c, rest, last = _decays(decays, token, n, g_s, tile)
         within, factor = tl.exp(c), _factor(state, queries)
         acc = _dot(queries, factor[0], tile) * (within * factor[1])[:, None]
-        a = _dot(queries, tl.trans(keys), tile) * _seen(c, tile)
+        a = _dot(queries, tl.trans(keys), tile) * _seen(c, tile, False)
         acc += _dot(a.to(values.dtype), values, tile)
         if tile.NORM:
             weight = (tl.sum(a, 1) + tl.sum(queries.to(tl.float32) * z[None, :], 1) * within) * scale
@@ -316,10 +315,11 @@ def backward_kernel(
     within, behind = tl.exp(c) * scale, tl.exp(rest)
     queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
     keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-    # Weights of pairs stand the other way round, [j, i]: two of three products with them take them so.
-    s = (_dot(keys, tl.trans(queries), tile) * (tl.trans(_seen(c, tile)) * scale)).to(queries.dtype)
+    # Weights of pairs stand the other way round, [j, i], and so does what dq is added up in, [D, i]: on Hopper Triton
+    # 3.4 to 3.7.0 makes wrong numbers of products with a factor that is another product, transposed.
+    s = (_dot(keys, tl.trans(queries), tile) * (_seen(c, tile, True) * scale)).to(queries.dtype)
     a = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
-    inter = tl.zeros([tile.CHUNK, tile.WIDE], tl.float32)
+    inter = tl.zeros([tile.WIDE, tile.CHUNK], tl.float32)
     outward = tl.zeros([tile.CHUNK, tile.WIDE], tl.float32)
     through = tl.zeros([tile.WIDE], tl.float32)
     for column in tl.range(0, tile.V, tile.BLOCK_V):
@@ -331,7 +331,7 @@ def backward_kernel(
             through += tl.sum(grad * state, 1)
         a += _dot(values, tl.trans(above), tile)
         old, gradient = _factor(state, above), _factor(grad, keys)
-        inter += _dot(above, tl.trans(old[0]), tile) * old[1]
+        inter += _dot(old[0], tl.trans(above), tile) * old[1]
         outward += _dot(values, tl.trans(gradient[0]), tile) * gradient[1]
         onward = _dot(keys, gradient[0], tile) * (behind * gradient[1])[:, None]
         onward += _dot(s, above, tile)
@@ -340,17 +340,17 @@ def backward_kernel(
         some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
         z, dz = _load_z(states, batch, head, chunk, tile), _load_z(grads, batch, head, chunk, tile)
         a += some[None, :]
-        inter += some[:, None] * z[None, :]
+        inter += z[:, None] * some[None, :]
         outward += dz[None, :]
         through += dz * z
-    inter, outward = inter * within[:, None], outward * behind[:, None]
+    inter, outward = inter * within[None, :], outward * behind[:, None]
     if DECAYED:
         p = tl.where(r[:, None] < r[None, :], s * a, 0.0)
-        passed, left = tl.sum(p, 0) - tl.sum(p, 1) + tl.sum(inter * queries, 1), tl.sum(outward * keys, 1)
+        passed, left = tl.sum(p, 0) - tl.sum(p, 1) + tl.sum(inter * tl.trans(queries), 0), tl.sum(outward * keys, 1)
         found = tl.cumsum(passed, 0, reverse=True) + (tl.cumsum(left, 0) - left) + tl.exp(last) * tl.sum(through, 0)
         tl.store(dg + pair.to(tl.int64) * n + token + r, found, mask=r < n - token)
-    ds = (a * (tl.trans(_seen(c, tile)) * scale)).to(keys.dtype)
+    ds = (a * (_seen(c, tile, True) * scale)).to(keys.dtype)
     outward += _dot(ds, queries, tile)
     _put(dk, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-    inter += _dot(tl.trans(ds), keys, tile)
-    _put(dq, inter, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    inter += _dot(tl.trans(keys), ds, tile)
+    _put(dq, tl.trans(inter), batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)

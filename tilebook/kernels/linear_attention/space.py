@@ -88,7 +88,7 @@ def _shapes(problem: LinearAttention, device: Device) -> list[tuple[int, int, in
         return [(32, 64, 8, 1), *small]
     if padded and backward:
         return [(64, 32, 8, 1), *small]
-    four = [(64, 64, 4, 2), (64, 64, 4, 1)] if wide <= 64 and not (backward and problem.decay) else []
+    four = [(64, 64, 4, 2), (64, 64, 4, 1)] if wide <= 64 else []
     return [*four, (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (64, 16, 4, 1), *small]
 
 
