@@ -1,7 +1,7 @@
 """Causal linear attention, forward and with backward, by lengths: ours, PyTorch by chunks, compiled, fla, and exact.
 
     python benchmarks/linear_attention.py --out benchmarks/results/nvidia-h200/linear_attention.json
-    python benchmarks/linear_attention.py --device cpu --tiny --out /tmp/tried.json    # does the program run to its end?
+    python benchmarks/linear_attention.py --device cpu --tiny --out /tmp/tried.json    # does it run to its end?
 
 Every contender but exact attention computes the same, and its output is compared with that of fp32 on the first heads.
 Timed by events around several calls from Python, in rounds in which the contenders take turns. `fla` where `fla-core`
