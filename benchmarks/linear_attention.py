@@ -127,16 +127,18 @@ def main() -> None:
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments.add_argument("--tiny", action="store_true", help="short sequences, two rounds, nothing compiled")
     arguments.add_argument("--kernels", action="store_true", help="our kernels by default, whatever verdicts say")
+    arguments.add_argument("--uncompiled", action="store_true", help="without torch.compile, which takes most of the time")
     arguments.add_argument("--rounds", type=int, default=15)
+    arguments.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     arguments.add_argument("--widths", type=int, nargs="*", default=[64, 128])
     given = arguments.parse_args()
     results: dict[str, Any] = {}
     with dispatch.use("triton") if given.kernels else contextlib.nullcontext():
         for width in [16] if given.tiny else given.widths:
             for decay in (True, False):
-                for n in TINY if given.tiny else LENGTHS:
+                for n in TINY if given.tiny else given.lengths:
                     torch._dynamo.reset()
-                    functions = contenders(not given.tiny)
+                    functions = contenders(not (given.tiny or given.uncompiled))
                     tensors = drawn(n, width, decay, given.device, given.tiny)
                     for backward in (False, True):
                         q = tensors[0]

@@ -59,7 +59,7 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
         return "one walk along all finds no states before"
     if (span > 1 and span >= chunks) or (walk and walk >= chunks):
         return "a walk along all is 0"
-    if walk and (walk % span if span else 0):
+    if span and walk % span:
         return "walks that do not end where others begin"
     if walk and chunks > _MOST_WALKS * walk:
         return "a scan over too many walks"
@@ -67,6 +67,8 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
         return "more than 2 stages do not pay on AMD GPUs"
     if chunk * min(chunk, columns, wide) < 32 * warps:
         return f"{warps} warps need larger tiles"
+    if chunk * max(columns, wide) > 4096 * warps:
+        return "tiles are worth more warps"
     elements, shared = _needs(problem, config, device)
     reason = too_large(shared, device) or crowded(elements, warps, device)
     if reason or _whole(config):
@@ -102,7 +104,7 @@ def _default(problem: LinearAttention, device: Device) -> Config:
         whole = not _backward(problem) and chunks <= 16
         values = {
             "CHUNK": chunk, "BLOCK_V": min(columns, most), "SPAN": 0 if whole else 1 if chunks <= 4 else 4,
-            "WALK": 64 if chunks > 512 and not whole else 0,
+            "WALK": 128 if chunks > 512 and not whole else 0,
             "STATE_V": min(64 if whole else 16 if exact else 64 if problem.wide <= 128 else 32, most),
             "STATE_WARPS": 8 if exact and not whole else 4, "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
@@ -136,12 +138,12 @@ def _work(problem: LinearAttention, config: Config) -> Cost:
 _AXES = {
     "CHUNK": powers_of_two(16, 128),
     "BLOCK_V": powers_of_two(16, 128),
-    "SPAN": (0, 1, 2, 4, 8, 16, 32),
-    "WALK": (0, 8, 16, 32, 64, 128),
+    "SPAN": (0, 1, 2, 4, 8, 16),
+    "WALK": (0, 8, 32, 128),
     "STATE_V": powers_of_two(16, 128),
     "STATE_WARPS": (4, 8),
     "num_warps": powers_of_two(1, 8),
-    "num_stages": (1, 2, 3, 4),
+    "num_stages": (1, 2, 3),
 }
 
 SPACE = Space(_AXES, _reject, _default, _work)
