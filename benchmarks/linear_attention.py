@@ -127,7 +127,7 @@ def main() -> None:
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments.add_argument("--tiny", action="store_true", help="short sequences, two rounds, nothing compiled")
     arguments.add_argument("--kernels", action="store_true", help="our kernels by default, whatever verdicts say")
-    arguments.add_argument("--uncompiled", action="store_true", help="without torch.compile, which takes most of the time")
+    arguments.add_argument("--uncompiled", action="store_true", help="without torch.compile, which takes longest")
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     arguments.add_argument("--widths", type=int, nargs="*", default=[64, 128])
