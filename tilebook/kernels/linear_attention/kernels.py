@@ -202,8 +202,8 @@ def states_kernel(
 ):  # fmt: skip
     """States along a walk of `walk` chunks: x is k, y is v; backwards in time x is q, y do, and states are gradients.
 
-    STORE: begins with `init`, writes the state in front of every `every` chunks (backwards: behind) to `out`, and the
-    last of all to `final`. Else begins with nothing, and writes the last alone to `out`, its decay to `sums`.
+    STORE: begins with `init`, writes the state in front of every `every` chunks (backwards behind each) to `out`, and
+    the last of all to `final`. Else begins with nothing, and writes the last alone to `out`, its decay to `sums`.
     """
     column, head, batch, pair = _whose(heads, tile)
     part, chunks = tl.program_id(1), tl.cdiv(n, tile.CHUNK)
@@ -216,10 +216,8 @@ def states_kernel(
         chunk = end - 1 - step if REVERSE else first + step
         token = chunk * tile.CHUNK
         if STORE:
-            here = chunk % every == 0
-            if REVERSE:
-                here = ((chunk + 1) % every == 0) | (chunk + 1 == chunks)
-            if here:
+            at_edge = chunk % every == 0
+            if at_edge:
                 _store_state(out, state, z, batch, head, chunk // every, column, tile)
         rows = _rows(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         values = _rows(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
