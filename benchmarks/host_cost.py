@@ -25,6 +25,7 @@ from small_models import turned
 
 import tilebook
 from tilebook import device as devices
+from tilebook.kernels.linear_attention.pytorch import chunked
 
 TURNS = 15
 
@@ -177,6 +178,27 @@ def cases(device: str) -> list[Case]:
             lambda q, k, cos, sin: torch.cat(tilebook.apply_rope(q, k, cos, sin), 1),
             heads(1, 8, 2, 128, 64)[:2],
             angles,
+        ),
+        Case(
+            "gated_linear_attention B1,H4,S128,D64",
+            lambda q, k, v: chunked(q, k, v, None, None, 0.125, False, 0.0)[0],
+            tilebook.gated_linear_attention,
+            heads(1, 4, 4, 128, 64),
+        ),
+        Case(
+            "linear_attention B1,H4,S128,D64",
+            lambda q, k, v: tilebook.linear_attention(q, k, v),
+            lambda q, k, v: tilebook.linear_attention(q, k, v, causal=True),
+            heads(1, 4, 4, 128, 64),
+        ),
+        Case(
+            "linear_attention_step B16,H8,D64",
+            lambda q, k, v, h: ((q[..., None, :].float() @ (h + k[..., None] * v[..., None, :]))[..., 0, :]).to(
+                v.dtype
+            ),
+            lambda q, k, v, h: tilebook.linear_attention_step(q, k, v, h)[0],
+            [random(16, 8, 64) for _ in range(3)],
+            (random(16, 8, 64, 64, dtype=torch.float32),),
         ),
     ]
     for dtype in (torch.bfloat16, torch.float32):

@@ -18,6 +18,7 @@ NAMES = {
     *("cross_entropy_fwd", "cross_entropy_bwd"),
     *("mlp_up_fwd", "mlp_down_fwd", "mlp_act_bwd", "mlp_grads_bwd"),
     *("glu_fwd", "glu_bwd", "rope_fwd", "rope_bwd"),
+    "linear_attention_fwd",
     *("add_layer_norm_fwd", "add_layer_norm_bwd", "add_rms_norm_fwd", "add_rms_norm_bwd"),
 }
 

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from tilebook.kernels.cross_entropy import cross_entropy
     from tilebook.kernels.decode import attention_decode
     from tilebook.kernels.glu import geglu, glu, swiglu
+    from tilebook.kernels.linear_attention import (
+        gated_linear_attention,
+        linear_attention,
+        linear_attention_step,
+    )
     from tilebook.kernels.linear_cross_entropy import linear_cross_entropy
     from tilebook.kernels.mlp import mlp
     from tilebook.kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -36,9 +41,12 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "gated_linear_attention",
     "geglu",
     "glu",
     "layer_norm",
+    "linear_attention",
+    "linear_attention_step",
     "linear_cross_entropy",
     "mlp",
     "patch",
@@ -65,9 +73,12 @@ _MODULE = {
     "disable": "enabling",
     "enable": "enabling",
     "enabled": "enabling",
+    "gated_linear_attention": "kernels.linear_attention",
     "geglu": "kernels.glu",
     "glu": "kernels.glu",
     "layer_norm": "kernels.norms",
+    "linear_attention": "kernels.linear_attention",
+    "linear_attention_step": "kernels.linear_attention",
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "mlp": "kernels.mlp",
     "patch": "patching",

@@ -39,10 +39,21 @@ def rope(problem: Any) -> None:
         raise UsageError(f"{problem.rotated} rotated numbers are not an even part of {problem.head_dim}")
 
 
+def linear_attention(problem: Any) -> None:
+    if not (1 <= problem.head_dim <= 256 and 1 <= problem.value_dim <= 256):
+        raise UsageError(f"head dimensions {problem.head_dim} and {problem.value_dim} do not lie in 1 … 256")
+
+
 def _grouped(problem: Any) -> None:
     if problem.heads % problem.heads_kv:
         raise UsageError(f"{problem.heads} query heads are not a multiple of {problem.heads_kv} key/value heads")
 
 
-OF: Mapping[str, Callable[[Any], None]] = {"attention": attention, "decode": decode, "rope": rope, "varlen": varlen}
+OF: Mapping[str, Callable[[Any], None]] = {
+    "attention": attention,
+    "decode": decode,
+    "linear_attention": linear_attention,
+    "rope": rope,
+    "varlen": varlen,
+}
 """Family → what its problems keep; any numbers will do for those that are not named."""

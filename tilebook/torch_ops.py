@@ -37,7 +37,7 @@ def register(entry: Entry) -> tuple[Any, Any]:
     torch.library.register_vmap(f"tilebook::{forward}", _batched(entry, forward, entry.tensors), lib=_library)
     if entry.backward is not None:
         kept = "".join(f", Tensor {entry.outputs[which]}" for which in entry.kept)
-        kind = "Tensor?" if entry.addends else "Tensor"
+        kind = "Tensor?" if entry.results > 1 and not entry.linear else "Tensor"
         dys = ", ".join(f"{kind} {name}" for name in entry.directions)
         inputs = f"{dys}, {_tensors(entry.inputs)}{kept}{options}, bool[] needs"
         grads = ", ".join("Tensor" for _ in entry.inputs)

@@ -44,6 +44,11 @@ def heads(x, w, b):
     return tilebook.linear_cross_entropy(x, w, LABELS, linear_bias=b, label_smoothing=0.1)
 
 
+def recurrent(q, k, v, g, h):
+    o, state = tilebook.gated_linear_attention(q, k, v, -(g * g), initial_state=h, return_state=True)
+    return torch.cat((o, state), 2)
+
+
 QKV = [(2, 4, 6, 16)] * 3
 CALLS = {
     "attention": (tilebook.attention, QKV),
@@ -54,6 +59,8 @@ CALLS = {
     "attention, mask": (lambda q, k, v: tilebook.attention(q, k, v, attn_mask=MASK), QKV),
     "drop-in": (tilebook.scaled_dot_product_attention, QKV),
     "packed": (packed, QKV),
+    "linear attention": (lambda q, k, v: tilebook.linear_attention(q, k, v, causal=True), QKV),
+    "linear attention, gated": (recurrent, [*QKV, (2, 4, 6), (2, 4, 16, 16)]),
     "layers": (layers, [(2, 3, 8), (12, 8), (8, 12)]),
     "gated layers": (gated, [(2, 3, 8), (12, 8), (12, 8), (8, 12)]),
     "gated layers, one weight": (

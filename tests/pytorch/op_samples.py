@@ -80,6 +80,18 @@ def qkv(make=normal, rows=5, columns=7, heads_kv=4, **how):
     return make(2, 4, rows, 16, **how), *(make(2, heads_kv, columns, 16, **how) for _ in range(2))
 
 
+def linear(make=normal, rows=5, columns=6, decay=True, state=True, norm=False, **how):
+    """Keys and queries are positive where outputs are normalized."""
+    q, k = (make(2, 3, rows, 8, **how) for _ in range(2))
+    if norm:
+        q, k = (x.detach().abs().requires_grad_(x.requires_grad) for x in (q, k))
+    v, h = make(2, 3, rows, columns, **how), make(2, 3, 8, columns + norm)
+    g = None if norm else (-make(2, 3, rows).detach().abs()).requires_grad_(q.requires_grad)
+    h = h.detach().abs().requires_grad_(q.requires_grad) if norm else h
+    middle = () if norm else (g if decay else None,)
+    return q, k, v, *middle, h if state else None, 0.3, *((1e-3,) if norm else ())
+
+
 def layers(make=normal, rows=5, **how):
     return make(rows, 8, **how), make(12, 8, **how), make(12), make(8, 12, **how), make(8)
 
@@ -219,6 +231,24 @@ SAMPLES = {
         "bf16": lambda: heads(dtype=BF16),
         "fp16": lambda: heads(dtype=torch.float16),
     },
+    "gated_linear_attention_fwd": {
+        "plain": lambda: linear(decay=False, state=False),
+        "decays and a state": lambda: linear(),
+        "decays of heads": lambda: (
+            *linear()[:3], data(3).neg().abs().neg()[None, :, None].expand(2, 3, 5).requires_grad_(), None, 0.3,
+        ),
+        "heads after rows": lambda: linear(order=BSHD, state=False),
+        "no rows": lambda: linear(rows=0),
+        "decays alone": lambda: (*linear(data)[:3], linear()[3], linear(data)[4], 0.3),
+        "bf16": lambda: linear(dtype=BF16),
+    },
+    "linear_attention_fwd": {
+        "plain": lambda: linear(norm=True, state=False),
+        "a state": lambda: linear(norm=True),
+        "last axis first": lambda: linear(norm=True, order=TURNED),
+        "no rows": lambda: linear(norm=True, rows=0),
+        "fp16": lambda: linear(norm=True, dtype=torch.float16),
+    },
     "layer_norm_fwd": {
         "plain": lambda: (normal(5, 8), normal(8), normal(8), 1e-6),
         "no bias": lambda: (normal(5, 8), normal(8), None, 1e-6),
@@ -264,7 +294,7 @@ def wanted(args):
 
 def results(op):
     """How many outputs of the op have gradients."""
-    return 2 if op == "rope_fwd" or op.startswith("add_") else 1
+    return 2 if op in ("rope_fwd", "gated_linear_attention_fwd", "linear_attention_fwd") or op.startswith("add_") else 1
 
 
 def gradients(function, args, dy):

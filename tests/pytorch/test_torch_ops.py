@@ -51,6 +51,8 @@ def backward_of(op, name):
     inputs, options = args[:count], args[count:]
     outputs = called(op)(*args)
     kept = {"attention_fwd": outputs, "attention_varlen_fwd": outputs}.get(op, outputs[results(op) :])
+    if op == "linear_attention_fwd":
+        kept = outputs[0], outputs[2]
     if op.startswith("add_"):  # h is in the place of what it is the sum of
         inputs = (outputs[1], *inputs[2:])
     needs = [x is not None and x.requires_grad for x in inputs]

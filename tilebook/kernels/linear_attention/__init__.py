@@ -1,0 +1,207 @@
+"""Linear attention: a state that tokens are added to, in the place of scores of all pairs.
+
+Katharopoulos et al., 2020 (https://arxiv.org/abs/2006.16236), normalized by its weights; with decays RetNet (Sun et
+al., 2023), Mamba-2 (Dao & Gu, 2024, https://arxiv.org/abs/2405.21060) and gated linear attention (Yang et al., 2024,
+https://arxiv.org/abs/2312.06635), whose chunks these kernels have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function
+
+from tilebook import dispatch
+from tilebook.call import Entry, Way, constant, native, way
+from tilebook.casting import autocast
+from tilebook.kernels.attention.check import multiplier
+from tilebook.kernels.linear_attention import features
+from tilebook.kernels.linear_attention.check import check, check_step
+from tilebook.kernels.linear_attention.entry import GATED, NORMALIZED, arguments, registered
+from tilebook.kernels.linear_attention.pytorch import step
+
+__all__ = ["gated_linear_attention", "linear_attention", "linear_attention_step"]
+
+
+def gated_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+) -> Any:
+    """o_t = scale · h_tᵀ q_t of the states h_t = exp(g_t) h_{t−1} + k_t v_tᵀ, in time linear in the sequence.
+
+    Args:
+        q: queries (B, H, S, D). Any strides; fastest where the last axis is contiguous.
+        k: keys (B, H, S, D).
+        v: values (B, H, S, V).
+        log_decay: g, at most 0: (B, H, S) of each head and token (Mamba-2, simple GLA), or (H,) of each head (RetNet,
+            Lightning); None is 0, plain linear attention. What is below −100, −infinity too, counts as −100.
+        scale: what outputs are multiplied by; D^-0.5 if None.
+        initial_state: h_0 (B, H, D, V), or None for 0.
+        return_state: return (o, state) with the last state.
+
+    Returns:
+        o (B, H, S, V), in the dtype of v; with `return_state` also h_S (B, H, D, V) in fp32. Both are differentiable in
+        every tensor that is given, log_decay and initial_state included.
+
+    Kernels serve bf16, fp16 and fp32 on a GPU with D and V up to 256: products in the dtype of q, states and sums in
+    fp32, exponents never above 0. Results repeat bit for bit. All else runs as plain PyTorch, by chunks too. Under
+    autocast q, k and v are cast.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together.
+        TypeError: a scale that is to be learnt.
+    """
+    given = tuple(x for x in (q, k, v, log_decay, initial_state) if x is not None)
+    if has_torch_function(given):
+        return handle_torch_function(
+            gated_linear_attention, given, q, k, v, log_decay, scale=scale, initial_state=initial_state,
+            return_state=return_state,
+        )  # fmt: skip
+    constant("scale", scale)
+    route = way(q, k, v, optional=(log_decay, initial_state))
+    if log_decay is not None:
+        log_decay = _wide(log_decay, q)
+        if log_decay.ndim == 1 and q.ndim == 4 and log_decay.shape == q.shape[1:2]:
+            log_decay = log_decay[None, :, None].expand(q.shape[:3])
+    o, state = _causal(route, GATED, (q, k, v, log_decay, _wide(initial_state, q)), (multiplier(scale, q),))
+    return (o, state) if return_state else o
+
+
+def linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    feature_map: Any = "elu+1",
+    causal: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+) -> Any:
+    """Σ_j (φ(q_i) · φ(k_j)) v_j / (eps + Σ_j φ(q_i) · φ(k_j)), in time linear in the sequence.
+
+    Args:
+        q: queries (B, H, S, D). Any strides.
+        k: keys (B, H, S, D); not causal, of another length too.
+        v: values (B, H, S, V), as many as keys.
+        feature_map: φ: "elu+1" (Katharopoulos et al., 2020), "relu", "softmax" (over D), "performer" (FAVOR+,
+            Choromanski et al., 2021: 64 positive orthogonal random features, the same at every call, whose expectation
+            is exact attention; `features.performer` has other numbers of them and seeds), None for q and k as they are,
+            or a function of q and of k, whose last axis may change.
+        causal: token i sees the tokens j ≤ i only.
+        normalize: divide by the sum of the weights; φ must be positive then.
+        eps: what is added to that sum.
+        initial_state: what earlier tokens have left: (B, H, D, V), normalized (B, H, D, V + 1), whose last column is
+            the sum of φ(k); D is that of the features.
+        return_state: return (o, state), the state with the tokens of this call, in fp32.
+
+    Returns:
+        o (B, H, S, V), in the dtype of v, differentiable in q, k, v and initial_state, as the state is.
+
+    Causal, the kernels of `gated_linear_attention` run, with the division in them. Not causal it is two products, which
+    are PyTorch's; keys are divided by their number there, so that fp16 does not overflow.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together, or a feature map of no known name.
+        TypeError: an eps that is to be learnt.
+    """
+    given = tuple(x for x in (q, k, v, initial_state) if x is not None)
+    if has_torch_function(given):
+        return handle_torch_function(
+            linear_attention, given, q, k, v, feature_map=feature_map, causal=causal, normalize=normalize, eps=eps,
+            initial_state=initial_state, return_state=return_state,
+        )  # fmt: skip
+    constant("eps", eps)
+    route = way(q, k, v, optional=(initial_state,))
+    q, k = features.mapped(q, k, feature_map)
+    tensors = q, k, v, _wide(initial_state, q)
+    if not causal:
+        o, state = _everything(*tensors, bool(normalize), eps)
+    elif normalize:
+        o, state = _causal(route, NORMALIZED, tensors, (1.0, float(eps)))
+    else:
+        o, state = _causal(route, GATED, (*tensors[:3], None, tensors[3]), (1.0,))
+    return (o, state) if return_state else o
+
+
+def linear_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: torch.Tensor,
+    log_decay: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of `gated_linear_attention`, for decoding: its output and the state behind it.
+
+    Args:
+        q: (B, H, D).
+        k: (B, H, D).
+        v: (B, H, V).
+        state: (B, H, D, V) in fp32, as `return_state` gives it. It is not written to.
+        log_decay: (B, H) or (H,), or None.
+        scale: as there.
+
+    Returns:
+        o (B, H, V) in the dtype of v, and the next state in fp32. In PyTorch's own functions, differentiable.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    check_step(q, k, v, state, log_decay)
+    return step(q, k, v, _wide(state, q), log_decay, multiplier(scale, q))
+
+
+def _wide(x: torch.Tensor | None, q: torch.Tensor) -> Any:
+    """Decays and states in fp32, beside fp64 in fp64."""
+    return x if x is None else x.to(torch.promote_types(q.dtype, torch.float32))
+
+
+def _causal(route: Way, entry: Entry, tensors: tuple[Any, ...], options: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
+    """(o, state) by what serves the call."""
+    tensors = *autocast(*tensors[:3]), *tensors[3:]
+    entry.check(tensors, options)
+    if route == "pytorch":
+        return entry.plain(tensors, options)  # type: ignore[no-any-return]
+    if route == "op":
+        return entry.through(tensors, options)[:2]
+    args = arguments(tensors, options)
+    if not tensors[2].numel():
+        return entry.plain(tensors, options)  # type: ignore[no-any-return]
+    forward = registered()[0]
+    choice = dispatch.known(forward, args) or dispatch.lookup(forward, args)
+    if native(choice, tensors):
+        choice.calls += 1
+        return entry.plain(tensors, options)  # type: ignore[no-any-return]
+    return entry.direct(choice, tensors, options)[:2]
+
+
+def _everything(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None, normalize: bool, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every token sees all: a product for the state, and one with it."""
+    check(k, k, v, None, state, normalize)
+    check(q, q, q, None, None, normalize)
+    if (*q.shape[:2], q.shape[3], q.dtype, q.device) != (*k.shape[:2], k.shape[3], k.dtype, k.device):
+        raise ValueError(f"q and k must differ in their lengths at most; got q {tuple(q.shape)}, k {tuple(k.shape)}")
+    q, k, v = autocast(q, k, v)
+    wide, count = torch.promote_types(q.dtype, torch.float32), max(1, k.shape[2])
+    k = k / count
+    whole = (k.mT @ v).to(wide)
+    if normalize:
+        whole = torch.cat((whole, k.sum(-2, dtype=wide)[..., None]), -1)
+    if state is not None:
+        whole = whole + state / count
+    o = (q @ whole[..., : v.shape[-1]].to(q.dtype)).to(wide)
+    den = (q.to(wide) * whole[..., None, :, -1]).sum(-1, keepdim=True) + eps / count if normalize else 1 / count
+    o = o / den
+    return o.to(v.dtype), whole * count

@@ -1,0 +1,151 @@
+"""Causal linear attention as PyTorch's ops: schema, shapes, gradients. Loads no kernel before one runs.
+
+Two ops are made of one family: of the normalized one more is kept, and its gradients are those of the other, with a
+column of v that is 1 throughout. o = n / m, m = den + eps, makes dn = do / m, and dden = −(do · o) / m.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tilebook import dispatch
+from tilebook.call import Entry, Tensors
+from tilebook.kernels.attention.layout import like
+from tilebook.kernels.linear_attention.check import check
+from tilebook.kernels.linear_attention.layout import new_state
+from tilebook.kernels.linear_attention.pytorch import plain
+from tilebook.layout import rows
+
+
+@functools.cache
+def registered() -> tuple[Any, Any]:
+    """(forward, backward), as the tuner and the registry know them."""
+    from tilebook.kernels.linear_attention.ops import linear_attention_bwd, linear_attention_fwd
+
+    return linear_attention_fwd, linear_attention_bwd
+
+
+def arguments(tensors: Tensors, options: tuple[float, ...]) -> tuple[Any, ...]:
+    """The forward op's, of an entry's tensors and options: a scale, and what is added to divisors if there are any."""
+    q, k, v, *more = tensors
+    (scale, *eps), given = options, [rows(x) for x in (q, k, v) if x is not None]
+    return (*given, None, *more, scale, True, *eps) if eps else (*given, *more, scale, False, 0.0)
+
+
+def _check(tensors: Tensors, options: tuple[float, ...]) -> None:
+    *given, state = tensors
+    q, k, v, g = (*given, None)[:4]
+    check(q, k, v, g, state, len(options) == 2)  # type: ignore[arg-type]
+
+
+def _forward(choice: Any, tensors: Tensors, options: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
+    args = arguments(tensors, options)
+    if not args[2].numel():
+        o, state = plain(args[:5], args[5:])
+        outputs: tuple[torch.Tensor, ...] = o, state, o.new_empty(o.shape[:3], dtype=torch.float32)
+    else:
+        outputs = (dispatch.lookup(registered()[0], args) if choice is None else choice)(*args)
+    return outputs[: 1 + len(options)]
+
+
+def _gradients(
+    do: torch.Tensor, dstate: torch.Tensor | None, tensors: Tensors, weight: torch.Tensor | None, scale: float,
+    decayed: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    q, k, v, g, state = tensors
+    args = rows(do), dstate, *(rows(x) for x in (q, k, v) if x is not None), g, state, weight, scale, decayed
+    if not do.numel():
+        nothing = do.new_empty(0, dtype=torch.float32)
+        grads = [nothing if x is None else torch.zeros_like(x) for x in tensors]
+        return *grads[:4], nothing if state is None else grads[4] if dstate is None else dstate
+    return dispatch.run(registered()[1], *args)
+
+
+def _needed(grads: Sequence[torch.Tensor], needs: Sequence[bool]) -> Tensors:
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _backward(
+    do: torch.Tensor | None, dstate: torch.Tensor | None, tensors: Tensors, kept: Tensors, options: tuple[float],
+    needs: Sequence[bool],
+) -> Tensors:  # fmt: skip
+    do = torch.zeros_like(tensors[2]) if do is None else do  # type: ignore[arg-type]
+    return _needed(_gradients(do, dstate, tensors, None, *options, bool(needs[3])), needs)
+
+
+def _backward_of_quotient(
+    do: torch.Tensor | None, dstate: torch.Tensor | None, tensors: Tensors, kept: Tensors, options: tuple[float, float],
+    needs: Sequence[bool],
+) -> Tensors:  # fmt: skip
+    q, k, v, state = tensors
+    (scale, eps), (o, den) = options, kept
+    assert o is not None
+    assert den is not None
+    do = torch.zeros_like(o) if do is None else do
+    # Divisors grow with the sequence, and fp16 has little room below: the scale takes back what gradients are given.
+    room = 2.0 ** (max(1, o.shape[2]).bit_length() // 2) if o.dtype == torch.float16 else 1.0
+    part = room / (den + eps)
+    weight = -(do.float() * o.float()).sum(-1) * part
+    above = (do.float() * part[..., None]).to(o.dtype)
+    dq, dk, dv, _, dinit = _gradients(above, dstate, (q, k, v, None, state), weight, scale / room, False)
+    return _needed((dq, dk, dv, dinit), needs)
+
+
+def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
+    q, _, v, *_ = tensors
+    assert q is not None
+    assert v is not None
+    normalize = len(options) == 2
+    outputs = like(v), new_state(q, v, normalize), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return outputs if normalize else outputs[:2]
+
+
+def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
+    """What each token adds to a state and reads there, and the gradients of that; chunks multiply more."""
+    q, _, v, *_ = tensors
+    assert q is not None
+    assert v is not None
+    return int((4 if needs is None else 10) * q.numel() * v.shape[-1])
+
+
+def _entry(name: str, middle: tuple[str, ...], options: tuple[str, ...], kept: tuple[int, ...], **how: Any) -> Entry:
+    tensors = ("q", "k", "v", *middle, "initial_state?")
+    outputs = ("o", "state", "den")[: 1 + len(options)]
+    everything = *(each.rstrip("?") for each in tensors), *outputs
+    return Entry(
+        name=name,
+        tensors=tensors,
+        options=options,
+        outputs=outputs,
+        kept=kept,
+        forward=_forward,
+        fake=_fake,
+        check=_check,
+        plain=lambda tensors, options: plain((found := arguments(tensors, options))[:5], found[5:]),
+        casts=("q", "k", "v"),
+        fold=everything[: len(tensors)],
+        results=2,
+        flops=_flops,
+        shards=lambda tensors: [dict.fromkeys(everything, axis) for axis in (0, 1)],
+        **how,
+    )
+
+
+GATED = _entry(
+    "gated_linear_attention",
+    ("log_decay?",),
+    ("float scale",),
+    (),
+    backward=_backward,
+)
+NORMALIZED = _entry(
+    "linear_attention",
+    (),
+    ("float scale", "float eps"),
+    (0, 2),
+    backward=_backward_of_quotient,
+)

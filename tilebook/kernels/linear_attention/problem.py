@@ -1,0 +1,168 @@
+"""The problems that causal linear attention poses, and the suites to tune."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+
+from tilebook import bounds, op
+from tilebook.op import Cost
+from tilebook.problem import next_power_of_2
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class LinearAttention(op.Problem):
+    """q and k (B, H, S, D), v (B, H, S, V).
+
+    decay: log-decays (B, H, S). initial: there is a state before the first token, or a gradient of the last.
+    normalized: outputs are divided by their weights.
+    """
+
+    EXACT: ClassVar[frozenset[str]] = frozenset({"head_dim", "value_dim"})
+    PRODUCTS: ClassVar[int]
+    """Floating-point operations a token and number of the state, at least."""
+
+    batch: int = op.size("B")
+    heads: int = op.size("H")
+    seq: int = op.size("S")
+    head_dim: int = op.size("D")
+    value_dim: int = op.size("V", like="head_dim")
+    dtype: str = "bf16"
+    decay: bool = op.flag()
+    initial: bool = op.flag()
+    normalized: bool = op.flag()
+
+    @classmethod
+    def posed(cls, q: torch.Tensor, v: torch.Tensor, decay: bool, initial: bool, normalized: bool) -> Self:
+        batch, heads, seq, width = q.shape
+        return cls(batch, heads, seq, width, v.shape[-1], op.dtype_name(q.dtype), decay, initial, normalized)
+
+    def check(self) -> None:
+        bounds.linear_attention(self)
+
+    @property
+    def wide(self) -> int:
+        """Rows of a state in registers."""
+        return max(16, next_power_of_2(self.head_dim))
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.heads * self.seq
+
+    @property
+    def states(self) -> int:
+        """Numbers of all heads' states."""
+        return self.batch * self.heads * self.head_dim * (self.value_dim + self.normalized)
+
+    def drawn(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        """q, k, v, log-decays of 1 down to 1e-6, a state, and a source of more. Normalized, features are positive."""
+        source = op.generator(device, seed)
+        qk = (self.batch, self.heads, self.seq, self.head_dim)
+        q, k, v = (op.normal(shape, source, device, self.torch_dtype) for shape in (qk, qk, (*qk[:3], self.value_dim)))
+        g = state = None
+        if self.normalized and not q.is_meta:
+            q, k = q.abs(), k.abs()
+        if self.decay:
+            g = op.normal(qk[:3], source, device, torch.float32)
+            g = g if g.is_meta else -(g * g * g * g).clamp(max=138) / 10
+        if self.initial:
+            state = op.normal((*qk[:2], self.head_dim, self.value_dim + self.normalized), source, device, torch.float32)
+            if self.normalized and not state.is_meta:
+                state[..., -1].abs_()
+        return q, k, v, g, state, source
+
+    def neighbours(self) -> Sequence[Self]:
+        few = dataclasses.replace(self, batch=2, heads=3)
+        return [dataclasses.replace(few, seq=n, initial=more) for n, more in ((1, False), (453, True), (2500, False))]
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        texts = (
+            ("B2,H2,S128,D64,decay", "bf16"),
+            ("B1,H2,S100,D32", "fp16"),
+            ("B2,H1,S77,D16,decay,initial", "fp32"),
+            ("B1,H2,S130,D64,normalized", "bf16"),
+            ("B1,H2,S1,D64,V32,decay", "bf16"),
+            ("B1,H2,S200,D40,V72,decay", "fp16"),
+            ("B1,H2,S97,D64,decay,initial,normalized", "fp32"),
+            ("B2,H2,S70,D128,V96,decay,initial", "bf16"),
+            ("B1,H1,S65,D256,V256", "bf16"),
+            ("B2,H3,S5,D64,V32,decay,initial", "bf16"),
+            ("B2,H1,S33,D24,V8,initial,normalized", "fp16"),
+        )
+        return [cls.parse(text, dtype) for text, dtype in texts]
+
+    @classmethod
+    def suites(cls) -> Mapping[str, Sequence[Self]]:
+        lengths = 2048, 4096, 8192, 16384, 32768
+        found = [
+            cls.parse(f"B8,H16,S{n},D{d}{decay}", "bf16")
+            for decay in (",decay", "")
+            for d in (64, 128)
+            for n in lengths
+        ]
+        return {"linear": [*found, cls.parse("B16,H12,S256,D64,normalized", "bf16")]}
+
+
+@dataclass(frozen=True)
+class Problem(LinearAttention):
+    """q, k, v, log_decay, initial_state, scale, normalize, eps → o, state, den."""
+
+    PRODUCTS = 4
+
+    @classmethod
+    def of(
+        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor | None,
+        initial_state: torch.Tensor | None, scale: float, normalize: bool, eps: float,
+    ) -> Self:  # fmt: skip
+        return cls.posed(q, v, log_decay is not None, initial_state is not None, normalize)
+
+    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        *tensors, _ = self.drawn(device, seed)
+        return *tensors, self.head_dim**-0.5, self.normalized, EPS
+
+    def cost(self) -> Cost:
+        """A token's place in the state, and what it reads there."""
+        moved = 2 * self.tokens * (self.head_dim + self.value_dim) * self.torch_dtype.itemsize
+        statistics = 4 * self.tokens * (self.decay + self.normalized)
+        flops = self.PRODUCTS * self.tokens * self.head_dim * self.value_dim
+        return Cost(float(flops), float(moved + statistics + 4 * self.states * (1 + self.initial)))
+
+
+@dataclass(frozen=True)
+class BackwardProblem(LinearAttention):
+    """do, dstate, q, k, v, log_decay, initial_state, weight, scale, decayed → dq, dk, dv, dlog_decay, dinitial_state.
+
+    What a call normalized has become `weight`: the gradient of each row's divisor, see `entry`.
+    """
+
+    PRODUCTS = 10
+
+    @classmethod
+    def of(
+        cls, do: torch.Tensor, dstate: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        log_decay: torch.Tensor | None, initial_state: torch.Tensor | None, weight: torch.Tensor | None, scale: float,
+        decayed: bool,
+    ) -> Self:  # fmt: skip
+        initial = dstate is not None or initial_state is not None
+        return cls.posed(q, v, log_decay is not None, initial, weight is not None)
+
+    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        q, k, v, g, state, source = self.drawn(device, seed)
+        do = op.normal(v.shape, source, device, self.torch_dtype)
+        dstate = op.normal(state.shape, source, device, torch.float32) if self.initial else None
+        weight = op.normal(q.shape[:3], source, device, torch.float32) if self.normalized else None
+        return do, dstate, q, k, v, g, state, weight, self.head_dim**-0.5, self.decay
+
+    def cost(self) -> Cost:
+        """Gradients of all that is read, which the states are needed for as well."""
+        moved = self.tokens * (4 * self.head_dim + 3 * self.value_dim) * self.torch_dtype.itemsize
+        statistics = 4 * self.tokens * (2 * self.decay + self.normalized)
+        flops = self.PRODUCTS * self.tokens * self.head_dim * self.value_dim
+        return Cost(float(flops), float(moved + statistics + 3 * 4 * self.states * self.initial))

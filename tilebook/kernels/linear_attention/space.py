@@ -1,0 +1,150 @@
+"""The configs of linear attention's kernels, and what of them follows from problem and GPU.
+
+SPAN: chunks that a program of the last kernel takes, one after the other; 0 is all of them, which needs no other kernel
+forward. Backward it is always one. What each begins with is found before by walks of WALK chunks, 0 for one walk along
+all; several are joined by a scan.
+"""
+
+from __future__ import annotations
+
+import triton
+
+from tilebook.device import Device
+from tilebook.kernels.linear_attention.problem import BackwardProblem, LinearAttention
+from tilebook.occupancy import asynchronous, crowded, too_large
+from tilebook.op import Config, Cost, Space, powers_of_two
+
+_MOST_WALKS = 1024
+
+
+def walks(chunks: int, config: Config) -> tuple[int, int]:
+    """Chunks of a program of the last kernel, and of a walk that finds states."""
+    span, walk = int(config.get("SPAN", 1)), config.number("WALK")
+    return min(span or chunks, chunks), min(walk or chunks, chunks)
+
+
+def _backward(problem: LinearAttention) -> bool:
+    return isinstance(problem, BackwardProblem)
+
+
+def _whole(config: Config) -> bool:
+    """Does the last kernel go along all, with no states from before?"""
+    return config.get("SPAN", 1) == 0
+
+
+def _needs(problem: LinearAttention, config: Config, device: Device) -> tuple[int, int]:
+    """fp32 numbers in registers and bytes of shared memory of a program of the last kernel, about."""
+    chunk, columns, wide = config.number("CHUNK"), config.number("BLOCK_V"), problem.wide
+    size, ring = problem.torch_dtype.itemsize, max(1, config.number("num_stages") - 1)
+    pairs, state = chunk * chunk, wide * columns
+    if _backward(problem):
+        kept = 4 if problem.decay or problem.dtype != "bf16" else 2  # states wait as they are kept
+        swept = 2 * chunk * columns * size + 2 * state * kept
+        shared = 2 * chunk * wide * size + swept * (ring if config.number("num_stages") > 1 else 0) + pairs * size
+        return pairs + 2 * chunk * wide + chunk * columns, shared + 2 * state * size
+    loaded = chunk * (2 * wide + columns) * size
+    return state + pairs + chunk * columns, loaded * ring + state * size + pairs * size
+
+
+def _reject(problem: LinearAttention, config: Config, device: Device) -> str | None:
+    chunk, columns, warps = config.number("CHUNK"), config.number("BLOCK_V"), config.number("num_warps")
+    walk, state_v, state_warps = config.number("WALK"), config.number("STATE_V"), config.number("STATE_WARPS")
+    wide, most = problem.wide, max(16, triton.next_power_of_2(problem.value_dim))
+    chunks, span = triton.cdiv(problem.seq, chunk), int(config.get("SPAN", 1))
+    if columns > most or state_v > most:
+        return "a tile has more columns than there are"
+    if chunk > max(16, triton.next_power_of_2(problem.seq)):
+        return "a chunk is longer than the sequence"
+    if _whole(config) and (walk, state_v, state_warps) != (0, min(64, most), 4):
+        return "one walk along all finds no states before"
+    if (span > 1 and span >= chunks) or (walk and walk >= chunks):
+        return "a walk along all is 0"
+    if span and walk % span:
+        return "walks that do not end where others begin"
+    if walk and chunks > _MOST_WALKS * walk:
+        return "a scan over too many walks"
+    if device.backend == "hip" and config.number("num_stages") > 2:
+        return "more than 2 stages do not pay on AMD GPUs"
+    if chunk * min(chunk, columns, wide) < 32 * warps:
+        return f"{warps} warps need larger tiles"
+    if chunk * max(columns, wide) > 4096 * warps:
+        return "tiles are worth more warps"
+    elements, shared = _needs(problem, config, device)
+    reason = too_large(shared, device) or crowded(elements, warps, device)
+    if reason or _whole(config):
+        return reason
+    state_shared = (2 * chunk * (wide + state_v) + wide * state_v) * problem.torch_dtype.itemsize
+    return too_large(state_shared, device) or crowded(2 * wide * state_v, state_warps, device)
+
+
+def _shapes(problem: LinearAttention, device: Device) -> list[tuple[int, int, int, int]]:
+    """Chunk, columns, warps and stages that compile without spills, the best guess first."""
+    wide, backward = problem.wide, _backward(problem)
+    padded = problem.head_dim != wide or problem.value_dim % 64
+    small = [(chunk, columns, warps, 1) for chunk in (32, 16) for columns in (32, 16) for warps in (8, 4, 2, 1)]
+    if problem.dtype == "fp32":  # products pass through registers
+        return small[:1] + small[8:] if wide <= 64 else [(16, 32 if wide <= 128 else 16, 8, 1), *small[8:]]
+    if wide > 128:
+        return [(16, 32, 8, 1), *small[8:]] if backward else [(32, 32, 8, 1), *small]
+    if backward and not asynchronous(device):  # factors of products pass through registers
+        return [(32, 64, 8, 1), *small]
+    if padded and backward:
+        return [(64, 32, 8, 1), *small]
+    four = [(64, 64, 4, 2), (64, 64, 4, 1)] if wide <= 64 else []
+    return [*four, (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (64, 16, 4, 1), *small]
+
+
+def _default(problem: LinearAttention, device: Device) -> Config:
+    """Chunks of 64, four to a program forward, all of a sequence of few."""
+    most, length = (max(16, triton.next_power_of_2(n)) for n in (problem.value_dim, problem.seq))
+    configs, exact = [], problem.dtype == "fp32"
+    for chunk, columns, warps, stages in _shapes(problem, device):
+        chunk = min(chunk, length)
+        chunks = triton.cdiv(problem.seq, chunk)
+        whole = not _backward(problem) and chunks <= 16
+        values = {
+            "CHUNK": chunk, "BLOCK_V": min(columns, most), "SPAN": 0 if whole else 1 if chunks <= 4 else 4,
+            "WALK": 128 if chunks > 512 and not whole else 0,
+            "STATE_V": min(64 if whole else 16 if exact else 64 if problem.wide <= 128 else 32, most),
+            "STATE_WARPS": 8 if exact and not whole else 4, "num_warps": warps, "num_stages": stages,
+        }  # fmt: skip
+        if _backward(problem):
+            del values["SPAN"]
+        configs.append(Config(values))
+    return next((each for each in configs if _reject(problem, each, device) is None), configs[-1])
+
+
+def _work(problem: LinearAttention, config: Config) -> Cost:
+    """Whole chunks and tiles; what walks read and write of states, and read again of keys and values."""
+    chunk, columns = config.number("CHUNK"), config.number("BLOCK_V")
+    chunks, size = triton.cdiv(problem.seq, chunk), problem.torch_dtype.itemsize
+    (span, walk), floor, backward = walks(chunks, config), problem.cost(), _backward(problem)
+    pairs, tiles = problem.batch * problem.heads, triton.cdiv(problem.value_dim, columns)
+    # Products inside chunks and with states, of the last kernel; walks that find states.
+    inside = (4 * problem.wide + 2 * tiles * columns) if backward else tiles * (problem.wide + columns)
+    flops = 2.0 * pairs * chunks * chunk * (chunk * inside + (3 if backward else 2) * problem.wide * tiles * columns)
+    read = floor.bytes * (1 if backward else 1 + (tiles - 1) / 2)
+    if not _whole(config):
+        passes, kept = 1 if walk == chunks else 2, 2 if span == 1 and not problem.decay else 4
+        tokens = pairs * problem.seq * (problem.head_dim + problem.value_dim)
+        states = problem.states * (
+            2 * kept * triton.cdiv(chunks, span) + (16 * triton.cdiv(chunks, walk) if passes > 1 else 0)
+        )
+        read += (2 if backward else 1) * (float(passes * tokens * size) + states)
+        flops += (2 if backward else 1) * 2.0 * passes * pairs * chunks * chunk * problem.wide * problem.value_dim
+    return Cost(max(flops, floor.flops), read)
+
+
+_AXES = {
+    "CHUNK": powers_of_two(16, 128),
+    "BLOCK_V": powers_of_two(16, 128),
+    "SPAN": (0, 1, 2, 4, 8, 16),
+    "WALK": (0, 8, 32, 128),
+    "STATE_V": powers_of_two(16, 128),
+    "STATE_WARPS": (4, 8),
+    "num_warps": powers_of_two(1, 8),
+    "num_stages": (1, 2, 3),
+}
+
+SPACE = Space(_AXES, _reject, _default, _work)
+SPACE_BWD = Space({axis: values for axis, values in _AXES.items() if axis != "SPAN"}, _reject, _default, _work)
