@@ -19,7 +19,8 @@ ROOT = HERE.parents[1]
 
 
 def run(*command, **variables):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    path = os.pathsep.join(each for each in (str(ROOT), os.environ.get("PYTHONPATH", "")) if each)
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
