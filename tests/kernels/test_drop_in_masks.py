@@ -173,7 +173,7 @@ def test_gradients_are_pytorchs(pytorchs):
 
 
 def test_attention_under_a_mask_of_the_same_for_all_rows_looks_at_one(monkeypatch):
-    """Of keys that are padded one row is made safe for PyTorch's kernels, not all."""
+    """Of keys that are padded one row is made a score for PyTorch's kernels, not all."""
     from tilebook.kernels.attention import pytorch
 
     seen = []

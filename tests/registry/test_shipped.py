@@ -27,7 +27,7 @@ def test_every_verdict_is_of_the_kernels_as_they_are(name):
             assert each.external or each.digest in ("", verdict.source_of(each.name)), each.name
 
 
-def test_what_won_is_what_serves_where_it_was_measured(monkeypatch):
+def test_what_won_is_what_serves_where_it_was_measured_unless_pytorchs_own_is_as_fast(monkeypatch):
     gpu = devices.find("H200")
     snapshot = Snapshot(gpu)
     for verdict in VERDICTS:
@@ -38,7 +38,13 @@ def test_what_won_is_what_serves_where_it_was_measured(monkeypatch):
         names = [name for name in ready if op.implementations[name].can_run(problem, gpu)]
         monkeypatch.setattr(devices, "environment", lambda known=verdict.environment.versions: known)
         choice = snapshot.choose(op, problem)
-        assert (choice.source, choice.implementation.name) == ("exact", names[0]), problem.label
+        assert choice.source == "exact", problem.label
+        ms = {each.implementation: each.time_ms for each in reversed(verdict.finalists)}
+        native = [ms[name] for name in names if op.native(name, problem, gpu)]
+        if op.fused(problem) and native and min(native) < 1.02 * ms[names[0]]:
+            assert op.native(choice.implementation.name, problem, gpu), problem.label
+        else:
+            assert choice.implementation.name == names[0], problem.label
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,12 @@ def sdpa(
         o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
         return o
     # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
-    added, hidden = bias.to(q.dtype).log() if bias.dtype == torch.bool else bias.to(q.dtype), None
+    seen = bias[tuple(slice(None if step else 1) for step in bias.stride())]  # where all see the same, one is looked at
+    added, hidden = seen.to(q.dtype).log() if seen.dtype == torch.bool else seen.to(q.dtype), None
     if bias.requires_grad:  # whose gradient would be NaN there: such rows see everything, and then count for nothing
         hidden = added.amax(-1, True) == -torch.inf
         added = added.masked_fill(hidden, 0.0)
-    mask = in_vectors(added, k.shape[2], q.dtype).expand(*added.shape[:-1], k.shape[2])
+    mask = in_vectors(added, k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
     o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
     return o if hidden is None else o.masked_fill(hidden, 0.0)
 
