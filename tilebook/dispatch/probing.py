@@ -284,6 +284,12 @@ class Prober:
         self.keep()
 
     def _watch(self) -> None:
+        began = self.gpu.now()
+        with suppress(Exception):  # loaded before any problem is looked at, or the first would pay for it
+            import tilebook.tuner.judge.stats
+            import tilebook.tuner.judge.verify  # noqa: F401
+        with self._lock:
+            self.spent_s += self.gpu.now() - began
         while not self._over.wait(_TICK_S):
             try:
                 self.tick()

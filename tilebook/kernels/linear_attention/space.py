@@ -16,6 +16,10 @@ from tilebook.op import Config, Cost, Space, powers_of_two
 
 _MOST_WALKS = 1024
 
+_SAFE = 64
+"""On an H200 one of the first fifteen configs of B2 H4 S3000 D64, nearly all with chunks of 16 or 32 tokens, read memory
+that is not its own, with Triton 3.6; which of them and why is not known. Longer chunks are faster."""
+
 
 def walks(chunks: int, config: Config) -> tuple[int, int]:
     """Chunks of a program of the last kernel, and of a walk that finds states."""
@@ -55,6 +59,8 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
         return "a tile has more columns than there are"
     if chunk > max(16, triton.next_power_of_2(problem.seq)):
         return "a chunk is longer than the sequence"
+    if device.arch == "sm_90" and chunk < min(_SAFE, problem.seq) and problem.dtype != "fp32" and wide <= 128:
+        return f"chunks below {_SAFE} tokens of a longer sequence are not safe on Hopper"
     if _whole(config) and (walk, state_v, state_warps) != (0, min(64, most), 4):
         return "one walk along all finds no states before"
     if (span > 1 and span >= chunks) or (walk and walk >= chunks):
