@@ -17,8 +17,8 @@ from tilebook.op import Config, Cost, Space, powers_of_two
 _MOST_WALKS = 1024
 
 _SAFE = 64
-"""On an H200 one of the first fifteen configs of B2 H4 S3000 D64, nearly all with chunks of 16 or 32 tokens, read memory
-that is not its own, with Triton 3.6; which of them and why is not known. Longer chunks are faster."""
+"""Of the first fifteen configs of B2 H4 S3000 D64, nearly all with chunks of 16 or 32 tokens, one read memory that is
+not its own on an H200, with Triton 3.6; which of them and why is not known. Longer chunks are faster."""
 
 
 def walks(chunks: int, config: Config) -> tuple[int, int]:
