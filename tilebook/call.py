@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook import dispatch, torch_ops
 from tilebook.layout import rows
-from tilebook.left import ORDINARY
+from tilebook.left import ORDINARY, keep, known, unsettled
 
 Tensors = tuple[torch.Tensor | None, ...]
 Way = Literal["direct", "op", "pytorch"]
@@ -210,6 +210,36 @@ class Entry:
         if recorded(tensors):
             return _apply(self, choice, options, *tensors)  # type: ignore[no-any-return]
         return self.forward(choice, tensors, options)
+
+    def serve(
+        self, route: Way, forward: Any, tensors: Tensors, options: tuple[Any, ...], check: Callable[[], Any], *,
+        args: tuple[Any, ...] | None = None, posed: Callable[[Any], tuple[Any, ...]] | None = None,
+        own: Any = None, size: float = 0.0, bounds: tuple[float, float] = (0.0, 0.0), whole: Any = native,
+    ) -> tuple[torch.Tensor, ...] | None:  # fmt: skip
+        """The outputs of a call on the direct or the op's way; None where PyTorch's own function is to serve it.
+
+        forward: the op of the forward pass. check: raises ValueError for what does not go together; true for what no
+        kernel takes. A call like one before is not checked again. args: what it is known by, tensors and options if not
+        given. posed: device → what poses its problem, if not args. own: what `left` is to know such calls by, None for
+        those that it is not to; size and bounds are as `left.known` has them. whole: does PyTorch's function serve it?
+        """
+        args = (*tensors, *options) if args is None else args
+        choice = dispatch.known(forward, args) if route == "direct" else None
+        if choice is None:
+            if check():
+                return None
+            if route == "op":
+                pose: Callable[[Any], tuple[Any, ...]] = posed or (lambda device: args)
+                if self.left_to_pytorch(lambda: (forward, forward.problem.of(*pose("meta"))), tensors):
+                    return None
+                return self.through(tensors, options)
+            choice = dispatch.lookup(forward, args if posed is None else posed(tensors[0].device), args)  # type: ignore[union-attr]
+        if own is not None and unsettled(own, choice):
+            keep(own, known(choice, size, bounds))
+        if whole(choice, tensors):
+            choice.calls += 1
+            return None
+        return self.direct(choice, tensors, options)
 
     def through(self, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         """The outputs, by PyTorch's dispatcher."""

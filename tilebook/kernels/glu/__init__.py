@@ -5,18 +5,17 @@ One kernel forward, one backward; the products around them are cuBLAS's.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from tilebook import dispatch
-from tilebook.call import Tensors, native, recorded, way
+from tilebook.call import Tensors, recorded, way
 from tilebook.casting import autocast, autocast_dtype
 from tilebook.kernels.glu.check import check, check_block
 from tilebook.kernels.glu.entry import BLOCK, GLU, addressed, registered
 from tilebook.kernels.glu.pytorch import BOUNDS, HOST_BOUND, block, plain
-from tilebook.left import ORDINARY, again, keep, known, recall, unsettled
+from tilebook.left import ORDINARY, again, recall
 from tilebook.traced import ahead, described
 
 __all__ = ["geglu", "glu", "swiglu"]
@@ -63,22 +62,12 @@ def glu(gate: torch.Tensor, up: torch.Tensor | None = None, activation: str = "s
         if route == "op" and alike and gate.numel() and _ahead((gate, up), activation, recorded(given)):
             return _shaped(GLU.through(_flat(gate, up), (activation,))[0], gate)
         return plain((gate, up), (activation,))
-    tensors, forward = _flat(gate, up), registered()[0]
-    args = *tensors, activation
-    choice = dispatch.known(forward, args) if route == "direct" else None
-    if choice is None:
-        check(gate, up, activation)
-        if route == "op":
-            if GLU.left_to_pytorch(lambda: (forward, forward.problem.of(*args)), tensors):
-                return plain((gate, up), (activation,))
-            return _shaped(GLU.through(tensors, (activation,))[0], gate)
-        choice = dispatch.lookup(forward, args)
-    if own is not None and unsettled(own, choice):
-        keep(own, known(choice, gate.numel(), (HOST_BOUND, HOST_BOUND)))
-    if native(choice, tensors):
-        choice.calls += 1
-        return plain((gate, up), (activation,))
-    return _shaped(GLU.direct(choice, tensors, (activation,))[0], gate)
+    tensors, bounds = _flat(gate, up), (HOST_BOUND, HOST_BOUND)
+    outputs = GLU.serve(
+        route, registered()[0], tensors, (activation,), lambda: check(gate, up, activation),
+        own=own, size=gate.numel(), bounds=bounds,
+    )  # fmt: skip
+    return plain((gate, up), (activation,)) if outputs is None else _shaped(outputs[0], gate)
 
 
 def swiglu(
@@ -195,25 +184,13 @@ def _block(given: Tensors, activation: str, recompute: bool) -> torch.Tensor:
         if route == "op" and some and _block_ahead(given, activation):
             return _shaped(BLOCK.through(_rows(given), options)[0], x)
         return block(whole, options)
-    tensors, forward = _rows(given), registered()[0]
-    args = *tensors, *options, recorded(tensors)
-    choice = dispatch.known(forward, args) if route == "direct" else None
-    if choice is None:
-        check_block(*given)  # type: ignore[arg-type]
-        if route == "op":
-            if BLOCK.left_to_pytorch(
-                lambda: (forward, forward.problem.of(*_between(tensors, "meta"), activation)), tensors
-            ):
-                return block(whole, options)
-            return _shaped(BLOCK.through(tensors, options)[0], x)
-        choice = dispatch.lookup(forward, (*_between(tensors, x.device), activation), args)
-    if own is not None and unsettled(own, choice):
-        weight: Any = given[3]
-        keep(own, known(choice, x.numel() // x.shape[-1] * weight.numel(), BOUNDS))
-    if native(choice, tensors):
-        choice.calls += 1
-        return block(whole, options)
-    return _shaped(BLOCK.direct(choice, tensors, options)[0], x)
+    tensors, weight = _rows(given), cast(torch.Tensor, given[3])
+    outputs = BLOCK.serve(
+        route, registered()[0], tensors, options, lambda: check_block(*given),  # type: ignore[arg-type]
+        args=(*tensors, *options, recorded(tensors)), posed=lambda device: (*_between(tensors, device), activation),
+        own=own, size=x.numel() // x.shape[-1] * weight.numel(), bounds=BOUNDS,
+    )  # fmt: skip
+    return block(whole, options) if outputs is None else _shaped(outputs[0], x)
 
 
 def _rows(given: Tensors) -> Tensors:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from tilebook import dispatch
 from tilebook.call import left_whole, recorded, way
 from tilebook.casting import autocast, autocast_dtype
 from tilebook.kernels.mlp.check import check
@@ -18,7 +17,7 @@ from tilebook.kernels.mlp.entry import MLP, registered
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import BOUNDS, plain
 from tilebook.layout import rows
-from tilebook.left import ORDINARY, again, keep, known, recall, unsettled
+from tilebook.left import ORDINARY, again, recall
 from tilebook.traced import ahead, described
 
 __all__ = ["mlp"]
@@ -83,28 +82,16 @@ def mlp(
     flat = rows(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) if x.numel() and x.ndim else x)
     tensors = flat, w1, rows(b1), w2, rows(b2)
     options = activation, recorded(tensors)
-    args = (*tensors, *options)
-    choice = dispatch.known(registered()[0], args) if route == "direct" else None
-    if choice is None:
+
+    def checked() -> bool:
         check(x, w1, b1, w2, b2)
-        if not (x.numel() and w1.numel()) or (
-            route == "op" and MLP.left_to_pytorch(lambda: _problem(tensors, options), tensors)
-        ):
-            return plain((x, w1, b1, w2, b2), options)
-        if route == "op":
-            return _shaped(MLP.through(tensors, options)[0], x)
-        choice = dispatch.lookup(registered()[0], (*tensors[:3], *options), args)
-    if own is not None and unsettled(own, choice):
-        keep(own, known(choice, flat.shape[0] * w1.numel(), BOUNDS))
-    if left_whole(choice, tensors):
-        choice.calls += 1
-        return plain((x, w1, b1, w2, b2), options)
-    return _shaped(MLP.direct(choice, tensors, options)[0], x)
+        return not (x.numel() and w1.numel())
 
-
-def _problem(tensors: tuple[Any, ...], options: tuple[str, bool]) -> tuple[Any, Any]:
-    op = registered()[0]
-    return op, op.problem.of(*tensors[:3], *options)
+    outputs = MLP.serve(
+        route, registered()[0], tensors, options, checked, posed=lambda device: (*tensors[:3], *options), own=own,
+        size=flat.numel() * w1.numel() / max([1, *w1.shape[-1:]]), bounds=BOUNDS, whole=left_whole,
+    )  # fmt: skip
+    return plain((x, w1, b1, w2, b2), options) if outputs is None else _shaped(outputs[0], x)
 
 
 def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from tilebook import dispatch
 from tilebook.call import Entry, constant, left_whole, recorded, way
 from tilebook.kernels.norms.check import check, check_alike
 from tilebook.kernels.norms.entry import (
@@ -20,7 +19,7 @@ from tilebook.kernels.norms.entry import (
     turned,
 )
 from tilebook.kernels.norms.pytorch import HOST_BOUND
-from tilebook.left import ORDINARY, again, keep, known, recall, unsettled
+from tilebook.left import ORDINARY, again, recall
 from tilebook.traced import ahead, described
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
@@ -192,22 +191,17 @@ def _norm(
     if not turn and x.ndim != 2 and x.numel():
         flat = tuple(each.reshape(-1, x.shape[-1]) for each in flat)
     tensors = addressed((*flat, *vectors))
-    choice = dispatch.known(forward, (*tensors, eps)) if route == "direct" else None
-    if choice is None:
+
+    def checked() -> bool:
         check(names, x, vectors)
-        if not x.numel() or any(each is not None and each.dtype == torch.float64 for each in vectors):
-            return entry.plain(whole, (eps,))
-        if route == "op":
-            if entry.left_to_pytorch(lambda: (forward, forward.problem.of(*tensors, eps)), tensors):
-                return entry.plain(whole, (eps,))
-            return _shaped(entry, entry.through(tensors, (eps,)), x)
-        choice = dispatch.lookup(forward, (*tensors, eps))
-    if own is not None and unsettled(own, choice) and all(each is None or each.dtype == x.dtype for each in vectors):
-        keep(own, known(choice, x.numel(), (HOST_BOUND, HOST_BOUND)))
-    if left_whole(choice, tensors):
-        choice.calls += 1
-        return entry.plain(whole, (eps,))
-    return _shaped(entry, entry.direct(choice, tensors, (eps,)), x)
+        return not x.numel() or any(each is not None and each.dtype == torch.float64 for each in vectors)
+
+    alike = all(each is None or each.dtype == x.dtype for each in vectors)
+    outputs = entry.serve(
+        route, forward, tensors, (eps,), checked, own=own if alike else None, size=x.numel(),
+        bounds=(HOST_BOUND, HOST_BOUND), whole=left_whole,
+    )  # fmt: skip
+    return entry.plain(whole, (eps,)) if outputs is None else _shaped(entry, outputs, x)
 
 
 def _shaped(entry: Entry, outputs: tuple[torch.Tensor, ...], x: torch.Tensor) -> Any:

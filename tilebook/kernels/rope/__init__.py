@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from tilebook import dispatch
-from tilebook.call import native, recorded, way
+from tilebook.call import recorded, way
 from tilebook.kernels.rope.check import check
 from tilebook.kernels.rope.entry import ROPE, addressed, registered
 from tilebook.kernels.rope.pytorch import plain
-from tilebook.left import ORDINARY, again, keep, known, recall, unsettled
+from tilebook.left import ORDINARY, again, recall
 from tilebook.traced import ahead, described
 
 __all__ = ["apply_rope"]
@@ -67,21 +66,10 @@ def apply_rope(
         if route == "op" and _takes(*given) and _ahead(given, options):
             return _both(ROPE.through(addressed(given), options))
         return plain(given, options)
-    tensors, forward = addressed(given), registered()[0]
-    choice = dispatch.known(forward, (*tensors, *options)) if route == "direct" else None
-    if choice is None:
-        check(*given)
-        if route == "op":
-            if ROPE.left_to_pytorch(lambda: (forward, forward.problem.of(*tensors, *options)), tensors):
-                return plain(given, options)
-            return _both(ROPE.through(tensors, options))
-        choice = dispatch.lookup(forward, (*tensors, *options))
-    if own is not None and unsettled(own, choice):
-        keep(own, known(choice, q.numel(), (0, 0)))  # PyTorch starts ten kernels, which costs the host most
-    if native(choice, tensors):
-        choice.calls += 1
-        return plain(given, options)
-    return _both(ROPE.direct(choice, tensors, options))
+    outputs = ROPE.serve(
+        route, registered()[0], addressed(given), options, lambda: check(*given), own=own, size=q.numel()
+    )  # whatever its size: PyTorch starts ten kernels, which costs the host most
+    return plain(given, options) if outputs is None else _both(outputs)
 
 
 def _both(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
