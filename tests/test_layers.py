@@ -85,16 +85,30 @@ def inside(name: str, *folders: str) -> bool:
     ("what", "who"),
     [
         ("tilebook.cli", ["tilebook.cli", "tilebook.__main__"]),
-        ("tilebook.report", ["tilebook.report", "tilebook.cli", "tilebook.revocation"]),
+        ("tilebook.report", ["tilebook.report", "tilebook.cli", "tilebook.revocation", "tilebook.scripted"]),
         (
             "tilebook.tuner",
-            ["tilebook.tuner", "tilebook.dispatch", "tilebook.report", "tilebook.recheck", "tilebook.cli"],
+            [
+                "tilebook.tuner",
+                "tilebook.dispatch",
+                "tilebook.report",
+                "tilebook.recheck",
+                "tilebook.scripted",
+                "tilebook.cli",
+            ],
         ),
         ("tilebook.tuner.sweeps", ["tilebook.tuner.sweeps", "tilebook.cli"]),
         ("tilebook.tuner.cluster", ["tilebook.tuner.cluster", "tilebook.cli"]),
         (
             "tilebook.foreign",
-            ["tilebook.foreign", "tilebook.autoload", "tilebook.inventory", "tilebook.report", "tilebook.cli"],
+            [
+                "tilebook.foreign",
+                "tilebook.autoload",
+                "tilebook.inventory",
+                "tilebook.report",
+                "tilebook.scripted",
+                "tilebook.cli",
+            ],
         ),
     ],
 )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tilebook.kernels.rope import apply_rope
     from tilebook.kernels.varlen import attention_varlen
     from tilebook.patching import patch, patched
+    from tilebook.scripted import tune
 
 __all__ = [
     "add_layer_norm",
@@ -57,6 +58,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "status",
     "swiglu",
+    "tune",
 ]
 
 __version__ = "0.1.0"
@@ -89,6 +91,7 @@ _MODULE = {
     "scaled_dot_product_attention": "kernels.attention",
     "status": "enabling",
     "swiglu": "kernels.glu",
+    "tune": "scripted",
 }
 """Public function → the module that has it, which is imported when it is first asked for."""
 

@@ -60,6 +60,15 @@ def test_what_no_verdict_covers_is_searched_as_ever(tmp_path):
     assert done.stderr.count("without its verdicts") == 1
 
 
+def test_a_script_tunes_what_it_calls_and_is_served(tmp_path):
+    registry = tmp_path / "registry.db"
+    done = run(HERE / "tuned_in_code.py", registry, TILEBOOK_REGISTRY=str(registry))
+    assert done.stdout.splitlines() == [
+        "16 tuned_in_code:double_kernel n=100 fp32,fp32 64 64",
+        "no autotuned kernel that can be tuned was called: it called none",
+    ]
+
+
 @pytest.mark.parametrize("asked", ["record:/proc/no/such/folder", "sing"])
 def test_a_failure_breaks_no_program(asked):
     done = run(HERE / "program.py", TILEBOOK_TRITON=asked)

@@ -81,6 +81,11 @@ class _Memory(serving.Served):
             self[self._last] = waiting[0]
         return True
 
+    def forget(self) -> None:
+        self.clear()
+        self._waiting.clear()
+        self._counted.clear()
+
     def _decide(self, key: Any) -> bool:
         """False where the autotuner is to search. Raises Missing where that is asked for."""
         tuner, gpu, problem = self._tuner, None, ""

@@ -88,7 +88,7 @@ class Recording:
         self._file = folder / f"{os.uname().nodename}-{os.getpid()}-{int(time.time())}.json"
         self._written = time.monotonic()
         self._kernels: dict[int, tuple[Kernel, Entry] | None] = {}
-        self._tuners: list[Any] = []  # so that no two have the same id
+        self.tuners: list[Any] = []  # so that no two have the same id
         self._found: dict[tuple[int, tuple[Any, ...]], Recorded | None] = {}
         self.left_out: dict[str, int] = {}
 
@@ -111,7 +111,7 @@ class Recording:
     def _kernel(self, tuner: Any) -> tuple[Kernel, Entry] | None:
         if id(tuner) not in self._kernels:
             self._kernels[id(tuner)] = None
-            self._tuners.append(tuner)
+            self.tuners.append(tuner)
             if len(self._kernels) > MOST_KERNELS:
                 raise Unfit(f"more than {MOST_KERNELS} kernels")
             kernel = Kernel(tuner)

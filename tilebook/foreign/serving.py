@@ -128,6 +128,12 @@ class Served(dict[Any, Any]):
             del self[key]
         return bool(keys)
 
+    def forget(self) -> None:
+        """What has been looked up: there may be other verdicts now."""
+        for key in self._told:
+            self.pop(key, None)
+        self._told.clear()
+
     @property
     def kernel(self) -> Kernel:
         if self._kernel is None:

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from tilebook.foreign.record import folder, start
+from tilebook.foreign.record import Recording, folder, start
 
 
 def install(asked: str) -> None:
@@ -23,7 +23,11 @@ def install(asked: str) -> None:
 def _record(place: Path) -> None:
     from triton.runtime.autotuner import Autotuner
 
-    recording, run = start(place), Autotuner.run
+    Autotuner.run = noted_by(start(place), Autotuner.run)
+
+
+def noted_by(recording: Recording, run: Any) -> Any:
+    """`Autotuner.run` that tells the recording of every call."""
 
     @functools.wraps(run)
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -32,7 +36,7 @@ def _record(place: Path) -> None:
             recording.note(self, args, kwargs)
         return done
 
-    Autotuner.run = noting
+    return noting
 
 
 def _serve() -> None:
