@@ -4,6 +4,7 @@ Test processes side by side have a core each: with more threads than that, small
 A shell starts what it runs in the background deaf to Ctrl-C, and so would be the tests that send it.
 """
 
+import importlib.util
 import os
 import signal
 
@@ -11,8 +12,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is lo
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from interpreter import mended
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,3 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _mended():
+    """What runs in Triton's interpreter runs as on a GPU."""
+    with mended() if importlib.util.find_spec("triton") else nullcontext():
+        yield

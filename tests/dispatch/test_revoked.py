@@ -89,6 +89,7 @@ def test_where_every_config_is_revoked_pytorch_runs(choose):
 def test_another_implementation_can_be_revoked(choose, monkeypatch):
     cudnn = OP.implementations["cudnn"]
     monkeypatch.setitem(OP.implementations, "cudnn", dataclasses.replace(cudnn, available=lambda device: True))
+    monkeypatch.setattr("tilebook.kernels.attention.native.cudnn_first", lambda arch: False)
     won = verdict(implementation="cudnn", config={}, evidence=RANKED)
     assert choose(won).implementation.name == "cudnn"
     assert choose(won, revocations=[revocation({}, "cudnn", arch="sm_80")]).implementation.name == "cudnn"

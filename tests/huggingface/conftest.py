@@ -1,18 +1,8 @@
 """What is spelled out, and what is called, for tests of `attn_implementation="tilebook"`."""
 
-import importlib.util
-from contextlib import nullcontext
-
 import pytest
-from interpreter import mended
 
 from tilebook.huggingface import attention
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _mended():
-    with mended() if importlib.util.find_spec("triton") else nullcontext():
-        yield
 
 
 @pytest.fixture

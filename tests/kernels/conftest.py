@@ -1,8 +1,0 @@
-import pytest
-from interpreter import mended
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _mended():
-    with mended():
-        yield
