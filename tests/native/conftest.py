@@ -3,6 +3,7 @@ import fcntl
 import shutil
 
 import pytest
+import torch
 
 from tilebook import native
 from tilebook.native import place
@@ -79,3 +80,30 @@ def extension(library, folder, monkeypatch):
         it.pretend(0)
 
     return served
+
+
+class NoLaunch:
+    def launch(self, *given):
+        raise AssertionError("nothing is to be launched")
+
+
+@pytest.fixture
+def it(extension):
+    """The extension, on."""
+    for served in extension(NoLaunch(), ()):
+        yield served.extension
+
+
+@pytest.fixture
+def both(it):
+    """What a program gives with it off and on, the same bits."""
+
+    def run(program, *args):
+        it.stop()
+        plain = program(*args)
+        it.start(lambda name, given: (None, False, None))
+        ours = program(*args)
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
+        return ours
+
+    return run

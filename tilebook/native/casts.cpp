@@ -3,8 +3,9 @@
 // Autocast casts each weight when a region first uses it, and keeps the cast until the region ends: for each a call, a
 // kernel, a node of autograd, and as much again for its gradient. Here the weights that a region has used one after the
 // other are cast together from the next region on, by one kernel and one node, when the first of them is used. The
-// numbers are the same, and so is how long they live: they hang on a cast that PyTorch itself keeps for the region.
-// Whatever is no ordinary leaf in memory, and every weight while this is off, is PyTorch's own affair.
+// numbers are the same, and so is how long they live: PyTorch keeps what is used, as its own cast, and the rest hangs on
+// a cast that it keeps for the region. Whatever is no ordinary leaf in memory, and every weight while this is off, is
+// PyTorch's own affair.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -16,6 +17,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/utils/lambda_post_hook.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
@@ -80,11 +82,11 @@ bool plain(const Tensor& tensor) {
   return tensor.layout() == at::kStrided && !(tensor.key_set().raw_repr() & ~usual.raw_repr()) && tensor.has_storage();
 }
 
-Tensors Together::backward(torch::autograd::AutogradContext*, Tensors gradients) {
+Tensors Together::backward(torch::autograd::AutogradContext* ctx, Tensors gradients) {
   Tensors found(gradients.size()), given, made;
   for (size_t i = 0; i < gradients.size(); ++i) {
     const auto& each = gradients[i];
-    if (!each.defined()) continue;
+    if (!each.defined() || !ctx->needs_input_grad(i)) continue;
     if (at::GradMode::is_enabled() || !plain(each)) {
       found[i] = each.to(at::kFloat);
       continue;
@@ -122,12 +124,13 @@ Place place_of(c10::Device device) {
   return {stream, ask && ask(stream, &status) == 0 && status != 0};
 }
 
-// The casts of one region of autocast, of one thread.
+// The casts of one region of autocast, of one thread: those that nobody has used yet. What was used has no tensor here.
 struct Region {
   struct Cast {
     Tensor tensor;
     uint32_t version;  // of the weight
-    bool recorded, used;
+    const void* data;
+    bool recorded;
     Place place;
   };
   std::unordered_map<c10::TensorImpl*, Cast> casts;
@@ -150,6 +153,7 @@ struct Known {
   std::weak_ptr<Region> region;
   Weak input, cast_input;  // of the last product
   uint32_t input_version = 0;
+  const void* input_data = nullptr;
   Place input_place{};
   Tensor mark;  // a weight of no elements: PyTorch keeps its cast, on which the region's hang, for as long as any
 
@@ -231,25 +235,38 @@ std::shared_ptr<Region> region_of(at::ScalarType dtype, c10::Device device) {
   return made;
 }
 
-Tensor casted(at::ScalarType dtype, const Tensor& weight, c10::DeviceType device) {
-  const auto pytorchs = [&] { return at::autocast::cached_cast(dtype, weight, device); };
-  if (!casting.load(std::memory_order_relaxed) || !eligible(weight, device) || !ordinary()) return pytorchs();
-  if (dtype != at::kBFloat16 && dtype != at::kHalf) return pytorchs();
-  const auto region = region_of(dtype, weight.device());
-  if (!region) return pytorchs();
+// Is it to be told of its gradient by itself? A hook of Python's is not to be called where there is none.
+bool heard(const Tensor& weight) {
+  using torch::autograd::utils::LambdaPostHook;  // as DistributedDataParallel has, which looks whether there is one
+  if (!torch::autograd::impl::hooks(weight).empty()) return true;
+  const auto node = torch::autograd::impl::try_get_grad_accumulator(weight);
+  if (!node) return false;
+  const auto& after = node->post_hooks();
+  return !node->pre_hooks().empty() || std::any_of(after.begin(), after.end(), [](const auto& each) {
+    return !dynamic_cast<LambdaPostHook*>(each.get());
+  });
+}
+
+// Where the node that casts together sends a gradient: nowhere, until the weight is used.
+torch::autograd::Edge& edge_of(const Tensor& cast) {
+  return const_cast<torch::autograd::Edge&>(cast.grad_fn()->next_edge(cast.output_nr()));
+}
+
+// A weight's cast, which PyTorch, that holds the lock of its cache meanwhile, is about to keep.
+Tensor first_use(const Tensor& weight, at::ScalarType dtype) {
+  const auto region = known->region.lock();
   const bool recorded = at::GradMode::is_enabled();
+  const auto place = place_of(weight.device());
   auto* const impl = weight.unsafeGetTensorImpl();
-  const auto there = region->casts.find(impl);
-  if (there != region->casts.end()) {
-    auto& each = there->second;
-    if (each.tensor.scalar_type() != dtype || (recorded && !each.recorded)) return pytorchs();
-    if (each.used || (each.version == weight._version() && each.place == place_of(weight.device()))) {
-      if (!each.used) {
-        each.used = true;
-        auto& unused = known->unused;
-        unused.erase(std::remove(unused.begin(), unused.end(), impl), unused.end());
-      }
-      return each.tensor;
+  auto& there = region->casts[impl];
+  if (const Tensor ready = std::move(there.tensor); ready.defined()) {
+    const bool same = there.version == weight._version() && there.data == weight.const_data_ptr() && there.place == place;
+    if (same && ready.scalar_type() == dtype && (there.recorded || !recorded)) {
+      auto& unused = known->unused;
+      unused.erase(std::remove(unused.begin(), unused.end(), impl), unused.end());
+      if (!recorded) return ready.detach();
+      edge_of(ready) = torch::autograd::impl::gradient_edge(weight);
+      return ready;
     }
   }
   auto found = known->weights.find(impl);
@@ -257,25 +274,47 @@ Tensor casted(at::ScalarType dtype, const Tensor& weight, c10::DeviceType device
     found = known->weights.emplace(impl, Known::Weight{Weak(weight.getIntrusivePtr()), weight.sizes().vec()}).first;
   }
   Tensors members{weight};
-  if (found->second.group >= 0) {
+  if (found->second.group >= 0 && !heard(weight)) {
     for (auto* each : known->groups[found->second.group]) {
       const auto& other = known->weights.at(each);
       if (each == impl || region->casts.count(each)) continue;
       const Tensor member(other.self.lock());
-      const bool same = member.defined() && member.sizes() == c10::IntArrayRef(other.sizes);
-      if (same && eligible(member, device) && member.device() == weight.device()) members.push_back(member);
+      if (!member.defined() || member.sizes() != c10::IntArrayRef(other.sizes) || member.device() != weight.device()) continue;
+      // Memory that it shares may be about to be filled.
+      const bool own = eligible(member, weight.device().type()) && member.storage().nbytes() == member.nbytes();
+      if (own && !heard(member)) members.push_back(member);
     }
-  } else {
+  } else if (found->second.group < 0) {
     known->alone.push_back(impl);
   }
-  const auto place = place_of(weight.device());
   const auto casts = recorded ? Together::apply(at::TensorList(members), dtype) : cast(members, dtype);
-  for (size_t i = 0; i < members.size(); ++i) {
+  for (size_t i = 1; i < members.size(); ++i) {
     auto* each = members[i].unsafeGetTensorImpl();
-    region->casts[each] = {casts[i], static_cast<uint32_t>(members[i]._version()), recorded, i == 0, place};
-    if (i) known->unused.push_back(each);
+    if (recorded) edge_of(casts[i]) = {};
+    region->casts[each] = {
+        casts[i], static_cast<uint32_t>(members[i]._version()), members[i].const_data_ptr(), recorded, place};
+    known->unused.push_back(each);
   }
   return casts[0];
+}
+
+// The key of no tensor, on which PyTorch's cache, while it is asked for a weight, asks for a cast that it has not.
+constexpr DispatchKey kAsked = DispatchKey::TESTING_ONLY_GenericMode;
+
+Tensor asked(const Tensor& weight, at::ScalarType dtype, bool, bool, std::optional<at::MemoryFormat>) {
+  const c10::impl::ExcludeDispatchKeyGuard once(kAsked);
+  return first_use(weight, dtype);
+}
+
+Tensor casted(at::ScalarType dtype, const Tensor& weight, c10::DeviceType device) {
+  std::shared_ptr<Region> region;
+  if (casting.load(std::memory_order_relaxed) && (dtype == at::kBFloat16 || dtype == at::kHalf) &&
+      eligible(weight, device) && ordinary()) {
+    region = region_of(dtype, weight.device());
+  }
+  if (!region) return at::autocast::cached_cast(dtype, weight, device);
+  const c10::impl::IncludeDispatchKeyGuard ours(kAsked);
+  return at::autocast::cached_cast(dtype, weight, device);
 }
 
 // What products that are given the same x make of it, cast once for as long as one of them keeps it for its gradient.
@@ -284,7 +323,8 @@ Tensor cast_input(const Tensor& x, at::ScalarType dtype) {
   if (!known) known = std::make_unique<Known>();
   const auto place = place_of(x.device());
   const Tensor before(known->input.lock());
-  if (before.defined() && before.is_same(x) && known->input_version == x._version() && known->input_place == place) {
+  const bool same = known->input_version == x._version() && known->input_data == x.const_data_ptr();
+  if (before.defined() && before.is_same(x) && same && known->input_place == place) {
     Tensor there(known->cast_input.lock());
     if (there.defined() && there.scalar_type() == dtype) return there;
   }
@@ -292,6 +332,7 @@ Tensor cast_input(const Tensor& x, at::ScalarType dtype) {
   known->input = Weak(x.getIntrusivePtr());
   known->cast_input = Weak(made.getIntrusivePtr());
   known->input_version = x._version();
+  known->input_data = x.const_data_ptr();
   known->input_place = place;
   return made;
 }
@@ -315,17 +356,26 @@ struct Product : torch::autograd::Function<Product> {
     const auto& dy = gradients[0];
     Tensors found(3);
     if (!dy.defined()) return found;
-    const auto saved = ctx->get_saved_variables();
+    auto saved = ctx->get_saved_variables();
+    const bool twice = at::GradMode::is_enabled();
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-    if (!at::GradMode::is_enabled() && plain(dy)) below.emplace();
+    if (!twice && plain(dy)) below.emplace();
+    const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
     const Tensor rows = dy.dim() == 2 ? dy : dy.reshape({-1, dy.size(-1)});
-    if (saved[1].defined()) {
+    if (saved[1].defined() && ctx->needs_input_grad(0)) {
       const Tensor dx = at::mm(rows, saved[1]);
-      const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
       found[0] = (dy.dim() == 2 ? dx : dx.view(with_last(dy.sizes(), dx.size(1)))).to(dtype);
     }
-    if (saved[0].defined()) found[1] = at::mm(rows.t(), saved[0].reshape({-1, saved[0].size(-1)}));
-    if (ctx->saved_data["bias"].toBool()) found[2] = at::sum(rows, 0);
+    if (saved[0].defined() && ctx->needs_input_grad(1)) {
+      auto& given = saved[0];
+      const auto node = torch::autograd::get_current_node();
+      if (twice && given.scalar_type() != dtype && node->next_edge(0).is_valid()) {
+        given = given.detach();  // the cast of x was no node: its gradient goes where that of x does
+        torch::autograd::impl::set_gradient_edge(given, node->next_edge(0));
+      }
+      found[1] = at::mm(rows.t(), given.reshape({-1, given.size(-1)}));
+    }
+    if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)) found[2] = at::sum(rows, 0);
     return found;
   }
 
@@ -344,11 +394,15 @@ DispatchKeySet autocast_key() {
 // Does PyTorch's linear make one product of it, of rows that lie in memory as they are? Else it rounds once more.
 bool one_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   if (!casting.load(std::memory_order_relaxed) || !at::GradMode::is_enabled() || !ordinary()) return false;
-  const bool shapes = (x.dim() == 2 || x.dim() == 3) && weight.dim() == 2 && x.is_contiguous() && x.numel();
+  if (!plain(x) || !plain(weight) || weight.device() != x.device()) return false;
+  const bool shapes = (x.dim() == 2 || x.dim() == 3) && weight.dim() == 2 && x.is_contiguous() && x.numel() > 1;
   const bool floats = x.scalar_type() == at::kFloat || x.scalar_type() == weight.scalar_type();
-  if (!shapes || !floats || !plain(x) || !plain(weight) || weight.device() != x.device() || x._fw_grad(0).defined()) {
-    return false;
-  }
+  if (!shapes || !floats) return false;
+  // By its strides PyTorch chooses how a gradient is computed, even where a dimension is of one.
+  const auto width = x.size(-1);
+  if (x.stride(-1) != 1 || x.stride(-2) != width || x.stride(0) != x.numel() / x.size(0)) return false;
+  if (weight.stride(1) != 1 || weight.stride(0) != weight.size(1)) return false;
+  if (x._fw_grad(0).defined() || weight._fw_grad(0).defined() || (bias && bias->_fw_grad(0).defined())) return false;
   if (bias && (bias->dim() != 1 || !plain(*bias) || bias->scalar_type() != weight.scalar_type())) return false;
   return x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad());
 }
@@ -357,11 +411,13 @@ template <c10::DeviceType device>
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const c10::impl::ExcludeDispatchKeyGuard below(autocast_key<device>());
   const auto dtype = at::autocast::get_autocast_dtype(device);
+  const bool kept = x.requires_grad() && x.is_leaf();  // its cast, by PyTorch, for all that use it
+  const Tensor given = kept ? at::autocast::cached_cast(dtype, x, device) : x;
   const Tensor factor = casted(dtype, weight, device);
   std::optional<Tensor> offset;
   if (bias && bias->defined()) offset = casted(dtype, *bias, device);
-  if (factor.scalar_type() == dtype && one_product(x, factor, offset)) return Product::apply(x, factor, offset);
-  return at::linear(at::autocast::cached_cast(dtype, x, device), factor, offset);
+  if (factor.scalar_type() == dtype && one_product(given, factor, offset)) return Product::apply(given, factor, offset);
+  return at::linear(at::autocast::cached_cast(dtype, given, device), factor, offset);
 }
 
 template <c10::DeviceType device>
@@ -379,19 +435,27 @@ struct Silent : c10::WarningHandler {
 
 template <c10::DeviceType device>
 void put() {
-  static std::unique_ptr<torch::Library> library;
-  if (library) return;
+  static std::unique_ptr<torch::Library> questions, products;
+  if (products) return;
   Silent silent;
   const c10::WarningUtils::WarningHandlerGuard guard(&silent);
-  const auto key = device == c10::kCUDA ? DispatchKey::AutocastCUDA : DispatchKey::AutocastCPU;
-  library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", key, "tilebook/native", __LINE__);
-  library->impl("linear", &linear<device>);
-  library->impl("addmm", &addmm<device>);
+  const auto library = [](DispatchKey key) {
+    return std::make_unique<torch::Library>(torch::Library::IMPL, "aten", key, "tilebook/native", __LINE__);
+  };
+  questions = library(kAsked);
+  questions->impl("to.dtype", TORCH_FN(asked));
+  products = library(device == c10::kCUDA ? DispatchKey::AutocastCUDA : DispatchKey::AutocastCPU);
+  products->impl("linear", &linear<device>);
+  products->impl("addmm", &addmm<device>);
 }
 
 }  // namespace
 
 void casts_on(bool on, bool cpu) {
   casting = on;
-  if (on) cpu ? put<c10::kCPU>() : put<c10::kCUDA>();
+  try {
+    if (on) cpu ? put<c10::kCPU>() : put<c10::kCUDA>();
+  } catch (const std::exception&) {
+    casting = false;  // a PyTorch that takes no kernels there
+  }
 }
