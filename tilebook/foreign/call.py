@@ -20,6 +20,7 @@ ROLES = ("in", "out", "inout", "zero")
 
 _DISTRIBUTIONS = ("normal", "uniform", "fill", "below", "cumulative", "step", "values")
 _MOST_ELEMENTS = 1 << 40
+_MOST_CONFIGS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ class Call:
         grids = [None if each is None else tuple(each) for each in content["grids"]]
         if not all(each is None or (0 < len(each) <= 3 and all(type(n) is int for n in each)) for each in grids):
             raise ValueError("not a grid")
-        grids = grids * content["configs"] if len(grids) == 1 else grids
+        if len(grids) == 1:
+            if not 0 < content["configs"] <= _MOST_CONFIGS:
+                raise ValueError(f"{content['configs']} configs")
+            grids *= content["configs"]
         for value in content["values"].values():
             decoded(value)
         return cls(tensors, dict(content["values"]), tuple(grids))
