@@ -87,6 +87,15 @@ def test_a_kernel_that_has_changed_is_told_without_a_traceback(content, tmp_path
     assert none == "tilebook: none of the recorded kernels can be tuned"
 
 
+@pytest.mark.parametrize(
+    "rule", [{"normal": "x"}, {"uniform": [1]}, {"below": [1]}, {"cumulative": -3}, {"values": "abc"}, {"step": {}}]
+)
+def test_a_rule_of_nonsense_is_refused_before_a_tune(rule, tmp_path):
+    (tmp_path / "rules.json").write_text(json.dumps({"others:*": {"x": rule}}))
+    with pytest.raises(record.UsageError, match=r"rule others:\* x: "):
+        record.rules(tmp_path / "rules.json")
+
+
 def test_rules_without_a_record_are_refused(tmp_path):
     (tmp_path / "rules.json").write_text("{}")
     found = tune("--rules", tmp_path / "rules.json")

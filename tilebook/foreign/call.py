@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tilebook.errors import UsageError
+from tilebook.errors import UsageError, one_line
 from tilebook.foreign.kernel import Kernel, Unfit
 from tilebook.op import generator
 
@@ -245,4 +245,9 @@ def check_rules(rules: Any) -> dict[str, dict[str, Rule]]:
             if not known or rule.get("role", "in") not in ROLES:
                 kinds = ", ".join(_DISTRIBUTIONS)
                 raise UsageError(f"rule {kernel} {name}: one of {kinds}, and a role of {', '.join(ROLES)}")
+            try:
+                shape = torch.tensor(rule["values"]).shape if "values" in rule else (1,)
+                Tensor("float32", (1,), (1,))._values(shape, "cpu", torch.Generator(), rule)
+            except (TypeError, ValueError, RuntimeError, IndexError) as wrong:
+                raise UsageError(f"rule {kernel} {name}: {one_line(wrong)}") from None
     return rules
