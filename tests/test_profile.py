@@ -143,7 +143,7 @@ def test_a_folder_that_is_gone_does_not_break_import_torch(monkeypatch, recwarn)
 def test_a_program_that_was_killed_is_not_said_to_have_made_no_call(run):
     found = run(f"{MODEL}\nimport os\ntrain(5)\nos._exit(6)")
     assert found.returncode == 6
-    assert found.err == "tilebook: no call was noted: 1 of 1 processes were killed, or left by os._exit\n"
+    assert found.err == "tilebook: no call was noted: 1 of 1 processes were killed, or left by os._exit or exec\n"
 
 
 def test_a_command_that_cannot_run_and_a_file_that_cannot_be_written_are_named_before_anything_runs(tmp_path):

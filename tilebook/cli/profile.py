@@ -105,7 +105,7 @@ def _nothing(written: Sequence[dict[str, Any]]) -> str:
     if failed := [each["why"] for each in written if each["state"] == "failed"]:
         return f"what was noted is lost: {failed[0]}"
     if silent:
-        return f"no call was noted: {silent} of {len(written)} processes were killed, or left by os._exit"
+        return f"no call was noted: {silent} of {len(written)} processes were killed, or left by os._exit or exec"
     return "the program made no call on a GPU that dispatch sees"
 
 
