@@ -138,3 +138,26 @@ def test_a_folder_that_is_gone_does_not_break_import_torch(monkeypatch, recwarn)
     monkeypatch.delenv("TILEBOOK", raising=False)
     autoload.load()
     assert "not profiled" in str(recwarn.list[-1].message)
+
+
+def test_a_program_that_was_killed_is_not_said_to_have_made_no_call(run):
+    found = run(f"{MODEL}\nimport os\ntrain(5)\nos._exit(6)")
+    assert found.returncode == 6
+    assert found.err == "tilebook: no call was noted: 1 of 1 processes were killed, or left by os._exit or exec\n"
+
+
+def test_a_command_that_cannot_run_and_a_file_that_cannot_be_written_are_named_before_anything_runs(tmp_path):
+    def told(*arguments):
+        command = [sys.executable, "-m", "tilebook", "profile", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    (tmp_path / "plain").touch()
+    for command, status, why in (
+        (tmp_path / "plain", 126, "Permission denied"),
+        ("nowhere", 127, "No such file or directory"),
+    ):
+        found = told("--", str(command))
+        assert (found.returncode, found.stderr) == (status, f"tilebook: {command} cannot be run: {why}\n")
+    found = told("--json", str(tmp_path / "none" / "o"), "--", sys.executable, "-c", "print('ran')")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "Invalid value for '--json'" in found.stderr

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--seconds", type=Seconds(), metavar="TIME", help="End the program so long (60s, 5m) after its first call."
 )
 @click.option("--calls", type=click.IntRange(min=1), help="End the program after so many calls.")
-@click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it there, too.")
+@click.option("--json", "file", type=click.File("w", "utf-8", lazy=False), help="Write all of it there, too.")
 @click.option("--tune", is_flag=True, help="Tune what is heaviest, then run the program once more.")
 @click.option("--budget", type=Seconds(), metavar="TIME", help="With --tune: end the tune after about this time.")
 @REGISTRY
@@ -39,7 +39,7 @@ def profile(
     command: tuple[str, ...],
     seconds: float | None,
     calls: int | None,
-    file: Path | None,
+    file: TextIO | None,
     tune: bool,
     budget: float | None,
     registry: str | None,
@@ -72,7 +72,7 @@ def profile(
     elif tune and before is not None:
         click.echo("tilebook: nothing to tune: what can be has a verdict", err=True)
     if file is not None:
-        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        file.write(json.dumps(found, indent=2) + "\n")
     raise SystemExit(status)
 
 
@@ -88,14 +88,25 @@ def _run(
         status = _wait(command, environment)
         written = [json.loads(each.read_text(encoding="utf-8")) for each in Path(folder).glob("[0-9]*.json")]
     if not any(each.get("problems") for each in written):
-        why = "the program made no call on a GPU that dispatch sees"
-        click.echo(f"tilebook: {why if written else 'no process has imported torch beside tilebook'}", err=True)
+        click.echo(f"tilebook: {_nothing(written)}", err=True)
         return status, None
     from tilebook.report.profile import together
 
     found = together(written, registry)
     click.echo(found.text(), err=True)
     return (0 if found.limited else status), found
+
+
+def _nothing(written: Sequence[dict[str, Any]]) -> str:
+    """Why there is nothing to show."""
+    silent = sum(each["state"] == "begun" for each in written)
+    if not written:
+        return "no process has imported torch beside tilebook"
+    if failed := [each["why"] for each in written if each["state"] == "failed"]:
+        return f"what was noted is lost: {failed[0]}"
+    if silent:
+        return f"no call was noted: {silent} of {len(written)} processes were killed, or left by os._exit or exec"
+    return "the program made no call on a GPU that dispatch sees"
 
 
 def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
@@ -112,9 +123,9 @@ def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
     try:
         started.append(subprocess.Popen(command, env=environment))
         status = started[0].wait()
-    except FileNotFoundError as missing:
-        click.echo(f"tilebook: there is no program {missing.filename}", err=True)
-        raise SystemExit(127) from None
+    except OSError as wrong:
+        click.echo(f"tilebook: {command[0]} cannot be run: {wrong.strerror}", err=True)
+        raise SystemExit(127 if isinstance(wrong, FileNotFoundError) else 126) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

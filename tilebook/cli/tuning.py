@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Sequence
@@ -127,11 +126,12 @@ def tune(
             "give --ray or --gpus, not both: all GPUs of a cluster take part, --gpus names those of this host"
         )
     weights: list[float] | None = None
-    given = contextlib.ExitStack()
+    if rules is not None and recorded is None:
+        raise UsageError("--rules goes with --recorded")
     if recorded is not None:
         if misses or families or suites or shapes or ray:
             raise UsageError("--recorded goes with none of FAMILY, --misses, --suite, --shape and --ray")
-        problems, weights = _recorded(given, recorded, rules)
+        problems, weights = _recorded(recorded, rules)
     elif misses:
         missed = _missed(families, suites, shapes, direction, gpu, registry)
         problems = [(each.op, each.problem) for each in missed]
@@ -144,33 +144,30 @@ def tune(
     else:
         problems = _problems(families, suites, shapes, dtype, direction)
     start = functools.partial(tune_problems, gpus=gpus) if ray is None else functools.partial(tune_cluster, address=ray)
-    with given:
-        outcomes = start(
-            problems,
-            gpu=gpu,
-            mode=mode,
-            registry=registry,
-            budget_s=budget,
-            trials=trials,
-            method=method,
-            workers=workers,
-            seed=seed,
-            force=force,
-            weights=weights,
-            watch=view,
-        )
+    outcomes = start(
+        problems,
+        gpu=gpu,
+        mode=mode,
+        registry=registry,
+        budget_s=budget,
+        trials=trials,
+        method=method,
+        workers=workers,
+        seed=seed,
+        force=force,
+        weights=weights,
+        watch=view,
+    )
     _print(outcomes if isinstance(outcomes, list) else [outcomes], format_)
 
 
-def _recorded(
-    given: contextlib.ExitStack, place: str, rules: Path | None
-) -> tuple[list[tuple[Op[Any], Problem]], list[float]]:
+def _recorded(place: str, rules: Path | None) -> tuple[list[tuple[Op[Any], Problem]], list[float]]:
     """The problems of a record, and what they are worth; says which kernels cannot be had."""
     from tilebook.foreign.offered import offered
     from tilebook.foreign.record import folder
     from tilebook.op import UsageError
 
-    offer = given.enter_context(offered(Path(place) if place else folder(), rules))
+    offer = click.get_current_context().with_resource(offered(Path(place) if place else folder(), rules))
     for line in offer.left_out:
         click.echo(f"tilebook: left out: {line}", err=True)
     if not offer.problems:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tilebook.errors import UsageError
+from tilebook.errors import UsageError, one_line
 from tilebook.foreign.kernel import Kernel, Unfit
 from tilebook.op import generator
 
@@ -20,6 +20,7 @@ ROLES = ("in", "out", "inout", "zero")
 
 _DISTRIBUTIONS = ("normal", "uniform", "fill", "below", "cumulative", "step", "values")
 _MOST_ELEMENTS = 1 << 40
+_MOST_CONFIGS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ class Call:
         grids = [None if each is None else tuple(each) for each in content["grids"]]
         if not all(each is None or (0 < len(each) <= 3 and all(type(n) is int for n in each)) for each in grids):
             raise ValueError("not a grid")
-        grids = grids * content["configs"] if len(grids) == 1 else grids
+        if len(grids) == 1:
+            if not 0 < content["configs"] <= _MOST_CONFIGS:
+                raise ValueError(f"{content['configs']} configs")
+            grids *= content["configs"]
         for value in content["values"].values():
             decoded(value)
         return cls(tensors, dict(content["values"]), tuple(grids))
@@ -241,4 +245,9 @@ def check_rules(rules: Any) -> dict[str, dict[str, Rule]]:
             if not known or rule.get("role", "in") not in ROLES:
                 kinds = ", ".join(_DISTRIBUTIONS)
                 raise UsageError(f"rule {kernel} {name}: one of {kinds}, and a role of {', '.join(ROLES)}")
+            try:
+                shape = torch.tensor(rule["values"]).shape if "values" in rule else (1,)
+                Tensor("float32", (1,), (1,))._values(shape, "cpu", torch.Generator(), rule)
+            except (TypeError, ValueError, RuntimeError, IndexError) as wrong:
+                raise UsageError(f"rule {kernel} {name}: {one_line(wrong)}") from None
     return rules

@@ -174,7 +174,7 @@ def imported(module: str, name: str) -> Kernel:
         value: Any = importlib.import_module(module)
         for part in name.split("."):
             value = getattr(value, part)
-    except Exception as broken:
+    except (Exception, SystemExit) as broken:  # a program without a guard around what it does
         raise UsageError(f"{module}:{name} cannot be imported: {type(broken).__name__}: {broken}") from broken
     if (found := autotuner(value)) is None:
         raise UsageError(f"{module}:{name} has no autotuner")

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 from tilebook.errors import UsageError
 from tilebook.foreign.call import Call, Rule, check_rules, noted
 from tilebook.foreign.kernel import Kernel, Unfit, key_of
+from tilebook.foreign.names import Key
 from tilebook.op import Config
+from tilebook.registry.checks import problem
 from tilebook.registry.target import user_folder
 
 VERSION = 1
@@ -59,7 +62,8 @@ class Recorded:
     def of(cls, content: Mapping[str, Any]) -> Recorded:
         ran = None if content["ran"] is None else Config(content["ran"])
         calls = [Call.of(each) for each in content["calls"]][:MOST_CALLS]
-        return cls(str(content["key"]), calls, int(content["count"]), ran, {Config(each) for each in content["failed"]})
+        key, count = Key.from_key(problem(content["key"])).key, min(int(content["count"]), 1 << 60)
+        return cls(key, calls, count, ran, {Config(each) for each in content["failed"]})
 
 
 @dataclass
@@ -152,12 +156,17 @@ class Recording:
         return [each for each in entries if any(problem.calls for problem in each.problems.values())]
 
     def write(self) -> None:
-        """Into a file of this process, whole or not at all. Never raises."""
+        """Into a file of this process, whole or not at all. What goes wrong is a warning."""
         self._written = time.monotonic()
-        if entries := self.entries():
-            with contextlib.suppress(Exception):
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                write(self._file, entries, self.left_out)
+        entries = self.entries()
+        if not entries and not self.left_out:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write(self._file, entries, self.left_out)
+        except Exception as broken:
+            text = f"tilebook: what kernels were called with is not recorded: {type(broken).__name__}: {broken}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def forked(self) -> None:
         """Told in a process that was forked off: the calls until now are its parent's to count."""
@@ -207,14 +216,16 @@ def write(file: Path, entries: Iterable[Entry], left_out: Mapping[str, int] | No
 def read(place: Path) -> list[Entry]:
     """The records in a file, or in all files of a folder, taken together. Raises UsageError where there is none."""
     merged: dict[tuple[Any, ...], Entry] = {}
-    files = sorted(place.glob("*.json")) if place.is_dir() else [place]
-    for entry in (entry for file in files for entry in _entries(file)):
+    left_out: dict[str, None] = {}
+    files = [place] if place.is_file() else sorted(place.glob("*.json"))
+    for entry in (entry for file in files for entry in _entries(file, left_out)):
         known = merged.setdefault((entry.module, entry.name, entry.digest, entry.configs), entry)
         if known is not entry:
             for key, problem in entry.problems.items():
                 _add(known.problems.setdefault(key, Recorded(key)), problem)
     if not merged:
-        raise UsageError(f"no recorded kernels in {place}: run your program with TILEBOOK_TRITON=record first")
+        why = "; ".join(left_out) or "run your program with TILEBOOK_TRITON=record first"
+        raise UsageError(f"no recorded kernels in {place}: {why}")
     return list(merged.values())
 
 
@@ -226,13 +237,14 @@ def _add(known: Recorded, other: Recorded) -> None:
     known.failed |= other.failed
 
 
-def _entries(file: Path) -> Iterator[Entry]:
+def _entries(file: Path, left_out: dict[str, None]) -> Iterator[Entry]:
     try:
         if file.stat().st_size > _MOST_BYTES:
             raise ValueError("it is too large")
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["tilebook_record"] != VERSION:
-            raise ValueError(f"it is of version {content['tilebook_record']}, not {VERSION}")
+            raise ValueError(f"it is of version {content['tilebook_record']}, not {VERSION}: record it anew")
+        left_out |= dict.fromkeys(content["left_out"])
         for each in content["kernels"]:
             problems = {made.key: made for made in map(Recorded.of, each["problems"])}
             configs = tuple(map(Config, each["configs"]))
@@ -240,8 +252,9 @@ def _entries(file: Path) -> Iterator[Entry]:
                 raise ValueError("a call has not a grid for each config")
             module, name, digest, path = (str(each[field]) for field in ("module", "name", "digest", "path"))
             yield Entry(module, name, digest, path, configs, problems)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as wrong:
-        raise UsageError(f"{file} is no record of kernels: {wrong}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as wrong:
+        why = f"it has no {wrong}" if isinstance(wrong, KeyError) else wrong
+        raise UsageError(f"{file} is no record of kernels: {why}") from None
 
 
 def rules(file: Path | None) -> dict[str, dict[str, Rule]]:
@@ -250,5 +263,5 @@ def rules(file: Path | None) -> dict[str, dict[str, Rule]]:
         return {}
     try:
         return check_rules(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as wrong:
+    except (OSError, ValueError, RecursionError) as wrong:
         raise UsageError(f"{file} has no rules: {wrong}") from None

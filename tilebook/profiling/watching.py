@@ -258,10 +258,8 @@ class Watching:
                 return
             self._state = state
             self._turn(False)
-            if self.notes.first is None:
-                return
             try:
-                self.write({"state": state, **self.notes.found()})
+                self.write({"state": state, **(self.notes.found() if self.notes.first is not None else {})})
             except Exception as broken:
                 self.write({"state": "failed", "why": f"{type(broken).__name__}: {broken}"})
 

@@ -120,13 +120,14 @@ def linear_attention(
             initial_state=initial_state, return_state=return_state,
         )  # fmt: skip
     constant("eps", eps)
+    eps = float(eps)
     route = way(q, k, v, optional=(initial_state,))
     q, k = features.mapped(q, k, feature_map)
     tensors = q, k, v, _wide(initial_state, q)
     if not causal:
         o, state = _everything(*tensors, bool(normalize), eps)
     elif normalize:
-        o, state = _causal(route, NORMALIZED, tensors, (1.0, float(eps)))
+        o, state = _causal(route, NORMALIZED, tensors, (1.0, eps))
     else:
         o, state = _causal(route, GATED, (*tensors[:3], None, tensors[3]), (1.0,))
     return (o, state) if return_state else o
@@ -157,6 +158,7 @@ def linear_attention_step(
     Raises:
         ValueError: shapes that do not go together.
     """
+    way(q, k, v, state, optional=(log_decay,))
     check_step(q, k, v, state, log_decay)
     return step(q, k, v, _wide(state, q), log_decay, multiplier(scale, q))
 
@@ -189,11 +191,12 @@ def _everything(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None, normalize: bool, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every token sees all: a product for the state, and one with it."""
+    q, k, v = autocast(q, k, v)
     check(k, k, v, None, state, normalize)
     check(q, q, q, None, None, normalize)
     if (*q.shape[:2], q.shape[3], q.dtype, q.device) != (*k.shape[:2], k.shape[3], k.dtype, k.device):
-        raise ValueError(f"q and k must differ in their lengths at most; got q {tuple(q.shape)}, k {tuple(k.shape)}")
-    q, k, v = autocast(q, k, v)
+        got = ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in (("q", q), ("k", k)))
+        raise ValueError(f"q and k must differ in their lengths at most; got {got}")
     wide, count = torch.promote_types(q.dtype, torch.float32), max(1, k.shape[2])
     k = k / count
     whole = (k.mT @ v).to(wide)

@@ -37,3 +37,9 @@ def check_step(
         raise ValueError(f"expected q, k (B, H, D), v (B, H, V) and state (B, H, D, V), not {shapes}")
     if log_decay is not None and log_decay.shape not in (q.shape[:2], q.shape[1:2]):
         raise ValueError(f"log_decay must have shape {tuple(q.shape[:2])} or {tuple(q.shape[1:2])}")
+    if not all(x.is_floating_point() for x in (q, k, v, state)):
+        raise ValueError(
+            f"q, k, v and state must be floating point; got {q.dtype}, {k.dtype}, {v.dtype}, {state.dtype}"
+        )
+    if any(x is not None and x.device != q.device for x in (k, v, state, log_decay)):
+        raise ValueError("all tensors must be on one device")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from tilebook.casting import autocast_on
 
 FeatureMap = Callable[[torch.Tensor], torch.Tensor]
 
@@ -21,6 +24,12 @@ NAMED: dict[str, FeatureMap] = {
 
 def mapped(q: torch.Tensor, k: torch.Tensor, feature_map: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """φ(q) and φ(k). Raises ValueError for a name that is none."""
+    for x in (q, k):
+        if x.ndim != 4 or not x.shape[3] or not x.is_floating_point():
+            raise ValueError(
+                "linear attention takes floating point tensors of shape (batch, heads, sequence, head dimension), "
+                f"head dimensions at least 1; got q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}"
+            )
     if feature_map is None:
         return q, k
     if feature_map == "performer":
@@ -29,19 +38,35 @@ def mapped(q: torch.Tensor, k: torch.Tensor, feature_map: Any) -> tuple[torch.Te
     if not callable(found):
         names = ", ".join(map(repr, (*NAMED, "performer")))
         raise ValueError(f"feature_map must be {names}, None or a function, not {feature_map!r}")
-    return found(q), found(k)
+    made = found(q), found(k)
+    if not all(isinstance(x, torch.Tensor) for x in made):
+        raise ValueError(f"feature_map must return tensors, not {', '.join(type(x).__name__ for x in made)}")
+    return made
+
+
+def projection(width: int, features: int, seed: int) -> torch.Tensor:
+    """(features, D) in fp64: rows of length √χ²(D), orthogonal in groups of D (Choromanski et al., 2021, §2.4)."""
+    draw = _projection.__wrapped__ if torch._C._len_torch_dispatch_stack() else _projection  # a mode's are its own
+    return draw(width, features, seed)
+
+
+# It runs while a call is traced, and is a constant of the graph, as `torch.compiler.assume_constant_result` has it,
+# which would load the compiler.
+projection._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=64)
-def projection(width: int, features: int, seed: int) -> torch.Tensor:
-    """(features, D) in fp64: rows of length √χ²(D), orthogonal in groups of D (Choromanski et al., 2021, §2.4)."""
-    source = torch.Generator().manual_seed(seed)
-    blocks = []
-    for _ in range(math.ceil(features / width)):
-        square = torch.randn(width, width, generator=source, dtype=torch.float64)
-        blocks.append(torch.linalg.qr(square)[0].T)
-    lengths = torch.randn(features, width, generator=source, dtype=torch.float64).norm(dim=1)
-    found: torch.Tensor = torch.cat(blocks)[:features] * lengths[:, None]
+def _projection(width: int, features: int, seed: int) -> torch.Tensor:
+    """Kept for all calls: no transform that the first is under may show in it."""
+    made: dict[str, Any] = {
+        "generator": torch.Generator("cpu").manual_seed(seed),
+        "dtype": torch.float64,
+        "device": "cpu",
+    }
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        squares = [torch.randn(width, width, **made) for _ in range(math.ceil(features / width))]
+        lengths = torch.randn(features, width, **made).norm(dim=1)
+        found: torch.Tensor = torch.cat([torch.linalg.qr(x)[0].T for x in squares])[:features] * lengths[:, None]
     return found
 
 
@@ -59,7 +84,8 @@ def performer(
         x = x.float() * root
         return x @ omega.T - x.square().sum(-1, keepdim=True) / 2
 
-    rows, columns = logarithms(q), logarithms(k)
+    with torch.autocast(q.device.type, enabled=False) if autocast_on(q) else nullcontext():  # they are exponents
+        rows, columns = logarithms(q), logarithms(k)
     top = columns.detach().amax((-2, -1), keepdim=True) if columns.numel() else 0.0
     made = (rows - rows.detach().amax(-1, keepdim=True)).exp(), (columns - top).exp()
     return made[0].to(q.dtype), made[1].to(k.dtype)

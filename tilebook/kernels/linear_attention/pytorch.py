@@ -41,9 +41,10 @@ def chunked(
         c = steps.cumsum(-1)
         a = a * (c[..., :, None] - c[..., None, :]).masked_fill(~seen, -torch.inf).exp()
         leaving, within = (k.to(wide) * (c[..., -1:] - c).exp()[..., None]).to(k.dtype), c.exp()[..., None]
-        ends = F.pad(c[..., -1].cumsum(-1), (1, 0))
+        # Summed from each chunk's end on: a difference of sums over all of the sequence is their rounding.
+        ends = F.pad(c[..., -1], (1, 0))[..., :, None].expand(*c.shape[:2], count + 1, count + 1)
         apart = torch.ones(count + 1, count + 1, dtype=torch.bool, device=q.device).tril()
-        between = (ends[..., :, None] - ends[..., None, :]).masked_fill(~apart, -torch.inf).exp()
+        between = ends.masked_fill(~apart.tril(-1), 0).cumsum(-2).masked_fill(~apart, -torch.inf).exp()
     grown = (leaving.mT @ v).to(wide)
     if normalize:
         grown = torch.cat((grown, leaving.sum(-2, dtype=wide)[..., None]), -1)

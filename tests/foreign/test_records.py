@@ -1,0 +1,109 @@
+"""Records that are nowhere, empty, or a stranger's: each is a line that says what to do."""
+
+import json
+import subprocess
+import sys
+
+import others
+import pytest
+import torch
+from recorded import recording
+
+from tilebook.foreign import record
+from tilebook.foreign.kernel import imported
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory):
+    """What a record of one kernel holds."""
+    folder = tmp_path_factory.mktemp("records")
+    with pytest.MonkeyPatch.context() as patched, recording(folder, patched):
+        others.scaled(others.scale_kernel, torch.randn(40))
+    return next(folder.iterdir()).read_text()
+
+
+def tune(*arguments):
+    command = [sys.executable, "-m", "tilebook", "tune", "--gpu", "H200", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"key": "x"}, "not canonical JSON"),
+        ({"key": "{}"}, "no problem of a kernel"),
+        ({"count": float("inf")}, "infinity"),
+        ({"calls": [{"tensors": {}, "values": {}, "grids": [[1]], "configs": 10**12}]}, "1000000000000 configs"),
+    ],
+)
+def test_a_strangers_record_is_refused_with_a_word(change, why, content, tmp_path):
+    made = json.loads(content)
+    made["kernels"][0]["problems"][0] |= change
+    (tmp_path / "a.json").write_text(json.dumps(made))
+    with pytest.raises(record.UsageError, match=rf"a\.json is no record of kernels: .*{why}"):
+        record.read(tmp_path / "a.json")
+
+
+def test_a_count_of_any_size_has_a_weight(content, tmp_path):
+    made = json.loads(content)
+    made["kernels"][0]["problems"][0]["count"] = 10**400
+    (tmp_path / "a.json").write_text(json.dumps(made))
+    (entry,) = record.read(tmp_path)
+    assert all(each.weight > 0 for each in entry.problems.values())
+
+
+def test_what_is_nowhere_is_to_be_recorded_first(tmp_path):
+    for place in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(
+            record.UsageError, match=r"no recorded kernels in .*: run your program with TILEBOOK_TRITON"
+        ):
+            record.read(place)
+
+
+def test_a_record_with_nothing_in_it_says_why(tmp_path):
+    made = record.Recording(tmp_path)
+    made.left_out["__main__:double is in no module that can be imported"] = 3
+    made.write()
+    with pytest.raises(record.UsageError, match=r"no recorded kernels in .*: __main__:double is in no module"):
+        record.read(tmp_path)
+
+
+def test_a_record_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").touch()
+    made = record.Recording(tmp_path / "file" / "folder")
+    made.left_out["a reason"] = 1
+    with pytest.warns(RuntimeWarning, match="what kernels were called with is not recorded: NotADirectoryError"):
+        made.write()
+
+
+def test_a_kernel_that_has_changed_is_told_without_a_traceback(content, tmp_path):
+    made = json.loads(content)
+    made["kernels"][0] |= {"module": "nowhere"}
+    (tmp_path / "a.json").write_text(json.dumps(made))
+    found = tune("--recorded", tmp_path)
+    assert found.returncode == 2
+    left_out, none = found.stderr.splitlines()
+    assert left_out.startswith("tilebook: left out: nowhere:scale_kernel cannot be imported: ModuleNotFoundError")
+    assert none == "tilebook: none of the recorded kernels can be tuned"
+
+
+@pytest.mark.parametrize(
+    "rule", [{"normal": "x"}, {"uniform": [1]}, {"below": [1]}, {"cumulative": -3}, {"values": "abc"}, {"step": {}}]
+)
+def test_a_rule_of_nonsense_is_refused_before_a_tune(rule, tmp_path):
+    (tmp_path / "rules.json").write_text(json.dumps({"others:*": {"x": rule}}))
+    with pytest.raises(record.UsageError, match=r"rule others:\* x: "):
+        record.rules(tmp_path / "rules.json")
+
+
+def test_rules_without_a_record_are_refused(tmp_path):
+    (tmp_path / "rules.json").write_text("{}")
+    found = tune("--rules", tmp_path / "rules.json")
+    assert (found.returncode, found.stderr) == (2, "tilebook: --rules goes with --recorded\n")
+
+
+def test_a_program_that_ends_where_it_is_imported_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "ends_at_import.py").write_text("raise SystemExit(2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(record.UsageError, match="ends_at_import:kernel cannot be imported: SystemExit: 2"):
+        imported("ends_at_import", "kernel")
