@@ -53,7 +53,7 @@ def test_six_planted_faults_are_refused_and_the_right_configs_accepted(tuned):
     refused = tuned.refused("scale_kernel")
     assert set(refused) == set(others.FAULTS)
     assert refused[others.HANG][0] == "run_timeout"
-    assert refused[others.RACE][0] in ("not_repeatable", "wrong_answer", "slow")  # on a busy machine it is never repeated
+    assert refused[others.RACE][0] in ("not_repeatable", "wrong_answer", "slow")  # a busy machine may find it slow
     for fault, reason in {
         others.SILENT: "max error",
         others.RAGGED: "max error",
