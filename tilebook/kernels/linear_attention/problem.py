@@ -93,7 +93,7 @@ class LinearAttention(op.Problem):
             ("B1,H2,S97,D64,decay,initial,normalized", "fp32"),
             ("B2,H2,S70,D128,V96,decay,initial", "bf16"),
             ("B1,H1,S65,D256,V256", "bf16"),
-            ("B2,H3,S5,D64,V32,decay,initial", "bf16"),
+            ("B2,H3,S40,D64,V32,decay,initial", "bf16"),
             ("B2,H1,S33,D24,V8,initial,normalized", "fp16"),
         )
         return [cls.parse(text, dtype) for text, dtype in texts]
