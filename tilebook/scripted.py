@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from triton.runtime.autotuner import Autotuner
 
 from tilebook.errors import UsageError
 from tilebook.foreign import serving
 from tilebook.foreign.offered import offered
 from tilebook.foreign.record import Recording
-from tilebook.foreign.wrap import noted_by
+from tilebook.foreign.wrap import noting
 
 __all__ = ["tune"]
 
@@ -53,7 +50,7 @@ def tune(
     with tempfile.TemporaryDirectory(prefix="tilebook-") as made:
         folder = Path(made)
         recording = Recording(folder / "recorded")
-        with _noting(recording):
+        with noting(recording):
             calls()
         recording.write()
         if not recording.entries():
@@ -78,14 +75,3 @@ def tune(
     if done.interrupted:
         raise KeyboardInterrupt
     return tuned(done.states, done.layer, done.gpu.name)
-
-
-@contextlib.contextmanager
-def _noting(recording: Recording) -> Iterator[None]:
-    """Inside the block calls of autotuned kernels are recorded."""
-    run = Autotuner.run
-    Autotuner.run = noted_by(recording, run)
-    try:
-        yield
-    finally:
-        Autotuner.run = run

@@ -1,19 +1,16 @@
 """Processes of one distributed program choose alike."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 import warnings
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from dispatch_samples import COMPOSED, COMPOSED_OTHER, FUSED, GPU, OP, OTHER, RANKED, RUNNER_UP, verdict
+from processes import ranks
 
 from tilebook.dispatch import Dispatch, agreement
 from tilebook.registry import Registry, Revocation
@@ -219,22 +216,6 @@ dist.barrier()
 
 
 def test_three_processes_of_which_one_never_asks(tmp_path):
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PROGRAM.format(paths=paths))],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "MEETING": str(tmp_path / "meeting"),
-                "TILEBOOK_REGISTRY": str(tmp_path / f"{rank}.db"),
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    (one, _), (other, _), _ = (each.communicate(timeout=120) for each in running)
-    assert [each.returncode for each in running] == [0, 0, 0]
+    one, other, _ = ranks(3, textwrap.dedent(PROGRAM), tmp_path)
     assert one == other
     assert one.count("triton") >= 5

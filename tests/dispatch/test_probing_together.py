@@ -1,14 +1,11 @@
 """Of a distributed program one process probes; the others take what it finds when they hear of it, and never wait."""
 
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from dispatch_samples import FUSED, GPU, OP
+from processes import ranks
 from test_agreement import Group
 
 from tilebook.dispatch import agreement
@@ -94,23 +91,6 @@ it.prober.close()
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_two_processes_serve_what_the_first_has_found(tmp_path, slow):
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM.format(paths=paths)],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "SLOW": str(slow),
-                "MEETING": str(tmp_path / "meeting"),
-                "TILEBOOK_REGISTRY": str(tmp_path / f"{rank}.db"),
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    (first, _), (other, _) = (each.communicate(timeout=120) for each in running)
-    assert [each.returncode for each in running] == [0, 0]
+    first, other = ranks(2, PROGRAM, tmp_path, SLOW=str(slow))
     assert first.split() == ["triton", "exact", "triton", "1"]
     assert other.split() == ["triton", "exact", "triton", "0"]  # has looked at no problem itself

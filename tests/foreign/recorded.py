@@ -3,11 +3,10 @@
 from contextlib import contextmanager
 
 from fakes import ENVIRONMENT, GPU, FakePool
-from triton.runtime.autotuner import Autotuner
 
 from tilebook.foreign.offered import offered
 from tilebook.foreign.record import Recording
-from tilebook.foreign.wrap import install
+from tilebook.foreign.wrap import noting
 from tilebook.registry import Layers
 from tilebook.tuner.known import Known
 from tilebook.tuner.process.runner import GpuRunner, Limits
@@ -17,15 +16,12 @@ from tilebook.tuner.shards import tune_all
 
 
 @contextmanager
-def recording(folder, monkeypatch):
+def recording(folder):
     """Inside the block all calls of autotuned kernels are recorded, into the folder when it ends."""
-    made = []
-    with monkeypatch.context() as patched:
-        patched.setattr(Autotuner, "run", Autotuner.run)
-        patched.setattr("tilebook.foreign.wrap.start", lambda place: made.append(Recording(place)) or made[0])
-        install(f"record:{folder}")
-        yield made[0]
-    made[0].write()
+    made = Recording(folder)
+    with noting(made):
+        yield made
+    made.write()
 
 
 class OneProcess(GpuRunner):

@@ -5,7 +5,6 @@ import json
 import others
 import pytest
 import torch
-from interpreter import mended
 from recorded import recording, tune
 
 from tilebook.errors import TuningError, UsageError
@@ -36,7 +35,7 @@ class Tuned:
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    with mended(), pytest.MonkeyPatch.context() as patch, recording(folder / "record", patch):
+    with recording(folder / "record"):
         for kernel in ("scale_kernel", "first_is_wrong", "half_are_wrong", "wrong_but_told"):
             others.scaled(getattr(others, kernel), torch.randn(100))
         others.columns(torch.randn(64, 2))
@@ -101,20 +100,20 @@ def test_a_reference_tells_what_most_configs_do_not(tuned):
         ({"index": {"values": [[1] * 40]}, "y": {"role": "in"}}, "no outputs"),
     ],
 )
-def test_inputs_that_tell_nothing_are_no_truth(rules, words, tmp_path, monkeypatch):
-    with mended(), recording(tmp_path / "record", monkeypatch):
+def test_inputs_that_tell_nothing_are_no_truth(rules, words, tmp_path):
+    with recording(tmp_path / "record"):
         others.pick(torch.randn(40), torch.arange(40))
     (tmp_path / "rules.json").write_text(json.dumps({"*": rules}))
-    with mended(), offered(tmp_path / "record", tmp_path / "rules.json") as offer:
+    with offered(tmp_path / "record", tmp_path / "rules.json") as offer:
         ((op, problem),) = offer.problems
         with pytest.raises(TuningError, match=words):
             trial_cases(op, problem, "cpu")
 
 
-def test_a_kernel_that_does_nothing_on_zeros_asks_for_rules(tmp_path, monkeypatch):
-    with mended(), recording(tmp_path / "record", monkeypatch):
+def test_a_kernel_that_does_nothing_on_zeros_asks_for_rules(tmp_path):
+    with recording(tmp_path / "record"):
         others.some(torch.randn(40), torch.tensor([40]))
-    with mended(), offered(tmp_path / "record") as offer:
+    with offered(tmp_path / "record") as offer:
         ((op, problem),) = offer.problems
         with pytest.raises(TuningError, match=r"writes nothing .* rules may be wanted for length"):
             trial_cases(op, problem, "cpu")

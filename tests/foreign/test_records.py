@@ -17,7 +17,7 @@ from tilebook.foreign.kernel import imported
 def content(tmp_path_factory):
     """What a record of one kernel holds."""
     folder = tmp_path_factory.mktemp("records")
-    with pytest.MonkeyPatch.context() as patched, recording(folder, patched):
+    with recording(folder):
         others.scaled(others.scale_kernel, torch.randn(40))
     return next(folder.iterdir()).read_text()
 

@@ -61,13 +61,18 @@ class Below:
 
 
 @pytest.fixture
-def below(monkeypatch):
+def extension(monkeypatch):
+    """Built, if it is not there yet."""
     if not native.available():
         try:
             build.build()
         except build.BuildError as broken:
             pytest.skip(str(broken))
         monkeypatch.setattr(native, "_serving", native._Serving())
+
+
+@pytest.fixture
+def below(extension, monkeypatch):
     it = Below()
     monkeypatch.setattr(dispatch, "lookup", it.lookup)
     monkeypatch.setattr(dispatch, "known", it.known)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from tilebook.cli.common import example, main
+from tilebook.variables import TRITON
 
 
 @main.command(
@@ -23,7 +24,7 @@ def record(to: Path | None, command: tuple[str, ...]) -> None:
 
     No tensor's contents are. `tilebook tune --recorded` tunes these kernels then.
     """
-    os.environ["TILEBOOK_TRITON"] = f"record:{to.absolute()}" if to else "record"
+    os.environ[TRITON] = f"record:{to.absolute()}" if to else "record"
     try:
         os.execvp(command[0], command)
     except OSError as wrong:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,19 @@ def _record(place: Path) -> None:
     from triton.runtime.autotuner import Autotuner
 
     Autotuner.run = noted_by(start(place), Autotuner.run)
+
+
+@contextlib.contextmanager
+def noting(recording: Recording) -> Iterator[None]:
+    """Inside the block calls of autotuned kernels are recorded."""
+    from triton.runtime.autotuner import Autotuner
+
+    run = Autotuner.run
+    Autotuner.run = noted_by(recording, run)
+    try:
+        yield
+    finally:
+        Autotuner.run = run
 
 
 def noted_by(recording: Recording, run: Any) -> Any:

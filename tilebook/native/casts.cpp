@@ -75,12 +75,7 @@ Tensors Together::forward(torch::autograd::AutogradContext* ctx, at::TensorList 
   return cast(weights, dtype);
 }
 
-bool plain(const Tensor& tensor) {
-  static const DispatchKeySet usual({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA,
-                                     DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
-                                     DispatchKey::ADInplaceOrView});
-  return tensor.layout() == at::kStrided && !(tensor.key_set().raw_repr() & ~usual.raw_repr()) && tensor.has_storage();
-}
+bool plain(const Tensor& tensor) { return ::ordinary(tensor, tensor.device().type()); }
 
 Tensors Together::backward(torch::autograd::AutogradContext* ctx, Tensors gradients) {
   Tensors found(gradients.size()), given, made;

@@ -134,16 +134,6 @@ int (*device_of)(int*, int) = nullptr;
 thread_local bool asking = false;
 thread_local Key key;
 
-// Is it nothing but its memory: of no subclass, no transform, no lazy negation?
-bool ordinary(const at::Tensor& tensor, c10::DeviceType kind) {
-  static const DispatchKeySet gpu({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA,
-                                   DispatchKey::ADInplaceOrView});
-  static const DispatchKeySet cpu({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
-                                   DispatchKey::ADInplaceOrView});
-  const auto& allowed = kind == c10::DeviceType::CPU ? cpu : gpu;
-  return tensor.layout() == at::kStrided && !(tensor.key_set().raw_repr() & ~allowed.raw_repr()) && tensor.has_storage();
-}
-
 // Writes all that a launch depends on into `key`. False for a call that is not to be served.
 bool described(const void* op, const c10::IValue* args, size_t count) {
   const auto kind = static_cast<c10::DeviceType>(served_device.load(std::memory_order_relaxed));
@@ -653,6 +643,15 @@ PyMethodDef methods[] = {
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "tilebook_served", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+
+bool ordinary(const at::Tensor& tensor, c10::DeviceType kind) {
+  static const DispatchKeySet gpu({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA,
+                                   DispatchKey::ADInplaceOrView});
+  static const DispatchKeySet cpu({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
+                                   DispatchKey::ADInplaceOrView});
+  const auto& allowed = kind == c10::DeviceType::CPU ? cpu : gpu;
+  return tensor.layout() == at::kStrided && !(tensor.key_set().raw_repr() & ~allowed.raw_repr()) && tensor.has_storage();
+}
 
 extern "C" PyMODINIT_FUNC PyInit_tilebook_served() {
   // In a forked process nobody is there to give the lock back, and no GPU that was in use before.
