@@ -67,6 +67,17 @@ def test_the_environment_turns_it_on_at_the_end_of_import_torch(environment, exp
     assert "tilebook" not in complaints
 
 
+@pytest.mark.parametrize(
+    "first",
+    ["import tilebook; tilebook.status", "import tilebook; tilebook.patch", "import tilebook; tilebook.autotune"]
+    + [f"import tilebook.{name}" for name in ("op", "enabling", "kernels.attention", "dispatch", "call", "cli")],
+)
+def test_a_program_that_imports_tilebook_before_torch_has_it_on(first):
+    seen, complaints = program(f"{first}\n{SEEN}", TILEBOOK="1")
+    assert seen == "tilebook.enabling True"
+    assert "tilebook" not in complaints
+
+
 def test_what_is_not_asked_for_costs_nothing(monkeypatch):
     monkeypatch.delenv("TILEBOOK", raising=False)
     autoload.load()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,12 @@ def load() -> None:
 
     `torch.nn.attention.activate_flash_attention_impl("tilebook")`, from PyTorch 2.11 on, turns it on as well.
     """
+    importing = _under_way()
+    if importing:  # `import torch` is a line of one of our modules: it has to end first
+        from tilebook.imported import after_import
+
+        after_import(importing, load)
+        return
     try:
         from torch.nn.attention import register_flash_attention_impl
 
@@ -33,6 +40,13 @@ def load() -> None:
     if asked not in ("yes", _PATCH):
         return
     _guarded("not turned on", lambda: _enable(asked == _PATCH))
+
+
+def _under_way() -> str:
+    """The first of our modules whose import has begun and not ended; "" where there is none."""
+    from tilebook.imported import importing
+
+    return next((name for name in list(sys.modules) if name.startswith("tilebook.") and importing(name)), "")
 
 
 def _guarded(what: str, action: Callable[[], None]) -> None:

@@ -16,13 +16,15 @@ def after_import(name: str, call: Callable[[], None]) -> None:
 
     What goes wrong in it is a warning: it must not break somebody's import.
     """
-    if name in sys.modules and not _importing(name):
+    if importing(name):
+        _at_its_end(name, call)
+    elif name in sys.modules:
         _attempt(name, call)
-    elif not any(isinstance(finder, _Finder | _Later) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, (_Later if name in sys.modules else _Finder)(name, call))
+    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(name, call))
 
 
-def _importing(name: str) -> bool:
+def importing(name: str) -> bool:
     """Is its import under way, perhaps below us?"""
     return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
 
@@ -70,15 +72,21 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-class _Later(MetaPathFinder):
-    """Finds nothing; at the first import after that of its module has ended, it takes itself out and calls."""
+class _Watched(ModuleSpec):
+    """The spec of a module whose import is under way, whose end Python notes in it."""
 
-    def __init__(self, name: str, call: Callable[[], None]) -> None:
-        self.name, self._call = name, call
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            calls = self.__dict__.pop("_tilebook", ())
+            for call in calls if self.name in sys.modules else ():
+                _attempt(self.name, call)
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        if _importing(self.name):
-            return
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-            _attempt(self.name, self._call)
+
+def _at_its_end(name: str, call: Callable[[], None]) -> None:
+    spec: Any = sys.modules[name].__spec__
+    calls = spec.__dict__.setdefault("_tilebook", [])
+    if call not in calls:
+        calls.append(call)
+    spec.__class__ = _Watched
