@@ -288,6 +288,10 @@ class Prober:
         with suppress(Exception):  # loaded before any problem is looked at, or the first would pay for it
             import tilebook.tuner.judge.stats
             import tilebook.tuner.judge.verify  # noqa: F401
+        with suppress(Exception):  # and Triton's C code, which the first kernel on a machine waits for
+            import triton
+
+            triton.runtime.driver.active.utils  # noqa: B018
         with self._lock:
             self.spent_s += self.gpu.now() - began
         while not self._over.wait(_TICK_S):

@@ -16,10 +16,6 @@ from tilebook.op import Config, Cost, Space, powers_of_two
 
 _MOST_WALKS = 1024
 
-_SAFE = 64
-"""Of the first fifteen configs of B2 H4 S3000 D64, nearly all with chunks of 16 or 32 tokens, one read memory that is
-not its own on an H200, with Triton 3.6; which of them and why is not known. Longer chunks are faster."""
-
 
 def walks(chunks: int, config: Config) -> tuple[int, int]:
     """Chunks of a program of the last kernel, and of a walk that finds states."""
@@ -59,8 +55,9 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
         return "a tile has more columns than there are"
     if chunk > max(16, triton.next_power_of_2(problem.seq)):
         return "a chunk is longer than the sequence"
-    if device.arch == "sm_90" and chunk < min(_SAFE, problem.seq) and problem.dtype != "fp32" and wide <= 128:
-        return f"chunks below {_SAFE} tokens of a longer sequence are not safe on Hopper"
+    again = span != 1 and not _backward(problem)  # of a chunk's tiles a new state is made, in the place of others
+    if device.arch == "sm_90" and again and warps >= 4 and chunk >= 64 and columns < 64 and config["num_stages"] == 1:
+        return "ptxas 12.8 loses track of where narrow tiles are that lie in each other's places"
     if _whole(config) and (walk, state_v, state_warps) != (0, min(64, most), 4):
         return "one walk along all finds no states before"
     if (span > 1 and span >= chunks) or (walk and walk >= chunks):

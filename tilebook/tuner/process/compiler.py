@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ def compile_here(
     def collect(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         compiled = kernel.warmup(*args, grid=grid, **meta)
         binaries.append(_binary(compiled, grid, _passed(kernel, args, meta)))
+        _starter(compiled, device)
         if getattr(compiled.metadata, "tmem_size", 0) > MAX_TENSOR_MEMORY:
             raise _Rejected(f"tensor memory {compiled.metadata.tmem_size} columns > {MAX_TENSOR_MEMORY}")
 
@@ -143,6 +145,16 @@ def compile_here(
     except Exception as error:
         failure = "compile_error", _gist(error)
     return Compiled(tuple(binaries), time.monotonic() - began, *failure)
+
+
+def _starter(compiled: Any, device: Device) -> None:
+    """Has C code compiled, too, which Triton up to 3.6 makes to start each kernel and keeps beside it: for 0.1 to 0.3 s
+    the first call would wait for it."""
+    driver = importlib.import_module(f"triton.backends.{'nvidia' if device.backend == 'cuda' else 'amd'}.driver")
+    launcher = getattr(driver, "CudaLauncher", None) or getattr(driver, "HIPLauncher", None)
+    if launcher is not None and hasattr(driver, "make_launcher"):
+        with suppress(Exception):  # no driver of a GPU here, no C compiler
+            launcher(compiled.src, compiled.metadata)
 
 
 def _passed(kernel: Any, args: tuple[Any, ...], meta: Mapping[str, Any]) -> Iterator[Any]:
