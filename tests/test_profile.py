@@ -10,11 +10,15 @@ import time
 import pytest
 import torch
 
+from tilebook.profiling import notes, watching
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine without a GPU")
 
 MODEL = """
 import sys
 import torch
+
+from tilebook.profiling import notes, watching
 import torch.nn.functional as F
 import tilebook
 from tilebook import dispatch
@@ -161,3 +165,22 @@ def test_a_command_that_cannot_run_and_a_file_that_cannot_be_written_are_named_b
     found = told("--json", str(tmp_path / "none" / "o"), "--", sys.executable, "-c", "print('ran')")
     assert (found.returncode, found.stdout) == (2, "")
     assert "Invalid value for '--json'" in found.stderr
+
+
+def test_calls_are_timed_until_there_are_times_enough_and_then_in_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "_WINDOW_S", 0.0)
+    monkeypatch.setattr(watching, "_TICK_S", 1e-3)
+    watched, turns = watching.Watching(tmp_path, None, None), []
+    monkeypatch.setattr(watched.notes, "enough", lambda: len(turns) >= 5)
+    monkeypatch.setattr(watched, "_turn", lambda to: (turns.append(to), len(turns) == 9 and watched._stop.set()))
+    watched._run()
+    assert turns == [True] * 5 + [False] * 4
+
+
+def test_times_are_enough_once_each_problem_that_was_met_has_them():
+    kept = notes.Notes(lambda: None)
+    assert not kept.enough()
+    kept._noted = {"a": notes._Noted(None, timed=notes._ENOUGH), "b": notes._Noted(None, timed=notes._ENOUGH - 1)}
+    assert not kept.enough()
+    kept._noted["b"].timed += 1
+    assert kept.enough()

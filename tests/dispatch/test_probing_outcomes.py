@@ -227,6 +227,22 @@ def test_a_problem_that_has_spent_its_own_ends(program, monkeypatch):
     assert it.serves[0] == "torch"
 
 
+def test_what_a_process_pays_once_is_the_programs_and_not_the_first_problems(program, monkeypatch):
+    it = program(130e-6)
+    it.prober._began -= 1000.0
+    verify = it.prober.verify
+
+    def loading(*args):
+        it.machine.host_s += 0.5
+        verify(*args)
+
+    monkeypatch.setattr(it.prober, "verify", loading)
+    it.run(20000)
+    (state,) = it.prober.states.values()
+    assert len(it.kept()) == 1
+    assert state.spent_s < probing.MOST_S < 0.5 < it.prober.spent_s
+
+
 def test_nothing_is_tried_while_a_graph_is_captured(program):
     it = program(50e-6)
     it.prober._began -= 1000.0

@@ -63,7 +63,7 @@ class Prober:
     def __init__(self, dispatch: Dispatch = here, gpu: Any = None, compile: Started | None = None) -> None:
         self.gpu, self._watched = gpu or Gpu(), gpu is None
         self.random = random.Random(0)
-        self.spent_s = 0.0
+        self.spent_s, self.verified = 0.0, False
         self.states: dict[Any, Settling | None] = {}
         self._dispatch, self._compile = dispatch, compile or self._compiling
         self._began = self._kept = self._heard = self.gpu.now()
@@ -138,10 +138,12 @@ class Prober:
             state.active = False
         return state.active
 
-    def spend(self, state: Settling, seconds: float) -> None:
+    def spend(self, state: Settling, seconds: float, once: bool = False) -> None:
+        """once: what a process pays when it first verifies anything, or a kernel is loaded, is no problem's own."""
         with self._lock:
             self.spent_s += seconds
-        state.spent_s += seconds
+        if not once:
+            state.spent_s += seconds
 
     def _pending(self) -> list[Settling]:
         return [each for each in list(self.states.values()) if each is not None and not each.done]
@@ -199,7 +201,7 @@ class Prober:
                     if isinstance(wrong, Wrong):
                         self._wrong.add(_named(each))
                     self.drop(state, each, wrong)
-        state.verified = True
+        state.verified = self.verified = True
 
     def drop(self, state: Settling, candidate: Candidate, why: Exception) -> None:
         """A candidate that is not right, or does not run, is none any more."""

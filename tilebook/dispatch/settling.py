@@ -174,9 +174,9 @@ class Probe:
         state, prober, outputs = self.state, self.prober, None
         if state.lock.acquire(blocking=False):  # else it is another thread's turn
             try:
-                began = prober.gpu.now()
+                began, once = prober.gpu.now(), not prober.verified
                 turn = self._next(args[0])
-                prober.spend(state, prober.gpu.now() - began + TURN_S)
+                prober.spend(state, prober.gpu.now() - began + TURN_S, once)
                 if turn is not None:
                     outputs = self._take(*turn, args)
             except Exception:  # a fault of probing, which ends it; what is wrong with the call the usual one says
@@ -218,7 +218,7 @@ class Probe:
             return None  # which says what is wrong with the call, if anything is
         took_s = gpu.now() - began
         if start is None:
-            self.prober.spend(state, took_s)
+            self.prober.spend(state, took_s, once=True)
             return outputs
         if start.query():  # there is some of the host's time between the events
             state.idle += 1

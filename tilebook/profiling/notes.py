@@ -18,6 +18,7 @@ from tilebook.dispatch.choice import Choice
 from tilebook.dispatch.misses import estimated_ms
 
 _SAMPLES = 128  # that are kept of a problem, the newest
+_ENOUGH = 16  # of each problem that has been met, for the first part of a profile
 _WARM = 3  # calls of a problem, or steps, after which nothing is compiled any more
 
 Key = tuple[str, str, tuple[Any, ...]]
@@ -130,6 +131,10 @@ class Notes:
             self._begun()
         elif noted.timed == _WARM and not self._steps:
             self._mark()
+
+    def enough(self) -> bool:
+        """Has each problem of which calls were timed been timed often?"""
+        return bool(self._noted) and all(each.timed >= _ENOUGH for each in list(self._noted.values()))
 
     def stepped(self, *_: Any) -> None:
         """An optimizer has taken a step. One that is compiled has no clock."""

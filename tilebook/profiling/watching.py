@@ -26,7 +26,7 @@ from tilebook.dispatch.choice import Choice
 from tilebook.profiling.notes import Notes, key_of, stamp
 
 _FIRST_S, _EVERY_S, _WINDOW_S = 5.0, 3.0, 0.3
-"""Calls are timed so long after the first one, and then so often for so long."""
+"""Calls are timed so long after the first one, or until there are times enough; and then so often for so long."""
 
 _NODES = 64  # of a graph, where those of one call are looked for
 _TICK_S = 0.05
@@ -224,10 +224,11 @@ class Watching:
 
     def _run(self) -> None:
         """Opens and closes windows, until it is time to end."""
-        begun = time.perf_counter()
+        begun, first = time.perf_counter(), True
         while not self._stop.wait(_TICK_S):
             age = time.perf_counter() - begun
-            self._turn(age < _FIRST_S or age % _EVERY_S < _WINDOW_S)
+            first = first and age < _FIRST_S and not self.notes.enough()
+            self._turn(first or age % _EVERY_S < _WINDOW_S)
             over = self._seconds is not None and age >= self._seconds
             over = over or (self._calls is not None and self.notes.made() >= self._calls)
             if over and not self.notes.capturing:

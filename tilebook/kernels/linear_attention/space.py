@@ -142,7 +142,7 @@ _AXES = {
     "CHUNK": powers_of_two(16, 128),
     "BLOCK_V": powers_of_two(16, 128),
     "SPAN": (0, 1, 2, 4, 8, 16),
-    "WALK": (0, 8, 32, 128),
+    "WALK": (0, 8, 16, 32, 128),
     "STATE_V": powers_of_two(16, 128),
     "STATE_WARPS": (4, 8),
     "num_warps": powers_of_two(1, 8),
