@@ -20,7 +20,7 @@ LEAST = tl.constexpr(-100.0)
 """Log-decays below count as this: exp of it is nothing in fp32, and sums of it still tell neighbours apart."""
 
 _FP16_ROOM = tl.constexpr(256.0)
-_UNSPECIALIZED = ["g_b", "g_h", "g_s", "heads", "n", "walk"]
+_UNSPECIALIZED = ["heads", "n", "walk"]
 
 
 class Rows(NamedTuple):
@@ -81,23 +81,36 @@ def _put(x, values, batch, head, token, n, column, CHUNK: tl.constexpr, WIDTH: t
     tl.store(base + (r[:, None] * x.s + c[None, :]), values.to(x.source.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _decays(g, token, n, step, tile):
-    """Sums of a chunk's log-decays: up to each token, behind each token, and of all. g: of the head.
+@triton.jit(do_not_specialize=["g_b", "g_h", "g_s", "heads", "n"])
+def decays_kernel(g, sums, rests, g_b, g_h, g_s, heads, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Sums of each chunk's log-decays: up to each token, and behind it. In a walk every chunk would wait for them.
 
     Those behind are added up from the end: what is left of a difference of large sums would be their rounding.
     """
+    pair = tl.program_id(1)
+    base = g + (pair // heads).to(tl.int64) * g_b + (pair % heads).to(tl.int64) * g_h
+    r = tl.arange(0, CHUNK)
+    token = (tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS))[:, None] * CHUNK + r[None, :]
+    at, to = base + token.to(tl.int64) * g_s, pair.to(tl.int64) * n + token
+    each = tl.maximum(tl.load(at, mask=token < n, other=0.0).to(tl.float32), LEAST)
+    after = tl.load(at + g_s, mask=(token + 1 < n) & (r + 1 < CHUNK)[None, :], other=0.0).to(tl.float32)
+    tl.store(sums + to, tl.cumsum(each, 1), mask=token < n)
+    tl.store(rests + to, tl.cumsum(tl.maximum(after, LEAST), 1, reverse=True), mask=token < n)
+
+
+@triton.jit
+def _decays(sums, rests, pair, token, n, tile):
+    """Sums of a chunk's log-decays: up to each token, behind each token, and of all."""
     r = tl.arange(0, tile.CHUNK)
     if tile.DECAY:
-        at, more = g + (token + r).to(tl.int64) * step, r + 1 < n - token
-        each = tl.maximum(tl.load(at, mask=r < n - token, other=0.0).to(tl.float32), LEAST)
-        after = tl.load(at + step, mask=more & (r + 1 < tile.CHUNK), other=0.0).to(tl.float32)
-        sums, rest = tl.cumsum(each, 0), tl.cumsum(tl.maximum(after, LEAST), 0, reverse=True)
-        last = tl.sum(each, 0)
+        base = pair.to(tl.int64) * n + token
+        last = tl.load(sums + base + tl.minimum(tile.CHUNK, n - token) - 1)
+        c = tl.where(r < n - token, tl.load(sums + base + r, mask=r < n - token, other=0.0), last)
+        rest = tl.load(rests + base + r, mask=r < n - token, other=0.0)
     else:
-        sums = tl.zeros([tile.CHUNK], tl.float32)
-        rest, last = sums, 0.0
-    return sums, rest, last
+        c = tl.zeros([tile.CHUNK], tl.float32)
+        rest, last = c, 0.0
+    return c, rest, last
 
 
 @triton.jit
@@ -197,18 +210,17 @@ def _whose(heads, tile):
 
 @triton.jit(do_not_specialize=[*_UNSPECIALIZED, "every"])
 def states_kernel(
-    x, y, weight, g, init, out, sums, final, g_b, g_h, g_s, heads, n, walk, every, scale,
+    x, y, weight, sums, rests, init, out, totals, final, heads, n, walk, every, scale,
     tile, STORE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """States along a walk of `walk` chunks: x is k, y is v; backwards in time x is q, y do, and states are gradients.
 
     STORE: begins with `init`, writes the state in front of every `every` chunks (backwards behind each) to `out`, and
-    the last of all to `final`. Else begins with nothing, and writes the last alone to `out`, its decay to `sums`.
+    the last of all to `final`. Else begins with nothing, and writes the last alone to `out`, its decay to `totals`.
     """
     column, head, batch, pair = _whose(heads, tile)
     part, chunks = tl.program_id(1), tl.cdiv(n, tile.CHUNK)
     first, end = part * walk, tl.minimum(part * walk + walk, chunks)
-    decays = g + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
     r, total = tl.arange(0, tile.CHUNK), 0.0
     state, z = _load_state(init, batch, head, part, column, tile), _load_z(init, batch, head, part, tile)
     state = state.to(tl.float32)
@@ -221,7 +233,7 @@ def states_kernel(
                 _store_state(out, state, z, batch, head, chunk // every, column, tile)
         rows = _rows(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         values = _rows(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        c, rest, last = _decays(decays, token, n, g_s, tile)
+        c, rest, last = _decays(sums, rests, pair, token, n, tile)
         some = 1.0
         if weight is not None:
             some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
@@ -231,7 +243,7 @@ def states_kernel(
     if not STORE:
         _store_state(out, state, z, batch, head, part, column, tile)
         if column == 0:
-            tl.store(sums + pair.to(tl.int64) * tl.num_programs(1) + part, total)
+            tl.store(totals + pair.to(tl.int64) * tl.num_programs(1) + part, total)
     elif final.source is not None:
         edge = 0 if REVERSE else tl.num_programs(1) - 1
         if part == edge:
@@ -240,7 +252,7 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=["heads", "parts"])
 def scan_kernel(
-    out, sums, init, final, heads, parts, D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    out, totals, init, final, heads, parts, D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What each of `parts` walks adds, in `out`, becomes what each of them begins with."""
@@ -255,7 +267,7 @@ def scan_kernel(
         part = parts - 1 - step if REVERSE else step
         place = _offsets(out, batch, head, part) + d * out.d + v * out.v
         added = tl.load(place, mask=inside, other=0.0)
-        kept = tl.exp(tl.load(sums + pair.to(tl.int64) * parts + part))
+        kept = tl.exp(tl.load(totals + pair.to(tl.int64) * parts + part))
         tl.store(place, state, mask=inside)
         state = state * kept + added
     if final.source is not None:
@@ -263,7 +275,7 @@ def scan_kernel(
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def forward_kernel(q, k, v, g, init, o, den, final, g_b, g_h, g_s, heads, n, walk, scale, eps, tile, ONE: tl.constexpr):
+def forward_kernel(q, k, v, sums, rests, init, o, den, final, heads, n, walk, scale, eps, tile, ONE: tl.constexpr):
     """o along a walk that begins with its state in `init`, and is ONE chunk long or more; the last state to `final`.
 
     Where NORM o is divided by eps + den, den_i = scale · Σ_j (q_i · k_j).
@@ -271,7 +283,6 @@ def forward_kernel(q, k, v, g, init, o, den, final, g_b, g_h, g_s, heads, n, wal
     column, head, batch, pair = _whose(heads, tile)
     part, chunks, r = tl.program_id(1), tl.cdiv(n, tile.CHUNK), tl.arange(0, tile.CHUNK)
     first, end = part * walk, tl.minimum(part * walk + walk, chunks)
-    decays = g + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
     state, z = _load_state(init, batch, head, part, column, tile), _load_z(init, batch, head, part, tile)
     if not ONE:
         state = state.to(tl.float32)
@@ -280,7 +291,7 @@ def forward_kernel(q, k, v, g, init, o, den, final, g_b, g_h, g_s, heads, n, wal
         queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         values = _rows(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        c, rest, last = _decays(decays, token, n, g_s, tile)
+        c, rest, last = _decays(sums, rests, pair, token, n, tile)
         within, factor = tl.exp(c), _factor(state, queries)
         acc = _dot(queries, factor[0], tile) * (within * factor[1])[:, None]
         a = _dot(queries, tl.trans(keys), tile) * _seen(c, tile, False)
@@ -297,9 +308,9 @@ def forward_kernel(q, k, v, g, init, o, den, final, g_b, g_h, g_s, heads, n, wal
         _store_state(final, state, z, batch, head, part, column, tile)
 
 
-@triton.jit(do_not_specialize=["g_b", "g_h", "g_s", "heads", "n"])
+@triton.jit(do_not_specialize=["heads", "n"])
 def backward_kernel(
-    do, q, k, v, weight, g, states, grads, dq, dk, dv, dg, g_b, g_h, g_s, heads, n, scale, tile, DECAYED: tl.constexpr
+    do, q, k, v, weight, sums, rests, states, grads, dq, dk, dv, dg, heads, n, scale, tile, DECAYED: tl.constexpr
 ):
     """Gradients of one chunk, of the state in front of it and the gradient of the one behind it.
 
@@ -309,7 +320,7 @@ def backward_kernel(
     """
     pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
     head, batch, token = pair % heads, pair // heads, chunk * tile.CHUNK
-    c, rest, last = _decays(g + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h, token, n, g_s, tile)
+    c, rest, last = _decays(sums, rests, pair, token, n, tile)
     within, behind = tl.exp(c) * scale, tl.exp(rest)
     queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
     keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)

@@ -16,6 +16,7 @@ from tilebook.kernels.linear_attention.kernels import (
     States,
     Tile,
     backward_kernel,
+    decays_kernel,
     forward_kernel,
     scan_kernel,
     states_kernel,
@@ -27,6 +28,9 @@ from tilebook.op import Config
 
 _SCANNED = 512
 """Numbers of a state that a program of the scan takes."""
+
+_SUMMED = 1024
+"""Tokens whose log-decays a program sums up."""
 
 _NOWHERE = States(None, 0, 0, 0, 0, 0)
 
@@ -51,15 +55,24 @@ class _Call:
     """What all kernels of one call are told."""
 
     def __init__(self, q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, norm: bool, config: Config) -> None:
-        self.q, self.config, self.g = q, config, q if g is None else g
+        self.q, self.config = q, config
         self.batch, self.heads, self.n, self.width = q.shape
         self.columns, self.chunk = v.shape[-1], config.number("CHUNK")
         self.chunks = triton.cdiv(self.n, self.chunk)
         self.size = (self.columns + norm) * self.width
         apart = not q.is_cpu and since_blackwell(devices.current(q.device.index or 0))
         self.constants = {"DECAY": g is not None, "NORM": norm, "EXACT": q.dtype == torch.float32, "APART": apart}
-        # Of log-decays, then how many heads and tokens there are.
-        self.sizes = *(self.g.stride()[:3] if g is not None else (0, 0, 0)), self.heads, self.n
+        self.decays = (q, q) if g is None else self._decays(g)
+
+    def _decays(self, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of log-decays in each chunk: up to each token, behind each."""
+        sums, rests = (torch.empty(g.shape, dtype=torch.float32, device=g.device) for _ in range(2))
+        grid = triton.cdiv(self.chunks, _SUMMED // self.chunk), self.batch * self.heads
+        launch(
+            decays_kernel, grid, g, sums, rests, *g.stride()[:3], self.heads, self.n, CHUNK=self.chunk,
+            CHUNKS=_SUMMED // self.chunk, num_warps=4,
+        )  # fmt: skip
+        return sums, rests
 
     def tile(self, block_v: int) -> Any:
         wide = max(16, triton.next_power_of_2(self.width))
@@ -86,18 +99,18 @@ class _Call:
             b, h, p, _ = made.stride()
             return States(made, b, h, p, 1, self.width)
 
-        def walked(init: States, out: States, sums: Any, final: States, store: bool) -> None:
+        def walked(init: States, out: States, totals: Any, final: States, store: bool) -> None:
             launch(
-                states_kernel, grid, _rows(x), _rows(y), weight, self.g, init, out, sums, final, *self.sizes, walk,
-                every, scale, self.tile(block_v), STORE=store, REVERSE=reverse, **options,
+                states_kernel, grid, _rows(x), _rows(y), weight, *self.decays, init, out, totals, final, self.heads,
+                self.n, walk, every, scale, self.tile(block_v), STORE=store, REVERSE=reverse, **options,
             )  # fmt: skip
 
         if grid[1] > 1:
             starts = place(grid[1], torch.float32)
-            sums = torch.empty((self.batch * self.heads, grid[1]), dtype=torch.float32, device=self.q.device)
-            walked(_NOWHERE, starts, sums, _NOWHERE, store=False)
+            totals = torch.empty((self.batch * self.heads, grid[1]), dtype=torch.float32, device=self.q.device)
+            walked(_NOWHERE, starts, totals, _NOWHERE, store=False)
             launch(
-                scan_kernel, (triton.cdiv(self.size, _SCANNED), self.batch * self.heads), starts, sums, init, final,
+                scan_kernel, (triton.cdiv(self.size, _SCANNED), self.batch * self.heads), starts, totals, init, final,
                 self.heads, grid[1], D=self.width, SIZE=self.size, BLOCK=_SCANNED, REVERSE=reverse, num_warps=4,
             )  # fmt: skip
             if every == walk:
@@ -123,8 +136,8 @@ def linear_attention_fwd(
     if walk < call.chunks:
         init, last = call.states(k, v, None, 1.0, init, last, walk, long), _NOWHERE
     launch(
-        forward_kernel, call.grid(block_v, walk), _rows(q), _rows(k), _rows(v), call.g, init, _rows(o), den, last,
-        *call.sizes, walk, scale, eps, call.tile(block_v), ONE=walk == 1 and last is _NOWHERE,
+        forward_kernel, call.grid(block_v, walk), _rows(q), _rows(k), _rows(v), *call.decays, init, _rows(o), den, last,
+        call.heads, call.n, walk, scale, eps, call.tile(block_v), ONE=walk == 1 and last is _NOWHERE,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return o, final, den
@@ -147,7 +160,7 @@ def linear_attention_bwd(
     grads = call.states(q, do, weight, scale, _given(dstate), end, 1, walk, reverse=True, rounded=not decayed)
     launch(
         backward_kernel, (call.batch * call.heads, call.chunks), _rows(do), _rows(q), _rows(k), _rows(v), weight,
-        call.g, states, grads, _rows(dq), _rows(dk), _rows(dv), dg, *call.sizes, scale,
+        *call.decays, states, grads, _rows(dq), _rows(dk), _rows(dv), dg, call.heads, call.n, scale,
         call.tile(config.number("BLOCK_V")), DECAYED=decayed,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

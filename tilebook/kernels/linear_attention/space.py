@@ -56,7 +56,8 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
     if chunk > max(16, triton.next_power_of_2(problem.seq)):
         return "a chunk is longer than the sequence"
     again = span != 1 and not _backward(problem)  # of a chunk's tiles a new state is made, in the place of others
-    if device.arch == "sm_90" and again and warps >= 4 and chunk >= 64 and columns < 64 and config["num_stages"] == 1:
+    narrow = columns < 64 and (config["num_stages"] == 1 or problem.value_dim % columns != 0)
+    if device.arch == "sm_90" and again and narrow and warps >= 4 and chunk >= 64:
         return "ptxas 12.8 loses track of where narrow tiles are that lie in each other's places"
     if _whole(config) and (walk, state_v, state_warps) != (0, min(64, most), 4):
         return "one walk along all finds no states before"
@@ -94,20 +95,33 @@ def _shapes(problem: LinearAttention, device: Device) -> list[tuple[int, int, in
     if padded and backward:
         return [(64, 32, 8, 1), *small]
     four = [(64, 64, 4, 2), (64, 64, 4, 1)] if wide <= 64 else []
+    if not backward and asynchronous(device):
+        four = [] if padded else [(64, 64, 4, 3), *four] if wide <= 64 else [(128, 64, 8, 2), (64, 64, 8, 3)]
     return [*four, (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (64, 16, 4, 1), *small]
 
 
+def _parts(backward: bool, chunks: int, busy: float) -> tuple[int, int]:
+    """SPAN and WALK by default; busy: walks along all for each multiprocessor."""
+    if backward:
+        return 1, 16 if chunks > 32 and busy < 0.5 else 128 if chunks > 512 else 0
+    if chunks <= 16 or busy >= 0.5:
+        return 0, 0
+    joined = 16 if chunks * busy >= 16 else 8
+    return (joined, joined) if chunks > 32 else (4, 0)
+
+
 def _default(problem: LinearAttention, device: Device) -> Config:
-    """Chunks of 64, four to a program forward, all of a sequence of few."""
+    """Forward one walk along all, where that makes the GPU's multiprocessors busy; else several, joined by a scan."""
     most, length = (max(16, triton.next_power_of_2(n)) for n in (problem.value_dim, problem.seq))
     configs, exact = [], problem.dtype == "fp32"
     for chunk, columns, warps, stages in _shapes(problem, device):
         chunk = min(chunk, length)
         chunks = triton.cdiv(problem.seq, chunk)
-        whole = not _backward(problem) and chunks <= 16
+        programs = problem.batch * problem.heads * triton.cdiv(problem.value_dim, columns)
+        span, walk = _parts(_backward(problem), chunks, programs / device.sm_count)
+        whole = not (_backward(problem) or span)
         values = {
-            "CHUNK": chunk, "BLOCK_V": min(columns, most), "SPAN": 0 if whole else 1 if chunks <= 4 else 4,
-            "WALK": 128 if chunks > 512 and not whole else 0,
+            "CHUNK": chunk, "BLOCK_V": min(columns, most), "SPAN": span, "WALK": walk,
             "STATE_V": min(64 if whole else 16 if exact else 64 if problem.wide <= 128 else 32, most),
             "STATE_WARPS": 8 if exact and not whole else 4, "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
