@@ -95,8 +95,9 @@ def _shapes(problem: LinearAttention, device: Device) -> list[tuple[int, int, in
     if padded and backward:
         return [(64, 32, 8, 1), *small]
     four = [(64, 64, 4, 2), (64, 64, 4, 1)] if wide <= 64 else []
-    if not backward and asynchronous(device):
-        four = [] if padded else [(64, 64, 4, 3), *four] if wide <= 64 else [(128, 64, 8, 2), (64, 64, 8, 3)]
+    if not backward:
+        wider = [(64, 64, 4, 3), *four] if wide <= 64 else [(128, 64, 8, 2), (64, 64, 8, 3)]
+        four = [] if padded else wider if asynchronous(device) else four
     return [*four, (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (64, 16, 4, 1), *small]
 
 
