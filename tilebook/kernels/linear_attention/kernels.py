@@ -20,7 +20,7 @@ LEAST = tl.constexpr(-100.0)
 """Log-decays below count as this: exp of it is nothing in fp32, and sums of it still tell neighbours apart."""
 
 _FP16_ROOM = tl.constexpr(256.0)
-_UNSPECIALIZED = ["heads", "n", "walk"]
+_UNSPECIALIZED = ["g_b", "g_h", "g_s", "heads", "n", "walk"]
 
 
 class Rows(NamedTuple):
@@ -83,34 +83,47 @@ def _put(x, values, batch, head, token, n, column, CHUNK: tl.constexpr, WIDTH: t
 
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_s", "heads", "n"])
 def decays_kernel(g, sums, rests, g_b, g_h, g_s, heads, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Sums of each chunk's log-decays: up to each token, and behind it. In a walk every chunk would wait for them.
-
-    Those behind are added up from the end: what is left of a difference of large sums would be their rounding.
-    """
+    """Sums of each chunk's log-decays: up to each token, and behind it."""
     pair = tl.program_id(1)
     base = g + (pair // heads).to(tl.int64) * g_b + (pair % heads).to(tl.int64) * g_h
     r = tl.arange(0, CHUNK)
     token = (tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS))[:, None] * CHUNK + r[None, :]
-    at, to = base + token.to(tl.int64) * g_s, pair.to(tl.int64) * n + token
-    each = tl.maximum(tl.load(at, mask=token < n, other=0.0).to(tl.float32), LEAST)
-    after = tl.load(at + g_s, mask=(token + 1 < n) & (r + 1 < CHUNK)[None, :], other=0.0).to(tl.float32)
+    each, after = _each(base, token, n, g_s, (r + 1 < CHUNK)[None, :])
+    to = pair.to(tl.int64) * n + token
     tl.store(sums + to, tl.cumsum(each, 1), mask=token < n)
-    tl.store(rests + to, tl.cumsum(tl.maximum(after, LEAST), 1, reverse=True), mask=token < n)
+    tl.store(rests + to, tl.cumsum(after, 1, reverse=True), mask=token < n)
 
 
 @triton.jit
-def _decays(sums, rests, pair, token, n, tile):
-    """Sums of a chunk's log-decays: up to each token, behind each token, and of all."""
+def _each(g, token, n, step, more):
+    """Log-decays of tokens, and of those that follow them in their chunk, where there are `more`. g: of the head."""
+    at = g + token.to(tl.int64) * step
+    each = tl.load(at, mask=token < n, other=0.0).to(tl.float32)
+    after = tl.load(at + step, mask=(token + 1 < n) & more, other=0.0).to(tl.float32)
+    return tl.maximum(each, LEAST), tl.maximum(after, LEAST)
+
+
+@triton.jit
+def _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile):
+    """Sums of a chunk's log-decays: up to each token, behind each token, and of all. With `rests` they are there: g is
+    the first of them.
+
+    Those behind are added up from the end: what is left of a difference of large sums would be their rounding.
+    """
     r = tl.arange(0, tile.CHUNK)
-    if tile.DECAY:
-        base = pair.to(tl.int64) * n + token
-        last = tl.load(sums + base + tl.minimum(tile.CHUNK, n - token) - 1)
-        c = tl.where(r < n - token, tl.load(sums + base + r, mask=r < n - token, other=0.0), last)
-        rest = tl.load(rests + base + r, mask=r < n - token, other=0.0)
+    start = batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
+    if not tile.DECAY:
+        sums = tl.zeros([tile.CHUNK], tl.float32)
+        rest, last = sums, 0.0
+    elif rests is None:
+        each, after = _each(g + start, token + r, n, g_s, r + 1 < tile.CHUNK)
+        sums, rest, last = tl.cumsum(each, 0), tl.cumsum(after, 0, reverse=True), tl.sum(each, 0)
     else:
-        c = tl.zeros([tile.CHUNK], tl.float32)
-        rest, last = c, 0.0
-    return c, rest, last
+        at, inside = start + token + r, r < n - token
+        last = tl.load(g + start + tl.minimum(token + tile.CHUNK, n) - 1)
+        sums = tl.where(inside, tl.load(g + at, mask=inside, other=0.0), last)
+        rest = tl.load(rests + at, mask=inside, other=0.0)
+    return sums, rest, last
 
 
 @triton.jit
@@ -210,7 +223,7 @@ def _whose(heads, tile):
 
 @triton.jit(do_not_specialize=[*_UNSPECIALIZED, "every"])
 def states_kernel(
-    x, y, weight, sums, rests, init, out, totals, final, heads, n, walk, every, scale,
+    x, y, weight, g, rests, init, out, totals, final, g_b, g_h, g_s, heads, n, walk, every, scale,
     tile, STORE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """States along a walk of `walk` chunks: x is k, y is v; backwards in time x is q, y do, and states are gradients.
@@ -233,7 +246,7 @@ def states_kernel(
                 _store_state(out, state, z, batch, head, chunk // every, column, tile)
         rows = _rows(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         values = _rows(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        c, rest, last = _decays(sums, rests, pair, token, n, tile)
+        c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
         some = 1.0
         if weight is not None:
             some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
@@ -275,7 +288,9 @@ def scan_kernel(
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def forward_kernel(q, k, v, sums, rests, init, o, den, final, heads, n, walk, scale, eps, tile, ONE: tl.constexpr):
+def forward_kernel(
+    q, k, v, g, rests, init, o, den, final, g_b, g_h, g_s, heads, n, walk, scale, eps, tile, ONE: tl.constexpr
+):
     """o along a walk that begins with its state in `init`, and is ONE chunk long or more; the last state to `final`.
 
     Where NORM o is divided by eps + den, den_i = scale · Σ_j (q_i · k_j).
@@ -291,7 +306,7 @@ def forward_kernel(q, k, v, sums, rests, init, o, den, final, heads, n, walk, sc
         queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         values = _rows(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        c, rest, last = _decays(sums, rests, pair, token, n, tile)
+        c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
         within, factor = tl.exp(c), _factor(state, queries)
         acc = _dot(queries, factor[0], tile) * (within * factor[1])[:, None]
         a = _dot(queries, tl.trans(keys), tile) * _seen(c, tile, False)
@@ -308,9 +323,29 @@ def forward_kernel(q, k, v, sums, rests, init, o, den, final, heads, n, walk, sc
         _store_state(final, state, z, batch, head, part, column, tile)
 
 
-@triton.jit(do_not_specialize=["heads", "n"])
+@triton.jit(do_not_specialize=["g_b", "g_h", "g_s", "heads", "n"])
 def backward_kernel(
-    do, q, k, v, weight, sums, rests, states, grads, dq, dk, dv, dg, heads, n, scale, tile, DECAYED: tl.constexpr
+    do,
+    q,
+    k,
+    v,
+    weight,
+    g,
+    rests,
+    states,
+    grads,
+    dq,
+    dk,
+    dv,
+    dg,
+    g_b,
+    g_h,
+    g_s,
+    heads,
+    n,
+    scale,
+    tile,
+    DECAYED: tl.constexpr,
 ):
     """Gradients of one chunk, of the state in front of it and the gradient of the one behind it.
 
@@ -320,7 +355,7 @@ def backward_kernel(
     """
     pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
     head, batch, token = pair % heads, pair // heads, chunk * tile.CHUNK
-    c, rest, last = _decays(sums, rests, pair, token, n, tile)
+    c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
     within, behind = tl.exp(c) * scale, tl.exp(rest)
     queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
     keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)

@@ -55,24 +55,31 @@ class _Call:
     """What all kernels of one call are told."""
 
     def __init__(self, q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, norm: bool, config: Config) -> None:
-        self.q, self.config = q, config
+        self.q, self.config, self.g = q, config, q if g is None else g
+        self.rests: torch.Tensor | None = None
         self.batch, self.heads, self.n, self.width = q.shape
         self.columns, self.chunk = v.shape[-1], config.number("CHUNK")
         self.chunks = triton.cdiv(self.n, self.chunk)
         self.size = (self.columns + norm) * self.width
         apart = not q.is_cpu and since_blackwell(devices.current(q.device.index or 0))
         self.constants = {"DECAY": g is not None, "NORM": norm, "EXACT": q.dtype == torch.float32, "APART": apart}
-        self.decays = (q, q) if g is None else self._decays(g)
 
-    def _decays(self, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of log-decays in each chunk: up to each token, behind each."""
-        sums, rests = (torch.empty(g.shape, dtype=torch.float32, device=g.device) for _ in range(2))
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Steps of log-decays, then how many heads and tokens there are."""
+        return *(self.g.stride()[:3] if self.constants["DECAY"] else (0, 0, 0)), self.heads, self.n
+
+    def sum_decays(self) -> None:
+        """In each chunk, once for all kernels: backward there are three that would."""
+        if not self.constants["DECAY"]:
+            return
+        sums, self.rests = (torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device) for _ in range(2))
         grid = triton.cdiv(self.chunks, _SUMMED // self.chunk), self.batch * self.heads
         launch(
-            decays_kernel, grid, g, sums, rests, *g.stride()[:3], self.heads, self.n, CHUNK=self.chunk,
-            CHUNKS=_SUMMED // self.chunk, num_warps=4,
+            decays_kernel, grid, self.g, sums, self.rests, *self.sizes, CHUNK=self.chunk, CHUNKS=_SUMMED // self.chunk,
+            num_warps=4,
         )  # fmt: skip
-        return sums, rests
+        self.g = sums
 
     def tile(self, block_v: int) -> Any:
         wide = max(16, triton.next_power_of_2(self.width))
@@ -101,8 +108,8 @@ class _Call:
 
         def walked(init: States, out: States, totals: Any, final: States, store: bool) -> None:
             launch(
-                states_kernel, grid, _rows(x), _rows(y), weight, *self.decays, init, out, totals, final, self.heads,
-                self.n, walk, every, scale, self.tile(block_v), STORE=store, REVERSE=reverse, **options,
+                states_kernel, grid, _rows(x), _rows(y), weight, self.g, self.rests, init, out, totals, final,
+                *self.sizes, walk, every, scale, self.tile(block_v), STORE=store, REVERSE=reverse, **options,
             )  # fmt: skip
 
         if grid[1] > 1:
@@ -136,8 +143,8 @@ def linear_attention_fwd(
     if walk < call.chunks:
         init, last = call.states(k, v, None, 1.0, init, last, walk, long), _NOWHERE
     launch(
-        forward_kernel, call.grid(block_v, walk), _rows(q), _rows(k), _rows(v), *call.decays, init, _rows(o), den, last,
-        call.heads, call.n, walk, scale, eps, call.tile(block_v), ONE=walk == 1 and last is _NOWHERE,
+        forward_kernel, call.grid(block_v, walk), _rows(q), _rows(k), _rows(v), call.g, None, init, _rows(o), den,
+        last, *call.sizes, walk, scale, eps, call.tile(block_v), ONE=walk == 1 and last is _NOWHERE,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return o, final, den
@@ -151,6 +158,7 @@ def linear_attention_bwd(
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
     norm = weight is not None
     call, nothing = _Call(q, v, g, norm, config), _nothing(q)
+    call.sum_decays()
     dq, dk, dv = like(q), like(k), like(v)
     dg = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if decayed else nothing
     dinit = nothing if state is None else new_state(q, v, norm)
@@ -160,7 +168,7 @@ def linear_attention_bwd(
     grads = call.states(q, do, weight, scale, _given(dstate), end, 1, walk, reverse=True, rounded=not decayed)
     launch(
         backward_kernel, (call.batch * call.heads, call.chunks), _rows(do), _rows(q), _rows(k), _rows(v), weight,
-        *call.decays, states, grads, _rows(dq), _rows(dk), _rows(dv), dg, call.heads, call.n, scale,
+        call.g, call.rests, states, grads, _rows(dq), _rows(dk), _rows(dv), dg, *call.sizes, scale,
         call.tile(config.number("BLOCK_V")), DECAYED=decayed,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
