@@ -372,7 +372,7 @@ def backward_kernel(
         state = _load_state(states, batch, head, chunk, column, tile)
         grad = _load_state(grads, batch, head, chunk, column, tile)
         if DECAYED:
-            through += tl.sum(grad * state, 1)
+            through += tl.sum(grad.to(tl.float32) * state.to(tl.float32), 1)
         a += _dot(values, tl.trans(above), tile)
         old, gradient = _factor(state, above), _factor(grad, keys)
         inter += _dot(old[0], tl.trans(above), tile) * old[1]
