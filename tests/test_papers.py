@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,33 @@ def test_ways_of_cct_compute_the_same_and_faults_in_the_forward_pass_do_not(pape
         "the first bias after GELU",
         "tanh GELU and fp16, its loss not scaled",
     }
+
+
+def test_distilbert_is_timed_and_learns_with_attention_of_every_make(tmp_path):
+    document, printed = run("distilbert.py", tmp_path / "distilbert.json", "--seeds", "1", "--epochs", "1")
+    ways = ["pytorch", "sdpa", "attn_implementation", "TILEBOOK=1"]
+    assert [row["way"] for row in document["accuracy"]] == ways
+    for row in document["speed"]:
+        assert list(row["ms"]) == ways, row
+    assert "1104" in printed
+
+
+def test_data_is_read_from_the_folders_that_people_have(tmp_path, papers):
+    for part in ("train", "test"):
+        for kind in ("neg", "pos"):
+            (tmp_path / part / kind).mkdir(parents=True)
+            for n in range(3):
+                (tmp_path / part / kind / f"{n}_7.txt").write_text(f"A {kind} film.")
+    found = papers("texts").imdb(tmp_path, 8, 99, 4)
+    ids, labels = found.train
+    assert (ids.shape, labels.tolist().count(1)) == ((4, 8), 2)
+    assert len({tuple(row) for row in ids.tolist()}) == 2  # one text of each kind
+    assert (ids > 0).sum(1).tolist() == [5] * 4  # and the first token
+
+    row = torch.arange(3 * 32 * 32, dtype=torch.uint8)
+    for name in ("test_batch", *(f"data_batch_{n}" for n in range(1, 6))):
+        (tmp_path / name).write_bytes(pickle.dumps({b"data": row.repeat(2, 1).numpy(), b"labels": [4, 9]}))
+    images, labels = papers("images").chosen("", tmp_path, False).train
+    assert labels.tolist() == [4, 9] * 5
+    mean, deviation = 0.4465, 0.2616
+    assert images[0, 2, 0, 5].item() == pytest.approx((row[2 * 1024 + 5].item() / 255 - mean) / deviation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,9 @@ from tilebook import device as devices
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compare import save
+
+LOST = 0.3
+"""Points of accuracy that a way may lose."""
 
 STARTED = time.monotonic()
 
@@ -52,6 +56,18 @@ def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def apart(found: dict[str, list[float]], put_in: dict[str, float]) -> list[dict[str, Any]]:
+    """Of accuracies by way and seed the mean, and how far it is from PyTorch's in the seeds that both have."""
+    rows = []
+    for name, each in found.items():
+        pairs = [a - b for a, b in zip(each, found["pytorch"], strict=False)]
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+        row = {"way": name, "accuracy": each, "mean": statistics.fmean(each), "put_in": put_in.get(name)}
+        difference = statistics.fmean(pairs)
+        rows.append(row | {"difference": difference, "error": error, "kept": difference >= -LOST})
+    return rows
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from beside import Panel, arguments, attempt, draw, keep, over, table
+from beside import Panel, apart, arguments, attempt, draw, keep, over, table
 from cct_model import CCT, CCT_7, CCT_14, Shape
 from faults import FAULTS, PLAIN, WAYS, Way
 from images import Images, chosen
@@ -36,9 +35,6 @@ STUDY = {
     "the study's fused": {"forward": (217.1, 11.3), "step": (4481.0, None)},
 }
 """ms, and GB of memory."""
-
-LOST = 0.3
-"""Points of accuracy that a way may differ by."""
 
 SHAPES = {"CCT-14/7x2_384 × 8": CCT_14, "CCT-7/3x1_32 × 128": CCT_7}
 
@@ -114,18 +110,6 @@ def put_in(way: Way, model: CCT, shape: Shape, images: Images, device: str) -> f
     return accuracy(other.to(way.weights), way, images, device)
 
 
-def compared(found: dict[str, list[float]], put: dict[str, float]) -> list[dict[str, Any]]:
-    """Of each way the mean over the seeds, and how far it is from PyTorch's in the seeds that both have."""
-    rows = []
-    for name, each in found.items():
-        apart = [a - b for a, b in zip(each, found["pytorch"], strict=False)]
-        error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
-        row = {"way": name, "fault": name in FAULTS, "accuracy": each, "mean": statistics.fmean(each)}
-        row |= {"difference": statistics.fmean(apart), "error": error, "put_in": put.get(name)}
-        rows.append(row | {"kept": row["difference"] >= -LOST})
-    return rows
-
-
 def shown(rows: list[dict[str, Any]], accuracies: list[dict[str, Any]], images: str) -> str:
     parts = []
     for what, title in (("forward", "forward"), ("step", "training step")):
@@ -162,8 +146,7 @@ def main() -> None:
     images = chosen(given.images, given.data, given.tiny).to(given.device)
 
     def kept() -> None:
-        accuracies = compared(found, put)
-        keep(given, "CCT", images=images.name, steps=given.steps, study=STUDY, speed=rows, accuracy=accuracies)
+        keep(given, "CCT", images=images.name, steps=given.steps, study=STUDY, speed=rows, accuracy=apart(found, put))
 
     if "speed" in parts:
         for name, shape in SHAPES.items():
@@ -183,7 +166,7 @@ def main() -> None:
             if seed == 0 and name == "pytorch":
                 put = {each: put_in(other, model, shape, images, given.device) for each, other in ways.items()}
             kept()
-    accuracies = compared(found, put)
+    accuracies = apart(found, put)
     print(shown(rows, accuracies, images.name))
     draw(
         given,
