@@ -15,6 +15,7 @@ from programs.own_modules import (  # noqa: F401
     leaves,
     test_a_gated_mlp_is_what_its_formula_says,
     test_attention_to_any_keys_is_pytorchs,
+    test_hooks_on_inner_modules_are_called,
     test_norms_and_linear_layers_are_pytorchs,
 )
 
