@@ -101,3 +101,31 @@ def test_data_is_read_from_the_folders_that_people_have(tmp_path, papers):
     assert labels.tolist() == [4, 9] * 5
     mean, deviation = 0.4465, 0.2616
     assert images[0, 2, 0, 5].item() == pytest.approx((row[2 * 1024 + 5].item() / 255 - mean) / deviation)
+
+
+def test_a_grid_of_gpts_is_timed_with_attention_of_every_make(tmp_path):
+    document, printed = run("flash_grid.py", tmp_path / "grid.json")
+    assert [len(row["ms"]) for row in document["results"]] == [3] * 4
+    assert document["saved"]["standard"]["configurations"] == 4
+    assert "68.9" in printed
+
+
+def test_shares_count_what_both_hold_and_name_what_only_one_does(papers):
+    rows = [
+        {"ms": {"standard": 4.0, "tilebook": 1.0}, "bytes": {"standard": 10, "tilebook": 5}},
+        {"ms": {"standard": 4.0, "tilebook": 2.0}, "bytes": {"standard": 10, "tilebook": 10}},
+        {"ms": {"tilebook": 2.0}, "bytes": {"tilebook": 10}},
+    ]
+    found = papers("flash_grid").saved(rows, "standard")
+    assert found["time"] == [62.5, 50.0, 75.0]
+    assert found["memory"] == [25.0, 0.0, 50.0]
+    assert (found["configurations"], found["only tilebook fits"], found["only standard fits"]) == (2, 1, 0)
+
+
+def test_attention_is_timed_in_every_direction_and_seen_by_the_profiler(tmp_path):
+    document, printed = run("flash_triton.py", tmp_path / "flash.json")
+    assert len(document["results"]) == 2 * 2 * 3
+    for row in document["results"]:
+        assert set(row["ms"]) == set(row["profile"]) == {"written out", "sdpa", "tilebook"}
+        assert all(each["cpu_ms"] > 0 for each in row["profile"].values())
+    assert "backward level" in printed
