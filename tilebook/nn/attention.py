@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tilebook.kernels.attention import scaled_dot_product_attention
+from tilebook.kernels.attention.drop_in import BOUNDS
+from tilebook.trial import served
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -14,8 +16,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Heads are views of the products, and are not copied in between. PyTorch's own forward runs, and raises, with
     need_weights, which is its default, with kdim or vdim of other widths, bias_k and bias_v, add_zero_attn, without a
-    batch, for nested tensors, and where masks do not fit. Dropout is PyTorch's, and drops the same weights. A row all
-    of whose keys are hidden gives what the function gives for it.
+    batch, for nested tensors, where masks do not fit, and for small calls in evaluation, which are one op there.
+    Dropout is PyTorch's, and drops the same weights. A row all of whose keys are hidden gives what the function gives
+    for it.
     """
 
     def forward(
@@ -30,7 +33,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As PyTorch's, by the same arguments; (output, None) without need_weights."""
-        if need_weights or not self._ours(query, key, value, key_padding_mask, attn_mask, is_causal):
+        one_op = self.batch_first and query is key and key is value and in_one_op(self, query)
+        if one_op or need_weights or not self._ours(query, key, value, key_padding_mask, attn_mask, is_causal):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -87,6 +91,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         if parts[0].dtype != torch.bool:
             return parts[0] if len(parts) == 1 else parts[0] + parts[1]
         return ~(parts[0] if len(parts) == 1 else parts[0] | parts[1])
+
+
+def in_one_op(module: nn.Module, x: Tensor) -> bool:
+    """Is it a call in evaluation for which PyTorch has one op, and so small that the host's time is all there is?"""
+    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dim() != 3:
+        return False
+    return not served(x) or x.numel() * max(x.shape[:2]) <= BOUNDS[0]
 
 
 def _hides(mask: Tensor) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tilebook.nn.attention import MultiheadAttention
+from tilebook.nn.attention import MultiheadAttention, in_one_op
 from tilebook.nn.mlp import fused
 from tilebook.nn.norms import LayerNorm, added
 
@@ -16,8 +16,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     Its attention is `tilebook.nn.MultiheadAttention`, its norms are `tilebook.nn.LayerNorm`, in one pass with the sums
     before them where they have one dtype. The MLP is `tilebook.mlp` where nothing drops between its layers: in
-    evaluation, or with dropout=0. `torch.nn.TransformerEncoder` takes it as one of PyTorch's; nested tensors, which it
-    may make of padded batches in evaluation, run PyTorch's own forward.
+    evaluation, or with dropout=0. `torch.nn.TransformerEncoder` takes it as one of PyTorch's. Nested tensors, which it
+    may make of padded batches in evaluation, and small calls in evaluation run PyTorch's own forward, in one op.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -34,7 +34,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """As PyTorch's, by the same arguments."""
-        if src.is_nested:
+        if src.is_nested or in_one_op(self, src):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             attended = self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal)
