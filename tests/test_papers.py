@@ -82,6 +82,17 @@ def test_distilbert_is_timed_and_learns_with_attention_of_every_make(tmp_path):
     assert "1104" in printed
 
 
+def test_accuracy_is_kept_within_a_bound_or_the_noise_of_seeds(papers):
+    found = {"pytorch": [90.0, 91.0], "near": [89.8, 90.8], "noisy": [88.0, 91.0], "lost": [88.0, 89.2], "once": [91.0]}
+    rows = {row["way"]: row for row in papers("beside").apart(found, {"lost": 12.0})}
+    assert {name: row["kept"] for name, row in rows.items()} == {
+        "pytorch": True, "near": True, "noisy": True, "lost": False, "once": True
+    }  # fmt: skip
+    assert rows["lost"]["difference"] == pytest.approx(-1.9)
+    assert (rows["lost"]["error"], rows["lost"]["put_in"]) == (pytest.approx(0.1), 12.0)
+    assert (rows["once"]["difference"], rows["once"]["error"]) == (1.0, None)
+
+
 def test_data_is_read_from_the_folders_that_people_have(tmp_path, papers):
     for part in ("train", "test"):
         for kind in ("neg", "pos"):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from compare import save
 
 LOST = 0.3
-"""Points of accuracy that a way may lose."""
+"""Points of accuracy that a way may lose; or two standard errors, if these are more."""
 
 STARTED = time.monotonic()
 
@@ -66,7 +66,9 @@ def apart(found: dict[str, list[float]], put_in: dict[str, float]) -> list[dict[
         error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
         row = {"way": name, "accuracy": each, "mean": statistics.fmean(each), "put_in": put_in.get(name)}
         difference = statistics.fmean(pairs)
-        rows.append(row | {"difference": difference, "error": error, "kept": difference >= -LOST})
+        rows.append(
+            row | {"difference": difference, "error": error, "kept": difference >= -max(LOST, 2 * (error or 0))}
+        )
     return rows
 
 

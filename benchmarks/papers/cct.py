@@ -1,4 +1,4 @@
-"""CCT with fused attention and a fused MLP: speed, memory, and the accuracy that a student's study of it lost.
+"""CCT with fused attention and a fused MLP: speed, memory, and the accuracy that a study of it lost.
 
     python benchmarks/papers/cct.py --out benchmarks/results/nvidia-h200/papers/cct.json [--data cifar-10-batches-py]
     python benchmarks/papers/cct.py --device cpu --tiny --out /tmp/tried.json     # no GPU, no figures
@@ -129,7 +129,7 @@ def shown(rows: list[dict[str, Any]], accuracies: list[dict[str, Any]], images: 
         for row in accuracies
     ]
     study = ["the study's fused", None, "more than 20 lost", None, None, "no"]
-    head = [f"CCT-7 on {images}", "accuracy, %", "points apart", "± (one deviation)", "put in later, %", "kept"]
+    head = [f"CCT-7 on {images}", "accuracy, %", "points apart", "standard error", "put in later, %", "kept"]
     return "\n\n".join([*parts, table(head, [study, *lines])])
 
 

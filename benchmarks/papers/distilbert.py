@@ -123,7 +123,7 @@ def shown(
             low, middle, high = row["ratio"].get(way, noise)
             lines.append([f"{row['case']}, {way}", ms, row["peak_mb"][way], middle, f"{low:.3f} … {high:.3f}"])
     steps = table(["training step", "ms", "MB", "pytorch's time over it", "quartiles"], lines)
-    head = [f"learning {name}", "seconds", "MB", "accuracy, %", "points apart", "± (one deviation)", "kept"]
+    head = [f"learning {name}", "seconds", "MB", "accuracy, %", "points apart", "standard error", "kept"]
     lines = [[each, *figures, None, None, None] for each, figures in STUDY.items()]
     for row in accuracies:
         took, memory = (max(each) for each in zip(*seconds[row["way"]], strict=True))
