@@ -85,13 +85,16 @@ def measured(length: int, width: int, layers: int, given: argparse.Namespace) ->
     row: dict[str, Any] = {"length": length, "width": width, "layers": layers}
     sizes = Sizes(layers, width, width // HEAD, 4 * width, length, 1, vocabulary=1024)
     series: dict[str, list[tuple[float, int]]] = {}
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
     try:
-        torch.manual_seed(0)
         with torch.device(given.device):
-            model = GPT(sizes, PYTORCH).bfloat16()
-        ids = torch.randint(sizes.vocabulary, (1, length + 1), device=given.device)
+            model = GPT(sizes, PYTORCH)
     except torch.OutOfMemoryError:
         return row | {"ms": {}, "bytes": {}}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ids = torch.randint(sizes.vocabulary, (1, length + 1), device=given.device)
     for name, use in USES.items():
         model.use(use)
         try:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from attention_memory import eager
 from faults import written_out
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from train_steps import synchronize
 
@@ -92,11 +93,13 @@ def profiled(run: Callable[[], Any], device: str) -> dict[str, Any]:
             run()
         synchronize(device)
     events = seen.key_averages()
-    longest = max(events, key=lambda each: each.self_device_time_total, default=None)
+    kernels = [each for each in events if each.device_type == DeviceType.CUDA]
+    longest = max(kernels, key=lambda each: each.self_device_time_total, default=None)
+    waiting = sum(each.self_cpu_time_total for each in events if "Synchronize" in each.key)
     return {
-        "cpu_ms": sum(each.self_cpu_time_total for each in events) / PROFILED / 1e3,
-        "gpu_ms": sum(each.self_device_time_total for each in events) / PROFILED / 1e3,
-        "longest": longest.key if longest is not None and longest.self_device_time_total else None,
+        "cpu_ms": (sum(each.self_cpu_time_total for each in events) - waiting) / PROFILED / 1e3,
+        "gpu_ms": sum(each.self_device_time_total for each in kernels) / PROFILED / 1e3,
+        "longest": longest and longest.key,
     }
 
 
