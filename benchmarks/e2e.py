@@ -73,23 +73,28 @@ CASES = {
 }
 
 
+def made(case: Case, tiny: bool, device: str, attention: str = "sdpa", seed: int = 0) -> Any:
+    """The model in training, of random weights."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(case.kind, **(case.tiny if tiny else case.config))
+    config.use_cache = False
+    torch.manual_seed(seed)
+    with torch.device(device):  # a host takes a minute for the weights of a large one
+        model = getattr(transformers, case.head).from_config(config, attn_implementation=attention)
+    return model.to(device).train()
+
+
 class Run:
     """One model in training. how: "pytorch", "tilebook", "patched" or "loss head"."""
 
-    def __init__(self, case: Case, how: str, device: str, tiny: bool) -> None:
-        import transformers
-
-        config = transformers.AutoConfig.for_model(case.kind, **(case.tiny if tiny else case.config))
-        config.use_cache = False
-        torch.manual_seed(0)
+    def __init__(self, case: Case, how: str, device: str, tiny: bool, attention: str = "sdpa") -> None:
         self._on, self._device = how != "pytorch", device
-        with torch.device(device):  # a host takes a minute for the weights of a large one
-            self.model = getattr(transformers, case.head).from_config(config, attn_implementation="sdpa")
-        self.model = self.model.to(device).train()
+        self.model = made(case, tiny, device, attention)
         if how in ("patched", "loss head"):
             tilebook.patch(self.model, loss_head=how == "loss head")
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device == "cuda")
-        self._batch = _batch(case, config.vocab_size, device, tiny)
+        self._batch = _batch(case, self.model.config.vocab_size, device, tiny)
 
     def step(self) -> torch.Tensor:
         with tilebook.enabled() if self._on else nullcontext():

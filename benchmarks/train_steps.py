@@ -91,16 +91,24 @@ class Run:
 
     def step(self) -> torch.Tensor:
         """One step; the loss, which nobody waits for."""
-        given, wanted = self._batches[self._next % _BATCHES]
-        self._next += 1
         with self._inside():
-            with torch.autocast(self._device, torch.bfloat16):
-                out = self._called(given)
-                loss = F.cross_entropy(out.flatten(0, -2), wanted.flatten())
+            loss = self._loss()
             loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def forward(self) -> torch.Tensor:
+        """The loss, recorded for gradients that nobody asks for."""
+        with self._inside():
+            return self._loss()
+
+    def _loss(self) -> torch.Tensor:
+        given, wanted = self._batches[self._next % _BATCHES]
+        self._next += 1
+        with torch.autocast(self._device, torch.bfloat16):
+            out = self._called(given)
+            return F.cross_entropy(out.flatten(0, -2), wanted.flatten())
 
 
 def _data(s: Sizes, device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -54,6 +54,10 @@ def test_importing_the_package_loads_nothing_but_itself():
     assert [name for name in loaded.split() if name.startswith("tilebook")] == ["tilebook"]
 
 
+def test_modules_are_there_when_they_are_asked_for():
+    assert program("import tilebook; print(tilebook.nn.LayerNorm(4).eps)") == "1e-05"
+
+
 def test_touching_one_family_imports_no_other():
     loaded = program(
         "import sys, tilebook; tilebook.rms_norm; print(*(m for m in sys.modules if m.startswith('tilebook.kernels.')))"
@@ -152,6 +156,7 @@ c, lse = tilebook.attention_varlen(x[0], x[0], x[0], lens, lens, max_seqlen_q=1,
 y: torch.Tensor = tilebook.rms_norm(x, row)
 z: torch.Tensor = mlp(x, x, None, x, None)
 w: torch.Tensor = scaled_dot_product_attention(x, x, x, is_causal=True)
+norm: torch.nn.LayerNorm = tilebook.nn.LayerNorm(64)
 tilebook.attention(x, x, x, casual=True)  # wrong: no such option
 tilebook.rms_norm(x, 1.0)  # wrong: a weight that is no tensor
 both: torch.Tensor = tilebook.attention(x, x, x, return_lse=True)  # wrong: two tensors

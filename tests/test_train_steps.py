@@ -1,4 +1,4 @@
-"""The benchmark of training steps, tried on the CPU."""
+"""The benchmarks of training steps, tried on the CPU."""
 
 import importlib
 import json
@@ -62,3 +62,14 @@ def test_a_compiled_model_of_another_package_keeps_the_function_that_was_put_int
             with small_models.attention_by(use):
                 found.append(compiled(x).max().item() > 500)
     assert found == [False, True, False, True]
+
+
+def test_modules_are_timed_beside_pytorchs(tmp_path):
+    out = tmp_path / "modules.json"
+    arguments = ["--device", "cpu", "--tiny", "--rounds", "2", "--only", "post-norm, bf16", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "modules.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["results"]
+    assert [row["case"].split(", ", 1)[0].split()[-1] for row in rows] == ["train", "train", "eval"]
+    assert all(set(row["ms"]) == {"pytorch", "tilebook.nn", "TILEBOOK=1"} for row in rows)

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tilebook import nn as nn
     from tilebook.dispatch.probing import probe
     from tilebook.enabling import disable, enable, enabled, register_transformers, status
     from tilebook.foreign.autotune import autotune
@@ -98,6 +99,8 @@ _MODULE = {
 if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
     def __getattr__(name: str) -> Any:
+        if name == "nn":
+            return importlib.import_module("tilebook.nn")
         if name not in _MODULE:
             raise AttributeError(f"module 'tilebook' has no attribute {name!r}")
         importlib.import_module("torch")  # first: at its end PyTorch may turn tilebook on

@@ -46,11 +46,11 @@ _SHAPES = (tuple, list, torch.Size)
 _NO_ARGUMENT = 1 << 10
 
 
-def _takes(x: Any, normalized_shape: Sequence[int], vectors: Sequence[Any], eps: Any) -> bool:
+def takes_norm(x: Any, normalized_shape: Sequence[int], vectors: Sequence[Any], eps: Any) -> bool:
     """Is a norm's call one over the last axis of ordinary tensors on a GPU, of one dtype that autocast lets be?"""
-    if type(x) not in ORDINARY or not x.is_cuda or type(eps) is not float or type(normalized_shape) not in _SHAPES:
+    if type(x) not in ORDINARY or type(eps) is not float or type(normalized_shape) not in _SHAPES:
         return False
-    if not x.ndim or x.dtype not in _DTYPES or len(normalized_shape) != 1:
+    if not (x.is_cuda or forced()) or not x.ndim or x.dtype not in _DTYPES or len(normalized_shape) != 1:
         return False
     (width,), last, gpu = normalized_shape, x.shape[-1:], x.get_device()
     if type(width) is not int or width != last[0]:
@@ -97,7 +97,7 @@ class _Place:
             more: Any = {"weight": weight, "bias": bias, "eps": eps}
             return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
         known = pytorchs("layer_norm", input, weight, bias)
-        if not known and _takes(input, normalized_shape, (weight, bias), eps):
+        if not known and takes_norm(input, normalized_shape, (weight, bias), eps):
             return our_layer_norm(input, weight, bias, eps)
         return _theirs["layer_norm"](input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
 
@@ -146,7 +146,7 @@ def rms_norm(
         told: Any = rms_norm if in_place(rms_norm, given) else _theirs["rms_norm"]
         more: Any = {"weight": weight, "eps": eps}
         return handle_torch_function(told, given, input, normalized_shape, **more)  # type: ignore[no-any-return]
-    if not pytorchs("rms_norm", input, weight) and _takes(input, normalized_shape, (weight,), eps):
+    if not pytorchs("rms_norm", input, weight) and takes_norm(input, normalized_shape, (weight,), eps):
         return our_rms_norm(input, weight, eps)  # type: ignore[arg-type]
     return _theirs["rms_norm"](input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
 

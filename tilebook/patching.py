@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilebook.hooks import hooked
+from tilebook.hooks import hooked, usual
 from tilebook.kernels.glu import form as gated
 from tilebook.kernels.glu import geglu, swiglu
 from tilebook.kernels.glu.pytorch import plain_block
@@ -26,7 +26,6 @@ from tilebook.kernels.mlp import mlp
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
 from tilebook.kernels.norms import rms_norm
-from tilebook.left import ORDINARY
 from tilebook.rotation import rotary
 from tilebook.trial import Function, Left, alike, drawn, in_training, result, served
 
@@ -204,9 +203,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 def _mlp_forward(module: Any, up: str, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     first, second = module._modules[up], module._modules[down]
-    if (
-        args or kwargs or not served(x) or not _usual(first, second)
-    ):  # somebody has put something else there, or listens
+    if args or kwargs or not served(x) or not usual(first, second):  # somebody has put something else there, or listens
         return type(module).forward(module, x, *args, **kwargs)
     return mlp(x, first.weight, first.bias, second.weight, second.bias, activation=activation)
 
@@ -268,7 +265,7 @@ def _gated_forward(
 ) -> Any:
     layers = module._modules
     used = layers[gate], layers[down], *([] if up is None else [layers[up]])
-    if args or kwargs or not served(x) or not _usual(*used):
+    if args or kwargs or not served(x) or not usual(*used):
         return type(module).forward(module, x, *args, **kwargs)
     tensors = _tensors(layers, gate, up, down)
     if activation == "silu":
@@ -285,19 +282,8 @@ def _check_layers(module: nn.Module, *layers: nn.Linear) -> None:
     dropout = max([each.p for each in module.modules() if isinstance(each, nn.Dropout)], default=0.0)
     if dropout:
         raise Left(f"drops with a probability of {dropout}")
-    if not _usual(*layers):
+    if not usual(*layers):
         raise Left("its layers have hooks")
-
-
-def _usual(*layers: Any) -> bool:
-    """Are these PyTorch's own layers, to whose calls nobody listens?"""
-    return all(
-        type(each) is nn.Linear
-        and type(each.weight) in ORDINARY
-        and not hooked(each)
-        and "forward" not in each.__dict__
-        for each in layers
-    )
 
 
 def _check(module: nn.Module, weight: torch.Tensor | None) -> None:

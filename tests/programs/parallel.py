@@ -19,6 +19,7 @@ import tilebook
 from programs.compare import cotangent, some_calls
 from programs.families import BLOCKS, FAMILIES, usual
 from programs.isolated import each, run
+from programs.own_modules import beside
 from programs.transforms import blocks
 
 
@@ -44,9 +45,14 @@ def _close(found, expected):
         )
 
 
+def encoders(device):
+    return beside("TransformerEncoderLayer", 32, 2, 48, 0.0, batch_first=True, device=device)
+
+
 def ddp(device, rank, ranks):
-    for options in ({}, {"static_graph": True}, {"gradient_as_bucket_view": True}):
-        ours, plain = blocks(device)
+    reducers = {}, {"static_graph": True}, {"gradient_as_bucket_view": True}
+    for made, options in [(encoders, {}), *((blocks, reducer) for reducer in reducers)]:
+        ours, plain = made(device)
         module = DistributedDataParallel(ours, **options)
         for _ in range(3):
             ours.zero_grad()
@@ -56,8 +62,8 @@ def ddp(device, rank, ranks):
 
 def fsdp(device, rank, ranks):
     mesh = init_device_mesh(torch.device(device).type, (ranks,))
-    for compiled in (False, True):
-        ours, plain = blocks(device)
+    for made, compiled in ((blocks, False), (blocks, True), (encoders, False)):
+        ours, plain = made(device)
         fully_shard(ours, mesh=mesh)
         module = torch.compile(ours, backend="aot_eager") if compiled else ours
         for _ in range(3):

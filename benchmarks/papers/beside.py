@@ -1,0 +1,123 @@
+"""What the programs of this folder have in common: arguments, tables beside a paper's, JSON and plots."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilebook import device as devices
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from compare import save
+
+LOST = 0.3
+"""Points of accuracy that a way may lose; or two standard errors, if these are more."""
+
+STARTED = time.monotonic()
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", type=Path, required=True, help="figures as JSON; the plot lies beside them as PNG")
+    found.add_argument("--seconds", type=float, default=math.inf, help="begins nothing more after that")
+    found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    found.add_argument("--tiny", action="store_true", help="small, for a CPU: does the program run?")
+    found.add_argument("--rounds", type=int, default=7)
+    return found
+
+
+def over(given: argparse.Namespace) -> bool:
+    """Is the time of this run over?"""
+    return time.monotonic() - STARTED > given.seconds
+
+
+def keep(given: argparse.Namespace, name: str, **figures: Any) -> None:
+    save(given.out, name, devices.current().name if given.device == "cuda" else "cpu", tiny=given.tiny, **figures)
+
+
+def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it finds, or why it failed; afterwards the GPU's memory is free again."""
+    try:
+        return call()
+    except Exception as broken:
+        return {"failed": f"{type(broken).__name__}: {broken}"[:300]}
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def apart(found: dict[str, list[float]], put_in: dict[str, float]) -> list[dict[str, Any]]:
+    """Of accuracies by way and seed the mean, and how far it is from PyTorch's in the seeds that both have."""
+    rows = []
+    for name, each in found.items():
+        pairs = [a - b for a, b in zip(each, found["pytorch"], strict=False)]
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+        row = {"way": name, "accuracy": each, "mean": statistics.fmean(each), "put_in": put_in.get(name)}
+        difference = statistics.fmean(pairs)
+        rows.append(
+            row | {"difference": difference, "error": error, "kept": difference >= -max(LOST, 2 * (error or 0))}
+        )
+    return rows
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """As markdown; None is a dash."""
+
+    def cell(value: Any) -> str:
+        return "—" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Bars by name, or lines of x and y by name."""
+
+    title: str
+    bars: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    x: str = ""
+
+
+def draw(given: argparse.Namespace, panels: Sequence[Panel]) -> None:
+    """One picture beside the figures; without matplotlib there is none."""
+    panels = [panel for panel in panels if panel.bars or panel.lines]
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    if not panels:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    height = max(3.0, *(0.35 * len(panel.bars) for panel in panels))
+    figure, (row,) = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), height), squeeze=False, layout="constrained"
+    )
+    for axes, panel in zip(row, panels, strict=True):
+        axes.set_title(panel.title, loc="left", fontsize=9)
+        if panel.bars:
+            axes.barh(list(panel.bars), list(panel.bars.values()), color="#1f77b4")
+            axes.invert_yaxis()
+        for name, (x, y) in panel.lines.items():
+            axes.plot(x, y, "o-", ms=3, label=name)
+        if panel.lines:
+            axes.set(xscale="log", yscale="log", xlabel=panel.x)
+            axes.legend(fontsize=7)
+    figure.savefig(given.out.with_suffix(".png"), dpi=130)
+    plt.close(figure)
