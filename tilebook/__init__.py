@@ -99,11 +99,11 @@ _MODULE = {
 if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
     def __getattr__(name: str) -> Any:
-        if name == "nn":
-            return importlib.import_module("tilebook.nn")
-        if name not in _MODULE:
+        if name != "nn" and name not in _MODULE:
             raise AttributeError(f"module 'tilebook' has no attribute {name!r}")
         importlib.import_module("torch")  # first: at its end PyTorch may turn tilebook on
+        if name == "nn":
+            return importlib.import_module("tilebook.nn")
         found = globals()[name] = getattr(importlib.import_module(f"tilebook.{_MODULE[name]}"), name)
         return found
 
