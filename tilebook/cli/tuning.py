@@ -15,6 +15,7 @@ from tilebook.cli.common import FORMAT, REGISTRY, SUITES, Seconds, example, main
 if TYPE_CHECKING:
     from tilebook.op import Op, Problem
     from tilebook.report.asked import Asked
+    from tilebook.tuner.hints import Hints
     from tilebook.tuner.run import Outcome
 
 
@@ -81,6 +82,13 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Compiler processes (default: one per core); with --ray, of each GPU (default: its part of the cores).",
 )
+@click.option(
+    "--hints",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Configs that others have found, to be tried first: a file or folder of Triton's *.autotune.json,"
+    " triton-dejavu's, flash-linear-attention's, vLLM's or SGLang's MoE tables, or AOTriton's databases.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Tune again what has a verdict already.")
 @REGISTRY
@@ -102,6 +110,7 @@ def tune(
     trials: int | None,
     method: str,
     workers: int | None,
+    hints: Path | None,
     seed: int,
     force: bool,
     registry: str | None,
@@ -143,7 +152,10 @@ def tune(
             return
     else:
         problems = _problems(families, suites, shapes, dtype, direction)
-    start = functools.partial(tune_problems, gpus=gpus) if ray is None else functools.partial(tune_cluster, address=ray)
+    if ray is not None and hints is not None:
+        raise UsageError("--hints goes without --ray")
+    here = functools.partial(tune_problems, gpus=gpus, hints=_hints(hints))
+    start = here if ray is None else functools.partial(tune_cluster, address=ray)
     outcomes = start(
         problems,
         gpu=gpu,
@@ -159,6 +171,18 @@ def tune(
         watch=view,
     )
     _print(outcomes if isinstance(outcomes, list) else [outcomes], format_)
+
+
+def _hints(place: Path | None) -> Hints | None:
+    """What the files say; says which could not be read."""
+    if place is None:
+        return None
+    from tilebook.tuner.hints import read
+
+    found = read(place)
+    for line in found.left_out:
+        click.echo(f"tilebook: left out: {line}", err=True)
+    return found
 
 
 def _recorded(place: str, rules: Path | None) -> tuple[list[tuple[Op[Any], Problem]], list[float]]:

@@ -14,6 +14,7 @@ from tilebook import device as devices
 from tilebook.op import Op, Problem, UsageError
 from tilebook.registry import Layers
 from tilebook.tuner.budget import Budget
+from tilebook.tuner.hints import Hints
 from tilebook.tuner.judge.measure import Mode
 from tilebook.tuner.known import PREDICTED, Known
 from tilebook.tuner.process.compile import CompilePool, check_cache
@@ -94,12 +95,13 @@ def tune_problems(
     seed: int = 0,
     force: bool = False,
     weights: Sequence[float] | None = None,
+    hints: Hints | None = None,
     watch: Watch = contextlib.nullcontext,
 ) -> Outcome:
     """Tunes the problems and returns what happened to each, also after Ctrl-C.
 
-    weights: what each is worth, so much of the budget it gets; by default the least time that a call takes. watch:
-    shows the run while it goes.
+    weights: what each is worth, so much of the budget it gets; by default the least time that a call takes. hints:
+    configs to try first. watch: shows the run while it goes.
     Raises UsageError for an unknown GPU or search, RegistryError where the registry cannot be written.
     """
     budget = Budget(budget_s)
@@ -108,7 +110,7 @@ def tune_problems(
         sampler(method, seed)
     check_cache()
     layers = Layers.default(registry)
-    options = Options(trials=trials, seed=seed, method=method, force=force)
+    options = Options(trials=trials, seed=seed, method=method, force=force, hints=hints)
     environment = versions(devices.environment(), bool(chosen))
     runners = [GpuRunner(index, mode) for index in chosen[: len(problems)]]
     # The processes that measure need a core each, or the GPUs wait for them.

@@ -17,6 +17,7 @@ from tilebook.registry.searched import cut_short, unfinished
 from tilebook.tuner import decide
 from tilebook.tuner.budget import Job, Turn
 from tilebook.tuner.explore import AHEAD, PATIENCE, Bounds, Explorer, Stopped, timed_attempt
+from tilebook.tuner.hints import Hints
 from tilebook.tuner.known import Field, Known, unsearched
 from tilebook.tuner.process.compile import Compilers
 from tilebook.tuner.process.runner import Candidate, Runner
@@ -27,13 +28,17 @@ from tilebook.tuner.tuning import Entrant, Tuning
 
 @dataclass(frozen=True)
 class Options:
-    """How long and how to search. `trials` limits the candidates of one implementation; None means all worth it."""
+    """How long and how to search. `trials` limits the candidates of one implementation; None means all worth it.
+
+    hints: what is tried first, after the default.
+    """
 
     trials: int | None = None
     seed: int = 0
     method: str = "tpe"
     rounds: int = 30
     force: bool = False
+    hints: Hints | None = None
 
 
 class Outlook(IntEnum):
@@ -244,7 +249,8 @@ class Session:
         if new is not None:
             wanted = {*new, *trials, *first}
             candidates = [config for config in candidates if config in wanted]
-        seeds = [*first, *self._known.seeds(op, problem, field)]
+        hinted = self._options.hints.of(op, field.space, default) if self._options.hints else []
+        seeds = [*first, *hinted, *self._known.seeds(op, problem, field)]
         search = Search(field.space, candidates, seeds, self._options.method, self._options.seed)
         return Entrant(field.implementation, field.feasible, default, search)
 
