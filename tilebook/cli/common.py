@@ -167,8 +167,8 @@ def _printable(stream: Any) -> Any:
     return _Ascii(stream.detach(), encoding="ascii", errors="tilebook.plain", line_buffering=lines, write_through=True)
 
 
-_EXTRA = ("alembic", "optuna", "rich")
-"""Packages of the extra `tune`, without which models run but some commands do not."""
+_EXTRA = {"alembic": "tune", "optuna": "tune", "rich": "tune", "cryptography": "sign"}
+"""Packages without which models run but some commands do not, and the extras that bring them."""
 
 
 _NEEDED = ("sqlalchemy", "torch", "triton")
@@ -202,7 +202,7 @@ class _Tidy(click.Group):
             package = (missing.name or "").partition(".")[0]
             if package not in (*_EXTRA, *_NEEDED):
                 raise
-            install = package if package in _NEEDED else "'tilebook[tune]'"
+            install = package if package in _NEEDED else f"'tilebook[{_EXTRA[package]}]'"
             _fail(f"this command needs {package}: pip install {install}", 1)
         except KeyboardInterrupt:
             _fail("interrupted; what was done is kept, and the same command goes on from there", 130)

@@ -245,12 +245,12 @@ class Registry(Damage):
                     yield each
         self.count_lost(lost)
 
-    def each_trial(self) -> Iterator[Trial]:
-        """All trials, by op, problem and time; few are in memory at once. Else as `each_verdict`."""
+    def each_trial(self, op: str | None = None) -> Iterator[Trial]:
+        """All trials, or an op's, by op, problem and time; few are in memory at once. Else as `each_verdict`."""
         lost = 0
         with self._session() as session:
             bytewise = Sql(session).by_bytes
-            query = _select(TrialRow, None, None, None, None).order_by(
+            query = _select(TrialRow, op, None, None, None).order_by(
                 text(f"problem.op{bytewise}"), text(f"problem.key{bytewise}"), TrialRow.created_at
             )
             for row in session.execute(query.execution_options(yield_per=500)).scalars():
