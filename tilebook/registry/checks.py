@@ -298,7 +298,15 @@ def _candidates(value: object, what: str) -> None:
         config(candidate["config"])
 
 
-_NOTES: Mapping[str, Callable[[object, str], None]] = {
+def made(value: object, what: str = "made") -> dict[str, str]:
+    """Who made a record, on which machine, in which run: see `provenance`."""
+    told = _mapping(value, what)
+    if not told.keys() <= {"by", "machine", "run"}:
+        raise ValueError(f"{what} names something else than by, machine and run: {quoted(dict(told))}")
+    return {key: label(item, key) for key, item in told.items()}
+
+
+_NOTES: Mapping[str, Callable[[object, str], object]] = {
     "tried": _count,
     "reused": _count,
     "infeasible": _count,
@@ -312,6 +320,7 @@ _NOTES: Mapping[str, Callable[[object, str], None]] = {
     "spaces": _spaces,
     "space": _space,
     "tied": _candidates,
+    "made": made,
 }
 
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy, served, sqlitefile
 from tilebook.registry.checks import DAMAGE, quoted
-from tilebook.registry.codec import miss_from, revocation_from, trial_from, verdict_from
+from tilebook.registry.codec import miss_from, trial_from, verdict_from
+from tilebook.registry.columns import all_revocations, revocation_in
 from tilebook.registry.damage import Damage
 from tilebook.registry.readers import lost_revocation
 from tilebook.registry.records import Device, Miss, Revocation, Trial
@@ -37,7 +38,7 @@ _TABLES = frozenset({"device", "environment", "kernel", "problem", "trial", "ver
 
 _NONE: tuple[float, list[dict[str, Any] | None]] = (math.inf, [])
 
-_Record = TypeVar("_Record", Trial, Verdict, Miss, Revocation)
+_Record = TypeVar("_Record", Trial, Verdict, Miss)
 
 
 class FileReader(Damage):
@@ -108,9 +109,8 @@ class FileReader(Damage):
 
     def revocations(self) -> list[Revocation]:
         """All of them, oldest first; the untrusted ones too."""
-        # All rows: a damaged one must not hide behind a condition that it would have met.
-        rows = self.rows(_REVOCATIONS, ()) if self.schema > 1 else ()
-        found = [(str(row[1]), _revocation(row)) for row in rows]
+        rows = self.rows(all_revocations(self.schema), ()) if self.schema > 1 else ()
+        found = [(str(row[1]), revocation_in(row)) for row in rows]
         lost = [scope for scope, revocation in found if revocation is None]
         self.corrupt = len(lost)
         for scope in lost:
@@ -229,10 +229,6 @@ FROM trial AS t {_BOTH.format("t")}
 _MISSES = f"""
 SELECT m.id, p.op, p.key, d.name, d.arch, d.sm_count, m.calls, m.time_ms, m.last_seen, m.sha256
 FROM miss AS m {_SHARED.format("m")}
-"""
-_REVOCATIONS = """
-SELECT sha256, scope, op, implementation, kernel, arch, triton, config, reason, origin, trusted, created_at
-FROM revocation
 """
 
 
@@ -359,15 +355,3 @@ def _miss(row: Sequence[Any]) -> Miss:
     if miss.sha256 != sha256:
         raise ValueError("the digest is wrong")
     return miss
-
-
-@_or_none
-def _revocation(row: Sequence[Any]) -> Revocation:
-    names = ("op", "implementation", "kernel", "arch", "triton", "config", "reason")
-    sha256, scope, *values, origin, trusted, created_at = row
-    fields = {**dict(zip(names, values, strict=True)), "created_at": created_at}
-    fields["config"] = json.loads(fields["config"])
-    revocation = revocation_from(fields, origin=origin, trusted=bool(trusted))
-    if (revocation.sha256, revocation.scope) != (sha256, scope):
-        raise ValueError("the digest is wrong")
-    return revocation

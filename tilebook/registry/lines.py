@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT = "tilebook-registry"
 # Version 2 added revocations, version 3 the finalists of verdicts, which were free-form evidence before, version 4
-# signatures. A file is written as the oldest version that can say what is in it.
+# signatures, and who made a revocation. A file is written as the oldest version that can say what is in it.
 VERSION = 4
 _FINALISTS = 3
 MAX_LINE = 2 * 1024 * 1024  # characters; a record's own limits keep its line below this
@@ -46,14 +46,15 @@ def written(
     revocations: Iterable[Revocation] = (), verdicts: Iterable[Verdict] = (), trials: Iterable[Trial] = ()
 ) -> list[str]:
     """The lines of a file, its header first. The same records give the same lines, in whatever order they come."""
-    revoked = sorted(_line("revocation", each.portable()) for each in revocations)
+    revoked = _revoked(revocations)
     found = [Written(each).line for each in sorted(verdicts, key=lambda each: each.place)]
     tried = list(_trial_lines(sorted(trials, key=_when)))
-    lines = [*revoked, *found, *tried]
+    lines = [*(line for _, line in revoked), *found, *tried]
     whole = hashlib.sha256()
     for line in lines:
         whole.update(line.encode())
-    return [_header(_FINALISTS if found else 2 if revoked else 1, len(lines), whole.hexdigest()), *lines]
+    version = max(1, *(version for version, _ in revoked), _FINALISTS if found else 1)
+    return [_header(version, len(lines), whole.hexdigest()), *lines]
 
 
 def write(
@@ -79,7 +80,8 @@ def write(
             yield line
 
     with _aside() as body:
-        body.writelines(counted(sorted(_line("revocation", each.portable()) for each in revocations), 2))
+        for version, line in _revoked(revocations):
+            body.writelines(counted([line], version))
         body.writelines(counted((each.line for each in verdicts), _FINALISTS))
         body.writelines(counted(_trial_lines(trials), 1))
         body.seek(0)
@@ -102,6 +104,12 @@ def _header(version: int, records: int, sha256: str, sign: Sign | None = None) -
         head["version"] = VERSION
         head["signature"] = sign(canonical(head))
     return canonical(head) + "\n"
+
+
+def _revoked(revocations: Iterable[Revocation]) -> list[tuple[int, str]]:
+    """Their lines in order, each with the version that can say it."""
+    lines = ((_line("revocation", each.portable()), VERSION if each.made else 2) for each in revocations)
+    return [(version, line) for line, version in sorted(lines)]
 
 
 def _when(trial: Trial) -> tuple[str, str, datetime]:

@@ -93,6 +93,7 @@ NOTES = (
     "unmeasured",
     "unconfirmed",
     "observed",
+    "made",
 )
 """What is shown of how a verdict was found. Which points of a space were searched is not, and is most of the notes."""
 

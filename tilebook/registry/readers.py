@@ -5,16 +5,15 @@ Standard library only, unless a layer is on PostgreSQL.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tilebook.registry import legacy, lookup, sqlitefile
-from tilebook.registry.checks import DAMAGE, quoted
-from tilebook.registry.codec import revocation_from
+from tilebook.registry.checks import quoted
+from tilebook.registry.columns import all_revocations, revocation_in
 from tilebook.registry.layers import Text
 from tilebook.registry.lookup import Answer, Execute, Question
 from tilebook.registry.records import Device, Revocation
@@ -159,10 +158,10 @@ class File:
         with self._reading() as execute:
             if not execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name = 'revocation'", ()):
                 return []
-            rows = execute(_REVOCATIONS, ())
+            rows = execute(all_revocations(self._schema), ())
         found = []
         for row in rows:
-            revocation = _revocation(row)
+            revocation = revocation_in(row)
             if revocation is not None:
                 found.append(revocation)
             else:
@@ -200,30 +199,9 @@ def lost_revocation(scope: str) -> str:
     )
 
 
-_REVOCATIONS = """
-SELECT sha256, scope, op, implementation, kernel, arch, triton, config, reason, origin, trusted, created_at
-FROM revocation
-"""
-
-
 def _old_verdicts(execute: Execute, layer: str, op: str, device: Device) -> Iterator[Served | None]:
     """As `lookup.verdicts`, of a file that no writer has brought to today's schema yet."""
     for row in execute(legacy.ROWS, ()):
         if tuple(row[2:5]) == (device.name, device.arch, device.sm_count) and op in (row[0], row[6]):
             verdict = legacy.verdict_or_none(row)
             yield None if verdict is None else of(verdict, layer)
-
-
-def _revocation(row: Sequence[Any]) -> Revocation | None:
-    """None where the row is damaged."""
-    names = ["op", "implementation", "kernel", "arch", "triton", "config", "reason"]
-    sha256, scope, *values, origin, trusted, created_at = row
-    try:
-        data = {**dict(zip(names, values, strict=True)), "created_at": created_at}
-        data["config"] = json.loads(data["config"])
-        if trusted not in (0, 1):
-            return None
-        revocation = revocation_from(data, origin=origin, trusted=bool(trusted))
-    except DAMAGE:
-        return None
-    return revocation if (revocation.sha256, revocation.scope) == (sha256, scope) else None

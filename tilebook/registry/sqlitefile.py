@@ -28,7 +28,7 @@ _WORD = re.compile(
     "|device|environment|kernel|problem|trial|verdict|position|finalist|miss|revocation"
     "|id|name|arch|sm_count|digest|versions|op|sha256|origin|implementation|config|status|failure|reason|time_ms"
     "|samples_ms|facts|created_at|default_time_ms|speedup|speedup_low|speedup_high|evidence|trusted|calls|last_seen"
-    "|scope|triton|served|mode|sources|notes|place|code|predicted_ms|again|is_default|form|spot|[0-9]+"
+    "|scope|triton|served|mode|sources|notes|place|code|predicted_ms|again|is_default|form|spot|made|[0-9]+"
 )
 _LONGEST_SQL = 10_000  # characters of one definition; the longest of ours has 1,500
 

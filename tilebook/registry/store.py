@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, contains_eager, selectinload
 from tilebook.errors import RegistryError
 from tilebook.registry import backend, legacy, reading, schema, shipped
 from tilebook.registry.backend import explained
+from tilebook.registry.columns import all_revocations, revocation_in
 from tilebook.registry.damage import Damage
 from tilebook.registry.lookup import Execute
 from tilebook.registry.merging import Choice, Merged, Rule, pour
@@ -31,7 +32,7 @@ from tilebook.registry.models import (
 )
 from tilebook.registry.readers import lost_revocation
 from tilebook.registry.records import Device, Miss, Revocation, Trial
-from tilebook.registry.rows import Keys, miss_of, revocation_of, trial_of, verdict_of
+from tilebook.registry.rows import Keys, miss_of, trial_of, verdict_of
 from tilebook.registry.searched import observed
 from tilebook.registry.sql import Sql
 from tilebook.registry.target import SCHEMA_VERSION, Target, Unreachable, sniff
@@ -266,9 +267,8 @@ class Registry(Damage):
         with self._session() as session:
             rows = []
             if schema.has_revocations(session.connection()):
-                # All rows: a damaged one must not hide behind a condition that it would have met.
-                rows = list(session.execute(select(RevocationRow)).scalars())
-            found = [(str(row.scope), revocation_of(row)) for row in rows]
+                rows = list(Sql(session).rows(all_revocations(self.schema)))
+            found = [(str(row[1]), revocation_in(row)) for row in rows]
         lost = [scope for scope, revocation in found if revocation is None]
         self.corrupt = len(lost)
         for scope in lost:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 APPLICATION_ID = 0x74696C65  # "tile", in the SQLite header
-SCHEMA_VERSION = 4  # the revision of the newest migration as a number; migrations are named 0001, 0002, ...
+SCHEMA_VERSION = 5  # the revision of the newest migration as a number; migrations are named 0001, 0002, ...
 OLDEST_READABLE = 1
 
 
