@@ -219,7 +219,7 @@ def _written(
     found, revoked = layers.read(op=selection.op, gpu=selection.gpu)
     verdicts = sorted((each for _, each in found if selection.verdict(each)), key=lambda each: each.place)
     revocations = [each for _, each in revoked if selection.revocation(each)]
-    return write(stream, revocations, map(Written, verdicts), (), sign), layers.problems
+    return write(stream, revocations, (Written(each).line for each in verdicts), (), sign), layers.problems
 
 
 class _Source(click.Path):

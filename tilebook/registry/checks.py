@@ -324,6 +324,7 @@ _NOTES: Mapping[str, Callable[[object, str], object]] = {
 }
 
 
+@lru_cache(1_024)  # notes have the same ones
 def _json_key(value: object, what: str) -> str:
     return label(value, f"a key of {what}")
 

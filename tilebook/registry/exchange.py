@@ -93,11 +93,11 @@ def export(
     The same records give the same bytes, whichever registry holds them, and whoever signs them the same but for the
     first line. Misses stay: they say what a user runs.
     """
-    wanted = Wanted(op=selection.op, gpu=selection.gpu)
+    wanted, everything = Wanted(op=selection.op, gpu=selection.gpu), selection.everything
     return lines.write(
         stream,
         filter(selection.revocation, registry.revocations()),
-        (each for each in registry.each_verdict(wanted) if selection.verdict(each.verdict)),
+        (each.text for each in registry.each_line(wanted) if everything or selection.verdict(each)),
         filter(selection.trial, registry.each_trial(selection.op)) if trials else (),
         sign,
     )

@@ -60,14 +60,15 @@ def written(
 def write(
     stream: TextIO,
     revocations: Iterable[Revocation],
-    verdicts: Iterable[Written],
+    verdicts: Iterable[str],
     trials: Iterable[Trial],
     sign: Sign | None = None,
 ) -> int:
     """Writes the file that `written` gives, of more records than fit into memory; returns how many. sign: by whom.
 
-    verdicts and trials come in the order of the file: by `Verdict.place`; by op, problem and time. The records go to a
-    temporary file first, since the header, which tells what follows, can be known only then.
+    verdicts are their lines; they come in the order of the file, by `Verdict.place`, and so do trials, by op, problem
+    and time. The records go to a temporary file first, since the header, which tells what follows, can be known only
+    then.
     """
     whole, count, versions = hashlib.sha256(), 0, {1}
 
@@ -82,7 +83,7 @@ def write(
     with _aside() as body:
         for version, line in _revoked(revocations):
             body.writelines(counted([line], version))
-        body.writelines(counted((each.line for each in verdicts), _FINALISTS))
+        body.writelines(counted(verdicts, _FINALISTS))
         body.writelines(counted(_trial_lines(trials), 1))
         body.seek(0)
         stream.write(_header(max(versions), count, whole.hexdigest(), sign))

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from tilebook.registry.store import Registry
 
 
+CHECKED_BYTES = 2 << 20
+"""More than this is not looked at as a whole before dispatch reads of it, which takes 1 ms a MB: a page that is damaged
+costs the rows that are on it, and `tilebook check` and every writer look at all."""
+
+
 class Reader(Protocol):
     """One registry; its answers raise RegistryError where there is none, and Locked where there may be one later."""
 
@@ -187,7 +192,7 @@ class File:
             return
         sqlitefile.refuse_foreign_schema(connection, self._path)
         self._schema = sqlitefile.check_version(connection, self._path, OLDEST_READABLE, SCHEMA_VERSION)
-        if damage := sqlitefile.damage(connection, place):
+        if damage := sqlitefile.damage(connection, place, CHECKED_BYTES):
             self.problems.append(f"registry {self._path}: the file is damaged ({damage}); rows may be missing")
         self._examined = state
 

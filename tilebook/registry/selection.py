@@ -12,6 +12,7 @@ from tilebook.registry.records import Revocation, Trial
 
 if TYPE_CHECKING:
     from tilebook.registry.overview import Shown
+    from tilebook.registry.quick import Line
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Selection:
     def everything(self) -> bool:
         return self == Selection()
 
-    def verdict(self, verdict: Shown) -> bool:
+    def verdict(self, verdict: Shown | Line) -> bool:
         its = self.origin in (None, verdict.origin) and (verdict.measured or not self.measured)
         return its and self._about(verdict)
 
@@ -48,7 +49,7 @@ class Selection:
         """A revocation is about an op, on every GPU that it does not rule out, whatever is measured there."""
         return self.op in (None, revocation.op)
 
-    def _about(self, record: Trial | Shown) -> bool:
+    def _about(self, record: Trial | Shown | Line) -> bool:
         return (
             self.op in (None, record.op)
             and (not self.gpu or self.gpu.lower() in record.device.name.lower())

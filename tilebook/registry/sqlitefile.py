@@ -7,7 +7,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from tilebook.errors import RegistryError
@@ -136,6 +136,7 @@ def refuse_foreign_schema(connection: sqlite3.Connection, path: Path) -> None:
             )
 
 
+@lru_cache(256)  # every layer has the same ones
 def _plain(sql: str) -> bool:
     words = re.findall(r"[A-Za-z0-9_]+|[^\sA-Za-z0-9_]", sql)
     return len(sql) < _LONGEST_SQL and all(word in '(),"' or _WORD.fullmatch(word.lower()) for word in words)

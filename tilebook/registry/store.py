@@ -30,6 +30,7 @@ from tilebook.registry.models import (
     TrialRow,
     VerdictRow,
 )
+from tilebook.registry.quick import Line
 from tilebook.registry.readers import lost_revocation
 from tilebook.registry.records import Device, Miss, Revocation, Trial
 from tilebook.registry.rows import Keys, miss_of, trial_of, verdict_of
@@ -44,6 +45,7 @@ ANY = Wanted()
 _RETRY_S = 0.5
 
 
+_T = TypeVar("_T")
 _Row = TypeVar("_Row", TrialRow, VerdictRow, MissRow)
 _Record = TypeVar("_Record", Trial, Verdict, Miss)
 
@@ -234,12 +236,21 @@ class Registry(Damage):
 
         Until the last has been read, or the iterator is closed, nobody can write to a SQLite file.
         """
+        return self._each(wanted, reading.verdicts, lambda written: written)
+
+    def each_line(self, wanted: Wanted = ANY) -> Iterator[Line]:
+        """`each_verdict`, as lines of the exchange format, which takes a third of the time."""
+        return self._each(wanted, reading.lines, Line.of)
+
+    def _each(
+        self, wanted: Wanted, read: Callable[[Sql, Wanted], Iterator[_T | None]], of: Callable[[Written], _T]
+    ) -> Iterator[_T]:
         if self.schema < 3:
-            yield from map(Written, self._old_verdicts(wanted))
+            yield from (of(Written(each)) for each in self._old_verdicts(wanted))
             return
         lost = 0
         with self._session() as session:
-            for each in reading.verdicts(Sql(session), wanted):
+            for each in read(Sql(session), wanted):
                 if each is None:
                     lost += 1
                 else:
