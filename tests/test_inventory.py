@@ -114,6 +114,7 @@ READING = [
     ["remove", "--op", "rms_norm_fwd", "--registry", "@new.db", "--dry-run"],
     ["prune", "--registry", "@new.db", "--dry-run"],
     ["revoke", "--list"],
+    ["keys", "show"],
 ]
 MOVING = [
     ["export", "@out.jsonl"],
