@@ -126,6 +126,7 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
         "tilebook export verdicts.jsonl --no-trials",
         "tilebook export - --op rms_norm_fwd --gpu H200 --measured | gzip > h200.jsonl.gz",
         "tilebook export verdicts.jsonl --sign mine",
+        "tilebook export studies.db --as optuna && optuna-dashboard sqlite:///studies.db",
     ),
 )
 @click.argument("file", type=click.Path(allow_dash=True))
@@ -138,10 +139,11 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
 @click.option(
     "--as",
     "form",
-    type=click.Choice(["tilebook", "fla"]),
+    type=click.Choice(["tilebook", "fla", "optuna"]),
     default="tilebook",
     show_default=True,
-    help="fla: into the folder FILE, what won kernels of others, as flash-linear-attention reads it by FLA_CONFIG_DIR.",
+    help="fla: into the folder FILE, what won kernels of others, as flash-linear-attention reads it by FLA_CONFIG_DIR."
+    " optuna: the trials, added to FILE as studies that optuna-dashboard opens.",
 )
 @click.option("--sign", metavar="KEY", help="Sign it: a key of `tilebook keys make`, or a file with one of OpenSSH's.")
 @REGISTRY
@@ -172,6 +174,9 @@ def export_(
     if form == "fla":
         _as_fla(layers, selection, Path(file))
         return
+    if form == "optuna":
+        _as_optuna(layers, selection, Path(file).absolute())
+        return
     first, target = layers.layers[0]
     by = None if sign is None else signing.signer(sign)
     own = first == "explicit" or (first == "user" and Path(target).exists() and _any_record(target))
@@ -194,6 +199,16 @@ def _as_fla(layers: Layers, selection: Selection, folder: Path) -> None:
     for line in left_out:
         click.echo(f"tilebook: left out: {line}", err=True)
     click.echo(f"{len(found)} kernels written to {folder}", err=True)
+
+
+def _as_optuna(layers: Layers, selection: Selection, file: Path) -> None:
+    from tilebook.report.studies import write
+
+    found = [each for _, each in layers.trials(op=selection.op, gpu=selection.gpu) if selection.trial(each)]
+    for problem in layers.problems:
+        click.echo(f"tilebook: {problem}", err=True)
+    studies, new = write(file, found)
+    click.echo(f"{new} new trials in {studies} studies written to {file}", err=True)
 
 
 def _any_record(target: str) -> bool:
