@@ -27,7 +27,7 @@ SUITES = click.option(
     help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
 )
 OP = click.option("--op", metavar="OP", help="Only this op.")
-GPU = click.option("--gpu", metavar="NAME", help="Only GPUs whose name contains this.")
+GPU = click.option("--gpu", metavar="NAME", help="Only GPUs whose name has these words: H200, rtx 4090.")
 DTYPE = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Only problems of this dtype.")
 FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
 

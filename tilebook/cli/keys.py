@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     epilog=example(
         "tilebook keys make",
         "tilebook export verdicts.jsonl --sign mine",
-        "tilebook keys trust colleague.pub && tilebook import verdicts.jsonl",
+        "tilebook keys trust colleague.pub",
     )
 )
 def keys() -> None:

@@ -126,7 +126,7 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
         "tilebook export verdicts.jsonl --no-trials",
         "tilebook export - --op rms_norm_fwd --gpu H200 --measured | gzip > h200.jsonl.gz",
         "tilebook export verdicts.jsonl --sign mine",
-        "tilebook export studies.db --as optuna && optuna-dashboard sqlite:///studies.db",
+        "tilebook export studies.db --as optuna",
     ),
 )
 @click.argument("file", type=click.Path(allow_dash=True))

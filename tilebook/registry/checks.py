@@ -91,6 +91,18 @@ def label(value: object, what: str) -> str:
     return value
 
 
+def words(name: str) -> list[str]:
+    """The words of a GPU's name, in small letters."""
+    return re.findall(r"[a-z0-9]+", name.lower())
+
+
+@lru_cache(1_024)
+def called(gpu: str, name: str) -> bool:
+    """Are all words of `gpu` words of a GPU's name? "a100" is of "NVIDIA A100-SXM4-80GB"; "H20" is no H200."""
+    wanted = set(words(gpu))
+    return bool(wanted) and wanted <= set(words(name))
+
+
 def text(value: object, what: str) -> str:
     """Free text, made printable and cut in the middle: a compiler's first and last words both matter."""
     if type(value) is not str:

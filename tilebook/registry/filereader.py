@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy, served, sqlitefile
-from tilebook.registry.checks import DAMAGE, quoted
+from tilebook.registry.checks import DAMAGE, called, quoted
 from tilebook.registry.codec import miss_from, trial_from, verdict_from
 from tilebook.registry.columns import all_revocations, revocation_in
 from tilebook.registry.damage import Damage
@@ -59,6 +59,7 @@ class FileReader(Damage):
             place = opening.enter_context(sqlitefile.readable(path))
             connection = sqlitefile.connect(place, "ro", wait_s)
             opening.callback(connection.close)
+            connection.create_function("called", 2, lambda gpu, name: called(gpu, str(name)), deterministic=True)
             connection.execute("BEGIN")
             sqlitefile.refuse_foreign_schema(connection, path)
             schema = sqlitefile.check_version(connection, path, OLDEST_READABLE, SCHEMA_VERSION)
@@ -87,7 +88,7 @@ class FileReader(Damage):
         kernel: str | None = None,
         gpu: str | None = None,
     ) -> list[Verdict]:
-        """Those that match, in the order of their keys. gpu: a part of the GPU's name, in capitals or not."""
+        """Those that match, in the order of their keys. gpu: words of the GPU's name, see `checks.called`."""
         found = self.intact(record for _, record in self.each_verdict(op, problem, device, kernel, gpu))
         return sorted(found, key=lambda verdict: verdict.place)
 
@@ -254,7 +255,7 @@ def where_clause(
     if device is not None:
         given.append(("(d.name, d.arch, d.sm_count) = (?, ?, ?)", [device.name, device.arch, device.sm_count]))
     if gpu:
-        given.append(("instr(lower(d.name), ?)", [gpu.lower()]))
+        given.append(("d.id IN (SELECT id FROM device WHERE called(?, name))", [gpu]))
     clause = " AND ".join(condition for condition, _ in given)
     return f"WHERE {clause}" if given else "", [value for _, values in given for value in values]
 

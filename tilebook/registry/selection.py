@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from tilebook.registry.checks import called
 from tilebook.registry.records import Revocation, Trial
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class Selection:
     """What all of these fit that are given.
 
-    gpu:           a part of the GPU's name, in capitals or not.
+    gpu:           words of the GPU's name, see `checks.called`.
     since, before: when the record was made: not before the one, before the other.
     origin:        who put it there.
     measured:      leaves out predictions.
@@ -52,7 +53,7 @@ class Selection:
     def _about(self, record: Trial | Shown | Line) -> bool:
         return (
             self.op in (None, record.op)
-            and (not self.gpu or self.gpu.lower() in record.device.name.lower())
+            and (not self.gpu or called(self.gpu, record.device.name))
             and (self.dtype is None or dtype(record.problem) == self.dtype)
             and (self.since is None or record.created_at >= self.since)
             and (self.before is None or record.created_at < self.before)

@@ -227,7 +227,7 @@ class Registry(Damage):
         kernel: str | None = None,
         gpu: str | None = None,
     ) -> list[Verdict]:
-        """The verdicts that match, in the order of their keys. gpu: part of the device's name, in whatever case."""
+        """The verdicts that match, in the order of their keys. gpu: words of the GPU's name."""
         wanted = Wanted(op=op, problem=problem, device=device, kernel=kernel, gpu=gpu)
         return [each.verdict for each in self.each_verdict(wanted)]
 
