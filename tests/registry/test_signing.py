@@ -1,6 +1,7 @@
 """Signed exports: who signs, who is trusted, what is refused."""
 
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -169,3 +170,16 @@ def test_a_library_that_asks_for_no_trust_gets_none(signed: Path, tmp_path: Path
         assert not load(registry, stream, allowed=None).trusted
     with pytest.raises(RegistryError, match="signature is none of Ed25519"):
         lines.signature_of(signed.read_text().replace('"value":"', '"value":"*'))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, 1, "x", [], {}, {"key": "A", "value": "B"}, {"key": None, "value": None}, {"key": [], "value": {}},
+     {"key": LINE.split()[1], "value": ""}, {"key": LINE.split()[1], "value": "A" * 88, "more": 1},
+     {"key": LINE.split()[1], "value": "A" * 86 + "=="}, {"key": f"{LINE.split()[1]} \n", "value": "A" * 86 + "=="}],
+)  # fmt: skip
+def test_a_signature_that_is_none_is_one_line(wrong, run: Run, signed: Path, tmp_path: Path):
+    head, _, body = signed.read_text().partition("\n")
+    signed.write_text(json.dumps({**json.loads(head), "signature": wrong}) + "\n" + body)
+    assert len(run("import", signed, "--trust", status=1).output.splitlines()) == 1
+    assert len(run("keys", "trust", signed, "--yes", status=None).output.splitlines()) == 1
