@@ -276,8 +276,8 @@ class Attempt:
 
     def _look(self, number: int, tune: bool) -> None:
         for each in (
-            ["show"], ["show", "--format", "json"], ["show", "--trials"], ["revoke", "--list"], ["status", "--gpu", GPU],
-            ["explain", *EXPLAIN, "--gpu", GPU], ["export", self.folder / f"{number}.jsonl"],
+            ["show"], ["show", "--format", "json"], ["show", "--trials"], ["revoke", "--list"],
+            ["status", "--gpu", GPU], ["explain", *EXPLAIN, "--gpu", GPU], ["export", self.folder / f"{number}.jsonl"],
         ):  # fmt: skip
             result = self.command(*each, "--registry", self.registry)
             if result.exit_code:
