@@ -52,29 +52,38 @@ def quick(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None
 def _line(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None:
     _, sha256, _, op, problem, name, arch, sm_count, versions, kernel_op, kernel, status, mode, *rest = row
     default_time_ms, value, low, high, sources, origin, trusted, at, notes = rest
-    measured = _measured(status)
-    interval, ours = _three(value, low, high), _number(default_time_ms)
-    times = [_number(each[4]) for each in finalists]
-    slowness = [ms or _number(each[6]) or math.inf for ms, each in zip(times[1:], finalists[1:], strict=True)]
+    measured, interval, ours = _measured(status), _three(value, low, high), _number(default_time_ms)
+    texts: list[str] = []
+    last, seen, defaults = 0.0, set(), 0
+    for _, place, implementation, config, ms, code, guess_ms, default, *others in finalists:
+        predicted_ms = _number(guess_ms)
+        slowness = _number(ms) or predicted_ms or math.inf
+        defaults += default
+        if (
+            place != len(texts)
+            or (place > 1 and slowness < last)
+            or (default and ms != ours)
+            or default not in (0, 1)
+            or not _candidate(implementation, config)
+        ):
+            return None
+        last = slowness
+        seen.add((implementation, config))
+        texts.append(_finalist(implementation, config, ms, code, predicted_ms, default, *others))
+    first_ms = finalists[0][4] if finalists else None
     if (
-        not 1 <= len(finalists) <= MOST_FINALISTS
+        not 1 <= len(texts) == len(seen) <= MOST_FINALISTS
+        or defaults > 1
         or op != kernel_op
-        or not _names(op, kernel, mode, origin)
         or trusted not in (0, 1)
-        or not (all((times[0], ours, interval != NONE)) if measured else times[0] is ours is None and interval == NONE)
-        or [each[1] for each in finalists] != list(range(len(finalists)))
-        or slowness != sorted(slowness)
-        or len({(each[2], each[3]) for each in finalists}) != len(finalists)
-        or [ms for ms, each in zip(times, finalists, strict=True) if each[7]] not in ([], [ours])
+        or not _names(op, kernel, mode, origin)
+        or not (first_ms and ours and interval != NONE if measured else first_ms is ours is None and interval == NONE)
+        or sum(map(len, texts)) > checks.MAX_JSON - len(texts) - 2
+        or not (_environment(versions) and _sources(sources) and _notes(notes))
     ):
         return None
     created_at = time_text(at) if isinstance(at, datetime) else at
     moment, device = checks.parse_time(created_at, "created_at"), _device(name, arch, sm_count)
-    texts = [_finalist(*each[2:]) for each in finalists]
-    if sum(map(len, texts)) > checks.MAX_JSON - len(texts) - 2:
-        return None
-    if not (_environment(versions) and _sources(sources) and _notes(notes)):
-        return None
     text = text_of(
         created_at, ours, device.text, versions, texts, interval, kernel, mode, notes, op, checks.problem(problem),
         sources, status,
@@ -85,11 +94,9 @@ def _line(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None
 
 
 def _finalist(
-    implementation: Any, config: Any, time_ms: Any, code: Any, predicted_ms: Any, default: Any, *rest: Any
+    implementation: str, config: str, ms: Any, code: Any, predicted_ms: Any, default: Any, *others: Any
 ) -> str:
-    value, low, high, samples_ms, again = rest
-    if default not in (0, 1) or not _config(config) or checks.name(implementation, "implementation") != implementation:
-        raise ValueError("not a finalist")
+    value, low, high, samples_ms, again = others
     if code != "":
         checks.digest(code, "code")
     if samples_ms != "[]" and not _samples(samples_ms):
@@ -97,9 +104,7 @@ def _finalist(
     if again != "null" and _again(again) != again:
         raise ValueError("not a second contest")
     speedup = _three(value, low, high)
-    return finalist_text(
-        implementation, config, time_ms, code, _number(predicted_ms), bool(default), speedup, samples_ms, again
-    )
+    return finalist_text(implementation, config, ms, code, predicted_ms, default, speedup, samples_ms, again)
 
 
 def _number(value: Any) -> float | None:
@@ -159,5 +164,5 @@ def _sources(text: str) -> bool:
 
 
 @lru_cache(4 * _SHARED)
-def _config(text: str) -> bool:
-    return checks.config_of(text).text == text
+def _candidate(implementation: str, config: str) -> bool:
+    return bool(checks.name(implementation, "implementation")) and checks.config_of(config).text == config
