@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tilebook.registry.store import Registry
 
 
-CHECKED_BYTES = 2 << 20
+CHECKED_BYTES = 1 << 20
 """More than this is not looked at as a whole before dispatch reads of it, which takes 1 ms a MB: a page that is damaged
 costs the rows that are on it, and `tilebook check` and every writer look at all."""
 
