@@ -128,3 +128,9 @@ def test_revocations_of_the_schema_before_are_read_and_kept(target):
         with opened(target) as registry:
             assert (registry.revocations(), registry.problems) == ([old], [])
         assert serving.read(H200.name, H200.arch, H200.sm_count, target).revocations == [old]
+
+
+def test_a_name_is_no_markup(tmp_path):
+    with Registry.open(tmp_path / "registry.db", write=True) as registry:
+        registry.record(verdict=verdict(device=A100, notes={"made": {"by": "[red]x[/nope]"}}))
+    assert "by [red]x[/nope]" in run("show", "--gpu", "A100", "--registry", tmp_path / "registry.db")

@@ -142,7 +142,8 @@ def test_signing_is_refused_with_what_is_no_key(run: Run, tmp_path: Path):
     pytest.importorskip("cryptography")
     (tmp_path / "other").write_text("hello")
     assert "no private key of Ed25519" in run("export", "-", "--sign", tmp_path / "other", status=2).output
-    assert "No such file" in run("export", "-", "--sign", "nobody", status=1).output
+    assert "there is no key nobody" in run("export", "-", "--sign", "nobody", status=2).output
+    assert "cannot go with" in run("export", tmp_path / "s.db", "--as", "optuna", "--sign", "once", status=2).output
     run("keys", "make", "once")
     assert "already" in run("keys", "make", "once", status=2).output
     assert "no name of a key" in run("keys", "make", "../once", status=2).output

@@ -165,12 +165,15 @@ def export_(
     Revocations go with it, those of the op where one is named. Who trusts the key of --sign serves what it says.
     """
     from tilebook.cli.files import written
+    from tilebook.errors import UsageError
     from tilebook.registry import signing
     from tilebook.registry.layers import Layers
     from tilebook.registry.selection import Selection
 
     selection = Selection(op=known_op(op), gpu=gpu, dtype=dtype, since=since, measured=measured)
     layers = Layers.default(registry)
+    if sign is not None and form != "tilebook":
+        raise UsageError(f"--sign is for exports of tilebook's own form, and cannot go with --as {form}")
     if form == "fla":
         _as_fla(layers, selection, Path(file))
         return

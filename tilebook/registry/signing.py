@@ -124,6 +124,8 @@ def signer(name: str) -> tuple[Sign, Key]:
     Raises UsageError, OSError.
     """
     place = own_place(name) if _is_name(name) and own_place(name).exists() else Path(name)
+    if not place.exists():
+        raise UsageError(f"there is no key {name}, and no file that is called so: `tilebook keys make` makes one")
     private = _private(place)
     key = _public(private, place.name)
 
