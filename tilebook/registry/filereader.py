@@ -12,13 +12,14 @@ import operator
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy, served, sqlitefile
-from tilebook.registry.checks import DAMAGE, called, quoted
+from tilebook.registry.checks import DAMAGE, called, config_of, quoted, time_text
 from tilebook.registry.codec import miss_from, trial_from, verdict_from
 from tilebook.registry.columns import all_revocations, revocation_in
 from tilebook.registry.damage import Damage
@@ -157,8 +158,8 @@ class FileReader(Damage):
     ) -> Iterator[tuple[int, Trial | None]]:
         """As `each_verdict`."""
         where, values = where_clause("t", op, None, device, None, origin, gpu)
-        for number, *row in self.rows(f"{_TRIALS} {where} ORDER BY t.id", values):
-            yield number, _trial(row)
+        for number, *row in self.rows(f"{TRIALS} {where} ORDER BY t.id", values):
+            yield number, trial_in(row)
 
     def each_miss(self, device: Device | None = None) -> Iterator[tuple[int, Miss | None]]:
         """As `each_verdict`."""
@@ -222,7 +223,7 @@ SELECT f.verdict_id, f.place, f.implementation, f.config, f.time_ms, f.speedup, 
        f.samples_ms, f.again, f.predicted_ms, f.code, f.is_default
 FROM finalist AS f JOIN verdict AS v ON v.id = f.verdict_id {_BOTH.format("v")}
 """
-_TRIALS = f"""
+TRIALS = f"""
 SELECT t.id, {_KEYS}, t.implementation, t.config, t.status, t.time_ms, t.created_at, t.failure, t.reason, t.samples_ms,
        t.facts, t.sha256
 FROM trial AS t {_BOTH.format("t")}
@@ -326,16 +327,17 @@ def _finalist(columns: Sequence[Any]) -> dict[str, Any] | None:
 
 
 @_or_none
-def _trial(row: Sequence[Any]) -> Trial:
+def trial_in(row: Sequence[Any]) -> Trial:
+    """The trial of the columns of TRIALS but the first; None where they are damaged."""
     implementation, config, status, time_ms, created_at, failure, reason, samples_ms, facts, sha256 = row[8:]
     trial = trial_from(
         {
             **_keys(*row[:8]),
             "implementation": implementation,
-            "config": json.loads(config),
+            "config": config_of(config),
             "status": status,
             "time_ms": time_ms,
-            "created_at": created_at,
+            "created_at": time_text(created_at) if isinstance(created_at, datetime) else created_at,
             "failure": failure,
             "reason": reason,
             "samples_ms": json.loads(samples_ms),

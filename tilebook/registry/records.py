@@ -178,9 +178,14 @@ class Trial:
             "created_at": checks.time_text(self.created_at),
         }
 
-    @property
+    @cached_property
+    def text(self) -> str:
+        """Canonical JSON of `content`."""
+        return canonical(self.content())
+
+    @cached_property
     def sha256(self) -> str:
-        return digest_of(self.content())
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

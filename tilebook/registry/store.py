@@ -18,6 +18,7 @@ from tilebook.registry import backend, legacy, reading, schema, shipped
 from tilebook.registry.backend import explained
 from tilebook.registry.columns import all_revocations, revocation_in
 from tilebook.registry.damage import Damage
+from tilebook.registry.filereader import TRIALS, trial_in
 from tilebook.registry.lookup import Execute
 from tilebook.registry.merging import Choice, Merged, Rule, pour
 from tilebook.registry.models import (
@@ -261,13 +262,11 @@ class Registry(Damage):
         """All trials, or an op's, by op, problem and time; few are in memory at once. Else as `each_verdict`."""
         lost = 0
         with self._session() as session:
-            bytewise = Sql(session).by_bytes
-            query = _select(TrialRow, op, None, None, None).order_by(
-                text(f"problem.op{bytewise}"), text(f"problem.key{bytewise}"), TrialRow.created_at
-            )
-            for row in session.execute(query.execution_options(yield_per=500)).scalars():
-                trial = trial_of(row)
-                if trial is None:
+            sql = Sql(session)
+            where, order = "" if op is None else "WHERE p.op = ?", f"p.op{sql.by_bytes}, p.key{sql.by_bytes}"
+            statement = f"{TRIALS} {where} ORDER BY {order}, t.created_at"
+            for _, *row in sql.each(statement, [] if op is None else [op]):
+                if (trial := trial_in(row)) is None:
                     lost += 1
                 else:
                     yield trial
