@@ -61,7 +61,7 @@ class FileReader(Damage):
             connection = sqlitefile.connect(place, "ro", wait_s)
             opening.callback(connection.close)
             connection.create_function("called", 2, lambda gpu, name: called(gpu, str(name)), deterministic=True)
-            connection.execute("BEGIN")
+            sqlitefile.begin(connection)
             sqlitefile.refuse_foreign_schema(connection, path)
             schema = sqlitefile.check_version(connection, path, OLDEST_READABLE, SCHEMA_VERSION)
             if not _tables(schema) <= sqlitefile.tables(connection):

@@ -178,7 +178,7 @@ class File:
         with sqlitefile.explained(self._path), sqlitefile.readable(self._path) as place:
             connection = sqlitefile.connect(place, "ro", self.wait_s)
             try:
-                connection.execute("BEGIN")  # what belongs together is read of one state
+                sqlitefile.begin(connection)
                 self._examine(connection, place)
                 yield lambda statement, values: connection.execute(statement, values).fetchall()
             finally:

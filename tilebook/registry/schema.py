@@ -76,6 +76,7 @@ def open_reader(target: Target, cleanup: ExitStack, wait_s: float | None = None)
         return engine, Found(number)
     place = cleanup.enter_context(sqlitefile.readable(target.path))
     with closing(connect_sqlite(place, "ro", wait_s)) as raw:
+        sqlitefile.begin(raw)
         sqlitefile.refuse_foreign_schema(raw, target.path)
         found = sqlitefile.check_version(raw, target.path, OLDEST_READABLE, SCHEMA_VERSION)
         _check_tables(sqlitefile.tables(raw), target, found)

@@ -51,6 +51,26 @@ def connect(path: Path, mode: str, wait_s: float) -> sqlite3.Connection:
     return connection
 
 
+def begin(connection: sqlite3.Connection) -> None:
+    """Begins to read: what follows is all of one state.
+
+    SQLite takes a journal for one that nobody owns where its writer ends between two looks at it, and a reader may not
+    roll it back. At the next look it is gone; of one that stays `readable` gives a copy.
+    """
+    for tries_left in (2, 1, 0):
+        connection.execute("BEGIN")
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return
+        except sqlite3.OperationalError as error:
+            connection.execute("ROLLBACK")
+            if not tries_left or error.sqlite_errorname not in _UNOWNED:
+                raise
+
+
+_UNOWNED = ("SQLITE_READONLY_ROLLBACK", "SQLITE_READONLY_RECOVERY", "SQLITE_CANTOPEN")
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[Path]:
     """The registry's file, or a copy of it where a process died in mid-write.
@@ -85,7 +105,7 @@ def _left_in_mid_write(path: Path) -> bool:
     try:
         connection.execute("SELECT count(*) FROM sqlite_master")
     except sqlite3.Error as error:
-        return error.sqlite_errorname in ("SQLITE_READONLY_ROLLBACK", "SQLITE_READONLY_RECOVERY", "SQLITE_CANTOPEN")
+        return error.sqlite_errorname in _UNOWNED
     finally:
         connection.close()
     return False
