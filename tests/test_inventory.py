@@ -74,7 +74,7 @@ import errno, json, os, sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "triton", "numpy", "optuna"):
+        if name.split(".")[0] in ("torch", "triton", "numpy", "optuna", "alembic"):
             raise AssertionError(f"{name} is imported")
 
 def read_only(event, details):
@@ -114,6 +114,7 @@ READING = [
     ["remove", "--op", "rms_norm_fwd", "--registry", "@new.db", "--dry-run"],
     ["prune", "--registry", "@new.db", "--dry-run"],
     ["revoke", "--list"],
+    ["keys", "show"],
 ]
 MOVING = [
     ["export", "@out.jsonl"],

@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from tilebook.errors import UsageError
+from tilebook.registry.checks import called, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +155,9 @@ CATALOGUE: Mapping[str, Device] = {
 _PACKAGING = re.compile(r"\d+gb|sxm\d*|pcie|hbm\d\w*|nvl|oam|hgx|dgx")
 
 
-def _words(name: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", name.lower())
-
-
 def is_model(name: str, model: str) -> bool:
     """Does a GPU of this name belong to that model of the catalogue?"""
-    own, its = _words(name), set(_words(model))
+    own, its = words(name), set(words(model))
     return its <= set(own) and all(word in its or _PACKAGING.fullmatch(word) for word in own)
 
 
@@ -169,8 +166,7 @@ def find(name: str) -> Device:
 
     Raises UsageError on any other name, with the known ones, nearest first.
     """
-    wanted = set(_words(name))
-    found = [each for each in CATALOGUE.values() if wanted and wanted <= set(_words(each.name))]
+    found = [each for each in CATALOGUE.values() if called(name, each.name)]
     found = found or [each for each in CATALOGUE.values() if is_model(name, each.name)]
     if len(found) == 1:
         return found[0]
@@ -178,7 +174,7 @@ def find(name: str) -> Device:
         raise UsageError(f"GPU {name!r} is ambiguous: {', '.join(each.name for each in found)}")
 
     def unlike(known: str) -> float:
-        alike = [SequenceMatcher(None, word, its).ratio() for word in wanted for its in _words(known)]
+        alike = [SequenceMatcher(None, word, its).ratio() for word in words(name) for its in words(known)]
         return -max(alike, default=0.0)
 
     known = ", ".join(sorted(CATALOGUE, key=unlike))

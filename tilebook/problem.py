@@ -271,11 +271,18 @@ class Problem:
         if type(other) is not type(self):
             return math.inf
         total = 0.0
-        for field in self._fields():
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine == theirs or field.metadata.get("demand"):
+        for name, near in self._counted():
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine == theirs:
                 continue
-            if "letter" not in field.metadata or field.name in self.EXACT:
+            if not near:
                 return math.inf
             total += abs(math.log2(mine / theirs))
         return total
+
+    @classmethod
+    @functools.cache
+    def _counted(cls) -> tuple[tuple[str, bool], ...]:
+        """The fields that a distance is made of, and whether a near value of them will do."""
+        fields = [field for field in cls._fields() if not field.metadata.get("demand")]
+        return tuple((each.name, "letter" in each.metadata and each.name not in cls.EXACT) for each in fields)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tilebook import device as devices
+from tilebook import provenance
 from tilebook.errors import UsageError
 from tilebook.registry import DenyList, Layers, Revocation
 from tilebook.registry.checks import in_range
@@ -54,6 +55,7 @@ def make(
             arch=arch,
             triton=triton,
             config=_config(chosen, config or ""),
+            made=provenance.made(),
         )
     except ValueError as wrong:
         raise UsageError(str(wrong)) from wrong
@@ -125,6 +127,7 @@ def row(layer: str, revocation: Revocation) -> dict[str, Any]:
     return {
         "id": revocation.scope,
         **revocation.portable(),
+        "made": dict(revocation.made),
         "layer": layer,
         "origin": revocation.origin,
         "trusted": revocation.trusted,
@@ -138,6 +141,7 @@ def line(row: Mapping[str, Any]) -> str:
     where += [f"Triton {row['triton']}"] if row["triton"] else []
     where += [f"source {row['kernel'][:8]}"] if row["kernel"] else []
     where += [f"layer {row['layer']}"] if row["layer"] else []
+    where += [f"by {row['made']['by']}"] if "by" in row["made"] else []
     where += [] if row["trusted"] else ["not trusted: not honoured"]
     what = f"{row['op']} {row['implementation']} {config}".strip()
     return f"{row['id'][:8]}  {what} ({', '.join(where)}): {' '.join(row['reason'].split())}"

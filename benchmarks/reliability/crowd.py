@@ -1,11 +1,11 @@
 """Writers without pause and readers beside them, on one SQLite registry.
 
-    python benchmarks/reliability/crowd.py [--writers 4] [--readers 16] [--seconds 600] [--out FILE]
+    python benchmarks/reliability/crowd.py [--writers 4] [--readers 16] [--minutes 10] [--out FILE]
 
 A writer stores a batch of trials and a verdict, again and again, as a tuning run does. A reader asks what dispatch
-asks: the table of one GPU, and one op's verdicts, from the file, as a fresh process would. Now and then it ends as a
-program ends, with misses to store. Printed: errors, the times of reads, how long the ends of programs were held up, and
-whether all that writers had stored is there. No GPU needed.
+asks: the table of one GPU, and one problem's verdict, from the file, as a fresh process would. Now and then it ends as
+a program ends, with misses to store. Printed: errors, the times of reads, how long the ends of programs were held up,
+and whether all that writers had stored is there. No GPU needed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "registry"))
 
 from here import tell
-from registry_samples import H200, problem, trial, verdict
+from registry_samples import H200, KERNEL, problem, trial, verdict
 
 from tilebook.registry import Miss, Registry, serving
+from tilebook.registry.lookup import Question
 
 BATCH = 16
 ENDS = 50
@@ -53,27 +54,30 @@ def _write(path: str, number: int, seconds: float, start: Any, results: Any) -> 
 def _read(path: str, number: int, seconds: float, start: Any, results: Any) -> None:
     from tilebook.dispatch.misses import store_misses
 
-    reads, ends, errors, locked = [], [], [], 0
+    reads, cpu, ends, errors, locked = [], [], [], [], 0
+    asked = Question("rms_norm_fwd", KERNEL, problem(), most=4)
     missed = [Miss("rms_norm_fwd", problem(number), H200, 3, 0.5)]
     start.wait()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        started = time.monotonic()
+        started, began = time.monotonic(), time.process_time()
         try:
             table = serving.read(H200.name, H200.arch, H200.sm_count, path)
-            found = table.verdicts("rms_norm_fwd")
+            large = table.large("rms_norm_fwd")
+            found = table.find(asked) if large else table.verdicts("rms_norm_fwd")
             waited = [each for each in table.problems if "locked by another process" in each]
-            locked += bool(waited) or not found
+            locked += bool(waited or not found)
             errors += [f"read: {each}" for each in table.problems if each not in waited]
         except Exception as error:
             errors.append(f"read: {type(error).__name__}: {error}")
         reads.append(time.monotonic() - started)
+        cpu.append(time.process_time() - began)
         if len(reads) % ENDS == 0:
             started = time.monotonic()
             store_misses(missed)
             ends.append(time.monotonic() - started)
         time.sleep(0.01)
-    results.put({"reads": reads, "ends": ends, "errors": errors, "locked": locked})
+    results.put({"reads": reads, "cpu": cpu, "ends": ends, "errors": errors, "locked": locked})
 
 
 def run(writers: int, readers: int, seconds: float) -> dict[str, Any]:
@@ -95,12 +99,14 @@ def run(writers: int, readers: int, seconds: float) -> dict[str, Any]:
         with Registry.open(path) as registry:
             there, damaged = len(registry.trials()), list(registry.problems)
     reads = sorted(s for each in found for s in each.get("reads", ()))
+    cpu = sorted(s for each in found for s in each.get("cpu", ()))
     ends = sorted(s for each in found for s in each.get("ends", ()))
     stored = sum(each.get("stored", 0) for each in found) + 1
     return {
         "writers": writers, "readers": readers, "seconds": seconds, "cpus": os.cpu_count(),
         "errors": sorted({text for each in found for text in each["errors"]}), "damaged": damaged,
         "trials_stored": stored, "trials_there": there, "reads": len(reads), "read_ms": _figures(reads),
+        "read_cpu_ms": _figures(cpu),
         "reads_locked_out": sum(each.get("locked", 0) for each in found),
         "ends": len(ends), "end_ms": _figures(ends),
         "longest_write_s": max(each.get("longest_write_s", 0.0) for each in found),
@@ -120,10 +126,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--writers", type=int, default=4)
     parser.add_argument("--readers", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    report = run(given.writers, given.readers, given.seconds)
+    report = run(given.writers, given.readers, 60 * given.minutes)
     tell(report, given.out)
     return 1 if report["errors"] or report["damaged"] or report["trials_there"] < report["trials_stored"] else 0
 

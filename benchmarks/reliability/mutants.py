@@ -40,6 +40,7 @@ MEMORY = 512 << 20
 """Bytes by which all of it may grow a process."""
 
 GPU = "H200"
+MADE = {"by": "Eve", "machine": "a" * 16, "run": "b" * 16}
 SHIPPED = Path(__file__).parents[2] / "tilebook" / "shipped"
 Path_ = tuple[Any, ...]
 
@@ -83,18 +84,21 @@ def originals() -> list[dict[str, Any]]:
     best = verdict.finalists[0]
     trial = Trial(
         verdict.op, verdict.problem, verdict.device, verdict.environment, verdict.kernel, best.implementation,
-        best.config, Status.OK, None, "", best.time_ms, best.samples_ms, {"registers": 32}, verdict.created_at,
+        best.config, Status.OK, None, "", best.time_ms, best.samples_ms, {"registers": 32, "made": MADE},
+        verdict.created_at,
     )  # fmt: skip
     failed = replace(
         trial, status=Status.FAILED, failure=Failure.WRONG_ANSWER, reason="hung", time_ms=None, samples_ms=()
     )
     revoked = Revocation(
-        verdict.op, "triton", "wrong", verdict.kernel, "sm_90", "<4,>=3.6", created_at=verdict.created_at
+        verdict.op, "triton", "wrong", verdict.kernel, "sm_90", "<4,>=3.6", made=MADE, created_at=verdict.created_at
     )
     found += [{"type": "trial", **each.content()} for each in (trial, failed)] * 4
     found += [{"type": "revocation", **revoked.portable()}] * 4
     for each in found:
         each.pop("sha256", None)
+        if each["type"] == "verdict":
+            each["notes"]["made"] = dict(MADE)
     return found
 
 
@@ -272,8 +276,8 @@ class Attempt:
 
     def _look(self, number: int, tune: bool) -> None:
         for each in (
-            ["show"], ["show", "--format", "json"], ["status", "--gpu", GPU], ["explain", *EXPLAIN, "--gpu", GPU],
-            ["export", self.folder / f"{number}.jsonl"],
+            ["show"], ["show", "--format", "json"], ["show", "--trials"], ["revoke", "--list"],
+            ["status", "--gpu", GPU], ["explain", *EXPLAIN, "--gpu", GPU], ["export", self.folder / f"{number}.jsonl"],
         ):  # fmt: skip
             result = self.command(*each, "--registry", self.registry)
             if result.exit_code:
@@ -294,6 +298,11 @@ class Attempt:
         with Registry.open(again, write=True) as registry:
             registry.merge((), strangers, (), origin="imported")
         result = self.command("tune", *TUNE, "--registry", again)
+        studies = self.command(
+            "export", self.folder / f"{number}.studies", "--as", "optuna", "--registry", self.registry
+        )
+        if studies.exit_code:
+            self.fault(None, f"studies of {number} mutants: {studies.output[-200:]}")
         if result.exit_code or self.own_verdicts(again) != self.expected_verdicts:
             self.fault(None, f"after {number} mutants a tune stored other verdicts: {result.output[-200:]}")
 

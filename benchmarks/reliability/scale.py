@@ -205,7 +205,7 @@ def showing(registry: str, op: str) -> dict[str, Any]:
     from tilebook.registry import Layers
 
     spent = Spent()
-    found, _ = Layers([("explicit", registry)]).read(op=op, gpu="H200")
+    found, _ = Layers([("explicit", registry)]).overviews(op=op, gpu="H200")
     return spent.on(len(found))
 
 

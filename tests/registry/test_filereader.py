@@ -42,9 +42,9 @@ def test_it_reads_what_the_registry_reads(filled: Path) -> None:
         assert reading.revocations() == registry.revocations() != []
         for some in ({"op": "other_op"}, {"problem": problem(2)}, {"device": A100}, {"kernel": "ab" * 8}):
             assert reading.verdicts(**some) == registry.verdicts(**some)
-        assert reading.verdicts(gpu="nvidia a1") == registry.verdicts(device=A100)
+        assert reading.verdicts(gpu="nvidia a100") == registry.verdicts(device=A100)
         assert len(reading.verdicts(gpu="h200")) == 3
-        assert reading.verdicts(gpu="H20 ") == []
+        assert reading.verdicts(gpu="H20") == []
         assert reading.problems == []
 
 

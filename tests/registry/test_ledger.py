@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -87,6 +88,25 @@ def test_a_lock_costs_a_fifth_of_a_second_at_most(home: Path) -> None:
         writer.execute("ROLLBACK")
     assert misses(path) == []
     store_misses(FIRST)
+    assert len(misses(path)) == 3
+
+
+def test_a_lock_and_then_a_reader_cost_no_more_than_one_of_them(home: Path) -> None:
+    path = home / "mine.db"
+    Registry.open(path, write=True).close()
+    writer, reader = (sqlite3.connect(path, isolation_level=None, check_same_thread=False) for _ in range(2))
+    writer.execute("BEGIN IMMEDIATE")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM miss").fetchall()
+    release = threading.Timer(0.4, writer.rollback)
+    release.start()
+    began = time.monotonic()
+    with pytest.raises(Locked):
+        ledger.add(path, FIRST, 0.5)
+    assert time.monotonic() - began < 0.75
+    release.join()
+    reader.rollback()
+    ledger.add(path, FIRST, 0.5)
     assert len(misses(path)) == 3
 
 

@@ -162,6 +162,7 @@ def _without_positions(target: str) -> list[Verdict]:
     parsed = Target.parse(target)
     with make_engine(parsed, write=True).begin() as connection:
         connection.execute(text("DROP TABLE position"))
+        connection.execute(text("ALTER TABLE revocation DROP COLUMN made"))
         connection.execute(text(f"UPDATE {schema.VERSION_TABLE} SET version_num = '0003'"))
         if parsed.path is not None:
             connection.exec_driver_sql("PRAGMA user_version=3")

@@ -16,7 +16,8 @@ from tilebook.registry.selection import Selection
 
 REMOVALS = [
     (["--gpu", "a100"], (4, 4)),
-    (["--gpu", "H20"], (1, 0)),
+    (["--gpu", "h200"], (1, 0)),
+    (["--gpu", "H20"], (5, 4)),
     (["--op", "rms_norm_fwd"], (0, 0)),
     (["--op", "no_such_op"], (5, 4)),
     (["--dtype", "fp16"], (4, 4)),

@@ -12,7 +12,6 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import reduce
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -233,7 +232,7 @@ def test_few_records_are_in_memory_at_once(registry: Registry, monkeypatch: pyte
 
 def test_an_export_is_not_in_memory_as_a_whole(tmp_path: Path) -> None:
     line = "x" * 100_000 + "\n"
-    some: Any = (SimpleNamespace(line=line + "y" * number) for number in range(200))
+    some = (line + "y" * number for number in range(200))
     tracemalloc.start()
     with (tmp_path / "out.jsonl").open("w") as stream:
         assert exchange_lines.write(stream, (), some, ()) == 200

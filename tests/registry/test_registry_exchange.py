@@ -217,7 +217,7 @@ FILES: dict[str, str] = {
     "not JSON": "hello\n",
     "another format": '{"format":"x"}\n',
     "header is a list": "[]\n",
-    "another version": signed(version=4),
+    "another version": signed(version=5),
     "version zero": signed(version=0),
     "a revocation in version 1": signed(a_revocation(), version=1),
     "version is a flag": signed(version=True),

@@ -30,7 +30,7 @@ def test_kills_lose_nothing(tmp_path):
 
 
 def test_a_crowd_is_served(tmp_path):
-    found = ran("crowd.py", "--writers", 1, "--readers", 1, "--seconds", 1, "--out", tmp_path / "crowd.json")
+    found = ran("crowd.py", "--writers", 1, "--readers", 1, "--minutes", 0.02, "--out", tmp_path / "crowd.json")
     assert found["errors"] == []
     assert found["trials_there"] == found["trials_stored"] > 16
     assert found["reads"] > 0

@@ -109,7 +109,7 @@ def test_an_import_that_passes_is_trusted_and_says_what_was_measured_here(tmp_pa
     assert (after.trusted, after.origin, after.config) == (True, "local", dict(BEST))
     assert after.time_ms == pytest.approx(1.2, rel=0.02)
     assert all(each.samples_ms for each in after.finalists), "a stranger's runners-up are not taken on trust"
-    assert set(after.notes) == {"checked"}
+    assert set(after.notes) == {"checked", "made"}
     assert after.notes["checked"]["origin"] == "imported"
     assert shop.look(VERIFY, FakeRunner(valley), ENVIRONMENT) == {}
 

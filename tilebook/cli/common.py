@@ -27,7 +27,7 @@ SUITES = click.option(
     help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
 )
 OP = click.option("--op", metavar="OP", help="Only this op.")
-GPU = click.option("--gpu", metavar="NAME", help="Only GPUs whose name contains this.")
+GPU = click.option("--gpu", metavar="NAME", help="Only GPUs whose name has these words: H200, rtx 4090.")
 DTYPE = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Only problems of this dtype.")
 FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
 
@@ -167,8 +167,8 @@ def _printable(stream: Any) -> Any:
     return _Ascii(stream.detach(), encoding="ascii", errors="tilebook.plain", line_buffering=lines, write_through=True)
 
 
-_EXTRA = ("alembic", "optuna", "rich")
-"""Packages of the extra `tune`, without which models run but some commands do not."""
+_EXTRA = {"alembic": "tune", "optuna": "tune", "rich": "tune", "cryptography": "sign"}
+"""Packages without which models run but some commands do not, and the extras that bring them."""
 
 
 _NEEDED = ("sqlalchemy", "torch", "triton")
@@ -202,7 +202,7 @@ class _Tidy(click.Group):
             package = (missing.name or "").partition(".")[0]
             if package not in (*_EXTRA, *_NEEDED):
                 raise
-            install = package if package in _NEEDED else "'tilebook[tune]'"
+            install = package if package in _NEEDED else f"'tilebook[{_EXTRA[package]}]'"
             _fail(f"this command needs {package}: pip install {install}", 1)
         except KeyboardInterrupt:
             _fail("interrupted; what was done is kept, and the same command goes on from there", 130)

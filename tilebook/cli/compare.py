@@ -52,12 +52,12 @@ def merge(sources: tuple[str, ...], output: str, trust: bool) -> None:
 
     Of two verdicts on one problem the stronger stands: what is trusted, measured, one's own, of the tighter interval.
     What a registry trusts stays trusted, so name none of a stranger's. Exports are checked as by an import, and what
-    they say is not served without --trust. What programs asked for is not merged.
+    they say is not served without --trust or the signature of a trusted key. What programs asked for is not merged.
     """
     from tilebook import inventory
     from tilebook.registry.gathering import merge as merged
 
-    done = merged(sources, Path(output), allowed=inventory.axes(), is_problem=is_problem, trust=trust)
+    done = merged(sources, Path(output), allowed=inventory.axes(), is_problem=is_problem, trust=trust or None)
     for line in done.problems:
         click.echo(f"tilebook: {line}", err=True)
     skipped(done.skipped)

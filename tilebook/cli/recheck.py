@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @main.command(epilog=example("tilebook recheck --gpu H200 --check"))
-@click.option("--gpu", metavar="NAME", help="Only verdicts for GPUs whose name contains this.")
+@click.option("--gpu", metavar="NAME", help="Only verdicts for GPUs whose name has these words.")
 @click.option("--all", "everything", is_flag=True, help="Also verdicts whose source is today's.")
 @click.option("--check", is_flag=True, help="Change nothing; exit with 1 where something would be.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile (default: one a core).")
@@ -30,11 +30,12 @@ def recheck(gpu: str | None, everything: bool, check: bool, jobs: int | None, re
     """
     from tilebook import recheck as rechecking
     from tilebook.registry import Layers, RegistryError
+    from tilebook.registry.checks import called
     from tilebook.registry.layers import SHIPPED
 
     target = registry or str(SHIPPED)
     layers = Layers([("shipped" if registry is None else "explicit", target)])
-    found = [v for _, v in layers.verdicts() if not gpu or gpu.lower() in v.device.name.lower()]
+    found = [v for _, v in layers.verdicts() if not gpu or called(gpu, v.device.name)]
     if layers.problems:
         raise RegistryError(layers.problems[0])
     findings: list[Finding] = []

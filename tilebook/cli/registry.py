@@ -29,8 +29,8 @@ from tilebook.cli.common import (
 
 if TYPE_CHECKING:
     from tilebook.registry.layers import Layers
-    from tilebook.registry.records import Trial
     from tilebook.registry.selection import Selection
+    from tilebook.registry.signing import Sign, Signature
 
 NOTHING = "no verdicts: run `tilebook tune` first"
 
@@ -125,6 +125,8 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
     epilog=example(
         "tilebook export verdicts.jsonl --no-trials",
         "tilebook export - --op rms_norm_fwd --gpu H200 --measured | gzip > h200.jsonl.gz",
+        "tilebook export verdicts.jsonl --sign mine",
+        "tilebook export studies.db --as optuna",
     ),
 )
 @click.argument("file", type=click.Path(allow_dash=True))
@@ -137,11 +139,13 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
 @click.option(
     "--as",
     "form",
-    type=click.Choice(["tilebook", "fla"]),
+    type=click.Choice(["tilebook", "fla", "optuna"]),
     default="tilebook",
     show_default=True,
-    help="fla: into the folder FILE, what won kernels of others, as flash-linear-attention reads it by FLA_CONFIG_DIR.",
+    help="fla: into the folder FILE, what won kernels of others, as flash-linear-attention reads it by FLA_CONFIG_DIR."
+    " optuna: the trials, added to FILE as studies that optuna-dashboard opens.",
 )
+@click.option("--sign", metavar="KEY", help="Sign it: a key of `tilebook keys make`, or a file with one of OpenSSH's.")
 @REGISTRY
 def export_(
     file: str,
@@ -152,32 +156,39 @@ def export_(
     measured: bool,
     trials: bool,
     form: str,
+    sign: str | None,
     registry: str | None,
 ) -> None:
     """Writes a registry to FILE as JSON Lines, to be passed on and imported elsewhere; - is stdout.
 
     Without a record of one's own, what `show` shows is written. A file that is there is replaced if it is an export.
-    Revocations go with it, those of the op where one is named.
+    Revocations go with it, those of the op where one is named. Who trusts the key of --sign serves what it says.
     """
     from tilebook.cli.files import written
+    from tilebook.errors import UsageError
+    from tilebook.registry import signing
     from tilebook.registry.layers import Layers
     from tilebook.registry.selection import Selection
 
     selection = Selection(op=known_op(op), gpu=gpu, dtype=dtype, since=since, measured=measured)
     layers = Layers.default(registry)
+    if sign is not None and form != "tilebook":
+        raise UsageError(f"--sign is for exports of tilebook's own form, and cannot go with --as {form}")
     if form == "fla":
         _as_fla(layers, selection, Path(file))
         return
+    if form == "optuna":
+        _as_optuna(layers, selection, Path(file).absolute())
+        return
     first, target = layers.layers[0]
+    by = None if sign is None else signing.signer(sign)
     own = first == "explicit" or (first == "user" and Path(target).exists() and _any_record(target))
     with written(file) as stream:
-        if own and selection.everything and trials:
-            count, problems = _whole(target, stream)
-        else:
-            count, problems = _part(layers, target if own else None, selection, trials, stream)
+        count, problems = _written(layers, target if own else None, selection, trials, stream, by and by[0])
     for problem in problems:
         click.echo(f"tilebook: {problem}", err=True)
-    click.echo(f"{count} records written to {'stdout' if file == '-' else file}", err=True)
+    signed = f", signed by {by[1]}" if by else ""
+    click.echo(f"{count} records written to {'stdout' if file == '-' else file}{signed}", err=True)
 
 
 def _as_fla(layers: Layers, selection: Selection, folder: Path) -> None:
@@ -193,6 +204,16 @@ def _as_fla(layers: Layers, selection: Selection, folder: Path) -> None:
     click.echo(f"{len(found)} kernels written to {folder}", err=True)
 
 
+def _as_optuna(layers: Layers, selection: Selection, file: Path) -> None:
+    from tilebook.report.studies import write
+
+    found = [each for _, each in layers.trials(op=selection.op, gpu=selection.gpu) if selection.trial(each)]
+    for problem in layers.problems:
+        click.echo(f"tilebook: {problem}", err=True)
+    studies, new = write(file, found)
+    click.echo(f"{new} new trials in {studies} studies written to {file}", err=True)
+
+
 def _any_record(target: str) -> bool:
     """A registry may have been made for what was refused, or for a miss."""
     from tilebook.registry.filereader import FileReader
@@ -201,34 +222,22 @@ def _any_record(target: str) -> bool:
         return not source.empty()
 
 
-def _whole(target: str, stream: TextIO) -> tuple[int, list[str]]:
-    """Exports a registry; returns how many records, and what was wrong with it."""
-    from tilebook.registry import Registry, export
-
-    with Registry.open(target) as source:
-        return export(source, stream), source.problems
-
-
-def _part(
-    layers: Layers, target: str | None, selection: Selection, trials: bool, stream: TextIO
+def _written(
+    layers: Layers, target: str | None, selection: Selection, trials: bool, stream: TextIO, sign: Sign | None
 ) -> tuple[int, list[str]]:
-    """Exports what is selected of a registry, or of all layers together."""
-    from tilebook.registry.filereader import reader
-    from tilebook.registry.lines import written as in_lines
+    """Exports what is selected of a registry, or of all layers; returns how many records, and what was wrong there."""
+    from tilebook.registry.lines import write
+    from tilebook.registry.texts import Written
 
-    tried: list[Trial] = []
     if target is not None:
-        with reader(target) as source:
-            verdicts, revocations = source.verdicts(op=selection.op), source.revocations()
-            tried = [each for each in source.trials(op=selection.op) if selection.trial(each)] if trials else []
-            problems = source.problems
-    else:
-        found, revoked = layers.read(op=selection.op, gpu=selection.gpu)
-        verdicts, revocations = [each for _, each in found], [each for _, each in revoked]
-        problems = layers.problems
-    text = in_lines(filter(selection.revocation, revocations), filter(selection.verdict, verdicts), tried)
-    stream.writelines(text)
-    return len(text) - 1, problems
+        from tilebook.registry import Registry, export
+
+        with Registry.open(target) as source:
+            return export(source, stream, sign, selection, trials), source.problems
+    found, revoked = layers.read(op=selection.op, gpu=selection.gpu)
+    verdicts = sorted((each for _, each in found if selection.verdict(each)), key=lambda each: each.place)
+    revocations = [each for _, each in revoked if selection.revocation(each)]
+    return write(stream, revocations, (Written(each).line for each in verdicts), (), sign), layers.problems
 
 
 class _Source(click.Path):
@@ -250,17 +259,21 @@ class _Source(click.Path):
 )
 @click.argument("file", type=_Source(exists=True, dir_okay=False, allow_dash=True))
 @click.option(
-    "--trust", is_flag=True, help="Serve its verdicts without verifying them here first, and honour its revocations."
+    "--trust/--no-trust",
+    default=None,
+    help="Serve its verdicts without verifying them here first, and honour its revocations"
+    " (default: if it is signed by a key that you trust, see `tilebook keys`).",
 )
 @click.option(
     "--max-size", type=click.FloatRange(min=0, min_open=True), default=256, show_default=True, help="Of a URL, MB."
 )
 @click.option("--timeout", type=Seconds(), metavar="TIME", default="60s", show_default=True, help="For a URL.")
 @REGISTRY
-def import_(file: str, trust: bool, max_size: float, timeout: float, registry: str | None) -> None:
+def import_(file: str, trust: bool | None, max_size: float, timeout: float, registry: str | None) -> None:
     """Merges FILE into the registry; - is stdin, and a file, http or https URL will do as well.
 
     What it says is not served until it is verified here, or with --trust. Nor are its revocations honoured without it.
+    A file that is signed by a trusted key needs no --trust; one with a signature that is wrong is refused.
     """
     from tilebook import inventory
     from tilebook import registry as store
@@ -276,10 +289,21 @@ def import_(file: str, trust: bool, max_size: float, timeout: float, registry: s
     skipped(report.skipped)
     done = f"{report.trials} trials and {report.verdicts} verdicts imported"
     if report.revocations:
-        done += f", and {report.revocations} revocations" + ("" if trust else ", not honoured without --trust")
+        done += f", and {report.revocations} revocations" + ("" if report.trusted else ", not honoured without --trust")
     click.echo(done, err=True)
+    if report.signature is not None:
+        click.echo(_signed(report.signature), err=True)
     if retired := sum(map(is_retired, report.accepted)):
         click.echo(f"{retired} of the file's verdicts are retired: of kernels as they were, and not served", err=True)
+
+
+def _signed(signature: Signature) -> str:
+    """Who signed a file, for people."""
+    if not signature.checked:
+        return f"signed by {signature.key}, it says: to look at that, pip install 'tilebook[sign]'"
+    if signature.trusted is not None:
+        return f"signed by {signature.trusted}, which is trusted"
+    return f"signed by {signature.key}, which is not trusted here: see `tilebook keys trust --help`"
 
 
 @main.command(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tilebook import device as devices
+from tilebook import provenance
 from tilebook import registry as store
 from tilebook.device import Device
 from tilebook.dispatch.choice import Choice, Outputs
@@ -148,7 +149,7 @@ class Settling:
             interval=first.speedup,
             mode="eager",
             sources={each.name: each.digest for each, _ in self.tried if each.digest},
-            notes={"observed": told},
+            notes={"observed": told, "made": provenance.made()},
             origin="observed",
         )
 

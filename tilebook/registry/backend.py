@@ -43,7 +43,11 @@ def make_engine(target: Target, *, write: bool, create: bool = False, wait_s: fl
 
         @event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+            if write:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                raw: Any = connection.connection.dbapi_connection
+                sqlitefile.begin(raw)
 
         return engine
     assert target.url is not None

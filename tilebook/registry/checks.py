@@ -91,6 +91,18 @@ def label(value: object, what: str) -> str:
     return value
 
 
+def words(name: str) -> list[str]:
+    """The words of a GPU's name, in small letters."""
+    return re.findall(r"[a-z0-9]+", name.lower())
+
+
+@lru_cache(1_024)
+def called(gpu: str, name: str) -> bool:
+    """Are all words of `gpu` words of a GPU's name? "a100" is of "NVIDIA A100-SXM4-80GB"; "H20" is no H200."""
+    wanted = set(words(gpu))
+    return bool(wanted) and wanted <= set(words(name))
+
+
 def text(value: object, what: str) -> str:
     """Free text, made printable and cut in the middle: a compiler's first and last words both matter."""
     if type(value) is not str:
@@ -298,7 +310,15 @@ def _candidates(value: object, what: str) -> None:
         config(candidate["config"])
 
 
-_NOTES: Mapping[str, Callable[[object, str], None]] = {
+def made(value: object, what: str = "made") -> dict[str, str]:
+    """Who made a record, on which machine, in which run: see `provenance`."""
+    told = _mapping(value, what)
+    if not told.keys() <= {"by", "machine", "run"}:
+        raise ValueError(f"{what} names something else than by, machine and run: {quoted(dict(told))}")
+    return {key: label(item, key) for key, item in told.items()}
+
+
+_NOTES: Mapping[str, Callable[[object, str], object]] = {
     "tried": _count,
     "reused": _count,
     "infeasible": _count,
@@ -312,9 +332,11 @@ _NOTES: Mapping[str, Callable[[object, str], None]] = {
     "spaces": _spaces,
     "space": _space,
     "tied": _candidates,
+    "made": made,
 }
 
 
+@lru_cache(1_024)  # notes have the same ones
 def _json_key(value: object, what: str) -> str:
     return label(value, f"a key of {what}")
 

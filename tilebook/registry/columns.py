@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
-from tilebook.registry.checks import canonical
+from tilebook.registry.checks import DAMAGE, canonical, time_text
+from tilebook.registry.codec import revocation_from
 from tilebook.registry.records import Revocation, Trial
 
 
@@ -36,7 +40,49 @@ def revocation_columns(revocation: Revocation) -> dict[str, Any]:
         "triton": revocation.triton,
         "config": canonical(revocation.config),
         "reason": revocation.reason,
+        "made": canonical(revocation.made) if revocation.made else None,
         "origin": revocation.origin,
         "trusted": revocation.trusted,
         "created_at": revocation.created_at,
     }
+
+
+REVOCATION = (
+    "sha256",
+    "scope",
+    "op",
+    "implementation",
+    "kernel",
+    "arch",
+    "triton",
+    "config",
+    "reason",
+    "origin",
+    "trusted",
+    "created_at",
+    "made",
+)
+
+
+def all_revocations(schema: int) -> str:
+    """The statement that gives the columns REVOCATION. All rows: a damaged one must not hide behind a condition."""
+    names = [name if name != "made" or schema >= 5 else "NULL" for name in REVOCATION]
+    return f"SELECT {', '.join(names)} FROM revocation"
+
+
+def revocation_in(row: Sequence[Any]) -> Revocation | None:
+    """The revocation of these columns; None where the row is damaged."""
+    told = dict(zip(REVOCATION, row, strict=True))
+    sha256, scope, origin, trusted = (told.pop(name) for name in ("sha256", "scope", "origin", "trusted"))
+    try:
+        if trusted not in (0, 1):
+            return None
+        told["config"] = json.loads(told["config"])
+        told["created_at"] = time_text(at) if isinstance(at := told["created_at"], datetime) else at
+        told["made"] = {} if told["made"] is None else json.loads(told["made"])
+        if not told["made"]:
+            del told["made"]
+        revocation = revocation_from(told, origin=origin, trusted=bool(trusted))
+    except DAMAGE:
+        return None
+    return revocation if (revocation.sha256, revocation.scope) == (sha256, scope) else None

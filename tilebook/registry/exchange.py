@@ -10,16 +10,23 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tilebook.registry import lines
 from tilebook.registry.checks import quoted
 from tilebook.registry.merging import Choice, note
 from tilebook.registry.records import Revocation, Trial
 from tilebook.registry.searched import observed
+from tilebook.registry.selection import Selection
 from tilebook.registry.store import Registry
 from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
+from tilebook.registry.wanted import Wanted
+
+if TYPE_CHECKING:
+    from tilebook.registry.signing import Sign, Signature
+
+EVERYTHING = Selection()
 
 
 class Accepted:
@@ -58,7 +65,8 @@ class ImportReport:
     """What an import did. `trials`, `verdicts` and `revocations` count what was written; `unchanged` what was here.
 
     `skipped` and `replaced` have one line each for a record left out, or for a verdict that took another's place, of
-    the first thousand. `accepted` are the file's verdicts but those that were left out for what they are.
+    the first thousand. `accepted` are the file's verdicts but those that were left out for what they are. `trusted`
+    says whether what came is, `signature` who signed the file.
     """
 
     trials: int = 0
@@ -68,14 +76,31 @@ class ImportReport:
     skipped: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     accepted: Accepted = field(default_factory=Accepted)
+    trusted: bool = False
+    signature: Signature | None = None
 
 
-def export(registry: Registry, stream: TextIO) -> int:
-    """Writes every intact revocation, verdict and trial, in an order of their content, and returns how many.
+def export(
+    registry: Registry,
+    stream: TextIO,
+    sign: Sign | None = None,
+    selection: Selection = EVERYTHING,
+    trials: bool = True,
+) -> int:
+    """Writes every intact revocation, verdict and trial that is selected, in an order of their content; returns how
+    many.
 
-    The same records give the same bytes, whichever registry holds them. Misses stay: they say what a user runs.
+    The same records give the same bytes, whichever registry holds them, and whoever signs them the same but for the
+    first line. Misses stay: they say what a user runs.
     """
-    return lines.write(stream, registry.revocations(), registry.each_verdict(), registry.each_trial())
+    wanted, everything = Wanted(op=selection.op, gpu=selection.gpu), selection.everything
+    return lines.write(
+        stream,
+        filter(selection.revocation, registry.revocations()),
+        (each.text for each in registry.each_line(wanted) if everything or selection.verdict(each)),
+        filter(selection.trial, registry.each_trial(selection.op)) if trials else (),
+        sign,
+    )
 
 
 def load(
@@ -83,7 +108,7 @@ def load(
     stream: TextIO,
     *,
     allowed: Allowed | None,
-    trust: bool = False,
+    trust: bool | None = False,
     is_problem: Callable[[str, str], bool] = lambda op, key: True,
     max_total: int | None = None,
 ) -> ImportReport:
@@ -92,17 +117,19 @@ def load(
     `allowed` maps each known op to its implementations' permitted config keys: a record with another op or key is
     skipped, and one whose problem is none of its op by `is_problem`. An implementation that is not here, as one of
     another version, may have any config: nothing runs it. None lifts these limits, for files one wrote oneself.
-    Verdicts and revocations arrive with origin "imported" and trusted as `trust` says: a stranger's revocations make
-    nothing wrong, but could make everything slow. Conflicts of verdicts are resolved by evidence, see `import_rule`;
+    Verdicts and revocations arrive with origin "imported" and trusted as `trust` says, or, where that is None, if the
+    file is signed by a key that the user trusts: a stranger's revocations make nothing wrong, but could make everything
+    slow. Conflicts of verdicts are resolved by evidence, see `import_rule`;
     revocations add up. `max_total` limits the characters read.
     """
-    report = ImportReport()
+    source = lines.opened(stream, origin="imported", trusted=trust, max_total=max_total)
+    report = ImportReport(trusted=source.trusted, signature=source.signature)
     trials = 0
 
     def records() -> Iterator[Record]:
         nonlocal trials
         known = lru_cache(1_024)(is_problem)  # a problem has trials, and verdicts on several GPUs
-        for number, record in lines.read(stream, origin="imported", trusted=trust, max_total=max_total):
+        for number, record in source.records:
             if refusal := _refusal(record, allowed, known):
                 note(report.skipped, f"line {number}: {refusal}")
                 continue

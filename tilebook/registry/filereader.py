@@ -12,14 +12,16 @@ import operator
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy, served, sqlitefile
-from tilebook.registry.checks import DAMAGE, quoted
-from tilebook.registry.codec import miss_from, revocation_from, trial_from, verdict_from
+from tilebook.registry.checks import DAMAGE, called, config_of, quoted, time_text
+from tilebook.registry.codec import miss_from, trial_from, verdict_from
+from tilebook.registry.columns import all_revocations, revocation_in
 from tilebook.registry.damage import Damage
 from tilebook.registry.readers import lost_revocation
 from tilebook.registry.records import Device, Miss, Revocation, Trial
@@ -37,7 +39,7 @@ _TABLES = frozenset({"device", "environment", "kernel", "problem", "trial", "ver
 
 _NONE: tuple[float, list[dict[str, Any] | None]] = (math.inf, [])
 
-_Record = TypeVar("_Record", Trial, Verdict, Miss, Revocation)
+_Record = TypeVar("_Record", Trial, Verdict, Miss)
 
 
 class FileReader(Damage):
@@ -58,7 +60,8 @@ class FileReader(Damage):
             place = opening.enter_context(sqlitefile.readable(path))
             connection = sqlitefile.connect(place, "ro", wait_s)
             opening.callback(connection.close)
-            connection.execute("BEGIN")
+            connection.create_function("called", 2, lambda gpu, name: called(gpu, str(name)), deterministic=True)
+            sqlitefile.begin(connection)
             sqlitefile.refuse_foreign_schema(connection, path)
             schema = sqlitefile.check_version(connection, path, OLDEST_READABLE, SCHEMA_VERSION)
             if not _tables(schema) <= sqlitefile.tables(connection):
@@ -86,7 +89,7 @@ class FileReader(Damage):
         kernel: str | None = None,
         gpu: str | None = None,
     ) -> list[Verdict]:
-        """Those that match, in the order of their keys. gpu: a part of the GPU's name, in capitals or not."""
+        """Those that match, in the order of their keys. gpu: words of the GPU's name, see `checks.called`."""
         found = self.intact(record for _, record in self.each_verdict(op, problem, device, kernel, gpu))
         return sorted(found, key=lambda verdict: verdict.place)
 
@@ -108,9 +111,8 @@ class FileReader(Damage):
 
     def revocations(self) -> list[Revocation]:
         """All of them, oldest first; the untrusted ones too."""
-        # All rows: a damaged one must not hide behind a condition that it would have met.
-        rows = self.rows(_REVOCATIONS, ()) if self.schema > 1 else ()
-        found = [(str(row[1]), _revocation(row)) for row in rows]
+        rows = self.rows(all_revocations(self.schema), ()) if self.schema > 1 else ()
+        found = [(str(row[1]), revocation_in(row)) for row in rows]
         lost = [scope for scope, revocation in found if revocation is None]
         self.corrupt = len(lost)
         for scope in lost:
@@ -156,8 +158,8 @@ class FileReader(Damage):
     ) -> Iterator[tuple[int, Trial | None]]:
         """As `each_verdict`."""
         where, values = where_clause("t", op, None, device, None, origin, gpu)
-        for number, *row in self.rows(f"{_TRIALS} {where} ORDER BY t.id", values):
-            yield number, _trial(row)
+        for number, *row in self.rows(f"{TRIALS} {where} ORDER BY t.id", values):
+            yield number, trial_in(row)
 
     def each_miss(self, device: Device | None = None) -> Iterator[tuple[int, Miss | None]]:
         """As `each_verdict`."""
@@ -221,7 +223,7 @@ SELECT f.verdict_id, f.place, f.implementation, f.config, f.time_ms, f.speedup, 
        f.samples_ms, f.again, f.predicted_ms, f.code, f.is_default
 FROM finalist AS f JOIN verdict AS v ON v.id = f.verdict_id {_BOTH.format("v")}
 """
-_TRIALS = f"""
+TRIALS = f"""
 SELECT t.id, {_KEYS}, t.implementation, t.config, t.status, t.time_ms, t.created_at, t.failure, t.reason, t.samples_ms,
        t.facts, t.sha256
 FROM trial AS t {_BOTH.format("t")}
@@ -229,10 +231,6 @@ FROM trial AS t {_BOTH.format("t")}
 _MISSES = f"""
 SELECT m.id, p.op, p.key, d.name, d.arch, d.sm_count, m.calls, m.time_ms, m.last_seen, m.sha256
 FROM miss AS m {_SHARED.format("m")}
-"""
-_REVOCATIONS = """
-SELECT sha256, scope, op, implementation, kernel, arch, triton, config, reason, origin, trusted, created_at
-FROM revocation
 """
 
 
@@ -258,7 +256,7 @@ def where_clause(
     if device is not None:
         given.append(("(d.name, d.arch, d.sm_count) = (?, ?, ?)", [device.name, device.arch, device.sm_count]))
     if gpu:
-        given.append(("instr(lower(d.name), ?)", [gpu.lower()]))
+        given.append(("d.id IN (SELECT id FROM device WHERE called(?, name))", [gpu]))
     clause = " AND ".join(condition for condition, _ in given)
     return f"WHERE {clause}" if given else "", [value for _, values in given for value in values]
 
@@ -329,16 +327,17 @@ def _finalist(columns: Sequence[Any]) -> dict[str, Any] | None:
 
 
 @_or_none
-def _trial(row: Sequence[Any]) -> Trial:
+def trial_in(row: Sequence[Any]) -> Trial:
+    """The trial of the columns of TRIALS but the first; None where they are damaged."""
     implementation, config, status, time_ms, created_at, failure, reason, samples_ms, facts, sha256 = row[8:]
     trial = trial_from(
         {
             **_keys(*row[:8]),
             "implementation": implementation,
-            "config": json.loads(config),
+            "config": config_of(config),
             "status": status,
             "time_ms": time_ms,
-            "created_at": created_at,
+            "created_at": time_text(created_at) if isinstance(created_at, datetime) else created_at,
             "failure": failure,
             "reason": reason,
             "samples_ms": json.loads(samples_ms),
@@ -359,15 +358,3 @@ def _miss(row: Sequence[Any]) -> Miss:
     if miss.sha256 != sha256:
         raise ValueError("the digest is wrong")
     return miss
-
-
-@_or_none
-def _revocation(row: Sequence[Any]) -> Revocation:
-    names = ("op", "implementation", "kernel", "arch", "triton", "config", "reason")
-    sha256, scope, *values, origin, trusted, created_at = row
-    fields = {**dict(zip(names, values, strict=True)), "created_at": created_at}
-    fields["config"] = json.loads(fields["config"])
-    revocation = revocation_from(fields, origin=origin, trusted=bool(trusted))
-    if (revocation.sha256, revocation.scope) != (sha256, scope):
-        raise ValueError("the digest is wrong")
-    return revocation

@@ -48,7 +48,7 @@ def merge(
     *,
     allowed: Allowed,
     is_problem: Callable[[str, str], bool],
-    trust: bool = False,
+    trust: bool | None = False,
 ) -> Report:
     """Makes the registry `into` of registries and exports, whole or not at all. Raises RegistryError where it exists.
 
@@ -98,7 +98,7 @@ def _add_export(
     report: Report,
     allowed: Allowed,
     is_problem: Callable[[str, str], bool],
-    trust: bool,
+    trust: bool | None,
 ) -> None:
     with Path(place(name)).open(encoding="utf-8", newline="\n") as stream:
         done = load(registry, stream, allowed=allowed, trust=trust, is_problem=is_problem)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from tilebook.errors import RegistryError
 from tilebook.registry import shipped
+from tilebook.registry.checks import called
 from tilebook.registry.records import ConfigValue, Device, Miss, Revocation, Trial
 from tilebook.registry.target import Target, user_folder
 from tilebook.registry.verdict import Verdict
@@ -56,7 +57,7 @@ class Layers:
     ) -> tuple[list[tuple[str, Verdict]], list[tuple[str, Revocation]]]:
         """`verdicts` and `revocations` of a single reading: a layer gives both, or neither.
 
-        gpu: a part of the GPU's name, in capitals or not.
+        gpu: words of the GPU's name, see `checks.called`.
         """
         found = [
             (name, *both)
@@ -102,7 +103,7 @@ class Layers:
     ) -> list[tuple[str, Verdict]]:
         """One verdict for each (op, problem, device, kernel), with the name of its layer; the first layer wins.
 
-        gpu: part of the device's name, in whatever case; a registry looks for it before it reads anything whole.
+        gpu: words of the GPU's name, see `checks.called`; a registry looks for it before it reads anything whole.
 
         But as within one registry, evidence goes first: a prediction does not hide a trusted measurement in a later
         layer, and a verdict that may not be served hides none that may. Refreshes `problems`; a user or shipped
@@ -113,12 +114,12 @@ class Layers:
     def trials(self, *, op: str | None = None, gpu: str | None = None) -> list[tuple[str, Trial]]:
         """The trials of all layers with the name of the first layer that has each, oldest first. Refreshes `problems`.
 
-        gpu: a part of the GPU's name, in capitals or not.
+        gpu: words of the GPU's name, see `checks.called`.
         """
         found: dict[str, tuple[str, Trial]] = {}
         for name, trials in self._read(lambda each: each.trials(op=op)):
             for trial in trials:
-                if not gpu or gpu.lower() in trial.device.name.lower():
+                if not gpu or called(gpu, trial.device.name):
                     found.setdefault(trial.sha256, (name, trial))
         return sorted(found.values(), key=lambda each: each[1].created_at)
 

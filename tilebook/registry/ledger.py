@@ -6,6 +6,7 @@ import contextlib
 import json
 import sqlite3
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def _add_to_database(target: str, misses: Iterable[Miss], wait_s: float) -> None
 
 def add(path: Path, misses: Iterable[Miss], wait_s: float) -> None:
     """As `Registry.count_misses`, of a SQLite file that has a schema. Raises RegistryError; Locked after `wait_s`."""
-    header = sniff(path)
+    header, until = sniff(path), time.monotonic() + wait_s
     if header is None or header.wal:
         raise RegistryError(f"there is no registry to write to at {path}")
     with sqlitefile.explained(path), contextlib.closing(sqlitefile.connect(path, "rw", wait_s)) as connection:
@@ -73,6 +74,8 @@ def add(path: Path, misses: Iterable[Miss], wait_s: float) -> None:
             raise RegistryError(f"registry {path} is corrupt: {found}")
         for miss in misses:
             _add(connection, miss)
+        # What is left of the wait is for readers to leave; they are brief.
+        connection.execute(f"PRAGMA busy_timeout={max(20, int(1e3 * (until - time.monotonic())))}")
         connection.execute("COMMIT")
 
 

@@ -1,11 +1,12 @@
 """The lines of the exchange format: how records are written to text and read back. Standard library only.
 
-    {"format":"tilebook-registry","records":3,"sha256":"...","version":3}
+    {"format":"tilebook-registry","records":3,"sha256":"...","signature":{"key":"...","value":"..."},"version":4}
     {"type":"revocation","op":"attention_fwd",...,"sha256":"..."}
     {"type":"verdict","op":"attention_fwd",...,"sha256":"..."}
     {"type":"trial",...,"sha256":"..."}
 
-The header's digest is over the record lines as written, each with its newline; a record's is over its content.
+The header's digest is over the record lines as written, each with its newline; a record's is over its content. A
+signature, where there is one, is of the header without it.
 """
 
 from __future__ import annotations
@@ -18,21 +19,26 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy
-from tilebook.registry.checks import DAMAGE, canonical, quoted
+from tilebook.registry.checks import DAMAGE, Json, canonical, quoted
 from tilebook.registry.codec import revocation_from, trial_from, verdict_from, verdict_like
 from tilebook.registry.records import Revocation, Trial
 from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
 
+if TYPE_CHECKING:
+    from tilebook.registry.signing import Sign, Signature
+
 FORMAT = "tilebook-registry"
-# Version 2 added revocations, version 3 the finalists of verdicts, which were free-form evidence before. A file is
-# written as the oldest version that can say what is in it.
-VERSION = 3
+# Version 2 added revocations, version 3 the finalists of verdicts, which were free-form evidence before, version 4
+# signatures, and who made a revocation. A file is written as the oldest version that can say what is in it.
+VERSION = 4
+_FINALISTS = 3
 MAX_LINE = 2 * 1024 * 1024  # characters; a record's own limits keep its line below this
 
 
@@ -40,23 +46,29 @@ def written(
     revocations: Iterable[Revocation] = (), verdicts: Iterable[Verdict] = (), trials: Iterable[Trial] = ()
 ) -> list[str]:
     """The lines of a file, its header first. The same records give the same lines, in whatever order they come."""
-    revoked = sorted(_line("revocation", each.portable()) for each in revocations)
+    revoked = _revoked(revocations)
     found = [Written(each).line for each in sorted(verdicts, key=lambda each: each.place)]
     tried = list(_trial_lines(sorted(trials, key=_when)))
-    lines = [*revoked, *found, *tried]
+    lines = [*(line for _, line in revoked), *found, *tried]
     whole = hashlib.sha256()
     for line in lines:
         whole.update(line.encode())
-    return [_header(VERSION if found else 2 if revoked else 1, len(lines), whole.hexdigest()), *lines]
+    version = max(1, *(version for version, _ in revoked), _FINALISTS if found else 1)
+    return [_header(version, len(lines), whole.hexdigest()), *lines]
 
 
 def write(
-    stream: TextIO, revocations: Iterable[Revocation], verdicts: Iterable[Written], trials: Iterable[Trial]
+    stream: TextIO,
+    revocations: Iterable[Revocation],
+    verdicts: Iterable[str],
+    trials: Iterable[Trial],
+    sign: Sign | None = None,
 ) -> int:
-    """Writes the file that `written` gives, of more records than fit into memory; returns how many.
+    """Writes the file that `written` gives, of more records than fit into memory; returns how many. sign: by whom.
 
-    verdicts and trials come in the order of the file: by `Verdict.place`; by op, problem and time. The records go to a
-    temporary file first, since the header, which tells what follows, can be known only then.
+    verdicts are their lines; they come in the order of the file, by `Verdict.place`, and so do trials, by op, problem
+    and time. The records go to a temporary file first, since the header, which tells what follows, can be known only
+    then.
     """
     whole, count, versions = hashlib.sha256(), 0, {1}
 
@@ -69,11 +81,12 @@ def write(
             yield line
 
     with _aside() as body:
-        body.writelines(counted(sorted(_line("revocation", each.portable()) for each in revocations), 2))
-        body.writelines(counted((each.line for each in verdicts), VERSION))
+        for version, line in _revoked(revocations):
+            body.writelines(counted([line], version))
+        body.writelines(counted(verdicts, _FINALISTS))
         body.writelines(counted(_trial_lines(trials), 1))
         body.seek(0)
-        stream.write(_header(max(versions), count, whole.hexdigest()))
+        stream.write(_header(max(versions), count, whole.hexdigest(), sign))
         shutil.copyfileobj(body, stream, 1 << 20)
     return count
 
@@ -86,8 +99,18 @@ def _aside() -> IO[str]:
         return io.StringIO()
 
 
-def _header(version: int, records: int, sha256: str) -> str:
-    return canonical({"format": FORMAT, "version": version, "records": records, "sha256": sha256}) + "\n"
+def _header(version: int, records: int, sha256: str, sign: Sign | None = None) -> str:
+    head: dict[str, Json] = {"format": FORMAT, "version": version, "records": records, "sha256": sha256}
+    if sign is not None:
+        head["version"] = VERSION
+        head["signature"] = sign(canonical(head))
+    return canonical(head) + "\n"
+
+
+def _revoked(revocations: Iterable[Revocation]) -> list[tuple[int, str]]:
+    """Their lines in order, each with the version that can say it."""
+    lines = ((_line("revocation", each.portable()), VERSION if each.made else 2) for each in revocations)
+    return [(version, line) for line, version in sorted(lines)]
 
 
 def _when(trial: Trial) -> tuple[str, str, datetime]:
@@ -97,7 +120,13 @@ def _when(trial: Trial) -> tuple[str, str, datetime]:
 def _trial_lines(trials: Iterable[Trial]) -> Iterator[str]:
     """Their lines; those of one moment are sorted among themselves."""
     for _, together in itertools.groupby(trials, key=_when):
-        yield from sorted(_line("trial", each.content()) for each in together)
+        yield from sorted(map(_trial_line, together))
+
+
+def _trial_line(trial: Trial) -> str:
+    """As `_line`, of the text that is there: the digest stands before the last but one of its fields."""
+    head, status, tail = trial.text.rpartition(',"status":')
+    return f'{head},"sha256":"{trial.sha256}"{status}{tail[:-1]},"type":"trial"}}\n'
 
 
 def is_header(line: bytes) -> bool:
@@ -109,14 +138,68 @@ def is_header(line: bytes) -> bool:
     return isinstance(head, dict) and head.get("format") == FORMAT
 
 
-def read(stream: TextIO, *, origin: str, trusted: bool, max_total: int | None = None) -> Iterator[tuple[int, Record]]:
-    """The records of a file with the numbers of their lines; verdicts and revocations get this origin and trust.
+@dataclass
+class Source:
+    """A file that is read, by its header: who signed it, if anybody did, and whether what it says is trusted."""
 
-    A file may have any length, a line may not; max_total: characters after which a file is refused after all. Raises
-    RegistryError; what the header promises is known to be true only when the last line has been read.
+    signature: Signature | None
+    trusted: bool
+    records: Iterator[tuple[int, Record]]
+
+
+def read(
+    stream: TextIO, *, origin: str, trusted: bool | None, max_total: int | None = None
+) -> Iterator[tuple[int, Record]]:
+    """`opened`, of which nothing but the records is wanted."""
+    return opened(stream, origin=origin, trusted=trusted, max_total=max_total).records
+
+
+def opened(stream: TextIO, *, origin: str, trusted: bool | None, max_total: int | None = None) -> Source:
+    """A file with its records and the numbers of their lines; verdicts and revocations get this origin and trust.
+
+    trusted: None where that is for the signature to say, see `signing`. A file may have any length, a line may not;
+    max_total: characters after which a file is refused after all. Raises RegistryError, of a signature that is wrong
+    too; what the header promises is known to be true only when the last line has been read.
     """
-    for number, version, line in _lines(stream, max_total):
-        yield number, _plain(line, version, origin, trusted) or _record(number, line, version, origin, trusted)
+    left = math.inf if max_total is None else max_total
+    head = _head(_read_line(stream, 1, left))
+    signature = _checked(head, needed=trusted is None)
+    if trusted is None:
+        trusted = signature is not None and signature.trusted is not None
+    version = head["version"]
+    records = (
+        (number, _plain(line, version, origin, trusted) or _record(number, line, version, origin, trusted))
+        for number, line in _lines(stream, head, left)
+    )
+    return Source(signature, trusted, records)
+
+
+def signature_of(text: str) -> Signature | None:
+    """Who says to have signed the file that begins so; None where it is no export, or nobody did."""
+    line = text.partition("\n")[0]
+    return _signature(_head(line)) if is_header(line.encode()) else None
+
+
+def _checked(head: Mapping[str, Any], needed: bool) -> Signature | None:
+    """The header's signature, looked at. needed: also where `cryptography` is missing, if the key is trusted."""
+    signature = _signature(head)
+    if signature is None:
+        return None
+    from tilebook.registry.signing import checked
+
+    unsigned = {name: value for name, value in head.items() if name != "signature"}
+    return checked(signature, canonical(unsigned), needed=needed and signature.trusted is not None)
+
+
+def _signature(head: Mapping[str, Any]) -> Signature | None:
+    if "signature" not in head:
+        return None
+    from tilebook.registry.signing import Signature
+
+    try:
+        return Signature.of(head["signature"])
+    except ValueError as error:
+        raise _malformed(1, str(error)) from error
 
 
 def _plain(line: str, version: int, origin: str, trusted: bool) -> Written | None:
@@ -124,7 +207,7 @@ def _plain(line: str, version: int, origin: str, trusted: bool) -> Written | Non
 
     None for all else, right or wrong: `_record` says which.
     """
-    if version != VERSION or not line.endswith('"type":"verdict"}\n'):
+    if version < _FINALISTS or not line.endswith('"type":"verdict"}\n'):
         return None
     try:
         data = json.loads(line)
@@ -157,16 +240,20 @@ def _malformed(number: int, why: str) -> RegistryError:
     return RegistryError(f"line {number} of the import: {why}")
 
 
-def _lines(stream: TextIO, max_total: int | None) -> Iterator[tuple[int, int, str]]:
-    """Yields (line number, version, line); the header's promises are checked when the last line has been seen."""
-    left = math.inf if max_total is None else max_total
-    head = _parse(1, _read_line(stream, 1, left))
+def _head(line: str) -> dict[str, Any]:
+    head = _parse(1, line)
     if head.get("format") != FORMAT:
         raise _malformed(1, "this is not a tilebook export")
     if type(head.get("version")) is not int or not 1 <= head["version"] <= VERSION:
         raise _malformed(1, f"export version {quoted(head.get('version'))} is not 1 to {VERSION}")
-    if head.keys() != {"format", "version", "records", "sha256"} or type(head["records"]) is not int:
+    signed = {"signature"} if head["version"] == VERSION else set()
+    if head.keys() - signed != {"format", "version", "records", "sha256"} or type(head["records"]) is not int:
         raise _malformed(1, "the header's fields are wrong")
+    return head
+
+
+def _lines(stream: TextIO, head: Mapping[str, Any], left: float) -> Iterator[tuple[int, str]]:
+    """Yields (line number, line); the header's promises are checked when the last line has been seen."""
     whole = hashlib.sha256()
     number = 1
     while line := _read_line(stream, number + 1, left):
@@ -175,7 +262,7 @@ def _lines(stream: TextIO, max_total: int | None) -> Iterator[tuple[int, int, st
         if number - 1 > head["records"]:
             raise _malformed(number, f"the header promised {head['records']} records, and there are more")
         whole.update(line.rstrip("\r\n").encode() + b"\n")
-        yield number, head["version"], line
+        yield number, line
     if number - 1 != head["records"]:
         raise _malformed(number, f"the header promised {head['records']} records, and there are {number - 1}")
     if whole.hexdigest() != head["sha256"]:
@@ -224,7 +311,7 @@ def _decode(data: dict[str, Any], version: int, origin: str, trusted: bool) -> R
     if kind == "trial":
         record = trial_from(data)
     elif kind == "verdict":
-        content = legacy.lifted(data) if version < 3 else data
+        content = legacy.lifted(data) if version < _FINALISTS else data
         record = Written(verdict_from(content, origin=origin, trusted=trusted))
     elif kind == "revocation":
         record = revocation_from(data, origin=origin, trusted=trusted)

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from tilebook.errors import RegistryError
 from tilebook.registry import sqlitefile
 from tilebook.registry.backend import WRITER_WAIT_S
-from tilebook.registry.checks import DAMAGE, sources, time_text
+from tilebook.registry.checks import DAMAGE, called, sources, time_text
 from tilebook.registry.models import (
     Base,
     DeviceRow,
@@ -168,7 +168,7 @@ def _choose(session: Session, wanted: Sequence[Wanted]) -> Chosen:
 
 
 def _verdicts(session: Session, selection: Selection) -> Iterator[Found]:
-    conditions = _conditions(VerdictRow, selection)
+    conditions = _conditions(session, VerdictRow, selection)
     if selection.measured:
         conditions.append(VerdictRow.status != "predicted")
     winner = and_(FinalistRow.verdict_id == VerdictRow.id, FinalistRow.place == 0)
@@ -185,7 +185,7 @@ def _verdicts(session: Session, selection: Selection) -> Iterator[Found]:
 
 
 def _trials(session: Session, selection: Selection) -> Iterator[Found]:
-    conditions = _conditions(TrialRow, selection)
+    conditions = _conditions(session, TrialRow, selection)
     if selection.measured:
         conditions.append(TrialRow.time_ms.is_not(None))
     query = (
@@ -209,12 +209,15 @@ def _named(model: type[VerdictRow] | type[TrialRow]) -> tuple[Any, Any, Any, Any
     )
 
 
-def _conditions(model: type[VerdictRow] | type[TrialRow], selection: Selection) -> list[ColumnElement[bool]]:
+def _conditions(
+    session: Session, model: type[VerdictRow] | type[TrialRow], selection: Selection
+) -> list[ColumnElement[bool]]:
     found: list[ColumnElement[bool]] = []
     if selection.op is not None:
         found.append(ProblemRow.op == selection.op)
     if selection.gpu:
-        found.append(func.lower(DeviceRow.name).contains(selection.gpu.lower(), autoescape=True))
+        devices = session.execute(select(DeviceRow.id, DeviceRow.name))
+        found.append(model.device_id.in_([number for number, name in devices if called(selection.gpu, str(name))]))
     if selection.dtype is not None:  # keys are canonical JSON
         found.append(ProblemRow.key.contains(f'"dtype":"{selection.dtype}"', autoescape=True))
     if selection.since is not None:

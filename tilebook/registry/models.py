@@ -223,3 +223,4 @@ class RevocationRow(Base):
     origin: Mapped[str] = mapped_column(String(64))
     trusted: Mapped[bool]
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    made: Mapped[str | None] = mapped_column(Text)

@@ -7,7 +7,6 @@ those that the columns hold.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import operator
@@ -21,6 +20,7 @@ from tilebook.registry.checks import DAMAGE, ConfigValue, Json, notes, optional_
 from tilebook.registry.filereader import FileReader, where_clause
 from tilebook.registry.records import Device, Environment
 from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served
+from tilebook.registry.texts import finalist_text, text_of
 from tilebook.registry.verdict import Speedup, Verdict, VerdictStatus
 
 
@@ -93,6 +93,7 @@ NOTES = (
     "unmeasured",
     "unconfirmed",
     "observed",
+    "made",
 )
 """What is shown of how a verdict was found. Which points of a space were searched is not, and is most of the notes."""
 
@@ -197,32 +198,14 @@ def _digest(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> str:
     """Of the canonical JSON of `Verdict.content`, as the columns spell it."""
     _, op, problem, name, arch, sm_count, _, default_ms, its_notes, created_at, _, _, *columns = row
     versions, kernel, status, mode, value, low, high, sources, origin, trusted = columns
-    text = (
-        f'{{"created_at":{_text(created_at)},"default_time_ms":{_number(default_ms)},'
-        f'"device":{{"arch":{_text(arch)},"name":{_text(name)},"sm_count":{sm_count}}},"environment":{versions},'
-        f'"finalists":[{",".join(map(_finalist, finalists))}],"interval":{_speedup(value, low, high)},'
-        f'"kernel":{_text(kernel)},"mode":{_text(mode)},"notes":{its_notes},"op":{_text(op)},'
-        f'"origin":{_text(origin)},"problem":{_text(problem)},"sources":{sources},"status":{_text(status)},'
-        f'"trusted":{"true" if trusted else "false"}}}'
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = text_of(
+        created_at, default_ms, _device(name, arch, sm_count).text, versions, map(_finalist, finalists),
+        (value, low, high), kernel, mode, its_notes, op, problem, sources, status,
+    )  # fmt: skip
+    return text.sha256(origin, trusted)
 
 
 def _finalist(row: Sequence[Any]) -> str:
-    _, _, implementation, config, time_ms, code, predicted_ms, default, value, low, high, samples_ms, again = row
-    return (
-        f'{{"again":{again},"code":{_text(code)},"config":{config},"default":{"true" if default else "false"},'
-        f'"implementation":{_text(implementation)},"predicted_ms":{_number(predicted_ms)},"samples_ms":{samples_ms},'
-        f'"speedup":{_speedup(value, low, high)},"time_ms":{_number(time_ms)}}}'
-    )
-
-
-_text = json.JSONEncoder().encode
-
-
-def _number(value: float | None) -> str:
-    return "null" if value is None else float.__repr__(value)
-
-
-def _speedup(*values: float | None) -> str:
-    return "null" if values == (None, None, None) else f"[{','.join(map(_number, values))}]"
+    _, _, implementation, config, time_ms, code, predicted_ms, default, *speedup, samples_ms, again = row
+    three = tuple(speedup)
+    return finalist_text(implementation, config, time_ms, code, predicted_ms, default, three, samples_ms, again)

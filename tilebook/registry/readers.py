@@ -5,16 +5,15 @@ Standard library only, unless a layer is on PostgreSQL.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tilebook.registry import legacy, lookup, sqlitefile
-from tilebook.registry.checks import DAMAGE, quoted
-from tilebook.registry.codec import revocation_from
+from tilebook.registry.checks import quoted
+from tilebook.registry.columns import all_revocations, revocation_in
 from tilebook.registry.layers import Text
 from tilebook.registry.lookup import Answer, Execute, Question
 from tilebook.registry.records import Device, Revocation
@@ -23,6 +22,11 @@ from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Target
 
 if TYPE_CHECKING:
     from tilebook.registry.store import Registry
+
+
+CHECKED_BYTES = 1 << 20
+"""More than this is not looked at as a whole before dispatch reads of it, which takes 1 ms a MB: a page that is damaged
+costs the rows that are on it, and `tilebook check` and every writer look at all."""
 
 
 class Reader(Protocol):
@@ -159,10 +163,10 @@ class File:
         with self._reading() as execute:
             if not execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name = 'revocation'", ()):
                 return []
-            rows = execute(_REVOCATIONS, ())
+            rows = execute(all_revocations(self._schema), ())
         found = []
         for row in rows:
-            revocation = _revocation(row)
+            revocation = revocation_in(row)
             if revocation is not None:
                 found.append(revocation)
             else:
@@ -174,7 +178,7 @@ class File:
         with sqlitefile.explained(self._path), sqlitefile.readable(self._path) as place:
             connection = sqlitefile.connect(place, "ro", self.wait_s)
             try:
-                connection.execute("BEGIN")  # what belongs together is read of one state
+                sqlitefile.begin(connection)
                 self._examine(connection, place)
                 yield lambda statement, values: connection.execute(statement, values).fetchall()
             finally:
@@ -188,7 +192,7 @@ class File:
             return
         sqlitefile.refuse_foreign_schema(connection, self._path)
         self._schema = sqlitefile.check_version(connection, self._path, OLDEST_READABLE, SCHEMA_VERSION)
-        if damage := sqlitefile.damage(connection, place):
+        if damage := sqlitefile.damage(connection, place, CHECKED_BYTES):
             self.problems.append(f"registry {self._path}: the file is damaged ({damage}); rows may be missing")
         self._examined = state
 
@@ -200,30 +204,9 @@ def lost_revocation(scope: str) -> str:
     )
 
 
-_REVOCATIONS = """
-SELECT sha256, scope, op, implementation, kernel, arch, triton, config, reason, origin, trusted, created_at
-FROM revocation
-"""
-
-
 def _old_verdicts(execute: Execute, layer: str, op: str, device: Device) -> Iterator[Served | None]:
     """As `lookup.verdicts`, of a file that no writer has brought to today's schema yet."""
     for row in execute(legacy.ROWS, ()):
         if tuple(row[2:5]) == (device.name, device.arch, device.sm_count) and op in (row[0], row[6]):
             verdict = legacy.verdict_or_none(row)
             yield None if verdict is None else of(verdict, layer)
-
-
-def _revocation(row: Sequence[Any]) -> Revocation | None:
-    """None where the row is damaged."""
-    names = ["op", "implementation", "kernel", "arch", "triton", "config", "reason"]
-    sha256, scope, *values, origin, trusted, created_at = row
-    try:
-        data = {**dict(zip(names, values, strict=True)), "created_at": created_at}
-        data["config"] = json.loads(data["config"])
-        if trusted not in (0, 1):
-            return None
-        revocation = revocation_from(data, origin=origin, trusted=bool(trusted))
-    except DAMAGE:
-        return None
-    return revocation if (revocation.sha256, revocation.scope) == (sha256, scope) else None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from tilebook.registry.checks import DAMAGE, config_of, quoted, time_text
 from tilebook.registry.codec import verdict_like
+from tilebook.registry.quick import Line, quick
 from tilebook.registry.sql import Row, Sql
 from tilebook.registry.texts import Written
 from tilebook.registry.wanted import Wanted
+
+_T = TypeVar("_T")
 
 BATCH = 256  # verdicts that are in memory at once
 
@@ -40,13 +43,25 @@ def verdicts(sql: Sql, wanted: Wanted) -> Iterator[Written | None]:
         yield from (found[number] for number in batch if number in found)
 
 
+def lines(sql: Sql, wanted: Wanted) -> Iterator[Line | None]:
+    """`verdicts`, as lines of the exchange format."""
+    ids = _ids(sql, wanted)
+    while batch := list(itertools.islice(ids, BATCH)):
+        found = _by_id(sql, batch, line_of)
+        yield from (found[number] for number in batch if number in found)
+
+
 def by_id(sql: Sql, ids: Iterable[int]) -> dict[int, Written | None]:
     """The verdicts of these rows; None for each that is damaged."""
+    return _by_id(sql, ids, _verdict)
+
+
+def _by_id(sql: Sql, ids: Iterable[int], read: Callable[[Row, list[Row]], _T]) -> dict[int, _T]:
     numbers = list(ids)
     finalists: dict[int, list[Row]] = {}
     for row in sql.among(_FINALISTS, numbers):
         finalists.setdefault(row[0], []).append(row)
-    return {row[0]: _verdict(row, finalists.get(row[0], [])) for row in sql.among(_ROWS, numbers)}
+    return {row[0]: read(row, finalists.get(row[0], [])) for row in sql.among(_ROWS, numbers)}
 
 
 def _ids(sql: Sql, wanted: Wanted) -> Iterator[int]:
@@ -86,6 +101,15 @@ def _verdict(row: Row, finalists: list[Row]) -> Written | None:
         return _checked(row, finalists)
     except DAMAGE:
         return None
+
+
+def line_of(row: Row, finalists: list[Row]) -> Line | None:
+    """A verdict's line, the quick way where that sees that the row is what was recorded; None where it is damaged."""
+    ranked = sorted(finalists, key=lambda each: each[1])
+    if (found := quick(row, ranked)) is not None:
+        return found
+    written = _verdict(row, ranked)
+    return None if written is None else Line.of(written)
 
 
 def _checked(row: Row, finalists: list[Row]) -> Written:

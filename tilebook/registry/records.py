@@ -178,9 +178,14 @@ class Trial:
             "created_at": checks.time_text(self.created_at),
         }
 
-    @property
+    @cached_property
+    def text(self) -> str:
+        """Canonical JSON of `content`."""
+        return canonical(self.content())
+
+    @cached_property
     def sha256(self) -> str:
-        return digest_of(self.content())
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,8 @@ class Revocation:
     """What may not run any more: an implementation of an op, or those of its configs that have all these values.
 
     None means any, for `kernel` (the digest of the kernels' source), `arch` ("sm_90") and `triton` ("<3.7,>=3.6"); no
-    config means every config. `origin` and `trusted` as for a verdict: only a `trusted` revocation is honoured.
+    config means every config. `made` says who did it, see `provenance`. `origin` and `trusted` as for a verdict: only a
+    `trusted` revocation is honoured.
     """
 
     op: str
@@ -198,6 +204,7 @@ class Revocation:
     arch: str | None = None
     triton: str | None = None
     config: Mapping[str, ConfigValue] = field(default_factory=dict)
+    made: Mapping[str, str] = field(default_factory=dict)
     origin: str = "local"
     trusted: bool = True
     created_at: datetime = field(default_factory=now)
@@ -217,6 +224,7 @@ class Revocation:
             checks.name(self.arch, "arch")
         put(self, "triton", None if self.triton is None else checks.version_range(self.triton, "triton"))
         put(self, "config", checks.config(self.config))
+        put(self, "made", checks.made(self.made))
         checks.name(self.origin, "origin")
         if type(self.trusted) is not bool:
             raise ValueError(f"trusted is not a flag: {checks.quoted(self.trusted)}")
@@ -251,7 +259,8 @@ class Revocation:
 
     def portable(self) -> dict[str, Json]:
         """The content another machine can use, all but `origin` and `trusted`, which every registry decides itself."""
-        return {**self._scope(), "reason": self.reason, "created_at": checks.time_text(self.created_at)}
+        made: dict[str, Json] = {"made": dict(self.made)} if self.made else {}
+        return {**self._scope(), "reason": self.reason, "created_at": checks.time_text(self.created_at), **made}
 
     def content(self) -> dict[str, Json]:
         return {**self.portable(), "origin": self.origin, "trusted": self.trusted}

@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from tilebook.registry import served
 from tilebook.registry.checks import DAMAGE, time_text
-from tilebook.registry.codec import miss_from, revocation_from, trial_from, verdict_from
+from tilebook.registry.codec import miss_from, trial_from, verdict_from
+from tilebook.registry.columns import REVOCATION, revocation_in
 from tilebook.registry.models import (
     Base,
     DeviceRow,
@@ -120,24 +121,7 @@ def _speedup(row: VerdictRow | FinalistRow) -> list[float | None] | None:
 
 def revocation_of(row: RevocationRow) -> Revocation | None:
     """None where the row is damaged."""
-    try:
-        revocation = revocation_from(
-            {
-                "op": row.op,
-                "implementation": row.implementation,
-                "kernel": row.kernel,
-                "arch": row.arch,
-                "triton": row.triton,
-                "config": json.loads(row.config),
-                "reason": row.reason,
-                "created_at": time_text(row.created_at),
-            },
-            origin=row.origin,
-            trusted=row.trusted,
-        )
-    except DAMAGE:
-        return None
-    return revocation if (revocation.sha256, revocation.scope) == (row.sha256, row.scope) else None
+    return revocation_in([getattr(row, name) for name in REVOCATION])
 
 
 def miss_of(row: MissRow) -> Miss | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, inspect, text
 
 from tilebook.errors import RegistryError
-from tilebook.registry import backend, sqlitefile
+from tilebook.registry import backend, shipped, sqlitefile
 from tilebook.registry.backend import connect_sqlite, make_engine
 from tilebook.registry.models import Base, FinalistRow, PositionRow, RevocationRow
 from tilebook.registry.target import (
@@ -76,6 +76,7 @@ def open_reader(target: Target, cleanup: ExitStack, wait_s: float | None = None)
         return engine, Found(number)
     place = cleanup.enter_context(sqlitefile.readable(target.path))
     with closing(connect_sqlite(place, "ro", wait_s)) as raw:
+        sqlitefile.begin(raw)
         sqlitefile.refuse_foreign_schema(raw, target.path)
         found = sqlitefile.check_version(raw, target.path, OLDEST_READABLE, SCHEMA_VERSION)
         _check_tables(sqlitefile.tables(raw), target, found)
@@ -101,8 +102,12 @@ def open_writer(target: Target, wait_s: float | None = None, upgrade: bool = Tru
         if _needs_upgrade(connection, target):
             if not upgrade:
                 raise RegistryError(f"registry {target.label} has not the schema of today")
-            with _upgrading:
-                _upgrade(connection)
+            if connection.dialect.name == "sqlite" and _empty(connection):
+                for statement in shipped.schema():
+                    connection.exec_driver_sql(statement)
+            else:
+                with _upgrading:
+                    _upgrade(connection)
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
                 connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
@@ -131,13 +136,16 @@ def _needs_upgrade(connection: Connection, target: Target) -> bool:
     """Asked again under the lock: since the file was looked at, another process may have created or replaced it."""
     if connection.dialect.name == "sqlite":
         identity = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
-        empty = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one() == 0
-        if identity != APPLICATION_ID and not (identity == 0 and empty):
+        if identity != APPLICATION_ID and not (identity == 0 and _empty(connection)):
             raise RegistryError(f"{target.label} is a SQLite database, but not a tilebook registry")
     found = version(connection)
     if found is not None and found > SCHEMA_VERSION:
         check(found, target)
     return found != SCHEMA_VERSION
+
+
+def _empty(connection: Connection) -> bool:
+    return bool(connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one() == 0)
 
 
 def _check_tables(found: Collection[str], target: Target, version: int) -> None:

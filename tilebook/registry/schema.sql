@@ -91,6 +91,7 @@ CREATE TABLE revocation (
     origin VARCHAR(64) NOT NULL,
     trusted BOOLEAN NOT NULL,
     created_at VARCHAR(32) NOT NULL,
+    made TEXT,
     CONSTRAINT pk_revocation PRIMARY KEY (id),
     CONSTRAINT uq_revocation_scope UNIQUE (scope)
 );

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from tilebook.registry.checks import called
 from tilebook.registry.records import Revocation, Trial
 
 if TYPE_CHECKING:
     from tilebook.registry.overview import Shown
+    from tilebook.registry.quick import Line
 
 
 @dataclass(frozen=True)
 class Selection:
     """What all of these fit that are given.
 
-    gpu:           a part of the GPU's name, in capitals or not.
+    gpu:           words of the GPU's name, see `checks.called`.
     since, before: when the record was made: not before the one, before the other.
     origin:        who put it there.
     measured:      leaves out predictions.
@@ -36,7 +38,7 @@ class Selection:
     def everything(self) -> bool:
         return self == Selection()
 
-    def verdict(self, verdict: Shown) -> bool:
+    def verdict(self, verdict: Shown | Line) -> bool:
         its = self.origin in (None, verdict.origin) and (verdict.measured or not self.measured)
         return its and self._about(verdict)
 
@@ -48,10 +50,10 @@ class Selection:
         """A revocation is about an op, on every GPU that it does not rule out, whatever is measured there."""
         return self.op in (None, revocation.op)
 
-    def _about(self, record: Trial | Shown) -> bool:
+    def _about(self, record: Trial | Shown | Line) -> bool:
         return (
             self.op in (None, record.op)
-            and (not self.gpu or self.gpu.lower() in record.device.name.lower())
+            and (not self.gpu or called(self.gpu, record.device.name))
             and (self.dtype is None or dtype(record.problem) == self.dtype)
             and (self.since is None or record.created_at >= self.since)
             and (self.before is None or record.created_at < self.before)

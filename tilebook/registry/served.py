@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from tilebook.registry import checks
@@ -112,8 +113,10 @@ def digest(verdict: Verdict) -> str:
 
 def _digest(op: str, problem: str, device: Device, columns: Sequence[Any], finalists: Iterable[Sequence[Any]]) -> str:
     key = [op, problem, device.name, device.arch, device.sm_count]
-    text = json.dumps([key, list(columns), [list(each) for each in finalists]], separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_COMPACT([key, list(columns), [list(each) for each in finalists]]).encode()).hexdigest()
+
+
+_COMPACT = json.JSONEncoder(separators=(",", ":")).encode
 
 
 COLUMNS = (
@@ -145,13 +148,13 @@ def from_columns(
             op=op,
             problem=checks.problem(problem),
             kernel=checks.digest(kernel, "kernel"),
-            sources=checks.sources(json.loads(sources)),
+            sources=_sources(sources),
             status=VerdictStatus(status).value,
             mode=mode,
             trusted=bool(trusted),
             layer=layer,
             origin=checks.name(origin, "origin"),
-            environment=checks.versions(json.loads(versions)),
+            environment=_versions(versions),
             speedup=checks.optional_number(speedup, "speedup"),
             speedup_low=checks.optional_number(low, "speedup"),
             speedup_high=checks.optional_number(high, "speedup"),
@@ -164,7 +167,17 @@ def from_columns(
 def _finalist(implementation: Any, config: Any, time_ms: Any, code: Any) -> Finalist:
     return Finalist(
         checks.name(implementation, "implementation"),
-        checks.config(json.loads(config)),
+        checks.config_of(config),
         checks.optional_number(time_ms, "time_ms"),
         checks.digest(code, "code") if code else "",
     )
+
+
+@lru_cache(1_024)  # a few texts, which every verdict repeats
+def _sources(text: str) -> Mapping[str, str]:
+    return checks.sources(json.loads(text))
+
+
+@lru_cache(1_024)
+def _versions(text: str) -> Mapping[str, str]:
+    return checks.versions(json.loads(text))

@@ -44,7 +44,7 @@ class Table:
         self._device = device
         self._layers = [layer for name, target in layers if (layer := self._layer(name, target)) is not None]
         self._verdicts: dict[tuple[str, str], list[Served] | None] = {}  # None: the layer is large
-        self._answers: dict[tuple[str, str, str, str], Answer] = {}
+        self._answers: dict[tuple[str, str, str, str], tuple[int, Answer]] = {}  # with how many near ones were wanted
         self._revocations: dict[str, list[Revocation]] = {}
         self._waiting: set[str] = set()  # names of layers that were locked when they were asked last
         self._unreachable: set[str] = set()
@@ -121,19 +121,18 @@ class Table:
     def _answer(self, layer: Reader, question: Question) -> Answer:
         """What a large layer says; what it says is remembered, and of the nearest ones what it says of them alone."""
         about = layer.name, question.op, question.kernel, question.problem
-        known = self._answers.get(about)
-        if known is not None:
-            served = known.exact is not None and known.exact.trusted
-            if served or len(known.near) >= question.most:
+        if about in self._answers:
+            most, known = self._answers[about]
+            if most >= question.most or (known.exact is not None and known.exact.trusted):
                 return known
         found = self._ask(layer, lambda: layer.answer(question, self._device), Answer())
         if found is None:
             return Answer()
         if len(self._answers) > MOST_REMEMBERED:
             self._answers.clear()
-        self._answers[about] = found
+        self._answers[about] = question.most, found
         for _, each in found.near:
-            self._answers.setdefault((*about[:3], each.problem), Answer(each))
+            self._answers.setdefault((*about[:3], each.problem), (0, Answer(each)))
         return found
 
     def _held(self, op: str) -> list[tuple[Reader, list[Served] | None]]:

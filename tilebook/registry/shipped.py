@@ -114,8 +114,8 @@ def build(
     draft = Path(name)
     try:
         with contextlib.closing(sqlite3.connect(draft)) as connection:
-            connection.executescript((resources.files("tilebook.registry") / "schema.sql").read_text())
-            connection.execute("INSERT INTO tilebook_alembic_version VALUES (?)", [f"{SCHEMA_VERSION:04}"])
+            for statement in schema():
+                connection.execute(statement)
             connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
             _fill(_Rows(connection), verdicts, revocations)
@@ -127,6 +127,13 @@ def build(
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def schema() -> Iterator[str]:
+    """The statements that make a SQLite registry of today's schema, as the migrations would."""
+    text = (resources.files("tilebook.registry") / "schema.sql").read_text()
+    yield from filter(str.strip, text.split(";"))
+    yield f"INSERT INTO tilebook_alembic_version VALUES ('{SCHEMA_VERSION:04}')"
 
 
 class _Rows:

@@ -7,7 +7,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from tilebook.errors import RegistryError
@@ -28,7 +28,7 @@ _WORD = re.compile(
     "|device|environment|kernel|problem|trial|verdict|position|finalist|miss|revocation"
     "|id|name|arch|sm_count|digest|versions|op|sha256|origin|implementation|config|status|failure|reason|time_ms"
     "|samples_ms|facts|created_at|default_time_ms|speedup|speedup_low|speedup_high|evidence|trusted|calls|last_seen"
-    "|scope|triton|served|mode|sources|notes|place|code|predicted_ms|again|is_default|form|spot|[0-9]+"
+    "|scope|triton|served|mode|sources|notes|place|code|predicted_ms|again|is_default|form|spot|made|[0-9]+"
 )
 _LONGEST_SQL = 10_000  # characters of one definition; the longest of ours has 1,500
 
@@ -49,6 +49,26 @@ def connect(path: Path, mode: str, wait_s: float) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def begin(connection: sqlite3.Connection) -> None:
+    """Begins to read: what follows is all of one state.
+
+    SQLite takes a journal for one that nobody owns where its writer ends between two looks at it, and a reader may not
+    roll it back. At the next look it is gone; of one that stays `readable` gives a copy.
+    """
+    for tries_left in (2, 1, 0):
+        connection.execute("BEGIN")
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return
+        except sqlite3.OperationalError as error:
+            connection.execute("ROLLBACK")
+            if not tries_left or error.sqlite_errorname not in _UNOWNED:
+                raise
+
+
+_UNOWNED = ("SQLITE_READONLY_ROLLBACK", "SQLITE_READONLY_RECOVERY", "SQLITE_CANTOPEN")
 
 
 @contextmanager
@@ -85,7 +105,7 @@ def _left_in_mid_write(path: Path) -> bool:
     try:
         connection.execute("SELECT count(*) FROM sqlite_master")
     except sqlite3.Error as error:
-        return error.sqlite_errorname in ("SQLITE_READONLY_ROLLBACK", "SQLITE_READONLY_RECOVERY", "SQLITE_CANTOPEN")
+        return error.sqlite_errorname in _UNOWNED
     finally:
         connection.close()
     return False
@@ -136,6 +156,7 @@ def refuse_foreign_schema(connection: sqlite3.Connection, path: Path) -> None:
             )
 
 
+@lru_cache(256)  # every layer has the same ones
 def _plain(sql: str) -> bool:
     words = re.findall(r"[A-Za-z0-9_]+|[^\sA-Za-z0-9_]", sql)
     return len(sql) < _LONGEST_SQL and all(word in '(),"' or _WORD.fullmatch(word.lower()) for word in words)

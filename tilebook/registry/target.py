@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 APPLICATION_ID = 0x74696C65  # "tile", in the SQLite header
-SCHEMA_VERSION = 4  # the revision of the newest migration as a number; migrations are named 0001, 0002, ...
+SCHEMA_VERSION = 5  # the revision of the newest migration as a number; migrations are named 0001, 0002, ...
 OLDEST_READABLE = 1
 
 
@@ -111,13 +111,22 @@ def _waits(path: Path) -> bool:
 
 def user_folder() -> Path:
     """The user's data directory, as platformdirs has it. Raises RegistryError where the user has no home."""
+    return _folder("user registry", "XDG_DATA_HOME", "~/.local/share", "user_data_dir")
+
+
+def settings_folder() -> Path:
+    """The user's configuration directory, likewise."""
+    return _folder("folder of settings", "XDG_CONFIG_HOME", "~/.config", "user_config_dir")
+
+
+def _folder(what: str, variable: str, usual: str, elsewhere: str) -> Path:
     if sys.platform.startswith(("linux", "freebsd")):
         # Asked for by every process that dispatches, so not worth an import.
-        data = os.environ.get("XDG_DATA_HOME", "")
-        base = data if data.strip() else os.path.expanduser("~/.local/share")
-        if not data.strip() and base.startswith("~"):
-            raise RegistryError("there is no user registry: neither HOME nor the password file names a home directory")
+        told = os.environ.get(variable, "")
+        base = told if told.strip() else os.path.expanduser(usual)
+        if not told.strip() and base.startswith("~"):
+            raise RegistryError(f"there is no {what}: neither HOME nor the password file names a home directory")
         return Path(base) / "tilebook"
     import platformdirs
 
-    return Path(platformdirs.user_data_dir("tilebook", appauthor=False))
+    return Path(getattr(platformdirs, elsewhere)("tilebook", appauthor=False))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from tilebook.registry.checks import canonical, time_text
@@ -25,6 +25,92 @@ class FinalistTexts(NamedTuple):
     whole: str
 
 
+class Text(NamedTuple):
+    """All that a verdict says, in three pieces: before its problem, the problem, after it."""
+
+    head: str
+    problem: str
+    tail: str
+
+    @property
+    def portable(self) -> str:
+        """Canonical JSON of `Verdict.portable`."""
+        return f"{self.head}{self.problem}{self.tail}}}"
+
+    def sha256(self, origin: str, trusted: bool) -> str:
+        """`Verdict.sha256`."""
+        flag = "true" if trusted else "false"
+        text = f'{self.head}"origin":"{origin}",{self.problem}{self.tail},"trusted":{flag}}}'
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def line(self) -> str:
+        """The verdict's line in the exchange format, with the end of the line."""
+        sha256 = hashlib.sha256(self.portable.encode()).hexdigest()
+        return f'{self.head}{self.problem}"sha256":"{sha256}",{self.tail},"type":"verdict"}}\n'
+
+
+Three = tuple[float | None, float | None, float | None]
+NONE: Three = (None, None, None)
+
+
+def text_of(
+    created_at: str,
+    default_time_ms: float | None,
+    device: str,
+    environment: str,
+    finalists: Iterable[str],
+    interval: Three,
+    kernel: str,
+    mode: str,
+    notes: str,
+    op: str,
+    problem: str,
+    sources: str,
+    status: str,
+) -> Text:
+    """Of what the columns hold; device, environment, finalists, notes and sources are JSON."""
+    return Text(
+        f'{{"created_at":"{created_at}","default_time_ms":{number(default_time_ms)},'
+        f'"device":{device},"environment":{environment},"finalists":[{",".join(finalists)}],'
+        f'"interval":{three(interval)},"kernel":"{kernel}","mode":"{mode}","notes":{notes},"op":"{op}",',
+        f'"problem":{_STRING(problem)},',
+        f'"sources":{sources},"status":"{status}"',
+    )
+
+
+def finalist_text(
+    implementation: str,
+    config: str,
+    time_ms: float | None,
+    code: str,
+    predicted_ms: float | None,
+    default: bool,
+    speedup: Three,
+    samples_ms: str,
+    again: str,
+) -> str:
+    """Likewise; config, samples and the second contest are JSON."""
+    return (
+        f'{{"again":{again},"code":"{code}","config":{config},"default":{"true" if default else "false"},'
+        f'"implementation":"{implementation}","predicted_ms":{number(predicted_ms)},"samples_ms":{samples_ms},'
+        f'"speedup":{three(speedup)},"time_ms":{number(time_ms)}}}'
+    )
+
+
+def number(value: float | None) -> str:
+    return "null" if value is None else f"{value!r}"
+
+
+def numbers(values: Iterable[float]) -> str:
+    return f"[{','.join(map(float.__repr__, values))}]"
+
+
+def three(values: Three) -> str:
+    first, second, third = values
+    return "null" if values == NONE else f"[{first!r},{second!r},{third!r}]"
+
+
 class Written:
     """The texts of a verdict."""
 
@@ -32,41 +118,42 @@ class Written:
         self.verdict = verdict
         self.sources, self.notes = canonical(verdict.sources), canonical(verdict.notes)
         self.finalists = [_finalist(each) for each in verdict.finalists]
-        self.created_at = time_text(verdict.created_at)
-        self._head = (
-            f'{{"created_at":"{self.created_at}","default_time_ms":{_number(verdict.default_time_ms)},'
-            f'"device":{verdict.device.text},"environment":{verdict.environment.text},'
-            f'"finalists":[{",".join([each.whole for each in self.finalists])}],'
-            f'"interval":{_speedup(verdict.interval)},"kernel":"{verdict.kernel}","mode":"{verdict.mode}",'
-            f'"notes":{self.notes},"op":"{verdict.op}",'
+        self.text = text_of(
+            time_text(verdict.created_at),
+            verdict.default_time_ms,
+            verdict.device.text,
+            verdict.environment.text,
+            [each.whole for each in self.finalists],
+            _three(verdict.interval),
+            verdict.kernel,
+            verdict.mode,
+            self.notes,
+            verdict.op,
+            verdict.problem,
+            self.sources,
+            verdict.status.value,
         )
-        self._problem = f'"problem":{json.dumps(verdict.problem)},'
-        self._tail = f'"sources":{self.sources},"status":"{verdict.status.value}"'
 
     @property
     def portable(self) -> str:
         """Canonical JSON of `Verdict.portable`."""
-        return f"{self._head}{self._problem}{self._tail}}}"
+        return self.text.portable
 
     @property
     def sha256(self) -> str:
         """`Verdict.sha256`."""
-        verdict = self.verdict
-        trusted = "true" if verdict.trusted else "false"
-        text = f'{self._head}"origin":"{verdict.origin}",{self._problem}{self._tail},"trusted":{trusted}}}'
-        return hashlib.sha256(text.encode()).hexdigest()
+        return self.text.sha256(self.verdict.origin, self.verdict.trusted)
 
     @property
     def line(self) -> str:
         """Its line in the exchange format, with the end of the line."""
-        sha256 = hashlib.sha256(self.portable.encode()).hexdigest()
-        return f'{self._head}{self._problem}"sha256":"{sha256}",{self._tail},"type":"verdict"}}\n'
+        return self.text.line
 
     @property
     def served(self) -> str:
         """See `served.digest`."""
         verdict, interval = self.verdict, self.verdict.interval
-        value, low, high = (None,) * 3 if interval is None else (interval.value, interval.low, interval.high)
+        value, low, high = _three(interval)
         device, environment = verdict.device, verdict.environment
         content = [
             [verdict.op, verdict.problem, device.name, device.arch, device.sm_count],
@@ -93,36 +180,27 @@ class Written:
 Record = Trial | Written | Revocation
 """What a registry takes and gives."""
 
+_STRING = json.JSONEncoder().encode
 _COMPACT = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _finalist(each: Finalist) -> FinalistTexts:
-    config, samples = each.config_text, _numbers(each.samples_ms)
-    again = "null"
+    config, samples, again = each.config_text, numbers(each.samples_ms), "null"
     if each.again is not None:
         second = each.again
         again = (
-            f'{{"default_samples_ms":{_numbers(second.default_samples_ms)},'
-            f'"samples_ms":{_numbers(second.samples_ms)},"speedup":{_speedup(second.speedup)}}}'
+            f'{{"default_samples_ms":{numbers(second.default_samples_ms)},'
+            f'"samples_ms":{numbers(second.samples_ms)},"speedup":{three(_three(second.speedup))}}}'
         )
-    whole = (
-        f'{{"again":{again},"code":"{each.code}","config":{config},"default":{"true" if each.default else "false"},'
-        f'"implementation":"{each.implementation}","predicted_ms":{_number(each.predicted_ms)},'
-        f'"samples_ms":{samples},"speedup":{_speedup(each.speedup)},"time_ms":{_number(each.time_ms)}}}'
+    speedup = _three(each.speedup)
+    whole = finalist_text(
+        each.implementation, config, each.time_ms, each.code, each.predicted_ms, each.default, speedup, samples, again
     )
     return FinalistTexts(config, samples, again, whole)
 
 
-def _number(value: float | None) -> str:
-    return "null" if value is None else float.__repr__(value)
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return f"[{','.join(map(float.__repr__, values))}]"
-
-
-def _speedup(speedup: Speedup | None) -> str:
-    return "null" if speedup is None else _numbers((speedup.value, speedup.low, speedup.high))
+def _three(speedup: Speedup | None) -> Three:
+    return NONE if speedup is None else (speedup.value, speedup.low, speedup.high)
 
 
 def columns(written: Written) -> Mapping[str, Any]:
@@ -134,7 +212,7 @@ def columns(written: Written) -> Mapping[str, Any]:
         "status": verdict.status.value,
         "mode": verdict.mode,
         "default_time_ms": verdict.default_time_ms,
-        **_speedup_columns(verdict.interval),
+        **dict(zip(("speedup", "speedup_low", "speedup_high"), _three(verdict.interval), strict=True)),
         "sources": written.sources,
         "origin": verdict.origin,
         "trusted": verdict.trusted,
@@ -161,7 +239,6 @@ FINALIST = (
 
 def finalist_values(finalist: Finalist, texts: FinalistTexts) -> tuple[Any, ...]:
     """The values of FINALIST."""
-    speedup = finalist.speedup
     return (
         finalist.implementation,
         texts.config,
@@ -169,7 +246,7 @@ def finalist_values(finalist: Finalist, texts: FinalistTexts) -> tuple[Any, ...]
         finalist.code,
         finalist.predicted_ms,
         finalist.default,
-        *((None, None, None) if speedup is None else (speedup.value, speedup.low, speedup.high)),
+        *_three(finalist.speedup),
         texts.samples_ms,
         texts.again,
     )
@@ -178,9 +255,3 @@ def finalist_values(finalist: Finalist, texts: FinalistTexts) -> tuple[Any, ...]
 def finalist_columns(finalist: Finalist, texts: FinalistTexts, place: int) -> Mapping[str, Any]:
     """A finalist's row, all but the verdict's id."""
     return {"place": place, **dict(zip(FINALIST, finalist_values(finalist, texts), strict=True))}
-
-
-def _speedup_columns(speedup: Speedup | None) -> dict[str, float | None]:
-    if speedup is None:
-        return {"speedup": None, "speedup_low": None, "speedup_high": None}
-    return {"speedup": speedup.value, "speedup_low": speedup.low, "speedup_high": speedup.high}

@@ -19,7 +19,7 @@ from tilebook.registry.records import Device, Environment, check_key, digest_of,
 MODES = ("graph", "eager")
 """How calls were timed: as a CUDA graph, or from Python with what they cost the host."""
 
-_MOST_FINALISTS = 1_000
+MOST_FINALISTS = 1_000
 
 
 class VerdictStatus(StrEnum):
@@ -304,8 +304,8 @@ class Verdict:
 
 def _ranked(value: object) -> tuple[Finalist, ...]:
     """The winner as it is, the others fastest first; those that never ran by what was predicted."""
-    if not isinstance(value, Sequence) or not 1 <= len(value) <= _MOST_FINALISTS:
-        raise ValueError(f"finalists are not a list of 1 to {_MOST_FINALISTS}")
+    if not isinstance(value, Sequence) or not 1 <= len(value) <= MOST_FINALISTS:
+        raise ValueError(f"finalists are not a list of 1 to {MOST_FINALISTS}")
     for each in value:
         _instance(each, Finalist, "a finalist")
     if len({each.key for each in value}) != len(value):

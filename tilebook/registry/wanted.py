@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tilebook.registry.checks import called
 from tilebook.registry.records import Device
 from tilebook.registry.verdict import Verdict
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which verdicts; None means any. gpu: part of the device's name, in whatever case."""
+    """Which verdicts; None means any. gpu: words of the GPU's name, see `checks.called`."""
 
     op: str | None = None
     problem: str | None = None
@@ -33,4 +34,4 @@ class Wanted:
     def is_on(self, device: Sequence[Any]) -> bool:
         """Are verdicts wanted that are for this device, by name, arch and SM count?"""
         exact = self.device is None or list(device) == [self.device.name, self.device.arch, self.device.sm_count]
-        return exact and (self.gpu is None or self.gpu.lower() in str(device[0]).lower())
+        return exact and (self.gpu is None or called(self.gpu, str(device[0])))

@@ -54,6 +54,7 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
     ]
     if verdict is not None:
         lines.append(f"  measured {_evidence(data['verdict'])}")
+        lines.append(f"  made     {made(data['verdict'])}")
         lines.append(f"  with     {', '.join(f'{k} {v}' for k, v in sorted(verdict.environment.versions.items()))}")
         lines.append(f"  stale    {'yes: ' + ', '.join(changed) if changed else 'no'}")
     return "\n".join(lines), data
@@ -99,6 +100,7 @@ def explain_foreign(name: str, shape: str, gpu: str | None, registry: str | None
     lines = [f"{name} {wanted[0]} on {device.name}"]
     lines += [f"  runs     {'nothing of ours' if runs is None else _written(dict(runs.config))}"]
     lines += [f"  because  {data['reason']}", f"  measured {_evidence(data['verdict'])}"]
+    lines += [f"  made     {made(data['verdict'])}"]
     lines += [f"  with     {', '.join(f'{k} {v}' for k, v in sorted(verdict.environment.versions.items()))}"]
     lines += [f"  stale    {'yes: ' + ', '.join(changed) if changed else 'no'}"]
     return "\n".join(lines), data
@@ -161,6 +163,13 @@ def _reason(source: str, verdict: dict[str, Any] | None, revoked: Sequence[str],
     return "our kernel does not support this problem: PyTorch's implementation"
 
 
+def made(verdict: dict[str, Any]) -> str:
+    """When, by whom, where and in which run, as far as it is known."""
+    told = verdict["made"] or {}
+    names = (("by", "by {}"), ("machine", "on machine {}"), ("run", "in run {}"))
+    return " ".join([verdict["measured_at"], *(text.format(told[name]) for name, text in names if name in told)])
+
+
 def _evidence(verdict: dict[str, Any]) -> str:
     if verdict["status"] == "predicted":
         default_ms = verdict["predicted_default_ms"] or 0.0
@@ -169,6 +178,4 @@ def _evidence(verdict: dict[str, Any]) -> str:
         f"{verdict['speedup']:.3f}x [{verdict['speedup_low']:.3f}, {verdict['speedup_high']:.3f}] the default config"
     )
     others = "".join(f"; {name} {ms:.4g} ms" for name, ms in verdict["others"].items())
-    return (
-        f"{verdict['time_ms']:.4g} ms, {ratio} ({verdict['default_time_ms']:.4g} ms){others}; {verdict['measured_at']}"
-    )
+    return f"{verdict['time_ms']:.4g} ms, {ratio} ({verdict['default_time_ms']:.4g} ms){others}"

@@ -99,6 +99,7 @@ def row(verdict: Shown, layer: str, revocation: Revocation | None = None) -> dic
         "cut_short": cut_short(verdict),
         "observed": observed(verdict),
         "mode": verdict.mode,
+        "made": notes.get("made"),
         "others": _others(verdict),
         "measured_at": verdict.created_at.isoformat(),
     }
@@ -180,6 +181,7 @@ def _outcome(each: dict[str, Any]) -> tuple[str, list[str]]:
     flags += [each["mode"]] if each["mode"] == "eager" else []
     flags += ["observed"] if each["observed"] else []
     flags += ["cut short"] if each["cut_short"] else []
+    flags += [f"by {each['made']['by']}"] if each["made"] and "by" in each["made"] else []
     flags += ["stale"] if each["stale"] else []
     flags += [] if each["trusted"] else ["not trusted"]
     flags += ["retired"] if each["retired"] else []

@@ -23,6 +23,7 @@ def trial_row(trial: Trial, layer: str) -> dict[str, Any]:
         "reason": trial.reason,
         "time_ms": trial.time_ms,
         "layer": layer,
+        "made": trial.facts.get("made"),
         "tried_at": trial.created_at.isoformat(),
     }
 

@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+from tilebook import provenance
 from tilebook import registry as store
 from tilebook.device import Device, package_version
 from tilebook.op import Config, Implementation, Op, Problem, Space
@@ -56,6 +57,7 @@ class Known:
     ) -> None:
         self.device = store.Device(*gpu.identity)
         self.environment = store.Environment(dict(environment))
+        self.made = provenance.made()
         self.mode = mode
         self._registry, self._layers = registry, layers
         self._denied = store.DenyList(
@@ -63,11 +65,12 @@ class Known:
         )
         self._writing = threading.Lock()
 
-    def beside(self, gpu: Device, environment: Mapping[str, str]) -> Known:
-        """The same registry as sessions on another GPU model, or in another environment, see it; written in turns."""
+    def beside(self, gpu: Device, environment: Mapping[str, str], machine: str) -> Known:
+        """The same registry as sessions on another machine see it, with another GPU model, say; written in turns."""
         other = copy(self)
         other.device = store.Device(*gpu.identity)
         other.environment = store.Environment(dict(environment))
+        other.made = {**self.made, "machine": machine}
         return other
 
     def record(self, trials: Iterable[Trial] = (), verdict: Verdict | None = None) -> None:

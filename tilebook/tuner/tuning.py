@@ -143,7 +143,7 @@ class Tuning:
             reason=attempt.reason,
             time_ms=attempt.time_ms,
             samples_ms=attempt.samples_ms,
-            facts={"mode": self.known.mode, **facts, **attempt.facts},
+            facts={"mode": self.known.mode, "made": self.known.made, **facts, **attempt.facts},
         )
         self.known.record([trial])
         self.run.changed()
@@ -196,7 +196,7 @@ class Tuning:
             interval=None if ratio is None else Speedup(ratio.value, ratio.low, ratio.high),
             mode="graph" if self.known.mode == PREDICTED else self.known.mode,
             sources={each.name: source_of(each.implementation) for each in self.entrants},
-            notes={**self._found(), **notes},
+            notes={**self._found(), "made": self.known.made, **notes},
         )
 
     def _found(self) -> dict[str, Json]:

@@ -330,8 +330,9 @@ class Check:
             "created_at": was.created_at.isoformat(),
             "environment": dict(was.environment.versions),
             "winner": str(self.winner),
+            "made": was.notes.get("made"),
         }
-        notes: dict[str, Json] = {**(was.notes if was.trusted else {}), "checked": told}
+        notes: dict[str, Json] = {**(was.notes if was.trusted else {}), "checked": told, "made": self.known.made}
         notes.pop("observed", None)  # it is measured now
         if outcome is Outcome.DEMOTED:
             notes["searches"] = {self.subject.op.tunable.name: {"asked": 0, "ended": "budget"}}
@@ -349,6 +350,7 @@ class Check:
             arch=self.known.device.arch,
             triton=_exactly(self.known.environment.versions.get("triton", "")) if implementation.digest else None,
             config=dict(self.winner.config),
+            made=self.known.made,
         )
         return self._decided(Outcome.QUARANTINED, said, revocation=revocation)
 

@@ -246,7 +246,7 @@ class Cluster:
             if self._known is None:
                 mode = wanted.mode if wanted.measured else PREDICTED
                 self._known = Known(self._writer, self._layers, gpu, environment, mode)
-            known = self._known.beside(gpu, environment)
+            known = self._known.beside(gpu, environment, hello.machine)
             where = f"{slot.name}, {gpu.name}" if wanted.measured else slot.name
             runner = remote if wanted.measured else None
             session = Session(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tilebook import device as devices
 from tilebook import op as ops
+from tilebook import provenance
 from tilebook.tuner.judge.measure import Mode
 from tilebook.tuner.process.compile import Compiled, CompilePool, Compilers, check_cache
 from tilebook.tuner.process.runner import Attempt, Candidate, GpuRunner, Runner
@@ -19,6 +20,7 @@ class Hello:
 
     device: devices.Device
     environment: Mapping[str, str]
+    machine: str
     sources: Mapping[str, Mapping[str, str]]
 
 
@@ -54,7 +56,7 @@ class Host:
     async def hello(self, names: Sequence[str]) -> Hello:
         """Raises UsageError for an op that is not known here, TuningError where nothing can be compiled."""
         check_cache()
-        return Hello(self._gpu, dict(devices.environment()), sources(names))
+        return Hello(self._gpu, dict(devices.environment()), provenance.made()["machine"], sources(names))
 
     async def compile(self, op: str, implementation: str, problem: str, config: Mapping[str, ops.Value]) -> Compiled:
         self._begin()

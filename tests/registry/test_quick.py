@@ -1,0 +1,113 @@
+"""Lines that are put together from columns are those of records, and no others."""
+
+import json
+from pathlib import Path
+
+import pytest
+from registry_samples import A100, evidenced, predicted, problem, verdict
+
+import tilebook
+from tilebook.registry import Registry, reading, shipped, texts
+from tilebook.registry.quick import Line, quick
+from tilebook.registry.sql import Sql
+from tilebook.registry.texts import Written
+from tilebook.registry.wanted import Wanted
+
+SHIPPED = Path(tilebook.__file__).parent / "shipped"
+
+
+def rows(registry):
+    """The columns of the only verdict."""
+    with registry.transaction() as session:
+        sql = Sql(session)
+        (row,) = sql.among(reading._ROWS, [1])
+        return list(row), sorted(map(list, sql.among(reading._FINALISTS, [1])), key=lambda each: each[1])
+
+
+def test_lines_are_those_of_the_records_and_all_are_quick(registry, monkeypatch):
+    found = [each for op in ("rms_norm_fwd", "mlp_up_fwd") for each in shipped.read(SHIPPED, op)[0][:40]]
+    found += [evidenced(), predicted(problem=problem(7)), verdict(device=A100, trusted=False, origin="imported")]
+    registry.merge(verdicts=found)
+    monkeypatch.setattr(reading, "_verdict", lambda *row: pytest.fail("read whole"))
+    lines = list(registry.each_line())
+    monkeypatch.undo()
+    assert lines == [Line.of(each) for each in registry.each_verdict()]
+    assert sorted(line.text for line in lines) == sorted(Written(each).line for each in found)
+    assert [each.op for each in registry.each_line(Wanted(gpu="a100"))] == ["rms_norm_fwd"]
+    assert registry.corrupt == 0
+
+
+# The columns of `reading`'s statements; of finalists the first.
+BAD = {
+    "op": (3, ["mlp_fwd", "a b", None, 3]),
+    "problem": (4, ["{}x", '{"b":1,"a":2}', "[1]", None]),
+    "device": (5, ["", "a\nb", None]),
+    "sm_count": (7, [0, 1.0, None]),
+    "environment": (8, ['{"a": "b"}', '{"a":1}', "[]", "{", None]),
+    "kernel": (10, ["xyz", "", None]),
+    "status": (11, ["predicted", "new", None]),
+    "mode": (12, ["fast", None]),
+    "default_time_ms": (13, [None, -1.0, 0.0, float("inf"), "1", 1]),
+    "interval": (15, [None, 2.0, "1", -1.0]),
+    "sources": (17, ['{"a b":"c"}', '{"a":1}', "[]", "{} "]),
+    "origin": (18, ["a b", "", None]),
+    "trusted": (19, [2, None, "1"]),
+    "created_at": (20, ["2026-11-21", None, "2026-11-21T12:00:00.000000+01:00"]),
+    "notes": (
+        21,
+        ['{"tried":"many"}', '{"a":1e999}', '{"a": 1}', "[]", '{"\\n":1}', "[" * 5000, '{"made":{"who":""}}'],
+    ),
+}
+BAD_FINALIST = {
+    "place": (1, [1, None]),
+    "implementation": (2, ["a b", None]),
+    "config": (3, ['{"ir_override":1}', '{"A": 1}', '{"A":1.5}', "[]", None]),
+    "time_ms": (4, [None, 0.0, -1.0, float("nan"), "1"]),
+    "code": (5, ["xyz", None, 5]),
+    "predicted_ms": (6, [-1.0, "1"]),
+    "default": (7, [1, 2, None]),
+    "speedup": (8, [None, -1.0, "1"]),
+    "samples_ms": (11, ["[1]", "[0.10]", "[-1.0]", '["1"]', "{}", "[1e999]", "[" * 5000, None]),
+    "again": (12, ["{}", "1", " null", None]),
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "place", "value"),
+    [(0, place, value) for place, values in BAD.values() for value in values]
+    + [(1, place, value) for place, values in BAD_FINALIST.values() for value in values],
+)
+def test_what_no_record_would_hold_is_never_quick_even_where_its_digest_fits(
+    table, place, value, tmp_path, monkeypatch
+):
+    with Registry.open(tmp_path / "registry.db", write=True) as registry:
+        registry.record(verdict=evidenced())
+        row, finalists = rows(registry)
+    monkeypatch.setattr(texts.Text, "sha256", lambda self, origin, trusted: row[1])
+    assert quick(row, finalists) is not None
+    if table == 0:
+        row[place] = value
+    else:
+        finalists[0][place] = value
+    assert quick(row, finalists) is None
+
+
+def test_finalists_that_no_verdict_would_have_are_not_quick(tmp_path, monkeypatch):
+    with Registry.open(tmp_path / "registry.db", write=True) as registry:
+        registry.record(verdict=evidenced())
+        row, finalists = rows(registry)
+    monkeypatch.setattr(texts.Text, "sha256", lambda self, origin, trusted: row[1])
+    first, second, third = finalists
+    alike = [*second[:1], 2, *second[2:]]
+    for wrong in ([], [first, third], [first, [*third[:1], 1, *third[2:]], [*second[:1], 2, *second[2:]]]):
+        assert quick(row, wrong) is None
+    assert quick(row, [first, second, alike]) is None
+    assert quick(row, [first, second, [*third[:4], 0.2, *third[5:]]]) is None
+
+
+def test_a_damaged_row_is_counted_as_by_any_reader(registry):
+    registry.record(verdict=evidenced())
+    with registry.transaction() as session:
+        Sql(session).run("UPDATE verdict SET notes = ?", [json.dumps({"tried": 8})])
+    assert list(registry.each_line()) == []
+    assert (registry.corrupt, len(registry.problems)) == (1, 1)

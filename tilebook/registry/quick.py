@@ -1,0 +1,168 @@
+"""A verdict's line of the exchange format from the columns of its row, without a record being made of them.
+
+Whatever this lets pass is, to the character, what would be written of the record: every field has been looked at as the
+record would look at it, texts that many rows share once for all. What it cannot tell at a glance it leaves to whoever
+reads whole rows, and so it may be stricter than a record is, and never looser.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from tilebook.registry import checks
+from tilebook.registry.checks import DAMAGE, canonical, time_text
+from tilebook.registry.records import Device, Environment
+from tilebook.registry.texts import NONE, Three, Written, finalist_text, numbers, text_of
+from tilebook.registry.verdict import MODES, MOST_FINALISTS, Again, VerdictStatus
+
+_SHARED = 1_024
+"""Texts of each kind that are remembered."""
+
+
+class Line(NamedTuple):
+    """A verdict's line, and what a selection asks of a verdict."""
+
+    text: str
+    op: str
+    problem: str
+    device: Device
+    created_at: datetime
+    origin: str
+    measured: bool
+
+    @classmethod
+    def of(cls, written: Written) -> Line:
+        its = written.verdict
+        return cls(written.line, its.op, its.problem, its.device, its.created_at, its.origin, its.measured)
+
+
+def quick(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None:
+    """Of the columns that `reading` asks for, finalists in the order of their places; None where that is in doubt."""
+    try:
+        return _line(row, finalists)
+    except DAMAGE:
+        return None
+
+
+def _line(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None:
+    _, sha256, _, op, problem, name, arch, sm_count, versions, kernel_op, kernel, status, mode, *rest = row
+    default_time_ms, value, low, high, sources, origin, trusted, at, notes = rest
+    measured, interval, ours = _measured(status), _three(value, low, high), _number(default_time_ms)
+    texts: list[str] = []
+    last, seen, defaults = 0.0, set(), 0
+    for _, place, implementation, config, ms, code, guess_ms, default, *others in finalists:
+        predicted_ms = _number(guess_ms)
+        slowness = _number(ms) or predicted_ms or math.inf
+        defaults += default
+        if (
+            place != len(texts)
+            or (place > 1 and slowness < last)
+            or (default and ms != ours)
+            or default not in (0, 1)
+            or not _candidate(implementation, config)
+        ):
+            return None
+        last = slowness
+        seen.add((implementation, config))
+        texts.append(_finalist(implementation, config, ms, code, predicted_ms, default, *others))
+    first_ms = finalists[0][4] if finalists else None
+    if (
+        not 1 <= len(texts) == len(seen) <= MOST_FINALISTS
+        or defaults > 1
+        or op != kernel_op
+        or trusted not in (0, 1)
+        or not _names(op, kernel, mode, origin)
+        or not (first_ms and ours and interval != NONE if measured else first_ms is ours is None and interval == NONE)
+        or sum(map(len, texts)) > checks.MAX_JSON - len(texts) - 2
+        or not (_environment(versions) and _sources(sources) and _notes(notes))
+    ):
+        return None
+    created_at = time_text(at) if isinstance(at, datetime) else at
+    moment, device = checks.parse_time(created_at, "created_at"), _device(name, arch, sm_count)
+    text = text_of(
+        created_at, ours, device.text, versions, texts, interval, kernel, mode, notes, op, checks.problem(problem),
+        sources, status,
+    )  # fmt: skip
+    if text.sha256(origin, bool(trusted)) != sha256:
+        return None
+    return Line(text.line, op, problem, device, moment, origin, measured)
+
+
+def _finalist(
+    implementation: str, config: str, ms: Any, code: Any, predicted_ms: Any, default: Any, *others: Any
+) -> str:
+    value, low, high, samples_ms, again = others
+    if code != "":
+        checks.digest(code, "code")
+    if samples_ms != "[]" and not _samples(samples_ms):
+        raise ValueError("not samples")
+    if again != "null" and _again(again) != again:
+        raise ValueError("not a second contest")
+    speedup = _three(value, low, high)
+    return finalist_text(implementation, config, ms, code, predicted_ms, default, speedup, samples_ms, again)
+
+
+def _number(value: Any) -> float | None:
+    if value is None or (type(value) is float and 0.0 < value < math.inf):
+        return value
+    raise ValueError("not a time")
+
+
+def _three(value: Any, low: Any, high: Any) -> Three:
+    if value is low is high is None:
+        return NONE
+    if type(value) is type(low) is type(high) is float and 0.0 < value < math.inf and 0.0 < low <= high < math.inf:
+        return value, low, high
+    raise ValueError("not a speed-up")
+
+
+def _samples(text: str) -> bool:
+    values = json.loads(text)
+    whole = type(values) is list and len(values) <= checks.MAX_SAMPLES and set(map(type, values)) == {float}
+    return whole and min(values) > 0.0 and math.isfinite(sum(values)) and numbers(values) == text
+
+
+def _again(text: str) -> str:
+    second = Again.of(json.loads(text))
+    return "null" if second is None else canonical(second.content())
+
+
+def _notes(text: str) -> bool:
+    value = json.loads(text)
+    return type(value) is dict and canonical(checks.notes(value)) == text
+
+
+@lru_cache(_SHARED)
+def _measured(status: str) -> bool:
+    return VerdictStatus(status) is not VerdictStatus.PREDICTED
+
+
+@lru_cache(_SHARED)
+def _names(op: str, kernel: str, mode: str, origin: str) -> bool:
+    checks.digest(kernel, "kernel")
+    return bool(checks.name(op, "op") and checks.name(origin, "origin")) and mode in MODES
+
+
+@lru_cache(_SHARED, typed=True)
+def _device(name: str, arch: str, sm_count: int) -> Device:
+    return Device(name, arch, sm_count)
+
+
+@lru_cache(_SHARED)
+def _environment(text: str) -> bool:
+    return Environment(json.loads(text)).text == text
+
+
+@lru_cache(_SHARED)
+def _sources(text: str) -> bool:
+    return canonical(checks.sources(json.loads(text))) == text
+
+
+@lru_cache(4 * _SHARED)
+def _candidate(implementation: str, config: str) -> bool:
+    return bool(checks.name(implementation, "implementation")) and checks.config_of(config).text == config
