@@ -78,6 +78,13 @@ def test_a_program_that_imports_tilebook_before_torch_has_it_on(first):
     assert "tilebook" not in complaints
 
 
+def test_an_import_of_ours_that_fails_does_not_keep_it_off():
+    broken = "sys.modules['tilebook.rotation'] = None\ntry:\n    import tilebook.patching\nexcept ImportError:"
+    seen, complaints = program(f"import sys\n{broken}\n    print('failed')\n{SEEN}", TILEBOOK="1")
+    assert seen == "failed\ntilebook.enabling True"
+    assert "tilebook" not in complaints
+
+
 def test_what_is_not_asked_for_costs_nothing(monkeypatch):
     monkeypatch.delenv("TILEBOOK", raising=False)
     autoload.load()

@@ -11,13 +11,14 @@ from types import ModuleType
 from typing import Any
 
 
-def after_import(name: str, call: Callable[[], None]) -> None:
+def after_import(name: str, call: Callable[[], None], failed: bool = False) -> None:
     """Calls it once the module is there: now if it has been imported, else at the end of its first import.
 
-    What goes wrong in it is a warning: it must not break somebody's import.
+    With failed also at the end of an import that is under way and fails. What goes wrong in it is a warning: it must
+    not break somebody's import.
     """
     if importing(name):
-        _at_its_end(name, call)
+        _at_its_end(name, call, failed)
     elif name in sys.modules:
         _attempt(name, call)
     elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
@@ -79,14 +80,12 @@ class _Watched(ModuleSpec):
         super().__setattr__(name, value)
         if name == "_initializing" and not value:
             self.__class__ = ModuleSpec  # type: ignore[assignment]
-            calls = self.__dict__.pop("_tilebook", ())
-            for call in calls if self.name in sys.modules else ():
-                _attempt(self.name, call)
+            for call, failed in self.__dict__.pop("_tilebook", {}).items():
+                if failed or self.name in sys.modules:
+                    _attempt(self.name, call)
 
 
-def _at_its_end(name: str, call: Callable[[], None]) -> None:
+def _at_its_end(name: str, call: Callable[[], None], failed: bool) -> None:
     spec: Any = sys.modules[name].__spec__
-    calls = spec.__dict__.setdefault("_tilebook", [])
-    if call not in calls:
-        calls.append(call)
+    spec.__dict__.setdefault("_tilebook", {})[call] = failed
     spec.__class__ = _Watched

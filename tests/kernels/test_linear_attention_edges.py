@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import tilebook
+from tilebook import device as devices
+from tilebook import op
 from tilebook.kernels.linear_attention import features
+from tilebook.launch import intercepted
 
 
 def token_by_token(q, k, v, g):
@@ -108,3 +111,17 @@ def test_random_features_are_no_coarser_under_autocast():
     right = features.performer(x, x)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(features.performer(x, x), right)
+
+
+def test_a_gpu_can_start_as_many_heads_as_there_are():
+    """It takes 65,535 programs at most along the second axis of a grid."""
+    q = torch.empty(1 << 12, 32, 2048, 8, dtype=torch.bfloat16, device="meta")
+    g, state = torch.empty(q.shape[:3], device="meta"), torch.empty(*q.shape[:2], 8, 8, device="meta")
+    base = {"CHUNK": 16, "BLOCK_V": 16, "STATE_V": 16, "STATE_WARPS": 4, "num_warps": 1, "num_stages": 1, "WALK": 8}
+    grids = []
+    with devices.posing_as(devices.find("H200")), intercepted(lambda kernel, grid, *_: grids.append(grid)):
+        forward, backward = (op.get(f"linear_attention_{way}").implementations["triton"] for way in ("fwd", "bwd"))
+        forward(q, q, q, g, state, 1.0, False, 0.0, config=op.Config(base, SPAN=8))
+        backward(q, state, q, q, q, g, state, None, 1.0, True, config=op.Config(base))
+    assert len(grids) == 11
+    assert max(grid[1] for grid in grids) < 1 << 16

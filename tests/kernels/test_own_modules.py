@@ -63,3 +63,10 @@ def test_in_evaluation_small_calls_are_pytorchs_one_op_and_large_ones_run_our_fu
         assert met == [ops[name], "scaled_dot_product_attention"]
         for each in found:
             torch.testing.assert_close(each, theirs.eval()(*given), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("device")
+def test_a_forward_of_a_norms_own_is_called():
+    layer, _ = beside("TransformerEncoderLayer", WIDTH, HEADS, INNER, 0.0, batch_first=True)
+    layer.norm2.forward = torch.zeros_like
+    assert not layer(torch.randn(BATCH, ROWS, WIDTH)).any()

@@ -291,3 +291,16 @@ def test_hooks_on_inner_modules_are_called(device):
     for each in (module, mlp, gate):
         each(x)
     assert heard == ["norm1", "self_attn", "norm2", "linear1", "linear2", "mlp", "gate"]
+
+
+def test_what_stands_in_the_place_of_a_dropout_between_an_mlps_layers_is_called(device):
+    mine, theirs = beside("TransformerEncoderLayer", WIDTH, HEADS, INNER, 0.0, batch_first=True, device=device)
+    x = torch.randn(BATCH, ROWS, WIDTH, device=device)
+    listened, heard = copy.deepcopy(mine), []
+    listened.dropout.register_forward_hook(lambda *_: heard.append("dropout"))
+    listened(x)
+    assert heard == ["dropout"]
+    for between in (nn.Identity(), nn.Hardtanh()):
+        mine.dropout = theirs.dropout = between
+        for training in (True, False):
+            torch.testing.assert_close(mine.train(training)(x), theirs.train(training)(x), rtol=1e-4, atol=1e-4)

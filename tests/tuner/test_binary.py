@@ -38,6 +38,9 @@ def test_a_register_that_nothing_has_set_is_found():
         ("@!UP3 UIADD3 UR4, UR38, 0x1, URZ", False),
         ("LDS.128 R28, [R37+UR36+0xa00]", True),
         ("UISETP.GE.AND UP0, UPT, UR37, UR38, UPT", True),
+        ("ULOP3.LUT UP0, UR32, UR38, 0x7f, URZ, 0xc0, !UPT", False),  # sets UR32
+        ("ULOP3.LUT UP0, URZ, UR37, 0x7f, URZ, 0xc0, !UPT", True),
+        ("R2UR P1, UR5, R72", False),
     ],
 )
 def test_what_an_instruction_reads(line, unset):

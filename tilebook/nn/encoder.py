@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tilebook.hooks import usual
 from tilebook.nn.attention import MultiheadAttention, in_one_op
 from tilebook.nn.mlp import fused
 from tilebook.nn.norms import LayerNorm, added
@@ -44,6 +45,6 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return added(self.norm2, self._ff_block(x), x)[0]
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        dropped = self.training and self.dropout.p > 0
-        found = None if dropped else fused(x, self.linear1, self.activation, self.linear2)
+        kept = usual(self.dropout, of=nn.Dropout) and not (self.training and self.dropout.p > 0)
+        found = fused(x, self.linear1, self.activation, self.linear2) if kept else None
         return super()._ff_block(x) if found is None else self.dropout2(found)

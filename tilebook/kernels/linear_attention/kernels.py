@@ -84,12 +84,17 @@ def _put(x, values, batch, head, token, n, column, CHUNK: tl.constexpr, WIDTH: t
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_s", "heads", "n"])
 def decays_kernel(g, sums, rests, g_b, g_h, g_s, heads, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Sums of each chunk's log-decays: up to each token, and behind it."""
-    pair = tl.program_id(1)
+    pair = tl.program_id(0)
     base = g + (pair // heads).to(tl.int64) * g_b + (pair % heads).to(tl.int64) * g_h
     r = tl.arange(0, CHUNK)
+<<<<<<< HEAD
     token = (tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS))[:, None] * CHUNK + r[None, :]
     each = _each(base, token, n, g_s, token < n)
     after = _each(base, token + 1, n, g_s, (token + 1 < n) & (r + 1 < CHUNK)[None, :])
+=======
+    token = (tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS))[:, None] * CHUNK + r[None, :]
+    each, after = _each(base, token, n, g_s, (r + 1 < CHUNK)[None, :])
+>>>>>>> w-adv
     to = pair.to(tl.int64) * n + token
     tl.store(sums + to, tl.cumsum(each, 1), mask=token < n)
     tl.store(rests + to, tl.cumsum(after, 1, reverse=True), mask=token < n)
@@ -275,9 +280,9 @@ def scan_kernel(
     REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What each of `parts` walks adds, in `out`, becomes what each of them begins with."""
-    pair = tl.program_id(1)
+    pair = tl.program_id(0)
     head, batch, part = pair % heads, pair // heads, pair * 0
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     d, v, inside = at % D, at // D, at < SIZE
     state = tl.zeros([BLOCK], tl.float32)
     if init.source is not None:

@@ -74,7 +74,7 @@ class _Call:
         if not self.constants["DECAY"]:
             return
         sums, self.rests = (torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device) for _ in range(2))
-        grid = triton.cdiv(self.chunks, _SUMMED // self.chunk), self.batch * self.heads
+        grid = self.batch * self.heads, triton.cdiv(self.chunks, _SUMMED // self.chunk)  # of the second 65,535 at most
         launch(
             decays_kernel, grid, self.g, sums, self.rests, *self.sizes, CHUNK=self.chunk, CHUNKS=_SUMMED // self.chunk,
             num_warps=4,
@@ -114,7 +114,7 @@ class _Call:
             totals = torch.empty((self.batch * self.heads, grid[1]), dtype=torch.float32, device=self.q.device)
             walked(_NOWHERE, starts, totals, _NOWHERE, store=False)
             launch(
-                scan_kernel, (triton.cdiv(self.size, _SCANNED), self.batch * self.heads), starts, totals, init, final,
+                scan_kernel, (self.batch * self.heads, triton.cdiv(self.size, _SCANNED)), starts, totals, init, final,
                 self.heads, grid[1], D=self.width, SIZE=self.size, BLOCK=_SCANNED, REVERSE=reverse, num_warps=4,
             )  # fmt: skip
             if every == walk:

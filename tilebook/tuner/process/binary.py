@@ -83,7 +83,9 @@ def unset_registers(assembly: str) -> str:
         if found is None:
             continue
         at, name, text = found.groups()
-        first, *rest = (each.strip() for each in text.split(","))
+        # These two may set a predicate first.
+        set_and_read = re.sub(r"^U?P\w, ", "", text) if name.startswith(("ULOP3", "R2UR")) else text
+        first, *rest = (each.strip() for each in set_and_read.split(","))
         target = re.fullmatch(r"UR(\d+)", first)
         read: set[int] = set()
         for described, number in re.findall(r"(gdesc\[)?\bUR(\d+)", ",".join(rest) if target else text):
