@@ -87,23 +87,20 @@ def decays_kernel(g, sums, rests, g_b, g_h, g_s, heads, n, CHUNK: tl.constexpr, 
     pair = tl.program_id(0)
     base = g + (pair // heads).to(tl.int64) * g_b + (pair % heads).to(tl.int64) * g_h
     r = tl.arange(0, CHUNK)
-<<<<<<< HEAD
-    token = (tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS))[:, None] * CHUNK + r[None, :]
-    each = _each(base, token, n, g_s, token < n)
-    after = _each(base, token + 1, n, g_s, (token + 1 < n) & (r + 1 < CHUNK)[None, :])
-=======
     token = (tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS))[:, None] * CHUNK + r[None, :]
     each, after = _each(base, token, n, g_s, (r + 1 < CHUNK)[None, :])
->>>>>>> w-adv
     to = pair.to(tl.int64) * n + token
     tl.store(sums + to, tl.cumsum(each, 1), mask=token < n)
     tl.store(rests + to, tl.cumsum(after, 1, reverse=True), mask=token < n)
 
 
 @triton.jit
-def _each(g, token, n, step, there):
-    """Log-decays of tokens, 0 of those that are not `there`. g: of the head."""
-    return tl.maximum(tl.load(g + token.to(tl.int64) * step, mask=there, other=0.0).to(tl.float32), LEAST)
+def _each(g, token, n, step, more):
+    """Log-decays of tokens, and of those that follow them in their chunk, where there are `more`. g: of the head."""
+    at = g + token.to(tl.int64) * step
+    each = tl.load(at, mask=token < n, other=0.0).to(tl.float32)
+    after = tl.load(at + step, mask=(token + 1 < n) & more, other=0.0).to(tl.float32)
+    return tl.maximum(each, LEAST), tl.maximum(after, LEAST)
 
 
 @triton.jit
@@ -111,8 +108,7 @@ def _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile):
     """Sums of a chunk's log-decays: up to each token, behind each token, and of all. With `rests` they are there: g is
     the first of them.
 
-    fp32 adds those behind up from the end: what is left of a difference of large sums is their rounding, which 16 bits
-    do not see.
+    Those behind are added up from the end: what is left of a difference of large sums would be their rounding.
     """
     r = tl.arange(0, tile.CHUNK)
     start = batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
@@ -120,12 +116,8 @@ def _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile):
         sums = tl.zeros([tile.CHUNK], tl.float32)
         rest, last = sums, 0.0
     elif rests is None:
-        sums = tl.cumsum(_each(g + start, token + r, n, g_s, r < n - token), 0)
-        last = tl.min(sums, 0)
-        rest = last - sums
-        if tile.EXACT:
-            after = _each(g + start, token + r + 1, n, g_s, (r + 1 < n - token) & (r + 1 < tile.CHUNK))
-            rest = tl.cumsum(after, 0, reverse=True)
+        each, after = _each(g + start, token + r, n, g_s, r + 1 < tile.CHUNK)
+        sums, rest, last = tl.cumsum(each, 0), tl.cumsum(after, 0, reverse=True), tl.sum(each, 0)
     else:
         at, inside = start + token + r, r < n - token
         last = tl.load(g + start + tl.minimum(token + tile.CHUNK, n) - 1)
@@ -214,10 +206,7 @@ def _grow(state, z, x, y, weight, factor, last, n, tile):
         state, z = state * kept, z * kept
     elif tile.APART:
         state = state * tl.minimum(n, 1).to(tl.float32)
-    if tile.DECAY:  # on Hopper a factor in registers, which else would have to go back to shared memory
-        state += _dot((tl.trans(x) * factor[None, :]).to(x.dtype), y, tile)
-    else:
-        state += _dot(tl.trans(x), (y * factor[:, None]).to(x.dtype), tile)
+    state += _dot(tl.trans(x), (y * factor[:, None]).to(x.dtype), tile)
     if tile.NORM:
         z += tl.sum(x.to(tl.float32) * (factor * weight)[:, None], 0)
     return state, z
@@ -383,7 +372,7 @@ def backward_kernel(
         state = _load_state(states, batch, head, chunk, column, tile)
         grad = _load_state(grads, batch, head, chunk, column, tile)
         if DECAYED:
-            through += tl.sum(grad.to(tl.float32) * state.to(tl.float32), 1)
+            through += tl.sum(grad * state, 1)
         a += _dot(values, tl.trans(above), tile)
         old, gradient = _factor(state, above), _factor(grad, keys)
         inter += _dot(old[0], tl.trans(above), tile) * old[1]
