@@ -75,7 +75,7 @@ def test_numbers_of_a_key_padding_mask_multiply_weights_by_their_exponentials():
 @pytest.mark.parametrize("feature_map", ["elu+1", "performer"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_hidden_keys_hold_is_nothing_to_anybody(feature_map, dtype):
-    module, x = made(dtype, feature_map=feature_map, batch_first=True), drawn(dtype=dtype)
+    module, x = made(dtype, feature_map=feature_map, batch_first=True), 0.3 * drawn(dtype=dtype)
     spoilt = x.masked_fill(PADDING[..., None], torch.nan)
     wide = copy.deepcopy(module).double()
     for hidden in (PADDING, torch.ones_like(PADDING)):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tilebook
+
 PAPERS = Path(__file__).parents[1] / "benchmarks" / "papers"
 
 
@@ -80,6 +82,41 @@ def test_distilbert_is_timed_and_learns_with_attention_of_every_make(tmp_path):
     for row in document["speed"]:
         assert list(row["ms"]) == ways, row
     assert "1104" in printed
+
+
+def test_distilbert_learns_with_linear_attention_in_all_layers_and_in_every_other_one(
+    tmp_path, papers, monkeypatch, capsys
+):
+    out = tmp_path / "linear.json"
+    arguments = ["--device", "cpu", "--tiny", "--rounds", "2", "--seeds", "1", "--epochs", "1", "--out"]
+    monkeypatch.setattr("sys.argv", ["distilbert_linear.py", *arguments, str(out)])
+    papers("distilbert_linear").main()
+    document, printed = json.loads(out.read_text()), capsys.readouterr().out
+    ways = ["pytorch", "sdpa", "tilebook", "Performer", "hybrid", "elu+1"]
+    assert [(row["tokens"], list(row["ms"])) for row in document["speed"]] == [(1024, ways)]
+    assert [row["way"] for row in document["accuracy"]["1024"]] == ways
+    assert out.with_suffix(".png").exists()
+    assert "2993" in printed
+    assert "| 1024 | hybrid |" in printed
+
+
+def test_ways_of_distilbert_have_the_layers_that_they_are_named_for(papers):
+    program, e2e = papers("distilbert_linear"), papers("e2e")
+    tilebook.register_transformers()
+    names = {}
+    for name, way in program.WAYS.items():
+        model = way.turned(e2e.made(program.case_of(2, 1024), True, "cpu", way.attention))
+        layers = model.distilbert.transformer.layer
+        names[name] = [each.attention.config._attn_implementation for each in layers]
+    linear = "tilebook_linear"
+    assert names == {
+        "pytorch": ["eager"] * 2,
+        "sdpa": ["sdpa"] * 2,
+        "tilebook": ["tilebook"] * 2,
+        "Performer": [linear] * 2,
+        "hybrid": [linear, "tilebook"],
+        "elu+1": [linear] * 2,
+    }
 
 
 def test_accuracy_is_kept_within_a_bound_or_the_noise_of_seeds(papers):
