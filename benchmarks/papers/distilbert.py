@@ -22,12 +22,13 @@ from typing import Any
 
 import texts
 import torch
-from beside import Panel, apart, arguments, attempt, draw, keep, over, table
+from beside import apart, arguments, attempt, keep, over, table
 from e2e import Case, Run, made
 from texts import Texts
 from train_steps import SETTLED_STEPS, alternated, synchronize
 
 import tilebook
+from tilebook.report.plots import Panel, draw
 
 STUDY = {
     "the study's eager": (1104, 1424, 85.2),
@@ -187,7 +188,7 @@ def main() -> None:
     accuracies = apart(found, {})
     print(shown(rows, accuracies, costs, told.name))
     draw(
-        given,
+        given.out,
         [
             *(Panel(f"{row['case']}: ms a step", bars=row["ms"]) for row in rows if "ms" in row),
             Panel(f"{told.name}: accuracy, %", bars={row["way"]: row["mean"] for row in accuracies}),

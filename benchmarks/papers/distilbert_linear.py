@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from beside import Panel, apart, attempt, draw, keep, over, table
+from beside import apart, attempt, keep, over, table
 from distilbert import STUDY, Way, case_of, chosen, learned, options, shown, speed
 
 import tilebook
+from tilebook.report.plots import Panel, draw
 
 WAYS = {
     "pytorch": Way("eager"),
@@ -103,7 +104,7 @@ def main() -> None:
         return {way: (lengths, each) for way, each in series.items() if all(each)}
 
     draw(
-        given,
+        given.out,
         [
             Panel("ms a step", lines=lines("ms"), x="tokens"),
             Panel("MB", lines=lines("peak_mb"), x="tokens"),

@@ -10,7 +10,7 @@ from typing import Any
 
 try:
     # They are its commands.
-    from tilebook.cli import audit, compare, doctor, maintain, profile, recheck, record, registry, tuning  # noqa: F401
+    from tilebook.cli import audit, bench, compare, doctor, maintain, profile, recheck, record, registry, tuning  # noqa: F401
     from tilebook.cli.common import main
 except ModuleNotFoundError as missing:
     if missing.name != "click":
