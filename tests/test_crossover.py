@@ -37,6 +37,13 @@ def test_lengths_at_which_one_of_both_could_not_run_say_nothing():
     assert (memory.lines, list(time.lines)) == ({}, ["exact", "linear"])
 
 
+def test_a_length_at_which_nobody_can_run_is_told(monkeypatch):
+    monkeypatch.setattr(crossover, "_once", lambda *_: 1 / 0)
+    rows = list(crossover.measured([16], [8], 1, 4, "cpu", 2))
+    assert all(each == {"failed": "ZeroDivisionError: division by zero"} for each in rows[0]["found"].values())
+    assert "linear ZeroDivisionError: division by zero" in crossover.line(rows[1])
+
+
 def test_each_contender_computes_what_it_is_named_for():
     q, k, v, g = (x.detach() for x in crossover._drawn(40, 8, 2, "cpu")[0])
     q, k, v = q.float(), k.float(), v.float()

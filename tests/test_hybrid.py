@@ -9,6 +9,7 @@ from summed_pairs import over_pairs
 from torch import nn
 
 import tilebook.nn as ours
+from tilebook import dispatch
 
 WIDTH, HEADS, BATCH, ROWS = 32, 2, 3, 11
 PADDING = torch.arange(ROWS) >= torch.tensor([ROWS, 4, 7])[:, None]
@@ -86,6 +87,18 @@ def test_what_hidden_keys_hold_is_nothing_to_anybody(feature_map, dtype):
     assert torch.equal(o, module.out_proj.bias.expand_as(o))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the kernels themselves")
+def test_our_kernels_serve_causal_calls():
+    module, x = made(torch.float32, causal=True, batch_first=True), drawn(dtype=torch.float32).requires_grad_()
+    with dispatch.use("triton"):
+        o = module(x, x, x, PADDING)[0]
+        grads = torch.autograd.grad(o.square().sum(), (x, *module.parameters()))
+    right = written_out(module, x, x, x, PADDING)
+    others = torch.autograd.grad(right.square().sum(), (x, *module.parameters()))
+    for mine, other in zip((o, *grads), (right, *others), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+
+
 def test_state_dicts_are_those_of_pytorchs_class():
     theirs, module = nn.MultiheadAttention(WIDTH, HEADS), ours.LinearAttention(WIDTH, HEADS)
     module.load_state_dict(theirs.state_dict(), strict=True)
@@ -145,6 +158,7 @@ def by_hand(layer, x, hidden):
     return layer.norm2(x + layer.linear2(layer.linear1(x).relu()))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("cls", [nn.TransformerEncoderLayer, ours.TransformerEncoderLayer])
 def test_an_encoder_is_turned_into_a_hybrid_and_back(cls):
     model, x = encoder(cls).eval(), drawn(dtype=torch.float32)

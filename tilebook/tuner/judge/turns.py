@@ -17,7 +17,8 @@ def in_turns(running: dict[str, Callable[[], Any]], rounds: int, calls: int, dev
     series: dict[str, list[float]] = {name: [] for name in running}
     names = list(running)
     for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:
             taken = time_ms(running[name], calls, device)
             if turn:  # the first round warms up
                 series[name].append(taken)
