@@ -151,6 +151,20 @@ def test_data_is_read_from_the_folders_that_people_have(tmp_path, papers):
     assert images[0, 2, 0, 5].item() == pytest.approx((row[2 * 1024 + 5].item() / 255 - mean) / deviation)
 
 
+def test_texts_of_a_file_are_joined_until_they_are_as_long_as_can_be_read(papers, monkeypatch, tmp_path):
+    texts = papers("texts")
+    folders = [tmp_path / "stdlib", tmp_path / "torch"]
+    for folder in folders:
+        folder.mkdir()
+        for n in range(12):
+            (folder / f"{n}.py").write_text("\n".join(f'"""{"word " * 9}"""' for _ in range(5)) + '\n"""few"""\n')
+    monkeypatch.setattr(texts.sysconfig, "get_path", lambda _: folders[0])
+    monkeypatch.setattr(texts.torch, "__file__", str(folders[1] / "__init__.py"))
+    for joined, wanted in ((False, [10] * 120), (True, [11] * 24 + [15] * 48)):
+        found = texts.packages(15, 99, 10**6, joined)
+        assert sorted((ids > 0).sum().item() for part in (found.train, found.test) for ids in part[0]) == wanted
+
+
 def test_a_grid_of_gpts_is_timed_with_attention_of_every_make(tmp_path):
     document, printed = run("flash_grid.py", tmp_path / "grid.json")
     assert [len(row["ms"]) for row in document["results"]] == [3] * 4

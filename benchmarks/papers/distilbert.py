@@ -196,12 +196,12 @@ def main() -> None:
     )
 
 
-def chosen(given: argparse.Namespace, tokens: int) -> Texts:
+def chosen(given: argparse.Namespace, tokens: int, joined: bool = False) -> Texts:
     if given.tiny:
         return texts.tiny(16, _TINY["vocab_size"])
     if given.data is not None:
         return texts.imdb(given.data, tokens, texts.VOCABULARY, given.texts)
-    return texts.packages(tokens, texts.VOCABULARY, given.texts)
+    return texts.packages(tokens, texts.VOCABULARY, given.texts, joined)
 
 
 if __name__ == "__main__":

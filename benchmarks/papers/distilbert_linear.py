@@ -6,8 +6,9 @@
 The study replaced attention by Performer's 64 random features, in all layers or in every other one, and was neither
 faster nor smaller: batches of 16 × 256 tokens, three epochs. Here attention is written out ("pytorch"), PyTorch's
 fused one, tilebook's, Performer's in all layers, in every other one beside tilebook's exact attention, and elu + 1.
-Steps are timed in turns, padded, with positions for as many tokens as there are. Then each learns from random weights:
-at the first of `--lengths` from all seeds, at the others from the first one.
+Steps are timed in turns, padded, with positions for as many tokens as there are. Then each learns from random weights,
+reviews of films with --data, else joined texts of packages: at the first of `--lengths` from all seeds, at the others
+from the first one.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def study(given: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[int, An
             kept()
     for seed in range(given.seeds):
         for tokens in lengths if not seed else lengths[:1]:
-            told, case = chosen(given, tokens), case_of(given.batch, tokens)
+            told, case = chosen(given, tokens, joined=True), case_of(given.batch, tokens)
             name = told.name
             for way, how in WAYS.items():
                 if over(given):
