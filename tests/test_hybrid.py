@@ -113,6 +113,23 @@ def test_state_dicts_are_those_of_pytorchs_class():
         assert torch.equal(other(x, x, x)[0], module(x, x, x)[0])
 
 
+@pytest.mark.parametrize("feature_map", ["elu+1", "performer"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("batch", "rows", "keys"), [(0, 5, 5), (2, 0, 0), (2, 0, 5), (2, 5, 0), (2, 1, 1)])
+def test_nothing_and_one_row_are_taken(feature_map, causal, batch, rows, keys):
+    if causal and rows != keys:
+        pytest.skip("causal calls have as many keys as queries")
+    module, x = made(feature_map=feature_map, causal=causal, batch_first=True), drawn(batch, rows, WIDTH)
+    y, hidden = drawn(batch, keys, WIDTH), torch.zeros(batch, keys, dtype=torch.bool)
+    for padding in (None, hidden):
+        o = module(x, y, y, padding)[0]
+        assert o.shape == x.shape
+        if rows == 5 and batch:
+            assert torch.equal(o, module.out_proj.bias.expand_as(o))
+        if rows == 1:
+            torch.testing.assert_close(o, written_out(module, x, y, y))
+
+
 def test_dropout_is_of_outputs_and_in_training_alone():
     module, x = made(dropout=1.0, batch_first=True), drawn()
     assert torch.equal(module(x, x, x)[0], module.out_proj.bias.expand_as(x))

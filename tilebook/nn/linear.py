@@ -89,10 +89,10 @@ def attend(
                 f"linear attention takes a key_padding_mask (batch, keys) of booleans or floats, not {got}"
             )
         hidden = padding <= torch.finfo(padding.dtype).min if numbers else padding
-        # A feature map may look at all keys. Those that are hidden are copies of the first one that is seen.
-        first = hidden.to(torch.uint8).argmin(-1)[:, None, None, None].expand(-1, k.shape[1], -1, k.shape[3])
-        padding, hidden = padding[:, None, :, None], hidden[:, None, :, None]
-        k, v = torch.where(hidden, k.gather(2, first), k), v.masked_fill(hidden, 0)
+        if k.shape[2]:  # a feature map may look at all keys: those that are hidden become copies of one that is seen
+            first = hidden.to(torch.uint8).argmin(-1)[:, None, None, None].expand(-1, k.shape[1], -1, k.shape[3])
+            k = torch.where(hidden[:, None, :, None], k.gather(2, first), k)
+        padding, v = padding[:, None, :, None], v.masked_fill(hidden[:, None, :, None], 0)
     q, k = features.mapped(q, k, feature_map)
     if padding is not None:
         k = k * padding.exp().to(k.dtype) if numbers else k.masked_fill(padding, 0)
