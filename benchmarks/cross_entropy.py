@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ from compare import save
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
+from tilebook.tuner.judge.turns import in_turns, peak_mib
 
 SHAPES = ((4096, 30522), (8192, 32000), (8192, 128256), (8192, 151936))
 TINY = ((24, 300), (9, 1001))
@@ -77,34 +76,6 @@ def off_by(found: tuple[torch.Tensor, torch.Tensor], right: tuple[torch.Tensor, 
     return [loss, grad.item()]
 
 
-def peak_mib(run: Callable[[], Any], device: str) -> float | None:
-    """Memory above what the inputs take; None on the CPU."""
-    if device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-
-def time_ms(run: Callable[[], Any], calls: int, device: str) -> float:
-    """Milliseconds of a call, by events around several; by the clock on the CPU."""
-    if device != "cuda":
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - start) / calls * 1e3
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()  # type: ignore[no-untyped-call]
-    for _ in range(calls):
-        run()
-    last.record()  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    return float(first.elapsed_time(last)) / calls
-
-
 def measure(
     losses: dict[str, Loss], shape: tuple[int, int], form: str, device: str, rounds: int, calls: int
 ) -> dict[str, Any]:
@@ -134,22 +105,6 @@ def measure(
         running[name] = run
     for name, times in in_turns(running, rounds, calls, device).items():
         found[name] |= times
-    return found
-
-
-def in_turns(running: dict[str, Callable[[], Any]], rounds: int, calls: int, device: str) -> dict[str, dict[str, Any]]:
-    """ms a call of each and its quartiles, of rounds that another one begins each time."""
-    series: dict[str, list[float]] = {name: [] for name in running}
-    names = list(running)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            taken = time_ms(running[name], calls, device)
-            if turn:  # the first round warms up
-                series[name].append(taken)
-    found = {}
-    for name, samples in series.items():
-        low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-        found[name] = {"ms": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
     return found
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from compare import save
-from cross_entropy import in_turns, peak_mib
 
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
 from tilebook.kernels.linear_attention.pytorch import chunked
+from tilebook.tuner.judge.turns import in_turns, peak_mib
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
 TINY = (96, 130)

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compare import save
-from cross_entropy import cast, in_turns
+from cross_entropy import cast
 
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
+from tilebook.tuner.judge.turns import in_turns
 
 SHAPES = {
     "Llama-3 8B": (8192, 4096, 128256),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tilebook
+
 PAPERS = Path(__file__).parents[1] / "benchmarks" / "papers"
 
 
@@ -82,6 +84,41 @@ def test_distilbert_is_timed_and_learns_with_attention_of_every_make(tmp_path):
     assert "1104" in printed
 
 
+def test_distilbert_learns_with_linear_attention_in_all_layers_and_in_every_other_one(
+    tmp_path, papers, monkeypatch, capsys
+):
+    out = tmp_path / "linear.json"
+    arguments = ["--device", "cpu", "--tiny", "--rounds", "2", "--seeds", "1", "--epochs", "1", "--out"]
+    monkeypatch.setattr("sys.argv", ["distilbert_linear.py", *arguments, str(out)])
+    papers("distilbert_linear").main()
+    document, printed = json.loads(out.read_text()), capsys.readouterr().out
+    ways = ["pytorch", "sdpa", "tilebook", "Performer", "hybrid", "elu+1"]
+    assert [(row["tokens"], list(row["ms"])) for row in document["speed"]] == [(1024, ways)]
+    assert [row["way"] for row in document["accuracy"]["1024"]] == ways
+    assert out.with_suffix(".png").exists()
+    assert "2993" in printed
+    assert "| 1024 | hybrid |" in printed
+
+
+def test_ways_of_distilbert_have_the_layers_that_they_are_named_for(papers):
+    program, e2e = papers("distilbert_linear"), papers("e2e")
+    tilebook.register_transformers()
+    names = {}
+    for name, way in program.WAYS.items():
+        model = way.turned(e2e.made(program.case_of(2, 1024), True, "cpu", way.attention))
+        layers = model.distilbert.transformer.layer
+        names[name] = [each.attention.config._attn_implementation for each in layers]
+    linear = "tilebook_linear"
+    assert names == {
+        "pytorch": ["eager"] * 2,
+        "sdpa": ["sdpa"] * 2,
+        "tilebook": ["tilebook"] * 2,
+        "Performer": [linear] * 2,
+        "hybrid": [linear, "tilebook"],
+        "elu+1": [linear] * 2,
+    }
+
+
 def test_accuracy_is_kept_within_a_bound_or_the_noise_of_seeds(papers):
     found = {"pytorch": [90.0, 91.0], "near": [89.8, 90.8], "noisy": [88.0, 91.0], "lost": [88.0, 89.2], "once": [91.0]}
     rows = {row["way"]: row for row in papers("beside").apart(found, {"lost": 12.0})}
@@ -112,6 +149,20 @@ def test_data_is_read_from_the_folders_that_people_have(tmp_path, papers):
     assert labels.tolist() == [4, 9] * 5
     mean, deviation = 0.4465, 0.2616
     assert images[0, 2, 0, 5].item() == pytest.approx((row[2 * 1024 + 5].item() / 255 - mean) / deviation)
+
+
+def test_texts_of_a_file_are_joined_until_they_are_as_long_as_can_be_read(papers, monkeypatch, tmp_path):
+    texts = papers("texts")
+    folders = [tmp_path / "stdlib", tmp_path / "torch"]
+    for folder in folders:
+        folder.mkdir()
+        for n in range(12):
+            (folder / f"{n}.py").write_text("\n".join(f'"""{"word " * 9}"""' for _ in range(5)) + '\n"""few"""\n')
+    monkeypatch.setattr(texts.sysconfig, "get_path", lambda _: folders[0])
+    monkeypatch.setattr(texts.torch, "__file__", str(folders[1] / "__init__.py"))
+    for joined, wanted in ((False, [10] * 120), (True, [11] * 24 + [15] * 48)):
+        found = texts.packages(15, 99, 10**6, joined)
+        assert sorted((ids > 0).sum().item() for part in (found.train, found.test) for ids in part[0]) == wanted
 
 
 def test_a_grid_of_gpts_is_timed_with_attention_of_every_make(tmp_path):

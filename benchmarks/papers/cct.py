@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from beside import Panel, apart, arguments, attempt, draw, keep, over, table
+from beside import apart, arguments, attempt, keep, over, table
 from cct_model import CCT, CCT_7, CCT_14, Shape
 from faults import FAULTS, PLAIN, WAYS, Way
 from images import Images, chosen
 from train_steps import SETTLED_STEPS, Run, alternated
 
 import tilebook
+from tilebook.report.plots import Panel, draw
 
 STUDY = {
     "the study's baseline": {"forward": (253.3, 47.2), "step": (5325.0, None)},
@@ -169,7 +170,7 @@ def main() -> None:
     accuracies = apart(found, put)
     print(shown(rows, accuracies, images.name))
     draw(
-        given,
+        given.out,
         [
             *(
                 Panel(f"{row['model']}, {what}: ms", bars=row[what]["ms"])

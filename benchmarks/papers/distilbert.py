@@ -15,18 +15,20 @@ from __future__ import annotations
 import argparse
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import texts
 import torch
-from beside import Panel, apart, arguments, attempt, draw, keep, over, table
+from beside import apart, arguments, attempt, keep, over, table
 from e2e import Case, Run, made
 from texts import Texts
 from train_steps import SETTLED_STEPS, alternated, synchronize
 
 import tilebook
+from tilebook.report.plots import Panel, draw
 
 STUDY = {
     "the study's eager": (1104, 1424, 85.2),
@@ -36,45 +38,61 @@ STUDY = {
 }
 """Seconds of a whole training, MB, percent of the reviews."""
 
+
+@dataclass(frozen=True)
+class Way:
+    """transformers' name of attention, is tilebook on, and what `tilebook.nn.hybrid` is given, if it is called."""
+
+    attention: str
+    on: bool = False
+    linear: dict[str, Any] | None = None
+
+    def turned(self, model: Any) -> Any:
+        if self.linear is not None:
+            tilebook.nn.hybrid(model, **self.linear)
+        return model
+
+
 WAYS = {
-    "pytorch": ("pytorch", "eager"),
-    "sdpa": ("pytorch", "sdpa"),
-    "attn_implementation": ("pytorch", "tilebook"),
-    "TILEBOOK=1": ("tilebook", "sdpa"),
+    "pytorch": Way("eager"),
+    "sdpa": Way("sdpa"),
+    "attn_implementation": Way("tilebook"),
+    "TILEBOOK=1": Way("sdpa", on=True),
 }
-"""What is on, and transformers' name of attention."""
 
 _TINY = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 99}
 
 
-def _case(batch: int, tokens: int, padded: bool = False) -> Case:
-    head = "AutoModelForSequenceClassification"
-    return Case("distilbert", head, {}, batch, tokens, padded=padded, labels=False, tiny=_TINY)
+def case_of(batch: int, tokens: int, padded: bool = False) -> Case:
+    head, config = "AutoModelForSequenceClassification", {"max_position_embeddings": max(512, tokens)}
+    return Case("distilbert", head, config, batch, tokens, padded=padded, labels=False, tiny=_TINY)
 
 
 CASES = {
-    "16 × 256": _case(16, 256),
-    "16 × 256, padded": _case(16, 256, padded=True),
-    "64 × 512": _case(64, 512),
+    "16 × 256": case_of(16, 256),
+    "16 × 256, padded": case_of(16, 256, padded=True),
+    "64 × 512": case_of(64, 512),
 }
 
 
-def speed(case: Case, rounds: int, device: str, tiny: bool) -> dict[str, Any]:
-    runs = {name: Run(case, on, device, tiny, attention) for name, (on, attention) in WAYS.items()}
+def speed(case: Case, ways: dict[str, Way], rounds: int, device: str, tiny: bool) -> dict[str, Any]:
+    runs = {}
+    for name, way in ways.items():
+        runs[name] = Run(case, "tilebook" if way.on else "pytorch", device, tiny, way.attention)
+        way.turned(runs[name].model)
     return alternated(runs, rounds, device, SETTLED_STEPS if device == "cuda" else 1)[1]
 
 
-def learned(way: str, found: Texts, seed: int, given: argparse.Namespace) -> tuple[float, float, float]:
+def learned(case: Case, way: Way, found: Texts, seed: int, given: argparse.Namespace) -> tuple[float, float, float]:
     """(percent of the test's texts, seconds that training took, MB at the most) of a model from this seed."""
-    on, attention = WAYS[way]
-    model = made(CASES["16 × 256"], given.tiny, given.device, attention, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=given.device == "cuda")
+    model = way.turned(made(case, given.tiny, given.device, way.attention, seed))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=given.rate, weight_decay=0.01, fused=given.device == "cuda")
     steps = given.epochs * max(1, len(found.train[1]) // given.batch)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / warm, (steps - n) / steps))
     if given.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with tilebook.enabled() if on == "tilebook" else nullcontext():
+    with tilebook.enabled() if way.on else nullcontext():
         synchronize(given.device)
         began = time.perf_counter()
         for ids, labels in islice(_batches(found, given, seed), steps):
@@ -132,14 +150,20 @@ def shown(
     return f"{steps}\n\n{table(head, lines)}"
 
 
-def main() -> None:
-    parser = arguments(__doc__)
+def options(description: str | None, epochs: int, rate: float) -> argparse.ArgumentParser:
+    """Arguments of a program that lets models learn texts."""
+    parser = arguments(description)
     parser.add_argument("--data", type=Path, help="the folder aclImdb")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--texts", type=int, default=8192, help="to learn from, and half as many to be asked about")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--batch", type=int, default=16)
-    given = parser.parse_args()
+    parser.add_argument("--rate", type=float, default=rate, help="AdamW's greatest step")
+    return parser
+
+
+def main() -> None:
+    given = options(__doc__, 2, 1e-4).parse_args()
     tilebook.register_transformers()
     rows, found, costs = list[dict[str, Any]](), dict[str, list[float]](), dict[str, list[tuple[float, float]]]()
 
@@ -148,23 +172,23 @@ def main() -> None:
 
     for name, case in CASES.items():
         if not over(given):
-            tried = attempt(lambda case=case: speed(case, given.rounds, given.device, given.tiny))
+            tried = attempt(lambda case=case: speed(case, WAYS, given.rounds, given.device, given.tiny))
             rows.append({"case": name} | tried)
             kept("")
-    told = _texts(given)
+    told = chosen(given, 256)
     for seed in range(given.seeds):
-        for way in WAYS:
+        for name, way in WAYS.items():
             if over(given):
                 break
-            accuracy, seconds, memory = learned(way, told, seed, given)
-            found.setdefault(way, []).append(accuracy)
-            costs.setdefault(way, []).append((seconds, memory))
-            print(f"seed {seed}, {way}: {accuracy:.2f} % after {seconds:.1f} s", flush=True)
+            accuracy, seconds, memory = learned(CASES["16 × 256"], way, told, seed, given)
+            found.setdefault(name, []).append(accuracy)
+            costs.setdefault(name, []).append((seconds, memory))
+            print(f"seed {seed}, {name}: {accuracy:.2f} % after {seconds:.1f} s", flush=True)
             kept(told.name)
     accuracies = apart(found, {})
     print(shown(rows, accuracies, costs, told.name))
     draw(
-        given,
+        given.out,
         [
             *(Panel(f"{row['case']}: ms a step", bars=row["ms"]) for row in rows if "ms" in row),
             Panel(f"{told.name}: accuracy, %", bars={row["way"]: row["mean"] for row in accuracies}),
@@ -172,12 +196,12 @@ def main() -> None:
     )
 
 
-def _texts(given: argparse.Namespace) -> Texts:
+def chosen(given: argparse.Namespace, tokens: int, joined: bool = False) -> Texts:
     if given.tiny:
         return texts.tiny(16, _TINY["vocab_size"])
     if given.data is not None:
-        return texts.imdb(given.data, 256, texts.VOCABULARY, given.texts)
-    return texts.packages(256, texts.VOCABULARY, given.texts)
+        return texts.imdb(given.data, tokens, texts.VOCABULARY, given.texts)
+    return texts.packages(tokens, texts.VOCABULARY, given.texts, joined)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch import nn
 from train_steps import synchronize
 
 import tilebook
+from tilebook.report.plots import Panel, draw
 
 STUDY = {"time": 68.9, "memory": 49.5}
 """Percent saved."""
@@ -178,10 +179,10 @@ def main() -> None:
     widest = max((row["width"] for row in rows), default=0)
     deepest = max((row["layers"] for row in rows if row["width"] == widest), default=0)
     chosen = [row for row in rows if (row["width"], row["layers"]) == (widest, deepest)]
-    beside.draw(
-        given,
+    draw(
+        given.out,
         [
-            beside.Panel(f"{title}, width {widest}, {deepest} layers", lines=_lines(chosen, key), x="tokens")
+            Panel(f"{title}, width {widest}, {deepest} layers", lines=_lines(chosen, key), x="tokens")
             for title, key in (("ms a step", "ms"), ("bytes", "bytes"))
         ],
     )

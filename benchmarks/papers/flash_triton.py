@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from train_steps import synchronize
 
 import tilebook
+from tilebook.report.plots import Panel, draw
 
 LENGTHS, HEADS = (512, 1024, 2048, 4096, 8192, 16384), (64, 128)
 TINY_LENGTHS, TINY_HEADS = (32, 64), (16,)
@@ -163,7 +164,7 @@ def _group(row: dict[str, Any]) -> str:
     return f"{row['direction']} D{row['head']} {'causal' if row['causal'] else 'full'}"
 
 
-def panels(rows: list[dict[str, Any]]) -> list[beside.Panel]:
+def panels(rows: list[dict[str, Any]]) -> list[Panel]:
     """TFLOP/s over the length, of each direction with the widest heads under a causal mask."""
     widest, found = max(row["head"] for row in rows), []
     for direction in ("forward", "backward", "both"):
@@ -172,7 +173,7 @@ def panels(rows: list[dict[str, Any]]) -> list[beside.Panel]:
         for name in contenders(True):
             points = [(row["length"], row["tflops"][name]) for row in chosen if name in row["tflops"]]
             lines[name] = ([x for x, _ in points], [y for _, y in points])
-        found.append(beside.Panel(f"{direction} D{widest} causal: TFLOP/s", lines=lines, x="tokens"))
+        found.append(Panel(f"{direction} D{widest} causal: TFLOP/s", lines=lines, x="tokens"))
     return found
 
 
@@ -191,7 +192,7 @@ def main() -> None:
                 beside.keep(given, "attention over the length", results=rows)
     print(shown(rows))
     if rows:
-        beside.draw(given, panels(rows))
+        draw(given.out, panels(rows))
 
 
 if __name__ == "__main__":

@@ -55,17 +55,25 @@ def imdb(folder: Path, tokens: int, vocabulary: int, most: int) -> Texts:
     return Texts("IMDb", read("train"), read("test"))
 
 
-def packages(tokens: int, vocabulary: int, most: int) -> Texts:
-    """Quoted texts of Python's standard library and of PyTorch, no file's on both sides of the split."""
+def packages(tokens: int, vocabulary: int, most: int, joined: bool = False) -> Texts:
+    """Quoted texts of Python's standard library and of PyTorch, no file's on both sides of the split.
+
+    joined: a file's texts follow each other in one until that is as long as can be read.
+    """
     folders = Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parent
 
     def quoted(folder: Path, asked: bool) -> Iterator[str]:
         for file in sorted(folder.rglob("*.py")):
             name = str(file.relative_to(folder))
             if "site-packages" not in name and (crc32(name.encode()) % 4 == 0) == asked:
+                long = ""
                 for text in _QUOTED.findall(file.read_text(errors="replace")):
-                    if len(text.split()) >= _LEAST:
-                        yield text
+                    long = f"{long} {text}" if joined else text
+                    if len(long.split()) >= (tokens if joined else _LEAST):
+                        yield long
+                        long = ""
+                if joined and len(long.split()) >= _LEAST:
+                    yield long
 
     train, test = (
         _split((quoted(folders[0], asked), quoted(folders[1], asked)), tokens, vocabulary, most)

@@ -17,7 +17,7 @@ def clock(monkeypatch):
         work()
         return 4.0
 
-    monkeypatch.setattr(measure, "_timed_ms", timed)
+    monkeypatch.setattr(measure, "timed_ms", timed)
 
 
 class Call:

@@ -1,0 +1,113 @@
+"""Linear attention in layers of transformers' encoders."""
+
+import copy
+
+import pytest
+import torch
+from summed_pairs import over_pairs
+
+from tilebook.nn import hybrid
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {
+    "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64},
+    "bert": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64},
+}
+IDS = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+SEEN = torch.arange(9) < torch.tensor([9, 5])[:, None]
+PADDED = {"input_ids": IDS, "attention_mask": SEEN.long()}
+
+
+def made(kind, attention="sdpa", **options):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=99, **TINY[kind], **options)
+    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
+    return model.eval()
+
+
+def layers_of(model):
+    return [each for each in model.modules() if type(each).__name__.endswith("SelfAttention")]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "tilebook"])
+@pytest.mark.parametrize("kind", TINY)
+def test_layers_compute_the_sum_over_pairs_and_change_back(kind, attention, monkeypatch):
+    import tilebook
+
+    tilebook.register_transformers()
+    model = made(kind, attention)
+    state, before = copy.deepcopy(model.state_dict()), model(**PADDED).logits
+    met = []
+    report = hybrid(model, exact_every=2, feature_map="performer")
+    assert [name[-1] for name in report.changed.values()] == ["r", "r"]
+    assert len(report.left) == 1
+    assert model.config._attn_implementation == attention
+    names = ("q_lin", "k_lin", "v_lin") if kind == "distilbert" else ("query", "key", "value")
+    layer = layers_of(model)[2]
+    layer.register_forward_hook(lambda module, args, kwargs, out: met.append((args[0], out[0])), with_kwargs=True)
+    for given, hidden in ((PADDED, ~SEEN), ({"input_ids": IDS}, None)):
+        model(**given)
+        x, found = met[-1]
+        q, k, v = (getattr(layer, name)(x).unflatten(-1, (2, -1)).transpose(1, 2).double() for name in names)
+        right = over_pairs(q, k, v, hidden, "performer").transpose(1, 2).flatten(-2).float()
+        if kind == "distilbert":
+            right = layer.out_lin(right)
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(**PADDED).logits, before)
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(other(**PADDED).logits, model(**PADDED).logits)
+    assert all(map(torch.equal, model.state_dict().values(), state.values()))
+    report.undo()
+    assert torch.equal(model(**PADDED).logits, before)
+    assert layer.config is model.config
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_mask_that_hides_more_than_keys_is_refused(attention):
+    model = made("distilbert", attention)
+    hybrid(model, [1])
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    if attention == "eager":
+        mask = torch.zeros(2, 1, 9, 9).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with pytest.raises(ValueError, match="masks of padding only"):
+        model(input_ids=IDS, attention_mask=mask)
+    with pytest.raises(ValueError, match="masks of padding only"):
+        layers_of(model)[1](torch.zeros(2, 9, 32), torch.ones(2, 2, 9, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no weights of pairs"):
+        model(input_ids=IDS, output_attentions=True)
+
+
+def test_a_mask_that_was_changed_is_looked_at_again():
+    model = made("distilbert")
+    hybrid(model)
+    layer, x, mask = layers_of(model)[0], torch.randn(2, 9, 32), SEEN[:, None, None].repeat(1, 1, 9, 1)
+    first = layer(x, mask)[0]
+    mask[..., 1] = False
+    assert not torch.allclose(layer(x, mask)[0], first)
+    mask[:, :, 3, 2] = False
+    with pytest.raises(ValueError, match="masks of padding only"):
+        layer(x, mask)
+
+
+def test_a_decoder_is_refused_and_left_as_it_is():
+    model = made("bert", is_decoder=True)
+    with pytest.raises(ValueError, match="which are not causal"):
+        hybrid(model)
+    assert layers_of(model)[0].config is model.config
+    with pytest.raises(ValueError, match="which are not causal"):
+        hybrid(made("distilbert"), causal=True)
+
+
+def test_a_hybrid_trains_and_compiles_to_one_graph():
+    torch._dynamo.reset()
+    model = made("distilbert")
+    hybrid(model, [0])
+    block, x = model.distilbert.transformer.layer[0], torch.randn(2, 9, 32, requires_grad=True)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    mask = SEEN[:, None, None].repeat(1, 1, 9, 1)
+    torch.testing.assert_close(compiled(x, attention_mask=mask), block(x, attention_mask=mask), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="masks of padding only"):
+        compiled(x, attention_mask=mask.tril())
+    model.train()(**PADDED, labels=torch.tensor([0, 1])).loss.backward()
+    assert all(each.grad is not None for each in model.parameters())

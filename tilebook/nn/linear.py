@@ -1,0 +1,99 @@
+"""Multi-head attention of linear cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilebook.kernels.linear_attention import features, linear_attention
+from tilebook.nn.attention import MultiheadAttention
+
+
+class LinearAttention(MultiheadAttention):
+    """Multi-head `tilebook.linear_attention`: arguments, parameters and state dict of `torch.nn.MultiheadAttention`.
+
+    It is another function than softmax attention, and nothing falls back to that.
+
+    Args:
+        embed_dim, num_heads, bias, batch_first, device, dtype: as PyTorch's.
+        dropout: in training, of the heads' outputs, as there are no weights of pairs to drop.
+        feature_map: φ, as in `tilebook.linear_attention`: "elu+1", "relu", "softmax", "performer" or a function.
+        causal: token i sees the tokens j ≤ i only, in every call.
+        eps: what is added to the sum of the weights. A row all of whose keys are hidden is 0.
+
+    Raises:
+        ValueError: kdim or vdim of other widths, add_bias_kv, add_zero_attn.
+    """
+
+    def __init__(
+        self, *args: Any, feature_map: Any = "elu+1", causal: bool = False, eps: float = 1e-6, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.in_proj_weight is None or self.bias_k is not None or self.add_zero_attn:
+            raise ValueError("linear attention takes no kdim or vdim of other widths, add_bias_kv or add_zero_attn")
+        self._become(feature_map, causal, eps)
+
+    def _become(self, feature_map: Any, causal: bool, eps: float) -> None:
+        """Sets what it has beside what PyTorch's has."""
+        self.feature_map, self.causal, self.eps = feature_map, causal, eps
+        # PyTorch's encoders ask for it before they run exact attention in one op of these parameters.
+        self._qkv_same_embed_dim = False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """(output, None), by the arguments of PyTorch's, but for need_weights, which is False without a word.
+
+        key_padding_mask: (B, Sk) booleans, True for keys that count as nothing; or numbers m, by e^m of which a key
+        weighs more or less, as under softmax. PyTorch's encoders make such of booleans. attn_mask: only with is_causal,
+        which says that it is the causal one.
+
+        Raises:
+            ValueError: any other attn_mask, need_weights, inputs without a batch, nested tensors.
+        """
+        if need_weights:
+            raise ValueError("linear attention has no weights of pairs: call it with need_weights=False")
+        if attn_mask is not None and not is_causal:
+            raise ValueError("linear attention takes no attn_mask but a causal one, with is_causal=True")
+        if any(x.is_nested or x.dim() != 3 for x in (query, key, value)):
+            raise ValueError("linear attention takes tensors of three axes that are not nested")
+        heads_first = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
+        rows_first = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
+        q, k, v = (x.permute(heads_first) for x in self._projected(query, key, value))
+        causal = self.causal or is_causal
+        o = attend(q, k, v, key_padding_mask, feature_map=self.feature_map, causal=causal, eps=self.eps)
+        o = F.dropout(o.permute(rows_first).flatten(-2), self.dropout, self.training)
+        return F.linear(o, self.out_proj.weight, self.out_proj.bias), None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, *, feature_map: Any, causal: bool, eps: float
+) -> Tensor:
+    """`tilebook.linear_attention` under a key_padding_mask (B, Sk). Raises ValueError."""
+    if padding is not None:
+        numbers = padding.is_floating_point()
+        if not (numbers or padding.dtype == torch.bool) or padding.shape != (k.shape[0], k.shape[2]):
+            got = f"{tuple(padding.shape)} {padding.dtype} for {k.shape[0]} × {k.shape[2]}"
+            raise ValueError(
+                f"linear attention takes a key_padding_mask (batch, keys) of booleans or floats, not {got}"
+            )
+        hidden = padding <= torch.finfo(padding.dtype).min if numbers else padding
+        if k.shape[2]:  # a feature map may look at all keys: those that are hidden become copies of one that is seen
+            first = hidden.to(torch.uint8).argmin(-1)[:, None, None, None].expand(-1, k.shape[1], -1, k.shape[3])
+            k = torch.where(hidden[:, None, :, None], k.gather(2, first), k)
+        padding, v = padding[:, None, :, None], v.masked_fill(hidden[:, None, :, None], 0)
+    q, k = features.mapped(q, k, feature_map)
+    if padding is not None:
+        k = k * padding.exp().to(k.dtype) if numbers else k.masked_fill(padding, 0)
+    return linear_attention(q, k, v, feature_map=None, causal=causal, eps=eps)  # type: ignore[no-any-return]

@@ -1,0 +1,49 @@
+"""Pictures of figures, where matplotlib is installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Bars by name, or lines of x and y by name."""
+
+    title: str
+    bars: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    x: str = ""
+
+
+def draw(out: Path, panels: Sequence[Panel]) -> None:
+    """One picture beside the figures in `out`; without matplotlib there is none."""
+    panels = [panel for panel in panels if panel.bars or panel.lines]
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: it needs matplotlib: pip install 'tilebook[report]'", file=sys.stderr)
+        return
+    if not panels:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    height = max(3.0, *(0.35 * len(panel.bars) for panel in panels))
+    figure, (row,) = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), height), squeeze=False, layout="constrained"
+    )
+    for axes, panel in zip(row, panels, strict=True):
+        axes.set_title(panel.title, loc="left", fontsize=9)
+        if panel.bars:
+            axes.barh(list(panel.bars), list(panel.bars.values()), color="#1f77b4")
+            axes.invert_yaxis()
+        for name, (x, y) in panel.lines.items():
+            axes.plot(x, y, "o-", ms=3, label=name)
+        if panel.lines:
+            axes.set(xscale="log", yscale="log", xlabel=panel.x)
+            axes.legend(fontsize=7)
+    figure.savefig(out.with_suffix(".png"), dpi=130)
+    plt.close(figure)
