@@ -78,6 +78,12 @@ def named(mode: dict[str, Any]) -> str:
     return ", ".join([*parts, "autocast" if mode["autocast"] else "bf16", *(["dropout"] if mode["dropout"] else [])])
 
 
+def told(row: dict[str, Any]) -> str:
+    times = [f"{how} {ms:.3f} ms, {row['peak_mb'][how]} MB" for how, ms in row["ms"].items()]
+    ratios = [f"{how} {middle:.3f} ({low:.3f} … {high:.3f})" for how, (low, middle, high) in row["ratio"].items()]
+    return "; ".join(times) + "; PyTorch's time over that of " + ", ".join(ratios)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
@@ -96,8 +102,7 @@ def main() -> None:
         runs = {how: Run(how, shape, given, **mode) for how in ("pytorch", "tilebook.nn", "TILEBOOK=1")}
         settled = SETTLED_STEPS if given.device == "cuda" else 1
         rows.append({"case": case, **alternated(runs, given.rounds, given.device, settled)[1]})
-        ratios = ", ".join(f"{how} {each[1]:.3f}" for how, each in rows[-1]["ratio"].items())
-        print(f"{case}: {ratios}; {rows[-1]['ms']} ms, {rows[-1]['peak_mb']} MB", flush=True)
+        print(f"{case}: {told(rows[-1])}", flush=True)
         device = devices.current().name if given.device == "cuda" else "cpu"
         save(given.out, "modules", device, rounds=given.rounds, results=rows)
         del runs

@@ -85,6 +85,30 @@ def test_an_import_of_ours_that_fails_does_not_keep_it_off():
     assert "tilebook" not in complaints
 
 
+def test_a_spec_that_cannot_be_watched_is_a_warning():
+    text = """
+import importlib.util, sys
+from importlib.machinery import ModuleSpec
+import tilebook
+class Slotted(ModuleSpec):
+    __slots__ = ("more",)
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "tilebook.enabling":
+            sys.meta_path.remove(self)
+            found = importlib.util.find_spec(name)
+            spec = Slotted(name, found.loader, origin=found.origin)
+            spec.has_location = True
+            return spec
+sys.meta_path.insert(0, Finder())
+import tilebook.enabling, torch
+print(torch.ones(1).item())
+"""
+    seen, complaints = program(text, TILEBOOK="1")
+    assert seen == "1.0"
+    assert "tilebook: not turned on: TypeError" in complaints
+
+
 def test_what_is_not_asked_for_costs_nothing(monkeypatch):
     monkeypatch.delenv("TILEBOOK", raising=False)
     autoload.load()

@@ -24,7 +24,7 @@ def load() -> None:
     if importing:  # `import torch` is a line of one of our modules: it has to end first
         from tilebook.imported import after_import
 
-        after_import(importing, load, failed=True)
+        _guarded("not turned on", lambda: after_import(importing, load, failed=True))
         return
     try:
         from torch.nn.attention import register_flash_attention_impl

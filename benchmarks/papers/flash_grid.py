@@ -134,13 +134,13 @@ def saved(rows: list[dict[str, Any]], over_way: str) -> dict[str, Any]:
 def shown(rows: list[dict[str, Any]]) -> str:
     lines = [
         [
-            f"{row['length']} × {row['width']}, {row['layers']} layers",
+            f"{row['length']} × {row['width']}, layers: {row['layers']}",
             *(row["ms"].get(name) for name in WAYS),
             *(None if name not in row["bytes"] else row["bytes"][name] / 2**30 for name in WAYS),
         ]
         for row in rows
     ]
-    head = ["a step", *(f"{name}, ms" for name in WAYS), *(f"{name}, GB" for name in WAYS)]
+    head = ["a step: tokens × width", *(f"{name}, ms" for name in WAYS), *(f"{name}, GB" for name in WAYS)]
     shares: list[list[Any]] = [["the study, over standard", STUDY["time"], STUDY["memory"], None, None]]
     for way in ("standard", "sdpa"):
         found = saved(rows, way)

@@ -139,7 +139,13 @@ def measured(length: int, head: int, causal: bool, given: argparse.Namespace) ->
 
 def shown(rows: list[dict[str, Any]]) -> str:
     names = list(contenders(False))
-    head = ["", "S", *(f"{name}, ms" for name in names), *(f"{name}, TFLOP/s" for name in names), "over sdpa"]
+    head = [
+        "",
+        "S",
+        *(f"{name}, ms" for name in names),
+        *(f"{name}, TFLOP/s" for name in names),
+        "sdpa's time over tilebook's",
+    ]
     lines = [
         [
             _group(row),

@@ -223,6 +223,13 @@ def test_an_mlp_is_a_sequence_of_pytorchs(device, name):
             assert_no_worse(called(mine), called(plain), leaves(mine, BATCH, ROWS, WIDTH), blur=2)
 
 
+def test_a_part_of_an_mlp_is_a_sequence(device):
+    mlp, x = ours.MLP(WIDTH, INNER, device=device), torch.randn(BATCH, ROWS, WIDTH, device=device)
+    assert type(mlp[:2]) is nn.Sequential
+    assert torch.equal(mlp[:2](x), F.gelu(mlp[0](x)))
+    assert mlp[-1] is mlp[2]
+
+
 def test_a_gated_mlp_is_what_its_formula_says(device):
     for dtype in (torch.float32, torch.bfloat16):
         for recompute in (False, True):

@@ -54,6 +54,10 @@ class MLP(nn.Sequential):
         one_by_one: Any = super().forward
         return one_by_one(x) if found is None else found
 
+    def __getitem__(self, at: Any) -> Any:
+        # Of its own class PyTorch would make a slice, too.
+        return nn.Sequential(*self)[at] if isinstance(at, slice) else super().__getitem__(at)
+
 
 def fused(x: torch.Tensor, up: Any, between: Any, down: Any) -> torch.Tensor | None:
     """down(between(up(x))) by `tilebook.mlp`; None where the three have to be called."""
