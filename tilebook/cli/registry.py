@@ -174,6 +174,8 @@ def export_(
     layers = Layers.default(registry)
     if sign is not None and form != "tilebook":
         raise UsageError(f"--sign is for exports of tilebook's own form, and cannot go with --as {form}")
+    if file == "-" and form != "tilebook":
+        raise UsageError(f"--as {form} writes to no stdout: name a {'folder' if form == 'fla' else 'file'}")
     if form == "fla":
         _as_fla(layers, selection, Path(file))
         return
