@@ -138,6 +138,18 @@ def test_a_signature_changes_the_first_line_alone(signed: Path, tmp_path: Path):
     assert '"version":3' in plain.getvalue().partition("\n")[0]
 
 
+def test_what_a_stranger_said_is_not_signed(run: Run, signed: Path, tmp_path: Path):
+    run("import", signed, "--no-trust")
+    for more in ([], ["--measured"]):
+        told = run("export", tmp_path / "again.jsonl", "--sign", "theirs", *more).output
+        assert told.startswith("0 records written")
+        assert "those that are trusted here" in told
+    run("import", signed, "--trust")
+    assert "2 records written" in run("export", tmp_path / "again.jsonl", "--sign", "theirs").output
+    run("import", tmp_path / "again.jsonl", "--trust", "--registry", tmp_path / "other.db")
+    assert served(tmp_path / "other.db") == [True, True]
+
+
 def test_signing_is_refused_with_what_is_no_key(run: Run, tmp_path: Path):
     pytest.importorskip("cryptography")
     (tmp_path / "other").write_text("hello")

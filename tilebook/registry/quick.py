@@ -34,11 +34,12 @@ class Line(NamedTuple):
     created_at: datetime
     origin: str
     measured: bool
+    trusted: bool
 
     @classmethod
     def of(cls, written: Written) -> Line:
         its = written.verdict
-        return cls(written.line, its.op, its.problem, its.device, its.created_at, its.origin, its.measured)
+        return cls(written.line, its.op, its.problem, its.device, its.created_at, its.origin, its.measured, its.trusted)
 
 
 def quick(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None:
@@ -90,7 +91,7 @@ def _line(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None
     )  # fmt: skip
     if text.sha256(origin, bool(trusted)) != sha256:
         return None
-    return Line(text.line, op, problem, device, moment, origin, measured)
+    return Line(text.line, op, problem, device, moment, origin, measured, bool(trusted))
 
 
 def _finalist(
