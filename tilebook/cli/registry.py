@@ -304,10 +304,16 @@ def import_(file: str, trust: bool | None, max_size: float, timeout: float, regi
 
 def _signed(signature: Signature) -> str:
     """Who signed a file, for people."""
+    from tilebook.errors import RegistryError
+
     if not signature.checked:
         return f"signed by {signature.key}, it says: to look at that, pip install 'tilebook[sign]'"
-    if signature.trusted is not None:
-        return f"signed by {signature.trusted}, which is trusted"
+    try:
+        known = signature.trusted
+    except RegistryError as error:  # said after an import that did not ask for it
+        return f"signed by {signature.key}: {error}"
+    if known is not None:
+        return f"signed by {known}, which is trusted"
     return f"signed by {signature.key}, which is not trusted here: see `tilebook keys trust --help`"
 
 
