@@ -35,7 +35,7 @@ def _settings() -> dict[str, str]:
         return {name: checks.label(content[name], name) for name in ("name", "machine") if name in content}
     except (FileNotFoundError, NotADirectoryError, RegistryError):
         return {}
-    except (OSError, ValueError) as error:  # no reason not to run
+    except (OSError, ValueError, RecursionError) as error:  # no reason not to run
         warnings.warn(f"{place} cannot be read, and counts for nothing: {error}", stacklevel=3)
         return {}
 

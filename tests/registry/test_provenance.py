@@ -48,7 +48,7 @@ def test_nobody_is_named_unless_the_settings_do(settings):
     assert provenance.made() == {"by": "Ada", "machine": "node 17", "run": found["run"]}
 
 
-@pytest.mark.parametrize("text", ["name = ", "name = 3", 'name = "a\\nb"', "\xff"])
+@pytest.mark.parametrize("text", ["name = ", "name = 3", 'name = "a\\nb"', "\xff", "a=" + "[" * 20_000])
 def test_settings_that_cannot_be_read_are_one_warning(settings, text):
     settings.write_bytes(text.encode("latin-1"))
     with pytest.warns(UserWarning, match=r"config\.toml cannot be read"):

@@ -7,7 +7,7 @@ import pytest
 from registry_samples import A100, evidenced, predicted, problem, verdict
 
 import tilebook
-from tilebook.registry import Registry, reading, shipped, texts
+from tilebook.registry import Registry, reading, served, shipped, texts
 from tilebook.registry.quick import Line, quick
 from tilebook.registry.sql import Sql
 from tilebook.registry.texts import Written
@@ -35,6 +35,11 @@ def test_lines_are_those_of_the_records_and_all_are_quick(registry, monkeypatch)
     assert sorted(line.text for line in lines) == sorted(Written(each).line for each in found)
     assert [each.op for each in registry.each_line(Wanted(gpu="a100"))] == ["rms_norm_fwd"]
     assert registry.corrupt == 0
+
+
+def digests_fit(monkeypatch, row):
+    monkeypatch.setattr(texts.Text, "sha256", lambda self, origin, trusted: row[1])
+    monkeypatch.setattr(served, "digest_of", lambda *_: row[2])
 
 
 # The columns of `reading`'s statements; of finalists the first.
@@ -83,7 +88,7 @@ def test_what_no_record_would_hold_is_never_quick_even_where_its_digest_fits(
     with Registry.open(tmp_path / "registry.db", write=True) as registry:
         registry.record(verdict=evidenced())
         row, finalists = rows(registry)
-    monkeypatch.setattr(texts.Text, "sha256", lambda self, origin, trusted: row[1])
+    digests_fit(monkeypatch, row)
     assert quick(row, finalists) is not None
     if table == 0:
         row[place] = value
@@ -96,7 +101,7 @@ def test_finalists_that_no_verdict_would_have_are_not_quick(tmp_path, monkeypatc
     with Registry.open(tmp_path / "registry.db", write=True) as registry:
         registry.record(verdict=evidenced())
         row, finalists = rows(registry)
-    monkeypatch.setattr(texts.Text, "sha256", lambda self, origin, trusted: row[1])
+    digests_fit(monkeypatch, row)
     first, second, third = finalists
     alike = [*second[:1], 2, *second[2:]]
     for wrong in ([], [first, third], [first, [*third[:1], 1, *third[2:]], [*second[:1], 2, *second[2:]]]):
@@ -105,9 +110,20 @@ def test_finalists_that_no_verdict_would_have_are_not_quick(tmp_path, monkeypatc
     assert quick(row, [first, second, [*third[:4], 0.2, *third[5:]]]) is None
 
 
-def test_a_damaged_row_is_counted_as_by_any_reader(registry):
-    registry.record(verdict=evidenced())
-    with registry.transaction() as session:
-        Sql(session).run("UPDATE verdict SET notes = ?", [json.dumps({"tried": 8})])
-    assert list(registry.each_line()) == []
-    assert (registry.corrupt, len(registry.problems)) == (1, 1)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        f"verdict SET notes = '{json.dumps({'tried': 8})}'",
+        "verdict SET served = '00'",
+        "finalist SET place = 'x' WHERE place = 1",
+    ],
+)
+def test_a_damaged_row_is_counted_as_by_any_reader(damage, tmp_path):
+    with Registry.open(tmp_path / "registry.db", write=True) as registry:
+        registry.record(verdict=evidenced())
+        with registry.transaction() as session:
+            Sql(session).run(f"UPDATE {damage}", [])
+    for read in (Registry.each_line, Registry.each_verdict):
+        with Registry.open(tmp_path / "registry.db") as registry:
+            assert list(read(registry)) == []
+            assert (registry.corrupt, len(registry.problems)) == (1, 1)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -70,10 +71,67 @@ def test_trusted_keys_are_one_file_that_people_may_edit(run: Run, settings: Path
     assert signing.trusted() == []
 
 
-def test_a_file_that_others_can_write_makes_nobody_trusted(run: Run, settings: Path):
+@pytest.mark.parametrize("how", ["file", "folder", "target", "owner", "pipe", "size"])
+def test_where_others_can_write_nobody_is_trusted(how: str, run: Run, settings: Path, tmp_path: Path):
     run("keys", "trust", LINE, "--yes")
+    file = settings / "trusted_keys"
+    if how in ("file", "folder"):
+        (file if how == "file" else settings).chmod(0o777)
+    elif how == "owner":
+        if os.geteuid() != 0:
+            pytest.skip("only root gives files away")
+        os.chown(file, 12345, -1)
+    elif how == "size":
+        file.write_text(f"{LINE}\n" + "# more\n" * 10_000)
+    else:
+        file.unlink()
+        (tmp_path / "open").mkdir()
+        (tmp_path / "open").chmod(0o777)
+        (tmp_path / "open" / "keys").write_text(f"{LINE}\n")
+        os.mkfifo(file) if how == "pipe" else file.symlink_to(tmp_path / "open" / "keys")
+    for command in (["show"], ["trust", LINE, "--yes"], ["forget", FINGERPRINT]):
+        told = run("keys", *command, status=1).output
+        assert re.search("so that no key in .* is trusted", told)
+        assert len(told.splitlines()) == 1
+
+
+def test_a_trusted_file_stays_a_link(run: Run, settings: Path, tmp_path: Path):
+    settings.mkdir(parents=True)
+    (settings / "trusted_keys").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine").write_bytes(b"\xef\xbb\xbf" + LINE.encode() + b"\r\n")
+    assert FINGERPRINT in run("keys", "show").output
+    run("keys", "forget", FINGERPRINT)
+    assert (settings / "trusted_keys").is_symlink()
+    assert (tmp_path / "mine").read_text() == ""
+
+
+def test_what_is_no_name_of_a_key_changes_nothing(run: Run, settings: Path, tmp_path: Path):
+    bare = LINE.rpartition(" Ada")[0]
+    run("keys", "trust", bare, "--yes")
+    run("keys", "forget", "", status=2)
+    for wrong in ("a\nb", "x" * 200):
+        assert len(run("keys", "trust", LINE, "--yes", "--name", wrong, status=2).output.splitlines()) == 1
+    (tmp_path / "two").write_text(f"{bare}\n{LINE}\n")
+    assert "not a public key" in run("keys", "trust", tmp_path / "two", "--yes", status=2).output
+    assert (settings / "trusted_keys").read_text() == f"{bare}\n"
+
+
+def test_folders_of_keys_are_ones_own(run: Run, settings: Path):
+    pytest.importorskip("cryptography")
+    before = os.umask(0)
+    try:
+        run("keys", "make")
+    finally:
+        os.umask(before)
+    assert [each.stat().st_mode & 0o777 for each in (settings, settings / "keys")] == [0o700, 0o700]
+
+
+def test_an_import_that_asks_for_no_key_ends_well(run: Run, signed: Path, settings: Path, tmp_path: Path):
+    run("keys", "trust", signed, "--yes")
     (settings / "trusted_keys").chmod(0o666)
-    assert "can be written by others" in run("keys", "show", status=1).output
+    told = run("import", signed, "--no-trust", "--registry", tmp_path / "new.db").output
+    assert "can be written by others" in told
+    run("import", signed, "--registry", tmp_path / "other.db", status=1)
 
 
 def test_without_a_home_nobody_is_trusted(monkeypatch):
@@ -136,6 +194,18 @@ def test_a_signature_changes_the_first_line_alone(signed: Path, tmp_path: Path):
         export(registry, plain)
     assert plain.getvalue().partition("\n")[2] == signed.read_text().partition("\n")[2]
     assert '"version":3' in plain.getvalue().partition("\n")[0]
+
+
+def test_what_a_stranger_said_is_not_signed(run: Run, signed: Path, tmp_path: Path):
+    run("import", signed, "--no-trust")
+    for more in ([], ["--measured"]):
+        told = run("export", tmp_path / "again.jsonl", "--sign", "theirs", *more).output
+        assert told.startswith("0 records written")
+        assert "those that are trusted here" in told
+    run("import", signed, "--trust")
+    assert "2 records written" in run("export", tmp_path / "again.jsonl", "--sign", "theirs").output
+    run("import", tmp_path / "again.jsonl", "--trust", "--registry", tmp_path / "other.db")
+    assert served(tmp_path / "other.db") == [True, True]
 
 
 def test_signing_is_refused_with_what_is_no_key(run: Run, tmp_path: Path):

@@ -116,6 +116,8 @@ def test_values_that_an_axis_lacks_are_its_nearest(tmp_path):
         "", "[1]", "{", "[" * 100_000, '{"1": "x"}', "\xff", '{"cache": {"a": 7}}',
         '{"configs_timings": [[3, 4], 5, [{"kwargs": {"BLOCK_M": 64}}, []]]}',
         '{"configs_timings": [["BLOCK_M: 64", [1e999]]]}', '{"1": {"BLOCK_M": "64", "num_warps": 1e3}}',
+        f'{{"configs_timings": [[{{"kwargs": {{"BLOCK_M": 64}}}}, [1{"0" * 400}, 1{"0" * 400}]]]}}',
+        json.dumps({"1": {f"BLOCK_{n}": 1 for n in range(65)}}),
         '{"1": {"BLOCK_M": 99999999999999999999999}}', '{"autotune_entries": {"a": {"config": null}}}',
     ],
 )  # fmt: skip
@@ -139,6 +141,39 @@ def test_only_ordinary_files_of_a_bearable_size_are_read(tmp_path, monkeypatch):
     assert [line.split(": ")[1:] for line in found.left_out] == [["ValueError", "larger than 0 MiB"]]
     with pytest.raises(UsageError, match="no such file or folder"):
         hints.read(tmp_path / "none")
+
+
+def test_what_a_file_is_called_or_says_cannot_paint_the_terminal(tmp_path):
+    (tmp_path / "\x1b[31m\n.json").write_text("{")
+    database = sqlite3.connect(tmp_path / "a.sqlite3")
+    database.execute("CREATE TABLE t (a)")
+    database.execute("PRAGMA writable_schema = ON")
+    database.execute("UPDATE sqlite_schema SET name = ?, sql = 'CREATE TABLE t (a'", ["\x1b[31m\nred"])
+    database.commit()
+    (tmp_path / "b.json").write_text(json.dumps(MOE))
+    assert [line.isprintable() for line in hints.read(tmp_path).left_out] == [True, True]
+
+
+@pytest.mark.parametrize(("limit", "left"), [("_MOST_FILES", 3), ("_MOST_FOUND", 3), ("_MOST_S", 5)])
+def test_there_are_limits_for_all_files_together(limit, left, tmp_path, monkeypatch):
+    monkeypatch.setattr(hints, limit, -1.0 if limit == "_MOST_S" else 2)
+    for name in range(5):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"1": {"BLOCK_M": name}, "2": {"BLOCK_M": name + 64}}))
+    if limit == "_MOST_FOUND":
+        (tmp_path / "0.json").write_text("{")
+    if limit == "_MOST_S":
+        with pytest.raises(UsageError, match=f"{left} files: what is before them is enough"):
+            hints.read(tmp_path)
+        return
+    found = hints.read(tmp_path)
+    assert found.left_out[-1] == f"{left} files: what is before them is enough"
+    assert len(found.found) <= 4
+
+
+def test_a_file_that_goes_away_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "b.json").write_text(json.dumps(MOE))
+    monkeypatch.setattr(os, "walk", lambda place: [(str(place), [], ["a.json", "b.json"])])
+    assert [line.split(": ")[1] for line in hints.read(tmp_path).left_out] == ["FileNotFoundError"]
 
 
 def test_our_own_kernels_take_hints_of_tiles(tmp_path):

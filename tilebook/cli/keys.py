@@ -78,7 +78,7 @@ def trust(key: str, name: str | None, yes: bool) -> None:
 
     found = signing.read_key(key)
     if name is not None:
-        found = signing.Key.of(f"ssh-ed25519 {found.text} {name}")
+        found = signing.read_key(f"ssh-ed25519 {found.text} {name}")
     if not yes:
         click.confirm(f"Trust all that is signed by {found}?", abort=True, err=True)
     new = signing.trust(found)

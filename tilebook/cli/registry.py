@@ -162,7 +162,8 @@ def export_(
     """Writes a registry to FILE as JSON Lines, to be passed on and imported elsewhere; - is stdout.
 
     Without a record of one's own, what `show` shows is written. A file that is there is replaced if it is an export.
-    Revocations go with it, those of the op where one is named. Who trusts the key of --sign serves what it says.
+    Revocations go with it, those of the op where one is named. Who trusts the key of --sign serves what it says, so
+    that what is not trusted here is left out.
     """
     from tilebook.cli.files import written
     from tilebook.errors import UsageError
@@ -170,10 +171,14 @@ def export_(
     from tilebook.registry.layers import Layers
     from tilebook.registry.selection import Selection
 
-    selection = Selection(op=known_op(op), gpu=gpu, dtype=dtype, since=since, measured=measured)
+    selection = Selection(
+        op=known_op(op), gpu=gpu, dtype=dtype, since=since, measured=measured, trusted=sign is not None
+    )
     layers = Layers.default(registry)
     if sign is not None and form != "tilebook":
         raise UsageError(f"--sign is for exports of tilebook's own form, and cannot go with --as {form}")
+    if file == "-" and form != "tilebook":
+        raise UsageError(f"--as {form} writes to no stdout: name a {'folder' if form == 'fla' else 'file'}")
     if form == "fla":
         _as_fla(layers, selection, Path(file))
         return
@@ -187,7 +192,7 @@ def export_(
         count, problems = _written(layers, target if own else None, selection, trials, stream, by and by[0])
     for problem in problems:
         click.echo(f"tilebook: {problem}", err=True)
-    signed = f", signed by {by[1]}" if by else ""
+    signed = f", those that are trusted here, signed by {by[1]}" if by else ""
     click.echo(f"{count} records written to {'stdout' if file == '-' else file}{signed}", err=True)
 
 
@@ -299,10 +304,16 @@ def import_(file: str, trust: bool | None, max_size: float, timeout: float, regi
 
 def _signed(signature: Signature) -> str:
     """Who signed a file, for people."""
+    from tilebook.errors import RegistryError
+
     if not signature.checked:
         return f"signed by {signature.key}, it says: to look at that, pip install 'tilebook[sign]'"
-    if signature.trusted is not None:
-        return f"signed by {signature.trusted}, which is trusted"
+    try:
+        known = signature.trusted
+    except RegistryError as error:  # said after an import that did not ask for it
+        return f"signed by {signature.key}: {error}"
+    if known is not None:
+        return f"signed by {known}, which is trusted"
     return f"signed by {signature.key}, which is not trusted here: see `tilebook keys trust --help`"
 
 

@@ -91,8 +91,11 @@ def export(
     many.
 
     The same records give the same bytes, whichever registry holds them, and whoever signs them the same but for the
-    first line. Misses stay: they say what a user runs.
+    first line. Misses stay: they say what a user runs. Of what strangers said nothing is signed but trials, for what
+    is signed is trusted.
     """
+    if sign is not None:
+        selection = replace(selection, trusted=True)
     wanted, everything = Wanted(op=selection.op, gpu=selection.gpu), selection.everything
     return lines.write(
         stream,

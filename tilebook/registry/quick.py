@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tilebook.registry import checks
+from tilebook.registry import checks, served
 from tilebook.registry.checks import DAMAGE, canonical, time_text
 from tilebook.registry.records import Device, Environment
 from tilebook.registry.texts import NONE, Three, Written, finalist_text, numbers, text_of
@@ -34,11 +34,12 @@ class Line(NamedTuple):
     created_at: datetime
     origin: str
     measured: bool
+    trusted: bool
 
     @classmethod
     def of(cls, written: Written) -> Line:
         its = written.verdict
-        return cls(written.line, its.op, its.problem, its.device, its.created_at, its.origin, its.measured)
+        return cls(written.line, its.op, its.problem, its.device, its.created_at, its.origin, its.measured, its.trusted)
 
 
 def quick(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None:
@@ -50,7 +51,7 @@ def quick(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None
 
 
 def _line(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None:
-    _, sha256, _, op, problem, name, arch, sm_count, versions, kernel_op, kernel, status, mode, *rest = row
+    _, sha256, served_sha256, op, problem, name, arch, sm_count, versions, kernel_op, kernel, status, mode, *rest = row
     default_time_ms, value, low, high, sources, origin, trusted, at, notes = rest
     measured, interval, ours = _measured(status), _three(value, low, high), _number(default_time_ms)
     texts: list[str] = []
@@ -88,9 +89,14 @@ def _line(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None
         created_at, ours, device.text, versions, texts, interval, kernel, mode, notes, op, checks.problem(problem),
         sources, status,
     )  # fmt: skip
-    if text.sha256(origin, bool(trusted)) != sha256:
+    columns = [versions, kernel, status, mode, *interval, sources, origin, int(trusted)]
+    given = ([implementation, config, ms, code] for _, _, implementation, config, ms, code, *_ in finalists)
+    if (text.sha256(origin, bool(trusted)), served.digest_of(op, problem, device, columns, given)) != (
+        sha256,
+        served_sha256,
+    ):
         return None
-    return Line(text.line, op, problem, device, moment, origin, measured)
+    return Line(text.line, op, problem, device, moment, origin, measured, bool(trusted))
 
 
 def _finalist(

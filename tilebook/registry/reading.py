@@ -105,7 +105,10 @@ def _verdict(row: Row, finalists: list[Row]) -> Written | None:
 
 def line_of(row: Row, finalists: list[Row]) -> Line | None:
     """A verdict's line, the quick way where that sees that the row is what was recorded; None where it is damaged."""
-    ranked = sorted(finalists, key=lambda each: each[1])
+    try:
+        ranked = sorted(finalists, key=lambda each: each[1])
+    except TypeError:
+        return None
     if (found := quick(row, ranked)) is not None:
         return found
     written = _verdict(row, ranked)

@@ -24,6 +24,7 @@ class Selection:
     since, before: when the record was made: not before the one, before the other.
     origin:        who put it there.
     measured:      leaves out predictions.
+    trusted:       leaves out verdicts and revocations of strangers.
     """
 
     op: str | None = None
@@ -33,6 +34,7 @@ class Selection:
     before: datetime | None = None
     origin: str | None = None
     measured: bool = False
+    trusted: bool = False
 
     @property
     def everything(self) -> bool:
@@ -40,7 +42,7 @@ class Selection:
 
     def verdict(self, verdict: Shown | Line) -> bool:
         its = self.origin in (None, verdict.origin) and (verdict.measured or not self.measured)
-        return its and self._about(verdict)
+        return its and (verdict.trusted or not self.trusted) and self._about(verdict)
 
     def trial(self, trial: Trial) -> bool:
         """Of who put it there a trial says nothing."""
@@ -48,7 +50,7 @@ class Selection:
 
     def revocation(self, revocation: Revocation) -> bool:
         """A revocation is about an op, on every GPU that it does not rule out, whatever is measured there."""
-        return self.op in (None, revocation.op)
+        return self.op in (None, revocation.op) and (revocation.trusted or not self.trusted)
 
     def _about(self, record: Trial | Shown | Line) -> bool:
         return (

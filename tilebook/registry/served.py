@@ -91,7 +91,7 @@ def of(verdict: Verdict, layer: str) -> Served:
 
 def digest(verdict: Verdict) -> str:
     """SHA-256 in hex of what is served of a verdict. Its row keeps it, so that nothing else is read to check it."""
-    return _digest(
+    return digest_of(
         verdict.op,
         verdict.problem,
         verdict.device,
@@ -111,7 +111,7 @@ def digest(verdict: Verdict) -> str:
     )
 
 
-def _digest(op: str, problem: str, device: Device, columns: Sequence[Any], finalists: Iterable[Sequence[Any]]) -> str:
+def digest_of(op: str, problem: str, device: Device, columns: Sequence[Any], finalists: Iterable[Sequence[Any]]) -> str:
     key = [op, problem, device.name, device.arch, device.sm_count]
     return hashlib.sha256(_COMPACT([key, list(columns), [list(each) for each in finalists]]).encode()).hexdigest()
 
@@ -139,7 +139,7 @@ def from_columns(
     A digest says that nothing was lost, not who wrote it: the values are checked as those of any record.
     """
     try:
-        if _digest(op, problem, device, columns, finalists) != sha256:
+        if digest_of(op, problem, device, columns, finalists) != sha256:
             return None
         versions, kernel, status, mode, speedup, low, high, sources, origin, trusted = columns
         if mode not in MODES or trusted not in (0, 1) or not finalists:

@@ -47,7 +47,7 @@ class Key:
             blob = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
             blob = b""
-        if kind != _KIND or not blob.startswith(_BEGIN) or len(blob) != len(_BEGIN) + 32:
+        if "\n" in line.strip() or kind != _KIND or not blob.startswith(_BEGIN) or len(blob) != len(_BEGIN) + 32:
             raise ValueError(f"not a public key such as 'ssh-ed25519 AAAA… name': {quoted(line)}")
         return cls(base64.b64encode(blob).decode(), name and checks.label(name.strip(), "the key's name"))
 
@@ -145,7 +145,8 @@ def make(name: str) -> tuple[Path, Key]:
     text = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
-    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for folder in (place.parent.parent, place.parent):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(text)
@@ -200,7 +201,7 @@ def forget(which: str) -> list[Key]:
     lines, gone = _trusted_lines(file), []
     for line in lines:
         key = _key(line)
-        if key is not None and which in (key.name, key.fingerprint, key.text):
+        if key is not None and which and which in (key.name, key.fingerprint, key.text):
             gone.append(key)
     if gone:
         _write(file, [line for line in lines if _key(line) not in gone])
@@ -223,12 +224,30 @@ def read_key(source: str) -> Key:
 
 def _trusted_lines(file: Path) -> list[str]:
     try:
-        mode = file.stat().st_mode
+        found = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would keep it waiting
     except FileNotFoundError:
         return []
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise RegistryError(f"{file} can be written by others, so that no key in it is trusted: chmod go-w {file}")
-    return _text(file).splitlines()
+    with open(found, "rb") as stream:
+        status = os.fstat(found)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST:
+            raise RegistryError(f"{file} is no file of at most {_MOST >> 10} KiB, so that no key in it is trusted")
+        _refuse_others(file, status, file)
+        for folder in {file.parent, Path(os.path.realpath(file)).parent}:
+            _refuse_others(folder, folder.stat(), file)
+        return _decoded(stream.read(_MOST)).splitlines()
+
+
+def _refuse_others(place: Path, status: os.stat_result, file: Path) -> None:
+    """Raises RegistryError where others can write a place, and so what is trusted."""
+    if not hasattr(os, "geteuid"):
+        return
+    if status.st_uid not in (0, os.geteuid()):
+        raise RegistryError(f"{place} is somebody else's, so that no key in {file} is trusted: chown it")
+    others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if others and not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
+        raise RegistryError(
+            f"{place} can be written by others, so that no key in {file} is trusted: chmod go-w {place}"
+        )
 
 
 def _key(line: str) -> Key | None:
@@ -240,6 +259,7 @@ def _key(line: str) -> Key | None:
 
 
 def _write(file: Path, lines: list[str]) -> None:
+    file = Path(os.path.realpath(file))  # a link stays one
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
@@ -252,7 +272,11 @@ def _write(file: Path, lines: list[str]) -> None:
 
 def _text(file: Path) -> str:
     with file.open("rb") as stream:
-        return stream.read(_MOST).decode("utf-8", "replace")
+        return _decoded(stream.read(_MOST))
+
+
+def _decoded(content: bytes) -> str:
+    return content.decode("utf-8-sig", "replace")
 
 
 def _is_name(name: str) -> bool:

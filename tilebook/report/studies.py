@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import sqlite3
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
 
 from tilebook.errors import UsageError
 from tilebook.registry.records import Status, Trial
 from tilebook.report.rows import label
 
-_MARK = "tilebook"
-"""The attribute of an Optuna trial that has the digest of ours."""
+_MARK = "tilebook:sha256"
+"""The attribute of an Optuna trial that has the digest of ours. "tilebook" is a version beside it."""
 
 _STATES = {Status.OK: TrialState.COMPLETE, Status.FAILED: TrialState.FAIL, Status.REJECTED: TrialState.PRUNED}
 
@@ -30,13 +33,22 @@ def write(file: Path, trials: Iterable[Trial]) -> tuple[int, int]:
     A file that is not there is made; so the same trials may be added again while a tune goes on, and the dashboard
     shows what has come. Raises UsageError where there is something else than a storage of Optuna's.
     """
-    _refuse_foreign(file)
+    with _alone(file.parent):
+        _refuse_foreign(file)
+        try:
+            return _added(file, trials)
+        except (RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError) as error:
+            raise UsageError(f"{file} cannot be written: {error}") from error
+
+
+def _added(file: Path, trials: Iterable[Trial]) -> tuple[int, int]:
     studies: dict[str, list[Trial]] = {}
     for each in trials:
         name = f"{each.op} {label(each.op, each.problem)} on {each.device.name}: {each.implementation}"
         studies.setdefault(name, []).append(each)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
+    # Of a URL with a ? in the file's name SQLAlchemy would open another file.
+    storage = optuna.storages.RDBStorage("sqlite:///studies", {"creator": lambda: sqlite3.connect(file)})
     new = 0
     for name, its in studies.items():
         study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
@@ -72,10 +84,10 @@ def _trial(trial: Trial, axes: dict[str, Any]) -> FrozenTrial:
     timed = trial.status is Status.OK and trial.time_ms is not None
     state = _STATES[trial.status] if timed or trial.status is not Status.OK else TrialState.PRUNED
     told = {
+        **trial.environment.versions,
         "reason": trial.reason,
         "failure": trial.failure and trial.failure.value,
         "made": trial.facts.get("made"),
-        **trial.environment.versions,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -84,20 +96,32 @@ def _trial(trial: Trial, axes: dict[str, Any]) -> FrozenTrial:
             distributions=axes,
             value=trial.time_ms if timed else None,
             state=state,
-            user_attrs={_MARK: trial.sha256, **{name: value for name, value in told.items() if value}},
+            user_attrs={name: value for name, value in told.items() if value} | {_MARK: trial.sha256},
         )
     moment = trial.created_at.astimezone().replace(tzinfo=None)  # Optuna's own are local times
     made.datetime_start, made.datetime_complete = moment, moment
     return made
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While others wait that write studies into this folder: two at once would add the same trials."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
 def _refuse_foreign(file: Path) -> None:
     if not file.exists():
         return
-    with (
-        contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as found,
-    ):
-        if found.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'study_directions'").fetchone():
+    with contextlib.suppress(sqlite3.Error), contextlib.ExitStack() as cleanup:
+        if file.is_file():  # SQLite would wait for what a pipe has
+            found = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)
+            cleanup.callback(found.close)
+            found.execute("SELECT library_version FROM version_info, study_directions")
             return
     raise UsageError(f"{file} is there and holds no studies of Optuna: it is left as it is")

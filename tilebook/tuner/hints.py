@@ -19,13 +19,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tilebook.errors import UsageError
+from tilebook.errors import UsageError, one_line
 from tilebook.op import Config, Op, Space, Value
+from tilebook.registry import checks
 
-_MOST_FILES, _MOST_BYTES, _MOST_ROWS, _MOST_S = 20_000, 8 << 20, 200_000, 10.0
+_MOST_FILES, _MOST_BYTES, _MOST_ROWS, _MOST_FOUND, _MOST_S = 20_000, 8 << 20, 200_000, 50_000, 60.0
 _MOST = 16
 """Of one op, those that were named most often."""
 
@@ -61,15 +63,24 @@ class Hints:
 
 def read(place: Path) -> Hints:
     """The hints of a file, or of all files in a folder. Raises UsageError where there are none."""
-    hints = Hints()
-    for path in _files(place):
+    hints, until = Hints(), time.monotonic() + _MOST_S
+    paths = _files(place)
+    for number, path in enumerate(paths):
+        if number == _MOST_FILES or len(hints.found) >= _MOST_FOUND or time.monotonic() > until:
+            hints.left_out.append(f"{len(paths) - number} files: what is before them is enough")
+            break
         try:
-            for kernel, values in _aotriton(path) if path.suffix == ".sqlite3" else _json(path):
+            # No link is followed below the folder, and a pipe would keep us waiting.
+            if not stat.S_ISREG((path.stat() if path == place else path.lstat()).st_mode):
+                continue
+            for kernel, values in _aotriton(path, until) if path.suffix == ".sqlite3" else _json(path):
                 usable = {str(name)[:64]: value for name, value in values.items() if _is_value(value)}
-                if usable:
+                if 0 < len(usable) <= checks.MAX_CONFIG:
                     hints.found[kernel, tuple(sorted(usable.items()))] += 1
-        except (OSError, ValueError, RecursionError, sqlite3.Error) as wrong:
-            hints.left_out.append(f"{path}: {type(wrong).__name__}: {wrong}"[:300])
+                if len(hints.found) >= _MOST_FOUND:
+                    break
+        except (OSError, ValueError, ArithmeticError, RecursionError, sqlite3.Error) as wrong:
+            hints.left_out.append(one_line(checks.text(f"{path}: {type(wrong).__name__}: {wrong}", "file"))[:300])
     if not hints.found:
         raise UsageError(
             f"{place}: no configs of kernels in it" + "".join(f"\n  {each}" for each in hints.left_out[:3])
@@ -77,19 +88,16 @@ def read(place: Path) -> Hints:
     return hints
 
 
-def _files(place: Path) -> Iterator[Path]:
-    """Ordinary files that may have hints, in the order of their names; no link is followed below the folder."""
+def _files(place: Path) -> list[Path]:
+    """Files that may have hints, in the order of their names."""
     if not place.exists():
         raise UsageError(f"{place}: there is no such file or folder")
-    paths = [place] if not place.is_dir() else sorted(
+    return [place] if not place.is_dir() else sorted(
         Path(folder, name)
         for folder, _, names in os.walk(place)
         for name in names
         if name.endswith((".json", ".sqlite3"))
     )  # fmt: skip
-    for path in paths[:_MOST_FILES]:
-        if stat.S_ISREG((path.stat() if path == place else path.lstat()).st_mode):
-            yield path
 
 
 def _is_value(value: Any) -> bool:
@@ -111,9 +119,10 @@ def _json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if best is not None and _time(best) < math.inf:
             yield kernel, _config(best[0])
     elif isinstance(entries := whole.get("autotune_entries"), dict):
+        kernel = str(whole.get("kernel_name", ""))[:200]
         for entry in entries.values():
             if isinstance(entry, dict):
-                yield str(whole.get("kernel_name", "")), _config(entry.get("config"))
+                yield kernel, _config(entry.get("config"))
     elif isinstance(cache := whole.get("cache"), dict):
         for chosen in cache.values():
             yield "", _config(chosen)
@@ -141,9 +150,8 @@ def _config(chosen: Any) -> Mapping[str, Any]:
     return {**inner, **chosen} if isinstance(inner, dict) else chosen
 
 
-def _aotriton(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _aotriton(path: Path, until: float) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Of each row of AOTriton's tables, `FLASH$kernel`, the columns `tuned_kernel$…` and `compiler_options$…`."""
-    until = time.monotonic() + _MOST_S
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
         database.set_progress_handler(lambda: time.monotonic() > until, 10_000)
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
@@ -162,6 +170,7 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+@lru_cache(10_000)
 def _plain(name: str) -> str:
     """BLOCK_SIZE_M, BLOCK_M and BM are one parameter."""
     plain = re.sub(r"SIZE|[^A-Z0-9]", "", name.upper())
