@@ -27,7 +27,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         return tuple(map(int, parts))
 
 
-@main.group()
+@main.group(epilog=example("tilebook bench crossover --head-dim 128"))
 def bench() -> None:
     """Measures on this GPU how ways to compute compare that are not the same function."""
 
