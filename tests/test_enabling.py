@@ -69,8 +69,7 @@ def test_the_environment_turns_it_on_at_the_end_of_import_torch(environment, exp
 
 @pytest.mark.parametrize(
     "first",
-    ["import tilebook; tilebook.status", "import tilebook; tilebook.patch", "import tilebook; tilebook.autotune"]
-    + [f"import tilebook.{name}" for name in ("op", "enabling", "kernels.attention", "dispatch", "call", "cli")],
+    ["import tilebook; tilebook.patch", "import tilebook.op", "import tilebook.enabling", "import tilebook.cli"],
 )
 def test_a_program_that_imports_tilebook_before_torch_has_it_on(first):
     seen, complaints = program(f"{first}\n{SEEN}", TILEBOOK="1")
