@@ -38,20 +38,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        heads_first = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
-        rows_first = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
-        q, k, v = (x.permute(heads_first) for x in self._projected(query, key, value))
+        q, k, v = self._heads(query, key, value)
         causal = is_causal and key_padding_mask is None
         mask = None if causal else self._mask(q.shape[0], key_padding_mask, attn_mask)
         dropout = self.dropout if self.training else 0.0
         o = scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-        return F.linear(o.permute(rows_first).flatten(-2), self.out_proj.weight, self.out_proj.bias), None
+        return F.linear(self._rows(o), self.out_proj.weight, self.out_proj.bias), None
 
     def _ours(
         self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, is_causal: bool
     ) -> bool:
         """Is it a call in the usual form, that PyTorch would not refuse either?"""
-        if self.in_proj_weight is None or self.bias_k is not None or self.bias_v is not None or self.add_zero_attn:
+        if not of_one_width(self):
             return False
         if not q.dim() == k.dim() == v.dim() == 3 or q.is_nested or k.is_nested or v.is_nested:
             return False
@@ -64,6 +62,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not _hides(mask) or mask.shape not in ((n_q, n_k), (batch * self.num_heads, n_q, n_k)):
             return False
         return padding is None or (padding.dtype == mask.dtype and padding.shape == (batch, n_k))
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k and v (B, H, S, D), views of their products."""
+        order = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
+        return [x.permute(order) for x in self._projected(query, key, value)]
+
+    def _rows(self, o: Tensor) -> Tensor:
+        """Outputs (B, H, S, D) with their heads side by side, as inputs lie."""
+        return o.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).flatten(-2)
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k and v, each with its heads in an axis of their own: one product of what is one tensor."""
@@ -91,6 +98,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         if parts[0].dtype != torch.bool:
             return parts[0] if len(parts) == 1 else parts[0] + parts[1]
         return ~(parts[0] if len(parts) == 1 else parts[0] | parts[1])
+
+
+def of_one_width(module: nn.MultiheadAttention) -> bool:
+    """Has it one width, and neither bias_k and bias_v nor add_zero_attn?"""
+    return module.in_proj_weight is not None and module.bias_k is module.bias_v is None and not module.add_zero_attn
 
 
 def in_one_op(module: nn.Module, x: Tensor) -> bool:

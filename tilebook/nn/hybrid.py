@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tilebook.nn.attention import MultiheadAttention
+from tilebook.nn.attention import MultiheadAttention, of_one_width
 from tilebook.nn.linear import LinearAttention, attend
 from tilebook.patching import Report
 
@@ -116,7 +116,7 @@ def _check(name: str, module: Any, causal: bool) -> None:
     if _theirs(module):
         if causal or module.is_causal or getattr(module, "is_decoder", False):
             raise ValueError(f"{name}: linear attention serves transformers' encoders, which are not causal")
-    elif module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
+    elif not of_one_width(module):
         raise ValueError(f"{name} has kdim or vdim of other widths, add_bias_kv or add_zero_attn")
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilebook.kernels.linear_attention import features, linear_attention
-from tilebook.nn.attention import MultiheadAttention
+from tilebook.nn.attention import MultiheadAttention, of_one_width
 
 
 class LinearAttention(MultiheadAttention):
@@ -32,7 +32,7 @@ class LinearAttention(MultiheadAttention):
         self, *args: Any, feature_map: Any = "elu+1", causal: bool = False, eps: float = 1e-6, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        if self.in_proj_weight is None or self.bias_k is not None or self.add_zero_attn:
+        if not of_one_width(self):
             raise ValueError("linear attention takes no kdim or vdim of other widths, add_bias_kv or add_zero_attn")
         self._become(feature_map, causal, eps)
 
@@ -68,12 +68,10 @@ class LinearAttention(MultiheadAttention):
             raise ValueError("linear attention takes no attn_mask but a causal one, with is_causal=True")
         if any(x.is_nested or x.dim() != 3 for x in (query, key, value)):
             raise ValueError("linear attention takes tensors of three axes that are not nested")
-        heads_first = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
-        rows_first = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
-        q, k, v = (x.permute(heads_first) for x in self._projected(query, key, value))
+        q, k, v = self._heads(query, key, value)
         causal = self.causal or is_causal
         o = attend(q, k, v, key_padding_mask, feature_map=self.feature_map, causal=causal, eps=self.eps)
-        o = F.dropout(o.permute(rows_first).flatten(-2), self.dropout, self.training)
+        o = F.dropout(self._rows(o), self.dropout, self.training)
         return F.linear(o, self.out_proj.weight, self.out_proj.bias), None
 
 
