@@ -20,33 +20,31 @@ def load() -> None:
 
     `torch.nn.attention.activate_flash_attention_impl("tilebook")`, from PyTorch 2.11 on, turns it on as well.
     """
-    importing = _under_way()
-    if importing:  # `import torch` is a line of one of our modules: it has to end first
-        from tilebook.imported import after_import
-
-        _guarded("not turned on", lambda: after_import(importing, load, failed=True))
-        return
     try:
         from torch.nn.attention import register_flash_attention_impl
 
         register_flash_attention_impl("tilebook", register_fn=_activate)
     except Exception:  # an older PyTorch has no such register
         pass
+    if os.environ.get(TRITON, "").strip() or os.environ.get(PROFILED, "") or value(ASKED) in ("yes", _PATCH):
+        _guarded("not turned on", _asked)
+
+
+def _asked() -> None:
+    """What the environment asks for, or once a module of ours has been imported of which `import torch` is a line."""
+    from tilebook.imported import after_import, importing
+
+    ours = next((name for name in list(sys.modules) if name.startswith("tilebook.") and importing(name)), "")
+    if ours:
+        after_import(ours, _asked, failed=True)
+        return
     if os.environ.get(TRITON, "").strip():
         _guarded("kernels of others are neither recorded nor served", _others)
     if os.environ.get(PROFILED, ""):
         _guarded("not profiled", _profile)
     asked = value(ASKED)
-    if asked not in ("yes", _PATCH):
-        return
-    _guarded("not turned on", lambda: _enable(asked == _PATCH))
-
-
-def _under_way() -> str:
-    """The first of our modules whose import has begun and not ended; "" where there is none."""
-    from tilebook.imported import importing
-
-    return next((name for name in list(sys.modules) if name.startswith("tilebook.") and importing(name)), "")
+    if asked in ("yes", _PATCH):
+        _guarded("not turned on", lambda: _enable(asked == _PATCH))
 
 
 def _guarded(what: str, action: Callable[[], None]) -> None:
