@@ -49,6 +49,19 @@ def save(out: Path, benchmark: str, device: str, **figures: Any) -> None:
     out.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def arguments(description: str | None, rounds: int = 7) -> argparse.ArgumentParser:
+    """What every program takes that times models in turns."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument(
+        "--out", type=Path, required=True, help="figures as JSON; a plot, if there is one, as PNG beside"
+    )
+    found.add_argument("--seconds", type=float, default=math.inf, help="begins nothing more after that")
+    found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    found.add_argument("--tiny", action="store_true", help="small, for a CPU: does the program run?")
+    found.add_argument("--rounds", type=int, default=rounds)
+    return found
+
+
 def contenders(op: Op[Any], problem: Problem, snapshot: Snapshot) -> dict[str, tuple[Implementation, Config | None]]:
     """Name → what to run; `tuned` is the best config of our own kernel in the verdict, `dispatched` what serves.
 

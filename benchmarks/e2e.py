@@ -11,17 +11,14 @@ the noise.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from compare import save
+from compare import arguments, save
 from train_steps import SETTLED_STEPS, alternated
 
 import tilebook
@@ -137,15 +134,10 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--only", default="", help="models whose name contains this")
-    arguments.add_argument("--how", default="pytorch,tilebook,patched,loss head")
-    arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--seconds", type=float, default=math.inf, help="begins no further model after that")
-    arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    arguments.add_argument("--tiny", action="store_true", help="small models, for a CPU: does the program run?")
-    given = arguments.parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--how", default="pytorch,tilebook,patched,loss head")
+    given = parser.parse_args()
     started, rows = time.time(), list[dict[str, Any]]()
     for name, case in CASES.items():
         if given.only not in name or time.time() - started > given.seconds:

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import math
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from compare import save
+from compare import arguments, save
 from torch import nn
 from train_steps import SETTLED_STEPS, alternated
 
@@ -85,14 +83,9 @@ def told(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--only", default="", help="cases whose name contains this")
-    arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--seconds", type=float, default=math.inf, help="begins no further case after that")
-    arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    arguments.add_argument("--tiny", action="store_true", help="small, for a CPU: does the program run?")
-    given = arguments.parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    given = parser.parse_args()
     started, rows = time.time(), list[dict[str, Any]]()
     shapes = {"2 × 8 × 32": (2, 8, 32, 2)} if given.tiny else SHAPES
     for (name, shape), mode in itertools.product(shapes.items(), modes()):

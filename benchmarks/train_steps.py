@@ -22,12 +22,11 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare import save
+from compare import arguments, save
 from small_models import (
     BERT,
     CCT,
@@ -248,16 +247,11 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--only", default="", help="models whose name contains this")
-    arguments.add_argument("--modes", default="eager,compiled")
-    arguments.add_argument("--by-hand", action="store_true", help="tilebook's functions, written into the models")
-    arguments.add_argument("--rounds", type=int, default=9)
-    arguments.add_argument("--seconds", type=float, default=math.inf, help="begins no further model after that")
-    arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    arguments.add_argument("--tiny", action="store_true", help="small models, for a CPU: does the program run?")
-    given = arguments.parse_args()
+    parser = arguments(__doc__, rounds=9)
+    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--modes", default="eager,compiled")
+    parser.add_argument("--by-hand", action="store_true", help="tilebook's functions, written into the models")
+    given = parser.parse_args()
     started, rows = time.time(), list[dict[str, Any]]()
     for mode in given.modes.split(","):
         for name in CASES:

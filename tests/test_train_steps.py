@@ -21,12 +21,26 @@ def small_models(monkeypatch):
     return importlib.import_module("small_models")
 
 
+def run(program, out, *more):
+    """Runs a benchmark to its end, small and on the CPU."""
+    command = [
+        sys.executable,
+        str(BENCHMARKS / program),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--rounds",
+        "2",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_model_trains_and_both_have_the_same_losses(tmp_path):
     out = tmp_path / "steps.json"
-    arguments = ["--device", "cpu", "--tiny", "--modes", "eager", "--rounds", "2", "--out", str(out)]
-    command = [sys.executable, str(BENCHMARKS / "train_steps.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    run("train_steps.py", out, "--modes", "eager")
     rows = json.loads(out.read_text())["results"]
     assert len(rows) == 6
     for row in rows:
@@ -37,10 +51,7 @@ def test_every_model_trains_and_both_have_the_same_losses(tmp_path):
 
 def test_no_further_model_begins_once_time_is_over(tmp_path):
     out = tmp_path / "steps.json"
-    arguments = ["--device", "cpu", "--tiny", "--modes", "eager", "--rounds", "2", "--out", str(out), "--seconds", "0"]
-    command = [sys.executable, str(BENCHMARKS / "train_steps.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    run("train_steps.py", out, "--modes", "eager", "--seconds", "0")
     assert not out.exists()
 
 
@@ -66,10 +77,7 @@ def test_a_compiled_model_of_another_package_keeps_the_function_that_was_put_int
 
 def test_modules_are_timed_beside_pytorchs(tmp_path):
     out = tmp_path / "modules.json"
-    arguments = ["--device", "cpu", "--tiny", "--rounds", "2", "--only", "post-norm, bf16", "--out", str(out)]
-    command = [sys.executable, str(BENCHMARKS / "modules.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    run("modules.py", out, "--only", "post-norm, bf16")
     rows = json.loads(out.read_text())["results"]
     assert [row["case"].split(", ", 1)[0].split()[-1] for row in rows] == ["train", "train", "eval"]
     assert all(set(row["ms"]) == {"pytorch", "tilebook.nn", "TILEBOOK=1"} for row in rows)

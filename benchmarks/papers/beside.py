@@ -18,22 +18,13 @@ from tilebook import device as devices
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from compare import arguments as arguments
 from compare import save
 
 LOST = 0.3
 """Points of accuracy that a way may lose; or two standard errors, if these are more."""
 
 STARTED = time.monotonic()
-
-
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--out", type=Path, required=True, help="figures as JSON; the plot lies beside them as PNG")
-    found.add_argument("--seconds", type=float, default=math.inf, help="begins nothing more after that")
-    found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    found.add_argument("--tiny", action="store_true", help="small, for a CPU: does the program run?")
-    found.add_argument("--rounds", type=int, default=7)
-    return found
 
 
 def over(given: argparse.Namespace) -> bool:
