@@ -34,8 +34,6 @@ _MOST = 16
 _NUMBER = re.compile(r"-?\d{1,9}")
 _OPTIONS = frozenset({"NUMWARPS", "NUMSTAGES", "NUMCTAS", "MAXNREG", "WAVESPEREU"})
 
-Values = Mapping[str, Value]
-
 
 @dataclass
 class Hints:
