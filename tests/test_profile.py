@@ -180,7 +180,16 @@ def test_calls_are_timed_until_there_are_times_enough_and_then_in_windows(tmp_pa
 def test_times_are_enough_once_each_problem_that_was_met_has_them():
     kept = notes.Notes(lambda: None)
     assert not kept.enough()
-    kept._noted = {"a": notes._Noted(None, timed=notes._ENOUGH), "b": notes._Noted(None, timed=notes._ENOUGH - 1)}
+    kept._noted = {each: notes._Noted(None, timed=notes._ENOUGH, free=notes._FREE) for each in "ab"}
+    kept._noted["b"].timed -= 1
     assert not kept.enough()
     kept._noted["b"].timed += 1
+    assert kept.enough()
+
+
+def test_calls_that_made_the_gpu_wait_are_not_enough_until_there_are_many():
+    kept = notes.Notes(lambda: None)
+    kept._noted = {"a": notes._Noted(None, timed=notes._PATIENCE - 1, free=notes._FREE - 1)}
+    assert not kept.enough()
+    kept._noted["a"].timed += 1
     assert kept.enough()

@@ -19,6 +19,8 @@ from tilebook.dispatch.misses import estimated_ms
 
 _SAMPLES = 128  # that are kept of a problem, the newest
 _ENOUGH = 16  # of each problem that has been met, for the first part of a profile
+_FREE = 8  # of them that did not wait for the host
+_PATIENCE = 64  # after which it always waits
 _WARM = 3  # calls of a problem, or steps, after which nothing is compiled any more
 
 Key = tuple[str, str, tuple[Any, ...]]
@@ -54,10 +56,12 @@ class _Thread(threading.local):
 
 @dataclass
 class _Noted:
-    """A problem of which calls were timed: how many, and (start, end, did the GPU wait for the host?) of the newest."""
+    """A problem of which calls were timed: how many, how many of them did not make the GPU wait for the host, and
+    (start, end, did it wait?) of the newest."""
 
     choice: Choice
     timed: int = 0
+    free: int = 0
     samples: deque[tuple[Any, Any, bool]] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     follows: Key | None = None  # the forward problem, whose calls are counted for it
 
@@ -124,7 +128,9 @@ class Notes:
         noted = self._noted.setdefault(key_of(choice), _Noted(choice))
         noted.choice, noted.follows, noted.timed = choice, follows, noted.timed + 1
         # Where the GPU is at the call's beginning before the host is at its end, it has waited in between.
-        noted.samples.append((start, end, not isinstance(start, float) and start.query()))
+        waited = not isinstance(start, float) and start.query()
+        noted.free += not waited
+        noted.samples.append((start, end, waited))
         if self.first is None:
             self._device, self.first = device, _Mark(start, time.perf_counter(), self._steps, Counter())
             self._marks.append(self.first)
@@ -133,8 +139,9 @@ class Notes:
             self._mark()
 
     def enough(self) -> bool:
-        """Has each problem of which calls were timed been timed often?"""
-        return bool(self._noted) and all(each.timed >= _ENOUGH for each in list(self._noted.values()))
+        """Has each problem of which calls were timed been timed often, and not only while a program warmed up?"""
+        noted = list(self._noted.values())
+        return bool(noted) and all(each.timed >= (_ENOUGH if each.free >= _FREE else _PATIENCE) for each in noted)
 
     def stepped(self, *_: Any) -> None:
         """An optimizer has taken a step. One that is compiled has no clock."""

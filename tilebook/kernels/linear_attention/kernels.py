@@ -88,36 +88,45 @@ def decays_kernel(g, sums, rests, g_b, g_h, g_s, heads, n, CHUNK: tl.constexpr, 
     base = g + (pair // heads).to(tl.int64) * g_b + (pair % heads).to(tl.int64) * g_h
     r = tl.arange(0, CHUNK)
     token = (tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS))[:, None] * CHUNK + r[None, :]
-    at, to = base + token.to(tl.int64) * g_s, pair.to(tl.int64) * n + token
-    each = tl.maximum(tl.load(at, mask=token < n, other=0.0).to(tl.float32), LEAST)
-    after = tl.load(at + g_s, mask=(token + 1 < n) & (r + 1 < CHUNK)[None, :], other=0.0).to(tl.float32)
+    each = _each(base, token, n, g_s, token < n)
+    after = _each(base, token + 1, n, g_s, (token + 1 < n) & (r + 1 < CHUNK)[None, :])
+    to = pair.to(tl.int64) * n + token
     tl.store(sums + to, tl.cumsum(each, 1), mask=token < n)
-    tl.store(rests + to, tl.cumsum(tl.maximum(after, LEAST), 1, reverse=True), mask=token < n)
+    tl.store(rests + to, tl.cumsum(after, 1, reverse=True), mask=token < n)
 
 
 @triton.jit
-def _decays(g, sums, rests, pair, token, n, step, tile):
-    """Sums of a chunk's log-decays: up to each token, behind each token, and of all. g: of the head. With `rests` they
-    are there, the first in `sums`.
+def _each(g, token, n, step, there):
+    """Log-decays of tokens, 0 of those that are not `there`. g: of the head."""
+    return tl.maximum(tl.load(g + token.to(tl.int64) * step, mask=there, other=0.0).to(tl.float32), LEAST)
 
-    Those behind are added up from the end: what is left of a difference of large sums would be their rounding.
+
+@triton.jit
+def _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile):
+    """Sums of a chunk's log-decays: up to each token, behind each token, and of all. With `rests` they are there: g is
+    the first of them.
+
+    fp32 adds those behind up from the end: what is left of a difference of large sums is their rounding, which 16 bits
+    do not see.
     """
     r = tl.arange(0, tile.CHUNK)
+    start = batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
     if not tile.DECAY:
-        c = tl.zeros([tile.CHUNK], tl.float32)
-        rest, last = c, 0.0
+        sums = tl.zeros([tile.CHUNK], tl.float32)
+        rest, last = sums, 0.0
     elif rests is None:
-        at, more = g + (token + r).to(tl.int64) * step, r + 1 < n - token
-        each = tl.maximum(tl.load(at, mask=r < n - token, other=0.0).to(tl.float32), LEAST)
-        after = tl.load(at + step, mask=more & (r + 1 < tile.CHUNK), other=0.0).to(tl.float32)
-        c, rest = tl.cumsum(each, 0), tl.cumsum(tl.maximum(after, LEAST), 0, reverse=True)
-        last = tl.sum(each, 0)
+        sums = tl.cumsum(_each(g + start, token + r, n, g_s, r < n - token), 0)
+        last = tl.min(sums, 0)
+        rest = last - sums
+        if tile.EXACT:
+            after = _each(g + start, token + r + 1, n, g_s, (r + 1 < n - token) & (r + 1 < tile.CHUNK))
+            rest = tl.cumsum(after, 0, reverse=True)
     else:
-        base = pair.to(tl.int64) * n + token
-        last = tl.load(sums + base + tl.minimum(tile.CHUNK, n - token) - 1)
-        c = tl.where(r < n - token, tl.load(sums + base + r, mask=r < n - token, other=0.0), last)
-        rest = tl.load(rests + base + r, mask=r < n - token, other=0.0)
-    return c, rest, last
+        at, inside = start + token + r, r < n - token
+        last = tl.load(g + start + tl.minimum(token + tile.CHUNK, n) - 1)
+        sums = tl.where(inside, tl.load(g + at, mask=inside, other=0.0), last)
+        rest = tl.load(rests + at, mask=inside, other=0.0)
+    return sums, rest, last
 
 
 @triton.jit
@@ -200,7 +209,10 @@ def _grow(state, z, x, y, weight, factor, last, n, tile):
         state, z = state * kept, z * kept
     elif tile.APART:
         state = state * tl.minimum(n, 1).to(tl.float32)
-    state += _dot(tl.trans(x), (y * factor[:, None]).to(x.dtype), tile)
+    if tile.DECAY:  # on Hopper a factor in registers, which else would have to go back to shared memory
+        state += _dot((tl.trans(x) * factor[None, :]).to(x.dtype), y, tile)
+    else:
+        state += _dot(tl.trans(x), (y * factor[:, None]).to(x.dtype), tile)
     if tile.NORM:
         z += tl.sum(x.to(tl.float32) * (factor * weight)[:, None], 0)
     return state, z
@@ -228,7 +240,6 @@ def states_kernel(
     column, head, batch, pair = _whose(heads, tile)
     part, chunks = tl.program_id(1), tl.cdiv(n, tile.CHUNK)
     first, end = part * walk, tl.minimum(part * walk + walk, chunks)
-    decays = g + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
     r, total = tl.arange(0, tile.CHUNK), 0.0
     state, z = _load_state(init, batch, head, part, column, tile), _load_z(init, batch, head, part, tile)
     state = state.to(tl.float32)
@@ -241,7 +252,7 @@ def states_kernel(
                 _store_state(out, state, z, batch, head, chunk // every, column, tile)
         rows = _rows(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         values = _rows(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        c, rest, last = _decays(decays, g, rests, pair, token, n, g_s, tile)
+        c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
         some = 1.0
         if weight is not None:
             some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
@@ -293,7 +304,6 @@ def forward_kernel(
     column, head, batch, pair = _whose(heads, tile)
     part, chunks, r = tl.program_id(1), tl.cdiv(n, tile.CHUNK), tl.arange(0, tile.CHUNK)
     first, end = part * walk, tl.minimum(part * walk + walk, chunks)
-    decays = g + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
     state, z = _load_state(init, batch, head, part, column, tile), _load_z(init, batch, head, part, tile)
     if not ONE:
         state = state.to(tl.float32)
@@ -302,7 +312,7 @@ def forward_kernel(
         queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         values = _rows(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        c, rest, last = _decays(decays, g, rests, pair, token, n, g_s, tile)
+        c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
         within, factor = tl.exp(c), _factor(state, queries)
         acc = _dot(queries, factor[0], tile) * (within * factor[1])[:, None]
         a = _dot(queries, tl.trans(keys), tile) * _seen(c, tile, False)
@@ -351,8 +361,7 @@ def backward_kernel(
     """
     pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
     head, batch, token = pair % heads, pair // heads, chunk * tile.CHUNK
-    decays = g + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
-    c, rest, last = _decays(decays, g, rests, pair, token, n, g_s, tile)
+    c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
     within, behind = tl.exp(c) * scale, tl.exp(rest)
     queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
     keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
@@ -369,7 +378,7 @@ def backward_kernel(
         state = _load_state(states, batch, head, chunk, column, tile)
         grad = _load_state(grads, batch, head, chunk, column, tile)
         if DECAYED:
-            through += tl.sum(grad * state, 1)
+            through += tl.sum(grad.to(tl.float32) * state.to(tl.float32), 1)
         a += _dot(values, tl.trans(above), tile)
         old, gradient = _factor(state, above), _factor(grad, keys)
         inter += _dot(old[0], tl.trans(above), tile) * old[1]

@@ -91,12 +91,9 @@ class _Call:
 
     def states(
         self, x: torch.Tensor, y: torch.Tensor, weight: Any, scale: float, init: States, final: States,
-        every: int, walk: int, reverse: bool = False, rounded: bool = True,
+        every: int, walk: int, reverse: bool = False,
     ) -> States:  # fmt: skip
-        """The states in front of every `every` chunks, or behind where `reverse`, found by walks of `walk` chunks.
-
-        rounded: nothing but products is made of them.
-        """
+        """The states in front of every `every` chunks, or behind where `reverse`, found by walks of `walk` chunks."""
         config = self.config
         block_v, options = config.number("STATE_V"), {"num_warps": config["STATE_WARPS"], "num_stages": 2}
         grid = self.grid(block_v, walk)
@@ -123,8 +120,9 @@ class _Call:
             if every == walk:
                 return starts
             init, final = starts, _NOWHERE
-        # Of one chunk's products they are factors, in the dtype of the others; fp16 has not the range.
-        narrow = rounded and every == 1 and x.dtype == torch.bfloat16
+        # Of one chunk's products they are factors, in the dtype of the others; fp16 has not the range. Products of two
+        # states, which are in dg, lose by it less than a bf16 sum over pairs of tokens does.
+        narrow = every == 1 and x.dtype == torch.bfloat16
         out = place(triton.cdiv(self.chunks, every), torch.bfloat16 if narrow else torch.float32)
         walked(init, out, None, final, store=True)
         return out
@@ -163,9 +161,8 @@ def linear_attention_bwd(
     dg = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if decayed else nothing
     dinit = nothing if state is None else new_state(q, v, norm)
     walk, end = walks(call.chunks, config)[1], _NOWHERE if state is None else _given(dinit)
-    # Products of two states are in dg.
-    states = call.states(k, v, None, 1.0, _given(state), _NOWHERE, 1, walk, rounded=not decayed)
-    grads = call.states(q, do, weight, scale, _given(dstate), end, 1, walk, reverse=True, rounded=not decayed)
+    states = call.states(k, v, None, 1.0, _given(state), _NOWHERE, 1, walk)
+    grads = call.states(q, do, weight, scale, _given(dstate), end, 1, walk, reverse=True)
     launch(
         backward_kernel, (call.batch * call.heads, call.chunks), _rows(do), _rows(q), _rows(k), _rows(v), weight,
         call.g, call.rests, states, grads, _rows(dq), _rows(dk), _rows(dv), dg, *call.sizes, scale,

@@ -38,7 +38,7 @@ def _needs(problem: LinearAttention, config: Config, device: Device) -> tuple[in
     size, ring = problem.torch_dtype.itemsize, max(1, config.number("num_stages") - 1)
     pairs, state = chunk * chunk, wide * columns
     if _backward(problem):
-        kept = 4 if problem.decay or problem.dtype != "bf16" else 2  # states wait as they are kept
+        kept = 2 if problem.dtype == "bf16" else 4  # states wait as they are kept
         swept = 2 * chunk * columns * size + 2 * state * kept
         shared = 2 * chunk * wide * size + swept * (ring if config.number("num_stages") > 1 else 0) + pairs * size
         return pairs + 2 * chunk * wide + chunk * columns, shared + 2 * state * size
@@ -143,7 +143,7 @@ def _work(problem: LinearAttention, config: Config) -> Cost:
     flops = 2.0 * pairs * chunks * chunk * (chunk * inside + (3 if backward else 2) * problem.wide * tiles * columns)
     read = floor.bytes * (1 if backward else 1 + (tiles - 1) / 2)
     if not _whole(config):
-        passes, kept = 1 if walk == chunks else 2, 2 if span == 1 and not problem.decay else 4
+        passes, kept = 1 if walk == chunks else 2, 2 if span == 1 and problem.dtype == "bf16" else 4
         tokens = pairs * problem.seq * (problem.head_dim + problem.value_dim)
         states = problem.states * (
             2 * kept * triton.cdiv(chunks, span) + (16 * triton.cdiv(chunks, walk) if passes > 1 else 0)
