@@ -2,7 +2,7 @@
 
 import torch
 
-from tilebook.kernels.linear_attention import features
+from tilebook.kernels.bidirectional import features
 
 
 def over_pairs(q, k, v, hidden=None, feature_map="elu+1", causal=False, eps=1e-6):

@@ -44,6 +44,14 @@ def linear_attention(problem: Any) -> None:
         raise UsageError(f"head dimensions {problem.head_dim} and {problem.value_dim} do not lie in 1 … 256")
 
 
+def bidirectional(problem: Any) -> None:
+    linear_attention(problem)
+    if not 1 <= problem.features <= 256:
+        raise UsageError(f"{problem.features} features do not lie in 1 … 256")
+    if problem.feature_map != "performer" and problem.features != problem.head_dim:
+        raise UsageError(f"{problem.feature_map} makes {problem.head_dim} features of a row, not {problem.features}")
+
+
 def _grouped(problem: Any) -> None:
     if problem.heads % problem.heads_kv:
         raise UsageError(f"{problem.heads} query heads are not a multiple of {problem.heads_kv} key/value heads")
@@ -51,6 +59,7 @@ def _grouped(problem: Any) -> None:
 
 OF: Mapping[str, Callable[[Any], None]] = {
     "attention": attention,
+    "bidirectional": bidirectional,
     "decode": decode,
     "linear_attention": linear_attention,
     "rope": rope,

@@ -9,7 +9,7 @@ import tilebook
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Problem, UsageError
-from tilebook.tuner.judge.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, NoYardstick, verify
 
 OPS = [op for op in ops.ops().values() if op.reference.__module__.startswith("tilebook.")]  # not other tests' toys
 EXAMPLES = [(op, problem) for op in OPS for problem in op.problem.examples()]
@@ -32,7 +32,12 @@ def test_default_config_is_right(op, problem):
 @pytest.mark.parametrize(("op", "problem"), EXAMPLES[1::3], ids=_id)
 def test_default_config_is_right_on_inputs_with_outliers(op, problem):
     config = op.tunable.space.default(problem, devices.find("H200"))
-    verify(op.tunable, config, [Case.make(op, problem, "cpu", 3, outliers=True)], repeats=0)
+    try:
+        cases = [Case.make(op, problem, "cpu", 3, outliers=True)]
+    except NoYardstick:
+        assert problem.dtype == "fp16"  # whose end products pass
+        return
+    verify(op.tunable, config, cases, repeats=0)
 
 
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)

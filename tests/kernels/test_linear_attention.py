@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch, op
-from tilebook.kernels.linear_attention import features
+from tilebook.kernels.bidirectional import features
 from tilebook.kernels.linear_attention.pytorch import chunked
 
 FWD, BWD = OPS = [op.get(name) for name in ("linear_attention_fwd", "linear_attention_bwd")]
@@ -314,7 +314,8 @@ def test_features_weigh_pairs_of_tokens(feature_map, causal, normalize):
     a = a.tril() if causal else a
     right = a @ v / (a.sum(-1, keepdim=True) + 1e-3 if normalize else 1)
     o = tilebook.linear_attention(q, k, v, feature_map=feature_map, causal=causal, normalize=normalize, eps=1e-3)
-    torch.testing.assert_close(o, right)
+    near = {"rtol": 1e-5, "atol": 1e-6} if feature_map == "performer" else {}  # its exponents are of fp32
+    torch.testing.assert_close(o, right, **near)
     if not causal:  # other lengths
         few = tilebook.linear_attention(q[:, :, :7], k, v, feature_map=feature_map, normalize=normalize, eps=1e-3)
         if feature_map != "performer":  # whose queries' features are of one row each

@@ -6,7 +6,7 @@ import torch
 import tilebook
 from tilebook import device as devices
 from tilebook import op
-from tilebook.kernels.linear_attention import features
+from tilebook.kernels.bidirectional import features
 from tilebook.launch import intercepted
 
 

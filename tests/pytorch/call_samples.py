@@ -60,6 +60,11 @@ CALLS = {
     "drop-in": (tilebook.scaled_dot_product_attention, QKV),
     "packed": (packed, QKV),
     "linear attention": (lambda q, k, v: tilebook.linear_attention(q, k, v, causal=True), QKV),
+    "linear attention, causal features": (
+        lambda q, k, v: tilebook.linear_attention(q, k, v, feature_map="performer", causal=True),
+        QKV,
+    ),
+    "linear attention, all tokens": (lambda q, k, v: tilebook.linear_attention(q, k, v, feature_map="performer"), QKV),
     "linear attention, gated": (recurrent, [*QKV, (2, 4, 6), (2, 4, 16, 16)]),
     "layers": (layers, [(2, 3, 8), (12, 8), (8, 12)]),
     "gated layers": (gated, [(2, 3, 8), (12, 8), (12, 8), (8, 12)]),

@@ -92,6 +92,12 @@ def linear(make=normal, rows=5, columns=6, decay=True, state=True, norm=False, *
     return q, k, v, *middle, h if state else None, 0.3, *((1e-3,) if norm else ())
 
 
+def everything(feature_map="elu+1", mask=None, omega=None, **how):
+    """Linear attention of 5 queries and 6 keys."""
+    q, k, v = normal(2, 3, 5, 8, **how), normal(2, 3, 6, 8, **how), normal(2, 3, 6, 6, **how)
+    return q, k, v, mask, omega, feature_map, 0.3, 1e-3
+
+
 def layers(make=normal, rows=5, **how):
     return make(rows, 8, **how), make(12, 8, **how), make(12), make(8, 12, **how), make(8)
 
@@ -248,6 +254,14 @@ SAMPLES = {
         "last axis first": lambda: linear(norm=True, order=TURNED),
         "no rows": lambda: linear(norm=True, rows=0),
         "fp16": lambda: linear(norm=True, dtype=torch.float16),
+    },
+    "bidirectional_linear_attention_fwd": {
+        "plain": lambda: everything(),
+        "masked": lambda: everything("softmax", mask=data(2, 6).gt(1)),
+        "numbers for a mask": lambda: everything("relu", mask=data(2, 6)),
+        "performer": lambda: everything("performer", omega=data(1, 4, 8)),
+        "heads after rows": lambda: everything(order=BSHD),
+        "bf16": lambda: everything(dtype=BF16),
     },
     "layer_norm_fwd": {
         "plain": lambda: (normal(5, 8), normal(8), normal(8), 1e-6),

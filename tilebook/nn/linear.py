@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilebook.kernels.linear_attention import features, linear_attention
+from tilebook.call import way
+from tilebook.kernels import bidirectional
+from tilebook.kernels.bidirectional import features
+from tilebook.kernels.linear_attention import linear_attention
 from tilebook.nn.attention import MultiheadAttention, of_one_width
 
 
@@ -79,19 +82,20 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, *, feature_map: Any, causal: bool, eps: float
 ) -> Tensor:
     """`tilebook.linear_attention` under a key_padding_mask (B, Sk). Raises ValueError."""
-    if padding is not None:
-        numbers = padding.is_floating_point()
-        if not (numbers or padding.dtype == torch.bool) or padding.shape != (k.shape[0], k.shape[2]):
-            got = f"{tuple(padding.shape)} {padding.dtype} for {k.shape[0]} × {k.shape[2]}"
-            raise ValueError(
-                f"linear attention takes a key_padding_mask (batch, keys) of booleans or floats, not {got}"
-            )
-        hidden = padding <= torch.finfo(padding.dtype).min if numbers else padding
-        if k.shape[2]:  # a feature map may look at all keys: those that are hidden become copies of one that is seen
-            first = hidden.to(torch.uint8).argmin(-1)[:, None, None, None].expand(-1, k.shape[1], -1, k.shape[3])
-            k = torch.where(hidden[:, None, :, None], k.gather(2, first), k)
-        padding, v = padding[:, None, :, None], v.masked_fill(hidden[:, None, :, None], 0)
+    if padding is None:
+        return linear_attention(q, k, v, feature_map=feature_map, causal=causal, eps=eps)  # type: ignore[no-any-return]
+    numbers = padding.is_floating_point()
+    if not (numbers or padding.dtype == torch.bool) or padding.shape != (k.shape[0], k.shape[2]):
+        got = f"{tuple(padding.shape)} {padding.dtype} for {k.shape[0]} × {k.shape[2]}"
+        raise ValueError(f"linear attention takes a key_padding_mask (batch, keys) of booleans or floats, not {got}")
+    hidden = padding <= torch.finfo(padding.dtype).min if numbers else padding
+    if not causal and bidirectional.named(feature_map):
+        mask = padding.float().masked_fill(hidden, -torch.inf) if numbers else padding
+        return bidirectional.attend(way(q, k, v, optional=(mask,)), q, k, v, mask, feature_map, eps)
+    if k.shape[2]:  # a feature map may look at all keys: those that are hidden become copies of one that is seen
+        first = hidden.to(torch.uint8).argmin(-1)[:, None, None, None].expand(-1, k.shape[1], -1, k.shape[3])
+        k = torch.where(hidden[:, None, :, None], k.gather(2, first), k)
+    padding, v = padding[:, None, :, None], v.masked_fill(hidden[:, None, :, None], 0)
     q, k = features.mapped(q, k, feature_map)
-    if padding is not None:
-        k = k * padding.exp().to(k.dtype) if numbers else k.masked_fill(padding, 0)
+    k = k * padding.exp().to(k.dtype) if numbers else k.masked_fill(padding, 0)
     return linear_attention(q, k, v, feature_map=None, causal=causal, eps=eps)  # type: ignore[no-any-return]

@@ -15,8 +15,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook import dispatch
 from tilebook.call import Entry, Way, constant, native, way
 from tilebook.casting import autocast
+from tilebook.kernels import bidirectional
 from tilebook.kernels.attention.check import multiplier
-from tilebook.kernels.linear_attention import features
+from tilebook.kernels.bidirectional import features
+from tilebook.kernels.bidirectional.check import check_alike
+from tilebook.kernels.bidirectional.features import check_rows
 from tilebook.kernels.linear_attention.check import check, check_step
 from tilebook.kernels.linear_attention.entry import GATED, NORMALIZED, arguments, registered
 from tilebook.kernels.linear_attention.pytorch import step
@@ -106,8 +109,10 @@ def linear_attention(
     Returns:
         o (B, H, S, V), in the dtype of v, differentiable in q, k, v and initial_state, as the state is.
 
-    Causal, the kernels of `gated_linear_attention` run, with the division in them. Not causal it is two products, which
-    are PyTorch's; keys are divided by their number there, so that fp16 does not overflow.
+    Causal, the kernels of `gated_linear_attention` run, with the division in them. Not causal, with a map that has a
+    name, normalized and without states, kernels run that make features of rows where they read them, so that features
+    never reach memory; Performer's are divided by the largest that each of them has over all keys. Else it is two
+    products of PyTorch's; keys are divided by their number there, so that fp16 does not overflow.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, or a feature map of no known name.
@@ -122,6 +127,8 @@ def linear_attention(
     constant("eps", eps)
     eps = float(eps)
     route = way(q, k, v, optional=(initial_state,))
+    if not causal and normalize and initial_state is None and not return_state and bidirectional.named(feature_map):
+        return bidirectional.attend(route, q, k, v, None, feature_map, eps)
     q, k = features.mapped(q, k, feature_map)
     tensors = q, k, v, _wide(initial_state, q)
     if not causal:
@@ -192,11 +199,9 @@ def _everything(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every token sees all: a product for the state, and one with it."""
     q, k, v = autocast(q, k, v)
+    check_rows(q, k)
+    check_alike(q, k, v)
     check(k, k, v, None, state, normalize)
-    check(q, q, q, None, None, normalize)
-    if (*q.shape[:2], q.shape[3], q.dtype, q.device) != (*k.shape[:2], k.shape[3], k.dtype, k.device):
-        got = ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in (("q", q), ("k", k)))
-        raise ValueError(f"q and k must differ in their lengths at most; got {got}")
     wide, count = torch.promote_types(q.dtype, torch.float32), max(1, k.shape[2])
     k = k / count
     whole = (k.mT @ v).to(wide)

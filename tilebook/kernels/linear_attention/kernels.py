@@ -16,20 +16,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from tilebook.kernels.bidirectional.tiles import dot, factored, put
+
 LEAST = tl.constexpr(-100.0)
 """Log-decays below count as this: exp of it is nothing in fp32, and sums of it still tell neighbours apart."""
 
-_FP16_ROOM = tl.constexpr(256.0)
 _UNSPECIALIZED = ["g_b", "g_h", "g_s", "heads", "n", "walk"]
-
-
-class Rows(NamedTuple):
-    """A tensor (B, H, S, ·) with its steps; the last axis is contiguous."""
-
-    source: Any
-    b: Any
-    h: Any
-    s: Any
 
 
 class States(NamedTuple):
@@ -71,14 +63,6 @@ def _rows(x, batch, head, token, n, column, CHUNK: tl.constexpr, WIDTH: tl.const
     else:
         found = tl.load(at, mask=(r[:, None] < n - token) & (c[None, :] < WIDTH), other=0.0)
     return found
-
-
-@triton.jit
-def _put(x, values, batch, head, token, n, column, CHUNK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    base = x.source + batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h + token.to(tl.int64) * x.s
-    r, c = tl.arange(0, CHUNK), column + tl.arange(0, BLOCK)
-    inside = (r[:, None] < n - token) & (c[None, :] < WIDTH)
-    tl.store(base + (r[:, None] * x.s + c[None, :]), values.to(x.source.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_s", "heads", "n"])
@@ -141,24 +125,6 @@ def _seen(sums, tile, TURNED: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, tile):
-    """a · b in fp32; fp32 factors are not rounded."""
-    precision: tl.constexpr = "ieee" if tile.EXACT else "tf32"
-    return tl.dot(a, b, input_precision=precision)
-
-
-@triton.jit
-def _factor(state, like):
-    """A state as a factor of a product, and what the product is to be multiplied by: sums may pass the end of fp16."""
-    scale = 1.0
-    if like.dtype == tl.float16:
-        top = tl.max(tl.max(tl.abs(state), 1), 0)
-        scale = tl.where(top > _FP16_ROOM, top / _FP16_ROOM, 1.0)
-        state = state / scale
-    return state.to(like.dtype), scale
-
-
-@triton.jit
 def _offsets(states, batch, head, place):
     base = batch.to(tl.int64) * states.b + head.to(tl.int64) * states.h
     return states.source + base + place.to(tl.int64) * states.p
@@ -210,9 +176,9 @@ def _grow(state, z, x, y, weight, factor, last, n, tile):
     elif tile.APART:
         state = state * tl.minimum(n, 1).to(tl.float32)
     if tile.DECAY:  # on Hopper a factor in registers, which else would have to go back to shared memory
-        state += _dot((tl.trans(x) * factor[None, :]).to(x.dtype), y, tile)
+        state += dot((tl.trans(x) * factor[None, :]).to(x.dtype), y, tile)
     else:
-        state += _dot(tl.trans(x), (y * factor[:, None]).to(x.dtype), tile)
+        state += dot(tl.trans(x), (y * factor[:, None]).to(x.dtype), tile)
     if tile.NORM:
         z += tl.sum(x.to(tl.float32) * (factor * weight)[:, None], 0)
     return state, z
@@ -313,16 +279,16 @@ def forward_kernel(
         keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
         values = _rows(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
         c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
-        within, factor = tl.exp(c), _factor(state, queries)
-        acc = _dot(queries, factor[0], tile) * (within * factor[1])[:, None]
-        a = _dot(queries, tl.trans(keys), tile) * _seen(c, tile, False)
-        acc += _dot(a.to(values.dtype), values, tile)
+        within, factor = tl.exp(c), factored(state, queries)
+        acc = dot(queries, factor[0], tile) * (within * factor[1])[:, None]
+        a = dot(queries, tl.trans(keys), tile) * _seen(c, tile, False)
+        acc += dot(a.to(values.dtype), values, tile)
         if tile.NORM:
             weight = (tl.sum(a, 1) + tl.sum(queries.to(tl.float32) * z[None, :], 1) * within) * scale
             acc = acc / (weight + eps)[:, None]
             if column == 0:
                 tl.store(den + pair.to(tl.int64) * n + token + r, weight, mask=r < n - token)
-        _put(o, acc * scale, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        put(o, acc * scale, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
         if not ONE:
             state, z = _grow(state, z, keys, values, 1.0, tl.exp(rest), last, n, tile)
     if final.source is not None:
@@ -367,7 +333,7 @@ def backward_kernel(
     keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
     # Weights of pairs stand the other way round, [j, i], and so does what dq is added up in, [D, i]: on Hopper Triton
     # 3.4 to 3.7.0 makes wrong numbers of products with a factor that is another product, transposed.
-    s = (_dot(keys, tl.trans(queries), tile) * (_seen(c, tile, True) * scale)).to(queries.dtype)
+    s = (dot(keys, tl.trans(queries), tile) * (_seen(c, tile, True) * scale)).to(queries.dtype)
     a = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
     inter = tl.zeros([tile.WIDE, tile.CHUNK], tl.float32)
     outward = tl.zeros([tile.CHUNK, tile.WIDE], tl.float32)
@@ -379,13 +345,13 @@ def backward_kernel(
         grad = _load_state(grads, batch, head, chunk, column, tile)
         if DECAYED:
             through += tl.sum(grad.to(tl.float32) * state.to(tl.float32), 1)
-        a += _dot(values, tl.trans(above), tile)
-        old, gradient = _factor(state, above), _factor(grad, keys)
-        inter += _dot(old[0], tl.trans(above), tile) * old[1]
-        outward += _dot(values, tl.trans(gradient[0]), tile) * gradient[1]
-        onward = _dot(keys, gradient[0], tile) * (behind * gradient[1])[:, None]
-        onward += _dot(s, above, tile)
-        _put(dv, onward, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        a += dot(values, tl.trans(above), tile)
+        old, gradient = factored(state, above), factored(grad, keys)
+        inter += dot(old[0], tl.trans(above), tile) * old[1]
+        outward += dot(values, tl.trans(gradient[0]), tile) * gradient[1]
+        onward = dot(keys, gradient[0], tile) * (behind * gradient[1])[:, None]
+        onward += dot(s, above, tile)
+        put(dv, onward, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
     if tile.NORM:
         some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
         z, dz = _load_z(states, batch, head, chunk, tile), _load_z(grads, batch, head, chunk, tile)
@@ -400,7 +366,7 @@ def backward_kernel(
         found = tl.cumsum(passed, 0, reverse=True) + (tl.cumsum(left, 0) - left) + tl.exp(last) * tl.sum(through, 0)
         tl.store(dg + pair.to(tl.int64) * n + token + r, found, mask=r < n - token)
     ds = (a * (_seen(c, tile, True) * scale)).to(keys.dtype)
-    outward += _dot(ds, queries, tile)
-    _put(dk, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-    inter += _dot(tl.trans(keys), ds, tile)
-    _put(dq, tl.trans(inter), batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    outward += dot(ds, queries, tile)
+    put(dk, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    inter += dot(tl.trans(keys), ds, tile)
+    put(dq, tl.trans(inter), batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)

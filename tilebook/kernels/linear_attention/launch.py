@@ -11,8 +11,8 @@ import triton.language as tl
 from tilebook import device as devices
 from tilebook.arch import since_blackwell
 from tilebook.kernels.attention.layout import addressable, like
+from tilebook.kernels.bidirectional.tiles import Rows
 from tilebook.kernels.linear_attention.kernels import (
-    Rows,
     States,
     Tile,
     backward_kernel,

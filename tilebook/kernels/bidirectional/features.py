@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,12 +24,7 @@ NAMED: dict[str, FeatureMap] = {
 
 def mapped(q: torch.Tensor, k: torch.Tensor, feature_map: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """φ(q) and φ(k). Raises ValueError for a name that is none."""
-    for x in (q, k):
-        if x.ndim != 4 or not x.shape[3] or not x.is_floating_point():
-            raise ValueError(
-                "linear attention takes floating point tensors of shape (batch, heads, sequence, head dimension), "
-                f"head dimensions at least 1; got q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}"
-            )
+    check_rows(q, k)
     if feature_map is None:
         return q, k
     if feature_map == "performer":
@@ -44,10 +39,31 @@ def mapped(q: torch.Tensor, k: torch.Tensor, feature_map: Any) -> tuple[torch.Te
     return made
 
 
+def check_rows(q: torch.Tensor, k: torch.Tensor) -> None:
+    """Raises ValueError for what has no rows."""
+    if any(x.ndim != 4 or not x.shape[3] or not x.is_floating_point() for x in (q, k)):
+        raise ValueError(
+            "linear attention takes floating point tensors of shape (batch, heads, sequence, head dimension), "
+            f"head dimensions at least 1; got q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}"
+        )
+
+
 def projection(width: int, features: int, seed: int) -> torch.Tensor:
     """(features, D) in fp64: rows of length √χ²(D), orthogonal in groups of D (Choromanski et al., 2021, §2.4)."""
     draw = _projection.__wrapped__ if torch._C._len_torch_dispatch_stack() else _projection  # a mode's are its own
-    return draw(width, features, seed)
+    with constants():
+        return draw(int(width), features, seed)
+
+
+@contextmanager
+def constants() -> Iterator[None]:
+    """What is made inside is a constant of a script that is being traced, where it would be drawn in every run."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 # It runs while a call is traced, and is a constant of the graph, as `torch.compiler.assume_constant_result` has it,
@@ -75,7 +91,8 @@ def performer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FAVOR+: positive features with E[φ(q) · φ(k)] ∝ exp(scale · q · k) (Choromanski et al., 2021, lemma 1).
 
-    What they are multiplied by, of each row of q and of all of k, cancels where outputs are normalized.
+    Each is divided by the largest that it has over all of k, and multiplied by it in q; what a row of q is multiplied
+    by cancels where outputs are normalized.
     """
     root = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
     omega = projection(q.shape[-1], features, seed).to(q.device, torch.float32)
@@ -86,6 +103,9 @@ def performer(
 
     with torch.autocast(q.device.type, enabled=False) if autocast_on(q) else nullcontext():  # they are exponents
         rows, columns = logarithms(q), logarithms(k)
-    top = columns.detach().amax((-2, -1), keepdim=True) if columns.numel() else 0.0
+    top = (
+        columns.detach().amax(-2, keepdim=True) if columns.numel() else torch.zeros_like(columns.sum(-2, keepdim=True))
+    )
+    rows = rows + top
     made = (rows - rows.detach().amax(-1, keepdim=True)).exp(), (columns - top).exp()
     return made[0].to(q.dtype), made[1].to(k.dtype)

@@ -1,0 +1,23 @@
+"""How outputs and states lie in memory."""
+
+from __future__ import annotations
+
+import torch
+
+
+def outputs(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A place for o (B, H, S, V), in the order of axes of v."""
+    (batch, heads, n, _), columns = q.shape, v.shape[-1]
+    if v.stride(1) < v.stride(2):
+        return v.new_empty(batch, n, heads, columns).transpose(1, 2)
+    return v.new_empty(batch, heads, n, columns)
+
+
+def new_state(q: torch.Tensor, columns: int, features: int, parts: int = 1) -> torch.Tensor:
+    """A place for states (B, H, V + 2, F), so many of each head, one below the other."""
+    return q.new_empty(*q.shape[:2], parts * (columns + 2), features, dtype=torch.float32)
+
+
+def empty(q: torch.Tensor, v: torch.Tensor, features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Empty outputs of a call: o, the state, den (B, H, S)."""
+    return outputs(q, v), new_state(q, v.shape[-1], features), q.new_empty(q.shape[:3], dtype=torch.float32)
