@@ -187,6 +187,16 @@ def test_times_are_enough_once_each_problem_that_was_met_has_them():
     assert kept.enough()
 
 
+def test_once_calls_on_a_gpu_are_warm_they_are_timed_in_some_slices_of_time_alone(monkeypatch):
+    kept, now = notes.Notes(lambda: None), [0]
+    monkeypatch.setattr(notes.time, "perf_counter_ns", lambda: now[0] << notes._SLICE)
+    assert kept.times()
+    kept._spread, seen = True, []
+    for now[0] in range(8):
+        seen.append(kept.times())
+    assert seen == [True, False, False, False] * 2
+
+
 def test_calls_that_made_the_gpu_wait_are_not_enough_until_there_are_many():
     kept = notes.Notes(lambda: None)
     kept._noted = {"a": notes._Noted(None, timed=notes._PATIENCE - 1, free=notes._FREE - 1)}
