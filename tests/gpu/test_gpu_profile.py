@@ -10,7 +10,7 @@ import torch
 
 pytestmark = pytest.mark.gpu
 
-LAYERS, STEPS = 4, 60
+LAYERS, STEPS = 4, 400
 
 PROGRAM = f"""
 import statistics, sys, time

@@ -1,6 +1,10 @@
 """Linear attention in layers of transformers' encoders."""
 
 import copy
+import gc
+import importlib
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from summed_pairs import over_pairs
 from tilebook.nn import hybrid
 
 transformers = pytest.importorskip("transformers")
+hybrids = importlib.import_module("tilebook.nn.hybrid")  # whose name in the package is the function's
 
 TINY = {
     "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64},
@@ -111,3 +116,82 @@ def test_a_hybrid_trains_and_compiles_to_one_graph():
         compiled(x, attention_mask=mask.tril())
     model.train()(**PADDED, labels=torch.tensor([0, 1])).loss.backward()
     assert all(each.grad is not None for each in model.parameters())
+
+
+class Elsewhere:
+    """A mask on a GPU, of which it becomes known later whether its rows are the same."""
+
+    is_cuda, device = True, None
+
+    def __init__(self, same):
+        self.same, self.known = same, []
+
+    def __eq__(self, other):
+        return self
+
+    def __getitem__(self, which):
+        return self
+
+    def all(self):
+        return self
+
+    def to(self, device, non_blocking):
+        assert (device, non_blocking) == ("cpu", True)
+        return self
+
+    def __bool__(self):
+        self.known.append(True)
+        return self.same
+
+
+class Event:
+    passed = False
+
+    def record(self, stream):
+        pass
+
+    def query(self):
+        return self.passed
+
+    def synchronize(self):
+        pass
+
+
+def test_only_the_first_mask_of_a_program_on_a_gpu_is_waited_for(monkeypatch):
+    for name, value in (("Event", Event), ("current_stream", lambda device: None)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    rows, first, masks = hybrids._Rows(), Elsewhere(True), [Elsewhere(True) for _ in range(30)]
+    rows.check(first)
+    assert first.known
+    for mask in masks:
+        rows.check(mask)
+        assert not mask.known
+    assert [bool(mask.known) for mask in masks] == [True] * (30 - hybrids._PENDING) + [False] * hybrids._PENDING
+    wrong = Elsewhere(False)
+    rows.check(wrong)
+    monkeypatch.setattr(Event, "passed", True)
+    with pytest.raises(ValueError, match="masks of padding only"):
+        rows.check(Elsewhere(True))
+    rows.check(Elsewhere(True))
+    with pytest.raises(ValueError, match="masks of padding only"):
+        hybrids._Rows().check(wrong)
+    assert pickle.loads(pickle.dumps(rows))._first
+
+
+@pytest.mark.parametrize(
+    "make", [lambda seen: seen, lambda seen: torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)]
+)
+def test_layers_ask_a_mask_once_and_it_goes_when_the_program_lets_it_go(make):
+    mask = make(torch.rand(2, 1, 1, 5).gt(0.5).repeat(1, 1, 5, 1))
+    rows = hybrids._Rows()
+    first, gone = hybrids._padding(mask, rows), weakref.ref(mask)
+    assert hybrids._padding(mask, rows) is first
+    mask.copy_(mask.clone())
+    assert hybrids._padding(mask, rows) is not first
+    gc.disable()
+    try:
+        del mask
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ NAME = "tilebook_linear"
 """In transformers' registry of attention functions."""
 _HOW = "_tilebook_linear"
 _WRONG = "linear attention takes masks of padding only, which are the same for all rows and heads"
+_PENDING = 8  # masks of which it is not known yet
 _KNOWN = "DistilBertSelfAttention", "BertSelfAttention"
 
 
@@ -79,8 +81,9 @@ def hybrid(
         _check(name, module, causal)
         changed[name] = f"tilebook.linear_attention with {feature_map}"
         ways.append((module, _theirs(module)))
+    rows = _Rows()
     back = [
-        _to_function(module, feature_map, eps) if theirs else _to_class(module, feature_map, causal, eps)
+        _to_function(module, feature_map, eps, rows) if theirs else _to_class(module, feature_map, causal, eps)
         for module, theirs in ways
     ]
     ours = {id(module) for module, _ in ways}
@@ -134,7 +137,7 @@ def _to_class(module: Any, feature_map: Any, causal: bool, eps: float) -> Callab
     return back
 
 
-def _to_function(module: Any, feature_map: Any, eps: float) -> Callable[[], None]:
+def _to_function(module: Any, feature_map: Any, eps: float, rows: _Rows) -> Callable[[], None]:
     """The same for a module of transformers: its config, which it has shared with all, names another function."""
     from transformers.modeling_utils import AttentionInterface
 
@@ -142,7 +145,7 @@ def _to_function(module: Any, feature_map: Any, eps: float) -> Callable[[], None
     before = module.config
     module.config = ours = copy.copy(before)
     ours._attn_implementation = NAME
-    setattr(module, _HOW, (feature_map, eps))
+    setattr(module, _HOW, (feature_map, eps, rows))
 
     def back() -> None:
         if module.config is ours:
@@ -169,12 +172,47 @@ def attention_forward(
     """
     if kwargs.get("output_attentions"):
         raise ValueError("linear attention has no weights of pairs, which output_attentions asks for")
-    feature_map, eps = getattr(module, _HOW)
-    o = attend(query, key, value, _padding(attention_mask), feature_map=feature_map, causal=False, eps=eps)
+    feature_map, eps, rows = getattr(module, _HOW)
+    o = attend(query, key, value, _padding(attention_mask, rows), feature_map=feature_map, causal=False, eps=eps)
     return F.dropout(o.transpose(1, 2), dropout, module.training), None
 
 
-def _padding(mask: Any) -> Tensor | None:
+class _Rows:
+    """Do all rows of masks see the same keys? The first mask is waited for; of later ones it is told when it is known,
+    at the latest with the next but `_PENDING` masks, so that no step waits for the GPU."""
+
+    def __init__(self) -> None:
+        self._first = True
+        self._pending: deque[tuple[Tensor, Any]] = deque()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Rows, ()
+
+    def check(self, mask: Tensor) -> None:
+        """Raises ValueError for a mask, or an earlier one, under which they do not."""
+        same = (mask == mask[:, :, :1]).all()
+        if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            torch._assert_async(same, _WRONG)  # nobody can wait for a number here
+            return
+        if self._first or not mask.is_cuda:
+            self._first = False
+            self._raise(same)
+            return
+        known, event = same.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(mask.device))
+        self._pending.append((known, event))
+        while self._pending and (len(self._pending) > _PENDING or self._pending[0][1].query()):
+            known, event = self._pending.popleft()
+            event.synchronize()
+            self._raise(known)
+
+    def _raise(self, same: Tensor) -> None:
+        if not same:
+            self._pending.clear()
+            raise ValueError(_WRONG)
+
+
+def _padding(mask: Any, rows: _Rows) -> Tensor | None:
     """The key_padding_mask (B, Sk) in a mask of transformers'. Raises ValueError where rows see different keys."""
     if mask is None:
         return None
@@ -182,15 +220,13 @@ def _padding(mask: Any) -> Tensor | None:
         raise ValueError(_WRONG)
     if mask.ndim == 2:
         return mask == 0
-    compiling = torch.compiler.is_compiling()
-    row = mask[:, 0, 0] if mask.is_floating_point() else ~mask[:, 0, 0].bool()
-    if not compiling and not mask.is_inference() and getattr(mask, _HOW, None) == mask._version:
-        return row
-    same = (mask == mask[:, :, :1]).all()
-    if compiling or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        torch._assert_async(same, _WRONG)  # nobody can wait for a number here
-    elif not same:
-        raise ValueError(_WRONG)
-    elif not mask.is_inference():
-        setattr(mask, _HOW, mask._version)  # the other layers have the same mask
+    keeps = not (torch.compiler.is_compiling() or mask.is_inference() or mask.requires_grad)
+    known: tuple[int, Tensor] | None = getattr(mask, _HOW, None) if keeps else None
+    if known is not None and known[0] == mask._version:
+        return known[1]  # the other layers have the same mask
+    row = mask[:, 0, 0]
+    row = row.clone() if mask.is_floating_point() else ~row.bool()  # a view would keep the mask that keeps it
+    rows.check(mask)
+    if keeps:
+        setattr(mask, _HOW, (mask._version, row))
     return row

@@ -25,7 +25,7 @@ from tilebook.call import Entry
 from tilebook.dispatch.choice import Choice
 from tilebook.profiling.notes import Notes, key_of, stamp
 
-_FIRST_S, _EVERY_S, _WINDOW_S = 5.0, 3.0, 0.3
+_FIRST_S, _EVERY_S, _WINDOW_S = 1.5, 3.0, 0.3
 """Calls are timed so long after the first one, or until there are times enough; and then so often for so long."""
 
 _NODES = 64  # of a graph, where those of one call are looked for

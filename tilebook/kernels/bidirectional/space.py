@@ -61,7 +61,8 @@ def _default(problem: Bidirectional, device: Device) -> Config:
     most = max(16, triton.next_power_of_2(problem.value_dim))
     length = max(16, triton.next_power_of_2(max(problem.seq, problem.keys)))
     exact, wide = problem.dtype == "fp32", max(problem.wide, problem.wide_features)
-    shapes = [(64, 64, 4, 2), (64, 32, 4, 2)] if wide <= 64 and asynchronous(device) else []
+    stages = 1 if problem.feature_map == PERFORMER else 2
+    shapes = [(64, 64, 4, stages), (64, 32, 4, stages)] if wide <= 64 and asynchronous(device) else []
     shapes += [(64, 64, 8, 2), (64, 32, 8, 1)] if wide <= 128 else []
     shapes += [
         (32, 32, 8, 1),
