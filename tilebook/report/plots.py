@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_COLUMNS = 4
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -31,11 +33,14 @@ def draw(out: Path, panels: Sequence[Panel]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    height = max(3.0, *(0.35 * len(panel.bars) for panel in panels))
-    figure, (row,) = plt.subplots(
-        1, len(panels), figsize=(5 * len(panels), height), squeeze=False, layout="constrained"
+    height, columns = max(3.0, *(0.35 * len(panel.bars) for panel in panels)), min(len(panels), _COLUMNS)
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(5 * columns, height * rows), squeeze=False, layout="constrained"
     )
-    for axes, panel in zip(row, panels, strict=True):
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, panel in zip(grid.flat, panels, strict=False):
         axes.set_title(panel.title, loc="left", fontsize=9)
         if panel.bars:
             axes.barh(list(panel.bars), list(panel.bars.values()), color="#1f77b4")
