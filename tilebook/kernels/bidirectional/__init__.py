@@ -39,15 +39,19 @@ def attend(
     if name == PERFORMER:
         omega = directions(q.shape[-1], FEATURES, SEED, scale, q.dtype, q.device)
     tensors, options = (q, k, v, mask, omega), (name, scale, eps)
-    check(*tensors, *options)
-    if route == "pytorch" or not (q.numel() and v.numel()) or (mask is not None and mask.requires_grad):
-        return BIDIRECTIONAL.plain(tensors, options)  # type: ignore[no-any-return]
-    if route == "op":
-        return BIDIRECTIONAL.through(tensors, options)[0]
-    args = arguments(tensors, options)
-    forward = registered()[0]
-    choice = dispatch.known(forward, args) or dispatch.lookup(forward, args)
-    if native(choice, tensors):
+    ours = route != "pytorch" and q.numel() and v.numel() and not (mask is not None and mask.requires_grad)
+    args = choice = None
+    if ours and route == "direct" and v.ndim == 4:
+        args = arguments(tensors, options)
+        choice = dispatch.known(registered()[0], args)
+    if choice is None:  # a call like one before is not checked again
+        check(*tensors, *options)
+        choice = None if args is None else dispatch.lookup(registered()[0], args)
+    if choice is not None and native(choice, tensors):
         choice.calls += 1
+        choice = None
+    elif ours and route == "op":
+        return BIDIRECTIONAL.through(tensors, options)[0]
+    if choice is None:
         return BIDIRECTIONAL.plain(tensors, options)  # type: ignore[no-any-return]
     return BIDIRECTIONAL.direct(choice, tensors, options)[0]

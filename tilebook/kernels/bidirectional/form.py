@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,6 +16,9 @@ FEATURES = 64
 
 SEED = 0
 
+_MOST = 256
+_kept: dict[tuple[Any, ...], torch.Tensor] = {}
+
 
 def directions(
     width: int, features: int, seed: int, scale: float, dtype: torch.dtype, device: torch.device
@@ -24,10 +26,18 @@ def directions(
     """Performer's ω, times √scale: (2, features, width) of a 16-bit dtype, whose sum they are; else (1, …)."""
     if torch.compiler.is_compiling() or device.type == "meta" or torch._C._len_torch_dispatch_stack():
         return _directions(width, features, seed, scale, dtype, device)
+    key = int(width), features, seed, scale, dtype, device
+    if (kept := _kept.get(key)) is not None:
+        return kept
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _directions(width, features, seed, scale, dtype, device)  # memory of the graph's own
+        return _directions(*key)  # memory of the graph's own
     with constants(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
-        return _kept(int(width), features, seed, scale, dtype, device)
+        made = _directions(*key)
+    if made.is_cuda:
+        torch.cuda.current_stream(device).synchronize()  # other streams will read it, too
+    if len(_kept) < _MOST:
+        _kept[key] = made
+    return made
 
 
 def _directions(
@@ -38,6 +48,3 @@ def _directions(
         return found.to(dtype)[None]
     high = found.to(dtype)
     return torch.stack((high, (found - high.double()).to(dtype)))
-
-
-_kept: Callable[..., torch.Tensor] = functools.lru_cache(maxsize=64)(_directions)
