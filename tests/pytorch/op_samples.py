@@ -86,10 +86,9 @@ def linear(make=normal, rows=5, columns=6, decay=True, state=True, norm=False, *
     if norm:
         q, k = (x.detach().abs().requires_grad_(x.requires_grad) for x in (q, k))
     v, h = make(2, 3, rows, columns, **how), make(2, 3, 8, columns + norm)
-    g = None if norm else (-make(2, 3, rows).detach().abs()).requires_grad_(q.requires_grad)
+    g = (-make(2, 3, rows).detach().abs()).requires_grad_(q.requires_grad)
     h = h.detach().abs().requires_grad_(q.requires_grad) if norm else h
-    middle = () if norm else (g if decay else None,)
-    return q, k, v, *middle, h if state else None, 0.3, *((1e-3,) if norm else ())
+    return q, k, v, g if decay else None, h if state else None, 0.3, *((1e-3,) if norm else ())
 
 
 def everything(feature_map="elu+1", mask=None, omega=None, **how):
@@ -249,8 +248,9 @@ SAMPLES = {
         "bf16": lambda: linear(dtype=BF16),
     },
     "linear_attention_fwd": {
-        "plain": lambda: linear(norm=True, state=False),
-        "a state": lambda: linear(norm=True),
+        "plain": lambda: linear(norm=True, decay=False, state=False),
+        "a state": lambda: linear(norm=True, decay=False),
+        "decays and a state": lambda: linear(norm=True),
         "last axis first": lambda: linear(norm=True, order=TURNED),
         "no rows": lambda: linear(norm=True, rows=0),
         "fp16": lambda: linear(norm=True, dtype=torch.float16),

@@ -36,6 +36,7 @@ def gated_linear_attention(
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     return_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> Any:
     """o_t = scale · h_tᵀ q_t of the states h_t = exp(g_t) h_{t−1} + k_t v_tᵀ, in time linear in the sequence.
 
@@ -48,6 +49,8 @@ def gated_linear_attention(
         scale: what outputs are multiplied by; D^-0.5 if None.
         initial_state: h_0 (B, H, D, V), or None for 0.
         return_state: return (o, state) with the last state.
+        cu_seqlens: where packed sequences begin and end, (N + 1,) int32 or int64 from 0 to S; B is 1 then. Each begins
+            with a state of 0; neither initial_state nor return_state goes with it. Empty sequences are allowed.
 
     Returns:
         o (B, H, S, V), in the dtype of v; with `return_state` also h_S (B, H, D, V) in fp32. Both are differentiable in
@@ -61,18 +64,20 @@ def gated_linear_attention(
         ValueError: shapes, dtypes or devices that do not go together.
         TypeError: a scale that is to be learnt.
     """
-    given = tuple(x for x in (q, k, v, log_decay, initial_state) if x is not None)
+    given = tuple(x for x in (q, k, v, log_decay, initial_state, cu_seqlens) if x is not None)
     if has_torch_function(given):
         return handle_torch_function(
             gated_linear_attention, given, q, k, v, log_decay, scale=scale, initial_state=initial_state,
-            return_state=return_state,
+            return_state=return_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     constant("scale", scale)
-    route = way(q, k, v, optional=(log_decay, initial_state))
+    route = way(q, k, v, optional=(log_decay, initial_state, cu_seqlens))
     if log_decay is not None:
         log_decay = _wide(log_decay, q)
         if log_decay.ndim == 1 and q.ndim == 4 and log_decay.shape == q.shape[1:2]:
             log_decay = log_decay[None, :, None].expand(q.shape[:3])
+    if cu_seqlens is not None:
+        log_decay = _packed(q, log_decay, cu_seqlens, initial_state is not None or return_state)
     o, state = _causal(route, GATED, (q, k, v, log_decay, _wide(initial_state, q)), (multiplier(scale, q),))
     return (o, state) if return_state else o
 
@@ -88,6 +93,7 @@ def linear_attention(
     eps: float = 1e-6,
     initial_state: torch.Tensor | None = None,
     return_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> Any:
     """Σ_j (φ(q_i) · φ(k_j)) v_j / (eps + Σ_j φ(q_i) · φ(k_j)), in time linear in the sequence.
 
@@ -105,6 +111,7 @@ def linear_attention(
         initial_state: what earlier tokens have left: (B, H, D, V), normalized (B, H, D, V + 1), whose last column is
             the sum of φ(k); D is that of the features.
         return_state: return (o, state), the state with the tokens of this call, in fp32.
+        cu_seqlens: of packed sequences, as in `gated_linear_attention`; causal only.
 
     Returns:
         o (B, H, S, V), in the dtype of v, differentiable in q, k, v and initial_state, as the state is.
@@ -118,25 +125,29 @@ def linear_attention(
         ValueError: shapes, dtypes or devices that do not go together, or a feature map of no known name.
         TypeError: an eps that is to be learnt.
     """
-    given = tuple(x for x in (q, k, v, initial_state) if x is not None)
+    given = tuple(x for x in (q, k, v, initial_state, cu_seqlens) if x is not None)
     if has_torch_function(given):
         return handle_torch_function(
             linear_attention, given, q, k, v, feature_map=feature_map, causal=causal, normalize=normalize, eps=eps,
-            initial_state=initial_state, return_state=return_state,
+            initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     constant("eps", eps)
     eps = float(eps)
-    route = way(q, k, v, optional=(initial_state,))
+    if cu_seqlens is not None and not causal:
+        raise ValueError("cu_seqlens goes with causal=True only")
+    route = way(q, k, v, optional=(initial_state, cu_seqlens))
     if not causal and normalize and initial_state is None and not return_state and bidirectional.named(feature_map):
         return bidirectional.attend(route, q, k, v, None, feature_map, eps)
     q, k = features.mapped(q, k, feature_map)
-    tensors = q, k, v, _wide(initial_state, q)
+    state, starts = _wide(initial_state, q), None
+    if cu_seqlens is not None:
+        starts = _packed(q, None, cu_seqlens, initial_state is not None or return_state)
     if not causal:
-        o, state = _everything(*tensors, bool(normalize), eps)
+        o, state = _everything(q, k, v, state, bool(normalize), eps)
     elif normalize:
-        o, state = _causal(route, NORMALIZED, tensors, (1.0, eps))
+        o, state = _causal(route, NORMALIZED, (q, k, v, starts, state), (1.0, eps))
     else:
-        o, state = _causal(route, GATED, (*tensors[:3], None, tensors[3]), (1.0,))
+        o, state = _causal(route, GATED, (q, k, v, starts, state), (1.0,))
     return (o, state) if return_state else o
 
 
@@ -168,6 +179,24 @@ def linear_attention_step(
     way(q, k, v, state, optional=(log_decay,))
     check_step(q, k, v, state, log_decay)
     return step(q, k, v, _wide(state, q), log_decay, multiplier(scale, q))
+
+
+def _packed(q: torch.Tensor, log_decay: torch.Tensor | None, ends: torch.Tensor, states: bool) -> torch.Tensor:
+    """Log-decays that forget all at the beginning of every sequence. Raises ValueError."""
+    if states:
+        raise ValueError("cu_seqlens goes with neither initial_state nor return_state")
+    kinds = torch.int32, torch.int64
+    if q.ndim != 4 or q.shape[0] != 1 or ends.ndim != 1 or ends.dtype not in kinds or ends.device != q.device:
+        got = f"{ends.dtype} {tuple(ends.shape)} on {ends.device} for q {tuple(q.shape)}"
+        raise ValueError(
+            f"cu_seqlens must be (N + 1,) integers of int32 or int64 beside q, whose batch is 1; got {got}"
+        )
+    n = q.shape[2]
+    at = ends[:-1].long().clamp(0, n)
+    begins = torch.zeros(n + 1, dtype=torch.bool, device=q.device).index_fill(0, at, True)[:n]
+    if log_decay is None:
+        log_decay = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return log_decay.masked_fill(begins, -torch.inf)
 
 
 def _wide(x: torch.Tensor | None, q: torch.Tensor) -> Any:

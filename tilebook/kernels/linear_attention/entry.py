@@ -33,12 +33,11 @@ def arguments(tensors: Tensors, options: tuple[float, ...]) -> tuple[Any, ...]:
     """The forward op's, of an entry's tensors and options: a scale, and what is added to divisors if there are any."""
     q, k, v, *more = tensors
     (scale, *eps), given = options, [rows(x) for x in (q, k, v) if x is not None]
-    return (*given, None, *more, scale, True, *eps) if eps else (*given, *more, scale, False, 0.0)
+    return *given, *more, scale, bool(eps), *(eps or (0.0,))
 
 
 def _check(tensors: Tensors, options: tuple[float, ...]) -> None:
-    *given, state = tensors
-    q, k, v, g = (*given, None)[:4]
+    q, k, v, g, state = tensors
     check(q, k, v, g, state, len(options) == 2)  # type: ignore[arg-type]
 
 
@@ -81,7 +80,6 @@ def _backward_of_quotient(
     do: torch.Tensor | None, dstate: torch.Tensor | None, tensors: Tensors, kept: Tensors, options: tuple[float, float],
     needs: Sequence[bool],
 ) -> Tensors:  # fmt: skip
-    q, k, v, state = tensors
     (scale, eps), (o, den) = options, kept
     assert o is not None
     assert den is not None
@@ -91,8 +89,7 @@ def _backward_of_quotient(
     part = room / (den + eps)
     weight = -(do.float() * o.float()).sum(-1) * part
     above = (do.float() * part[..., None]).to(o.dtype)
-    dq, dk, dv, _, dinit = _gradients(above, dstate, (q, k, v, None, state), weight, scale / room, False)
-    return _needed((dq, dk, dv, dinit), needs)
+    return _needed(_gradients(above, dstate, tensors, weight, scale / room, bool(needs[3])), needs)
 
 
 def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
@@ -112,8 +109,8 @@ def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
     return int((4 if needs is None else 10) * q.numel() * v.shape[-1])
 
 
-def _entry(name: str, middle: tuple[str, ...], options: tuple[str, ...], kept: tuple[int, ...], **how: Any) -> Entry:
-    tensors = ("q", "k", "v", *middle, "initial_state?")
+def _entry(name: str, options: tuple[str, ...], kept: tuple[int, ...], **how: Any) -> Entry:
+    tensors = ("q", "k", "v", "log_decay?", "initial_state?")
     outputs = ("o", "state", "den")[: 1 + len(options)]
     everything = *(each.rstrip("?") for each in tensors), *outputs
     return Entry(
@@ -137,14 +134,12 @@ def _entry(name: str, middle: tuple[str, ...], options: tuple[str, ...], kept: t
 
 GATED = _entry(
     "gated_linear_attention",
-    ("log_decay?",),
     ("float scale",),
     (),
     backward=_backward,
 )
 NORMALIZED = _entry(
     "linear_attention",
-    (),
     ("float scale", "float eps"),
     (0, 2),
     backward=_backward_of_quotient,
