@@ -12,7 +12,7 @@ from triton.runtime.autotuner import Autotuner
 
 from tilebook.errors import UsageError
 from tilebook.foreign import serving
-from tilebook.foreign.kernel import Unfit
+from tilebook.foreign.kernel import Unfit, descriptors
 
 OnMiss = Literal["serve", "tune", "error"]
 
@@ -28,6 +28,7 @@ class Tuned(Autotuner):  # type: ignore[misc]
     """Triton's autotuner with a memory that asks the registries."""
 
     def __init__(self, *args: Any, reference: Callable[..., Any] | None, on_miss: OnMiss, **kwargs: Any) -> None:
+        descriptors()
         super().__init__(*args, **kwargs)
         self.reference = reference
         self.cache = _Memory(self, on_miss)

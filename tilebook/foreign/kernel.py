@@ -99,7 +99,9 @@ class Kernel:
             return self.configs[config]
         from triton import Config as TritonConfig
 
-        options = {name: value for name, value in config.items() if name in _OPTIONS}
+        options: dict[str, Any] = {name: value for name, value in config.items() if name in _OPTIONS}
+        if len(hooks := {each.pre_hook for each in self.tuner.configs}) == 1:
+            options["pre_hook"] = hooks.pop()
         return TritonConfig({name: value for name, value in config.items() if name not in _OPTIONS}, **options)
 
     def problem(self, key: Sequence[Any]) -> str:
@@ -150,8 +152,20 @@ def _variable(tuner: Any, function: Any) -> str:
     return next((name for name in likely if name in names and autotuner(names[name]) is tuner), "")
 
 
+@functools.cache
+def descriptors() -> Any:
+    """Triton's class of tensor descriptors, which have a dtype from now on, as tensors have: autotuners take into
+    their keys the dtype of what has one."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if not hasattr(TensorDescriptor, "dtype"):
+        TensorDescriptor.dtype = property(lambda self: self.base.dtype)
+    return TensorDescriptor
+
+
 def key_of(tuner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """The key that an autotuner makes of a call, as Triton 3.6 to 3.9 do."""
+    descriptors()
     given = {**dict(zip(tuner.arg_names, args, strict=False)), **kwargs}
     named = {name: value for name, value in given.items() if name in tuner.arg_names}
     key = [named[name] for name in tuner.keys if name in named]

@@ -142,16 +142,18 @@ class Foreign:
 
     def run(self, *args: Any, config: Config) -> tuple[torch.Tensor, ...]:
         """One launch on copies of what the kernel writes; returns these, in the order of its arguments."""
-        *given, problem = args
+        *tensors, problem = args
         call: Call = problem.call
         roles = self.roles.get(problem.key, {})
         own = [name for name, each in call.tensors.items() if not each.same]
-        placed = [_placed(x, roles.get(name, "in")) for name, x in zip(own, given, strict=True)]
-        self._launch(call, self.arguments(call, placed), config)
+        placed = [_placed(x, roles.get(name, "in")) for name, x in zip(own, tensors, strict=True)]
+        given = self.arguments(call, placed)
+        given |= {name: each.of(given[name]) for name, each in call.descriptors.items()}
+        self._launch(call, given, config)
         return tuple(x for name, x in zip(own, placed, strict=True) if roles.get(name, "in") != "in")
 
     def arguments(self, call: Call, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """A call's arguments by name, of the tensors as `Call.inputs` makes them."""
+        """A call's arguments by name, of the tensors as `Call.inputs` makes them; for a descriptor, its tensor."""
         own = dict(zip((name for name, each in call.tensors.items() if not each.same), tensors, strict=True))
         given = {name: own[t.same or name].as_strided(t.shape, t.stride) for name, t in call.tensors.items()}
         return {**given, **{name: decoded(value) for name, value in call.values.items()}}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tilebook.foreign.kernel import descriptors
 from tilebook.foreign.record import Recording, folder, start
 
 
@@ -59,6 +60,7 @@ def _serve() -> None:
 
     from tilebook.foreign.serving import FAILURES, Served
 
+    descriptors()
     init, run = Autotuner.__init__, Autotuner.run
 
     @functools.wraps(init)
