@@ -117,8 +117,8 @@ class Descriptor:
 
     @classmethod
     def noted(cls, given: Any) -> Descriptor:
-        sizes = (tuple(map(int, each)) for each in (given.shape, given.strides, given.block_shape))
-        return cls(*sizes, given.padding, getattr(given, "round_f32_to_tf32", False))
+        shape, strides, block = (tuple(map(int, each)) for each in (given.shape, given.strides, given.block_shape))
+        return cls(shape, strides, block, given.padding, getattr(given, "round_f32_to_tf32", False))
 
     def of(self, base: torch.Tensor) -> Any:
         more = {"round_f32_to_tf32": True} if self.tf32 else {}  # Triton 3.6 has none
