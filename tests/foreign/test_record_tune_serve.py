@@ -53,6 +53,18 @@ def test_a_program_is_recorded_tuned_and_served_with_no_line_changed(recorded, t
         assert all(verdict.measured for verdict in held.verdicts())
 
 
+def test_a_kernel_without_an_autotuner_is_tuned_in_the_space_of_a_file_and_served(tmp_path):
+    spaces, registry, program = tmp_path / "spaces.json", tmp_path / "registry.db", HERE / "plain_program.py"
+    spaces.write_text('{"plain:shift_kernel": {"space": {"BLOCK": [16, 32, 64], "num_warps": [2, 4]}, "key": ["n"]}}')
+    command = ("-m", "tilebook.cli", "record", "--to", tmp_path / "records", "--spaces", spaces)
+    run(*command, "--", sys.executable, program)
+    run(HERE / "tune_on_cpu.py", "tune", "--recorded", tmp_path / "records", "--registry", registry)
+    variables = {"TILEBOOK_REGISTRY": str(registry), "TILEBOOK_TEST_GPU": "H200", "TILEBOOK_SPACES": str(spaces)}
+    served = run(program, TILEBOOK_TRITON="serve", **variables)
+    assert (served.stdout, served.stderr) == ("64\n", "")
+    assert run(program, **variables).stdout == "16\n"
+
+
 def test_what_no_verdict_covers_is_searched_as_ever(tmp_path):
     missing = tmp_path / "registry.db"
     done = run(HERE / "program.py", TILEBOOK_TRITON="serve", TILEBOOK_REGISTRY=str(missing), TILEBOOK_TEST_GPU="H200")

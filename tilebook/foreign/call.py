@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tilebook.errors import UsageError, one_line
-from tilebook.foreign.kernel import Kernel, Unfit, descriptors
+from tilebook.foreign.grids import Grid, plain
+from tilebook.foreign.kernel import Kernel, Unfit, descriptors, is_given
 from tilebook.op import generator
 
 Rule = Mapping[str, Any]
@@ -135,7 +136,7 @@ class Call:
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
-    grids: tuple[tuple[int, ...] | None, ...]
+    grids: tuple[Grid | None, ...]
     descriptors: Mapping[str, Descriptor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -222,9 +223,7 @@ def noted(kernel: Kernel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cal
     return Call(tensors, values, tuple(_grids(kernel, given, kwargs, grid)), held)
 
 
-def _grids(
-    kernel: Kernel, given: Mapping[str, Any], kwargs: Mapping[str, Any], grid: Any
-) -> list[tuple[int, ...] | None]:
+def _grids(kernel: Kernel, given: Mapping[str, Any], kwargs: Mapping[str, Any], grid: Any) -> list[Grid | None]:
     """By config, what the program's grid is for it."""
     tuner = kernel.tuner
     positional = {name: given[name] for name in tuner.arg_names if name in given}
@@ -234,14 +233,14 @@ def _grids(
     finally:
         tuner.nargs = before
     wanted = set(left)
-    found: list[tuple[int, ...] | None] = []
+    found: list[Grid | None] = []
     for config, its in kernel.configs.items():
         found.append(None)
-        if config in wanted:
+        if config in wanted and is_given(tuner):
+            found[-1] = tuner.grid(grid, given, its)
+        elif config in wanted:
             meta = {**given, **its.all_kwargs()}
-            meta |= heuristic(kernel, meta)
-            whole = grid(meta) if callable(grid) else grid
-            found[-1] = tuple(map(int, whole if isinstance(whole, Sequence) else (whole,)))
+            found[-1] = plain(grid, {**meta, **heuristic(kernel, meta)})
     return found
 
 
