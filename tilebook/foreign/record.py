@@ -217,13 +217,17 @@ def write(file: Path, entries: Iterable[Entry], left_out: Mapping[str, int] | No
 
 
 def read(place: Path) -> list[Entry]:
-    """The records in a file, or in all files of a folder, taken together. Raises UsageError where there is none."""
-    merged: dict[tuple[Any, ...], Entry] = {}
+    """The records in a file, or in all files of a folder, taken together. Raises UsageError where there is none.
+
+    Of a kernel whose source or configs have changed the last one counts."""
+    merged: dict[tuple[str, str], Entry] = {}
     left_out: dict[str, None] = {}
-    files = [place] if place.is_file() else sorted(place.glob("*.json"))
+    files = [place] if place.is_file() else sorted(place.glob("*.json"), key=lambda file: (file.stat().st_mtime, file))
     for entry in (entry for file in files for entry in _entries(file, left_out)):
-        known = merged.setdefault((entry.module, entry.name, entry.digest, entry.configs), entry)
-        if known is not entry:
+        known = merged.setdefault((entry.module, entry.name), entry)
+        if (known.digest, known.configs, known.given) != (entry.digest, entry.configs, entry.given):
+            merged[entry.module, entry.name] = entry  # what was recorded before is of another kernel
+        elif known is not entry:
             for key, problem in entry.problems.items():
                 _add(known.problems.setdefault(key, Recorded(key)), problem)
     if not merged:
