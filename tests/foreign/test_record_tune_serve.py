@@ -77,6 +77,7 @@ def test_a_script_tunes_what_it_calls_and_is_served(tmp_path):
     done = run(HERE / "tuned_in_code.py", registry, TILEBOOK_REGISTRY=str(registry))
     assert done.stdout.splitlines() == [
         "16 tuned_in_code:double_kernel n=100 fp32,fp32 64 64",
+        "16 tuned_in_code:plain_kernel BLOCK=16 fp32,fp32 64 64",
         "no autotuned kernel that can be tuned was called: it called none",
     ]
 

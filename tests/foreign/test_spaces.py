@@ -31,7 +31,6 @@ def plain_again():
     yield
     for kernel in (plain.shift_kernel, plain.rows_kernel):
         vars(kernel).pop("run", None)
-    serving._said.clear()
 
 
 def launches(monkeypatch, kernel=plain.shift_kernel):
