@@ -131,6 +131,14 @@ def test_a_grid_that_the_caller_has_computed_follows_as_the_space_says(tmp_path,
     assert seen == [((2,), 64, 2)] * 2
 
 
+def test_a_grid_may_ask_for_what_the_program_leaves_to_its_default(tmp_path, monkeypatch):
+    seen, y = served(tmp_path / "registry.db", WIDE, monkeypatch, 64), torch.empty_like(X)
+    grid = lambda meta: (triton.cdiv(100, meta["BLOCK"]) if meta["UP"] else 0,)  # noqa: E731
+    plain.shift_kernel[grid](X, y, 100, 1.0, BLOCK=16, num_warps=2)
+    assert torch.equal(y, X + 1)
+    assert seen == [((2,), 64, 2)]
+
+
 def test_a_grid_that_is_not_what_the_space_says_leaves_the_program_alone(tmp_path, monkeypatch):
     seen = served(tmp_path / "registry.db", WIDE, monkeypatch, 64, grid=["cdiv(n, BLOCK)"])
     with recording(tmp_path / "record") as made, pytest.warns(RuntimeWarning, match=r"grid \(9,\), and its space says"):

@@ -117,7 +117,8 @@ class Given(Autotuner):  # type: ignore[misc]
         return [name for name in axes if self._passed(given, name) != config.kwargs[name]]
 
     def _meta(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {**given, **heuristic(self.kernel, given)}
+        whole = {**self._usual, **given}
+        return {**whole, **heuristic(self.kernel, whole)}
 
     def _chosen(self, args: Sequence[Any], kwargs: Mapping[str, Any], grid: Any) -> Any:
         """A verdict's config, its grid and the call's arguments with it; None where the program's own call stays."""
