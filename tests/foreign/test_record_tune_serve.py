@@ -62,7 +62,6 @@ def test_a_kernel_without_an_autotuner_is_tuned_in_the_space_of_a_file_and_serve
     variables = {"TILEBOOK_REGISTRY": str(registry), "TILEBOOK_TEST_GPU": "H200", "TILEBOOK_SPACES": str(spaces)}
     served = run(program, TILEBOOK_TRITON="serve", **variables)
     assert (served.stdout, served.stderr) == ("64\n", "")
-    assert run(program, **variables).stdout == "16\n"
 
 
 def test_what_no_verdict_covers_is_searched_as_ever(tmp_path):

@@ -92,9 +92,8 @@ def test_what_the_program_runs_is_the_baseline_and_the_word_on_what_is_right(fol
     assert found["rows_kernel"].config == {"BLOCK": 64}
 
 
-@pytest.mark.parametrize("gpu", ["A100", "MI300X"])
-def test_it_is_compiled_for_a_gpu_that_is_not_here(gpu, folder, tmp_path):
-    command = ["tune", "--recorded", folder / "record", "--gpu", gpu, "--registry", tmp_path / "registry.db"]
+def test_it_is_compiled_for_a_gpu_that_is_not_here(folder, tmp_path):
+    command = ["tune", "--recorded", folder / "record", "--gpu", "H100", "--registry", tmp_path / "registry.db"]
     command += ["--trials", 2, "--workers", 1, "--format", "json"]
     done = CliRunner().invoke(main, list(map(str, command)), catch_exceptions=False)
     assert done.exit_code == 0, done.stderr
