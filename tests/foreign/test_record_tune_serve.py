@@ -88,6 +88,14 @@ def test_a_failure_breaks_no_program(asked):
     assert ("neither recorded nor served" in done.stderr) == (asked == "sing")
 
 
+def test_a_file_of_spaces_that_is_none_is_a_warning_and_all_else_goes_on(tmp_path):
+    done = run(HERE / "program.py", TILEBOOK_TRITON=f"record:{tmp_path}", TILEBOOK_SPACES=str(tmp_path / "none.json"))
+    assert done.stdout.splitlines() == ["100 16 3", "70 16 6"]
+    assert "none.json has no spaces" in done.stderr
+    assert "neither recorded nor served" not in done.stderr
+    assert [each.name for each in record.read(tmp_path)] == ["double_kernel"]
+
+
 def test_a_record_says_what_calls_were_like_and_nothing_of_what_tensors_held(recorded):
     (file,) = recorded.iterdir()
     (entry,) = record.read(recorded)

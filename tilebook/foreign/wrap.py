@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tilebook.errors import UsageError
 from tilebook.foreign.kernel import descriptors
 from tilebook.foreign.record import Recording, folder, start
 from tilebook.variables import SPACES
@@ -17,7 +19,7 @@ from tilebook.variables import SPACES
 def install(asked: str) -> None:
     """Does what the variable says: record, record:FOLDER or serve. Raises ValueError for anything else.
 
-    The kernels of `TILEBOOK_SPACES` have their spaces then. Raises UsageError where that names no file of any."""
+    The kernels of `TILEBOOK_SPACES` have their spaces then; where that names no file of any, there is a warning."""
     what, _, place = asked.partition(":")
     if what == "record":
         _record(Path(place).absolute() if place else folder())
@@ -28,7 +30,10 @@ def install(asked: str) -> None:
     if file := os.environ.get(SPACES, ""):
         from tilebook.foreign.spaces import give_spaces
 
-        give_spaces(Path(file))
+        try:
+            give_spaces(Path(file))
+        except UsageError as wrong:  # all others are recorded or served
+            warnings.warn(f"tilebook: {wrong}", RuntimeWarning, stacklevel=2)
 
 
 def _record(place: Path) -> None:
