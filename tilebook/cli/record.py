@@ -26,8 +26,8 @@ from tilebook.variables import SPACES, TRITON
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def record(to: Path | None, spaces: Path | None, command: tuple[str, ...]) -> None:
-    """Runs COMMAND under TILEBOOK_TRITON=record: what its autotuned Triton kernels are called with is written down, and
-    what those are that a file gives spaces to.
+    """Runs COMMAND under TILEBOOK_TRITON=record: what its Triton kernels are called with is written down, of those that
+    have an autotuner or, by --spaces, a space.
 
     No tensor's contents are. `tilebook tune --recorded` tunes these kernels then.
     """
