@@ -35,19 +35,24 @@ def module(tmp_path, monkeypatch):
     sys.meta_path[:] = [each for each in sys.meta_path if getattr(each, "name", "") != "somebodys"]
 
 
-def test_it_is_called_once_at_the_end_of_the_first_import(module):
+def test_each_is_called_once_at_the_end_of_the_first_import(module):
     seen = []
+
+    def look():
+        seen.append(sys.modules[module].value)
+
     for _ in range(2):
-        after_import(module, lambda: seen.append(sys.modules[module].value))
+        after_import(module, look)
+    after_import(module, lambda: seen.append("another"))
     assert module not in sys.modules
     assert seen == []
     found = importlib.import_module(module)
-    assert seen == [1]
+    assert seen == [1, "another"]
     assert inspect.getsource(found) == "value = 1\n"
     assert "exec_module" not in vars(found.__loader__)
     assert not any(isinstance(each, imported._Finder) and each.name == module for each in sys.meta_path)
     importlib.reload(found)
-    assert seen == [1]
+    assert seen == [1, "another"]
 
 
 def test_it_is_called_at_once_where_the_module_is_there(module):

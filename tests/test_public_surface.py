@@ -30,6 +30,7 @@ def test_the_package_offers_what_its_families_export():
     modules["enabling"] = ["disable", "enable", "enabled", "register_transformers", "status"]
     modules["dispatch.probing"] = ["probe"]
     modules["foreign.autotune"], modules["scripted"] = ["autotune"], ["tune"]
+    modules["foreign.spaces"] = ["give_space"]
     modules["patching"] = ["patch", "patched"]
     exported = {name: module for module, names in modules.items() for name in names}
     assert exported == tilebook._MODULE

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tilebook.dispatch.probing import probe
     from tilebook.enabling import disable, enable, enabled, register_transformers, status
     from tilebook.foreign.autotune import autotune
+    from tilebook.foreign.spaces import give_space
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.cross_entropy import cross_entropy
     from tilebook.kernels.decode import attention_decode
@@ -45,6 +46,7 @@ __all__ = [
     "enabled",
     "gated_linear_attention",
     "geglu",
+    "give_space",
     "glu",
     "layer_norm",
     "linear_attention",
@@ -78,6 +80,7 @@ _MODULE = {
     "enabled": "enabling",
     "gated_linear_attention": "kernels.linear_attention",
     "geglu": "kernels.glu",
+    "give_space": "foreign.spaces",
     "glu": "kernels.glu",
     "layer_norm": "kernels.norms",
     "linear_attention": "kernels.linear_attention",

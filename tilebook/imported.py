@@ -19,10 +19,14 @@ def after_import(name: str, call: Callable[[], None], failed: bool = False) -> N
     """
     if importing(name):
         _at_its_end(name, call, failed)
-    elif name in sys.modules:
+        return
+    if name in sys.modules:
         _attempt(name, call)
-    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(name, call))
+        return
+    known = next((each for each in sys.meta_path if isinstance(each, _Finder) and each.name == name), None)
+    if known is None:
+        sys.meta_path.insert(0, known := _Finder(name))
+    known.calls[call] = None
 
 
 def importing(name: str) -> bool:
@@ -41,8 +45,9 @@ def _attempt(name: str, call: Callable[[], None]) -> None:
 class _Finder(MetaPathFinder):
     """Finds one module as the other finders do, and takes itself out."""
 
-    def __init__(self, name: str, call: Callable[[], None]) -> None:
-        self.name, self._call = name, call
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls: dict[Callable[[], None], None] = {}  # in the order in which they were asked for
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -66,7 +71,8 @@ class _Finder(MetaPathFinder):
             load(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _attempt(self.name, self._call)
+            for call in self.calls:
+                _attempt(self.name, call)
 
         exec_module.told = self  # type: ignore[attr-defined]
         loader.exec_module = exec_module

@@ -13,6 +13,9 @@ PROBE = "TILEBOOK_PROBE"
 PROFILED = "TILEBOOK_PROFILE"
 """Names the folder that `tilebook profile` has made, for what it starts."""
 
+SPACES = "TILEBOOK_SPACES"
+"""Names a JSON file of spaces for kernels of others that have no autotuner, read where `TRITON` asks for anything."""
+
 TRITON = "TILEBOOK_TRITON"
 """Kernels of others recorded, "record" or "record:FOLDER", or served, "serve"."""
 

@@ -18,3 +18,4 @@ def forgotten():
     ops.forget()
     serving.reload()
     serving._missed.clear()
+    serving._said.clear()

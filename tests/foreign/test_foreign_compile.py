@@ -3,6 +3,7 @@
 import json
 
 import matmul_autotuned as example
+import others
 import pytest
 import torch
 import triton
@@ -46,3 +47,16 @@ def test_a_kernel_that_cannot_be_imported_without_a_gpu_is_left_for_the_process_
     assert "cannot be imported" in left.reason
     with pytest.raises(UsageError):
         compile_here(GPU, "no_such_op", "triton", "{}", {})
+
+
+def test_all_recorded_calls_of_a_key_are_compiled_ahead(tmp_path, monkeypatch):
+    recording, x = Recording(tmp_path / "record"), torch.empty(64, 2)
+    for rows in (64, 50):  # Triton makes another kernel of what 16 divides
+        args = (x[:rows], x[:rows], rows, 2)
+        recording.note(others.columns_kernel, args, {"grid": (rows, 2), "warmup": False})
+    recording.write()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    command = ["tune", "--recorded", tmp_path / "record", "--gpu", "H100", "--registry", tmp_path / "registry.db"]
+    done = CliRunner().invoke(main, [*map(str, command), "--trials", "1", "--workers", "1"], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    assert len(list((tmp_path / "cache").rglob("columns_kernel.cubin"))) == 2

@@ -53,6 +53,17 @@ def test_a_program_is_recorded_tuned_and_served_with_no_line_changed(recorded, t
         assert all(verdict.measured for verdict in held.verdicts())
 
 
+def test_a_kernel_without_an_autotuner_is_tuned_in_the_space_of_a_file_and_served(tmp_path):
+    spaces, registry, program = tmp_path / "spaces.json", tmp_path / "registry.db", HERE / "plain_program.py"
+    spaces.write_text('{"plain:shift_kernel": {"space": {"BLOCK": [16, 32, 64], "num_warps": [2, 4]}, "key": ["n"]}}')
+    command = ("-m", "tilebook.cli", "record", "--to", tmp_path / "records", "--spaces", spaces)
+    run(*command, "--", sys.executable, program)
+    run(HERE / "tune_on_cpu.py", "tune", "--recorded", tmp_path / "records", "--registry", registry)
+    variables = {"TILEBOOK_REGISTRY": str(registry), "TILEBOOK_TEST_GPU": "H200", "TILEBOOK_SPACES": str(spaces)}
+    served = run(program, TILEBOOK_TRITON="serve", **variables)
+    assert (served.stdout, served.stderr) == ("64\n", "")
+
+
 def test_what_no_verdict_covers_is_searched_as_ever(tmp_path):
     missing = tmp_path / "registry.db"
     done = run(HERE / "program.py", TILEBOOK_TRITON="serve", TILEBOOK_REGISTRY=str(missing), TILEBOOK_TEST_GPU="H200")
@@ -65,6 +76,7 @@ def test_a_script_tunes_what_it_calls_and_is_served(tmp_path):
     done = run(HERE / "tuned_in_code.py", registry, TILEBOOK_REGISTRY=str(registry))
     assert done.stdout.splitlines() == [
         "16 tuned_in_code:double_kernel n=100 fp32,fp32 64 64",
+        "16 tuned_in_code:plain_kernel BLOCK=16 fp32,fp32 64 64",
         "no autotuned kernel that can be tuned was called: it called none",
     ]
 
@@ -74,6 +86,14 @@ def test_a_failure_breaks_no_program(asked):
     done = run(HERE / "program.py", TILEBOOK_TRITON=asked)
     assert done.stdout.splitlines() == ["100 16 3", "70 16 6"]
     assert ("neither recorded nor served" in done.stderr) == (asked == "sing")
+
+
+def test_a_file_of_spaces_that_is_none_is_a_warning_and_all_else_goes_on(tmp_path):
+    done = run(HERE / "program.py", TILEBOOK_TRITON=f"record:{tmp_path}", TILEBOOK_SPACES=str(tmp_path / "none.json"))
+    assert done.stdout.splitlines() == ["100 16 3", "70 16 6"]
+    assert "none.json has no spaces" in done.stderr
+    assert "neither recorded nor served" not in done.stderr
+    assert [each.name for each in record.read(tmp_path)] == ["double_kernel"]
 
 
 def test_a_record_says_what_calls_were_like_and_nothing_of_what_tensors_held(recorded):

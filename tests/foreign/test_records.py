@@ -1,8 +1,10 @@
 """Records that are nowhere, empty, or a stranger's: each is a line that says what to do."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import others
 import pytest
@@ -50,6 +52,19 @@ def test_a_count_of_any_size_has_a_weight(content, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(made))
     (entry,) = record.read(tmp_path)
     assert all(each.weight > 0 for each in entry.problems.values())
+
+
+def test_of_a_kernel_whose_configs_have_changed_the_last_record_counts(content, tmp_path):
+    for name, blocks, age in (("new.json", (16, 32), 10), ("old.json", (16, 64), 20)):
+        made = json.loads(content)
+        (kernel,) = made["kernels"]
+        kernel["configs"] = [{"BLOCK": block, "FAULT": 0, "num_stages": 3, "num_warps": 4} for block in blocks]
+        for call in kernel["problems"][0]["calls"]:
+            call["grids"], call["configs"] = [[1], [1]], 2
+        (tmp_path / name).write_text(json.dumps(made))
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    (entry,) = record.read(tmp_path)
+    assert [each["BLOCK"] for each in entry.configs] == [16, 32]
 
 
 def test_what_is_nowhere_is_to_be_recorded_first(tmp_path):

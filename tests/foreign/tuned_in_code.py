@@ -17,6 +17,24 @@ def double_kernel(x, y, n, BLOCK: tl.constexpr):
     tl.store(y + at, tl.load(x + at, mask=at < n) * 2, mask=at < n)
 
 
+@triton.jit
+def plain_kernel(x, y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at, mask=at < n) + 1, mask=at < n)
+
+
+tilebook.give_space(plain_kernel, {"BLOCK": (16, 32, 64)})
+
+
+def plain(n):
+    """The block that ran."""
+    x, blocks = torch.randn(n), []
+    y = torch.empty_like(x)
+    plain_kernel[lambda meta: blocks.append(meta["BLOCK"]) or (triton.cdiv(n, meta["BLOCK"]),)](x, y, n, BLOCK=16)
+    assert torch.equal(y, x + 1)
+    return blocks[-1]
+
+
 def double(n):
     x = torch.randn(n)
     y = torch.empty_like(x)
@@ -30,6 +48,9 @@ if __name__ == "__main__":
     before = double(100)
     (row,) = tilebook.tune(lambda: double(100), registry=sys.argv[1])
     print(before, row["op"], row["problem"], row["config"]["BLOCK"], double(100))
+    before = plain(100)
+    (row,) = tilebook.tune(lambda: plain(100), registry=sys.argv[1])
+    print(before, row["op"], row["problem"], row["config"]["BLOCK"], plain(70))
     try:
         tilebook.tune(lambda: None, registry=sys.argv[1])
     except tilebook.errors.UsageError as refused:

@@ -1,12 +1,14 @@
-"""Somebody's program for the GPU, whose kernel's configs have faults that only a GPU has. Records, or is served.
+"""Somebody's program for the GPU, whose kernels' configs have faults that only a GPU has. Records, or is served.
 
-A config's `FAULT` is what is wrong with it; 0 is nothing.
+A config's `FAULT` is what is wrong with it; 0 is nothing. Prints the blocks that its kernels run.
 """
 
+import plain_of_others
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 FAULTS = {"silent": 1, "race": 2, "outside": 3, "ragged": 4, "damage": 5, "hang": 6, "beyond": 7}
 
@@ -70,6 +72,34 @@ def total_kernel(x, y, n, BLOCK: tl.constexpr):
     tl.atomic_add(y, tl.sum(tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)))
 
 
+def block_shape(arguments):
+    arguments["x"].block_shape = [arguments["BLOCK"], 64]
+
+
+@triton.autotune(
+    [triton.Config({"BLOCK": block}, num_warps=4, pre_hook=block_shape) for block in (32, 64, 128)], key=["rows"]
+)
+@triton.jit
+def tiles_kernel(x, y, rows, cols, BLOCK: tl.constexpr):
+    """2 x, which is in a descriptor of the program's, into one that the kernel makes."""
+    target = tl.make_tensor_descriptor(y, [rows, cols], [cols, 1], [BLOCK, 64])
+    row, column = tl.program_id(0) * BLOCK, tl.program_id(1) * 64
+    target.store([row, column], x.load([row, column]) * 2)
+
+
+def scratch(size, alignment, stream):
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def tiles():
+    x = torch.randn(1000, 512, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    triton.set_allocator(scratch)
+    described = TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64])
+    tiles_kernel[lambda meta: (triton.cdiv(1000, meta["BLOCK"]), 8)](described, y, *x.shape)
+    assert torch.equal(y, 2 * x)
+
+
 def main():
     for n in (1 << 20, (1 << 20) + 77):
         x = torch.randn(n, device="cuda", dtype=torch.bfloat16)
@@ -85,9 +115,11 @@ def main():
         torch.ones(1 << 20, device="cuda"), total, 1 << 20
     )
     assert total.item() == 1 << 20
-    for kernel in (scale_kernel, add_kernel, total_kernel):
+    tiles()
+    for kernel in (scale_kernel, add_kernel, total_kernel, tiles_kernel):
         searched = getattr(kernel, "configs_timings", None) is not None
         print(kernel.base_fn.__name__, kernel.best_config.kwargs["BLOCK"], "searched" if searched else "served")
+    print("plain_kernel", plain_of_others.plain())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import kernels_of_others as others
 import pytest
 import torch
+from plain_of_others import SPACES
 
 from tilebook.registry import Registry
 
@@ -26,22 +27,27 @@ def run(*command, **variables):
     return done.stdout
 
 
-def tuned(program, folder, **variables):
-    """Records a program, tunes the record, and returns the rows and the registry."""
+def tuned(program, folder, *command, **variables):
+    """Records a program, tunes the record by this command, and returns the rows and the registry."""
     run(*program, TILEBOOK_TRITON=f"record:{folder / 'record'}", **variables)
     registry = folder / "registry.db"
-    command = ("tune", "--recorded", folder / "record", "--registry", registry, "--format", "json")
-    return json.loads(run("-m", "tilebook.cli", *command, **variables)), registry
+    options = ("tune", "--recorded", folder / "record", "--registry", registry, "--workers", 4, "--format", "json")
+    return json.loads(run(*command, *options)), registry
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return tuned([HERE / "kernels_of_others.py"], tmp_path_factory.mktemp("foreign"))
+    """What is tuned with less patience: a config hangs until its process is killed."""
+    folder = tmp_path_factory.mktemp("foreign")
+    (folder / "spaces.json").write_text(json.dumps(SPACES))
+    variables = {"TILEBOOK_SPACES": str(folder / "spaces.json")}
+    return tuned([HERE / "kernels_of_others.py"], folder, HERE / "impatient.py", **variables)
 
 
 def test_each_kernel_of_a_program_has_a_measured_verdict(program):
     rows, _ = program
-    assert {row["op"].partition(":")[2] for row in rows} == {"scale_kernel", "add_kernel", "total_kernel"}
+    names = {"scale_kernel", "add_kernel", "total_kernel", "tiles_kernel", "plain_kernel"}
+    assert {row["op"].partition(":")[2] for row in rows} == names
     assert {row["status"] for row in rows} <= {"measured", "default"}
 
 
@@ -61,14 +67,20 @@ def test_no_faulty_config_is_in_a_verdict_and_no_right_one_is_refused(program):
 
 
 def test_a_second_program_is_served_and_searches_nothing(program):
-    _, registry = program
-    told = run(HERE / "kernels_of_others.py", TILEBOOK_TRITON="serve", TILEBOOK_REGISTRY=str(registry))
-    assert [line.split()[2] for line in told.splitlines()] == ["served"] * 3
+    rows, registry = program
+    spaces = str(registry.parent / "spaces.json")
+    told = run(
+        HERE / "kernels_of_others.py", TILEBOOK_TRITON="serve", TILEBOOK_REGISTRY=str(registry), TILEBOOK_SPACES=spaces
+    )
+    *searching, plain = map(str.split, told.splitlines())
+    assert [line[2] for line in searching] == ["served"] * 4
+    (row,) = (row for row in rows if row["op"].endswith(plain[0]))
+    assert int(plain[1]) == row["config"]["BLOCK"]
 
 
 def test_the_examples_product_runs_its_verdict(tmp_path):
     command = [ROOT / "examples" / "matmul_autotuned.py", "--size", "1024"]
-    (row,), registry = tuned(command, tmp_path)
+    (row,), registry = tuned(command, tmp_path, "-m", "tilebook.cli")
     told = run(*command, TILEBOOK_REGISTRY=str(registry))
     for axis in ("TILE_M", "TILE_N", "TILE_K", "num_warps", "num_stages"):
         assert f"{axis}: {row['config'][axis]}," in told

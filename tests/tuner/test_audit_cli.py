@@ -191,7 +191,7 @@ def test_what_would_not_be_served_whatever_is_found_is_counted(cli):
     cli.holds(stale(kernel="0" * 64, **UNTRUSTED))
     table = cli("verify", "--recorded", RECORDED)
     assert "nothing to look at" in table
-    assert "1 more cannot serve here: revoked, of source as it was, or not able to run" in table
+    assert "1 more cannot serve here: revoked, of source as it was, not recorded, or not able to run" in table
 
 
 def test_what_cannot_be_looked_at_is_said_and_is_exit_status_1(cli):

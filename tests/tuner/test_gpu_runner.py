@@ -73,6 +73,19 @@ def test_the_spare_takes_over_from_a_process_that_a_candidate_broke(runner, cand
     assert runner._spare.alive
 
 
+def test_the_next_spare_starts_while_the_process_that_takes_over_is_prepared(runner, monkeypatch):
+    ask, seen = runner._ask, []
+
+    def noting(message, limit_s):
+        seen.append((message["do"], runner._spare.alive))
+        return ask(message, limit_s)
+
+    runner.attempt(CRASH, None)
+    monkeypatch.setattr(runner, "_ask", noting)
+    assert runner.attempt(GOOD, None).failure is None
+    assert seen == [("prepare", True)]
+
+
 def test_an_exception_that_left_the_process_well_does_not_cost_it(runner):
     first = measured_by(runner)
     assert runner.attempt(Candidate("raise"), None).failure is Failure.RUN_ERROR

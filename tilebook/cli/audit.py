@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,6 +40,18 @@ _OPTIONS = (
         metavar="PATH",
         help="In place of a GPU, the one that sweeps were recorded on: a file or a folder of them; repeatable.",
     ),
+    click.option(
+        "--kernels",
+        type=click.Path(exists=True, path_type=Path),
+        metavar="PATH",
+        help="The record of other people's kernels, a file or a folder, for verdicts on them (default: the user's).",
+    ),
+    click.option(
+        "--rules",
+        type=click.Path(exists=True, path_type=Path),
+        metavar="FILE",
+        help="The rules by which these kernels' inputs are made, as `tilebook tune --rules` has them.",
+    ),
     REGISTRY,
     FORMAT,
 )
@@ -61,7 +74,8 @@ def verify(**options: Any) -> None:
     driver, what is worth most first. Each winner is verified as in a tune and timed, interleaved, with PyTorch's own
     call, the default config and two runners-up, in a process that can be killed. What passes is trusted and belongs to
     this environment from then on. A winner that is wrong, crashes or hangs is quarantined: revoked, with the reason.
-    One that is slower here, twice, is demoted: what beat it serves.
+    One that is slower here, twice, is demoted: what beat it serves. Of other people's kernels those are looked at whose
+    calls were recorded, against their first config.
 
     Ctrl-C keeps what is done, and the same command goes on. Exit status: 1 where a verdict could not be checked.
     """
@@ -94,6 +108,8 @@ def _run(
     dry_run: bool,
     seed: int,
     recorded: Sequence[Path],
+    kernels: Path | None,
+    rules: Path | None,
     registry: str | None,
     format_: str,
 ) -> None:
@@ -101,8 +117,8 @@ def _run(
     from tilebook.tuner.audit import run as auditing
     from tilebook.tuner.audit.subjects import Outcome
 
+    here = _with_kernels(_bench(index, recorded), kernels, rules, registry)
     name = ops.get(op).name if op else None
-    here = _bench(index, recorded)
     if dry_run:
         _print_plan(auditing.planned(by, here, op=name, registry=registry, seed=seed), here, format_)
         return
@@ -128,6 +144,24 @@ def _bench(index: int | None, recorded: Sequence[Path]) -> Bench:
     from tilebook.tuner.sweeps import machines
 
     return machines.bench(recorded)
+
+
+def _with_kernels(here: Bench, place: Path | None, rules: Path | None, registry: str | None) -> Bench:
+    """With those of other people's kernels that verdicts here are on, as far as they were recorded."""
+    from tilebook.foreign.names import is_foreign
+    from tilebook.foreign.offered import offered
+    from tilebook.foreign.record import folder
+    from tilebook.registry import Device, Layers
+
+    verdicts, _ = Layers.default(registry).read(device=Device(*here.gpu.identity))
+    wanted = {verdict.op for _, verdict in verdicts if is_foreign(verdict.op)}
+    if place is None and not (wanted and any(folder().glob("*.json"))):
+        return here
+    offer = click.get_current_context().with_resource(offered(place or folder(), rules, wanted))
+    for line in offer.left_out:
+        click.echo(f"tilebook: left out: {line}", err=True)
+    own, found = here.ops, {each.name: each for each, _ in offer.problems}
+    return replace(here, ops=lambda: {**own(), **found})
 
 
 def _named(subject: Subject) -> dict[str, Any]:
@@ -245,7 +279,8 @@ def _summary(report: Report) -> str:
 
     rest = f"; {report.before} were looked at before" if report.before else ""
     if report.left_out:
-        rest += f"; {report.left_out} more cannot serve here: revoked, of source as it was, or not able to run"
+        why = "revoked, of source as it was, not recorded, or not able to run"
+        rest += f"; {report.left_out} more cannot serve here: {why}"
     if not report.findings:
         return f"nothing to look at: no verdict for {report.here.gpu.name} asks for it{rest}"
     counts = _counts(report)

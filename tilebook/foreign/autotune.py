@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from triton.runtime.autotuner import Autotuner
 
 from tilebook.errors import UsageError
 from tilebook.foreign import serving
-from tilebook.foreign.kernel import Unfit
+from tilebook.foreign.kernel import Unfit, descriptors
 
 OnMiss = Literal["serve", "tune", "error"]
 
@@ -28,6 +29,7 @@ class Tuned(Autotuner):  # type: ignore[misc]
     """Triton's autotuner with a memory that asks the registries."""
 
     def __init__(self, *args: Any, reference: Callable[..., Any] | None, on_miss: OnMiss, **kwargs: Any) -> None:
+        descriptors()
         super().__init__(*args, **kwargs)
         self.reference = reference
         self.cache = _Memory(self, on_miss)
@@ -98,7 +100,7 @@ class _Memory(serving.Served):
             found = [configs[each] for each in ranked if configs[each] in left]
             left = here.allowed(self.kernel, left)
         except Exception as broken:  # the program goes on without verdicts
-            serving._say(tuner, broken)
+            serving.say(tuner, broken)
             found = []
         if not found and self._on_miss == "error":
             raise Missing(f"no verdict covers {tuner.base_fn.__name__} with {key}: tune it, or ask for on_miss='serve'")
@@ -147,7 +149,7 @@ def autotune(
     """
     if on_miss not in ("serve", "tune", "error"):
         raise UsageError(f"on_miss is 'serve', 'tune' or 'error', not {on_miss!r}")
-    listed = [*configs, *_product(space or {})]
+    listed = [*configs, *(_config(each) for each in combined(space or {}))]
     if not listed:
         raise UsageError("autotune needs configs or a space")
     if any(getattr(each, "ir_override", None) is not None for each in listed):
@@ -176,17 +178,14 @@ def autotune(
     return decorate
 
 
-def _product(space: Mapping[str, Sequence[Any]]) -> list[Any]:
-    count = 1
-    for values in space.values():
-        count *= len(values)
-    if not space or count > _MOST_CONFIGS or not count:
-        if space:
-            raise UsageError(f"a space has from 1 to {_MOST_CONFIGS} configs, not {count}")
-        return []
-    made = []
-    for values in itertools.product(*space.values()):
-        chosen = dict(zip(space, values, strict=True))
-        options = {name: chosen.pop(name) for name in _OPTIONS if name in chosen}
-        made.append(triton.Config(chosen, **options))
-    return made
+def combined(space: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of a space's values, none where it has no axes. Raises UsageError for none and too many."""
+    count = math.prod(len(values) for values in space.values())
+    if not 0 < count <= _MOST_CONFIGS:
+        raise UsageError(f"a space has from 1 to {_MOST_CONFIGS} configs, not {count}")
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values()) if space]
+
+
+def _config(chosen: dict[str, Any]) -> Any:
+    options = {name: chosen.pop(name) for name in _OPTIONS if name in chosen}
+    return triton.Config(chosen, **options)

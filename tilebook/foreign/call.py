@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 
 from tilebook.errors import UsageError, one_line
-from tilebook.foreign.kernel import Kernel, Unfit
+from tilebook.foreign.grids import Grid, plain
+from tilebook.foreign.kernel import Kernel, Unfit, descriptors, is_given
 from tilebook.op import generator
 
 Rule = Mapping[str, Any]
@@ -54,7 +55,7 @@ class Tensor:
         """Shape and strides of what is made for it: dimensions of stride 0 have one element, what has gaps is flat, so
         that a copy lies as it does."""
         pairs = [(n, step) if step else (min(n, 1), 1) for n, step in zip(self.shape, self.stride, strict=True)]
-        extent = 1 + sum((n - 1) * step for n, step in pairs)
+        extent = _extent(*zip(*pairs, strict=True)) if pairs else 1
         shape, stride = tuple(n for n, _ in pairs), tuple(step for _, step in pairs)
         return ((extent,), (1,)) if math.prod(shape) not in (0, extent) else (shape, stride)
 
@@ -99,13 +100,50 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Descriptor:
+    """What Triton's `TensorDescriptor` says of its tensor, dimensions of `block` that a config's hook may set anew."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    padding: str = "zero"
+    tf32: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = [*self.shape, *self.strides, *self.block]
+        ranks = len(self.shape) == len(self.strides) == len(self.block)
+        right = ranks and all(type(n) is int and 0 <= n < 1 << 40 for n in sizes) and self.padding in ("zero", "nan")
+        if not right or type(self.tf32) is not bool:
+            raise ValueError("not a tensor descriptor")
+
+    @classmethod
+    def noted(cls, given: Any) -> Descriptor:
+        shape, strides, block = (tuple(map(int, each)) for each in (given.shape, given.strides, given.block_shape))
+        return cls(shape, strides, block, given.padding, getattr(given, "round_f32_to_tf32", False))
+
+    def of(self, base: torch.Tensor) -> Any:
+        more = {"round_f32_to_tf32": True} if self.tf32 else {}  # Triton 3.6 has none
+        return descriptors()(base, list(self.shape), list(self.strides), list(self.block), self.padding, **more)
+
+
+@dataclass(frozen=True)
 class Call:
     """The tensors and the other arguments of a call, by name; its grids, by the place of a config in the autotuner's
-    list: None for a config that the kernel's own rules leave out, or that could not run there."""
+    list: None for a config that the kernel's own rules leave out, or that could not run there.
+
+    descriptors: of those tensors that the kernel gets in a descriptor. Raises ValueError where one is larger than its
+    tensor."""
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
-    grids: tuple[tuple[int, ...] | None, ...]
+    grids: tuple[Grid | None, ...]
+    descriptors: Mapping[str, Descriptor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, each in self.descriptors.items():
+            base = self.tensors[name]
+            if _extent(each.shape, each.strides) > _extent(base.shape, base.stride):
+                raise ValueError(f"the descriptor {name} reaches beyond its tensor")
 
     @property
     def bytes(self) -> int:
@@ -114,7 +152,8 @@ class Call:
     @property
     def shapes(self) -> tuple[Any, ...]:
         """What tells two calls of one key apart."""
-        return tuple((name, each.shape, each.stride) for name, each in self.tensors.items())
+        tensors = tuple((name, each.shape, each.stride) for name, each in self.tensors.items())
+        return (*tensors, *self.descriptors.items())
 
     def inputs(self, device: torch.device | str, seed: int, rules: Mapping[str, Rule]) -> tuple[torch.Tensor, ...]:
         source = generator(device, seed)
@@ -126,6 +165,7 @@ class Call:
         return {
             "tensors": {name: [t.dtype, list(t.shape), list(t.stride), t.same] for name, t in self.tensors.items()},
             "values": dict(self.values),
+            "descriptors": {name: list(astuple(each)) for name, each in self.descriptors.items()},
             "grids": grids[:1] if all(each == grids[0] for each in grids) else grids,
             "configs": len(grids),
         }
@@ -146,7 +186,16 @@ class Call:
             grids *= content["configs"]
         for value in content["values"].values():
             decoded(value)
-        return cls(tensors, dict(content["values"]), tuple(grids))
+        held = {
+            str(name): Descriptor(tuple(shape), tuple(strides), tuple(block), *how)
+            for name, (shape, strides, block, *how) in content.get("descriptors", {}).items()
+        }
+        return cls(tensors, dict(content["values"]), tuple(grids), held)
+
+
+def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from a tensor's first to its last."""
+    return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
 
 
 def noted(kernel: Kernel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -157,8 +206,11 @@ def noted(kernel: Kernel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cal
     given.pop("warmup", None)
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
+    held: dict[str, Descriptor] = {}
     places: dict[Any, str] = {}
     for name, value in given.items():
+        if type(value) is descriptors():
+            held[name], value = Descriptor.noted(value), value.base
         if isinstance(value, torch.Tensor):
             if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
                 raise Unfit(f"{name} is a {type(value).__name__}")
@@ -168,12 +220,10 @@ def noted(kernel: Kernel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cal
             tensors[name] = Tensor(str(value.dtype).removeprefix("torch."), shape, stride, "" if same == name else same)
         else:
             values[name] = encoded(value, name)
-    return Call(tensors, values, tuple(_grids(kernel, given, kwargs, grid)))
+    return Call(tensors, values, tuple(_grids(kernel, given, kwargs, grid)), held)
 
 
-def _grids(
-    kernel: Kernel, given: Mapping[str, Any], kwargs: Mapping[str, Any], grid: Any
-) -> list[tuple[int, ...] | None]:
+def _grids(kernel: Kernel, given: Mapping[str, Any], kwargs: Mapping[str, Any], grid: Any) -> list[Grid | None]:
     """By config, what the program's grid is for it."""
     tuner = kernel.tuner
     positional = {name: given[name] for name in tuner.arg_names if name in given}
@@ -183,14 +233,14 @@ def _grids(
     finally:
         tuner.nargs = before
     wanted = set(left)
-    found: list[tuple[int, ...] | None] = []
+    found: list[Grid | None] = []
     for config, its in kernel.configs.items():
         found.append(None)
-        if config in wanted:
+        if config in wanted and is_given(tuner):
+            found[-1] = tuner.grid(grid, given, its)
+        elif config in wanted:
             meta = {**given, **its.all_kwargs()}
-            meta |= heuristic(kernel, meta)
-            whole = grid(meta) if callable(grid) else grid
-            found[-1] = tuple(map(int, whole if isinstance(whole, Sequence) else (whole,)))
+            found[-1] = plain(grid, {**meta, **heuristic(kernel, meta)})
     return found
 
 

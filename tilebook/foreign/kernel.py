@@ -70,7 +70,7 @@ class Kernel:
         for name, usual in _OPTIONS.items():
             value = getattr(config, name, usual)
             value = usual if value is None else value
-            if name in _ALWAYS or value != usual:
+            if (name in _ALWAYS and hasattr(config, name)) or value != usual:
                 values[name] = value
         if getattr(config, "ir_override", None) is not None:
             raise Unfit("a config that replaces the compiler's code is not taken")
@@ -99,7 +99,9 @@ class Kernel:
             return self.configs[config]
         from triton import Config as TritonConfig
 
-        options = {name: value for name, value in config.items() if name in _OPTIONS}
+        options: dict[str, Any] = {name: value for name, value in config.items() if name in _OPTIONS}
+        if len(hooks := {each.pre_hook for each in self.tuner.configs}) == 1:
+            options["pre_hook"] = hooks.pop()
         return TritonConfig({name: value for name, value in config.items() if name not in _OPTIONS}, **options)
 
     def problem(self, key: Sequence[Any]) -> str:
@@ -146,36 +148,63 @@ def _plain(value: Any) -> str | int | float | bool | None:
 def _variable(tuner: Any, function: Any) -> str:
     """What the kernel's module calls an autotuner, nearly always as its function; "" where it does not."""
     names = vars(sys.modules[function.__module__]) if function.__module__ in sys.modules else {}
-    likely = [function.__name__, *names]
-    return next((name for name in likely if name in names and autotuner(names[name]) is tuner), "")
+    likely = [name for name in (function.__name__, *names) if name in names]
+    if is_given(tuner):
+        return next((name for name in likely if names[name] is tuner.fn), "")
+    return next((name for name in likely if autotuner(names[name]) is tuner), "")
+
+
+def is_given(tuner: Any) -> bool:
+    """Is it a kernel that has its space from outside?"""
+    return getattr(tuner, "given", False) is True
+
+
+@functools.cache
+def descriptors() -> Any:
+    """Triton's class of tensor descriptors, which have a dtype from now on, as tensors have: autotuners take into
+    their keys the dtype of what has one."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if not hasattr(TensorDescriptor, "dtype"):
+        TensorDescriptor.dtype = property(lambda self: self.base.dtype)
+    return TensorDescriptor
 
 
 def key_of(tuner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """The key that an autotuner makes of a call, as Triton 3.6 to 3.9 do."""
+    descriptors()
     given = {**dict(zip(tuner.arg_names, args, strict=False)), **kwargs}
+    if is_given(tuner):
+        return tuple(tuner.key(given))
     named = {name: value for name, value in given.items() if name in tuner.arg_names}
     key = [named[name] for name in tuner.keys if name in named]
     return (*key, *(str(value.dtype) for value in named.values() if hasattr(value, "dtype")))
 
 
 def autotuner(value: Any) -> Any:
-    """The autotuner in a chain of decorators, None where there is none."""
+    """The autotuner in a chain of decorators, or what a space from outside has made; None where there is none."""
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import KernelInterface
 
     while isinstance(value, KernelInterface) and not isinstance(value, Autotuner):
-        value = getattr(value, "fn", None)
+        given = getattr(vars(value).get("run"), "__self__", None)
+        value = given if is_given(given) else getattr(value, "fn", None)
     return value if isinstance(value, Autotuner) else None
 
 
-def imported(module: str, name: str) -> Kernel:
-    """The kernel of that module and name. Raises UsageError where it is not there, or nothing tunes it."""
+def found(module: str, name: str) -> Any:
+    """What has that name in that module, which is imported. Raises UsageError where it is not there."""
     try:
         value: Any = importlib.import_module(module)
         for part in name.split("."):
             value = getattr(value, part)
     except (Exception, SystemExit) as broken:  # a program without a guard around what it does
         raise UsageError(f"{module}:{name} cannot be imported: {type(broken).__name__}: {broken}") from broken
-    if (found := autotuner(value)) is None:
-        raise UsageError(f"{module}:{name} has no autotuner")
-    return Kernel(found)
+    return value
+
+
+def imported(module: str, name: str) -> Kernel:
+    """The kernel of that module and name. Raises UsageError where it is not there, or nothing tunes it."""
+    if (tuner := autotuner(found(module, name))) is None:
+        raise UsageError(f"{module}:{name} has no autotuner, and no space was given to it")
+    return Kernel(tuner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from tilebook.errors import UsageError
 from tilebook.foreign import ops, record
+from tilebook.foreign.kernel import op_name
 from tilebook.op import Op, Problem
 
 _BYTES_S = 1e12  # by which bytes moved become seconds: problems are compared with each other alone
@@ -28,16 +29,19 @@ class Offer:
 
 
 @contextmanager
-def offered(place: Path, rules: Path | None = None) -> Iterator[Offer]:
+def offered(place: Path, rules: Path | None = None, wanted: Collection[str] | None = None) -> Iterator[Offer]:
     """The problems of a record, a file or a folder of files; while the block lasts other processes know them by name.
 
-    rules: a file that says how integer tensors are made, kernel → argument → rule. Raises UsageError.
+    rules: a file that says how integer tensors are made, kernel → argument → rule. wanted: only the kernels of these
+    names are imported. Raises UsageError.
     """
-    wanted, offer = record.rules(rules), Offer()
+    ruled, offer = record.rules(rules), Offer()
     known, found = [], []
     for entry in record.read(place):
+        if wanted is not None and op_name(entry.module, entry.name) not in wanted:
+            continue
         try:
-            op = ops.add(entry, wanted)
+            op = ops.add(entry, ruled)
         except UsageError as wrong:
             offer.left_out.append(str(wrong))
             continue
@@ -49,7 +53,7 @@ def offered(place: Path, rules: Path | None = None) -> Iterator[Offer]:
     before = os.environ.get(ops.RECORDED)
     with tempfile.TemporaryDirectory(prefix="tilebook-") as folder:
         record.write(Path(folder) / ops.RECORD, known)
-        (Path(folder) / ops.RULES).write_text(json.dumps(wanted), encoding="utf-8")
+        (Path(folder) / ops.RULES).write_text(json.dumps(ruled), encoding="utf-8")
         os.environ[ops.RECORDED] = folder
         try:
             yield offer

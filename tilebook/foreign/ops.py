@@ -24,7 +24,8 @@ from tilebook.device import Device
 from tilebook.errors import UsageError
 from tilebook.foreign import record
 from tilebook.foreign.call import Call, Rule, decoded, heuristic
-from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, imported, op_name
+from tilebook.foreign.given import Given
+from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, found, imported, is_given, op_name
 from tilebook.foreign.names import Key
 from tilebook.foreign.record import Entry, Recorded
 from tilebook.launch import launch
@@ -137,21 +138,26 @@ class Foreign:
         return None
 
     def _default(self, problem: Called, device: Device) -> Config:
-        """The first that may run, which is what runs where nothing is known."""
+        """What runs where nothing is known: what the program passes itself, or the first that may run."""
+        if is_given(self.kernel.tuner):
+            passed = Config({axis: problem.values["key"].get(axis) for axis in self.kernel.tuner.axes})
+            return next((config for config in self.places if config == passed), next(iter(self.places)))
         return next((c for c in self.places if self._reject(problem, c, device) is None), next(iter(self.places)))
 
     def run(self, *args: Any, config: Config) -> tuple[torch.Tensor, ...]:
         """One launch on copies of what the kernel writes; returns these, in the order of its arguments."""
-        *given, problem = args
+        *tensors, problem = args
         call: Call = problem.call
         roles = self.roles.get(problem.key, {})
         own = [name for name, each in call.tensors.items() if not each.same]
-        placed = [_placed(x, roles.get(name, "in")) for name, x in zip(own, given, strict=True)]
-        self._launch(call, self.arguments(call, placed), config)
+        placed = [_placed(x, roles.get(name, "in")) for name, x in zip(own, tensors, strict=True)]
+        given = self.arguments(call, placed)
+        given |= {name: each.of(given[name]) for name, each in call.descriptors.items()}
+        self._launch(call, given, config)
         return tuple(x for name, x in zip(own, placed, strict=True) if roles.get(name, "in") != "in")
 
     def arguments(self, call: Call, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """A call's arguments by name, of the tensors as `Call.inputs` makes them."""
+        """A call's arguments by name, of the tensors as `Call.inputs` makes them; for a descriptor, its tensor."""
         own = dict(zip((name for name, each in call.tensors.items() if not each.same), tensors, strict=True))
         given = {name: own[t.same or name].as_strided(t.shape, t.stride) for name, t in call.tensors.items()}
         return {**given, **{name: decoded(value) for name, value in call.values.items()}}
@@ -236,7 +242,10 @@ def add(entry: Entry, rules: Mapping[str, Mapping[str, Rule]], checked: bool = F
     """
     if entry.path and entry.path not in sys.path:
         sys.path.append(entry.path)
-    kernel = imported(entry.module, entry.name)
+    if entry.given:
+        kernel = Given(found(entry.module, entry.name), entry.configs).kernel
+    else:
+        kernel = imported(entry.module, entry.name)
     if not checked and kernel.digest != entry.digest:
         raise UsageError(f"{kernel.op} is not the kernel that was recorded: its source has changed")
     mine: dict[str, Rule] = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from tilebook.errors import UsageError
 from tilebook.foreign.call import Call, Rule, check_rules, noted
-from tilebook.foreign.kernel import Kernel, Unfit, key_of
+from tilebook.foreign.kernel import Kernel, Unfit, is_given, key_of
 from tilebook.foreign.names import Key
 from tilebook.op import Config
 from tilebook.registry.checks import problem
@@ -70,7 +70,7 @@ class Recorded:
 class Entry:
     """A kernel's part of a record. path: where its module was imported from, beside what every program has.
 
-    configs: of its autotuner, in the order of the calls' grids."""
+    configs: of its autotuner, in the order of the calls' grids. given: it has none, but a space from outside."""
 
     module: str
     name: str
@@ -78,6 +78,7 @@ class Entry:
     path: str
     configs: tuple[Config, ...]
     problems: dict[str, Recorded] = field(default_factory=dict)
+    given: bool = False
 
 
 def folder() -> Path:
@@ -122,7 +123,8 @@ class Recording:
             if "<" in kernel.name or kernel.module == "__main__":
                 raise Unfit(f"{kernel.module}:{kernel.name} is in no module that can be imported")
             path = _path(kernel.function.__module__)
-            entry = Entry(kernel.module, kernel.name, kernel.digest, path, tuple(kernel.configs))
+            configs = tuple(kernel.configs)
+            entry = Entry(kernel.module, kernel.name, kernel.digest, path, configs, given=is_given(tuner))
             self._kernels[id(tuner)] = kernel, entry
         return self._kernels[id(tuner)]
 
@@ -202,6 +204,7 @@ def write(file: Path, entries: Iterable[Entry], left_out: Mapping[str, int] | No
             "name": each.name,
             "digest": each.digest,
             "path": each.path,
+            "given": each.given,
             "configs": [dict(config) for config in each.configs],
             "problems": [problem.content() for problem in each.problems.values() if problem.calls],
         }
@@ -214,13 +217,17 @@ def write(file: Path, entries: Iterable[Entry], left_out: Mapping[str, int] | No
 
 
 def read(place: Path) -> list[Entry]:
-    """The records in a file, or in all files of a folder, taken together. Raises UsageError where there is none."""
-    merged: dict[tuple[Any, ...], Entry] = {}
+    """The records in a file, or in all files of a folder, taken together. Raises UsageError where there is none.
+
+    Of a kernel whose source or configs have changed the last one counts."""
+    merged: dict[tuple[str, str], Entry] = {}
     left_out: dict[str, None] = {}
-    files = [place] if place.is_file() else sorted(place.glob("*.json"))
+    files = [place] if place.is_file() else sorted(place.glob("*.json"), key=lambda file: (file.stat().st_mtime, file))
     for entry in (entry for file in files for entry in _entries(file, left_out)):
-        known = merged.setdefault((entry.module, entry.name, entry.digest, entry.configs), entry)
-        if known is not entry:
+        known = merged.setdefault((entry.module, entry.name), entry)
+        if (known.digest, known.configs, known.given) != (entry.digest, entry.configs, entry.given):
+            merged[entry.module, entry.name] = entry  # what was recorded before is of another kernel
+        elif known is not entry:
             for key, problem in entry.problems.items():
                 _add(known.problems.setdefault(key, Recorded(key)), problem)
     if not merged:
@@ -251,7 +258,7 @@ def _entries(file: Path, left_out: dict[str, None]) -> Iterator[Entry]:
             if any(len(call.grids) != len(configs) for problem in problems.values() for call in problem.calls):
                 raise ValueError("a call has not a grid for each config")
             module, name, digest, path = (str(each[field]) for field in ("module", "name", "digest", "path"))
-            yield Entry(module, name, digest, path, configs, problems)
+            yield Entry(module, name, digest, path, configs, problems, each.get("given") is True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as wrong:
         why = f"it has no {wrong}" if isinstance(wrong, KeyError) else wrong
         raise UsageError(f"{file} is no record of kernels: {why}") from None

@@ -116,7 +116,7 @@ class Served(dict[Any, Any]):
         super().__init__(known)
         self._tuner = tuner
         self._kernel: Kernel | None = None
-        self._told: dict[Any, Any] = {}  # by key, what a verdict has said
+        self._told: dict[Any, Any] = {}  # by key, what a verdict has said; None where there is none
 
     def __contains__(self, key: object) -> bool:
         return dict.__contains__(self, key) or (key not in self._told and self._found(key))
@@ -141,10 +141,11 @@ class Served(dict[Any, Any]):
         return self._kernel
 
     def _found(self, key: Any) -> bool:
+        self._told[key] = None
         try:
             ranked = book().chosen(self.kernel, self.kernel.problem(key), measured=True)
         except Exception as broken:  # the program does without
-            _say(self._tuner, broken)
+            say(self._tuner, broken)
             return False
         if ranked:
             self[key] = self._told[key] = self.kernel.configs[ranked[0]]
@@ -154,14 +155,19 @@ class Served(dict[Any, Any]):
 _said: set[str] = set()
 
 
-def _say(tuner: Any, broken: Exception) -> None:
+def say(tuner: Any, broken: Exception) -> None:
+    """Why no verdict for its call can be looked up."""
     if isinstance(broken, Unfit):
         return  # it cannot be in a registry
     name = getattr(getattr(tuner, "base_fn", None), "__name__", "a kernel")
-    text = f"{type(broken).__name__}: {broken}"
+    once(f"tilebook: no verdict for {name} can be looked up ({type(broken).__name__}: {broken})")
+
+
+def once(text: str) -> None:
+    """A warning that a program gives once."""
     if text not in _said:
         _said.add(text)
-        warnings.warn(f"tilebook: no verdict for {name} can be looked up ({text})", RuntimeWarning, stacklevel=4)
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 _missed: dict[tuple[str, str, Model], list[float]] = {}

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tilebook.errors import UsageError
+from tilebook.foreign.kernel import descriptors
 from tilebook.foreign.record import Recording, folder, start
+from tilebook.variables import SPACES
 
 
 def install(asked: str) -> None:
-    """Does what the variable says: record, record:FOLDER or serve. Raises ValueError for anything else."""
+    """Does what the variable says: record, record:FOLDER or serve. Raises ValueError for anything else.
+
+    The kernels of `TILEBOOK_SPACES` have their spaces then; where that names no file of any, there is a warning."""
     what, _, place = asked.partition(":")
     if what == "record":
         _record(Path(place).absolute() if place else folder())
@@ -20,25 +27,41 @@ def install(asked: str) -> None:
         _serve()
     else:
         raise ValueError(f"TILEBOOK_TRITON is record, record:FOLDER or serve, not {asked!r}")
+    if file := os.environ.get(SPACES, ""):
+        from tilebook.foreign.spaces import give_spaces
+
+        try:
+            give_spaces(Path(file))
+        except UsageError as wrong:  # all others are recorded or served
+            warnings.warn(f"tilebook: {wrong}", RuntimeWarning, stacklevel=2)
 
 
 def _record(place: Path) -> None:
-    from triton.runtime.autotuner import Autotuner
-
-    Autotuner.run = noted_by(start(place), Autotuner.run)
+    recording = start(place)
+    for kind in _kinds():
+        kind.run = noted_by(recording, kind.run)
 
 
 @contextlib.contextmanager
 def noting(recording: Recording) -> Iterator[None]:
     """Inside the block calls of autotuned kernels are recorded."""
-    from triton.runtime.autotuner import Autotuner
-
-    run = Autotuner.run
-    Autotuner.run = noted_by(recording, run)
+    runs = {kind: kind.run for kind in _kinds()}
+    for kind, run in runs.items():
+        kind.run = noted_by(recording, run)
     try:
         yield
     finally:
-        Autotuner.run = run
+        for kind, run in runs.items():
+            kind.run = run
+
+
+def _kinds() -> tuple[Any, ...]:
+    """What runs kernels by configs, each in a way of its own."""
+    from triton.runtime.autotuner import Autotuner
+
+    from tilebook.foreign.given import Given
+
+    return Autotuner, Given
 
 
 def noted_by(recording: Recording, run: Any) -> Any:
@@ -59,6 +82,7 @@ def _serve() -> None:
 
     from tilebook.foreign.serving import FAILURES, Served
 
+    descriptors()
     init, run = Autotuner.__init__, Autotuner.run
 
     @functools.wraps(init)

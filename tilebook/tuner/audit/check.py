@@ -6,6 +6,7 @@ decided, and then in one transaction.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -109,8 +110,10 @@ class Check:
         op, problem = self.subject.op, self.subject.problem
         ours = op.tunable
         assert ours.space is not None
-        allowed = (c for c in ours.space.defaults(problem, self.gpu) if not self.known.revoked(ours, c))
-        default = next(allowed, None)
+        # Nobody has promised that the first config of somebody else's list is right, or fits: a tune has found one.
+        found = [self._candidate(each) for each in self.subject.verdict.finalists if each.default and op.answers]
+        listed = itertools.chain((c.config for c in found if c), ours.space.defaults(problem, self.gpu))
+        default = next((c for c in listed if not self.known.revoked(ours, c)), None)
         if default is None:
             raise TuningError("every config of our kernel is revoked: there is nothing to compare with")
         entrant = Entrant(ours, [default], default, Search(ours.space, [default], [default], "grid"))
@@ -118,8 +121,8 @@ class Check:
         self._tuning = Tuning(op, problem, self.gpu, [entrant], self.known, state, Run(1, True))
         self._attempts: dict[Candidate, Attempt] = {}
         self.winner = self.subject.winner
-        torch = Candidate("torch")
-        self.rival = torch if self.winner != torch else self._tuning.default
+        self._plain = [Candidate("torch")] if "torch" in op.implementations else []
+        self.rival = next((c for c in [*self._plain, self._tuning.default] if c != self.winner), self.winner)
 
     def whole(self) -> Decided:
         """Verified as a candidate and as a finalist, and timed interleaved with what would run in its place."""
@@ -133,7 +136,7 @@ class Check:
         self.known.take()
         self.runner.prepare(self.subject.op, self.subject.problem)
         try:
-            if not self._passes(self.rival):
+            if self.rival != self.winner and not self._passes(self.rival):
                 raise TuningError(f"{self.rival}, which it is compared with, fails here: {self._said(self.rival)}")
             self._sound()
             if not quick:
@@ -199,10 +202,9 @@ class Check:
 
     def _rematch(self) -> Decided:
         """The winner against what could serve in its place: beside it, then interleaved in a fresh process."""
-        default, torch = self._tuning.default, Candidate("torch")
-        others = [c for c in dict.fromkeys([default, torch, *self._runners_up()]) if c != self.winner]
-        passed = [c for c in others if self._passes(c)]
-        best = min(passed, key=self._time)
+        default = self._tuning.default
+        others = [c for c in dict.fromkeys([default, *self._plain, *self._runners_up()]) if c != self.winner]
+        best = min((c for c in others if self._passes(c)), key=self._time, default=self.winner)
         lead = self._time(self.rival) / self._time(self.winner)
         if self._time(self.winner) <= ALIKE * self._time(best):
             return self._decided(Outcome.KEPT, ratio=lead)
@@ -213,10 +215,12 @@ class Check:
 
     def _contend(self) -> Decided:
         """All that could serve, interleaved; what beats the winner must do so again in a fresh process."""
-        default, torch = self._tuning.default, Candidate("torch")
-        first = self._compete([c for c in [default, self.winner, torch, *self._runners_up()] if self._passes(c)])
-        best = max((c for c in first.samples if c != self.winner), key=lambda c: first.ratios[c].value)
-        if not self._beaten(first, best):
+        default = self._tuning.default
+        listed = [default, self.winner, *self._plain, *self._runners_up()]
+        first = self._compete([c for c in listed if self._passes(c)])
+        others = (c for c in first.samples if c != self.winner)
+        best = max(others, key=lambda c: first.ratios[c].value, default=self.winner)
+        if best == self.winner or not self._beaten(first, best):
             return self._renewed(Outcome.KEPT, first, None, self.winner)
         again = self._compete([default, self.winner, best], fresh=True)
         first = Contest({c: s for c, s in first.samples.items() if c in self._tuning.times}, first.seed)

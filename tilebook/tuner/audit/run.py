@@ -56,7 +56,7 @@ class Report:
     """What a run came to: a finding for each subject, those that were not reached included. layer: where it is kept.
 
     before: how many an earlier run of the same command had looked at. left_out: how many would not be served whatever
-    were found. tuning_s: seconds that tuning took for these
+    were found, or are of kernels that were not recorded. tuning_s: seconds that tuning took for these
     verdicts, where they say it. interrupted: by Ctrl-C. seconds: that it took.
     """
 

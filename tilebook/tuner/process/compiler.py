@@ -109,7 +109,8 @@ def compile_here(
 ) -> Compiled:
     """Compiles one candidate in this process, in which Triton must already believe that it has `device`.
 
-    Somebody else's kernel whose package cannot be imported without a GPU is left for the process that has one.
+    Somebody else's kernel whose package cannot be imported without a GPU is left for the process that has one. All its
+    recorded calls are compiled, since all are verified, and their numbers may be of another kind to Triton.
     """
     try:
         chosen = ops.get(op)
@@ -137,8 +138,12 @@ def compile_here(
                 inputs = problem.inputs("meta", 0)
         except Exception as error:
             raise RuntimeError(f"inputs on the meta device: {_gist(error)}") from error
-        with devices.posing_as(device), intercepted(collect), _Light(), torch.no_grad():
-            chosen.implementations[implementation](*inputs, config=ops.Config(config))
+        with devices.posing_as(device), _Light(), torch.no_grad():
+            with intercepted(collect):
+                chosen.implementations[implementation](*inputs, config=ops.Config(config))
+            with intercepted(lambda kernel, grid, args, meta: kernel.warmup(*args, grid=grid, **meta)):
+                for near in problem.neighbours() if chosen.answers else ():
+                    chosen.implementations[implementation](*near.inputs("meta", 0), config=ops.Config(config))
         failure = _limits(binaries, device) if binaries else ("compile_error", "the launcher started no kernel")
     except _Rejected as error:
         failure = "out_of_resources", str(error)

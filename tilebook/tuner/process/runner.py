@@ -108,8 +108,9 @@ class GpuRunner:
         self._start_spare()
 
     def attempt(self, candidate: Candidate, most_ms: float | None) -> Attempt:
+        self._take_over()
+        self._start_spare()  # before the next process is prepared: it may have to take over as soon
         self._ensure()
-        self._start_spare()
         message: dict[str, Json] = {"do": "attempt", **_named(candidate), "most_ms": most_ms}
         limit_s = self._limit_s(self._limits.attempt_s, [candidate])
         try:
@@ -178,10 +179,7 @@ class GpuRunner:
 
     def _ensure(self) -> None:
         """Makes the measuring process alive and prepared; the spare takes over from one that is gone."""
-        if not self._child.alive:
-            self._prepared = False
-            if self._spare.alive:
-                self._swap()
+        self._take_over()
         if not self._prepared and self._current is not None:
             reply = self._ask(
                 {
@@ -197,6 +195,12 @@ class GpuRunner:
                 self._child.close()
                 raise TuningError(_text(reply))
             self._prepared = True
+
+    def _take_over(self) -> None:
+        if not self._child.alive:
+            self._prepared = False
+            if self._spare.alive:
+                self._swap()
 
     def _swap(self) -> None:
         # The old process goes first, so that two never hold a problem's tensors at a time.
