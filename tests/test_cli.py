@@ -54,6 +54,16 @@ def run(tmp_path):
     return start
 
 
+def here(*command):
+    """A command in this process: its status, and what it complains of."""
+
+    def start(*more):
+        done = CliRunner().invoke(main, [str(each) for each in (*command, *more)])
+        return done.exit_code, done.stderr
+
+    return start
+
+
 def rows(process):
     assert process.returncode == 0, process.err
     return json.loads(process.out)
@@ -81,11 +91,6 @@ def test_tune_show_explain_export_import_from_end_to_end(run, tmp_path):
 
     why = run("explain", "mlp_up_fwd", "--shape", "M64,H32,I64", "--gpu", "H200", *there)
     assert "no measured verdict is for exactly this problem: PyTorch's own function" in why.out
-    near = json.loads(
-        run("explain", "mlp_up_fwd", "--shape", "M77,H32,I64", "--gpu", "H200", *there, "--format", "json").out
-    )
-    assert (near["source"], near["implementation"]) == ("fallback", "torch")
-
     exported = tmp_path / "out.jsonl"
     assert run("export", exported, *there).returncode == 0
     other = tmp_path / "other.db"
@@ -96,8 +101,10 @@ def test_tune_show_explain_export_import_from_end_to_end(run, tmp_path):
     run("import", exported, "--registry", other, "--trust")
     assert [r["trusted"] for r in mine(rows(run("show", "--registry", other, "--format", "json")))] == [True, True]
 
-    again = run(*TUNE, *there)
-    assert "has a verdict already" in again.err
+    assert "has a verdict already" in here(*TUNE)(*there)[1]
+    near = ["explain", "mlp_up_fwd", "--shape", "M77,H32,I64", "--gpu", "H200", *there, "--format", "json"]
+    why = json.loads(CliRunner().invoke(main, [*map(str, near)]).stdout)
+    assert (why["source"], why["implementation"]) == ("fallback", "torch")
 
 
 @pytest.fixture
@@ -239,7 +246,7 @@ def _trials_without_verdict(target):
 
 
 def test_killed_run_resumes_with_its_trials(run):
-    command = ["tune", "mlp", "--shape", "M512,H256,I512", "--direction", "fwd", "--gpu", "H200", "--trials", "48"]
+    command = ["tune", "mlp", "--shape", "M512,H256,I512", "--direction", "fwd", "--gpu", "H200", "--trials", "12"]
     process = run(*command, "--registry", run.registry, "--workers", "2", wait=False)
     deadline = time.monotonic() + 120
     # Stopped before it is looked at: between the look and the kill the run would go on to its verdict.
@@ -385,38 +392,48 @@ FOREIGN = {
 }
 
 
+def refused(where, run):
+    """What is said of a registry that is none; it stays as it is."""
+    before = where.read_bytes()
+    code, said = run("--registry", where)
+    assert code == 1, said
+    assert len(said.strip().splitlines()) == 1, said
+    assert where.read_bytes() == before
+
+
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 @pytest.mark.parametrize("command", [["show"], ["export", "x.jsonl"], TUNE], ids=lambda c: c[0])
-def test_foreign_registry_file_is_refused_and_left_alone(run, command, content):
+def test_foreign_registry_file_is_refused_and_left_alone(tmp_path, command, content):
     if not content and command is TUNE:
         pytest.skip("an empty file may be made a registry")
-    run.registry.write_bytes(content)
-    process = run(*command, "--registry", run.registry)
-    assert process.returncode == 1
-    assert len(process.err.strip().splitlines()) == 1, process.err
-    assert run.registry.read_bytes() == content
+    (tmp_path / "registry.db").write_bytes(content)
+    refused(tmp_path / "registry.db", here(*command))
 
 
-def test_database_of_another_program_is_refused_and_left_alone(run):
-    with sqlite3.connect(run.registry) as database:
-        database.execute("create table recipes (name text)")
-    before = run.registry.read_bytes()
+def test_a_foreign_registry_file_is_refused_by_the_program(run):
+    run.registry.write_bytes(FOREIGN["text"])
     for command in (["show"], TUNE):
         process = run(*command, "--registry", run.registry)
-        assert process.returncode == 1, process.err
-        assert "Traceback" not in process.err
-    assert run.registry.read_bytes() == before
+        assert (process.returncode, len(process.err.strip().splitlines())) == (1, 1), process.err
+    assert run.registry.read_bytes() == FOREIGN["text"]
+
+
+@pytest.mark.parametrize("command", [["show"], TUNE], ids=lambda c: c[0])
+def test_database_of_another_program_is_refused_and_left_alone(tmp_path, command):
+    with sqlite3.connect(tmp_path / "registry.db") as database:
+        database.execute("create table recipes (name text)")
+    refused(tmp_path / "registry.db", here(*command))
 
 
 @pytest.mark.parametrize("content", [b"", b"{}\n", b"\xff\xfe\n", b'{"format":"tilebook-registry"}\n', b"[" * 5000])
-def test_malformed_import_is_refused_and_changes_nothing(run, tmp_path, content):
-    hostile = tmp_path / "hostile.jsonl"
+def test_malformed_import_is_refused_and_changes_nothing(tmp_path, content):
+    hostile, target = tmp_path / "hostile.jsonl", tmp_path / "registry.db"
     hostile.write_bytes(content)
-    process = run("import", hostile, "--registry", run.registry)
-    assert process.returncode == 1
-    assert len(process.err.strip().splitlines()) == 1, process.err
-    if run.registry.exists():
-        with Registry.open(run.registry) as registry:
+    code, said = here("import", hostile)("--registry", target)
+    assert code == 1
+    assert len(said.strip().splitlines()) == 1, said
+    if target.exists():
+        with Registry.open(target) as registry:
             assert registry.verdicts() == registry.trials() == []
 
 
