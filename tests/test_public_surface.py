@@ -65,45 +65,6 @@ def test_touching_one_family_imports_no_other():
     assert {name.split(".")[2] for name in loaded.split()} == {"norms"}
 
 
-WITHOUT_TRITON = """
-import sys
-
-class NoTriton:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NoTriton())
-import torch, tilebook
-x, w = torch.ones(1, 3, 3, 16, requires_grad=True), torch.ones(16, 16)
-lens = torch.tensor([0, 3], dtype=torch.int32)
-"""
-
-
-CALLS = """
-tilebook.attention(x, x, x, causal=True)
-tilebook.scaled_dot_product_attention(x, x, x)
-tilebook.attention_decode(x.detach(), x.detach(), x.detach()).requires_grad_()
-tilebook.attention_varlen(x[0], x[0], x[0], lens, lens, max_seqlen_q=3, max_seqlen_k=3)
-tilebook.layer_norm(x, w[0], w[1])
-tilebook.linear_cross_entropy(x[0, 0], w, torch.arange(3))
-tilebook.mlp(x, w, None, w, None)
-tilebook.rms_norm(x, w[0])
-"""
-
-
-def test_on_the_cpu_every_public_function_does_without_triton():
-    said = program(
-        f"""{WITHOUT_TRITON}
-for call in {CALLS.split(chr(10))[1:-1]!r}:
-    y = eval(call)
-    y.sum().backward()
-    print(bool(torch.isfinite(y).all()), call)
-"""
-    )
-    assert said.splitlines() == [f"True {call}" for call in CALLS.splitlines()[1:]]
-
-
 BROKEN = """
 import importlib, warnings, tilebook
 real = importlib.import_module
