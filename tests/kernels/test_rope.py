@@ -196,8 +196,9 @@ def test_results_lie_in_memory_as_their_heads_do(function):
 
 
 @interpreted
-def test_angles_are_taken_with_their_strides():
-    q, k, cos, sin = drawn(angles=2)
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_angles_are_taken_with_their_strides(sequences):
+    q, k, cos, sin = drawn(angles=sequences)
     wide = torch.stack((cos, sin), -1)
     apart = torch.cat((cos, sin), -1)
     for angles in ((wide[..., 0], wide[..., 1]), (apart[..., :32], apart[..., 32:]), (cos[:1].expand(2, 9, 32), sin)):

@@ -1,4 +1,4 @@
-"""Packed sequences' kernels compile for Hopper with their default config in every form, and samples of the rest.
+"""Packed sequences' kernels compile for Hopper with their default config in every form, and a sample of the rest.
 
 What the interpreter runs may still be no program to a compiler: older Tritons return no None from a function.
 """
@@ -41,9 +41,9 @@ def test_default_config_compiles(pool, text, dtype, name):
 
 
 @pytest.mark.parametrize("name", ["attention_varlen_fwd", "attention_varlen_bwd"])
-def test_samples_compile_or_need_more_than_there_is(pool, name):
+def test_a_sample_compiles_or_needs_more_than_there_is(pool, name):
     op, (text, dtype) = ops.get(name), FORMS[0]
     problem = op.problem.parse(text, dtype)
-    for config in random.Random(name).sample(op.tunable.space.feasible(problem, GPU), 3):
+    for config in random.Random(name).sample(op.tunable.space.feasible(problem, GPU), 1):
         compiled = pool.submit(name, "triton", problem.key, config).result()
         assert compiled.failure in (None, "spills", "out_of_resources"), f"{config}: {compiled.reason}"
