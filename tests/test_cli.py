@@ -23,7 +23,8 @@ from tilebook.registry import Registry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine without a GPU")
 
-TUNE = ["tune", "mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", "H200", "--trials", "3"]
+TUNE = ["tune", "mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", "H200"]
+TUNE += ["--trials", "3", "--workers", "1"]
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def _trials_without_verdict(target):
 
 
 def test_killed_run_resumes_with_its_trials(run):
-    command = ["tune", "mlp", "--shape", "M512,H256,I512", "--direction", "fwd", "--gpu", "H200", "--trials", "12"]
+    command = ["tune", "mlp", "--shape", "M512,H256,I512", "--direction", "fwd", "--gpu", "H200", "--trials", "8"]
     process = run(*command, "--registry", run.registry, "--workers", "2", wait=False)
     deadline = time.monotonic() + 120
     # Stopped before it is looked at: between the look and the kill the run would go on to its verdict.
@@ -132,7 +133,7 @@ def test_killed_run_resumes_with_its_trials(run):
     with Registry.open(run.registry, write=True) as registry:
         kept = len(registry.trials())
     assert kept >= 3
-    finished = run(*command, "--registry", run.registry)
+    finished = run(*command, "--registry", run.registry, "--workers", "1")
     assert finished.returncode == 0, finished.err
     assert "from before" in finished.err
     with Registry.open(run.registry) as registry:
@@ -141,7 +142,7 @@ def test_killed_run_resumes_with_its_trials(run):
 
 
 def test_ctrl_c_ends_in_one_line_and_leaves_no_process(run):
-    command = ["tune", "mlp", "--shape", "M4096,H64,I64", "--direction", "fwd", "--gpu", "H200"]
+    command = ["tune", "mlp", "--shape", "M4096,H64,I64", "--direction", "fwd", "--gpu", "H200", "--workers", "1"]
     process = run(*command, "--registry", run.registry, wait=False)
     deadline = time.monotonic() + 120
     while not run.registry.exists() and time.monotonic() < deadline:
@@ -329,7 +330,7 @@ def test_a_terminal_without_unicode_gets_plain_text(run):
 
 def test_a_run_s_table_and_messages_are_plain_text_where_unicode_cannot_be_printed(run):
     command = ["tune", "mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", "H200", "--budget", "1s"]
-    process = run(*command, "--registry", run.registry, PYTHONIOENCODING="ascii")
+    process = run(*command, "--workers", "1", "--registry", run.registry, PYTHONIOENCODING="ascii")
     assert process.returncode == 0, process.err
     assert (process.out + process.err).isascii()
 

@@ -201,7 +201,8 @@ def test_angles_are_taken_with_their_strides(sequences):
     q, k, cos, sin = drawn(angles=sequences)
     wide = torch.stack((cos, sin), -1)
     apart = torch.cat((cos, sin), -1)
-    for angles in ((wide[..., 0], wide[..., 1]), (apart[..., :32], apart[..., 32:]), (cos[:1].expand(2, 9, 32), sin)):
+    one_for_all = cos[:1].expand(2, 9, 32), sin.expand(2, 9, 32)
+    for angles in ((wide[..., 0], wide[..., 1]), (apart[..., :32], apart[..., 32:]), one_for_all):
         assert_as_good_as_pytorch((q, k, *angles))
 
 
