@@ -1,7 +1,9 @@
 """Mends what Triton's interpreter gets wrong on the CPU, so that bf16 kernels can be judged in it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,13 +24,17 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def mended() -> Iterator[None]:
-    """bf16 products and roundings as a GPU does them, sums by descriptor; sizes as integers with a recent NumPy."""
+    """bf16 products and roundings as a GPU does them, sums by descriptor; sizes as integers with a recent NumPy.
+
+    And without what takes most of its time: a launch patches Triton's language once, not at each call of a function.
+    """
     from triton import language as tl
     from triton._C.libtriton import ir
     from triton.runtime import interpreter
 
     builder: Any = interpreter.InterpreterBuilder
     dot, cast, patch = builder.create_dot, builder.cast_impl, interpreter._patch_lang_tensor
+    launch, patch_all, patched = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         # The interpreter multiplies the bit patterns.
@@ -54,7 +60,39 @@ def mended() -> Iterator[None]:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    dtypes, address = cache(interpreter._get_np_dtype), np.dtype(np.uint64)
+    # Whether integers overflow is computed at great length, and looked at only by builders that debug.
+    options = interpreter.interpreter_builder.options
+    options = replace(options, sanitize_overflow=options.debug)
+
+    def get_np_dtype(tt_dtype: Any) -> Any:
+        scalar = tt_dtype.scalar
+        return address if scalar.is_ptr() else dtypes(scalar)
+
+    @cache
+    def seen(function: Callable[..., Any]) -> frozenset[str]:
+        """The modules of the language that a function's own module has."""
+        found = function.__globals__.values()
+        return frozenset(lang.__name__ for lang in (tl, tl.core) if any(each is lang for each in found))
+
+    def start(self: Any, *args: Any, **options: Any) -> Any:
+        patched.clear()
+        try:
+            return launch(self, *args, **options)
+        finally:
+            patched.clear()
+
+    def patch_lang(function: Callable[..., Any]) -> Any:
+        if patched and seen(function) <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(seen(function))
+        return patch_all(function)
+
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", start)
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+        monkeypatch.setattr(interpreter, "_get_np_dtype", get_np_dtype)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
         monkeypatch.setattr(builder, "create_dot", create_dot)
         monkeypatch.setattr(builder, "cast_impl", cast_impl)
         monkeypatch.setattr(builder, "create_descriptor_reduce", create_descriptor_reduce, raising=False)

@@ -1,4 +1,4 @@
-"""The command line as a subprocess, the way a user has it, without a GPU."""
+"""The command line without a GPU: as a subprocess, the way a user has it, and in this process."""
 
 import dataclasses
 import functools
@@ -13,19 +13,18 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from flat_verdict import flat_verdict
+from test_cli_explained import EXPLAIN, MEASURED, SHAPE
 
-from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.cli import main
 from tilebook.cli.tuning import _problems
 from tilebook.errors import RegistryError
-from tilebook.op import Config, Space
-from tilebook.registry import Device, Environment, Registry, Revocation, VerdictStatus
+from tilebook.registry import Registry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine without a GPU")
 
-TUNE = ["tune", "mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", "H200", "--trials", "3"]
+TUNE = ["tune", "mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", "H200"]
+TUNE += ["--trials", "3", "--workers", "1"]
 
 
 @pytest.fixture
@@ -51,6 +50,16 @@ def run(tmp_path):
         return process
 
     start.registry = tmp_path / "registry.db"
+    return start
+
+
+def here(*command):
+    """A command in this process: its status, and what it complains of."""
+
+    def start(*more):
+        done = CliRunner().invoke(main, [str(each) for each in (*command, *more)])
+        return done.exit_code, done.stderr
+
     return start
 
 
@@ -81,11 +90,6 @@ def test_tune_show_explain_export_import_from_end_to_end(run, tmp_path):
 
     why = run("explain", "mlp_up_fwd", "--shape", "M64,H32,I64", "--gpu", "H200", *there)
     assert "no measured verdict is for exactly this problem: PyTorch's own function" in why.out
-    near = json.loads(
-        run("explain", "mlp_up_fwd", "--shape", "M77,H32,I64", "--gpu", "H200", *there, "--format", "json").out
-    )
-    assert (near["source"], near["implementation"]) == ("fallback", "torch")
-
     exported = tmp_path / "out.jsonl"
     assert run("export", exported, *there).returncode == 0
     other = tmp_path / "other.db"
@@ -96,136 +100,10 @@ def test_tune_show_explain_export_import_from_end_to_end(run, tmp_path):
     run("import", exported, "--registry", other, "--trust")
     assert [r["trusted"] for r in mine(rows(run("show", "--registry", other, "--format", "json")))] == [True, True]
 
-    again = run(*TUNE, *there)
-    assert "has a verdict already" in again.err
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    """Runs `tilebook ARGS` in this process on a registry with one measured verdict; returns what it prints."""
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setenv("TILEBOOK_REGISTRY", str(tmp_path / "registry.db"))
-    monkeypatch.setattr("tilebook.registry.layers.SHIPPED", tmp_path / "shipped.db")
-    with Registry.open(tmp_path / "registry.db", write=True) as registry:
-        registry.record(verdict=MEASURED)
-
-    def start(*arguments, status=0):
-        result = CliRunner().invoke(main, [str(each) for each in arguments])
-        assert result.exit_code == status, result.stderr
-        return result.stdout if status == 0 else result.stderr
-
-    return start
-
-
-ATTENTION, H200 = ops.get("attention_fwd"), devices.find("H200")
-SHAPE = "B4,H16,S2048,D64,causal,window128x0"
-WINNER = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "HEADS": 1, "DESCRIPTORS": 0}
-MEASURED = flat_verdict(
-    op=ATTENTION.name,
-    problem=ATTENTION.problem.parse(SHAPE, "bf16").key,
-    device=Device(*H200.identity),
-    environment=Environment({"triton": "3.6.0"}),
-    kernel=ATTENTION.digest,
-    status=VerdictStatus.MEASURED,
-    implementation="triton",
-    config=WINNER,
-    time_ms=1.0,
-    default_time_ms=2.0,
-    speedup=2.0,
-    speedup_low=1.9,
-    speedup_high=2.1,
-)
-EXPLAIN = ("explain", ATTENTION.name, "--shape", SHAPE, "--gpu", "H200")
-
-
-def test_revoke_show_explain_list_and_undo_from_end_to_end(cli):
-    assert json.loads(cli("show", "--format", "json"))[0]["revoked"] is None
-    assert json.loads(cli(*EXPLAIN, "--format", "json"))["config"] == WINNER
-    said = cli(
-        "revoke", ATTENTION.name, "--config", "num_warps=8, BLOCK_M=128", "--arch", "sm_90", "--reason", "a race"
-    )
-    assert "winner of 1 verdicts" in said
-    assert f"{SHAPE} bf16 on NVIDIA H200 (layer explicit)" in said
-
-    assert json.loads(cli("show", "--format", "json"))[0]["revoked"] == "a race"
-    assert "measured, explicit, revoked: 'a race'" in " ".join(cli("show").split())
-    why = json.loads(cli(*EXPLAIN, "--format", "json"))
-    assert (why["source"], why["revoked"][0]["config"], why["revoked"][0]["reason"]) == ("default", WINNER, "a race")
-    text = cli(*EXPLAIN)
-    assert "revoked  triton BLOCK_M=128 " in text
-    assert "num_warps=8: a race" in " ".join(text.split())
-    assert "no verdict that is near can serve: the space's default config" in text
-
-    (listed,) = json.loads(cli("revoke", "--list", "--format", "json"))
-    assert (listed["config"], listed["kernel"]) == ({"BLOCK_M": 128, "num_warps": 8}, ATTENTION.digest)
-    assert (listed["arch"], listed["triton"], listed["layer"], listed["trusted"]) == ("sm_90", None, "explicit", True)
-    assert "BLOCK_M=128 num_warps=8 (sm_90, source" in cli("revoke", "--list")
-    assert "the first reason stays" in cli(
-        "revoke", ATTENTION.name, "--config", "num_warps=8,BLOCK_M=128", "--arch", "sm_90", "--reason", "again"
-    )
-    cli("revoke", "--undo", listed["id"][:8])
-    assert cli("revoke", "--list") == "no revocations\n"
-    assert json.loads(cli(*EXPLAIN, "--format", "json"))["config"] == WINNER
-
-
-def test_a_revoked_default_is_explained(cli):
-    cli("revoke", ATTENTION.name, "--reason", "the kernel is wrong")
-    text = cli(*EXPLAIN)
-    assert "runs     torch" in text
-    assert text.count("the kernel is wrong") == 2, "the winner and the default"
-    assert "the default config is revoked: PyTorch's implementation" in text
-
-
-def test_an_imported_revocation_is_not_honoured_without_trust(cli, tmp_path):
-    cli("revoke", ATTENTION.name, "--triton", ">=3.6", "--reason", "a race")
-    cli("export", tmp_path / "out.jsonl")
-    there = ("--registry", tmp_path / "other.db")
-    cli("import", tmp_path / "out.jsonl", *there)
-    assert "not honoured" in cli("revoke", "--list", *there)
-    assert json.loads(cli("show", *there, "--format", "json"))[0]["revoked"] is None
-    cli("import", tmp_path / "out.jsonl", "--trust", *there)
-    assert "not honoured" not in cli("revoke", "--list", *there)
-    assert json.loads(cli("show", *there, "--format", "json"))[0]["revoked"] == "a race"
-
-
-def test_a_shipped_revocation_cannot_be_undone(cli, tmp_path):
-    with Registry.open(tmp_path / "shipped.db", write=True) as registry:
-        registry.revoke(Revocation(ATTENTION.name, "triton", "a race", config=WINNER, origin="shipped"))
-    (listed,) = json.loads(cli("revoke", "--list", "--format", "json"))
-    assert "is in the shipped layer" in cli("revoke", "--undo", listed["id"], status=2)
-    assert json.loads(cli("show", "--format", "json"))[0]["revoked"] == "a race"
-
-
-def test_a_revocation_for_another_triton_says_that_nothing_changes_here(cli):
-    said = cli("revoke", ATTENTION.name, "--triton", "<3", "--reason", "a race")
-    assert "nothing changes on this machine" in said
-    (listed,) = json.loads(cli("revoke", "--list", "--format", "json"))
-    assert (listed["triton"], listed["kernel"]) == ("<3", None), "where the compiler is at fault, every source is meant"
-
-
-def _second(q, k, v, form, scale, *extras, config):
-    return q, q
-
-
-def test_another_implementation_with_a_space_is_revoked_by_its_own_source_and_config(cli, monkeypatch):
-    monkeypatch.setattr(ATTENTION, "implementations", dict(ATTENTION.implementations))
-    space = Space({"TILE": (1, 2)}, lambda *_: None, lambda *_: Config(TILE=1))
-    second = ATTENTION.implementation("second", space=space)(_second)
-    ATTENTION.implementation("bought", space=space, external="some-package")(_second)
-    name = ("revoke", ATTENTION.name, "--reason", "a race", "--implementation")
-    cli(*name, "second", "--config", "TILE=2")
-    cli(*name, "bought", "--config", "TILE=2")
-    listed = json.loads(cli("revoke", "--list", "--format", "json"))
-    assert {each["implementation"]: each["kernel"] for each in listed} == {"second": second.digest, "bought": None}
-    assert all(each["config"] == {"TILE": 2} for each in listed)
-    assert "not ours" in cli(*name, "bought", "--kernel", "current", status=2)
-    assert "has no --config" in cli(*name, "cudnn", "--config", "TILE=2", status=2)
-
-
-def test_another_implementation_is_revoked_whatever_our_source_is(cli):
-    cli("revoke", ATTENTION.name, "--implementation", "cudnn", "--arch", "sm_90", "--reason", "NaN")
-    (listed,) = json.loads(cli("revoke", "--list", "--format", "json"))
-    assert (listed["implementation"], listed["config"], listed["kernel"]) == ("cudnn", {}, None)
+    assert "has a verdict already" in here(*TUNE)(*there)[1]
+    near = ["explain", "mlp_up_fwd", "--shape", "M77,H32,I64", "--gpu", "H200", *there, "--format", "json"]
+    why = json.loads(CliRunner().invoke(main, [*map(str, near)]).stdout)
+    assert (why["source"], why["implementation"]) == ("fallback", "torch")
 
 
 def _trials_without_verdict(target):
@@ -239,7 +117,7 @@ def _trials_without_verdict(target):
 
 
 def test_killed_run_resumes_with_its_trials(run):
-    command = ["tune", "mlp", "--shape", "M512,H256,I512", "--direction", "fwd", "--gpu", "H200", "--trials", "48"]
+    command = ["tune", "mlp", "--shape", "M512,H256,I512", "--direction", "fwd", "--gpu", "H200", "--trials", "8"]
     process = run(*command, "--registry", run.registry, "--workers", "2", wait=False)
     deadline = time.monotonic() + 120
     # Stopped before it is looked at: between the look and the kill the run would go on to its verdict.
@@ -255,7 +133,7 @@ def test_killed_run_resumes_with_its_trials(run):
     with Registry.open(run.registry, write=True) as registry:
         kept = len(registry.trials())
     assert kept >= 3
-    finished = run(*command, "--registry", run.registry)
+    finished = run(*command, "--registry", run.registry, "--workers", "1")
     assert finished.returncode == 0, finished.err
     assert "from before" in finished.err
     with Registry.open(run.registry) as registry:
@@ -264,7 +142,7 @@ def test_killed_run_resumes_with_its_trials(run):
 
 
 def test_ctrl_c_ends_in_one_line_and_leaves_no_process(run):
-    command = ["tune", "mlp", "--shape", "M4096,H64,I64", "--direction", "fwd", "--gpu", "H200"]
+    command = ["tune", "mlp", "--shape", "M4096,H64,I64", "--direction", "fwd", "--gpu", "H200", "--workers", "1"]
     process = run(*command, "--registry", run.registry, wait=False)
     deadline = time.monotonic() + 120
     while not run.registry.exists() and time.monotonic() < deadline:
@@ -385,38 +263,48 @@ FOREIGN = {
 }
 
 
+def refused(where, run):
+    """What is said of a registry that is none; it stays as it is."""
+    before = where.read_bytes()
+    code, said = run("--registry", where)
+    assert code == 1, said
+    assert len(said.strip().splitlines()) == 1, said
+    assert where.read_bytes() == before
+
+
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 @pytest.mark.parametrize("command", [["show"], ["export", "x.jsonl"], TUNE], ids=lambda c: c[0])
-def test_foreign_registry_file_is_refused_and_left_alone(run, command, content):
+def test_foreign_registry_file_is_refused_and_left_alone(tmp_path, command, content):
     if not content and command is TUNE:
         pytest.skip("an empty file may be made a registry")
-    run.registry.write_bytes(content)
-    process = run(*command, "--registry", run.registry)
-    assert process.returncode == 1
-    assert len(process.err.strip().splitlines()) == 1, process.err
-    assert run.registry.read_bytes() == content
+    (tmp_path / "registry.db").write_bytes(content)
+    refused(tmp_path / "registry.db", here(*command))
 
 
-def test_database_of_another_program_is_refused_and_left_alone(run):
-    with sqlite3.connect(run.registry) as database:
-        database.execute("create table recipes (name text)")
-    before = run.registry.read_bytes()
+def test_a_foreign_registry_file_is_refused_by_the_program(run):
+    run.registry.write_bytes(FOREIGN["text"])
     for command in (["show"], TUNE):
         process = run(*command, "--registry", run.registry)
-        assert process.returncode == 1, process.err
-        assert "Traceback" not in process.err
-    assert run.registry.read_bytes() == before
+        assert (process.returncode, len(process.err.strip().splitlines())) == (1, 1), process.err
+    assert run.registry.read_bytes() == FOREIGN["text"]
+
+
+@pytest.mark.parametrize("command", [["show"], TUNE], ids=lambda c: c[0])
+def test_database_of_another_program_is_refused_and_left_alone(tmp_path, command):
+    with sqlite3.connect(tmp_path / "registry.db") as database:
+        database.execute("create table recipes (name text)")
+    refused(tmp_path / "registry.db", here(*command))
 
 
 @pytest.mark.parametrize("content", [b"", b"{}\n", b"\xff\xfe\n", b'{"format":"tilebook-registry"}\n', b"[" * 5000])
-def test_malformed_import_is_refused_and_changes_nothing(run, tmp_path, content):
-    hostile = tmp_path / "hostile.jsonl"
+def test_malformed_import_is_refused_and_changes_nothing(tmp_path, content):
+    hostile, target = tmp_path / "hostile.jsonl", tmp_path / "registry.db"
     hostile.write_bytes(content)
-    process = run("import", hostile, "--registry", run.registry)
-    assert process.returncode == 1
-    assert len(process.err.strip().splitlines()) == 1, process.err
-    if run.registry.exists():
-        with Registry.open(run.registry) as registry:
+    code, said = here("import", hostile)("--registry", target)
+    assert code == 1
+    assert len(said.strip().splitlines()) == 1, said
+    if target.exists():
+        with Registry.open(target) as registry:
             assert registry.verdicts() == registry.trials() == []
 
 
@@ -442,7 +330,7 @@ def test_a_terminal_without_unicode_gets_plain_text(run):
 
 def test_a_run_s_table_and_messages_are_plain_text_where_unicode_cannot_be_printed(run):
     command = ["tune", "mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", "H200", "--budget", "1s"]
-    process = run(*command, "--registry", run.registry, PYTHONIOENCODING="ascii")
+    process = run(*command, "--workers", "1", "--registry", run.registry, PYTHONIOENCODING="ascii")
     assert process.returncode == 0, process.err
     assert (process.out + process.err).isascii()
 
@@ -489,14 +377,6 @@ def test_a_shape_is_tuned_as_the_bucket_that_a_call_with_it_asks_for(capsys):
     ((op, problem),) = _problems(["decode"], [], ["B2,H8,Hkv2,S1,Sk3001,D128"], "bf16", "fwd")
     assert problem == op.problem.of(*op.problem.parse("B2,H8,Hkv2,S1,Sk3001,D128", "bf16").inputs("cpu", 0))
     assert "Sk4096" in problem.label
-
-
-def test_explain_answers_for_the_bucket_that_a_call_asks_for(cli):
-    said = json.loads(cli("explain", "rms_norm_fwd", "--shape", "M4099,N5120", "--gpu", "H200", "--format", "json"))
-    assert (said["problem"], said["asked"]) == ("M8192,N5120", "M4099,N5120")
-    assert "rms_norm_fwd M4099,N5120 (asks for M8192,N5120)" in cli(
-        "explain", "rms_norm_fwd", "--shape", "M4099,N5120", "--gpu", "H200"
-    )
 
 
 def test_what_suites_tune_is_what_calls_ask_for():

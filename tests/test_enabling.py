@@ -55,7 +55,6 @@ print(torch.nn.functional.layer_norm.__module__, "tilebook.enabling" in sys.modu
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, "torch.nn.functional False"),
         ({"TILEBOOK": "0"}, "torch.nn.functional False"),
         ({"TILEBOOK": "1"}, "tilebook.enabling True"),
         ({"TILEBOOK": "1", "TILEBOOK_DISABLE": "1"}, "torch.nn.functional True"),
@@ -108,8 +107,9 @@ print(torch.ones(1).item())
     assert "tilebook: not turned on: TypeError" in complaints
 
 
-def test_what_is_not_asked_for_costs_nothing(monkeypatch):
-    monkeypatch.delenv("TILEBOOK", raising=False)
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_what_is_not_asked_for_costs_nothing(monkeypatch, asked):
+    monkeypatch.setenv("TILEBOOK", asked) if asked else monkeypatch.delenv("TILEBOOK", raising=False)
     autoload.load()
     took = []
     for _ in range(5):

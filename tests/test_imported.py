@@ -121,50 +121,48 @@ def test_modules_that_are_not_there_or_fail_raise_what_they_would(module, tmp_pa
     assert seen == ["called"]
 
 
-@pytest.mark.parametrize(
-    ("version", "program", "expected"),
-    [
+FORKED = """
+import os, sys, warnings
+import tilebook, torch
+warnings.simplefilter("ignore")
+for at in range(len(PROGRAMS)):
+    if os.fork():
+        os.wait()
+        continue
+    assert "transformers" not in sys.modules
+    sys.path.insert(0, PROGRAMS[at][0])
+    try:
+        exec(PROGRAMS[at][1])
+        from transformers.modeling_utils import AttentionInterface as a
+        from transformers.masking_utils import AttentionMaskInterface as m
+        print("tilebook" in a.known and "tilebook" in m.known, flush=True)
+    except ImportError as error:
+        print(error, flush=True)
+    os._exit(0)
+"""
+
+
+def test_transformers_gets_to_know_our_attention_or_is_refused_by_name(tmp_path):
+    cases = [
         ("5.17.0", "tilebook.enable(); import transformers.modeling_utils", "True"),
         ("5.17.0", "import transformers.modeling_utils; tilebook.enable()", "True"),
         ("5.24.0.dev0", "tilebook.register_transformers()", "True"),
         ("5.17.0", "import transformers.modeling_utils", "False"),
         ("5.16.3", "tilebook.enable(); import transformers.modeling_utils", "False"),
-    ],
-)
-def test_transformers_gets_to_know_our_attention(version, program, expected, tmp_path):
-    package = tmp_path / "transformers"
-    package.mkdir()
-    (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
-    (package / "modeling_utils.py").write_text(INTERFACE.format(name="AttentionInterface"))
-    (package / "masking_utils.py").write_text(INTERFACE.format(name="AttentionMaskInterface"))
-    lines = [
-        "import sys, warnings; warnings.simplefilter('ignore'); import tilebook, torch",
-        "assert 'transformers' not in sys.modules",
-        program,
-        "from transformers.modeling_utils import AttentionInterface as a",
-        "from transformers.masking_utils import AttentionMaskInterface as m",
-        "print('tilebook' in a.known and 'tilebook' in m.known)",
+        (
+            "4.57.1",
+            "tilebook.register_transformers()",
+            "'tilebook' attention needs transformers 5.17 or newer, not 4.57.1",
+        ),
     ]
-    environment = {"PATH": "", "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == expected
-
-
-def test_a_transformers_that_is_too_old_or_missing_is_refused_by_name(tmp_path):
-    package = tmp_path / "transformers"
-    package.mkdir()
-    (package / "__init__.py").write_text("__version__ = '4.57.1'\n")
-    for name, interface in (("modeling_utils", "AttentionInterface"), ("masking_utils", "AttentionMaskInterface")):
-        (package / f"{name}.py").write_text(INTERFACE.format(name=interface))
-    program = "import tilebook; tilebook.register_transformers()"
-    environment = {"PATH": "", "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
-    assert "ImportError: 'tilebook' attention needs transformers 5.17 or newer, not 4.57.1" in done.stderr
+    for version, *_ in cases:
+        package = tmp_path / version / "transformers"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
+        for name, interface in (("modeling_utils", "AttentionInterface"), ("masking_utils", "AttentionMaskInterface")):
+            (package / f"{name}.py").write_text(INTERFACE.format(name=interface))
+    programs = [(str(tmp_path / version), program) for version, program, _ in cases]
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", f"PROGRAMS = {programs!r}{FORKED}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert done.stdout.splitlines() == [expected for *_, expected in cases], done.stderr

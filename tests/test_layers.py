@@ -1,6 +1,7 @@
 """Who imports whom: no circles, between modules or between folders, and arrows that point one way."""
 
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ def _imports(tree: ast.AST, lazy: bool) -> Iterator[ast.Import | ast.ImportFrom]
             yield from _imports(node, lazy)
 
 
+@functools.cache
 def imported(module: str, lazy: bool) -> set[str]:
     """The modules of the package that a module imports by name."""
     found = set()

@@ -328,7 +328,7 @@ class Attempt:
         return [(v.op, v.problem, v.winner.implementation, v.winner.config) for v in sorted(found, key=lambda v: v.op)]
 
 
-TUNE = ("mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", GPU, "--trials", "2")
+TUNE = ("mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", GPU, "--trials", "2", "--workers", "1")
 EXPLAIN = ("rms_norm_fwd", "--shape", "M4096,N4096")
 
 

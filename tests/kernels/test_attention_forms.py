@@ -9,7 +9,6 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -374,46 +373,6 @@ def test_extra_tensors_that_do_not_fit_are_value_errors(change, text):
     change = {name: x if x.is_meta else x.to(DEVICE) for name, x in change.items()}
     with pytest.raises(ValueError, match=text):
         tilebook.attention(*tensors(*shapes(8, 8)), **change)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"is_causal": True, "scale": 0.3},
-        {"attn_mask": torch.rand(20, 30) < 0.6},
-        {"attn_mask": torch.randn(2, 1, 1, 30)},
-        {"attn_mask": torch.zeros(20, 30, dtype=torch.bool)},
-    ],
-    ids=["plain", "causal", "boolean", "float", "nothing to see"],
-)
-@pytest.mark.parametrize("lead", [(), (2,), (3, 2)], ids=["3-D", "4-D", "5-D"])
-def test_drop_in_is_pytorch_s_function(options, lead):
-    q, k, v = tensors(*[(*lead, 2, n, 32) for n in (20, 30, 30)], dtype=torch.float32)
-    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    if not lead and "attn_mask" in options and options["attn_mask"].ndim == 4:
-        options["attn_mask"] = options["attn_mask"][0]
-    ours, theirs = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
-    expected = F.scaled_dot_product_attention(*theirs, **options)
-    with dispatch.use("triton"):
-        o = tilebook.scaled_dot_product_attention(*ours, **options)
-    assert o.shape == expected.shape
-    torch.testing.assert_close(o, expected, rtol=1e-4, atol=1e-5)
-    o.square().sum().backward()
-    expected.square().sum().backward()
-    for mine, right in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, right.grad, rtol=1e-3, atol=1e-4)
-
-
-def test_drop_in_gives_pytorch_what_no_kernel_has():
-    q, k, v = tensors((2, 4, 20, 32), (2, 2, 30, 32), (2, 2, 30, 16), dtype=torch.float32)
-    with dispatch.use("triton"):
-        o = tilebook.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        assert torch.equal(o, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
-        with pytest.raises(RuntimeError):
-            tilebook.scaled_dot_product_attention(q, k, v)
-        with pytest.raises(RuntimeError, match="is_causal"):
-            tilebook.scaled_dot_product_attention(q, k, v, torch.ones(20, 30, dtype=torch.bool), is_causal=True)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 import ctypes
 import fcntl
+import hashlib
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ REPLACE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """Where the extension of this test run is kept: built once for all test processes."""
-    return tmp_path_factory.getbasetemp().parent / "tilebook-native"
+def folder(pytestconfig):
+    """Where the extension is kept: built once for all test processes, and anew where it or how it is built changes."""
+    how = hashlib.sha256(Path(native.__file__).with_name("build.py").read_bytes()).hexdigest()
+    return pytestconfig.cache.mkdir(f"native-{how[:16]}")
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +31,6 @@ def library(folder):
 
     if not shutil.which("g++") and not shutil.which("clang++"):
         pytest.skip("there is no C++ compiler")
-    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch, open(folder / "lock", "w") as lock:
         patch.setenv("TILEBOOK_NATIVE", str(folder))
         fcntl.flock(lock, fcntl.LOCK_EX)

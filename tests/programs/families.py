@@ -314,6 +314,9 @@ BLOCKS = [name for name in ("mlp", "rms_norm", "layer_norm") if name in FAMILIES
 """Families of rows (…, N) with weights."""
 
 TRAINED = [name for name, family in FAMILIES.items() if family.trained]
+FEW_NODES = [name for name in TRAINED if torch.cuda.is_available() or name not in ("softcap", "alibi", "varlen")]
+"""On the CPU without three that are hundreds of PyTorch's operations there; `bias` is of their kind."""
+
 FEW = ["drop_in", "softcap", "varlen", "mlp", "rms_norm"]
 """One of each kind that is trained, where a program costs seconds."""
 

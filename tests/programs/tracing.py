@@ -7,7 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from programs.compare import assert_as_near, cotangent, doubled, fresh, value_and_gradients
-from programs.families import BLOCKS, FAMILIES, FEW, TRAINED, families
+from programs.families import BLOCKS, FAMILIES, FEW, FEW_NODES, TRAINED, families
 
 
 @pytest.fixture(autouse=True)
@@ -161,8 +161,9 @@ def test_a_program_exported_for_training_has_gradients(device, family):
     agree(value_and_gradients(program.module(), fresh(first)), family, first)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@families()
+@pytest.mark.parametrize(
+    ("family", "backend"), [(name, "aot_eager") for name in FAMILIES] + [(name, "eager") for name in FEW]
+)
 def test_a_compiled_call_gives_pytorchs_numbers_without_a_graph_break(device, family, backend):
     family = FAMILIES[family]
     compiled = torch.compile(family.ours, backend=backend, fullgraph=True)
@@ -192,8 +193,10 @@ def _graphs(function, inputs_of, lengths, **options):
     return torch._dynamo.utils.counters["stats"]["unique_graphs"], results
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@families("drop_in", "attention", "causal", "softcap", "varlen", "mlp", "rms_norm")
+@pytest.mark.parametrize(
+    ("family", "dynamic"),
+    [(name, None) for name in (*FEW, "attention", "causal")] + [(name, True) for name in FEW if name != "softcap"],
+)
 def test_twenty_lengths_compile_no_more_graphs_than_pytorchs(device, family, dynamic):
     family = FAMILIES[family]
     whole = family.leaves(device)
@@ -234,7 +237,7 @@ def test_twenty_lengths_compile_no_more_graphs_than_pytorchs(device, family, dyn
         assert_as_near(got, theirs, value_and_gradients(plain, doubled(flat(n))), f"length {n}")
 
 
-@families(*TRAINED)
+@families(*FEW_NODES)
 def test_compiled_autograd_over_an_eager_forward_gives_pytorchs_gradients(device, family, recwarn):
     family = FAMILIES[family]
     inputs = fresh(family.leaves(device))

@@ -48,7 +48,6 @@ CALLS = {
     "packed": (packed, lambda n, make: (make(n, 4, 16), make(n, 2, 16), ends(2, n), ends(2, n))),
     "decode": (decoded, lambda n, make: (data(2, 4, 2, 16), data(2, 2, n, 16), ints(2, n))),
 }
-every_call = pytest.mark.parametrize("name", CALLS)
 
 
 @pytest.fixture(autouse=True)
@@ -77,10 +76,15 @@ def targets(counter):
     return [node.target for graph in counter.graphs for node in graph.graph.nodes]
 
 
+HOW = [(normal, True), (normal, False), (data, True), (data, False)]
+"""With gradients or without, of any length or of each: all four of one attention and of packs, two of the others."""
+
+
 @pytest.mark.usefixtures("forced")
-@pytest.mark.parametrize("make", [normal, data])
-@pytest.mark.parametrize("dynamic", [True, False])
-@every_call
+@pytest.mark.parametrize(
+    ("name", "make", "dynamic"),
+    [(name, *how) for name in CALLS for how in (HOW if name in ("attention", "packed") else HOW[::3])],
+)
 def test_compiled_calls_and_their_gradients_are_right(name, dynamic, make):
     call, args = CALLS[name]
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -89,8 +93,7 @@ def test_compiled_calls_and_their_gradients_are_right(name, dynamic, make):
 
 
 @pytest.mark.usefixtures("forced")
-@pytest.mark.parametrize("make", [normal, data])
-@every_call
+@pytest.mark.parametrize(("name", "make"), [*[(name, normal) for name in CALLS], ("attention", data), ("packed", data)])
 def test_twenty_lengths_are_one_compilation(name, make):
     call, args = CALLS[name]
     counter = CompileCounterWithBackend("aot_eager")

@@ -5,6 +5,7 @@ import glob
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -72,7 +73,7 @@ def postgres_cluster() -> Iterator[str]:
         yield f"postgresql://tilebook@/{{}}?host={folder}"
     finally:
         if server is not None:
-            server.terminate()
+            server.send_signal(signal.SIGQUIT)  # at once: what it holds is thrown away
             server.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from tilebook.registry import (
@@ -15,6 +17,7 @@ from tilebook.registry import (
     Failure,
     Finalist,
     Miss,
+    Registry,
     Revocation,
     Speedup,
     Status,
@@ -162,3 +165,31 @@ def an_old_verdict(**changes: Any) -> dict[str, Any]:
         "evidence": {},
     }
     return {"type": "verdict", **kept, **old, **changes}
+
+
+def a_trial(**changes: Any) -> dict[str, Any]:
+    return {"type": "trial", **trial().content(), **changes}
+
+
+def a_verdict(**changes: Any) -> dict[str, Any]:
+    return {"type": "verdict", **verdict().portable(), **changes}
+
+
+def a_revocation(**changes: Any) -> dict[str, Any]:
+    return {"type": "revocation", **revocation().portable(), **changes}
+
+
+def fill(path: Path, trials: int = 20) -> None:
+    """A registry with something of everything."""
+    with Registry.open(path, write=True) as registry:
+        registry.record([trial(number) for number in range(trials)], verdict())
+        registry.revoke(revocation())
+        registry.count_misses([miss()])
+
+
+def execute(path: Path, *statements: str) -> None:
+    """SQL, behind the registry's back."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    for statement in statements:
+        connection.execute(statement)
+    connection.close()

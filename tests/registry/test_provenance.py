@@ -66,7 +66,7 @@ def test_two_processes_are_two_runs_on_one_machine():
 def test_who_made_it_travels_with_every_record(settings, tmp_path):
     settings.write_text('name = "Ada"\nmachine = "node 17"\n')
     mine, theirs, file = tmp_path / "mine.db", tmp_path / "theirs.db", tmp_path / "all.jsonl"
-    shape = ("--shape", "M64,H32,I64")
+    shape = ("--shape", "M64,H32,I64", "--workers", "1")
     run("tune", "mlp", *shape, "--direction", "fwd", "--gpu", "H200", "--trials", "2", "--registry", mine)
     run("revoke", "mlp_up_fwd", "--reason", "a test", "--triton", "<3", "--registry", mine)
     settings.write_text('name = "Eve"\n')

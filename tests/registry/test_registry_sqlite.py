@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from registry_samples import A100, H200, miss, predicted, problem, revocation, trial, verdict
+from registry_samples import A100, H200, execute, fill, miss, predicted, problem, revocation, trial, verdict
 
 import tilebook.registry
 from tilebook.registry import Registry, RegistryError, serving, ship, sqlitefile
@@ -26,50 +26,6 @@ from tilebook.registry.backend import connect_sqlite
 from tilebook.registry.target import sniff
 
 REPOSITORY = Path(tilebook.registry.__file__).parents[2]
-
-
-def _fill(path: Path, trials: int = 20) -> None:
-    with Registry.open(path, write=True) as registry:
-        registry.record([trial(number) for number in range(trials)], verdict())
-        registry.revoke(revocation())
-        registry.count_misses([miss()])
-
-
-def _sqlite(path: Path, *statements: str) -> None:
-    connection = sqlite3.connect(path, isolation_level=None)
-    for statement in statements:
-        connection.execute(statement)
-    connection.close()
-
-
-def _foreign_text(path: Path) -> None:
-    path.write_bytes(b"# someone's notes, longer than a header\n" * 10)
-
-
-def _foreign_short(path: Path) -> None:
-    path.write_bytes(b"SQLite format 3\0")
-
-
-def _foreign_database(path: Path) -> None:
-    _sqlite(path, "CREATE TABLE studies (id INTEGER)", "INSERT INTO studies VALUES (1)")
-
-
-def _foreign_wal_database(path: Path) -> None:
-    _sqlite(path, "PRAGMA journal_mode=WAL", "CREATE TABLE trial (id INTEGER)")
-
-
-@pytest.mark.parametrize("write", [False, True])
-@pytest.mark.parametrize("make", [_foreign_text, _foreign_short, _foreign_database, _foreign_wal_database])
-def test_a_foreign_file_is_refused_and_untouched(path: Path, make: object, write: bool) -> None:
-    make(path)  # type: ignore[operator]
-    before = (path.read_bytes(), path.stat().st_mtime_ns, os.listdir(path.parent))
-    with pytest.raises(RegistryError, match=r"foreign|not a tilebook registry") as caught:
-        Registry.open(path, write=write)
-    assert "\n" not in str(caught.value)
-    assert (path.read_bytes(), path.stat().st_mtime_ns, os.listdir(path.parent)) == before
-    with Registry.open(path.with_name("other.db"), write=True) as other, pytest.raises(RegistryError):
-        ship(other, path)
-    assert path.read_bytes() == before[0]
 
 
 def test_a_reader_needs_a_registry_and_makes_none(path: Path) -> None:
@@ -86,7 +42,7 @@ def test_a_reader_needs_a_registry_and_makes_none(path: Path) -> None:
 
 
 def test_a_reader_leaves_the_directory_as_it_was(path: Path) -> None:
-    _fill(path)
+    fill(path)
     before = (os.listdir(path.parent), path.read_bytes(), path.stat().st_mtime_ns)
     with Registry.open(path) as reader:
         reader.trials(), reader.verdicts(), reader.misses()
@@ -95,7 +51,7 @@ def test_a_reader_leaves_the_directory_as_it_was(path: Path) -> None:
 
 
 def test_a_reader_imports_no_alembic(path: Path) -> None:
-    _fill(path)
+    fill(path)
     code = (
         "import sys; from tilebook.registry import Registry; Registry.open(sys.argv[1]).verdicts();"
         "sys.exit(sorted({'alembic', 'torch', 'triton', 'psycopg'} & set(sys.modules)) or 0)"
@@ -104,8 +60,8 @@ def test_a_reader_imports_no_alembic(path: Path) -> None:
 
 
 def test_a_registry_without_a_schema_number_is_refused_for_reading_and_mended_by_a_writer(path: Path) -> None:
-    _fill(path)
-    _sqlite(path, "PRAGMA user_version=0")
+    fill(path)
+    execute(path, "PRAGMA user_version=0")
     with pytest.raises(RegistryError, match="not a tilebook registry"):
         Registry.open(path)
     Registry.open(path, write=True).close()
@@ -114,8 +70,8 @@ def test_a_registry_without_a_schema_number_is_refused_for_reading_and_mended_by
 
 
 def test_a_wal_registry_is_refused_for_reading_and_converted_by_a_writer(path: Path) -> None:
-    _fill(path)
-    _sqlite(path, "PRAGMA journal_mode=WAL")
+    fill(path)
+    execute(path, "PRAGMA journal_mode=WAL")
     with pytest.raises(RegistryError, match="WAL"):
         Registry.open(path)
     assert os.listdir(path.parent) == ["registry.db"]
@@ -124,106 +80,15 @@ def test_a_wal_registry_is_refused_for_reading_and_converted_by_a_writer(path: P
         assert len(reader.trials()) == 20
 
 
-def _redefine(path: Path, table: str, old: str, new: str) -> None:
-    """Changes the definition of a table behind SQLite's back."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA writable_schema=ON")
-    changed = connection.execute(
-        "UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE type = 'table' AND name = ? AND instr(sql, ?)",
-        [old, new, table, old],
-    )
-    assert changed.rowcount == 1
-    connection.close()
-
-
-ENDLESS = "(WITH RECURSIVE n(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n) SELECT max(id) AS id FROM n)"
-SLOW = "instr(hex(zeroblob(20000000)), hex(zeroblob(10000000)) || '1') > 0"
-
-
-def _view(path: Path) -> None:
-    _sqlite(path, "PRAGMA foreign_keys=OFF", "DROP TABLE verdict", f"CREATE VIEW verdict AS SELECT * FROM {ENDLESS}")
-
-
-def _trigger(path: Path) -> None:
-    _sqlite(path, "CREATE TRIGGER t AFTER INSERT ON trial BEGIN DELETE FROM verdict; END")
-
-
-def _generated_column(path: Path) -> None:
-    _redefine(path, "verdict", "origin VARCHAR(64) NOT NULL", f"origin TEXT GENERATED ALWAYS AS ({SLOW}) VIRTUAL")
-
-
-def _unnamed_generated_column(path: Path) -> None:
-    _redefine(path, "trial", "reason TEXT NOT NULL", f"reason as({SLOW})")
-
-
-def _check(path: Path) -> None:
-    _redefine(path, "trial", "reason TEXT NOT NULL", f"reason TEXT NOT NULL CHECK ({SLOW})")
-
-
-def _default(path: Path) -> None:
-    _redefine(path, "trial", "reason TEXT NOT NULL", f"reason TEXT NOT NULL DEFAULT ({SLOW})")
-
-
-def _index_on_an_expression(path: Path) -> None:
-    _sqlite(path, "CREATE INDEX i ON trial (abs(id))")
-
-
-def _virtual_table(path: Path) -> None:
-    _sqlite(path, "CREATE VIRTUAL TABLE notes USING fts5(reason)")
-
-
-def _fifo(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def _fifo_for_a_journal(path: Path) -> None:
-    os.mkfifo(path.with_name(path.name + "-journal"))
-
-
-def _directory(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        _view,
-        _trigger,
-        _generated_column,
-        _unnamed_generated_column,
-        _check,
-        _default,
-        _index_on_an_expression,
-        _virtual_table,
-        _fifo,
-        _fifo_for_a_journal,
-        _directory,
-    ],
-)
-def test_nothing_that_a_stranger_made_to_run_is_run(path: Path, spoil: object) -> None:
-    _fill(path)
-    spoil(path)  # type: ignore[operator]
-    began = time.monotonic()
-    for write in (False, True):
-        with pytest.raises(RegistryError, match=r"corrupt|not a regular file|Is a directory"):
-            Registry.open(path, write=write)
-    table = serving.read(H200.name, H200.arch, H200.sm_count, str(path))
-    assert [each for each in table.verdicts("rms_norm_fwd") if each.layer == "explicit"] == []
-    assert len(table.problems) == 1
-    assert time.monotonic() - began < 1
-
-
 def test_an_analyzed_registry_is_still_one(path: Path) -> None:
-    _fill(path)
-    _sqlite(path, "ANALYZE")
+    fill(path)
+    execute(path, "ANALYZE")
     with Registry.open(path) as reader:
         assert reader.verdicts() == [verdict()]
 
 
 def test_a_locked_registry_is_one_clear_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _fill(path)
+    fill(path)
     monkeypatch.setattr("tilebook.registry.backend.WRITER_WAIT_S", 0.1)
     monkeypatch.setattr("tilebook.registry.backend.READER_WAIT_S", 0.1)
     registry = Registry.open(path, write=True)
@@ -242,7 +107,7 @@ def test_a_locked_registry_is_one_clear_error(path: Path, monkeypatch: pytest.Mo
 
 
 def test_writes_are_synchronous_and_the_schema_is_distrusted(path: Path) -> None:
-    _fill(path)
+    fill(path)
     connection = connect_sqlite(path, "rw")
     pragmas = ("synchronous", "foreign_keys", "trusted_schema", "cell_size_check", "mmap_size", "journal_mode")
     assert [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas] == [2, 1, 0, 1, 0, "delete"]
@@ -250,7 +115,7 @@ def test_writes_are_synchronous_and_the_schema_is_distrusted(path: Path) -> None
 
 
 def test_a_flipped_bit_never_changes_an_answer(path: Path) -> None:
-    _fill(path)
+    fill(path)
     good = path.read_bytes()
     known = {trial(number).sha256 for number in range(20)} | {verdict().sha256, revocation().sha256, miss().sha256}
     dice = random.Random(20261121)
@@ -274,7 +139,7 @@ def test_a_flipped_bit_never_changes_an_answer(path: Path) -> None:
 
 
 def test_a_truncated_file_is_corrupt_not_a_crash(path: Path) -> None:
-    _fill(path)
+    fill(path)
     good = path.read_bytes()
     for size in (99, 100, 4096, len(good) // 2, len(good) - 4096):
         path.write_bytes(good[:size])
@@ -301,7 +166,7 @@ def _lose_a_row(path: Path, table: str) -> None:
 
 @pytest.mark.parametrize("table", ["trial", "revocation"])
 def test_rows_lost_with_a_page_are_noticed_by_readers_and_stop_writers(path: Path, table: str) -> None:
-    _fill(path)
+    fill(path)
     _lose_a_row(path, table)
     with Registry.open(path) as reader:
         left = reader.trials() if table == "trial" else reader.revocations()
@@ -314,7 +179,7 @@ def test_rows_lost_with_a_page_are_noticed_by_readers_and_stop_writers(path: Pat
 
 
 def test_a_reader_does_not_wait_for_the_check_of_a_huge_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _fill(path)
+    fill(path)
     _lose_a_row(path, "trial")
     monkeypatch.setattr("tilebook.registry.backend.READER_CHECKS_BYTES", 4096)
     with Registry.open(path) as reader:
@@ -368,7 +233,7 @@ def die_in_mid_write(path: Path) -> None:
 
 
 def test_after_a_death_in_mid_write_readers_read_a_recovered_copy_and_a_writer_mends_the_file(path: Path) -> None:
-    _fill(path)
+    fill(path)
     die_in_mid_write(path)
     left = path.read_bytes()
     with Registry.open(path) as reader:

@@ -12,7 +12,7 @@ from toy import Scaling, make_op
 from tilebook.errors import TuningError
 from tilebook.op import Config
 from tilebook.registry import Registry, VerdictStatus
-from tilebook.tuner.budget import Budget, Job
+from tilebook.tuner.budget import _GUESSES, Budget, Job
 from tilebook.tuner.explore import PATIENCE
 from tilebook.tuner.progress import Run
 
@@ -181,6 +181,8 @@ def test_several_gpus_share_the_budget(path):
 
 def test_what_hangs_is_ended_by_the_real_clock(path, monkeypatch):
     monkeypatch.setattr("tilebook.tuner.budget.GRACE_S", 0.2)
+    monkeypatch.setattr("tilebook.tuner.budget.SEARCH_S", 0.5)
+    monkeypatch.setattr("tilebook.tuner.budget._GUESSES", dict.fromkeys(_GUESSES, 0.1))
 
     class Hanging(FakeRunner):
         closed = threading.Event()
@@ -193,7 +195,7 @@ def test_what_hangs_is_ended_by_the_real_clock(path, monkeypatch):
             self.closed.set()
 
     began = time.monotonic()
-    run = Run(2, True, Budget(8.0))
+    run = Run(2, True, Budget(2.0))
     states, registry = tune(path, Hanging(valley), problems=SHAPES[:2], run=run)
     assert time.monotonic() - began < 20
     assert [bool(state.unreached) for state in states] == [True, True]

@@ -1,4 +1,4 @@
-"""500 candidates that break their worker in ten ways, through the real session: all classified, nothing left behind."""
+"""Candidates that break their worker in ten ways, through the real session: all classified, nothing left behind."""
 
 import sys
 import time
@@ -25,7 +25,7 @@ EXPECTED = {
     "unknown_exception": {"run_error", "worker_died"},
     "killed_worker": {"worker_died"},
 }
-COUNT = 50
+COUNT, MOST = 24, 12  # of one problem
 LIMIT_S = 0.15
 FAILING = make_injected("toy_failing", lambda x, n: (x * 3, x * 5), {kind: lambda x, n: None for kind in EXPECTED})
 
@@ -42,7 +42,7 @@ def alive(mark: str) -> int:
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_fifty_bad_candidates_are_classified_and_none_is_stored_as_good(kind, tmp_path, monkeypatch):
+def test_bad_candidates_are_classified_and_none_is_stored_as_good(kind, tmp_path, monkeypatch):
     late = []
     original = Child.request
 
@@ -58,7 +58,7 @@ def test_fifty_bad_candidates_are_classified_and_none_is_stored_as_good(kind, tm
     limits = Limits(attempt_s=LIMIT_S) if kind in ("long_loop", "ignored_sigterm") else Limits()
     runner = GpuRunner(0, limits=limits, modules=[mark], worker="toy_worker")
     try:
-        outcome = tune_injected(tmp_path / "registry.db", FAILING, problems(kind, COUNT), runner)
+        outcome = tune_injected(tmp_path / "registry.db", FAILING, problems(kind, COUNT, most=MOST), runner)
         assert alive(mark) <= 2, "only the worker and its spare may run"
     finally:
         runner.close()

@@ -1,9 +1,7 @@
-"""Packed sequences' kernels compile for Hopper with their default config in every form, and samples of the rest.
+"""Packed sequences' kernels compile for Hopper with their default config in every form.
 
 What the interpreter runs may still be no program to a compiler: older Tritons return no None from a function.
 """
-
-import random
 
 import pytest
 
@@ -38,12 +36,3 @@ def test_default_config_compiles(pool, text, dtype, name):
     config = op.tunable.space.default(problem, GPU)
     compiled = pool.submit(name, "triton", problem.key, config).result()
     assert compiled.failure is None, compiled.reason
-
-
-@pytest.mark.parametrize("name", ["attention_varlen_fwd", "attention_varlen_bwd"])
-def test_samples_compile_or_need_more_than_there_is(pool, name):
-    op, (text, dtype) = ops.get(name), FORMS[0]
-    problem = op.problem.parse(text, dtype)
-    for config in random.Random(name).sample(op.tunable.space.feasible(problem, GPU), 3):
-        compiled = pool.submit(name, "triton", problem.key, config).result()
-        assert compiled.failure in (None, "spills", "out_of_resources"), f"{config}: {compiled.reason}"
