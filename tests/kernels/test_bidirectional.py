@@ -116,6 +116,29 @@ def test_hidden_keys_may_be_anything_and_rows_that_see_none_are_zero(feature_map
 
 
 @interpreted
+@pytest.mark.parametrize("feature_map", NAMED)
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+def test_what_is_no_number_is_none_in_outputs_and_gradients(feature_map, spoilt):
+    tensors = drawn(9, 12, batch=1, heads=1, positive=feature_map is None)
+    with torch.no_grad():
+        tensors[spoilt][0, 0, 3, 2] = torch.nan
+    found, do = ours(tensors, None, feature_map, torch.ones(1, 1, 9, 16)), torch.ones(1, 1, 9, 16)
+    for mine, right in zip(found, exact(tensors, None, feature_map, do.double()), strict=True):
+        assert torch.equal(mine.isnan(), right.isnan())
+
+
+@interpreted
+def test_gradients_of_infinity_stay_infinite_in_fp16():
+    tensors = [x.detach().requires_grad_() for x in drawn(5, 5, dtype=torch.float16)]
+    with torch.no_grad():
+        tensors[0].fill_(-3), tensors[1].fill_(5)
+    for number in (torch.inf, torch.nan):
+        do = torch.ones(2, 2, 5, 16, dtype=torch.float16)
+        do[..., 2, 3] = number
+        assert all(not x.isfinite().all() for x in ours(tensors, None, "elu+1", do)[1:])
+
+
+@interpreted
 def test_numbers_of_a_mask_multiply_what_keys_count_for():
     q, k, v = drawn(20, 9)
     once = torch.zeros(2, 9)
