@@ -1,10 +1,13 @@
 """Linear attention in which every token sees all, with features made in its kernels."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from summed_pairs import over_pairs
+from torch._dynamo import config as dynamo
 
 import tilebook
 from tilebook import device as devices
@@ -215,3 +218,60 @@ def test_what_the_op_does_not_take_is_named(change, message):
     given = {"q": q, "k": k, "v": v, "mask": None, "omega": None, "feature_map": "relu"} | change
     with pytest.raises(ValueError, match=message):
         torch.ops.tilebook.bidirectional_linear_attention_fwd(*given.values(), 0.25, 1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("served", ["triton", None])
+def test_performer_compiles_to_one_graph_with_any_widths_and_its_directions_a_constant(served, causal):
+    def function(x):
+        return tilebook.linear_attention(x, x, x, feature_map="performer", causal=causal)
+
+    def backend(graph, given):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled, graphs = torch.compile(function, backend=backend, fullgraph=True, dynamic=True), []
+    with dispatch.use(served) if served else nullcontext():
+        for shape in ((2, 2, 9, 16), (2, 2, 12, 16), (2, 2, 12, 24)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(compiled(x), function(x), rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 2
+    assert not any("device" in str(node.args) for each in graphs for node in each.graph.nodes)
+
+
+@interpreted
+def test_lengths_that_a_trace_does_not_know_are_taken_and_may_be_0():
+    def function(q, k, v, seen):
+        rows = seen.nonzero().flatten()
+        return tilebook.linear_attention(q, k[:, :, rows], v[:, :, rows], feature_map="softmax")
+
+    torch._dynamo.reset()
+    with dispatch.use("triton", op.Config(CONFIG)), dynamo.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        for seen in (torch.arange(12) % 3 == 0, torch.zeros(12, dtype=torch.bool)):
+            tensors, do = drawn(9, 12), torch.ones(2, 2, 9, 16)
+            found, right = (gradients(each(*tensors, seen), tensors, do) for each in (compiled, function))
+            for mine, other in zip(found, right, strict=True):
+                torch.testing.assert_close(mine, other)
+
+
+@interpreted
+def test_without_queries_or_keys_the_op_gives_what_plain_pytorch_does():
+    q, k, v = drawn(9, 12)
+    for tensors in ((q[:, :, :0], k, v), (q, k[:, :, :0], v[:, :, :0]), (q[:0], k[:0], v[:0])):
+        with dispatch.use("triton", op.Config(CONFIG)):
+            torch.library.opcheck(
+                torch.ops.tilebook.bidirectional_linear_attention_fwd.default,
+                (*(x.detach().requires_grad_() for x in tensors), None, None, "elu+1", 0.25, 1e-6),
+            )
+
+
+def test_fp64_keeps_what_a_trace_was_promised():
+    tensors = [x.detach().double() for x in drawn(9, 12)]
+    with dispatch.use("torch"):
+        torch.library.opcheck(
+            torch.ops.tilebook.bidirectional_linear_attention_fwd.default,
+            (*tensors, None, None, "elu+1", 0.25, 1e-6),
+        )

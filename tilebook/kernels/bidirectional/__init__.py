@@ -6,6 +6,7 @@ Katharopoulos et al., 2020 (https://arxiv.org/abs/2006.16236); Performer's featu
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from tilebook.call import Way, native
 from tilebook.casting import autocast
 from tilebook.kernels.bidirectional.check import check
 from tilebook.kernels.bidirectional.entry import BIDIRECTIONAL, arguments, registered
-from tilebook.kernels.bidirectional.features import check_rows
-from tilebook.kernels.bidirectional.form import FEATURES, MAPS, PERFORMER, SEED, directions
+from tilebook.kernels.bidirectional.features import check_rows, directions
+from tilebook.kernels.bidirectional.form import FEATURES, MAPS, PERFORMER, SEED
 
 __all__: list[str] = []
 
@@ -37,13 +38,17 @@ def attend(
     check_rows(q, k)
     omega, scale = None, float(q.shape[-1] ** -0.5)
     if name == PERFORMER:
-        omega = directions(q.shape[-1], FEATURES, SEED, scale, q.dtype, q.device)
+        width = operator.index(q.shape[-1])  # a number, where a trace has a symbol
+        scale = float(width**-0.5)
+        omega = directions(width, FEATURES, SEED, scale, q.dtype, q.device)
     tensors, options = (q, k, v, mask, omega), (name, scale, eps)
     check(*tensors, *options)
-    if route == "pytorch" or not (q.numel() and v.numel()) or (mask is not None and mask.requires_grad):
+    if route == "pytorch" or (mask is not None and mask.requires_grad):
         return BIDIRECTIONAL.plain(tensors, options)  # type: ignore[no-any-return]
     if route == "op":
         return BIDIRECTIONAL.through(tensors, options)[0]
+    if not (q.numel() and v.numel()):
+        return BIDIRECTIONAL.plain(tensors, options)  # type: ignore[no-any-return]
     args = arguments(tensors, options)
     forward = registered()[0]
     choice = dispatch.known(forward, args) or dispatch.lookup(forward, args)
