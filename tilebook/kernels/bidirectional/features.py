@@ -100,11 +100,10 @@ directions._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _directions(
     width: int, features: int, seed: int, scale: float, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    found: torch.Tensor = (projection(width, features, seed) * scale**0.5).to(device)
-    if dtype not in (torch.bfloat16, torch.float16):
-        return torch.stack((found.to(dtype),))  # no view: a trace would have sizes of its base as symbols
+    found, parts = projection(width, features, seed) * scale**0.5, 1 + (dtype in (torch.bfloat16, torch.float16))
     high = found.to(dtype)
-    return torch.stack((high, (found - high.double()).to(dtype)))
+    # No view: a trace would have its base's sizes as symbols. The host waits for the copy, so that any stream may read.
+    return torch.stack((high, (found - high.double()).to(dtype))[:parts]).to(device)
 
 
 @functools.cache  # all: a graph that was captured reads them, and cannot make them, as nothing is copied meanwhile
