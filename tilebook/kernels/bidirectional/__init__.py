@@ -6,7 +6,6 @@ Katharopoulos et al., 2020 (https://arxiv.org/abs/2006.16236); Performer's featu
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from tilebook.call import Way, native
 from tilebook.casting import autocast
 from tilebook.kernels.bidirectional.check import check
 from tilebook.kernels.bidirectional.entry import BIDIRECTIONAL, arguments, registered
-from tilebook.kernels.bidirectional.features import check_rows, directions
+from tilebook.kernels.bidirectional.features import check_rows, directions_for
 from tilebook.kernels.bidirectional.form import FEATURES, MAPS, PERFORMER, SEED
 
 __all__: list[str] = []
@@ -38,9 +37,7 @@ def attend(
     check_rows(q, k)
     omega, scale = None, float(q.shape[-1] ** -0.5)
     if name == PERFORMER:
-        width = operator.index(q.shape[-1])  # a number, where a trace has a symbol
-        scale = float(width**-0.5)
-        omega = directions(width, FEATURES, SEED, scale, q.dtype, q.device)
+        omega, scale = directions_for(q, FEATURES, SEED, None, q.dtype)
     tensors, options = (q, k, v, mask, omega), (name, scale, eps)
     check(*tensors, *options)
     if route == "pytorch" or (mask is not None and mask.requires_grad):

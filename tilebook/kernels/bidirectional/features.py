@@ -82,6 +82,18 @@ def _projection(width: int, features: int, seed: int) -> torch.Tensor:
     return found
 
 
+def directions_for(q: torch.Tensor, features: int, seed: int, scale: float | None, dtype: torch.dtype) -> Any:
+    """`directions` for rows of q, on all its GPUs where it is cut over several, and the scale: D^-0.5 for None."""
+    width = operator.index(q.shape[-1])  # a number, where a trace has a symbol
+    scale = float(width**-0.5 if scale is None else scale)
+    found = directions(width, features, seed, scale, dtype, q.device)
+    if not torch.compiler.is_compiling() and hasattr(q, "device_mesh"):
+        from torch.distributed.tensor import DTensor
+
+        found = DTensor.from_local(found, q.device_mesh, run_check=False)
+    return found, scale
+
+
 def directions(
     width: int, features: int, seed: int, scale: float, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -121,11 +133,10 @@ def performer(
     Each is divided by the largest that it has over all of k, and multiplied by it in q; what a row of q is multiplied
     by cancels where outputs are normalized.
     """
-    width = operator.index(q.shape[-1])  # a number, where a trace has a symbol
-    factor = float(width**-0.5 if scale is None else scale)
-    omega = directions(width, features, seed, factor, torch.float32, q.device).squeeze(0)  # a trace cannot have [0]
+    omega, factor = directions_for(q, features, seed, scale, torch.float32)
+    omega = omega.squeeze(0)  # a trace cannot have [0]
 
-    def logarithms(x: torch.Tensor) -> torch.Tensor:
+    def logarithms(x: torch.Tensor) -> Any:
         x = x.float()
         return x @ omega.T - x.square().sum(-1, keepdim=True) * (factor / 2)
 
