@@ -108,6 +108,10 @@ def test_state_dicts_are_those_of_pytorchs_class():
     first = nn.MultiheadAttention(WIDTH, HEADS).in_proj_weight
     torch.manual_seed(4)
     assert torch.equal(first, ours.LinearAttention(WIDTH, HEADS).in_proj_weight)
+    for each in (theirs, module):
+        torch.manual_seed(4)
+        each._reset_parameters()
+    assert torch.equal(theirs.in_proj_weight, module.in_proj_weight)
     x = drawn(dtype=torch.float32)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(other(x, x, x)[0], module(x, x, x)[0])

@@ -4,11 +4,16 @@ import copy
 import gc
 import importlib
 import pickle
+import subprocess
+import sys
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from summed_pairs import over_pairs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tilebook.nn import hybrid
 
@@ -95,6 +100,73 @@ def test_a_mask_that_was_changed_is_looked_at_again():
         layer(x, mask)
 
 
+def by_make_fx(function, x, mask):
+    return make_fx(function)(x, mask)
+
+
+def by_jit(function, x, mask):
+    return torch.jit.trace(function, (x, mask), check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("trace", [by_make_fx, by_jit])
+def test_what_is_known_of_a_mask_is_no_constant_of_a_trace(trace):
+    model = made("distilbert").requires_grad_(False)
+    hybrid(model)
+    layer, x, mask = layers_of(model)[0], torch.randn(2, 9, 32), SEEN[:, None, None].repeat(1, 1, 9, 1)
+    function = lambda x, mask: layer(x, mask)[0]  # noqa: E731
+    function(x, mask)
+    traced, other = trace(function, x, mask), mask.flip(0)
+    torch.testing.assert_close(traced(x, other), function(x, other))
+
+
+def test_what_is_known_of_a_mask_is_not_a_transforms_nor_of_inference(monkeypatch):
+    from tilebook import dispatch
+
+    model = made("distilbert")
+    hybrid(model)
+    layer, mask = layers_of(model)[0], SEEN[:, None, None].repeat(1, 1, 9, 1)
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    torch.func.grad(lambda x: layer(x, mask)[0].sum())(x.detach())
+    with torch.inference_mode():
+        layer(x, mask)
+    monkeypatch.setattr(hybrids, "_captured", lambda mask: True)
+    layer(x, mask)
+    assert hybrids._HOW not in vars(mask)
+    monkeypatch.undo()
+    with dispatch.use("triton") if not torch.cuda.is_available() else nullcontext():
+        layer(x, mask)[0].sum().backward()
+    assert hybrids._HOW in vars(mask)
+
+
+def test_masks_without_numbers_are_taken_and_one_of_all_sequences():
+    model = made("distilbert")
+    hybrid(model)
+    layer, x, mask = layers_of(model)[0], torch.randn(2, 9, 32), SEEN[1:, None, None].repeat(1, 1, 9, 1)
+    torch.testing.assert_close(layer(x, mask)[0], layer(x, mask.repeat(2, 1, 1, 1))[0])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x), mode.from_tensor(mask))[0].shape == x.shape
+    assert copy.deepcopy(layer).to("meta")(x.to("meta"), mask.to("meta"))[0].shape == x.shape
+
+
+def test_a_pickled_model_runs_where_nobody_has_made_a_hybrid(tmp_path):
+    model = made("distilbert")
+    hybrid(model)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(model(**PADDED).logits, tmp_path / "logits.pt")
+    program = (
+        "import sys, torch\n"
+        "model, right = (torch.load(each, weights_only=False) for each in sys.argv[1:])\n"
+        f"found = model(torch.tensor({IDS.tolist()}), torch.tensor({SEEN.long().tolist()})).logits\n"
+        "torch.testing.assert_close(found, right)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model.pt"), str(tmp_path / "logits.pt")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_decoder_is_refused_and_left_as_it_is():
     model = made("bert", is_decoder=True)
     with pytest.raises(ValueError, match="which are not causal"):
@@ -121,7 +193,7 @@ def test_a_hybrid_trains_and_compiles_to_one_graph():
 class Elsewhere:
     """A mask on a GPU, of which it becomes known later whether its rows are the same."""
 
-    is_cuda, device = True, None
+    is_cuda, is_meta, device = True, False, None
 
     def __init__(self, same):
         self.same, self.known = same, []

@@ -1,10 +1,13 @@
 """Linear attention in which every token sees all, with features made in its kernels."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from summed_pairs import over_pairs
+from torch._dynamo import config as dynamo
 
 import tilebook
 from tilebook import device as devices
@@ -116,6 +119,29 @@ def test_hidden_keys_may_be_anything_and_rows_that_see_none_are_zero(feature_map
 
 
 @interpreted
+@pytest.mark.parametrize("feature_map", NAMED)
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+def test_what_is_no_number_is_none_in_outputs_and_gradients(feature_map, spoilt):
+    tensors = drawn(9, 12, batch=1, heads=1, positive=feature_map is None)
+    with torch.no_grad():
+        tensors[spoilt][0, 0, 3, 2] = torch.nan
+    found, do = ours(tensors, None, feature_map, torch.ones(1, 1, 9, 16)), torch.ones(1, 1, 9, 16)
+    for mine, right in zip(found, exact(tensors, None, feature_map, do.double()), strict=True):
+        assert torch.equal(mine.isnan(), right.isnan())
+
+
+@interpreted
+def test_gradients_of_infinity_stay_infinite_in_fp16():
+    tensors = [x.detach().requires_grad_() for x in drawn(5, 5, dtype=torch.float16)]
+    with torch.no_grad():
+        tensors[0].fill_(-3), tensors[1].fill_(5)
+    for number in (torch.inf, torch.nan):
+        do = torch.ones(2, 2, 5, 16, dtype=torch.float16)
+        do[..., 2, 3] = number
+        assert all(not x.isfinite().all() for x in ours(tensors, None, "elu+1", do)[1:])
+
+
+@interpreted
 def test_numbers_of_a_mask_multiply_what_keys_count_for():
     q, k, v = drawn(20, 9)
     once = torch.zeros(2, 9)
@@ -192,3 +218,60 @@ def test_what_the_op_does_not_take_is_named(change, message):
     given = {"q": q, "k": k, "v": v, "mask": None, "omega": None, "feature_map": "relu"} | change
     with pytest.raises(ValueError, match=message):
         torch.ops.tilebook.bidirectional_linear_attention_fwd(*given.values(), 0.25, 1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("served", ["triton", None])
+def test_performer_compiles_to_one_graph_with_any_widths_and_its_directions_a_constant(served, causal):
+    def function(x):
+        return tilebook.linear_attention(x, x, x, feature_map="performer", causal=causal)
+
+    def backend(graph, given):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled, graphs = torch.compile(function, backend=backend, fullgraph=True, dynamic=True), []
+    with dispatch.use(served) if served else nullcontext():
+        for shape in ((2, 2, 9, 16), (2, 2, 12, 16), (2, 2, 12, 24)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(compiled(x), function(x), rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 2
+    assert not any("device" in str(node.args) for each in graphs for node in each.graph.nodes)
+
+
+@interpreted
+def test_lengths_that_a_trace_does_not_know_are_taken_and_may_be_0():
+    def function(q, k, v, seen):
+        rows = seen.nonzero().flatten()
+        return tilebook.linear_attention(q, k[:, :, rows], v[:, :, rows], feature_map="softmax")
+
+    torch._dynamo.reset()
+    with dispatch.use("triton", op.Config(CONFIG)), dynamo.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        for seen in (torch.arange(12) % 3 == 0, torch.zeros(12, dtype=torch.bool)):
+            tensors, do = drawn(9, 12), torch.ones(2, 2, 9, 16)
+            found, right = (gradients(each(*tensors, seen), tensors, do) for each in (compiled, function))
+            for mine, other in zip(found, right, strict=True):
+                torch.testing.assert_close(mine, other)
+
+
+@interpreted
+def test_without_queries_or_keys_the_op_gives_what_plain_pytorch_does():
+    q, k, v = drawn(9, 12)
+    for tensors in ((q[:, :, :0], k, v), (q, k[:, :, :0], v[:, :, :0]), (q[:0], k[:0], v[:0])):
+        with dispatch.use("triton", op.Config(CONFIG)):
+            torch.library.opcheck(
+                torch.ops.tilebook.bidirectional_linear_attention_fwd.default,
+                (*(x.detach().requires_grad_() for x in tensors), None, None, "elu+1", 0.25, 1e-6),
+            )
+
+
+def test_fp64_keeps_what_a_trace_was_promised():
+    tensors = [x.detach().double() for x in drawn(9, 12)]
+    with dispatch.use("torch"):
+        torch.library.opcheck(
+            torch.ops.tilebook.bidirectional_linear_attention_fwd.default,
+            (*tensors, None, None, "elu+1", 0.25, 1e-6),
+        )

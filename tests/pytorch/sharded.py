@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tilebook import dispatch
+from tilebook.nn.linear import attend
 
 
 def packed(q, k, v):
@@ -74,6 +75,14 @@ def summed(x, residual, weight):
     return y * h
 
 
+def featured(q, k, v):
+    return tilebook.linear_attention(q, k, v, feature_map="performer")
+
+
+def padded(q, k, v, mask):
+    return attend(q, k, v, mask.detach() > 1, feature_map="performer", causal=False, eps=1e-6)
+
+
 # What is called, shapes, placements, the placement of the result
 CASES = {
     "whole": (window, QKV, [R] * 3, R),
@@ -98,6 +107,8 @@ CASES = {
     "rotation by heads": (rotated, [*ROTATED, ANGLES, ANGLES], [H, H, R, R], H),
     "rotation by batch": (rotated, [*ROTATED, ANGLES, ANGLES], [B, B, R, R], B),
     "rotation by batch, with its angles": (rotated, [*ROTATED, (4, 6, 16), (4, 6, 16)], [B] * 4, B),
+    "features by heads": (featured, QKV, [H] * 3, H),
+    "features by batch, padded": (padded, [*QKV, (4, 6)], [B] * 4, B),
     "norm by rows": (tilebook.rms_norm, [(4, 6, 8), (8,)], [B, R], B),
     "layer norm by rows": (tilebook.layer_norm, [(4, 6, 8), (8,), (8,)], [B, R, R], B),
     "norm of a sum by rows": (summed, [(4, 6, 8), (4, 6, 8), (8,)], [B, B, R], B),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tilebook.call import watched
 from tilebook.nn.attention import MultiheadAttention, of_one_width
 from tilebook.nn.linear import LinearAttention, attend
 from tilebook.patching import Report
@@ -139,9 +140,7 @@ def _to_class(module: Any, feature_map: Any, causal: bool, eps: float) -> Callab
 
 def _to_function(module: Any, feature_map: Any, eps: float, rows: _Rows) -> Callable[[], None]:
     """The same for a module of transformers: its config, which it has shared with all, names another function."""
-    from transformers.modeling_utils import AttentionInterface
-
-    AttentionInterface.register(NAME, attention_forward)
+    _register()
     before = module.config
     module.config = ours = copy.copy(before)
     ours._attn_implementation = NAME
@@ -153,6 +152,12 @@ def _to_function(module: Any, feature_map: Any, eps: float, rows: _Rows) -> Call
             delattr(module, _HOW)
 
     return back
+
+
+def _register() -> None:
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(NAME, attention_forward)
 
 
 def attention_forward(
@@ -173,7 +178,10 @@ def attention_forward(
     if kwargs.get("output_attentions"):
         raise ValueError("linear attention has no weights of pairs, which output_attentions asks for")
     feature_map, eps, rows = getattr(module, _HOW)
-    o = attend(query, key, value, _padding(attention_mask, rows), feature_map=feature_map, causal=False, eps=eps)
+    padding = _padding(attention_mask, rows)
+    if padding is not None and padding.shape[0] == 1:  # of all
+        padding = padding.expand(key.shape[0], -1)
+    o = attend(query, key, value, padding, feature_map=feature_map, causal=False, eps=eps)
     return F.dropout(o.transpose(1, 2), dropout, module.training), None
 
 
@@ -186,12 +194,12 @@ class _Rows:
         self._pending: deque[tuple[Tensor, Any]] = deque()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Rows, ()
+        return _unpickled, ()
 
     def check(self, mask: Tensor) -> None:
         """Raises ValueError for a mask, or an earlier one, under which they do not."""
         same = (mask == mask[:, :, :1]).all()
-        if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if watched() or mask.is_meta or _captured(mask):
             torch._assert_async(same, _WRONG)  # nobody can wait for a number here
             return
         if self._first or not mask.is_cuda:
@@ -212,6 +220,29 @@ class _Rows:
             raise ValueError(_WRONG)
 
 
+def _unpickled() -> _Rows:
+    """Of a model that another process has pickled: transformers is to know the function here, too."""
+    _register()
+    return _Rows()
+
+
+def _captured(mask: Tensor) -> bool:
+    return mask.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _keeps(mask: Tensor) -> bool:
+    """May later calls have what is found of a mask? Not if it is a trace's, a transform's or a graph's."""
+    return not (
+        watched()
+        or mask.requires_grad
+        or mask.is_inference()
+        or torch.is_inference_mode_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _captured(mask)
+    )
+
+
 def _padding(mask: Any, rows: _Rows) -> Tensor | None:
     """The key_padding_mask (B, Sk) in a mask of transformers'. Raises ValueError where rows see different keys."""
     if mask is None:
@@ -220,7 +251,7 @@ def _padding(mask: Any, rows: _Rows) -> Tensor | None:
         raise ValueError(_WRONG)
     if mask.ndim == 2:
         return mask == 0
-    keeps = not (torch.compiler.is_compiling() or mask.is_inference() or mask.requires_grad)
+    keeps = _keeps(mask)
     known: tuple[int, Tensor] | None = getattr(mask, _HOW, None) if keeps else None
     if known is not None and known[0] == mask._version:
         return known[1]  # the other layers have the same mask

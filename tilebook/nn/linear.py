@@ -45,6 +45,11 @@ class LinearAttention(MultiheadAttention):
         # PyTorch's encoders ask for it before they run exact attention in one op of these parameters.
         self._qkv_same_embed_dim = False
 
+    def _reset_parameters(self) -> None:
+        before, self._qkv_same_embed_dim = self._qkv_same_embed_dim, self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = before
+
     def forward(
         self,
         query: Tensor,

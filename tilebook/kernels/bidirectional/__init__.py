@@ -15,8 +15,8 @@ from tilebook.call import Way, native
 from tilebook.casting import autocast
 from tilebook.kernels.bidirectional.check import check
 from tilebook.kernels.bidirectional.entry import BIDIRECTIONAL, arguments, registered
-from tilebook.kernels.bidirectional.features import check_rows
-from tilebook.kernels.bidirectional.form import FEATURES, MAPS, PERFORMER, SEED, directions
+from tilebook.kernels.bidirectional.features import check_rows, directions_for
+from tilebook.kernels.bidirectional.form import FEATURES, MAPS, PERFORMER, SEED
 
 __all__: list[str] = []
 
@@ -37,21 +37,20 @@ def attend(
     check_rows(q, k)
     omega, scale = None, float(q.shape[-1] ** -0.5)
     if name == PERFORMER:
-        omega = directions(q.shape[-1], FEATURES, SEED, scale, q.dtype, q.device)
+        omega, scale = directions_for(q, FEATURES, SEED, None, q.dtype)
     tensors, options = (q, k, v, mask, omega), (name, scale, eps)
-    ours = route != "pytorch" and q.numel() and v.numel() and not (mask is not None and mask.requires_grad)
     args = choice = None
-    if ours and route == "direct" and v.ndim == 4:
+    if route == "direct" and q.numel() and v.ndim == 4 and v.numel() and not (mask is not None and mask.requires_grad):
         args = arguments(tensors, options)
         choice = dispatch.known(registered()[0], args)
     if choice is None:  # a call like one before is not checked again
         check(*tensors, *options)
-        choice = None if args is None else dispatch.lookup(registered()[0], args)
-    if choice is not None and native(choice, tensors):
+        if route == "op" and not (mask is not None and mask.requires_grad):
+            return BIDIRECTIONAL.through(tensors, options)[0]
+        if args is None:
+            return BIDIRECTIONAL.plain(tensors, options)  # type: ignore[no-any-return]
+        choice = dispatch.lookup(registered()[0], args)
+    if native(choice, tensors):
         choice.calls += 1
-        choice = None
-    elif ours and route == "op":
-        return BIDIRECTIONAL.through(tensors, options)[0]
-    if choice is None:
         return BIDIRECTIONAL.plain(tensors, options)  # type: ignore[no-any-return]
     return BIDIRECTIONAL.direct(choice, tensors, options)[0]

@@ -13,7 +13,7 @@ from tilebook.call import Entry, Tensors
 from tilebook.kernels.bidirectional.check import check
 from tilebook.kernels.bidirectional.form import PERFORMER
 from tilebook.kernels.bidirectional.layout import empty
-from tilebook.kernels.bidirectional.pytorch import plain
+from tilebook.kernels.bidirectional.pytorch import forward, gradients, plain
 from tilebook.layout import rows
 
 Options = tuple[str, float, float]
@@ -43,6 +43,8 @@ def _check(tensors: Tensors, options: Options) -> None:
 
 def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
     args = arguments(tensors, options)
+    if not (args[0].numel() and args[2].numel()):
+        return forward(*args)
     return (dispatch.lookup(registered()[0], args) if choice is None else choice)(*args)  # type: ignore[no-any-return]
 
 
@@ -50,7 +52,8 @@ def _backward(do: torch.Tensor, tensors: Tensors, kept: Tensors, options: Option
     o, state, den = (x for x in kept if x is not None)
     q, k, v, mask, omega, *_ = arguments(tensors, options)
     args = rows(do), q, k, v, mask, omega, rows(o), state.contiguous(), den.contiguous()
-    found = dispatch.run(registered()[1], *args, *options)
+    some = do.numel() and k.numel()
+    found = dispatch.run(registered()[1], *args, *options) if some else gradients(*args, *options)
     return *(grad if need else None for grad, need in zip(found, needs, strict=False)), None, None
 
 

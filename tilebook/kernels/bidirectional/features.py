@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -66,11 +67,6 @@ def constants() -> Iterator[None]:
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
-# It runs while a call is traced, and is a constant of the graph, as `torch.compiler.assume_constant_result` has it,
-# which would load the compiler.
-projection._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 @functools.lru_cache(maxsize=64)
 def _projection(width: int, features: int, seed: int) -> torch.Tensor:
     """Kept for all calls: no transform that the first is under may show in it."""
@@ -86,6 +82,50 @@ def _projection(width: int, features: int, seed: int) -> torch.Tensor:
     return found
 
 
+def directions_for(q: torch.Tensor, features: int, seed: int, scale: float | None, dtype: torch.dtype) -> Any:
+    """`directions` for rows of q, on all its GPUs where it is cut over several, and the scale: D^-0.5 for None."""
+    width = operator.index(q.shape[-1])  # a number, where a trace has a symbol
+    scale = float(width**-0.5 if scale is None else scale)
+    found = directions(width, features, seed, scale, dtype, q.device)
+    if not torch.compiler.is_compiling() and hasattr(q, "device_mesh"):
+        from torch.distributed.tensor import DTensor
+
+        found = DTensor.from_local(found, q.device_mesh, run_check=False)
+    return found, scale
+
+
+_kept: dict[tuple[Any, ...], torch.Tensor] = {}
+"""All that were made: a graph that was captured reads them, and cannot make them, as nothing is copied meanwhile."""
+
+
+def directions(
+    width: int, features: int, seed: int, scale: float, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Performer's ω, times √scale: (2, features, width) of a 16-bit dtype, whose sum they are; else (1, …)."""
+    if device.type == "meta" or torch._C._len_torch_dispatch_stack():
+        return _directions(width, features, seed, scale, dtype, device)
+    key = int(width), features, seed, scale, dtype, device
+    if (kept := _kept.get(key)) is None:
+        with constants(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+            kept = _kept[key] = _directions(*key)
+        kept._dynamo_static_indices = {0, 1, 2}  # type: ignore[attr-defined]  # as `torch._dynamo.mark_static` has it
+    return kept
+
+
+# It runs while a call is traced, and is a constant of the graph, as `torch.compiler.assume_constant_result` has it,
+# which would load the compiler.
+directions._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _directions(
+    width: int, features: int, seed: int, scale: float, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    found, parts = projection(width, features, seed) * scale**0.5, 1 + (dtype in (torch.bfloat16, torch.float16))
+    high = found.to(dtype)
+    # No view: a trace would have its base's sizes as symbols. The host waits for the copy, so that any stream may read.
+    return torch.stack((high, (found - high.double()).to(dtype))[:parts]).to(device)
+
+
 def performer(
     q: torch.Tensor, k: torch.Tensor, *, features: int = 64, seed: int = 0, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,12 +134,12 @@ def performer(
     Each is divided by the largest that it has over all of k, and multiplied by it in q; what a row of q is multiplied
     by cancels where outputs are normalized.
     """
-    root = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
-    omega = projection(q.shape[-1], features, seed).to(q.device, torch.float32)
+    omega, factor = directions_for(q, features, seed, scale, torch.float32)
+    omega = omega.squeeze(0)  # a trace cannot have [0]
 
-    def logarithms(x: torch.Tensor) -> torch.Tensor:
-        x = x.float() * root
-        return x @ omega.T - x.square().sum(-1, keepdim=True) / 2
+    def logarithms(x: torch.Tensor) -> Any:
+        x = x.float()
+        return x @ omega.T - x.square().sum(-1, keepdim=True) * (factor / 2)
 
     with torch.autocast(q.device.type, enabled=False) if autocast_on(q) else nullcontext():  # they are exponents
         rows, columns = logarithms(q), logarithms(k)

@@ -140,9 +140,9 @@ def _mapped(x, tile, TURNED: tl.constexpr):
     d = tl.arange(0, tile.WIDE)
     there = d[:, None] < tile.D if TURNED else d[None, :] < tile.D
     if tile.MAP == "elu+1":
-        x = tl.where(there, tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0))), 0.0)
+        x = tl.where(there, tl.where(x > 0, x + 1, tl.exp(tl.where(x > 0, 0.0, x))), 0.0)
     elif tile.MAP == "relu":
-        x = tl.maximum(x, 0.0)
+        x = tl.where(x < 0, 0.0, x)  # a maximum would lose NaN
     elif tile.MAP == "softmax":
         x = tl.where(there, x, -float("inf"))
         top = tl.max(x, axis)
@@ -178,10 +178,14 @@ def _of_key(x, omega, scale, weight, top, tile):
 
 @triton.jit
 def _divided(values, divisor, room):
-    """Gradients of o, of numerators. Rows that see nothing have next to nothing for a divisor."""
+    """Gradients of o, of numerators. Rows that see nothing have next to nothing for a divisor.
+
+    Numbers of fp16 stay finite if they were: infinity and NaN tell who scales losses of an overflow.
+    """
     found = values * (room / divisor)[:, None]
     if values.dtype == tl.float16:
-        found = tl.minimum(tl.maximum(found, -_FP16_MOST), _FP16_MOST)
+        most = tl.where(tl.abs(values.to(tl.float32)) <= _FP16_MOST, _FP16_MOST, float("inf"))
+        found = tl.where(tl.abs(found) > most, tl.where(found > 0, most, -most), found)
     return found.to(values.dtype)
 
 
@@ -319,9 +323,9 @@ def _through(rows, features, gradient, omega, scale, tile):
             found += dot(high, _omega(omega, 1, tile, True), tile)
         found -= x * (tl.sum(change, 1) * scale)[:, None]
     elif tile.MAP == "elu+1":
-        found = gradient * tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+        found = gradient * tl.exp(tl.where(x > 0, 0.0, x))
     elif tile.MAP == "relu":
-        found = tl.where(x > 0, gradient, 0.0)
+        found = tl.where(x <= 0, 0.0, gradient)
     elif tile.MAP == "softmax":
         share = _mapped(rows, tile, False)
         found = share * (gradient - tl.sum(share * gradient, 1)[:, None])

@@ -15,9 +15,11 @@ def outputs(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def new_state(q: torch.Tensor, columns: int, features: int, parts: int = 1) -> torch.Tensor:
     """A place for states (B, H, V + 2, F), so many of each head, one below the other."""
-    return q.new_empty(*q.shape[:2], parts * (columns + 2), features, dtype=torch.float32)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:2], parts * (columns + 2), features, dtype=wide)
 
 
 def empty(q: torch.Tensor, v: torch.Tensor, features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Empty outputs of a call: o, the state, den (B, H, S)."""
-    return outputs(q, v), new_state(q, v.shape[-1], features), q.new_empty(q.shape[:3], dtype=torch.float32)
+    state = new_state(q, v.shape[-1], features)
+    return outputs(q, v), state, state.new_empty(q.shape[:3])

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 
 from tilebook import bounds, op
-from tilebook.kernels.bidirectional.form import MAPS, PERFORMER, SEED, directions
+from tilebook.kernels.bidirectional.features import directions
+from tilebook.kernels.bidirectional.form import MAPS, PERFORMER, SEED
 from tilebook.kernels.bidirectional.layout import empty
 from tilebook.kernels.bidirectional.pytorch import forward
 from tilebook.op import Cost

@@ -20,7 +20,7 @@ def _weights(mask: torch.Tensor | None, wide: torch.dtype) -> torch.Tensor | Non
     if mask is None:
         return None
     if mask.dtype == torch.bool:
-        found = torch.zeros(mask.shape, dtype=wide, device=mask.device).masked_fill(mask, -torch.inf)
+        found = torch.zeros_like(mask, dtype=wide).masked_fill(mask, -torch.inf)
     else:
         found = mask.to(wide).masked_fill(mask <= HIDDEN, -torch.inf)
     return found[:, None, :, None]
