@@ -38,6 +38,7 @@ def profile(here, tmp_path, monkeypatch):
     monkeypatch.setattr(watching, "stamp", lambda device: time.perf_counter())
     monkeypatch.setattr(notes, "stamp", lambda device: time.perf_counter())
     monkeypatch.setattr(Watching, "_run", lambda self: None)
+    monkeypatch.setattr(notes, "_SLICE", 63)  # it is one slice of time all along
     made = Watching(tmp_path, None, None, monkeypatch.setattr)
     made.watch()
     monkeypatch.setattr("tilebook.enabling.our_cross_entropy", tilebook.cross_entropy)  # which it has had before

@@ -213,5 +213,6 @@ def test_the_help_of_every_command_ends_with_an_example_that_it_takes(name: str)
     _, _, examples = text.partition("Example")
     for line in [each for each in examples.splitlines() if each.strip().startswith("tilebook")]:
         words = list(itertools.takewhile(lambda word: word not in ("|", "<", ">"), shlex.split(line)))
-        arguments = ["/dev/null" if each.endswith(".jsonl") and name == "import" else each for each in words[2:]]
+        given = {"import": ".jsonl", "record": ".json"}.get(name, "\0")
+        arguments = ["/dev/null" if each.endswith(given) else each for each in words[2:]]
         assert isinstance(command.make_context(name, arguments), click.Context), line
