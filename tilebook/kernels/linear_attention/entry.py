@@ -32,8 +32,8 @@ def registered() -> tuple[Any, Any]:
 def arguments(tensors: Tensors, options: tuple[float, ...]) -> tuple[Any, ...]:
     """The forward op's, of an entry's tensors and options: a scale, and what is added to divisors if there are any."""
     q, k, v, *more = tensors
-    (scale, *eps), given = options, [rows(x) for x in (q, k, v) if x is not None]
-    return *given, *more, scale, bool(eps), *(eps or (0.0,))
+    given, normalize = [rows(x) for x in (q, k, v) if x is not None], len(options) == 2
+    return *given, *more, options[0], normalize, options[1] if normalize else 0.0
 
 
 def _check(tensors: Tensors, options: tuple[float, ...]) -> None:
