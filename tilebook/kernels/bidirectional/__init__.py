@@ -40,12 +40,13 @@ def attend(
         omega, scale = directions_for(q, FEATURES, SEED, None, q.dtype)
     tensors, options = (q, k, v, mask, omega), (name, scale, eps)
     args = choice = None
-    if route == "direct" and q.numel() and v.ndim == 4 and v.numel() and not (mask is not None and mask.requires_grad):
+    learnt = mask is not None and mask.requires_grad  # which no kernel has a gradient of
+    if route == "direct" and q.numel() and v.ndim == 4 and v.numel() and not learnt:
         args = arguments(tensors, options)
         choice = dispatch.known(registered()[0], args)
     if choice is None:  # a call like one before is not checked again
         check(*tensors, *options)
-        if route == "op" and not (mask is not None and mask.requires_grad):
+        if route == "op" and not learnt:
             return BIDIRECTIONAL.through(tensors, options)[0]
         if args is None:
             return BIDIRECTIONAL.plain(tensors, options)  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tilebook.kernels.bidirectional.features import check_rows
+from tilebook.kernels.bidirectional.features import check_rows, parts
 from tilebook.kernels.bidirectional.form import MAPS, PERFORMER
 
 
@@ -32,12 +32,12 @@ def check(
         raise ValueError(f"a mask must be (batch, keys) in bool or fp32; got {mask.dtype} {tuple(mask.shape)}")
     if feature_map not in MAPS or (feature_map == PERFORMER) != (omega is not None):
         raise ValueError(f"feature_map must be one of {', '.join(MAPS)}, with omega for {PERFORMER} alone")
-    parts = 2 if q.dtype in (torch.bfloat16, torch.float16) else 1
+    count = parts(q.dtype)
     if omega is not None and (
         omega.ndim != 3
-        or (omega.shape[0], omega.shape[2], omega.dtype) != (parts, q.shape[3], q.dtype)
+        or (omega.shape[0], omega.shape[2], omega.dtype) != (count, q.shape[3], q.dtype)
         or not omega.shape[1]
     ):
-        raise ValueError(f"omega must be ({parts}, features, {q.shape[3]}) in {q.dtype}; got {tuple(omega.shape)}")
+        raise ValueError(f"omega must be ({count}, features, {q.shape[3]}) in {q.dtype}; got {tuple(omega.shape)}")
     if any(x is not None and x.device != q.device for x in (mask, omega)):
         raise ValueError("all tensors must be on one device")

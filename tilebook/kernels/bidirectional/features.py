@@ -120,10 +120,39 @@ directions._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _directions(
     width: int, features: int, seed: int, scale: float, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    found, parts = projection(width, features, seed) * scale**0.5, 1 + (dtype in (torch.bfloat16, torch.float16))
+    found = projection(width, features, seed) * scale**0.5
     high = found.to(dtype)
     # No view: a trace would have its base's sizes as symbols. The host waits for the copy, so that any stream may read.
-    return torch.stack((high, (found - high.double()).to(dtype))[:parts]).to(device)
+    return torch.stack((high, (found - high.double()).to(dtype))[: parts(dtype)]).to(device)
+
+
+def parts(dtype: torch.dtype) -> int:
+    """Of how many numbers of this dtype one of ω is the sum."""
+    return 2 if dtype in (torch.bfloat16, torch.float16) else 1
+
+
+def logarithms(x: torch.Tensor, omega: torch.Tensor, scale: float) -> torch.Tensor:
+    """ω · x − scale |x|² / 2 of rows x, with √scale in omega (features, width)."""
+    return x @ omega.T - x.square().sum(-1, keepdim=True) * (scale / 2)
+
+
+def divided(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """φ(q), φ(k) and the largest of each feature over all keys, of logarithms; −infinity is a key that is hidden.
+
+    Each feature is divided by its largest, and multiplied by it in q; a row of q is divided by its own.
+    """
+    top = (
+        columns.detach().amax(-2, keepdim=True)
+        if columns.shape[-2]
+        else torch.zeros_like(columns.sum(-2, keepdim=True))
+    )
+    rows = rows + top
+    made = (rows - _finite(rows.detach().amax(-1, keepdim=True))).exp(), (columns - _finite(top)).exp()
+    return *made, top
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return x.masked_fill(x == -torch.inf, 0)
 
 
 def performer(
@@ -131,21 +160,12 @@ def performer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FAVOR+: positive features with E[φ(q) · φ(k)] ∝ exp(scale · q · k) (Choromanski et al., 2021, lemma 1).
 
-    Each is divided by the largest that it has over all of k, and multiplied by it in q; what a row of q is multiplied
-    by cancels where outputs are normalized.
+    See `divided`: what is left of that cancels where outputs are normalized.
     """
     omega, factor = directions_for(q, features, seed, scale, torch.float32)
     omega = omega.squeeze(0)  # a trace cannot have [0]
 
-    def logarithms(x: torch.Tensor) -> Any:
-        x = x.float()
-        return x @ omega.T - x.square().sum(-1, keepdim=True) * (factor / 2)
-
     with torch.autocast(q.device.type, enabled=False) if autocast_on(q) else nullcontext():  # they are exponents
-        rows, columns = logarithms(q), logarithms(k)
-    top = (
-        columns.detach().amax(-2, keepdim=True) if columns.numel() else torch.zeros_like(columns.sum(-2, keepdim=True))
-    )
-    rows = rows + top
-    made = (rows - rows.detach().amax(-1, keepdim=True)).exp(), (columns - top).exp()
-    return made[0].to(q.dtype), made[1].to(k.dtype)
+        rows, columns = (logarithms(x.float(), omega, factor) for x in (q, k))
+    phi_q, phi_k, _ = divided(rows, columns)
+    return phi_q.to(q.dtype), phi_k.to(k.dtype)

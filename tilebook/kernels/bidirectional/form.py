@@ -9,3 +9,6 @@ FEATURES = 64
 """Of Performer, as its study had them."""
 
 SEED = 0
+
+HIDDEN = -1e30
+"""Numbers of a mask from here down hide a key."""

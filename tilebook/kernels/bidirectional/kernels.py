@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from tilebook.kernels.bidirectional.form import HIDDEN
 from tilebook.kernels.bidirectional.tiles import dot, factored, put
 
-NOTHING = tl.constexpr(-1e30)
-"""Numbers of a mask from here down hide a key."""
-
+_HIDDEN = tl.constexpr(HIDDEN)
 _FP16_MOST = tl.constexpr(65504.0)
 
 _UNSPECIALIZED = ["heads", "n", "m_b", "m_s"]
@@ -50,17 +49,9 @@ def _whose(heads, tile, APART: tl.constexpr):
 
 @triton.jit
 def _load(
-    x,
-    batch,
-    head,
-    token,
-    n,
-    column,
-    CHUNK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, batch, head, token, n, column, CHUNK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     TURNED: tl.constexpr,
-):
+):  # fmt: skip
     """Tokens `token` … of x, [CHUNK, BLOCK], or where TURNED [BLOCK, CHUNK]; zeros where there are none."""
     base = x.source + batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h + token.to(tl.int64) * x.s
     r, c = tl.arange(0, CHUNK), column + tl.arange(0, BLOCK)
@@ -87,7 +78,7 @@ def _seen(mask, batch, token, n, m_b, m_s, tile):
         if mask.dtype.element_ty == tl.int1:
             weight = tl.where(found, -float("inf"), weight)
         else:
-            weight = tl.where(found.to(tl.float32) > NOTHING, weight + found.to(tl.float32), -float("inf"))
+            weight = tl.where(found.to(tl.float32) > _HIDDEN, weight + found.to(tl.float32), -float("inf"))
     return weight
 
 

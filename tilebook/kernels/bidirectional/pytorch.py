@@ -8,11 +8,9 @@ from typing import Any
 import torch
 
 from tilebook.casting import autocast_on
-from tilebook.kernels.bidirectional.features import NAMED, FeatureMap
+from tilebook.kernels.bidirectional.features import NAMED, FeatureMap, divided, logarithms
+from tilebook.kernels.bidirectional.form import HIDDEN
 from tilebook.torch_ops import recording
-
-HIDDEN = -1e30
-"""Numbers of a mask from here down hide a key."""
 
 
 def _weights(mask: torch.Tensor | None, wide: torch.dtype) -> torch.Tensor | None:
@@ -28,10 +26,6 @@ def _weights(mask: torch.Tensor | None, wide: torch.dtype) -> torch.Tensor | Non
 
 def _same(x: torch.Tensor) -> torch.Tensor:
     return x
-
-
-def _finite(x: torch.Tensor) -> torch.Tensor:
-    return x.masked_fill(x == -torch.inf, 0)
 
 
 def forward(
@@ -54,26 +48,23 @@ def _forward(
         hidden = weights == -torch.inf
         columns, v = columns.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     if omega is None:
-        top = columns.new_zeros(*k.shape[:2], columns.shape[-1])
+        top = columns.new_zeros(*k.shape[:2], 1, columns.shape[-1])
         phi_q, phi_k = mapped(rows), mapped(columns)
         if weights is not None:
             phi_k = phi_k * weights.exp()
     else:
         directions = omega.to(wide).sum(0)
-        rows, columns = (x @ directions.T - x.square().sum(-1, keepdim=True) * (scale / 2) for x in (rows, columns))
+        rows, columns = (logarithms(x, directions, scale) for x in (rows, columns))
         if weights is not None:
             columns = columns + weights
-        top = columns.detach().amax(2) if columns.shape[2] else columns.new_zeros(columns.shape[:2] + columns.shape[3:])
-        phi_k = (columns - _finite(top)[:, :, None]).exp()
-        rows = rows + top[:, :, None]
-        phi_q = (rows - _finite(rows.detach().amax(-1, keepdim=True))).exp()
+        phi_q, phi_k, top = divided(rows, columns)
     phi_q, phi_k = phi_q.to(products), phi_k.to(products)
     state = (v.to(products).mT @ phi_k).to(wide) if products != torch.float16 else v.to(wide).mT @ phi_k.to(wide)
     z = phi_k.sum(2, dtype=wide)
     den = (phi_q.to(wide) * z[:, :, None]).sum(-1)
     room = 1.0 if products != torch.float16 else max(1, k.shape[2])
     o = (phi_q @ (state / room).to(products).mT).to(wide) / ((den + eps) / room)[..., None]
-    return o.to(v.dtype), torch.cat((state, z[:, :, None], top.to(wide)[:, :, None]), 2), den
+    return o.to(v.dtype), torch.cat((state, z[:, :, None], top.to(wide)), 2), den
 
 
 def plain(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> torch.Tensor:
