@@ -55,9 +55,11 @@ def sizes(monkeypatch):
 
 
 def test_a_recorded_launch_is_written_out(sizes):
-    made, launches, outputs, copied = _translated(_recorded(SIGNATURE, TEMPLATE, TENSORS), [contiguous((2, 3, 8))])
+    made, launches, outputs, copied, rest = _translated(
+        _recorded(SIGNATURE, TEMPLATE, TENSORS), [contiguous((2, 3, 8))]
+    )
     assert made == [((2, 3, 8), (24, 8, 1), 15)]
-    assert (outputs, copied) == ([(5, 0)], [])
+    assert (outputs, copied, rest) == ([(5, 0)], [], None)
     ((function, grid, threads, shared, parameters),) = launches
     assert (function, grid, threads, shared) == (1234, (2, 3, 1), 128, 96)
     assert parameters == [(1, 0), (5, 0), (-1, (1 << 64) - 5), (-1, EPS), (-1, 1 << 40), *HIDDEN]
@@ -67,7 +69,7 @@ def test_a_recorded_launch_is_written_out(sizes):
 def test_outputs_may_be_numbers_missing_or_read_by_nobody(sizes):
     plan = _recorded(SIGNATURE, TEMPLATE, TENSORS)
     wanted = [None, contiguous((6, 8)), 7, Empty((2,), torch.int64), Empty((), torch.float32)]
-    made, _, outputs, _ = _translated(plan, wanted)
+    made, _, outputs, *_ = _translated(plan, wanted)
     assert made == [((6, 8), (8, 1), 15), ((2,), (1,), 4), ((), (), 6)]
     assert outputs == [(-1, 0), (5, 0), (-2, 7), (6, 0), (7, 0)]
 

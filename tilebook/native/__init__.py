@@ -41,6 +41,7 @@ class Standing:
     places: for each argument of ours, which of PyTorch's it is, None for one that is no tensor.
     outputs: arguments of PyTorch's op → its outputs (see `plans.Output`).
     long:   arguments of PyTorch's op → does the GPU take longer for the call than the host for asking who serves it?
+    rest:   arguments of PyTorch's op → what of the call ours does not do, which PyTorch's own kernel is asked for.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Standing:
     places: tuple[int | None, ...]
     outputs: Callable[[Sequence[Any]], Sequence[plans.Output]]
     long: Callable[[Sequence[Any]], bool] = lambda args: False
+    rest: Callable[[Sequence[Any]], plans.Rest | None] = lambda args: None
 
 
 class _Serving:
@@ -124,18 +126,29 @@ class _Serving:
         if choice.native and not probed:
             return None, (False if choice.kept and not choice.open else None), choice
         computed = choice(*given)
-        outputs = standing.outputs(args)
+        outputs, rest = standing.outputs(args), standing.rest(args)
         decision: Any = None
         if choice.plan is not None and not probed:
-            decision = plans.translated(choice.plan, args, given, standing.places, outputs)
+            decision = plans.translated(choice.plan, args, given, standing.places, outputs, rest)
         if decision is None and choice.calls >= _FEW and not (probed or dispatch.forced() or standing.long(args)):
             decision = False
+        theirs = () if rest is None else _pytorchs(standing.name, args, rest)
         there = iter(computed)
-        return [_placed(each, there, args[0].device) for each in outputs], decision, choice
+        return [_placed(each, there, theirs, args[0].device) for each in outputs], decision, choice
 
 
-def _placed(output: plans.Output, computed: Iterator[torch.Tensor], device: torch.device) -> Any:
-    """An output of PyTorch's op, where the next of ours is one."""
+def _pytorchs(name: str, args: Sequence[Any], rest: plans.Rest) -> Sequence[Any]:
+    """What PyTorch's own kernel gives of a call: nobody is asked about calls that are made while an answer is found."""
+    found = getattr(torch.ops.aten, name.removeprefix("aten::"))(
+        *args[: rest.place], rest.flags, *args[rest.place + 1 :]
+    )
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _placed(output: plans.Output, computed: Iterator[torch.Tensor], theirs: Sequence[Any], device: torch.device) -> Any:
+    """An output of PyTorch's op, where the next of ours is one, and `theirs` are of its own kernel."""
+    if isinstance(output, plans.Theirs):
+        return theirs[output.number]
     if isinstance(output, plans.Empty):
         return torch.empty(output.shape, dtype=output.dtype, device=device)
     if not isinstance(output, plans.Ours):

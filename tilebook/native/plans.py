@@ -25,7 +25,7 @@ _MASK = (1 << 64) - 1
 _MAP = 128
 """Bytes of a CUtensorMap."""
 
-_NOT_THERE, _NUMBER = (-1, 0), -2
+_NOT_THERE, _NUMBER, _THEIRS = (-1, 0), -2, -3
 
 
 class Ours(NamedTuple):
@@ -42,7 +42,20 @@ class Empty(NamedTuple):
     dtype: torch.dtype
 
 
-Output = Ours | Empty | int | None
+class Theirs(NamedTuple):
+    """An output that PyTorch's own kernel gives, called once more without what is ours: the one of this number."""
+
+    number: int
+
+
+class Rest(NamedTuple):
+    """What of a call is left to PyTorch's own kernel: it is called with this argument in the place of that one."""
+
+    place: int
+    flags: tuple[bool, ...]
+
+
+Output = Ours | Theirs | Empty | int | None
 """One of PyTorch's: a number where it is none that is a tensor, None where this call does not have it."""
 
 
@@ -68,11 +81,12 @@ def translated(
     posed: Sequence[Any],
     places: Sequence[int | None],
     outputs: Sequence[Output],
+    rest: Rest | None = None,
 ) -> tuple[Any, ...] | None:
     """The plan over PyTorch's arguments, or None where it has what the extension cannot do.
 
     given: PyTorch's arguments. posed: ours. places: which of PyTorch's each of ours is; where it has been copied, so it
-    will be. outputs: what PyTorch's op is to give.
+    will be. outputs: what PyTorch's op is to give. rest: what of the call is PyTorch's own kernel's, if anything is.
     """
 
     def slot(number: int) -> int:
@@ -97,6 +111,8 @@ def translated(
             found.append((slot(number), 0))
         elif isinstance(each, Empty):
             found.append((allocated(*each), 0))
+        elif isinstance(each, Theirs):
+            found.append((_THEIRS, each.number))
         else:
             found.append(_NOT_THERE if each is None else (_NUMBER, each))
     pairs = [(ours, given[place], place) for ours, place in zip(posed, places, strict=True) if place is not None]
@@ -108,7 +124,7 @@ def translated(
         ]
     except _Untranslatable:
         return None
-    return made, launches, found, copied
+    return made, launches, found, copied, rest
 
 
 class _Untranslatable(Exception):

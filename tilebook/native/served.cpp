@@ -49,6 +49,7 @@ constexpr size_t kMostParameters = 160;
 constexpr size_t kMostMaps = 8;
 constexpr int kNoTensor = -1;
 constexpr int kNumber = -2;  // of an output that is no tensor
+constexpr int kTheirs = -3;  // of an output of PyTorch's own kernel
 
 // A tensor map, by which the hardware copies tiles: a CUtensorMap, of which only the address changes from call to call.
 struct alignas(64) Map {
@@ -77,8 +78,14 @@ struct Launch {
 };
 
 struct Output {
-  int slot;  // or kNoTensor or kNumber
+  int slot;  // or kNoTensor, kNumber or kTheirs
   int64_t number;
+};
+
+// What of a call is left to PyTorch's own kernel, which has these flags in the place of one of its arguments.
+struct Rest {
+  int place = kNoTensor;
+  c10::List<bool> flags;
 };
 
 struct Plan {
@@ -86,6 +93,7 @@ struct Plan {
   std::vector<Launch> launches;
   std::vector<Output> outputs;
   std::vector<int> copied;  // arguments that are made contiguous first; the others are taken as they lie
+  Rest rest;
 };
 
 enum class Decision { ask, left, planned };
@@ -213,7 +221,7 @@ void give_context(c10::Device device) {
 
 // Allocates and launches what was recorded; puts the outputs in the place of the arguments. Else the arguments are what
 // they were but for their strides.
-Outcome repeated(const Plan& plan, Stack* stack, size_t count) {
+Outcome repeated(const c10::OperatorHandle& op, DispatchKeySet below, const Plan& plan, Stack* stack, size_t count) {
   const size_t first = stack->size() - count;
   at::Tensor made[kMostTensors];
   c10::Device device = c10::kCPU;
@@ -263,10 +271,18 @@ Outcome repeated(const Plan& plan, Stack* stack, size_t count) {
                              launch.shared, stream, parameters, nullptr);
     if (status != 0) return passing(status) ? Outcome::not_now : Outcome::never;
   }
+  Stack theirs;
+  if (plan.rest.place != kNoTensor) {
+    theirs.assign(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
+    theirs[plan.rest.place] = c10::IValue(plan.rest.flags.copy());
+    op.redispatchBoxed(below, &theirs);
+  }
   torch::jit::drop(*stack, count);
   for (const auto& each : plan.outputs) {
     if (each.slot == kNumber) {
       stack->emplace_back(each.number);
+    } else if (each.slot == kTheirs) {
+      stack->push_back(std::move(theirs[each.number]));
     } else {
       stack->emplace_back(each.slot == kNoTensor ? at::Tensor() : made[each.slot - count]);
     }
@@ -340,14 +356,27 @@ bool parsed(PyObject* given, int slots, Launch& launch) {
   return true;
 }
 
+// None or (argument, flags in its place) → what is left to PyTorch's kernel.
+bool parsed(PyObject* given, size_t count, Rest& rest) {
+  if (given == Py_None) return true;
+  PyObject* flags;
+  if (!PyArg_ParseTuple(given, "iO!", &rest.place, &PyTuple_Type, &flags)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(flags); ++i) rest.flags.push_back(PyTuple_GET_ITEM(flags, i) == Py_True);
+  if (rest.place >= 0 && rest.place < static_cast<int>(count)) return true;
+  PyErr_SetString(PyExc_ValueError, "there is no such argument");
+  return false;
+}
+
 // ([(sizes, strides, dtype)], [(function, (x, y, z), threads, shared, [parameter])], [(output slot, number)],
-// [copied argument]) → a plan.
-bool parsed(PyObject* given, size_t count, Plan& plan) {
-  PyObject *made, *launches, *outputs, *copied;
-  if (!PyArg_ParseTuple(given, "O!O!O!O!", &PyList_Type, &made, &PyList_Type, &launches, &PyList_Type, &outputs,
-                        &PyList_Type, &copied)) {
+// [copied argument], rest) → a plan of an op with so many arguments.
+bool parsed(PyObject* given, const c10::FunctionSchema& schema, Plan& plan) {
+  const size_t count = schema.arguments().size();
+  PyObject *made, *launches, *outputs, *copied, *rest = Py_None;
+  if (!PyArg_ParseTuple(given, "O!O!O!O!|O", &PyList_Type, &made, &PyList_Type, &launches, &PyList_Type, &outputs,
+                        &PyList_Type, &copied, &rest)) {
     return false;
   }
+  if (!parsed(rest, count, plan.rest)) return false;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(made); ++i) {
     PyObject *sizes, *strides;
     int dtype;
@@ -381,7 +410,10 @@ bool parsed(PyObject* given, size_t count, Plan& plan) {
     long long number;
     if (!PyArg_ParseTuple(PyList_GET_ITEM(outputs, i), "iL", &each.slot, &number)) return false;
     each.number = number;
-    const bool known = each.slot == kNoTensor || each.slot == kNumber;
+    bool known = each.slot == kNoTensor || each.slot == kNumber;
+    if (each.slot == kTheirs) {
+      known = plan.rest.place != kNoTensor && number >= 0 && number < static_cast<long long>(schema.returns().size());
+    }
     if (!known && (each.slot < static_cast<int>(count) || each.slot >= slots)) {
       PyErr_Format(PyExc_ValueError, "there is no output in slot %d", each.slot);
       return false;
@@ -452,7 +484,8 @@ struct Asking {
 // Asks Python about a kind of call. True where it has computed this one, whose outputs then replace the arguments.
 //
 // The answer is (outputs or None, decision, token): None to ask again, False for PyTorch's kernel, or a plan.
-bool asked(const std::string& name, Stack* stack, size_t count, bool kept) {
+bool asked(const c10::FunctionSchema& schema, Stack* stack, size_t count, bool kept) {
+  const std::string& name = schema.name();
   const size_t first = stack->size() - count;
   const Gil gil;
   if (!resolver) return false;
@@ -477,7 +510,7 @@ bool asked(const std::string& name, Stack* stack, size_t count, bool kept) {
   if (kept && decision != Py_None) {
     auto kind = std::make_shared<Kind>();
     kind->decision = decision == Py_False ? Decision::left : Decision::planned;
-    if (decision != Py_False && !parsed(decision, count, kind->plan)) {
+    if (decision != Py_False && !parsed(decision, schema, kind->plan)) {
       PyErr_WriteUnraisable(resolver);
       kind->decision = Decision::left;
     }
@@ -515,11 +548,11 @@ void serve(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
       const bool all = always_ask.load(std::memory_order_relaxed);
       const auto kind = all ? nullptr : found();
       if (!kind) {
-        if (asked(op.schema().name(), stack, count, !all)) return;
+        if (asked(op.schema(), stack, count, !all)) return;
       } else {
         kind->calls.fetch_add(1, std::memory_order_relaxed);
         if (kind->decision == Decision::planned) {
-          const auto outcome = repeated(kind->plan, stack, count);
+          const auto outcome = repeated(op, ks & below, kind->plan, stack, count);
           if (outcome == Outcome::done) return;
           if (outcome == Outcome::never) {
             auto broken = std::make_shared<Kind>();
