@@ -13,7 +13,8 @@ import platformdirs
 import torch
 
 NAME = "tilebook_served"
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("served.cpp", "casts.cpp", "casts.h"))
+_FILES = "served.cpp", "casts.cpp", "casts.h", "layouts.cpp", "layouts.h"
+SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
 
 
 def folder() -> Path | None:

@@ -32,6 +32,7 @@
 #include <vector>
 
 #include "casts.h"
+#include "layouts.h"
 
 namespace {
 
@@ -584,6 +585,7 @@ PyObject* install(PyObject*, PyObject* given) {
 PyObject* stop(PyObject*, PyObject*) {
   on = false;
   casts_on(false, false);
+  layouts_on(false, served_device == static_cast<int>(c10::DeviceType::CPU));
   Py_RETURN_NONE;
 }
 
@@ -612,7 +614,9 @@ PyObject* start(PyObject*, PyObject* given) {
   Py_INCREF(function);
   Py_XSETREF(resolver, function);
   on = true;
-  casts_on(true, served_device == static_cast<int>(c10::DeviceType::CPU));
+  const bool cpu = served_device == static_cast<int>(c10::DeviceType::CPU);
+  casts_on(true, cpu);
+  layouts_on(true, cpu);
   Py_RETURN_NONE;
 }
 
