@@ -189,3 +189,20 @@ def test_gradients_of_gradients_are_the_same(both):
         return torch.autograd.grad(dx.square().sum(), x)[0]
 
     both(twice)
+
+
+def test_what_was_traced_without_it_is_not_taken_from_a_cache(library, monkeypatch):
+    from torch.compiler import config
+
+    from tilebook import native
+
+    monkeypatch.setattr(config, "cache_key_tag", "mine")
+    graphs = native._Graphs()
+    for _ in range(2):
+        graphs.mark(library)
+    marked = config.cache_key_tag
+    assert marked.startswith("minetilebook-")
+    config.cache_key_tag += "more"
+    for _ in range(2):
+        graphs.unmark()
+    assert config.cache_key_tag == "minemore"

@@ -14,9 +14,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.compiler import config
 
 from tilebook import dispatch
 from tilebook.native import plans
@@ -53,6 +55,26 @@ class Standing:
     rest: Callable[[Sequence[Any]], plans.Rest | None] = lambda args: None
 
 
+class _Graphs:
+    """Keeps what `torch.compile` traces while this is on apart from what it has traced without, in all its caches.
+
+    They know a program by its code, in which nothing differs.
+    """
+
+    def __init__(self) -> None:
+        self._mark = ""
+
+    def mark(self, extension: Path | None) -> None:
+        if not self._mark and extension is not None:
+            self._mark = f"tilebook-{extension.parent.name}"
+            config.cache_key_tag += self._mark
+
+    def unmark(self) -> None:
+        if self._mark:
+            config.cache_key_tag = config.cache_key_tag.replace(self._mark, "")
+        self._mark = ""
+
+
 class _Serving:
     """The extension, once it is loaded, and what it has been told to serve."""
 
@@ -82,12 +104,14 @@ class _Serving:
                 self._standings[each.name] = each
                 extension.install(each.name)
         extension.start(self.answer)
+        _graphs.mark(built())
         if self._told not in dispatch.here.watchers:
             dispatch.here.watchers.append(self._told)
 
     def stop(self) -> None:
         if self._extension is not None:
             self._extension.stop()
+            _graphs.unmark()
 
     def _told(self, event: str) -> None:
         """Dispatch has forgotten what it read, is being forced, is no longer, or wants its calls counted."""
@@ -171,6 +195,7 @@ def _loaded() -> Any:
     return module
 
 
+_graphs = _Graphs()
 _serving = _Serving()
 atexit.register(_serving.stop)  # no thread is to ask an interpreter that is gone
 
