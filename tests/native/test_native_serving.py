@@ -225,7 +225,7 @@ def test_ops_are_served_while_it_is_on(serving, monkeypatch):
     norms = torch.nn.functional.layer_norm, torch.nn.functional.rms_norm
     with tilebook.enabled():
         status = tilebook.status()
-        assert status.served[-4:] == tuple(BY_NAME)
+        assert set(BY_NAME) <= set(status.served)
         assert status.casts
         assert status.served[0] == "aten::_scaled_dot_product_cudnn_attention"
         assert status.replaced == ("cross_entropy",)
