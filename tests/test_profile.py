@@ -203,3 +203,15 @@ def test_calls_that_made_the_gpu_wait_are_not_enough_until_there_are_many():
     assert not kept.enough()
     kept._noted["a"].timed += 1
     assert kept.enough()
+
+
+def test_why_pytorch_does_not_load_it_is_said(monkeypatch):
+    from importlib import metadata
+
+    from tilebook.cli import profile
+    from tilebook.cli.common import unheard
+
+    assert unheard() == ""
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [])
+    assert "install it with pip" in unheard()
+    assert profile._nothing([]).endswith(unheard())

@@ -239,3 +239,12 @@ def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False
     from tilebook.report.rows import table
 
     table(rows, sys.stdout, tuned=tuned)
+
+
+def unheard() -> str:
+    """Why no program of this Python loads tilebook by itself, "" if nothing is known against it."""
+    from importlib import metadata
+
+    if any(each.name == "tilebook" for each in metadata.entry_points(group="torch.backends")):
+        return ""
+    return "tilebook is found here, but not installed, so that PyTorch does not load it: install it with pip"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from tilebook.cli.common import REGISTRY, Seconds, example, main
+from tilebook.cli.common import REGISTRY, Seconds, example, main, unheard
 from tilebook.variables import ASKED, PROFILED
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _nothing(written: Sequence[dict[str, Any]]) -> str:
     """Why there is nothing to show."""
     silent = sum(each["state"] == "begun" for each in written)
     if not written:
-        return "no process has imported torch beside tilebook"
+        return "; ".join(filter(None, ["no process has imported torch beside tilebook", unheard()]))
     if failed := [each["why"] for each in written if each["state"] == "failed"]:
         return f"what was noted is lost: {failed[0]}"
     if silent:

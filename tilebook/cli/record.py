@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tilebook.cli.common import example, main
+from tilebook.cli.common import example, main, unheard
 from tilebook.variables import SPACES, TRITON
 
 
@@ -34,6 +34,8 @@ def record(to: Path | None, spaces: Path | None, command: tuple[str, ...]) -> No
     os.environ[TRITON] = f"record:{to.absolute()}" if to else "record"
     if spaces:
         os.environ[SPACES] = str(spaces.absolute())
+    if against := unheard():
+        click.echo(f"tilebook: {against}", err=True)
     try:
         os.execvp(command[0], command)
     except OSError as wrong:
