@@ -26,6 +26,7 @@ from tilebook.dispatch import forced
 from tilebook.imported import after_import
 from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
 from tilebook.kernels.attention.standing import STANDINGS as _ATTENTIONS
+from tilebook.kernels.bias.standing import STANDINGS as _BIASES
 from tilebook.kernels.convolution.standing import STANDINGS as _CONVOLUTIONS
 from tilebook.kernels.cross_entropy import cross_entropy as our_cross_entropy
 from tilebook.kernels.cross_entropy import pytorchs as losses_pytorchs
@@ -163,7 +164,7 @@ _ours: dict[str, Callable[..., Any]] = {
 _BELOW = frozenset({"scaled_dot_product_attention", "layer_norm", "rms_norm"})
 """Of these the ops are served instead, where the extension is there."""
 
-_STANDINGS = (*_ATTENTIONS, *_NORMS, *_CONVOLUTIONS)
+_STANDINGS = (*_ATTENTIONS, *_NORMS, *_CONVOLUTIONS, *_BIASES)
 
 
 @dataclass(frozen=True)

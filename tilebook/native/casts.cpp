@@ -13,6 +13,7 @@
 #include <ATen/ATen.h>
 #include <ATen/CachedTensorUtils.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -332,6 +333,16 @@ Tensor cast_input(const Tensor& x, at::ScalarType dtype) {
   return made;
 }
 
+Tensor sum_of_columns(const Tensor& rows) { return at::sum(rows, 0); }
+
+// The same, which a kernel of ours may serve.
+Tensor column_sum(const Tensor& rows) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("tilebook_native::column_sum", "")
+                             .typed<Tensor(const Tensor&)>();
+  return op.call(rows);
+}
+
 // x Wᵀ + b, x in whatever dtype: by the calls of PyTorch's linear and of its gradients, with one node of autograd for five.
 struct Product : torch::autograd::Function<Product> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight,
@@ -370,7 +381,9 @@ struct Product : torch::autograd::Function<Product> {
       }
       found[1] = at::mm(rows.t(), given.reshape({-1, given.size(-1)}));
     }
-    if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)) found[2] = at::sum(rows, 0);
+    if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)) {
+      found[2] = twice ? at::sum(rows, 0) : column_sum(rows);
+    }
     return found;
   }
 
@@ -445,6 +458,11 @@ void put() {
 }
 
 }  // namespace
+
+TORCH_LIBRARY(tilebook_native, library) {
+  library.def("column_sum(Tensor rows) -> Tensor");
+  library.impl("column_sum", torch::dispatch(DispatchKey::CompositeExplicitAutograd, TORCH_FN(sum_of_columns)));
+}
 
 void casts_on(bool on, bool cpu) {
   casting = on;

@@ -571,7 +571,8 @@ PyObject* install(PyObject*, PyObject* given) {
   const char* name;
   if (!PyArg_ParseTuple(given, "s", &name)) return nullptr;
   try {
-    auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", DispatchKey::BackendSelect,
+    const std::string space(name, std::string(name).find("::"));
+    auto library = std::make_unique<torch::Library>(torch::Library::IMPL, space, DispatchKey::BackendSelect,
                                                     "tilebook/native", __LINE__);
     library->impl(name, torch::CppFunction::makeFromBoxedFunction<&serve>());
     installed.push_back(std::move(library));
@@ -667,7 +668,7 @@ PyObject* pretend(PyObject*, PyObject* given) {
 }
 
 PyMethodDef methods[] = {
-    {"install", install, METH_VARARGS, "Serves this op of aten's."},
+    {"install", install, METH_VARARGS, "Serves this op, named with its namespace."},
     {"able", able, METH_NOARGS, "Can launches be started here?"},
     {"start", start, METH_VARARGS, "Serves; answers are this function's."},
     {"stop", stop, METH_NOARGS, "Serves none any more."},

@@ -1,0 +1,67 @@
+"""The problems that biases of linear layers pose, and the suites to tune."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from tilebook import op
+from tilebook.op import Cost
+from tilebook.problem import next_power_of_2
+
+LAYERS = (
+    "M32768,N384", "M32768,N1152", "M16384,N768", "M16384,N2304", "M16384,N3072", "M32768,N768", "M32768,N3072",
+    "M4096,N768", "M4096,N3072", "M2048,N1152",
+)  # fmt: skip
+"""Of CCT-14 × 128 and × 8, ViT-B/16 × 64, DistilBERT 64 × 512 and 16 × 256."""
+
+_WIDE, _MANY, _APART = 256, 1 << 22, 3.0
+"""Columns, and numbers in all, from which on a sum is like another, and how far apart they may be."""
+
+
+@dataclass(frozen=True)
+class Problem(op.Problem):
+    """`rows` of `width` numbers; calls round their rows up to a power of two, so that one verdict serves a bucket."""
+
+    EXACT = frozenset({"width"})
+    TRANSFER = 0.8
+
+    dtype: str
+    rows: int = op.size("M")
+    width: int = op.size("N")
+
+    @classmethod
+    def of(cls, dy: torch.Tensor) -> Self:
+        return cls(op.dtype_name(dy.dtype), next_power_of_2(dy.shape[0]), dy.shape[1])
+
+    def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
+        drawn = op.normal((self.rows, self.width), op.generator(device, seed), device, torch.float32)
+        return (drawn.to(self.torch_dtype),)
+
+    def cost(self) -> Cost:
+        numbers = float(self.rows * self.width)
+        return Cost(numbers, self.torch_dtype.itemsize * (numbers + self.width))
+
+    def like(self, measured: op.Problem) -> bool:
+        """Many numbers in rows that whole tiles take."""
+        if not isinstance(measured, Problem) or self.dtype != measured.dtype:
+            return False
+        wide = min(self.width, measured.width) >= _WIDE and not self.width % 128
+        many = min(each.rows * each.width for each in (self, measured)) >= _MANY
+        return wide and many and self.apart(measured) <= _APART
+
+    def neighbours(self) -> Sequence[Self]:
+        return [dataclasses.replace(self, rows=each) for each in (333, 1) if each != self.rows]
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        texts = (("M64,N128", "bf16"), ("M17,N100", "fp16"), ("M1,N24", "bf16"), ("M300,N40", "bf16"))
+        return [cls.parse(text, dtype) for text, dtype in texts]
+
+    @classmethod
+    def suites(cls) -> Mapping[str, Sequence[Self]]:
+        return {"biases": [cls.parse(text, "bf16") for text in LAYERS]}
