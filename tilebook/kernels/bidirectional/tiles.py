@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+_LOG2E = tl.constexpr(1.4426950408889634)
 _FP16_ROOM = tl.constexpr(256.0)
 
 
@@ -68,17 +69,20 @@ def factored(state, like):
 
 @triton.jit
 def mapped(x, tile, TURNED: tl.constexpr):
-    """φ in fp32 of rows [·, WIDE], or where TURNED [WIDE, ·], of all maps but Performer's. Columns that are none are 0."""
+    """φ in fp32 of rows [·, WIDE], where TURNED [WIDE, ·], of all maps but Performer's. Columns that are none are 0."""
     x = x.to(tl.float32)
     axis: tl.constexpr = 0 if TURNED else 1
     d = tl.arange(0, tile.WIDE)
     there = d[:, None] < tile.D if TURNED else d[None, :] < tile.D
     if tile.MAP == "elu+1":
-        x = tl.where(there, tl.where(x > 0, x + 1, tl.exp(tl.where(x > 0, 0.0, x))), 0.0)
+        x = tl.where(x > 0, x + 1, tl.exp2(x * _LOG2E))
+        if tile.D != tile.WIDE:
+            x = tl.where(there, x, 0.0)
     elif tile.MAP == "relu":
         x = tl.where(x < 0, 0.0, x)  # a maximum would lose NaN
     elif tile.MAP == "softmax":
-        x = tl.where(there, x, -float("inf"))
+        if tile.D != tile.WIDE:
+            x = tl.where(there, x, -float("inf"))
         top = tl.max(x, axis)
         x = tl.exp(x - (top[None, :] if TURNED else top[:, None]))
         total = tl.sum(x, axis)

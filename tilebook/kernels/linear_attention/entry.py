@@ -65,7 +65,8 @@ def _gradients(
     decayed: bool, feature_map: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     q, k, v, g, state = tensors
-    args = rows(do), dstate, *(rows(x) for x in (q, k, v) if x is not None), g, state, weight, scale, decayed, feature_map
+    given = (rows(x) for x in (q, k, v) if x is not None)
+    args = rows(do), dstate, *given, g, state, weight, scale, decayed, feature_map
     if not do.numel():
         nothing = do.new_empty(0, dtype=torch.float32)
         grads = [nothing if x is None else torch.zeros_like(x) for x in tensors]

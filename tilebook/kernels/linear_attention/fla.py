@@ -30,8 +30,8 @@ def _installed() -> bool:
 def supports(problem: LinearAttention) -> bool:
     """Its normalized form and features are made of other functions around these."""
     widths = problem.head_dim, problem.value_dim
-    usual = all(width in (16, 32, 64, 128, 256) for width in widths)
-    return usual and problem.feature_map == "none" and not problem.normalized and problem.tokens * problem.head_dim > LEAST_NUMBERS
+    usual = all(width in (16, 32, 64, 128, 256) for width in widths) and problem.feature_map == "none"
+    return usual and not problem.normalized and problem.tokens * problem.head_dim > LEAST_NUMBERS
 
 
 def _turned(x: torch.Tensor | None) -> torch.Tensor | None:

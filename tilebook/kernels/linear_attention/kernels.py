@@ -53,6 +53,13 @@ class Tile(NamedTuple):
     MAP: Any
 
 
+@triton.jit
+def _features(x, token, n, tile):
+    """φ of the rows of x. 0 of what is no token: without that Triton makes features anew for each product of them."""
+    r = tl.arange(0, tile.CHUNK)
+    return tl.where((r < n - token)[:, None], mapped(x, tile, False), 0.0).to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_s", "heads", "n"])
 def decays_kernel(g, sums, rests, g_b, g_h, g_s, heads, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Sums of each chunk's log-decays: up to each token, and behind it."""
@@ -156,8 +163,8 @@ def _store_state(states, state, z, batch, head, place, column, tile):
 
 
 @triton.jit
-def _grow(state, z, x, y, weight, factor, last, n, tile):
-    """The state behind a chunk: exp(last) · state + xᵀ (factor · y), and z likewise of x alone, times `weight`."""
+def _grow(state, z, x, y, more, factor, last, n, tile):
+    """The state behind a chunk: exp(last) · state + xᵀ (factor · y), and exp(last) · z + `more`."""
     if tile.DECAY:
         kept = tl.exp(last)
         state, z = state * kept, z * kept
@@ -168,7 +175,7 @@ def _grow(state, z, x, y, weight, factor, last, n, tile):
     else:
         state += dot(tl.trans(x), (y * factor[:, None]).to(x.dtype), tile)
     if tile.NORM:
-        z += tl.sum(x.to(tl.float32) * (factor * weight)[:, None], 0)
+        z += more
     return state, z
 
 
@@ -207,14 +214,15 @@ def states_kernel(
         rows = load(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
         values = load(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
         c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
-        some = 1.0
+        factor, more = tl.exp(c) * scale if REVERSE else tl.exp(rest), 0.0
         if tile.MAP != "none":
-            rows = mapped(rows, tile, False).to(rows.dtype)
-            some = tl.where(r < n - token, 1.0, 0.0)  # features of what is no token need not be 0
-        if weight is not None:
-            some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
-        factor = tl.exp(c) * scale if REVERSE else tl.exp(rest)
-        state, z = _grow(state, z, rows, values, some, factor, last, n, tile)
+            rows = _features(rows, token, n, tile)
+        if tile.NORM:
+            some = 1.0
+            if weight is not None:
+                some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
+            more = tl.sum(rows.to(tl.float32) * (factor * some)[:, None], 0)
+        state, z = _grow(state, z, rows, values, more, factor, last, n, tile)
         total += last
     if not STORE:
         _store_state(out, state, z, batch, head, part, column, tile)
@@ -269,23 +277,31 @@ def forward_kernel(
         queries = load(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
         keys = load(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
         values = load(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
-        some = 1.0
         if tile.MAP != "none":
-            queries, keys = mapped(queries, tile, False).to(queries.dtype), mapped(keys, tile, False).to(keys.dtype)
-            some = tl.where(r < n - token, 1.0, 0.0)  # features of what is no token need not be 0
+            queries = _features(queries, token, n, tile)
         c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
+        known, more = 0.0, 0.0
+        if tile.NORM:  # before the products, so that no rows wait for their end in registers
+            known = tl.sum(queries.to(tl.float32) * z[None, :], 1) * tl.exp(c)
         within, factor = tl.exp(c), factored(state, queries)
         acc = dot(queries, factor[0], tile) * (within * factor[1])[:, None]
-        a = dot(queries, tl.trans(keys), tile) * _seen(c, tile, False)
+        if tile.MAP != "none":
+            keys = _features(keys, token, n, tile)
+        if tile.NORM:
+            more = tl.sum(keys.to(tl.float32) * tl.exp(rest)[:, None], 0)
+        if tile.MAP != "none" and not tile.DECAY:
+            a = tl.where(r[:, None] >= r[None, :], dot(queries, tl.trans(keys), tile), 0.0)
+        else:
+            a = dot(queries, tl.trans(keys), tile) * _seen(c, tile, False)
         acc += dot(a.to(values.dtype), values, tile)
         if tile.NORM:
-            weight = (tl.sum(a, 1) + tl.sum(queries.to(tl.float32) * z[None, :], 1) * within) * scale
+            weight = (tl.sum(a, 1) + known) * scale
             acc = acc / (weight + eps)[:, None]
             if column == 0:
                 tl.store(den + pair.to(tl.int64) * n + token + r, weight, mask=r < n - token)
         put(o, acc * scale, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
         if not ONE:
-            state, z = _grow(state, z, keys, values, some, tl.exp(rest), last, n, tile)
+            state, z = _grow(state, z, keys, values, more, tl.exp(rest), last, n, tile)
     if final.source is not None:
         _store_state(final, state, z, batch, head, part, column, tile)
 
@@ -327,7 +343,7 @@ def backward_kernel(
     queries = load(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
     keys = load(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
     if tile.MAP != "none":
-        queries, keys = mapped(queries, tile, False).to(queries.dtype), mapped(keys, tile, False).to(keys.dtype)
+        queries, keys = _features(queries, token, n, tile), _features(keys, token, n, tile)
     # Weights of pairs stand the other way round, [j, i], and so does what dq is added up in, [D, i]: on Hopper Triton
     # 3.4 to 3.7.0 makes wrong numbers of products with a factor that is another product, transposed.
     s = (dot(keys, tl.trans(queries), tile) * (_seen(c, tile, True) * scale)).to(queries.dtype)
