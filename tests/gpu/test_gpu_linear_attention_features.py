@@ -104,6 +104,23 @@ def test_a_pack_is_its_sequences(feature_map):
         torch.testing.assert_close(mine.float(), right.float(), rtol=2e-2, atol=4e-2 * right.float().std().item())
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_causal_performer_is_what_it_is_in_fp64_and_sees_nothing_later(scale):
+    def performed(q, k, v):
+        return tilebook.linear_attention(q, k, v, feature_map="performer", causal=True)
+
+    tensors = drawn(1000, dtype=torch.float32)
+    with torch.no_grad():
+        tensors[0].mul_(scale), tensors[1].mul_(scale)
+    do = torch.randn_like(tensors[2])
+    with dispatch.use("triton"):
+        found, part = gradients(performed, tensors, do), performed(*(x[:, :, :500] for x in tensors))
+    wide = [x.detach().double().cpu().requires_grad_() for x in tensors]
+    for mine, right in zip(found, gradients(performed, wide, do.double().cpu()), strict=True):
+        assert (mine.double().cpu() - right).abs().max() <= 1e-3 * right.abs().max()
+    torch.testing.assert_close(part, found[0][:, :, :500], rtol=1e-3, atol=1e-4)
+
+
 def test_features_take_no_memory():
     q, k, v = drawn(16384, heads=4)
     torch.cuda.synchronize()

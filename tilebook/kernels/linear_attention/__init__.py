@@ -20,7 +20,7 @@ from tilebook.kernels.attention.check import multiplier
 from tilebook.kernels.bidirectional import features
 from tilebook.kernels.bidirectional.check import check_alike
 from tilebook.kernels.bidirectional.features import check_rows
-from tilebook.kernels.bidirectional.form import MAPPED
+from tilebook.kernels.bidirectional.form import FEATURES, MAPPED, PERFORMER
 from tilebook.kernels.linear_attention.check import check, check_step
 from tilebook.kernels.linear_attention.entry import GATED, NORMALIZED, arguments, registered
 from tilebook.kernels.linear_attention.pytorch import step
@@ -120,8 +120,8 @@ def linear_attention(
     Causal, the kernels of `gated_linear_attention` run, with the division in them. Not causal, with a map that has a
     name, normalized and without states, others do. Both make features of rows where they read them, so that features
     never reach memory, but for causal Performer and functions, whose are made before. Performer's are divided by the
-    largest that each of them has over all keys. Else it is two products of PyTorch's; keys are divided by their number
-    there, so that fp16 does not overflow.
+    largest that each of them has over all keys; causal, by the largest so far. Else it is two products of PyTorch's;
+    keys are divided by their number there, so that fp16 does not overflow.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, or a feature map of no known name.
@@ -140,6 +140,13 @@ def linear_attention(
     route = way(q, k, v, optional=(initial_state, cu_seqlens))
     if not causal and normalize and initial_state is None and not return_state and bidirectional.named(feature_map):
         return bidirectional.attend(route, q, k, v, None, feature_map, eps)
+    if causal and type(feature_map) is str and feature_map == PERFORMER and q.numel():
+        check_rows(q, k)
+        begins = None
+        if cu_seqlens is not None:
+            begins = _packed(q, None, cu_seqlens, initial_state is not None or return_state) == -torch.inf
+        o, state = performed(route, q, k, v, bool(normalize), eps, begins=begins, state=_wide(initial_state, q))
+        return (o, state) if return_state else o
     name = feature_map if causal and type(feature_map) is str and feature_map in MAPPED else "none"
     if name == "none":
         q, k = features.mapped(q, k, feature_map)
@@ -185,6 +192,27 @@ def linear_attention_step(
     way(q, k, v, state, optional=(log_decay,))
     check_step(q, k, v, state, log_decay)
     return step(q, k, v, _wide(state, q), log_decay, multiplier(scale, q))
+
+
+def performed(
+    route: Way, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, normalize: bool, eps: float, *,
+    begins: torch.Tensor | None = None, weights: torch.Tensor | None = None, state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(o, state) of causal Performer. begins, weights: as `features.in_order` has them. States are of features that
+    nothing divides."""
+    check(q, k, q, None, None, False)
+    known = None
+    if state is not None:
+        made_of = q.new_empty(*q.shape[:3], FEATURES)
+        check(made_of, made_of, v, None, state, normalize)
+        known = (state[..., -1] if normalize else state.abs().amax(-1)).detach().log()
+    made = features.in_order(q, k, begins=begins, weights=weights, known=known)
+    if state is not None:
+        state = state * (-made.first).exp()[..., None, None]
+    tensors = made.phi_q, made.phi_k, v, _wide(made.decay, q), state
+    entry, options = (NORMALIZED, ("none", 1.0, eps)) if normalize else (GATED, ("none", 1.0))
+    o, last = _causal(route, entry, tensors, options)
+    return o, last * made.last.exp()[..., None, None]
 
 
 def _packed(q: torch.Tensor, log_decay: torch.Tensor | None, ends: torch.Tensor, states: bool) -> torch.Tensor:
