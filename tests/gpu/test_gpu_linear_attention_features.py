@@ -16,14 +16,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def over_pairs(q, k, v, feature_map, norm, state=None):
-    """The sum over all pairs of tokens in the dtype of q."""
-    q, k = NAMED[feature_map](q), NAMED[feature_map](k)
-    a = (q @ k.mT).tril()
-    o, weight = a @ v, a.sum(-1, keepdim=True)
+    """The sum over all pairs of tokens, products in the dtype of q, sums in fp32 or fp64."""
+    q, k, wide = NAMED[feature_map](q), NAMED[feature_map](k), torch.promote_types(q.dtype, torch.float32)
+    a = (q @ k.mT).to(wide).tril()
+    o, weight = (a.to(q.dtype) @ v).to(wide), a.sum(-1, keepdim=True)
     if state is not None:
-        old = q @ state.to(q.dtype)
+        old = (q @ state.to(q.dtype)).to(wide)
         o, weight = o + old[..., : v.shape[-1]], weight + (old[..., -1:] if norm else 0)
-    return o / (weight + 1e-3) if norm else o
+    return (o / (weight + 1e-3) if norm else o).to(v.dtype)
 
 
 def attended(q, k, v, feature_map, norm, state=None, **how):
