@@ -3,6 +3,8 @@
     python benchmarks/linear_attention.py --out benchmarks/results/nvidia-h200/linear_attention.json
     python benchmarks/linear_attention.py --device cpu --tiny --out /tmp/tried.json    # does it run to its end?
 
+    python benchmarks/linear_attention.py --maps elu+1 relu --out …    # features made in the kernels, and before them
+
 Every contender but exact attention computes the same, and its output is compared with that of fp32 on the first heads.
 Timed by events around several calls from Python, in rounds in which the contenders take turns. `fla` where `fla-core`
 is installed. `--kernels` forces our kernels with their default config.
@@ -23,6 +25,8 @@ from compare import save
 import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
+from tilebook.kernels.bidirectional.features import NAMED
+from tilebook.kernels.bidirectional.form import MAPPED
 from tilebook.kernels.linear_attention.pytorch import chunked
 from tilebook.tuner.judge.turns import in_turns, peak_mib
 
@@ -64,6 +68,31 @@ def contenders(compiled: bool) -> dict[str, Function]:
     return found | {"fla": fla}
 
 
+def by_map(name: str) -> dict[str, Function]:
+    """Name → o of q, k and v, normalized, whose features are made in the kernels, or by PyTorch before them."""
+
+    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Any) -> torch.Tensor:
+        o: torch.Tensor = tilebook.linear_attention(q, k, v, feature_map=name, causal=True)
+        return o
+
+    def apart(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Any) -> torch.Tensor:
+        mapped = NAMED[name](q), NAMED[name](k)
+        o: torch.Tensor = tilebook.linear_attention(*mapped, v, feature_map=None, causal=True)
+        return o
+
+    return {"tilebook": fused, "map before": apart, "tilebook again": fused, "map before again": apart}
+
+
+def exactly(feature_map: str) -> Function:
+    """o by chunks in PyTorch's functions, of what the contenders compute."""
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Any) -> torch.Tensor:
+        norm = feature_map != "none"
+        return chunked(q, k, v, g, None, 1.0 if norm else q.shape[-1] ** -0.5, norm, 1e-6, feature_map)[0]
+
+    return plain
+
+
 def drawn(n: int, width: int, decay: bool, device: str, tiny: bool) -> list[torch.Tensor | None]:
     """q, k, v as views of (B, S, H, D), as a model's projections give them, and as fla wants them."""
     batch, heads = (1, 2) if tiny else (max(1, min(8, TOKENS // n)), 16)
@@ -84,21 +113,18 @@ def run_once(function: Function, tensors: list[torch.Tensor | None], do: torch.T
     return torch.autograd.grad(o, wanted, do, allow_unused=True)
 
 
-def off_by(function: Function, tensors: list[torch.Tensor | None]) -> float:
+def off_by(function: Function, plain: Function, tensors: list[torch.Tensor | None]) -> float:
     """RMS difference from fp32 by chunks, on the first sequence's first heads, relative to the RMS."""
     with torch.no_grad():
         found = function(*tensors)[:1, :2].float()
-        q, k, v, g = (None if x is None else x[:1, :2].float() for x in tensors)
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        right = chunked(q, k, v, g, None, q.shape[-1] ** -0.5, False, 0.0)[0]
+        right = plain(*(None if x is None else x[:1, :2].float() for x in tensors))  # type: ignore[arg-type]
     return ((found - right).square().mean().sqrt() / right.square().mean().sqrt()).item()
 
 
 def measure(
-    functions: dict[str, Function], tensors: list[torch.Tensor | None], backward: bool, device: str, turns: int
-) -> dict[str, Any]:
+    functions: dict[str, Function], plain: Function, tensors: list[torch.Tensor | None], backward: bool, device: str,
+    turns: int,
+) -> dict[str, Any]:  # fmt: skip
     """Name → ms and quartiles, peak memory and error; or why it could not run."""
     v = tensors[2]
     assert v is not None
@@ -108,7 +134,7 @@ def measure(
         run = functools.partial(run_once, function, tensors, do)
         try:
             run()
-            wrong = None if name == "exact attention" else off_by(function, tensors)
+            wrong = None if name == "exact attention" else off_by(function, plain, tensors)
             if wrong is not None and not wrong <= 2e-2:
                 raise RuntimeError(f"off by {wrong}")
             found[name] = {"error": wrong, "peak_mib": peak_mib(run, device)}
@@ -131,23 +157,25 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     arguments.add_argument("--widths", type=int, nargs="*", default=[64, 128])
+    arguments.add_argument("--maps", nargs="*", choices=MAPPED, default=[], help="these feature maps, and no decays")
     given = arguments.parse_args()
     results: dict[str, Any] = {}
     with dispatch.use("triton") if given.kernels else contextlib.nullcontext():
         for width in [16] if given.tiny else given.widths:
-            for decay in (True, False):
+            for how in given.maps or ("decay", ""):
                 for n in TINY if given.tiny else given.lengths:
                     torch._dynamo.reset()
-                    functions = contenders(not (given.tiny or given.uncompiled))
-                    tensors = drawn(n, width, decay, given.device, given.tiny)
+                    compiled, named = not (given.tiny or given.uncompiled), how in MAPPED
+                    functions = by_map(how) if named else contenders(compiled)
+                    tensors = drawn(n, width, how == "decay", given.device, given.tiny)
                     for backward in (False, True):
                         q = tensors[0]
                         assert q is not None
                         batch, heads = q.shape[:2]
-                        label = f"B{batch},H{heads},S{n},D{width}{',decay' if decay else ''} "
-                        label += "forward and backward" if backward else "forward"
-                        turns = 2 if given.tiny else given.rounds
-                        results[label] = measure(functions, tensors, backward, given.device, turns)
+                        parts = f"B{batch},H{heads},S{n},D{width}", "normalized" if named else "", how
+                        label = ",".join(filter(None, parts)) + (" forward and backward" if backward else " forward")
+                        turns, plain = 2 if given.tiny else given.rounds, exactly(how if named else "none")
+                        results[label] = measure(functions, plain, tensors, backward, given.device, turns)
                         print(label, flush=True)
                         for name, row in results[label].items():
                             told = row.get("failed") or f"{row['ms']:9.4f} ms {row['quartiles']}, {row['peak_mib']} MiB"

@@ -308,6 +308,8 @@ def test_results_repeat_bit_for_bit_and_differentiate_again():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_features_weigh_pairs_of_tokens(feature_map, causal, normalize):
+    if causal and feature_map == "performer":
+        pytest.skip("its features are of one row each: test_linear_attention_performer.py")
     q, k, v, *_ = exact(drawn(50, columns=8))
     phi = features.mapped(q, k, feature_map)
     a = phi[0] @ phi[1].mT

@@ -80,7 +80,7 @@ def qkv(make=normal, rows=5, columns=7, heads_kv=4, **how):
     return make(2, 4, rows, 16, **how), *(make(2, heads_kv, columns, 16, **how) for _ in range(2))
 
 
-def linear(make=normal, rows=5, columns=6, decay=True, state=True, norm=False, **how):
+def linear(make=normal, rows=5, columns=6, decay=True, state=True, norm=False, feature_map="none", **how):
     """Keys and queries are positive where outputs are normalized."""
     q, k = (make(2, 3, rows, 8, **how) for _ in range(2))
     if norm:
@@ -88,7 +88,7 @@ def linear(make=normal, rows=5, columns=6, decay=True, state=True, norm=False, *
     v, h = make(2, 3, rows, columns, **how), make(2, 3, 8, columns + norm)
     g = (-make(2, 3, rows).detach().abs()).requires_grad_(q.requires_grad)
     h = h.detach().abs().requires_grad_(q.requires_grad) if norm else h
-    return q, k, v, g if decay else None, h if state else None, 0.3, *((1e-3,) if norm else ())
+    return q, k, v, g if decay else None, h if state else None, feature_map, 0.3, *((1e-3,) if norm else ())
 
 
 def everything(feature_map="elu+1", mask=None, omega=None, **how):
@@ -240,16 +240,19 @@ SAMPLES = {
         "plain": lambda: linear(decay=False, state=False),
         "decays and a state": lambda: linear(),
         "decays of heads": lambda: (
-            *linear()[:3], data(3).neg().abs().neg()[None, :, None].expand(2, 3, 5).requires_grad_(), None, 0.3,
+            *linear()[:3], data(3).neg().abs().neg()[None, :, None].expand(2, 3, 5).requires_grad_(), None, "none", 0.3,
         ),
+        "features": lambda: linear(feature_map="relu"),
         "heads after rows": lambda: linear(order=BSHD, state=False),
         "no rows": lambda: linear(rows=0),
-        "decays alone": lambda: (*linear(data)[:3], linear()[3], linear(data)[4], 0.3),
+        "decays alone": lambda: (*linear(data)[:3], linear()[3], linear(data)[4], "none", 0.3),
         "bf16": lambda: linear(dtype=BF16),
     },
     "linear_attention_fwd": {
         "plain": lambda: linear(norm=True, decay=False, state=False),
         "a state": lambda: linear(norm=True, decay=False),
+        "features": lambda: linear(norm=True, decay=False, feature_map="elu+1"),
+        "features of softmax": lambda: linear(norm=True, feature_map="softmax", dtype=BF16),
         "decays and a state": lambda: linear(norm=True),
         "last axis first": lambda: linear(norm=True, order=TURNED),
         "no rows": lambda: linear(norm=True, rows=0),

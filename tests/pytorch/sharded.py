@@ -79,6 +79,10 @@ def featured(q, k, v):
     return tilebook.linear_attention(q, k, v, feature_map="performer")
 
 
+def ordered(q, k, v):
+    return tilebook.linear_attention(q, k, v, feature_map="performer", causal=True)
+
+
 def padded(q, k, v, mask):
     return attend(q, k, v, mask.detach() > 1, feature_map="performer", causal=False, eps=1e-6)
 
@@ -108,6 +112,7 @@ CASES = {
     "rotation by batch": (rotated, [*ROTATED, ANGLES, ANGLES], [B, B, R, R], B),
     "rotation by batch, with its angles": (rotated, [*ROTATED, (4, 6, 16), (4, 6, 16)], [B] * 4, B),
     "features by heads": (featured, QKV, [H] * 3, H),
+    "features in order, by heads": (ordered, QKV, [H] * 3, H),
     "features by batch, padded": (padded, [*QKV, (4, 6)], [B] * 4, B),
     "norm by rows": (tilebook.rms_norm, [(4, 6, 8), (8,)], [B, R], B),
     "layer norm by rows": (tilebook.layer_norm, [(4, 6, 8), (8,), (8,)], [B, R, R], B),

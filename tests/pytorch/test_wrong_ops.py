@@ -38,10 +38,13 @@ WRONG = {
     "packed: long ends": lambda: OPS.attention_varlen_fwd(*varlen(*PACKED, ENDS[0].long(), ENDS[1].long(), 5, 6)),
     "packed: no length": lambda: OPS.attention_varlen_fwd(*varlen(*PACKED, *ENDS, -1, 6)),
     "decoding: fewer values": lambda: OPS.attention_decode(*decode(Q, K, V[:, :, :3])),
-    "linear: fewer keys": lambda: OPS.gated_linear_attention_fwd(Q, K, Q, None, None, 0.3),
-    "linear: decays in bf16": lambda: OPS.gated_linear_attention_fwd(Q, Q, Q, Q[..., 0].bfloat16(), None, 0.3),
+    "linear: fewer keys": lambda: OPS.gated_linear_attention_fwd(Q, K, Q, None, None, "none", 0.3),
+    "linear: decays in bf16": lambda: OPS.gated_linear_attention_fwd(Q, Q, Q, Q[..., 0].bfloat16(), None, "none", 0.3),
+    "linear: features that no kernel makes": lambda: OPS.gated_linear_attention_fwd(
+        Q, Q, Q, None, None, "performer", 0.3
+    ),
     "linear: a state without its last column": lambda: OPS.linear_attention_fwd(
-        Q, Q, Q, None, data(2, 4, 16, 16), 1.0, 1e-6
+        Q, Q, Q, None, data(2, 4, 16, 16), "none", 1.0, 1e-6
     ),
     "mlp: a narrow layer": lambda: OPS.mlp_fwd(*mlp(X, W1, B1, W2[:, :4], B2)),
     "mlp: an activation that is none": lambda: OPS.mlp_fwd(*mlp(X, W1, B1, W2, B2, "silu")),
@@ -102,10 +105,10 @@ WRONG_BACKWARD = {
     "packed: a short output": lambda: _varlen_bwd(o=PACKED[0][:3]),
     "packed: a short log-sum-exp": lambda: _varlen_bwd(lse=PACKED[0][:3, :, 0].t()),
     "linear: a short gradient": lambda: OPS.gated_linear_attention_bwd(
-        Q[:, :, :3], None, Q, Q, Q, None, None, 0.3, [True] * 5
+        Q[:, :, :3], None, Q, Q, Q, None, None, "none", 0.3, [True] * 5
     ),
     "linear: short divisors": lambda: OPS.linear_attention_bwd(
-        Q, None, Q, Q, Q, None, None, Q, Q[:, :, :3, 0], 1.0, 1e-6, [True] * 5
+        Q, None, Q, Q, Q, None, None, Q, Q[:, :, :3, 0], "none", 1.0, 1e-6, [True] * 5
     ),
     "mlp: z of a narrower layer": lambda: OPS.mlp_bwd(X, X, W1, B1, W2, B2, data(5, 4), "gelu", True, [True] * 5),
     "gate: a short gradient": lambda: OPS.glu_bwd(X[:3], X, X, "silu", [True] * 2),

@@ -11,7 +11,8 @@ from torch import Tensor
 from tilebook.call import way
 from tilebook.kernels import bidirectional
 from tilebook.kernels.bidirectional import features
-from tilebook.kernels.linear_attention import linear_attention
+from tilebook.kernels.bidirectional.form import PERFORMER
+from tilebook.kernels.linear_attention import linear_attention, performed
 from tilebook.nn.attention import MultiheadAttention, of_one_width
 
 
@@ -97,6 +98,13 @@ def attend(
     if not causal and bidirectional.named(feature_map):
         mask = padding.float().masked_fill(hidden, -torch.inf) if numbers else padding
         return bidirectional.attend(way(q, k, v, optional=(mask,)), q, k, v, mask, feature_map, eps)
+    if causal and feature_map == PERFORMER and q.numel():
+        weights = (padding if numbers else torch.zeros_like(padding)).float().masked_fill(hidden, -torch.inf)[:, None]
+        k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
+        return performed(way(q, k, v, optional=(weights,)), q, k, v, True, eps, weights=weights)[0]
+    if causal and not numbers and feature_map in ("elu+1", "relu"):  # which make nothing of −infinity
+        k, v = (x.masked_fill(hidden[:, None, :, None], fill) for x, fill in ((k, -torch.inf), (v, 0.0)))
+        return linear_attention(q, k, v, feature_map=feature_map, causal=True, eps=eps)  # type: ignore[no-any-return]
     if k.shape[2]:  # a feature map may look at all keys: those that are hidden become copies of one that is seen
         first = hidden.to(torch.uint8).argmin(-1)[:, None, None, None].expand(-1, k.shape[1], -1, k.shape[3])
         k = torch.where(hidden[:, None, :, None], k.gather(2, first), k)

@@ -7,12 +7,13 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from tilebook.casting import autocast_on
+from tilebook.kernels.bidirectional.form import FEATURES, SEED
 
 FeatureMap = Callable[[torch.Tensor], torch.Tensor]
 
@@ -162,10 +163,76 @@ def performer(
 
     See `divided`: what is left of that cancels where outputs are normalized.
     """
+    phi_q, phi_k, _ = divided(*_both(q, k, features, seed, scale))
+    return phi_q.to(q.dtype), phi_k.to(k.dtype)
+
+
+def _both(
+    q: torch.Tensor, k: torch.Tensor, features: int, seed: int, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logarithms of the features of q and k, in fp32."""
     omega, factor = directions_for(q, features, seed, scale, torch.float32)
     omega = omega.squeeze(0)  # a trace cannot have [0]
 
     with torch.autocast(q.device.type, enabled=False) if autocast_on(q) else nullcontext():  # they are exponents
         rows, columns = (logarithms(x.float(), omega, factor) for x in (q, k))
-    phi_q, phi_k, _ = divided(rows, columns)
-    return phi_q.to(q.dtype), phi_k.to(k.dtype)
+    return rows, columns
+
+
+_MOST = {torch.float16: 10.0}
+"""Exponents of features of q: what is left of keys' features beside those is nothing anyway. 80 of other dtypes."""
+
+
+class InOrder(NamedTuple):
+    """Performer's features where a token sees those up to it alone.
+
+    decay: log-decays (B, H, S) of a state that is divided by e^`first` before the first token, and by e^`last` behind
+    the last, each (B, H).
+    """
+
+    phi_q: torch.Tensor
+    phi_k: torch.Tensor
+    decay: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+
+
+def in_order(
+    q: torch.Tensor, k: torch.Tensor, *, begins: torch.Tensor | None = None, weights: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
+) -> InOrder:  # fmt: skip
+    """`performer`, with nothing in a token's features or divisors of those that come after it.
+
+    All that is known is divided by e^r, the largest feature so far, which grows from token to token: log-decays are
+    r_{t−1} − r_t. A row of q is multiplied by it again and divided by the largest of its weights, whose sum so is at
+    least 1.
+
+    Args:
+        begins: (B, H, S), where sequences begin, of which each has an r of its own.
+        weights: logarithms of what keys count for, (B, 1, S); −infinity of hidden ones.
+        known: of the sum z of features of earlier tokens the logarithm (B, H, F).
+    """
+    rows, columns = _both(q, k, FEATURES, SEED, None)
+    if weights is not None:
+        columns = columns + weights[..., None]
+    top = _so_far(columns.detach(), begins)
+    if known is not None:
+        top = torch.maximum(top, known[:, :, None])
+    r = _finite(top.amax(-1))
+    most = _finite((rows.detach() + top).amax(-1))
+    phi_q = (rows + (r - most)[..., None]).clamp(max=_MOST.get(q.dtype, 80.0)).exp()
+    phi_k = (columns - r[..., None]).exp()
+    first = r[..., 0] if known is None else _finite(known.amax(-1))
+    decay = (torch.cat((first[..., None], r[..., :-1]), -1) - r).clamp(max=0)
+    if begins is not None:
+        decay = decay.masked_fill(begins, -torch.inf)
+    return InOrder(phi_q.to(q.dtype), phi_k.to(k.dtype), decay, first, r[..., -1])
+
+
+def _so_far(x: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor:
+    """The largest of each feature of the tokens up to each, of its own sequence: x (B, H, S, F)."""
+    if begins is None:
+        return x.cummax(2).values
+    # Later sequences are lifted above earlier ones, and fp64 has room for both.
+    lifted = begins.cumsum(-1, dtype=torch.float64)[..., None] * 2.0**24
+    return ((x.double() + lifted).cummax(2).values - lifted).to(x.dtype)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 PERFORMER = "performer"
-MAPS = ("elu+1", "relu", "softmax", PERFORMER, "none")
+MAPPED = ("elu+1", "relu", "softmax")
+"""Made of each row alone, as many features as it has numbers."""
+
+MAPS = (*MAPPED, PERFORMER, "none")
 
 FEATURES = 64
 """Of Performer, as its study had them."""

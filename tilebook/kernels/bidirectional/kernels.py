@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from tilebook.kernels.bidirectional.form import HIDDEN
-from tilebook.kernels.bidirectional.tiles import dot, factored, put
+from tilebook.kernels.bidirectional.tiles import dot, factored, load, mapped, pulled_back, put
 
 _HIDDEN = tl.constexpr(HIDDEN)
 _FP16_MOST = tl.constexpr(65504.0)
@@ -45,26 +45,6 @@ def _whose(heads, tile, APART: tl.constexpr):
     program = tl.program_id(0)
     pair = program // tiles
     return program % tiles * tile.BLOCK_V, pair % heads, pair // heads, pair
-
-
-@triton.jit
-def _load(
-    x, batch, head, token, n, column, CHUNK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    TURNED: tl.constexpr,
-):  # fmt: skip
-    """Tokens `token` … of x, [CHUNK, BLOCK], or where TURNED [BLOCK, CHUNK]; zeros where there are none."""
-    base = x.source + batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h + token.to(tl.int64) * x.s
-    r, c = tl.arange(0, CHUNK), column + tl.arange(0, BLOCK)
-    if TURNED:
-        at, inside = base + (c[:, None] + r[None, :] * x.s), (r < n - token)[None, :]
-        if WIDTH % BLOCK != 0:
-            inside = inside & (c < WIDTH)[:, None]
-    else:
-        at, inside = base + (r[:, None] * x.s + c[None, :]), (r < n - token)[:, None]
-        if WIDTH % BLOCK != 0:
-            inside = inside & (c < WIDTH)[None, :]
-    found = tl.load(at, mask=inside, other=0.0)
-    return found
 
 
 @triton.jit
@@ -124,26 +104,6 @@ def _finite(x):
 
 
 @triton.jit
-def _mapped(x, tile, TURNED: tl.constexpr):
-    """φ in fp32, of all maps but Performer's. Columns that are none are 0."""
-    x = x.to(tl.float32)
-    axis: tl.constexpr = 0 if TURNED else 1
-    d = tl.arange(0, tile.WIDE)
-    there = d[:, None] < tile.D if TURNED else d[None, :] < tile.D
-    if tile.MAP == "elu+1":
-        x = tl.where(there, tl.where(x > 0, x + 1, tl.exp(tl.where(x > 0, 0.0, x))), 0.0)
-    elif tile.MAP == "relu":
-        x = tl.where(x < 0, 0.0, x)  # a maximum would lose NaN
-    elif tile.MAP == "softmax":
-        x = tl.where(there, x, -float("inf"))
-        top = tl.max(x, axis)
-        x = tl.exp(x - (top[None, :] if TURNED else top[:, None]))
-        total = tl.sum(x, axis)
-        x = x / (total[None, :] if TURNED else total[:, None])
-    return x
-
-
-@triton.jit
 def _of_query(x, omega, scale, top, tile, TURNED: tl.constexpr):
     """φ(q) in fp32: [CHUNK, WIDE_F], or where TURNED the other way round."""
     if tile.MAP == "performer":
@@ -153,7 +113,7 @@ def _of_query(x, omega, scale, top, tile, TURNED: tl.constexpr):
         most = _finite(tl.max(found, axis))
         found = tl.exp(found - (most[None, :] if TURNED else most[:, None]))
     else:
-        found = _mapped(x, tile, TURNED)
+        found = mapped(x, tile, TURNED)
     return found
 
 
@@ -163,7 +123,7 @@ def _of_key(x, omega, scale, weight, top, tile):
     if tile.MAP == "performer":
         found = tl.exp(_logarithms(x, omega, scale, tile, False) + weight[:, None] - _finite(top)[None, :])
     else:
-        found = _mapped(x, tile, False) * tl.exp(weight)[:, None]
+        found = mapped(x, tile, False) * tl.exp(weight)[:, None]
     return found
 
 
@@ -222,8 +182,8 @@ def gather_kernel(
             top -= float("inf")
     for chunk in tl.range(part * walk, tl.minimum(part * walk + walk, chunks)):
         token = chunk * tile.CHUNK
-        rows = _load(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, True)
-        values = _load(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
+        rows = load(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, True)
+        values = load(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
         some = 1.0
         if QUERIES:
             at, inside = pair.to(tl.int64) * n + token + r, r < n - token
@@ -244,7 +204,7 @@ def gather_kernel(
                 state, z, top = state * kept[:, None], z * kept, more
                 features = tl.exp(found - _finite(more)[:, None])
             else:
-                features = _mapped(rows, tile, True) * tl.exp(weight)[None, :]
+                features = mapped(rows, tile, True) * tl.exp(weight)[None, :]
                 if mask is not None:
                     features = tl.where(weight[None, :] == -float("inf"), 0.0, features)
         factor = features.to(values.dtype)
@@ -290,7 +250,7 @@ def read_kernel(q, omega, state, o, den, heads, n, scale, eps, tile):
     column, head, batch, pair = _whose(heads, tile, True)
     token, r = tl.program_id(1) * tile.CHUNK, tl.arange(0, tile.CHUNK)
     whole = _place(state, pair, 0, 1, tile)
-    rows = _load(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
+    rows = load(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
     factor = _of_query(rows, omega, scale, _read(whole, tile.V + 1, tile), tile, False).to(rows.dtype)
     columns, room = factored(_columns(whole, column, tile), rows)
     weight = tl.sum(factor.to(tl.float32) * _read(whole, tile.V, tile)[None, :], 1)
@@ -303,7 +263,6 @@ def read_kernel(q, omega, state, o, den, heads, n, scale, eps, tile):
 @triton.jit
 def _through(rows, features, gradient, omega, scale, tile):
     """The gradient of rows, of that of their features, which were counted for what they count for."""
-    x = rows.to(tl.float32)
     if tile.MAP == "performer":
         change = gradient * features
         high = change.to(rows.dtype)
@@ -312,16 +271,9 @@ def _through(rows, features, gradient, omega, scale, tile):
         if not tile.EXACT:
             found += dot((change - high.to(tl.float32)).to(rows.dtype), directions, tile)
             found += dot(high, _omega(omega, 1, tile, True), tile)
-        found -= x * (tl.sum(change, 1) * scale)[:, None]
-    elif tile.MAP == "elu+1":
-        found = gradient * tl.exp(tl.where(x > 0, 0.0, x))
-    elif tile.MAP == "relu":
-        found = tl.where(x <= 0, 0.0, gradient)
-    elif tile.MAP == "softmax":
-        share = _mapped(rows, tile, False)
-        found = share * (gradient - tl.sum(share * gradient, 1)[:, None])
+        found -= rows.to(tl.float32) * (tl.sum(change, 1) * scale)[:, None]
     else:
-        found = gradient
+        found = pulled_back(mapped(rows, tile, False), gradient, tile, False)
     return found
 
 
@@ -356,7 +308,7 @@ def spread_kernel(
     token, r = tl.program_id(1) * tile.CHUNK, tl.arange(0, tile.CHUNK)
     at, inside = pair.to(tl.int64) * n + token + r, r < n - token
     whole, above = _place(state, pair, 0, 1, tile), _place(grads, pair, 0, 1, tile)
-    rows = _load(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
+    rows = load(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
     top = _read(whole, tile.V + 1, tile)
     divisor, weight = tl.full([tile.CHUNK], 1.0, tl.float32), tl.zeros([tile.CHUNK], tl.float32)
     if QUERIES:
@@ -370,10 +322,10 @@ def spread_kernel(
     gradient = tl.zeros([tile.CHUNK, tile.WIDE_F], tl.float32)
     more = tl.zeros([tile.CHUNK], tl.float32)
     for column in tl.range(0, tile.V, tile.BLOCK_V):
-        values = _load(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
+        values = load(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
         columns, room = factored(_columns(whole if QUERIES else above, column, tile), rows)
         if QUERIES:
-            outputs = _load(o, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
+            outputs = load(o, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
             more -= tl.sum(values.to(tl.float32) * outputs.to(tl.float32), 1)
             values = _divided(values, divisor, room)
         else:

@@ -20,6 +20,7 @@ from tilebook.kernels.attention.check import multiplier
 from tilebook.kernels.bidirectional import features
 from tilebook.kernels.bidirectional.check import check_alike
 from tilebook.kernels.bidirectional.features import check_rows
+from tilebook.kernels.bidirectional.form import FEATURES, MAPPED, PERFORMER
 from tilebook.kernels.linear_attention.check import check, check_step
 from tilebook.kernels.linear_attention.entry import GATED, NORMALIZED, arguments, registered
 from tilebook.kernels.linear_attention.pytorch import step
@@ -78,7 +79,7 @@ def gated_linear_attention(
             log_decay = log_decay[None, :, None].expand(q.shape[:3])
     if cu_seqlens is not None:
         log_decay = _packed(q, log_decay, cu_seqlens, initial_state is not None or return_state)
-    o, state = _causal(route, GATED, (q, k, v, log_decay, _wide(initial_state, q)), (multiplier(scale, q),))
+    o, state = _causal(route, GATED, (q, k, v, log_decay, _wide(initial_state, q)), ("none", multiplier(scale, q)))
     return (o, state) if return_state else o
 
 
@@ -117,9 +118,10 @@ def linear_attention(
         o (B, H, S, V), in the dtype of v, differentiable in q, k, v and initial_state, as the state is.
 
     Causal, the kernels of `gated_linear_attention` run, with the division in them. Not causal, with a map that has a
-    name, normalized and without states, kernels run that make features of rows where they read them, so that features
-    never reach memory; Performer's are divided by the largest that each of them has over all keys. Else it is two
-    products of PyTorch's; keys are divided by their number there, so that fp16 does not overflow.
+    name, normalized and without states, others do. Both make features of rows where they read them, so that features
+    never reach memory, but for causal Performer and functions, whose are made before. Performer's are divided by the
+    largest that each of them has over all keys; causal, by the largest so far. Else it is two products of PyTorch's;
+    keys are divided by their number there, so that fp16 does not overflow.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, or a feature map of no known name.
@@ -138,16 +140,27 @@ def linear_attention(
     route = way(q, k, v, optional=(initial_state, cu_seqlens))
     if not causal and normalize and initial_state is None and not return_state and bidirectional.named(feature_map):
         return bidirectional.attend(route, q, k, v, None, feature_map, eps)
-    q, k = features.mapped(q, k, feature_map)
+    if causal and type(feature_map) is str and feature_map == PERFORMER and q.numel():
+        check_rows(q, k)
+        begins = None
+        if cu_seqlens is not None:
+            begins = _packed(q, None, cu_seqlens, initial_state is not None or return_state) == -torch.inf
+        o, state = performed(route, q, k, v, bool(normalize), eps, begins=begins, state=_wide(initial_state, q))
+        return (o, state) if return_state else o
+    name = feature_map if causal and type(feature_map) is str and feature_map in MAPPED else "none"
+    if name == "none":
+        q, k = features.mapped(q, k, feature_map)
+    else:
+        check_rows(q, k)
     state, starts = _wide(initial_state, q), None
     if cu_seqlens is not None:
         starts = _packed(q, None, cu_seqlens, initial_state is not None or return_state)
     if not causal:
         o, state = _everything(q, k, v, state, bool(normalize), eps)
     elif normalize:
-        o, state = _causal(route, NORMALIZED, (q, k, v, starts, state), (1.0, eps))
+        o, state = _causal(route, NORMALIZED, (q, k, v, starts, state), (name, 1.0, eps))
     else:
-        o, state = _causal(route, GATED, (q, k, v, starts, state), (1.0,))
+        o, state = _causal(route, GATED, (q, k, v, starts, state), (name, 1.0))
     return (o, state) if return_state else o
 
 
@@ -181,6 +194,27 @@ def linear_attention_step(
     return step(q, k, v, _wide(state, q), log_decay, multiplier(scale, q))
 
 
+def performed(
+    route: Way, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, normalize: bool, eps: float, *,
+    begins: torch.Tensor | None = None, weights: torch.Tensor | None = None, state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(o, state) of causal Performer. begins, weights: as `features.in_order` has them. States are of features that
+    nothing divides."""
+    check(q, k, q, None, None, False)
+    known = None
+    if state is not None:
+        made_of = q.new_empty(*q.shape[:3], FEATURES)
+        check(made_of, made_of, v, None, state, normalize)
+        known = (state[..., -1] if normalize else state.abs().amax(-1)).detach().log()
+    made = features.in_order(q, k, begins=begins, weights=weights, known=known)
+    if state is not None:
+        state = state * (-made.first).exp()[..., None, None]
+    tensors = made.phi_q, made.phi_k, v, _wide(made.decay, q), state
+    entry, options = (NORMALIZED, ("none", 1.0, eps)) if normalize else (GATED, ("none", 1.0))
+    o, last = _causal(route, entry, tensors, options)
+    return o, last * made.last.exp()[..., None, None]
+
+
 def _packed(q: torch.Tensor, log_decay: torch.Tensor | None, ends: torch.Tensor, states: bool) -> torch.Tensor:
     """Log-decays that forget all at the beginning of every sequence. Raises ValueError."""
     if states:
@@ -204,19 +238,20 @@ def _wide(x: torch.Tensor | None, q: torch.Tensor) -> Any:
     return x if x is None else x.to(torch.promote_types(q.dtype, torch.float32))
 
 
-def _causal(route: Way, entry: Entry, tensors: tuple[Any, ...], options: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
+def _causal(route: Way, entry: Entry, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     """(o, state) by what serves the call."""
     tensors = *autocast(*tensors[:3]), *tensors[3:]
-    entry.check(tensors, options)
-    if route == "pytorch":
-        return entry.plain(tensors, options)  # type: ignore[no-any-return]
-    if route == "op":
-        return entry.through(tensors, options)[:2]
-    args = arguments(tensors, options)
-    if not tensors[2].numel():
-        return entry.plain(tensors, options)  # type: ignore[no-any-return]
-    forward = registered()[0]
-    choice = dispatch.known(forward, args) or dispatch.lookup(forward, args)
+    args = choice = None
+    if route == "direct" and all(x.ndim == 4 and x.numel() for x in tensors[:3]):
+        args = arguments(tensors, options)
+        choice = dispatch.known(registered()[0], args)
+    if choice is None:  # a call like one before is not checked again
+        entry.check(tensors, options)
+        if route == "op":
+            return entry.through(tensors, options)[:2]
+        if args is None:
+            return entry.plain(tensors, options)  # type: ignore[no-any-return]
+        choice = dispatch.lookup(registered()[0], args)
     if native(choice, tensors):
         choice.calls += 1
         return entry.plain(tensors, options)  # type: ignore[no-any-return]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tilebook.kernels.bidirectional.form import MAPPED
+
 
 def check(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor | None, state: torch.Tensor | None,
@@ -25,6 +27,12 @@ def check(
             raise ValueError(f"{name} must be fp32 of shape {tuple(shape)}; got {x.dtype} {tuple(x.shape)}")
     if any(x is not None and x.device != q.device for x in (k, v, log_decay, state)):
         raise ValueError("all tensors must be on one device")
+
+
+def check_map(name: str) -> None:
+    """Raises ValueError for a feature map that kernels do not have."""
+    if name not in ("none", *MAPPED):
+        raise ValueError(f"feature_map must be none, {', '.join(MAPPED[:-1])} or {MAPPED[-1]}, not {name!r}")
 
 
 def check_step(

@@ -2,6 +2,8 @@
 
 Two ops are made of one family: of the normalized one more is kept, and its gradients are those of the other, with a
 column of v that is 1 throughout. o = n / m, m = den + eps, makes dn = do / m, and dden = −(do · o) / m.
+
+Options are a feature map that kernels have, a scale, and of the normalized op what is added to divisors.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import torch
 from tilebook import dispatch
 from tilebook.call import Entry, Tensors
 from tilebook.kernels.attention.layout import like
-from tilebook.kernels.linear_attention.check import check
+from tilebook.kernels.linear_attention.check import check, check_map
 from tilebook.kernels.linear_attention.layout import new_state
 from tilebook.kernels.linear_attention.pytorch import plain
 from tilebook.layout import rows
+
+Options = tuple[Any, ...]
 
 
 @functools.cache
@@ -29,34 +33,40 @@ def registered() -> tuple[Any, Any]:
     return linear_attention_fwd, linear_attention_bwd
 
 
-def arguments(tensors: Tensors, options: tuple[float, ...]) -> tuple[Any, ...]:
-    """The forward op's, of an entry's tensors and options: a scale, and what is added to divisors if there are any."""
-    q, k, v, *more = tensors
-    given, normalize = [rows(x) for x in (q, k, v) if x is not None], len(options) == 2
-    return *given, *more, options[0], normalize, options[1] if normalize else 0.0
+def arguments(tensors: Tensors, options: Options) -> tuple[Any, ...]:
+    """The forward op's, of an entry's tensors and options."""
+    (q, k, v, *more), (feature_map, scale, *eps) = tensors, options
+    given = [rows(x) for x in (q, k, v) if x is not None]
+    return *given, *more, scale, bool(eps), eps[0] if eps else 0.0, feature_map
 
 
-def _check(tensors: Tensors, options: tuple[float, ...]) -> None:
+def _check(tensors: Tensors, options: Options) -> None:
     q, k, v, g, state = tensors
-    check(q, k, v, g, state, len(options) == 2)  # type: ignore[arg-type]
+    check(q, k, v, g, state, _normalized(options))  # type: ignore[arg-type]
+    check_map(options[0])
 
 
-def _forward(choice: Any, tensors: Tensors, options: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
+def _normalized(options: Options) -> bool:
+    return len(options) == 3
+
+
+def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
     args = arguments(tensors, options)
     if not args[2].numel():
         o, state = plain(args[:5], args[5:])
         outputs: tuple[torch.Tensor, ...] = o, state, o.new_empty(o.shape[:3], dtype=torch.float32)
     else:
         outputs = (dispatch.lookup(registered()[0], args) if choice is None else choice)(*args)
-    return outputs[: 1 + len(options)]
+    return outputs[: 2 + _normalized(options)]
 
 
 def _gradients(
     do: torch.Tensor, dstate: torch.Tensor | None, tensors: Tensors, weight: torch.Tensor | None, scale: float,
-    decayed: bool,
+    decayed: bool, feature_map: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     q, k, v, g, state = tensors
-    args = rows(do), dstate, *(rows(x) for x in (q, k, v) if x is not None), g, state, weight, scale, decayed
+    given = (rows(x) for x in (q, k, v) if x is not None)
+    args = rows(do), dstate, *given, g, state, weight, scale, decayed, feature_map
     if not do.numel():
         nothing = do.new_empty(0, dtype=torch.float32)
         grads = [nothing if x is None else torch.zeros_like(x) for x in tensors]
@@ -69,18 +79,19 @@ def _needed(grads: Sequence[torch.Tensor], needs: Sequence[bool]) -> Tensors:
 
 
 def _backward(
-    do: torch.Tensor | None, dstate: torch.Tensor | None, tensors: Tensors, kept: Tensors, options: tuple[float],
+    do: torch.Tensor | None, dstate: torch.Tensor | None, tensors: Tensors, kept: Tensors, options: Options,
     needs: Sequence[bool],
 ) -> Tensors:  # fmt: skip
+    feature_map, scale = options
     do = torch.zeros_like(tensors[2]) if do is None else do  # type: ignore[arg-type]
-    return _needed(_gradients(do, dstate, tensors, None, *options, bool(needs[3])), needs)
+    return _needed(_gradients(do, dstate, tensors, None, scale, bool(needs[3]), feature_map), needs)
 
 
 def _backward_of_quotient(
-    do: torch.Tensor | None, dstate: torch.Tensor | None, tensors: Tensors, kept: Tensors, options: tuple[float, float],
+    do: torch.Tensor | None, dstate: torch.Tensor | None, tensors: Tensors, kept: Tensors, options: Options,
     needs: Sequence[bool],
 ) -> Tensors:  # fmt: skip
-    (scale, eps), (o, den) = options, kept
+    (feature_map, scale, eps), (o, den) = options, kept
     assert o is not None
     assert den is not None
     do = torch.zeros_like(o) if do is None else do
@@ -89,14 +100,14 @@ def _backward_of_quotient(
     part = room / (den + eps)
     weight = -(do.float() * o.float()).sum(-1) * part
     above = (do.float() * part[..., None]).to(o.dtype)
-    return _needed(_gradients(above, dstate, tensors, weight, scale / room, bool(needs[3])), needs)
+    return _needed(_gradients(above, dstate, tensors, weight, scale / room, bool(needs[3]), feature_map), needs)
 
 
 def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
     q, _, v, *_ = tensors
     assert q is not None
     assert v is not None
-    normalize = len(options) == 2
+    normalize = _normalized(options)
     outputs = like(v), new_state(q, v, normalize), q.new_empty(q.shape[:3], dtype=torch.float32)
     return outputs if normalize else outputs[:2]
 
@@ -111,7 +122,7 @@ def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
 
 def _entry(name: str, options: tuple[str, ...], kept: tuple[int, ...], **how: Any) -> Entry:
     tensors = ("q", "k", "v", "log_decay?", "initial_state?")
-    outputs = ("o", "state", "den")[: 1 + len(options)]
+    outputs = ("o", "state", "den")[: 2 + _normalized(options)]
     everything = *(each.rstrip("?") for each in tensors), *outputs
     return Entry(
         name=name,
@@ -134,13 +145,13 @@ def _entry(name: str, options: tuple[str, ...], kept: tuple[int, ...], **how: An
 
 GATED = _entry(
     "gated_linear_attention",
-    ("float scale",),
+    ("str feature_map", "float scale"),
     (),
     backward=_backward,
 )
 NORMALIZED = _entry(
     "linear_attention",
-    ("float scale", "float eps"),
+    ("str feature_map", "float scale", "float eps"),
     (0, 2),
     backward=_backward_of_quotient,
 )

@@ -28,9 +28,9 @@ def _installed() -> bool:
 
 
 def supports(problem: LinearAttention) -> bool:
-    """Its normalized form is made of other functions around these."""
+    """Its normalized form and features are made of other functions around these."""
     widths = problem.head_dim, problem.value_dim
-    usual = all(width in (16, 32, 64, 128, 256) for width in widths)
+    usual = all(width in (16, 32, 64, 128, 256) for width in widths) and problem.feature_map == "none"
     return usual and not problem.normalized and problem.tokens * problem.head_dim > LEAST_NUMBERS
 
 
@@ -45,7 +45,7 @@ def _back(x: Any) -> torch.Tensor:
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, state: torch.Tensor | None,
-    scale: float, normalize: bool, eps: float,
+    scale: float, normalize: bool, eps: float, feature_map: str = "none",
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     chunk_simple_gla = import_module("fla.ops.simple_gla").chunk_simple_gla
     decays = None if g is None else _turned(g.clamp(min=LEAST))
@@ -60,6 +60,7 @@ def forward(
 def backward(
     do: torch.Tensor, dstate: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     g: torch.Tensor | None, state: torch.Tensor | None, weight: torch.Tensor | None, scale: float, decayed: bool,
+    feature_map: str = "none",
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     run = import_module("fla.ops.simple_gla.chunk").chunk_simple_gla_bwd
     chunk_local_cumsum = import_module("fla.ops.utils").chunk_local_cumsum

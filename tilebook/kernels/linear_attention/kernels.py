@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tilebook.kernels.bidirectional.tiles import dot, factored, put
+from tilebook.kernels.bidirectional.tiles import dot, factored, load, mapped, pulled_back, put
 
 LEAST = tl.constexpr(-100.0)
 """Log-decays below count as this: exp of it is nothing in fp32, and sums of it still tell neighbours apart."""
@@ -50,19 +50,14 @@ class Tile(NamedTuple):
     NORM: Any
     EXACT: Any
     APART: Any
+    MAP: Any
 
 
 @triton.jit
-def _rows(x, batch, head, token, n, column, CHUNK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens `token` … of x, columns `column` … `column + BLOCK` of them; zeros where there are none."""
-    base = x.source + batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h + token.to(tl.int64) * x.s
-    r, c = tl.arange(0, CHUNK), column + tl.arange(0, BLOCK)
-    at = base + (r[:, None] * x.s + c[None, :])
-    if WIDTH % BLOCK == 0:
-        found = tl.load(at, mask=r[:, None] < n - token, other=0.0)
-    else:
-        found = tl.load(at, mask=(r[:, None] < n - token) & (c[None, :] < WIDTH), other=0.0)
-    return found
+def _features(x, token, n, tile):
+    """φ of the rows of x. 0 of what is no token: without that Triton makes features anew for each product of them."""
+    r = tl.arange(0, tile.CHUNK)
+    return tl.where((r < n - token)[:, None], mapped(x, tile, False), 0.0).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_s", "heads", "n"])
@@ -168,8 +163,8 @@ def _store_state(states, state, z, batch, head, place, column, tile):
 
 
 @triton.jit
-def _grow(state, z, x, y, weight, factor, last, n, tile):
-    """The state behind a chunk: exp(last) · state + xᵀ (factor · y), and z likewise of x alone, times `weight`."""
+def _grow(state, z, x, y, more, factor, last, n, tile):
+    """The state behind a chunk: exp(last) · state + xᵀ (factor · y), and exp(last) · z + `more`."""
     if tile.DECAY:
         kept = tl.exp(last)
         state, z = state * kept, z * kept
@@ -180,7 +175,7 @@ def _grow(state, z, x, y, weight, factor, last, n, tile):
     else:
         state += dot(tl.trans(x), (y * factor[:, None]).to(x.dtype), tile)
     if tile.NORM:
-        z += tl.sum(x.to(tl.float32) * (factor * weight)[:, None], 0)
+        z += more
     return state, z
 
 
@@ -216,14 +211,18 @@ def states_kernel(
             at_edge = chunk % every == 0
             if at_edge:
                 _store_state(out, state, z, batch, head, chunk // every, column, tile)
-        rows = _rows(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-        values = _rows(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        rows = load(x, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
+        values = load(y, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
         c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
-        some = 1.0
-        if weight is not None:
-            some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
-        factor = tl.exp(c) * scale if REVERSE else tl.exp(rest)
-        state, z = _grow(state, z, rows, values, some, factor, last, n, tile)
+        factor, more = tl.exp(c) * scale if REVERSE else tl.exp(rest), 0.0
+        if tile.MAP != "none":
+            rows = _features(rows, token, n, tile)
+        if tile.NORM:
+            some = 1.0
+            if weight is not None:
+                some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
+            more = tl.sum(rows.to(tl.float32) * (factor * some)[:, None], 0)
+        state, z = _grow(state, z, rows, values, more, factor, last, n, tile)
         total += last
     if not STORE:
         _store_state(out, state, z, batch, head, part, column, tile)
@@ -275,22 +274,34 @@ def forward_kernel(
         state = state.to(tl.float32)
     for chunk in tl.range(first, end):
         token = chunk * tile.CHUNK
-        queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-        keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-        values = _rows(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        queries = load(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
+        keys = load(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
+        values = load(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
+        if tile.MAP != "none":
+            queries = _features(queries, token, n, tile)
         c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
+        known, more = 0.0, 0.0
+        if tile.NORM:  # before the products, so that no rows wait for their end in registers
+            known = tl.sum(queries.to(tl.float32) * z[None, :], 1) * tl.exp(c)
         within, factor = tl.exp(c), factored(state, queries)
         acc = dot(queries, factor[0], tile) * (within * factor[1])[:, None]
-        a = dot(queries, tl.trans(keys), tile) * _seen(c, tile, False)
+        if tile.MAP != "none":
+            keys = _features(keys, token, n, tile)
+        if tile.NORM:
+            more = tl.sum(keys.to(tl.float32) * tl.exp(rest)[:, None], 0)
+        if tile.MAP != "none" and not tile.DECAY:
+            a = tl.where(r[:, None] >= r[None, :], dot(queries, tl.trans(keys), tile), 0.0)
+        else:
+            a = dot(queries, tl.trans(keys), tile) * _seen(c, tile, False)
         acc += dot(a.to(values.dtype), values, tile)
         if tile.NORM:
-            weight = (tl.sum(a, 1) + tl.sum(queries.to(tl.float32) * z[None, :], 1) * within) * scale
+            weight = (tl.sum(a, 1) + known) * scale
             acc = acc / (weight + eps)[:, None]
             if column == 0:
                 tl.store(den + pair.to(tl.int64) * n + token + r, weight, mask=r < n - token)
         put(o, acc * scale, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
         if not ONE:
-            state, z = _grow(state, z, keys, values, 1.0, tl.exp(rest), last, n, tile)
+            state, z = _grow(state, z, keys, values, more, tl.exp(rest), last, n, tile)
     if final.source is not None:
         _store_state(final, state, z, batch, head, part, column, tile)
 
@@ -329,8 +340,10 @@ def backward_kernel(
     head, batch, token = pair % heads, pair // heads, chunk * tile.CHUNK
     c, rest, last = _decays(g, rests, batch, head, g_b, g_h, g_s, token, n, tile)
     within, behind = tl.exp(c) * scale, tl.exp(rest)
-    queries = _rows(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-    keys = _rows(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    queries = load(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
+    keys = load(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
+    if tile.MAP != "none":
+        queries, keys = _features(queries, token, n, tile), _features(keys, token, n, tile)
     # Weights of pairs stand the other way round, [j, i], and so does what dq is added up in, [D, i]: on Hopper Triton
     # 3.4 to 3.7.0 makes wrong numbers of products with a factor that is another product, transposed.
     s = (dot(keys, tl.trans(queries), tile) * (_seen(c, tile, True) * scale)).to(queries.dtype)
@@ -339,8 +352,8 @@ def backward_kernel(
     outward = tl.zeros([tile.CHUNK, tile.WIDE], tl.float32)
     through = tl.zeros([tile.WIDE], tl.float32)
     for column in tl.range(0, tile.V, tile.BLOCK_V):
-        values = _rows(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        above = _rows(do, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        values = load(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
+        above = load(do, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V, False)
         state = _load_state(states, batch, head, chunk, column, tile)
         grad = _load_state(grads, batch, head, chunk, column, tile)
         if DECAYED:
@@ -367,6 +380,10 @@ def backward_kernel(
         tl.store(dg + pair.to(tl.int64) * n + token + r, found, mask=r < n - token)
     ds = (a * (_seen(c, tile, True) * scale)).to(keys.dtype)
     outward += dot(ds, queries, tile)
+    if tile.MAP != "none":
+        outward = pulled_back(keys, outward, tile, False)
     put(dk, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
     inter += dot(tl.trans(keys), ds, tile)
+    if tile.MAP != "none":
+        inter = pulled_back(tl.trans(queries), inter, tile, True)
     put(dq, tl.trans(inter), batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)

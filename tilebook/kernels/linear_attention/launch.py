@@ -54,7 +54,9 @@ def _nothing(q: torch.Tensor) -> torch.Tensor:
 class _Call:
     """What all kernels of one call are told."""
 
-    def __init__(self, q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, norm: bool, config: Config) -> None:
+    def __init__(
+        self, q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, norm: bool, feature_map: str, config: Config
+    ) -> None:
         self.q, self.config, self.g = q, config, q if g is None else g
         self.rests: torch.Tensor | None = None
         self.batch, self.heads, self.n, self.width = q.shape
@@ -62,7 +64,9 @@ class _Call:
         self.chunks = triton.cdiv(self.n, self.chunk)
         self.size = (self.columns + norm) * self.width
         apart = not q.is_cpu and since_blackwell(devices.current(q.device.index or 0))
-        self.constants = {"DECAY": g is not None, "NORM": norm, "EXACT": q.dtype == torch.float32, "APART": apart}
+        self.constants = {
+            "DECAY": g is not None, "NORM": norm, "EXACT": q.dtype == torch.float32, "APART": apart, "MAP": feature_map,
+        }  # fmt: skip
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -130,10 +134,10 @@ class _Call:
 
 def linear_attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, state: torch.Tensor | None,
-    scale: float, normalize: bool, eps: float, *, config: Config,
+    scale: float, normalize: bool, eps: float, feature_map: str = "none", *, config: Config,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     q, k, v = addressable(q), addressable(k), addressable(v)
-    call = _Call(q, v, g, normalize, config)
+    call = _Call(q, v, g, normalize, feature_map, config)
     o, final = like(v), new_state(q, v, normalize)
     den = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if normalize else _nothing(q)
     walk, long = walks(call.chunks, config)
@@ -151,11 +155,11 @@ def linear_attention_fwd(
 def linear_attention_bwd(
     do: torch.Tensor, dstate: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     g: torch.Tensor | None, state: torch.Tensor | None, weight: torch.Tensor | None, scale: float, decayed: bool,
-    *, config: Config,
+    feature_map: str = "none", *, config: Config,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
     norm = weight is not None
-    call, nothing = _Call(q, v, g, norm, config), _nothing(q)
+    call, nothing = _Call(q, v, g, norm, feature_map, config), _nothing(q)
     call.sum_decays()
     dq, dk, dv = like(q), like(k), like(v)
     dg = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if decayed else nothing

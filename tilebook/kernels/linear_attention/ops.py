@@ -19,21 +19,22 @@ HOST_BOUND = 1 << 22
 @op.define("linear_attention_fwd", Problem)
 def linear_attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, state: torch.Tensor | None,
-    scale: float, normalize: bool, eps: float,
+    scale: float, normalize: bool, eps: float, feature_map: str = "none",
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """q and k (B, H, S, D), v (B, H, S, V), g (B, H, S), state (B, H, D, V) or, normalized, (B, H, D, V + 1) → o in
-    the shape of v, the last state, and the divisors (B, H, S).
+    the shape of v, the last state, and the divisors (B, H, S). q and k count as what `feature_map` makes of them.
     """
-    return _each(chunked, (q, k, v, g, state), (scale, normalize, eps))
+    return _each(chunked, (q, k, v, g, state), (scale, normalize, eps, feature_map))
 
 
 @op.define("linear_attention_bwd", BackwardProblem, direction="bwd")
 def linear_attention_bwd(
     do: torch.Tensor, dstate: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     g: torch.Tensor | None, state: torch.Tensor | None, weight: torch.Tensor | None, scale: float, decayed: bool,
+    feature_map: str = "none",
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """→ dq, dk, dv, and dg and the gradient of `state`, nothing where they are not there or not wanted."""
-    return _each(gradients, (do, dstate, q, k, v, g, state, weight), (scale, decayed))
+    return _each(gradients, (do, dstate, q, k, v, g, state, weight), (scale, decayed, feature_map))
 
 
 def _each(function: Any, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:

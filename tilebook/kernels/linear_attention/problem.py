@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from tilebook import bounds, op
+from tilebook.kernels.bidirectional.form import MAPPED
 from tilebook.op import Cost
 from tilebook.problem import next_power_of_2
 
@@ -21,7 +22,7 @@ class LinearAttention(op.Problem):
     """q and k (B, H, S, D), v (B, H, S, V).
 
     decay: log-decays (B, H, S). initial: there is a state before the first token, or a gradient of the last.
-    normalized: outputs are divided by their weights.
+    normalized: outputs are divided by their weights. feature_map: what is made of q and k first.
     """
 
     EXACT: ClassVar[frozenset[str]] = frozenset({"head_dim", "value_dim"})
@@ -37,11 +38,15 @@ class LinearAttention(op.Problem):
     decay: bool = op.flag()
     initial: bool = op.flag()
     normalized: bool = op.flag()
+    feature_map: str = op.choice("none", *MAPPED, elided=True)
 
     @classmethod
-    def posed(cls, q: torch.Tensor, v: torch.Tensor, decay: bool, initial: bool, normalized: bool) -> Self:
+    def posed(
+        cls, q: torch.Tensor, v: torch.Tensor, decay: bool, initial: bool, normalized: bool, feature_map: str
+    ) -> Self:
         batch, heads, seq, width = q.shape
-        return cls(batch, heads, seq, width, v.shape[-1], op.dtype_name(q.dtype), decay, initial, normalized)
+        dtype = op.dtype_name(q.dtype)
+        return cls(batch, heads, seq, width, v.shape[-1], dtype, decay, initial, normalized, feature_map)
 
     def check(self) -> None:
         bounds.linear_attention(self)
@@ -66,7 +71,7 @@ class LinearAttention(op.Problem):
         qk = (self.batch, self.heads, self.seq, self.head_dim)
         q, k, v = (op.normal(shape, source, device, self.torch_dtype) for shape in (qk, qk, (*qk[:3], self.value_dim)))
         g = state = None
-        if self.normalized and not q.is_meta:
+        if self.normalized and self.feature_map == "none" and not q.is_meta:
             q, k = q.abs(), k.abs()
         if self.decay:
             g = op.normal(qk[:3], source, device, torch.float32)
@@ -95,6 +100,9 @@ class LinearAttention(op.Problem):
             ("B1,H1,S65,D256,V256", "bf16"),
             ("B2,H3,S40,D64,V32,decay,initial", "bf16"),
             ("B2,H1,S33,D24,V8,initial,normalized", "fp16"),
+            ("B1,H2,S77,D40,V24,normalized,elu+1", "bf16"),
+            ("B1,H1,S50,D16,decay,initial,relu", "fp32"),
+            ("B1,H1,S35,D24,initial,normalized,softmax", "fp16"),
         )
         return [cls.parse(text, dtype) for text, dtype in texts]
 
@@ -107,7 +115,8 @@ class LinearAttention(op.Problem):
             for d in (64, 128)
             for n in lengths
         ]
-        return {"linear": [*found, cls.parse("B16,H12,S256,D64,normalized", "bf16")]}
+        more = "B16,H12,S256,D64,normalized", *(f"B8,H16,S8192,D{d},normalized,elu+1" for d in (64, 128))
+        return {"linear": [*found, *(cls.parse(text, "bf16") for text in more)]}
 
 
 @dataclass(frozen=True)
@@ -119,13 +128,13 @@ class Problem(LinearAttention):
     @classmethod
     def of(
         cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor | None,
-        initial_state: torch.Tensor | None, scale: float, normalize: bool, eps: float,
+        initial_state: torch.Tensor | None, scale: float, normalize: bool, eps: float, feature_map: str = "none",
     ) -> Self:  # fmt: skip
-        return cls.posed(q, v, log_decay is not None, initial_state is not None, normalize)
+        return cls.posed(q, v, log_decay is not None, initial_state is not None, normalize, feature_map)
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         *tensors, _ = self.drawn(device, seed)
-        return *tensors, self.head_dim**-0.5, self.normalized, EPS
+        return *tensors, self.head_dim**-0.5, self.normalized, EPS, self.feature_map
 
     def cost(self) -> Cost:
         """A token's place in the state, and what it reads there."""
@@ -148,17 +157,17 @@ class BackwardProblem(LinearAttention):
     def of(
         cls, do: torch.Tensor, dstate: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         log_decay: torch.Tensor | None, initial_state: torch.Tensor | None, weight: torch.Tensor | None, scale: float,
-        decayed: bool,
+        decayed: bool, feature_map: str = "none",
     ) -> Self:  # fmt: skip
         initial = dstate is not None or initial_state is not None
-        return cls.posed(q, v, log_decay is not None, initial, weight is not None)
+        return cls.posed(q, v, log_decay is not None, initial, weight is not None, feature_map)
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         q, k, v, g, state, source = self.drawn(device, seed)
         do = op.normal(v.shape, source, device, self.torch_dtype)
         dstate = op.normal(state.shape, source, device, torch.float32) if self.initial else None
         weight = op.normal(q.shape[:3], source, device, torch.float32) if self.normalized else None
-        return do, dstate, q, k, v, g, state, weight, self.head_dim**-0.5, self.decay
+        return do, dstate, q, k, v, g, state, weight, self.head_dim**-0.5, self.decay, self.feature_map
 
     def cost(self) -> Cost:
         """Gradients of all that is read, which the states are needed for as well."""

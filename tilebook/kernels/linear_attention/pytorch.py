@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tilebook.kernels.bidirectional.features import NAMED
 from tilebook.torch_ops import recording
 
 LEAST = -100.0
@@ -18,12 +19,14 @@ _LONG = 256
 
 def chunked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, state: torch.Tensor | None,
-    scale: float, normalize: bool, eps: float,
+    scale: float, normalize: bool, eps: float, feature_map: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """o, the last state and each row's divisor (nothing if not `normalize`): products in the dtype of q, sums in fp32.
 
     All chunks at once; states pass from chunk to chunk by one product with a matrix of decays (Dao & Gu, 2024, §6).
     """
+    if feature_map != "none":
+        q, k = (NAMED[feature_map](x).to(x.dtype) for x in (q, k))  # autocast would have some in fp32
     (batch, heads, n, width), columns = q.shape, v.shape[-1]
     wide = torch.promote_types(q.dtype, torch.float32)
     if state is None:
@@ -70,6 +73,7 @@ def plain(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[torch.Ten
 def gradients(
     do: torch.Tensor, dstate: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     g: torch.Tensor | None, state: torch.Tensor | None, weight: torch.Tensor | None, scale: float, decayed: bool,
+    feature_map: str = "none",
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Those of `chunked`, by autograd; of what is not there or not wanted, nothing.
 
@@ -85,7 +89,7 @@ def gradients(
         q, k, v = (next(found) for _ in range(3))
         g = next(found) if g is not None and decayed else g
         state = next(found) if state is not None else None
-        o, last, _ = chunked(q, k, v, g, state, scale, False, 0.0)
+        o, last, _ = chunked(q, k, v, g, state, scale, False, 0.0, feature_map)
         ends, starts = ((o,), (do,)) if dstate is None else ((o, last), (do, dstate.to(last.dtype)))
         grads = iter(torch.autograd.grad(ends, apart, starts))
     dq, dk, dv = (next(grads) for _ in range(3))

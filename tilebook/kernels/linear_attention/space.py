@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 
+from tilebook.arch import since_blackwell
 from tilebook.device import Device
 from tilebook.kernels.linear_attention.problem import BackwardProblem, LinearAttention
 from tilebook.occupancy import asynchronous, crowded, too_large
@@ -27,6 +28,11 @@ def _backward(problem: LinearAttention) -> bool:
     return isinstance(problem, BackwardProblem)
 
 
+def _mapped(problem: LinearAttention) -> bool:
+    """Are features made of rows in registers, before they are factors of products?"""
+    return problem.feature_map != "none"
+
+
 def _whole(config: Config) -> bool:
     """Does the last kernel go along all, with no states from before?"""
     return config.get("SPAN", 1) == 0
@@ -42,8 +48,8 @@ def _needs(problem: LinearAttention, config: Config, device: Device) -> tuple[in
         swept = 2 * chunk * columns * size + 2 * state * kept
         shared = 2 * chunk * wide * size + swept * (ring if config.number("num_stages") > 1 else 0) + pairs * size
         return pairs + 2 * chunk * wide + chunk * columns, shared + 2 * state * size
-    loaded = chunk * (2 * wide + columns) * size
-    return state + pairs + chunk * columns, loaded * ring + state * size + pairs * size
+    loaded, made = chunk * (2 * wide + columns) * size, 2 * chunk * wide * size if _mapped(problem) else 0
+    return state + pairs + chunk * columns, loaded * ring + made + state * size + pairs * size
 
 
 def _reject(problem: LinearAttention, config: Config, device: Device) -> str | None:
@@ -56,7 +62,8 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
     if chunk > max(16, triton.next_power_of_2(problem.seq)):
         return "a chunk is longer than the sequence"
     again = span != 1 and not _backward(problem)  # of a chunk's tiles a new state is made, in the place of others
-    narrow = columns < 64 and (config["num_stages"] == 1 or problem.value_dim % columns != 0)
+    unaligned = config["num_stages"] == 1 or problem.value_dim % columns != 0
+    narrow = columns < 64 and (unaligned or _mapped(problem))
     if device.arch == "sm_90" and again and narrow and warps >= 4 and chunk >= 64:
         return "ptxas 12.8 loses track of where narrow tiles are that lie in each other's places"
     if _whole(config) and (walk, state_v, state_warps) != (0, min(64, most), 4):
@@ -91,13 +98,15 @@ def _shapes(problem: LinearAttention, device: Device) -> list[tuple[int, int, in
     if wide > 128:
         return [(16, 32, 8, 1), *small[8:]] if backward else [(32, 32, 8, 1), *small]
     if backward and not asynchronous(device):  # factors of products pass through registers
-        return [(32, 64, 8, 1), *small]
+        return [(16 if device.backend == "hip" and wide > 64 else 32, 64, 8, 1), *small]
     if padded and backward:
         return [(64, 32, 8, 1), *small]
     four = [(64, 64, 4, 2), (64, 64, 4, 1)] if wide <= 64 else []
     if not backward:
-        wider = [(64, 64, 4, 3), *four] if wide <= 64 else [(128, 64, 8, 2), (64, 64, 8, 3)]
-        four = [] if padded else wider if asynchronous(device) else four
+        longer = [] if problem.normalized or _mapped(problem) else [(128, 64, 8, 2)]  # they want registers too
+        wider = [(64, 64, 4, 3), *four] if wide <= 64 else [*longer, (64, 64, 8, 3)]
+        narrow = [(64, 32, 8, 1)] if _mapped(problem) else four
+        four = [] if padded else wider if asynchronous(device) else narrow
     return [*four, (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (64, 16, 4, 1), *small]
 
 
@@ -114,7 +123,8 @@ def _parts(backward: bool, chunks: int, busy: float) -> tuple[int, int]:
 def _default(problem: LinearAttention, device: Device) -> Config:
     """Forward one walk along all, where that makes the GPU's multiprocessors busy; else several, joined by a scan."""
     most, length = (max(16, triton.next_power_of_2(n)) for n in (problem.value_dim, problem.seq))
-    configs, exact = [], problem.dtype == "fp32"
+    configs, exact, wide = [], problem.dtype == "fp32", problem.wide
+    full = wide > 128 or (wide > 64 and _mapped(problem) and since_blackwell(device))  # registers, with 64 columns
     for chunk, columns, warps, stages in _shapes(problem, device):
         chunk = min(chunk, length)
         chunks = triton.cdiv(problem.seq, chunk)
@@ -123,7 +133,7 @@ def _default(problem: LinearAttention, device: Device) -> Config:
         whole = not (_backward(problem) or span)
         values = {
             "CHUNK": chunk, "BLOCK_V": min(columns, most), "SPAN": span, "WALK": walk,
-            "STATE_V": min(64 if whole else 16 if exact else 64 if problem.wide <= 128 else 32, most),
+            "STATE_V": min(64 if whole else 16 if exact else 32 if full else 64, most),
             "STATE_WARPS": 8 if exact and not whole else 4, "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
         if _backward(problem):
