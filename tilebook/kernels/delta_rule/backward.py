@@ -1,8 +1,10 @@
 """Triton kernels of the gradients of the gated delta rule; names as in `kernels`.
 
 One walks backwards along the chunks with the gradient of the state, dh: dy = sᵀ do + e^(c_last − c) k dh, and of
-y = T z, z = β (v − e^c k h), the gradient of z is Tᵀ dy. As dA = −dz yᵀ, no other kernel has the inverses. The other finds
-the gradients of all chunks at once, of the states in front of them and the gradients of those behind.
+y = T z, z = β (v − e^c k h), the gradient of z is Tᵀ dy. As dA = −dz yᵀ, no other kernel has the inverses. Two kernels
+take all chunks at once: one finds what pairs of tokens contribute to gradients, the other gradients, of the states in
+front of chunks and the gradients of those behind. No factor of a product is another product, transposed: of these
+Triton 3.4 to 3.7.0 makes wrong numbers on Hopper.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -42,11 +44,49 @@ def return_kernel(do, q, k, lines, inverse, scores, init, final, grads, dz, dv, 
     ended(final, grad, batch, head, column, tile)
 
 
-@triton.jit
-def _through(change, rows, length, AXIS: tl.constexpr):
-    """The gradient of rows that are divided by their lengths, of that in which the lengths were constants."""
-    along = tl.sum(change * rows, AXIS) * (length * length)
-    return change - rows * (along[None, :] if AXIS == 0 else along[:, None])
+@triton.jit(do_not_specialize=["heads", "n"])
+def changes_kernel(
+    do, k, v, written, dz, lines, scores, asked, changed, dg, dbeta, along, heads, n, scale, tile, DECAY: tl.constexpr
+):
+    """Of one chunk: what q_i · k_j is to change by, to `asked`, and what k_i · k_j is to, to `changed`.
+
+    And what of the gradients of log-decays and rates, and of what lies along keys and queries, is sums over pairs.
+    """
+    pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
+    head, batch, token, chunks = pair % heads, pair // heads, chunk * tile.CHUNK, tl.num_programs(1)
+    answered = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
+    corrected, drate = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32), tl.zeros([tile.CHUNK], tl.float32)
+    for column in tl.range(0, tile.V, tile.BLOCK_V):
+        above = read(do, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        y = read(written, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        back = read(dz, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        values = read(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        answered += dot(above, tl.trans(y), tile)
+        corrected += dot(back, tl.trans(y), tile)
+        drate += tl.sum(back.to(tl.float32) * values.to(tl.float32), 1)
+    keys = read(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    c, _, rate, _, _, _, of_key, of_query = numbers(lines, pair, token, n, scale, tile)
+    inside, at = r < n - token, pair.to(tl.int64) * n + token + r
+    weight = seen(c, tile) * of_key[None, :]
+    corrected = tl.where(r[:, None] > r[None, :], -corrected * weight * of_key[:, None], 0.0)
+    alike = dot(keys, tl.trans(keys), tile) * corrected
+    by_key = tl.sum(alike, 1)
+    tl.store(dbeta + at, drate + by_key, mask=inside)
+    alike *= rate[:, None]
+    tl.store(square(changed, pair, chunk, chunks, tile), (corrected * rate[:, None]).to(changed.dtype.element_ty))
+    weight = answered * weight * (of_query * scale)[:, None]
+    tl.store(square(asked, pair, chunk, chunks, tile), weight.to(asked.dtype.element_ty))
+    if DECAY or tile.NORM:
+        s = tl.load(square(scores, pair, chunk, chunks, tile)).to(tl.float32) * answered
+        itself = tl.sum(tl.where(r[:, None] == r[None, :], s, 0.0), 1)
+        s = tl.where(r[:, None] == r[None, :], 0.0, s)
+        late, early, by_query, to_key = tl.sum(alike, 1), tl.sum(alike, 0), tl.sum(s, 1), tl.sum(s, 0)
+        if DECAY:
+            tl.store(dg + at, late - early + by_query - to_key, mask=inside)
+        if tile.NORM:
+            first = along + pair.to(tl.int64) * (2 * n) + token + r
+            tl.store(first, late + early + to_key + itself, mask=inside)
+            tl.store(first + n, by_query + itself, mask=inside)
 
 
 @triton.jit(do_not_specialize=["heads", "n"])
@@ -54,81 +94,70 @@ def gradients_kernel(
     do,
     q,
     k,
-    v,
     written,
     dz,
     lines,
-    scores,
+    asked,
+    changed,
     states,
     grads,
     dq,
     dk,
     dg,
     dbeta,
+    along,
     heads,
     n,
     scale,
     tile,
     DECAY: tl.constexpr,
 ):
-    """Gradients of one chunk's queries, keys, log-decays and rates.
+    """Gradients of one chunk's queries, keys, log-decays and rates, the latter two of what is there already.
 
-    The gradient of a log-decay is the sum of all that passes from before a token to it or to one after it. Matrices of
-    pairs stand the other way round, [j, i], and so do two of the sums over columns, [D, i]: on Hopper Triton 3.4 to
-    3.7.0 makes wrong numbers of products with a factor that is another product, transposed.
+    The gradient of a log-decay is the sum of all that passes from before a token to it or to one after it.
     """
     pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
     head, batch, token, chunks = pair % heads, pair // heads, chunk * tile.CHUNK, tl.num_programs(1)
-    keys = read(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-    queries = read(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-    c, last, rate, into, out, ask, of_key, of_query = numbers(lines, pair, token, n, scale, tile)
-    answered = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
-    corrected = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
-    inter = tl.zeros([tile.WIDE, tile.CHUNK], tl.float32)
-    known = tl.zeros([tile.WIDE, tile.CHUNK], tl.float32)
+    inter = tl.zeros([tile.CHUNK, tile.WIDE], tl.float32)
+    known = tl.zeros([tile.CHUNK, tile.WIDE], tl.float32)
     outward = tl.zeros([tile.CHUNK, tile.WIDE], tl.float32)
-    through, drate = tl.zeros([tile.WIDE], tl.float32), tl.zeros([tile.CHUNK], tl.float32)
+    through = tl.zeros([tile.WIDE], tl.float32)
     for column in tl.range(0, tile.V, tile.BLOCK_V):
         above = read(do, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        values = read(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
         y = read(written, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
         back = read(dz, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
         state = kept_state(states, pair, chunk, chunks, column, tile)
         grad = kept_state(grads, pair, chunk, chunks, column, tile)
         if DECAY:
             through += tl.sum(grad.to(tl.float32) * state.to(tl.float32), 1)
-        drate += tl.sum(back.to(tl.float32) * values.to(tl.float32), 1)
-        answered += dot(y, tl.trans(above), tile)
-        corrected += dot(y, tl.trans(back), tile)
         old, behind = factored(state, above), factored(grad, y)
-        inter += dot(old[0], tl.trans(above), tile) * old[1]
-        known += dot(old[0], tl.trans(back), tile) * old[1]
+        inter += dot(above, tl.trans(old[0]), tile) * old[1]
+        known += dot(back, tl.trans(old[0]), tile) * old[1]
         outward += dot(y, tl.trans(behind[0]), tile) * behind[1]
-    turned_keys, turned_queries = tl.trans(keys).to(tl.float32), tl.trans(queries).to(tl.float32)
-    read_back = tl.sum(known * turned_keys, 0) * into
-    weight = seen(c, tile, True) * of_key[:, None]
-    alike = dot(keys, tl.trans(keys), tile)
-    corrected = tl.where(r[:, None] < r[None, :], -corrected * weight * of_key[None, :], 0.0)
-    drate += tl.sum(corrected * alike, 0) - read_back
-    corrected *= rate[None, :]
-    inter, known, outward = inter * ask[None, :], known * (-rate * into)[None, :], outward * out[:, None]
-    at = pair.to(tl.int64) * n + token + r
-    tl.store(dbeta + at, drate, mask=r < n - token)
+    keys = read(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    queries = read(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    _, last, rate, into, out, ask, of_key, of_query = numbers(lines, pair, token, n, scale, tile)
+    inside, at = r < n - token, pair.to(tl.int64) * n + token + r
+    inter, known, outward = inter * ask[:, None], known * into[:, None], outward * out[:, None]
+    old_asked, read_back, left = tl.sum(inter * queries, 1), tl.sum(known * keys, 1), tl.sum(outward * keys, 1)
+    tl.store(dbeta + at, tl.load(dbeta + at, mask=inside, other=0.0) - read_back, mask=inside)
+    outward -= known * rate[:, None]
+    passed = old_asked - rate * read_back
     if DECAY:
-        s = tl.trans(tl.load(square(scores, pair, chunk, chunks, tile))).to(tl.float32)
-        p = tl.where(r[:, None] < r[None, :], s * answered, 0.0) + corrected * alike
-        passed = tl.sum(p, 0) - tl.sum(p, 1) + tl.sum(inter * turned_queries, 0) - rate * read_back
-        left = tl.sum(outward * keys, 1)
-        found = tl.cumsum(passed, 0, reverse=True) + (tl.cumsum(left, 0) - left) + tl.exp(last) * tl.sum(through, 0)
-        tl.store(dg + at, found, mask=r < n - token)
-    asked, changed = (answered * weight * (of_query * scale)[None, :]).to(keys.dtype), corrected.to(keys.dtype)
-    inter += dot(tl.trans(keys), asked, tile)
-    known += dot(tl.trans(keys), changed, tile)
-    outward += dot(asked, queries, tile)
-    outward += dot(changed, keys, tile)
-    outward += tl.trans(known)
-    if tile.NORM:
-        outward = _through(outward, keys.to(tl.float32), of_key, 1)
-        inter = _through(inter, turned_queries, of_query, 0)
+        found = tl.cumsum(passed + tl.load(dg + at, mask=inside, other=0.0), 0, reverse=True)
+        found += tl.cumsum(left, 0) - left + tl.exp(last) * tl.sum(through, 0)
+        tl.store(dg + at, found, mask=inside)
+    if tile.NORM:  # lengths change nothing
+        first = along + pair.to(tl.int64) * (2 * n) + token + r
+        of_keys = tl.load(first, mask=inside, other=0.0) + left - rate * read_back
+        of_queries = tl.load(first + n, mask=inside, other=0.0) + old_asked
+        outward -= keys.to(tl.float32) * (of_keys * of_key * of_key)[:, None]
+        inter -= queries.to(tl.float32) * (of_queries * of_query * of_query)[:, None]
+    pairs = tl.load(square(asked, pair, chunk, chunks, tile))
+    inter += dot(pairs, keys, tile)
+    put(dq, inter, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    outward += dot(tl.trans(pairs), queries, tile)
+    pairs = tl.load(square(changed, pair, chunk, chunks, tile))
+    outward += dot(pairs, keys, tile)
+    outward += dot(tl.trans(pairs), keys, tile)
     put(dk, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
-    put(dq, tl.trans(inter), batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)

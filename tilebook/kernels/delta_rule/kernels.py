@@ -135,7 +135,7 @@ def pairs_kernel(
         of_query = tl.rsqrt(tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1) + _EPS)
         tl.store(line(lines, pair, 3, n, tile) + first, of_key, mask=inside)
         tl.store(line(lines, pair, 4, n, tile) + first, of_query, mask=inside)
-    weight = seen(c, tile, False) * of_key[None, :]
+    weight = seen(c, tile) * of_key[None, :]
     s = dot(queries, tl.trans(keys), tile) * weight * (of_query * scale)[:, None]
     tl.store(square(scores, pair, chunk, chunks, tile), s.to(scores.dtype.element_ty))
     a = dot(keys, tl.trans(keys), tile) * weight * (of_key * rate)[:, None]

@@ -11,7 +11,7 @@ import triton.language as tl
 from tilebook import device as devices
 from tilebook.kernels.attention.layout import addressable, like
 from tilebook.kernels.bidirectional.tiles import Rows
-from tilebook.kernels.delta_rule.backward import gradients_kernel, return_kernel
+from tilebook.kernels.delta_rule.backward import changes_kernel, gradients_kernel, return_kernel
 from tilebook.kernels.delta_rule.kernels import answers_kernel, pairs_kernel, walk_kernel
 from tilebook.kernels.delta_rule.tiles import Given, Tile
 from tilebook.kernels.linear_attention.layout import new_state
@@ -135,10 +135,17 @@ def gated_delta_rule_bwd(
         _NOTHING if state is None else _given(dinit), grads, _rows(dz), _rows(dv), call.heads, call.n, scale, tile,
         **options,
     )  # fmt: skip
+    asked, changed = torch.empty_like(call.scores), torch.empty_like(call.scores)
+    along = call.empty((call.pairs, 2, call.n), torch.float32) if normalize else nothing
+    grid, tile = (call.pairs, call.chunks), call.tile(config.number("CHUNK_V"))
+    options = {"num_warps": config["CHUNK_WARPS"], "num_stages": config["CHUNK_STAGES"]}
     launch(
-        gradients_kernel, (call.pairs, call.chunks), _rows(do), _rows(q), _rows(k), _rows(v), _rows(written), _rows(dz),
-        call.lines, call.scores, states, grads, _rows(dq), _rows(dk), dg, dbeta, call.heads, call.n, scale,
-        call.tile(config.number("CHUNK_V")), DECAY=g is not None, num_warps=config["CHUNK_WARPS"],
-        num_stages=config["CHUNK_STAGES"],
+        changes_kernel, grid, _rows(do), _rows(k), _rows(v), _rows(written), _rows(dz), call.lines, call.scores, asked,
+        changed, dg, dbeta, along, call.heads, call.n, scale, tile, DECAY=g is not None, **options,
+    )  # fmt: skip
+    launch(
+        gradients_kernel, grid, _rows(do), _rows(q), _rows(k), _rows(written), _rows(dz), call.lines, asked, changed,
+        states, grads, _rows(dq), _rows(dk), dg, dbeta, along, call.heads, call.n, scale, tile, DECAY=g is not None,
+        **options,
     )  # fmt: skip
     return dq, dk, dv, dg, dbeta, dinit

@@ -93,14 +93,10 @@ def numbers(lines, pair, token, n, scale, tile):
 
 
 @triton.jit
-def seen(c, tile, TURNED: tl.constexpr):
-    """exp(c_i − c_j) where j ≤ i, else 0: [i, j], or where TURNED [j, i]."""
+def seen(c, tile):
+    """exp(c_i − c_j) where j ≤ i, else 0."""
     r = tl.arange(0, tile.CHUNK)
-    if TURNED:
-        found = tl.exp(tl.where(r[:, None] <= r[None, :], c[None, :] - c[:, None], -float("inf")))
-    else:
-        found = tl.exp(tl.where(r[:, None] >= r[None, :], c[:, None] - c[None, :], -float("inf")))
-    return found
+    return tl.exp(tl.where(r[:, None] >= r[None, :], c[:, None] - c[None, :], -float("inf")))
 
 
 @triton.jit
