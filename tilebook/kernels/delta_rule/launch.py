@@ -46,10 +46,10 @@ class _Call:
         self.batch, self.heads, self.n, self.width = q.shape
         self.columns, self.chunk = v.shape[-1], config.number("CHUNK")
         self.pairs, self.chunks = self.batch * self.heads, triton.cdiv(self.n, self.chunk)
+        wide = max(16, triton.next_power_of_2(self.width))
         self.constants = {
-            "CHUNK": self.chunk, "D": self.width, "V": self.columns,
-            "WIDE": max(16, triton.next_power_of_2(self.width)), "NORM": normalize,
-            "EXACT": q.dtype == torch.float32, "MERGE": _merging(q),
+            "CHUNK": self.chunk, "D": self.width, "V": self.columns, "WIDE": wide, "SLICE": min(wide, 64),
+            "NORM": normalize, "EXACT": q.dtype == torch.float32, "MERGE": _merging(q),
         }  # fmt: skip
         squares = self.pairs, self.chunks, self.chunk, self.chunk
         self.lines = self.empty((self.pairs, 5 if normalize else 3, self.n), torch.float32)

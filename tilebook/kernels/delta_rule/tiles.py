@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 class Tile(NamedTuple):
-    """Constants. D, V: the widths; WIDE, BLOCK_V: the power of two above D, columns of v that a program takes at once.
+    """Constants. D, V: the widths; WIDE: the power of two above D; SLICE, BLOCK_V: columns of k and of v at once.
 
     NORM: rows of q and k are divided by their lengths. MERGE: the precision of products that inverses are made of.
     """
@@ -19,6 +19,7 @@ class Tile(NamedTuple):
     D: Any
     V: Any
     WIDE: Any
+    SLICE: Any
     BLOCK_V: Any
     NORM: Any
     EXACT: Any
