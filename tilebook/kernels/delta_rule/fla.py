@@ -46,3 +46,32 @@ def forward(
     with torch.no_grad():
         o, last = _run(q, k, v, g, beta, state, scale, normalize)
     return o, last
+
+
+def backward(
+    do: torch.Tensor, dstate: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    g: torch.Tensor | None, beta: torch.Tensor, state: torch.Tensor | None, scale: float, normalize: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Its backward pass, and of its forward pass the inverses, which that keeps and ours does not."""
+    run = import_module("fla.ops.gated_delta_rule.chunk").chunk_gated_delta_rule_bwd
+    pairs = import_module("fla.ops.gated_delta_rule.chunk_fwd").chunk_gated_delta_rule_fwd_intra
+    chunk_local_cumsum = import_module("fla.ops.utils").chunk_local_cumsum
+    norms = import_module("fla.modules.norm.l2norm")
+    log2e = import_module("fla.ops.utils.constant").RCP_LN2
+    do, q, k, v, beta = (_turned(x) for x in (do, q, k, v, beta))
+    decays = torch.zeros_like(beta) if g is None else _turned(g.clamp(min=LEAST))
+    start, end = (None if x is None else x.contiguous() for x in (state, dstate))
+    with torch.no_grad():
+        lengths = [None, None]
+        if normalize:
+            (q, lengths[0]), (k, lengths[1]) = norms.l2norm_fwd(q), norms.l2norm_fwd(k)
+        sums = chunk_local_cumsum(decays, chunk_size=64, scale=log2e)
+        _, _, inverse = pairs(k=k, v=v, g=sums, beta=beta)
+        dq, dk, dv, dbeta, dg, dstart, *_ = run(
+            q=q, k=k, v=v, g=sums, beta=beta, A=inverse, scale=scale, initial_state=start, do=do, dht=end
+        )
+        if normalize:
+            dq, dk = norms.l2norm_bwd(q, lengths[0], dq), norms.l2norm_bwd(k, lengths[1], dk)
+    nothing = beta.new_empty(0)
+    made = [x.transpose(1, 2) for x in (dq.to(q), dk.to(k), dv.to(v), dg.float(), dbeta.float())]
+    return *made[:3], nothing if g is None else made[3], made[4], nothing if state is None else dstart

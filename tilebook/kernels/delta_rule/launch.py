@@ -71,8 +71,8 @@ class _Call:
         steps = (0, 0, 0) if g is None else g.stride()
         launch(
             pairs_kernel, (self.pairs, self.chunks), _rows(self.q), _rows(self.k), self.q if g is None else g, beta,
-            self.lines, self.inverse, self.scores, *steps, *beta.stride(), self.heads, self.n, self.scale, self.tile(16),
-            DECAY=g is not None, num_warps=self.config["PAIR_WARPS"], num_stages=1,
+            self.lines, self.inverse, self.scores, *steps, *beta.stride(), self.heads, self.n, self.scale,
+            self.tile(16), DECAY=g is not None, num_warps=self.config["PAIR_WARPS"], num_stages=1,
         )  # fmt: skip
 
     @property
@@ -137,14 +137,14 @@ def gated_delta_rule_bwd(
     )  # fmt: skip
     asked, changed = torch.empty_like(call.scores), torch.empty_like(call.scores)
     along = call.empty((call.pairs, 2, call.n), torch.float32) if normalize else nothing
-    grid, tile = (call.pairs, call.chunks), call.tile(config.number("CHUNK_V"))
+    chunks, tile = (call.pairs, call.chunks), call.tile(config.number("CHUNK_V"))
     options = {"num_warps": config["CHUNK_WARPS"], "num_stages": config["CHUNK_STAGES"]}
     launch(
-        changes_kernel, grid, _rows(do), _rows(k), _rows(v), _rows(written), _rows(dz), call.lines, call.scores, asked,
+        changes_kernel, chunks, _rows(do), _rows(k), _rows(v), _rows(written), _rows(dz), call.lines, call.scores, asked,
         changed, dg, dbeta, along, call.heads, call.n, scale, tile, DECAY=g is not None, **options,
     )  # fmt: skip
     launch(
-        gradients_kernel, grid, _rows(do), _rows(q), _rows(k), _rows(written), _rows(dz), call.lines, asked, changed,
+        gradients_kernel, chunks, _rows(do), _rows(q), _rows(k), _rows(written), _rows(dz), call.lines, asked, changed,
         states, grads, _rows(dq), _rows(dk), dg, dbeta, along, call.heads, call.n, scale, tile, DECAY=g is not None,
         **options,
     )  # fmt: skip

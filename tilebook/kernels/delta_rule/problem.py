@@ -127,7 +127,9 @@ class Problem(DeltaRule):
 
 @dataclass(frozen=True)
 class BackwardProblem(DeltaRule):
-    """do, dstate, q, k, v, log_decay, beta, initial_state, scale, normalize → dq, dk, dv, dlog_decay, dbeta, dinitial."""
+    """do, dstate, q, k, v, log_decay, beta, initial_state, scale, normalize → dq, dk, dv, dlog_decay,
+    dbeta, dinitial_state.
+    """
 
     PRODUCTS = 16
 

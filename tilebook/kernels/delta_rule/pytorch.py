@@ -43,8 +43,10 @@ def chunked(
     count, short = -(-n // _CHUNK), -n % _CHUNK
     q, k, v = (F.pad(x, (0, 0, 0, short)).unflatten(2, (count, _CHUNK)) for x in (q, k, v))
     rate = F.pad(beta.to(wide), (0, short)).unflatten(2, (count, _CHUNK))[..., None]
-    steps = torch.zeros_like(rate[..., 0]) if g is None else F.pad(g.to(wide).clamp(min=LEAST), (0, short)).view(
-        rate.shape[:-1]
+    steps = (
+        torch.zeros_like(rate[..., 0])
+        if g is None
+        else F.pad(g.to(wide).clamp(min=LEAST), (0, short)).view(rate.shape[:-1])
     )
     c = steps.cumsum(-1)
     seen = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=q.device).tril()
@@ -81,7 +83,7 @@ def gradients(
     """Those of `chunked`, by autograd; of what is not there, nothing."""
     with recording():
         apart = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
-        o, last = chunked(*apart, scale, normalize)  # type: ignore[arg-type]
+        o, last = chunked(*apart, scale=scale, normalize=normalize)  # type: ignore[arg-type]
         ends, starts = ((o,), (do,)) if dstate is None else ((o, last), (do, dstate.to(last.dtype)))
         wanted = [x for x in apart if x is not None]
         grads = iter(torch.autograd.grad(ends, wanted, starts, materialize_grads=True))

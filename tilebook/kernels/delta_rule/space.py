@@ -1,8 +1,8 @@
 """The configs of the gated delta rule's kernels, and what of them follows from problem and GPU.
 
-BLOCK_V, num_warps, num_stages: columns of v, warps and stages of a walk along all chunks. PAIR_WARPS: of the kernel that
-finds what pairs of a chunk's tokens make. CHUNK_V, CHUNK_WARPS, CHUNK_STAGES: of the last kernel, which takes one chunk;
-forward there is one only where APART.
+BLOCK_V, num_warps, num_stages: columns of v, warps and stages of a walk along all chunks. PAIR_WARPS: of the kernel
+that finds what pairs of a chunk's tokens make. CHUNK_V, CHUNK_WARPS, CHUNK_STAGES: of the last kernels, which take one
+chunk; forward there is one only where APART.
 """
 
 from __future__ import annotations
@@ -62,10 +62,8 @@ def _reject(problem: DeltaRule, config: Config, device: Device) -> str | None:
         return "more than 2 stages do not pay on AMD GPUs"
     if chunk * min(chunk, columns, wide) < 32 * warps:
         return f"{warps} warps need larger tiles"
-    if chunk * chunk < 64 * config.number("PAIR_WARPS"):
+    if min(chunk, 32) ** 2 < 128 * config.number("PAIR_WARPS"):
         return f"{config['PAIR_WARPS']} warps need larger chunks"
-    if 4 * chunk * chunk > 8192 * config.number("PAIR_WARPS"):
-        return "matrices of pairs are worth more warps"
     elements, shared = _walk_needs(problem, config)
     reason = too_large(shared, device) or crowded(elements, warps, device)
     if reason or not _last(problem, config):
@@ -77,30 +75,32 @@ def _reject(problem: DeltaRule, config: Config, device: Device) -> str | None:
 
 
 def _shapes(problem: DeltaRule, device: Device) -> list[tuple[int, int, int, int, int, int, int]]:
-    """CHUNK; columns, warps, stages of walks; columns, warps, stages of the last kernel: the best guess first."""
-    wide, backward = problem.wide, _backward(problem)
+    """CHUNK; columns, warps, stages of walks; columns, warps, stages of the last kernels: the best guess first."""
+    wide = problem.wide
     small = [(chunk, 16, warps, 1, 16, warps, 1) for chunk in (32, 16) for warps in (8, 4, 2, 1)]
-    if problem.dtype == "fp32":
+    if problem.dtype == "fp32":  # products pass through registers
         return [(16, 16, 4, 1, 16, 8, 1), *small[4:]]
     if wide > 128:
-        return [(32, 32, 4, 2, 32, 8, 1), (32, 16, 4, 2, 32, 8, 1), (32, 16, 4, 1, 16, 8, 1), (16, 16, 4, 1, 16, 8, 1), *small]
-    large = [(64, columns, 4, stages, 64, 8, 1) for columns in (64, 32) for stages in (2, 1)]
-    if not asynchronous(device):
-        large = [(64, 32, 4, 2, 32, 8, 1), (32, 32, 4, 2, 32, 8, 1), (32, 32, 4, 1, 32, 8, 1)]
-    few = problem.batch * problem.heads * triton.cdiv(problem.value_dim, 64) < device.sm_count
-    if few and wide > 64:
-        large = [(64, 32, 4, 2, 64, 8, 1), *large]
-    return [*large, (64, 16, 4, 1, 16, 8, 1), *small] if not backward or wide <= 128 else [*large, *small]
+        middle = [
+            (32, columns, warps, stages, 16, 8, 1) for columns, warps, stages in ((32, 8, 2), (16, 4, 2), (16, 4, 1))
+        ]
+        return [*middle, (16, 16, 4, 1, 16, 8, 1), *small]
+    warps = 8 if wide > 64 else 4
+    large = (
+        [(64, 64, warps, stages, 32, 8, last) for stages in (2, 1) for last in (2, 1)] if asynchronous(device) else []
+    )
+    middle = [(32, 32, 4, 2, 32, 8, 1), (32, 32, 4, 1, 32, 8, 1)]
+    return [*large, (64, 32, 4, 1, 32, 8, 1), *middle, (64, 16, 4, 1, 16, 8, 1), *small]
 
 
 def _default(problem: DeltaRule, device: Device) -> Config:
-    """Forward one walk that writes outputs, where heads make the multiprocessors busy; else as short a walk as it can be."""
+    """Forward one walk that writes outputs, where heads make the multiprocessors busy; else one that leaves them."""
     most, length = (max(16, triton.next_power_of_2(n)) for n in (problem.value_dim, problem.seq))
     configs = []
     for chunk, columns, warps, stages, chunk_v, chunk_warps, chunk_stages in _shapes(problem, device):
         chunk, columns = min(chunk, length), min(columns, most)
         values = {
-            "CHUNK": chunk, "BLOCK_V": columns, "PAIR_WARPS": 4 if chunk > 16 else 2, "CHUNK_V": min(chunk_v, most),
+            "CHUNK": chunk, "BLOCK_V": columns, "PAIR_WARPS": 2, "CHUNK_V": min(chunk_v, most),
             "CHUNK_WARPS": chunk_warps, "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
         if _backward(problem):
@@ -136,7 +136,7 @@ def _work(problem: DeltaRule, config: Config) -> Cost:
 _AXES = {
     "CHUNK": powers_of_two(16, 64),
     "BLOCK_V": powers_of_two(16, 128),
-    "PAIR_WARPS": powers_of_two(1, 8),
+    "PAIR_WARPS": powers_of_two(1, 4),
     "CHUNK_V": powers_of_two(16, 128),
     "CHUNK_WARPS": (2, 4, 8),
     "num_warps": powers_of_two(1, 8),
