@@ -140,8 +140,8 @@ def gated_delta_rule_bwd(
     chunks, tile = (call.pairs, call.chunks), call.tile(config.number("CHUNK_V"))
     options = {"num_warps": config["CHUNK_WARPS"], "num_stages": config["CHUNK_STAGES"]}
     launch(
-        changes_kernel, chunks, _rows(do), _rows(k), _rows(v), _rows(written), _rows(dz), call.lines, call.scores, asked,
-        changed, dg, dbeta, along, call.heads, call.n, scale, tile, DECAY=g is not None, **options,
+        changes_kernel, chunks, _rows(do), _rows(k), _rows(v), _rows(written), _rows(dz), call.lines, call.scores,
+        asked, changed, dg, dbeta, along, call.heads, call.n, scale, tile, DECAY=g is not None, **options,
     )  # fmt: skip
     launch(
         gradients_kernel, chunks, _rows(do), _rows(q), _rows(k), _rows(written), _rows(dz), call.lines, asked, changed,

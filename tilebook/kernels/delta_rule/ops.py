@@ -54,7 +54,8 @@ gated_delta_rule_fwd.implementation("torch")(chunked)
 gated_delta_rule_bwd.implementation("torch")(gradients)
 gated_delta_rule_fwd.implementation("fla", external=fla.PACKAGE, available=fla.available, supports=fla.supports)(
     fla.forward
-)gated_delta_rule_bwd.implementation("fla", external=fla.PACKAGE, available=fla.available, supports=fla.supports)(
+)
+gated_delta_rule_bwd.implementation("fla", external=fla.PACKAGE, available=fla.available, supports=fla.supports)(
     fla.backward
 )
 
