@@ -83,14 +83,13 @@ class DeltaRule(op.Problem):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         texts = (
-            ("B1,H2,S128,D64,decay,normalized", "bf16"),
-            ("B1,H2,S100,D32,decay", "fp16"),
-            ("B2,H1,S77,D16,decay,initial,normalized", "fp32"),
+            ("B1,H1,S100,D64,decay,normalized", "bf16"),
+            ("B1,H2,S50,D32,decay", "fp16"),
+            ("B2,H1,S40,D16,decay,initial,normalized", "fp32"),
             ("B1,H2,S1,D64,V32,decay", "bf16"),
-            ("B1,H1,S90,D40,V72,normalized", "fp16"),
-            ("B1,H2,S70,D128,decay,initial", "bf16"),
-            ("B2,H1,S33,D24,V8,initial", "fp32"),
-            ("B1,H1,S65,D256,V32,decay,normalized", "bf16"),
+            ("B1,H1,S70,D24,V40,initial,normalized", "fp16"),
+            ("B1,H1,S33,D128,decay,initial", "bf16"),
+            ("B1,H2,S40,D256,V32,decay,normalized", "bf16"),
         )
         return [cls.parse(text, dtype) for text, dtype in texts]
 
