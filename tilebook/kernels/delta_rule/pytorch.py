@@ -39,7 +39,7 @@ def chunked(
         state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=wide, device=q.device)
     state = state.to(wide)
     if not v.numel():
-        return torch.zeros_like(v), state
+        return v * 1, state
     count, short = -(-n // _CHUNK), -n % _CHUNK
     q, k, v = (F.pad(x, (0, 0, 0, short)).unflatten(2, (count, _CHUNK)) for x in (q, k, v))
     rate = F.pad(beta.to(wide), (0, short)).unflatten(2, (count, _CHUNK))[..., None]

@@ -79,16 +79,17 @@ def _shapes(problem: DeltaRule, device: Device) -> list[tuple[int, int, int, int
     wide = problem.wide
     small = [(chunk, 16, warps, 1, 16, warps, 1) for chunk in (32, 16) for warps in (8, 4, 2, 1)]
     if problem.dtype == "fp32":  # products pass through registers
-        return [(16, 16, 4, 1, 16, 8, 1), *small[4:]]
+        return [(16, 16, 8 if wide > 64 else 4, 1, 16, 8, 1), *small[4:]]
     if wide > 128:
         middle = [
             (32, columns, warps, stages, 16, 8, 1) for columns, warps, stages in ((32, 8, 2), (16, 4, 2), (16, 4, 1))
         ]
         return [*middle, (16, 16, 4, 1, 16, 8, 1), *small]
     warps = 8 if wide > 64 else 4
-    large = (
-        [(64, 64, warps, stages, 32, 8, last) for stages in (2, 1) for last in (2, 1)] if asynchronous(device) else []
-    )
+    few = problem.batch * problem.heads * triton.cdiv(problem.value_dim, 64) < 0.75 * device.sm_count
+    shapes = [(columns, stages, last) for columns in (64, 32) for stages in (2, 1) for last in (2, 1)]
+    shapes = [each for each in shapes if not few or each[0] < 64] if asynchronous(device) else []
+    large = [(64, columns, warps, stages, 32, 8, last) for columns, stages, last in shapes]
     middle = [(32, 32, 4, 2, 32, 8, 1), (32, 32, 4, 1, 32, 8, 1)]
     return [*large, (64, 32, 4, 1, 32, 8, 1), *middle, (64, 16, 4, 1, 16, 8, 1), *small]
 
