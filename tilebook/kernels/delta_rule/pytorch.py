@@ -82,8 +82,9 @@ def gradients(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Those of `chunked`, by autograd; of what is not there, nothing."""
     with recording():
-        apart = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
-        o, last = chunked(*apart, scale=scale, normalize=normalize)  # type: ignore[arg-type]
+        apart: list[Any] = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
+        q, k, v, g, beta, state = apart
+        o, last = chunked(q, k, v, g, beta, state, scale, normalize)
         ends, starts = ((o,), (do,)) if dstate is None else ((o, last), (do, dstate.to(last.dtype)))
         wanted = [x for x in apart if x is not None]
         grads = iter(torch.autograd.grad(ends, wanted, starts, materialize_grads=True))
