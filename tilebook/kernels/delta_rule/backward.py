@@ -13,8 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilebook.kernels.bidirectional.tiles import dot, factored, put
-from tilebook.kernels.delta_rule.tiles import begun, ended, keep_state, kept_state, numbers, read, seen, square, whose
+from tilebook.kernels.bidirectional.tiles import dot, put
+from tilebook.kernels.delta_rule.tiles import (
+    begun,
+    ended,
+    factored,
+    keep_state,
+    kept_state,
+    numbers,
+    read,
+    seen,
+    square,
+    whose,
+)
 
 
 @triton.jit(do_not_specialize=["heads", "n"])

@@ -15,11 +15,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilebook.kernels.bidirectional.tiles import dot, factored, put
+from tilebook.kernels.bidirectional.tiles import dot, put
 from tilebook.kernels.delta_rule.pytorch import EPS
 from tilebook.kernels.delta_rule.tiles import (
     begun,
     ended,
+    factored,
     keep_state,
     kept_state,
     line,

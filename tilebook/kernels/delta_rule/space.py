@@ -43,7 +43,7 @@ def _chunk_needs(problem: DeltaRule, config: Config) -> tuple[int, int]:
         return 2 * chunk * columns, loaded
     swept = 3 * chunk * columns * size + 2 * wide * columns * kept
     ring = 2 if config.number("CHUNK_STAGES") > 1 else 1
-    return 3 * chunk * wide + 2 * chunk * chunk, 2 * chunk * wide * size + swept * ring + chunk * wide * 4
+    return 3 * chunk * wide, max(swept * ring, (2 * chunk * wide + chunk * chunk) * size)
 
 
 def _reject(problem: DeltaRule, config: Config, device: Device) -> str | None:
@@ -91,6 +91,8 @@ def _shapes(problem: DeltaRule, device: Device) -> list[tuple[int, int, int, int
     shapes = [each for each in shapes if not few or each[0] < 64] if asynchronous(device) else []
     large = [(64, columns, warps, stages, 32, 8, last) for columns, stages, last in shapes]
     middle = [(32, 32, 4, 2, 32, 8, 1), (32, 32, 4, 1, 32, 8, 1)]
+    if device.backend == "hip":
+        return [(32, 32, 4, 2, 32, 4, 1), (32, 32, 4, 1, 16, 4, 1), *small]
     return [*large, (64, 32, 4, 1, 32, 8, 1), *middle, (64, 16, 4, 1, 16, 8, 1), *small]
 
 

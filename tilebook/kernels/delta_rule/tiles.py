@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+_FP16_ROOM = tl.constexpr(256.0)
+
 
 class Tile(NamedTuple):
     """Constants. D, V: the widths; WIDE: the power of two above D; SLICE, BLOCK_V: columns of k and of v at once.
@@ -34,6 +36,17 @@ class Given(NamedTuple):
     h: Any
     d: Any
     v: Any
+
+
+@triton.jit
+def factored(state, like):
+    """A state as a factor of a product, and what the product is to be multiplied by: sums may pass the end of fp16."""
+    scale = 1.0
+    if like.dtype == tl.float16:
+        top = tl.max(tl.abs(state))
+        scale = tl.where(top > _FP16_ROOM, top / _FP16_ROOM, 1.0)
+        state = state / scale
+    return state.to(like.dtype), scale
 
 
 @triton.jit
