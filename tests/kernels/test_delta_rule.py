@@ -18,7 +18,7 @@ BASE = {
     "CHUNK": 16, "BLOCK_V": 16, "PAIR_WARPS": 1, "CHUNK_V": 16, "CHUNK_WARPS": 4, "num_warps": 1, "num_stages": 1,
     "APART": 0, "CHUNK_STAGES": 1,
 }  # fmt: skip
-CONFIGS = [op.Config(BASE | more) for more in ({}, {"CHUNK": 32, "APART": 1}, {"CHUNK": 64}, {"CHUNK": 64, "APART": 1})]
+CONFIGS = [op.Config(BASE | more) for more in ({}, {"CHUNK": 32, "APART": 1}, {"CHUNK": 64})]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -123,20 +123,20 @@ def test_its_gradients_in_pytorch_are_those_of_differences():
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "how"), [(17, "decay"), (66, "decay, state, normalized"), (40, "")])
+@pytest.mark.parametrize(("n", "how"), [(33, "decay, state, normalized"), (20, "")])
 def test_outputs_and_gradients_err_no_more_than_the_same_in_pytorch(n, how, dtype):
     norm = "normalized" in how
-    tensors = drawn(n, dtype=dtype, decay="decay" in how, state="state" in how, unit=not norm, seed=n)
+    tensors = drawn(n, heads=1, dtype=dtype, decay="decay" in how, state="state" in how, unit=not norm, seed=n)
     how = {"scale": 0.25, "normalize": norm}
     assert_as_good(results(ruled, tensors, **how), results(plain, tensors, **how), truth(tensors, **how))
 
 
 @interpreted
 def test_all_configs_agree_with_each_other_and_with_one_token_after_the_other():
-    tensors = drawn(70, heads=1, width=20, columns=24, unit=False)
+    tensors = drawn(66, heads=1, width=20, columns=24, unit=False)
     q, k, v, g, beta, state = (x.detach() for x in tensors)
     rows = []
-    for t in range(70):
+    for t in range(66):
         row = (x[:, :, t] for x in (q, k, v))
         o, state = tilebook.gated_delta_rule_step(*row, state, g[:, :, t], beta[:, :, t], scale=0.2, normalize_qk=True)
         rows.append(o)
@@ -199,7 +199,7 @@ def test_a_state_that_alone_is_used_has_gradients():
 
 @interpreted
 def test_tensors_are_taken_as_they_lie():
-    tensors = drawn(35, heads=1)
+    tensors = drawn(18, heads=1)
     right = results(ruled, tensors)
     turned = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in tensors[:5]]
     columns = [x.detach().mT.contiguous().mT.requires_grad_() for x in tensors[:3]]

@@ -71,7 +71,7 @@ CALLS = {
     ),
     "linear attention, all tokens": (lambda q, k, v: tilebook.linear_attention(q, k, v, feature_map="performer"), QKV),
     "linear attention, gated": (recurrent, [*QKV, (2, 4, 6), (2, 4, 16, 16)]),
-    "delta rule": (delta, [*QKV, (2, 4, 6), (2, 4, 6), (2, 4, 16, 16)]),
+    "delta rule": (delta, [*[(2, 2, 6, 8)] * 3, (2, 2, 6), (2, 2, 6), (2, 2, 8, 8)]),
     "layers": (layers, [(2, 3, 8), (12, 8), (8, 12)]),
     "gated layers": (gated, [(2, 3, 8), (12, 8), (12, 8), (8, 12)]),
     "gated layers, one weight": (

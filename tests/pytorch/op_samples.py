@@ -93,12 +93,12 @@ def linear(make=normal, rows=5, columns=6, decay=True, state=True, norm=False, *
 
 def delta(make=normal, rows=5, columns=6, decay=True, state=True, normalize=True, **how):
     """Keys that are not divided by their lengths are short."""
-    q, k, v = (make(2, 3, rows, width, **how) for width in (8, 8, columns))
+    q, k, v = (make(2, 2, rows, width, **how) for width in (8, 8, columns))
     if not normalize:
         k = (0.2 * k.detach()).requires_grad_(k.requires_grad)
-    g, beta = (make(2, 3, rows).detach().sigmoid() for _ in range(2))
+    g, beta = (make(2, 2, rows).detach().sigmoid() for _ in range(2))
     g, beta = ((sign * x).requires_grad_(q.requires_grad) for sign, x in ((-1, g), (1, beta)))
-    return q, k, v, g if decay else None, beta, make(2, 3, 8, columns) if state else None, 0.3, normalize
+    return q, k, v, g if decay else None, beta, make(2, 2, 8, columns) if state else None, 0.3, normalize
 
 
 def everything(feature_map="elu+1", mask=None, omega=None, **how):

@@ -83,13 +83,13 @@ class DeltaRule(op.Problem):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         texts = (
-            ("B1,H1,S100,D64,decay,normalized", "bf16"),
-            ("B1,H2,S50,D32,decay", "fp16"),
-            ("B2,H1,S40,D16,decay,initial,normalized", "fp32"),
+            ("B1,H1,S70,D64,decay,normalized", "bf16"),
+            ("B1,H2,S40,D32,decay", "fp16"),
+            ("B2,H1,S20,D16,decay,initial,normalized", "fp32"),
             ("B1,H2,S1,D64,V32,decay", "bf16"),
             ("B1,H1,S70,D24,V40,initial,normalized", "fp16"),
             ("B1,H1,S33,D128,decay,initial", "bf16"),
-            ("B1,H2,S40,D256,V32,decay,normalized", "bf16"),
+            ("B1,H2,S40,D256,V16,decay,normalized", "bf16"),
         )
         return [cls.parse(text, dtype) for text, dtype in texts]
 
