@@ -25,6 +25,7 @@ from small_models import turned
 
 import tilebook
 from tilebook import device as devices
+from tilebook.kernels.delta_rule import pytorch as delta
 from tilebook.kernels.linear_attention.pytorch import chunked
 
 TURNS = 15
@@ -199,6 +200,20 @@ def cases(device: str) -> list[Case]:
             lambda q, k, v, h: tilebook.linear_attention_step(q, k, v, h)[0],
             [random(16, 8, 64) for _ in range(3)],
             (random(16, 8, 64, 64, dtype=torch.float32),),
+        ),
+        Case(
+            "gated_delta_rule B1,H4,S128,D64",
+            lambda q, k, v, beta: delta.chunked(q, k, v, None, beta, None, 0.125, True)[0],
+            lambda q, k, v, beta: tilebook.gated_delta_rule(q, k, v, None, beta, normalize_qk=True),
+            heads(1, 4, 4, 128, 64),
+            (random(1, 4, 128, dtype=torch.float32).sigmoid(),),
+        ),
+        Case(
+            "gated_delta_rule_step B16,H8,D64",
+            lambda q, k, v, h, beta: delta.step(q, k, v, h, None, beta, 0.125, True)[0],
+            lambda q, k, v, h, beta: tilebook.gated_delta_rule_step(q, k, v, h, None, beta, normalize_qk=True)[0],
+            [random(16, 8, 64) for _ in range(3)],
+            (random(16, 8, 64, 64, dtype=torch.float32), random(16, 8, dtype=torch.float32).sigmoid()),
         ),
     ]
     for dtype in (torch.bfloat16, torch.float32):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
     from tilebook.kernels.cross_entropy import cross_entropy
     from tilebook.kernels.decode import attention_decode
+    from tilebook.kernels.delta_rule import gated_delta_rule, gated_delta_rule_step
     from tilebook.kernels.glu import geglu, glu, swiglu
     from tilebook.kernels.linear_attention import (
         gated_linear_attention,
@@ -44,6 +45,8 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
     "gated_linear_attention",
     "geglu",
     "give_space",
@@ -78,6 +81,8 @@ _MODULE = {
     "disable": "enabling",
     "enable": "enabling",
     "enabled": "enabling",
+    "gated_delta_rule": "kernels.delta_rule",
+    "gated_delta_rule_step": "kernels.delta_rule",
     "gated_linear_attention": "kernels.linear_attention",
     "geglu": "kernels.glu",
     "give_space": "foreign.spaces",

@@ -61,6 +61,7 @@ OF: Mapping[str, Callable[[Any], None]] = {
     "attention": attention,
     "bidirectional": bidirectional,
     "decode": decode,
+    "delta_rule": linear_attention,
     "linear_attention": linear_attention,
     "rope": rope,
     "varlen": varlen,

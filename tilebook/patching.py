@@ -26,6 +26,7 @@ from tilebook.kernels.mlp import mlp
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import plain
 from tilebook.kernels.norms import rms_norm
+from tilebook.recurrence import recurrent
 from tilebook.rotation import rotary
 from tilebook.trial import Function, Left, alike, drawn, in_training, result, served
 
@@ -72,7 +73,8 @@ def patch(model: nn.Module, *, loss_head: bool = False) -> Report:
     An RMSNorm that is written out becomes `tilebook.rms_norm`, also one that multiplies by 1 + weight. Two linear
     layers with biases and GELU (exact or tanh) or ReLU between them become `tilebook.mlp`; three, or two of which the
     first makes gate and up at once, with SiLU or GELU become `tilebook.swiglu` or `geglu`. Attention that calls its
-    file's `apply_rotary_pos_emb` calls `tilebook.apply_rope` there, in this model alone and not where it is compiled.
+    file's `apply_rotary_pos_emb` calls `tilebook.apply_rope` there, in this model alone and not where it is compiled;
+    so do layers with the gated delta rule, as of Qwen3-Next, call `tilebook.gated_delta_rule`.
 
     Parameters, state dicts, names and hooks of the modules themselves stay as they are; `Report.undo` changes it back.
     PyTorch's own norms and attention are `tilebook.enable`'s. Ours rounds once where several functions of PyTorch's
@@ -85,7 +87,7 @@ def patch(model: nn.Module, *, loss_head: bool = False) -> Report:
     changed, left, ours = dict[str, str](), dict[str, str](), list[tuple[nn.Module, str, Function]]()
     for name, module in model.named_modules():
         try:
-            alone = _norm(module) or rotary(module) or _mlp(module) or _gated(module)
+            alone = _norm(module) or rotary(module) or recurrent(module) or _mlp(module) or _gated(module)
             found = alone or (_head(module) if loss_head else None)
         except Left as why:
             left[name] = str(why)

@@ -6,9 +6,6 @@ The code of a class's `forward` runs with other globals, among which the rotatio
 from __future__ import annotations
 
 import functools
-import inspect
-import types
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import nn
 from tilebook.casting import autocast_dtype
 from tilebook.kernels.rope import apply_rope
 from tilebook.kernels.rope.pytorch import plain as plain_rope
+from tilebook.substitution import called, calls, rebuilt
 from tilebook.trial import Function, Left, alike, drawn, result, served
 
 _ROTATES = "apply_rotary_pos_emb"
@@ -38,23 +36,12 @@ def rotary(module: nn.Module) -> tuple[str, Function] | None:
 
 def _rotates(forward: Any) -> bool:
     """Does its code, whatever is wrapped around it, call a rotation by its name?"""
-    return _ROTATES in getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())
+    return calls(forward, _ROTATES)
 
 
 def _theirs(forward: Any) -> Any:
     """The rotation that the code calls now."""
-    return getattr(inspect.unwrap(forward), "__globals__", {}).get(_ROTATES)
-
-
-class _Globals(dict[str, Any]):
-    """The globals of a function with one of ours among them; the others are looked up as they are at the time."""
-
-    def __init__(self, others: Mapping[str, Any], ours: Function) -> None:
-        super().__init__({_ROTATES: ours})
-        self._others = others
-
-    def __missing__(self, name: str) -> Any:
-        return self._others[name]
+    return called(forward, _ROTATES)
 
 
 @functools.cache
@@ -79,30 +66,7 @@ def _with_ours(forward: Any, theirs: Any) -> Function | None:
             return theirs(q, k, cos, sin, *args, **kwargs)
         return apply_rope(q, k, cos, sin, interleaved=widths[_WIDTH])
 
-    return _rebuilt(forward, ours)
-
-
-def _rebuilt(function: Any, ours: Function) -> Function | None:
-    """The function once more, with ours among the globals of what it wraps; None where that is not in its closure."""
-    within, known, cells = getattr(function, "__wrapped__", None), function.__globals__, function.__closure__ or ()
-    if within is None:
-        known = _Globals(known, ours)
-    else:
-        inner = _rebuilt(within, ours)
-        at = [n for n, cell in enumerate(cells) if _contents(cell) is within]
-        if inner is None or not at:
-            return None
-        cells = tuple(types.CellType(inner) if n in at else cell for n, cell in enumerate(cells))
-    made = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__, cells)
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing is in it yet
-        return None
+    return rebuilt(forward, {_ROTATES: ours})
 
 
 def _same_rotation(theirs: Function, width: int, interleaved: bool) -> bool:

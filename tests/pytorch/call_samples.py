@@ -49,6 +49,11 @@ def recurrent(q, k, v, g, h):
     return torch.cat((o, state), 2)
 
 
+def delta(q, k, v, g, beta, h):
+    rates = {"beta": beta.sigmoid(), "initial_state": h, "return_state": True, "normalize_qk": True}
+    return torch.cat(tilebook.gated_delta_rule(q, k, v, -(g * g), **rates), 2)
+
+
 QKV = [(2, 4, 6, 16)] * 3
 CALLS = {
     "attention": (tilebook.attention, QKV),
@@ -66,6 +71,7 @@ CALLS = {
     ),
     "linear attention, all tokens": (lambda q, k, v: tilebook.linear_attention(q, k, v, feature_map="performer"), QKV),
     "linear attention, gated": (recurrent, [*QKV, (2, 4, 6), (2, 4, 16, 16)]),
+    "delta rule": (delta, [*[(2, 2, 6, 8)] * 3, (2, 2, 6), (2, 2, 6), (2, 2, 8, 8)]),
     "layers": (layers, [(2, 3, 8), (12, 8), (8, 12)]),
     "gated layers": (gated, [(2, 3, 8), (12, 8), (12, 8), (8, 12)]),
     "gated layers, one weight": (

@@ -91,6 +91,16 @@ def linear(make=normal, rows=5, columns=6, decay=True, state=True, norm=False, f
     return q, k, v, g if decay else None, h if state else None, feature_map, 0.3, *((1e-3,) if norm else ())
 
 
+def delta(make=normal, rows=5, columns=6, decay=True, state=True, normalize=True, **how):
+    """Keys that are not divided by their lengths are short."""
+    q, k, v = (make(2, 2, rows, width, **how) for width in (8, 8, columns))
+    if not normalize:
+        k = (0.2 * k.detach()).requires_grad_(k.requires_grad)
+    g, beta = (make(2, 2, rows).detach().sigmoid() for _ in range(2))
+    g, beta = ((sign * x).requires_grad_(q.requires_grad) for sign, x in ((-1, g), (1, beta)))
+    return q, k, v, g if decay else None, beta, make(2, 2, 8, columns) if state else None, 0.3, normalize
+
+
 def everything(feature_map="elu+1", mask=None, omega=None, **how):
     """Linear attention of 5 queries and 6 keys."""
     q, k, v = normal(2, 3, 5, 8, **how), normal(2, 3, 6, 8, **how), normal(2, 3, 6, 6, **how)
@@ -258,6 +268,14 @@ SAMPLES = {
         "no rows": lambda: linear(norm=True, rows=0),
         "fp16": lambda: linear(norm=True, dtype=torch.float16),
     },
+    "gated_delta_rule_fwd": {
+        "plain": lambda: delta(decay=False, state=False, normalize=False),
+        "decays and a state": lambda: delta(),
+        "heads after rows": lambda: delta(order=BSHD, state=False),
+        "no rows": lambda: delta(rows=0),
+        "rates alone": lambda: (*delta(data)[:4], delta()[4], *delta(data)[5:]),
+        "bf16": lambda: delta(dtype=BF16),
+    },
     "bidirectional_linear_attention_fwd": {
         "plain": lambda: everything(),
         "masked": lambda: everything("softmax", mask=data(2, 6).gt(1)),
@@ -311,7 +329,8 @@ def wanted(args):
 
 def results(op):
     """How many outputs of the op have gradients."""
-    return 2 if op in ("rope_fwd", "gated_linear_attention_fwd", "linear_attention_fwd") or op.startswith("add_") else 1
+    two = "rope_fwd", "gated_linear_attention_fwd", "linear_attention_fwd", "gated_delta_rule_fwd"
+    return 2 if op in two or op.startswith("add_") else 1
 
 
 def gradients(function, args, dy):

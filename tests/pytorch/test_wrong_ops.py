@@ -46,6 +46,10 @@ WRONG = {
     "linear: a state without its last column": lambda: OPS.linear_attention_fwd(
         Q, Q, Q, None, data(2, 4, 16, 16), "none", 1.0, 1e-6
     ),
+    "delta rule: fewer keys": lambda: OPS.gated_delta_rule_fwd(Q, K, Q, None, Q[..., 0], None, 0.3, False),
+    "delta rule: rates of fewer tokens": lambda: OPS.gated_delta_rule_fwd(
+        Q, Q, Q, None, Q[:, :, :3, 0], None, 0.3, False
+    ),
     "mlp: a narrow layer": lambda: OPS.mlp_fwd(*mlp(X, W1, B1, W2[:, :4], B2)),
     "mlp: an activation that is none": lambda: OPS.mlp_fwd(*mlp(X, W1, B1, W2, B2, "silu")),
     "gate: a narrow up": lambda: OPS.glu_fwd(X, X[:, :4], "silu"),
@@ -109,6 +113,9 @@ WRONG_BACKWARD = {
     ),
     "linear: short divisors": lambda: OPS.linear_attention_bwd(
         Q, None, Q, Q, Q, None, None, Q, Q[:, :, :3, 0], "none", 1.0, 1e-6, [True] * 5
+    ),
+    "delta rule: a short gradient": lambda: OPS.gated_delta_rule_bwd(
+        Q[:, :, :3], None, Q, Q, Q, None, Q[..., 0], None, 0.3, False, [True] * 6
     ),
     "mlp: z of a narrower layer": lambda: OPS.mlp_bwd(X, X, W1, B1, W2, B2, data(5, 4), "gelu", True, [True] * 5),
     "gate: a short gradient": lambda: OPS.glu_bwd(X[:3], X, X, "silu", [True] * 2),

@@ -23,6 +23,7 @@ from tilebook.kernels.bidirectional.features import check_rows
 from tilebook.kernels.bidirectional.form import FEATURES, MAPPED, PERFORMER
 from tilebook.kernels.linear_attention.check import check, check_step
 from tilebook.kernels.linear_attention.entry import GATED, NORMALIZED, arguments, registered
+from tilebook.kernels.linear_attention.packs import forgetting, wide
 from tilebook.kernels.linear_attention.pytorch import step
 
 __all__ = ["gated_linear_attention", "linear_attention", "linear_attention_step"]
@@ -74,12 +75,12 @@ def gated_linear_attention(
     constant("scale", scale)
     route = way(q, k, v, optional=(log_decay, initial_state, cu_seqlens))
     if log_decay is not None:
-        log_decay = _wide(log_decay, q)
+        log_decay = wide(log_decay, q)
         if log_decay.ndim == 1 and q.ndim == 4 and log_decay.shape == q.shape[1:2]:
             log_decay = log_decay[None, :, None].expand(q.shape[:3])
     if cu_seqlens is not None:
-        log_decay = _packed(q, log_decay, cu_seqlens, initial_state is not None or return_state)
-    o, state = _causal(route, GATED, (q, k, v, log_decay, _wide(initial_state, q)), ("none", multiplier(scale, q)))
+        log_decay = forgetting(q, log_decay, cu_seqlens, initial_state is not None or return_state)
+    o, state = _causal(route, GATED, (q, k, v, log_decay, wide(initial_state, q)), ("none", multiplier(scale, q)))
     return (o, state) if return_state else o
 
 
@@ -144,17 +145,17 @@ def linear_attention(
         check_rows(q, k)
         begins = None
         if cu_seqlens is not None:
-            begins = _packed(q, None, cu_seqlens, initial_state is not None or return_state) == -torch.inf
-        o, state = performed(route, q, k, v, bool(normalize), eps, begins=begins, state=_wide(initial_state, q))
+            begins = forgetting(q, None, cu_seqlens, initial_state is not None or return_state) == -torch.inf
+        o, state = performed(route, q, k, v, bool(normalize), eps, begins=begins, state=wide(initial_state, q))
         return (o, state) if return_state else o
     name = feature_map if causal and type(feature_map) is str and feature_map in MAPPED else "none"
     if name == "none":
         q, k = features.mapped(q, k, feature_map)
     else:
         check_rows(q, k)
-    state, starts = _wide(initial_state, q), None
+    state, starts = wide(initial_state, q), None
     if cu_seqlens is not None:
-        starts = _packed(q, None, cu_seqlens, initial_state is not None or return_state)
+        starts = forgetting(q, None, cu_seqlens, initial_state is not None or return_state)
     if not causal:
         o, state = _everything(q, k, v, state, bool(normalize), eps)
     elif normalize:
@@ -191,7 +192,7 @@ def linear_attention_step(
     """
     way(q, k, v, state, optional=(log_decay,))
     check_step(q, k, v, state, log_decay)
-    return step(q, k, v, _wide(state, q), log_decay, multiplier(scale, q))
+    return step(q, k, v, wide(state, q), log_decay, multiplier(scale, q))
 
 
 def performed(
@@ -209,33 +210,10 @@ def performed(
     made = features.in_order(q, k, begins=begins, weights=weights, known=known)
     if state is not None:
         state = state * (-made.first).exp()[..., None, None]
-    tensors = made.phi_q, made.phi_k, v, _wide(made.decay, q), state
+    tensors = made.phi_q, made.phi_k, v, wide(made.decay, q), state
     entry, options = (NORMALIZED, ("none", 1.0, eps)) if normalize else (GATED, ("none", 1.0))
     o, last = _causal(route, entry, tensors, options)
     return o, last * made.last.exp()[..., None, None]
-
-
-def _packed(q: torch.Tensor, log_decay: torch.Tensor | None, ends: torch.Tensor, states: bool) -> torch.Tensor:
-    """Log-decays that forget all at the beginning of every sequence. Raises ValueError."""
-    if states:
-        raise ValueError("cu_seqlens goes with neither initial_state nor return_state")
-    kinds = torch.int32, torch.int64
-    if q.ndim != 4 or q.shape[0] != 1 or ends.ndim != 1 or ends.dtype not in kinds or ends.device != q.device:
-        got = f"{ends.dtype} {tuple(ends.shape)} on {ends.device} for q {tuple(q.shape)}"
-        raise ValueError(
-            f"cu_seqlens must be (N + 1,) integers of int32 or int64 beside q, whose batch is 1; got {got}"
-        )
-    n = q.shape[2]
-    at = ends[:-1].long().clamp(0, n)
-    begins = torch.zeros(n + 1, dtype=torch.bool, device=q.device).index_fill(0, at, True)[:n]
-    if log_decay is None:
-        log_decay = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    return log_decay.masked_fill(begins, -torch.inf)
-
-
-def _wide(x: torch.Tensor | None, q: torch.Tensor) -> Any:
-    """Decays and states in fp32, beside fp64 in fp64."""
-    return x if x is None else x.to(torch.promote_types(q.dtype, torch.float32))
 
 
 def _causal(route: Way, entry: Entry, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,194 @@
+"""The gated delta rule on the GPU that is here: lengths that no interpreter runs, against chunks in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tilebook
+from tilebook import device as devices
+from tilebook import dispatch, op
+from tilebook.kernels.delta_rule.pytorch import chunked
+
+pytestmark = pytest.mark.gpu
+NAMES = "o", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial_state"
+
+
+def drawn(n, *, batch=1, heads=2, width=64, columns=None, dtype=torch.bfloat16, strongest=13.8, seed=0):
+    """q, k, v, log-decays, β and a state, which want gradients; keys are of length 1."""
+    source = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(batch, heads, *shape, device="cuda", generator=source)
+
+    q, k, v = normal(n, width), F.normalize(normal(n, width), dim=-1), normal(n, columns or width)
+    g = -(torch.rand(batch, heads, n, device="cuda", generator=source) ** 4) * strongest
+    beta = normal(n).sigmoid()
+    state = normal(width, columns or width)
+    return [x.requires_grad_() for x in (*(x.to(dtype) for x in (q, k, v)), g, beta, state)]
+
+
+def ruled(q, k, v, g, beta, state, normalize=False):
+    how = {"initial_state": state, "return_state": True, "normalize_qk": normalize}
+    return tilebook.gated_delta_rule(q, k, v, g, beta, **how)
+
+
+def plain(q, k, v, g, beta, state, normalize=False):
+    return chunked(q, k, v, g, beta, state, q.shape[-1] ** -0.5, normalize)
+
+
+def results(function, tensors, above, *args):
+    made = function(*tensors, *args)
+    return [*made, *torch.autograd.grad(made, tensors, [x.to(y.dtype) for x, y in zip(above, made, strict=True)])]
+
+
+def rms(x):
+    return x.double().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("n", "width", "columns"),
+    [(1, 64, 64), (100, 64, 64), (4096, 64, 64), (2500, 128, 128), (700, 256, 128), (333, 80, 40)],
+)
+@pytest.mark.parametrize("strongest", [13.8, 0.01])
+def test_errors_are_at_most_twice_those_of_the_same_chunks_in_pytorch(n, width, columns, dtype, strongest):
+    tensors = drawn(n, width=width, columns=columns, dtype=dtype, strongest=strongest)
+    normalize = n % 2 == 0
+    above = [torch.randn_like(tensors[2]), torch.randn_like(tensors[5])]
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    truth, theirs = (results(plain, each, above, normalize) for each in (wide, tensors))
+    with dispatch.use("triton"):
+        found = results(ruled, tensors, above, normalize)
+    steps = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1)
+    for name, mine, other, right in zip(NAMES, found, theirs, truth, strict=True):
+        assert rms(mine - right) <= 2 * rms(other - right) + steps * rms(right) + 1e-9, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_keys_that_are_all_alike_are_told_apart(dtype):
+    """The matrix of each chunk is then as far from its inverse as it can be."""
+    q, k, v, g, beta, state = drawn(1000, dtype=dtype, strongest=1e-3)
+    with torch.no_grad():
+        k.copy_(F.normalize(k[:, :, :1] + 0.01 * k, dim=-1))
+        beta.fill_(1)
+    tensors = [q, k, v, g, beta, state]
+    above = [torch.randn_like(v), torch.zeros_like(state)]
+    truth = results(plain, [x.detach().double().requires_grad_() for x in tensors], above)
+    theirs = results(plain, tensors, above)
+    with dispatch.use("triton"):
+        found = results(ruled, tensors, above)
+    for name, mine, other, right in zip(NAMES, found, theirs, truth, strict=True):
+        assert rms(mine - right) <= 2 * rms(other - right) + torch.finfo(dtype).eps * rms(right), name
+
+
+def test_a_long_sequence_is_what_it_is_by_parts_and_by_steps():
+    q, k, v, g, beta, state = (x.detach() for x in drawn(20000))
+    with dispatch.use("triton"):
+        o, last = ruled(q, k, v, g, beta, state)
+        rows, at = [], state
+        for part in range(0, 20000, 3000):
+            some, at = ruled(*(x[:, :, part : part + 3000] for x in (q, k, v, g, beta)), at)
+            rows.append(some)
+    torch.testing.assert_close(torch.cat(rows, 2).float(), o.float(), rtol=2e-2, atol=2e-2 * o.float().std().item())
+    torch.testing.assert_close(at, last, rtol=2e-2, atol=2e-2 * last.std().item())
+    for t in range(100):
+        row = (x[:, :, t] for x in (q, k, v))
+        one, state = tilebook.gated_delta_rule_step(*row, state, g[:, :, t], beta[:, :, t])
+        torch.testing.assert_close(one.float(), o[:, :, t].float(), rtol=2e-2, atol=4e-2 * o.float().std().item())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ("B2,H4,S3000,D64,decay,initial,normalized", "bf16"),
+        ("B2,H4,S3000,D128,decay,normalized", "bf16"),
+        ("B2,H4,S900,D128,V64,decay", "fp16"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gated_delta_rule_fwd", "gated_delta_rule_bwd"])
+def test_feasible_configs_agree(name, shape, dtype):
+    each = op.get(name)
+    problem, gpu = each.problem.parse(shape, dtype), devices.current()
+    args = problem.inputs("cuda", 0)
+    space = each.tunable.space
+    right = each.tunable(*args, config=space.default(problem, gpu))
+    feasible = space.feasible(problem, gpu)
+    tried = 0
+    for config in feasible[:: max(1, len(feasible) // 20)]:
+        try:
+            found = each.tunable(*args, config=config)
+        except Exception as broken:
+            assert type(broken).__name__ == "OutOfResources", (config, broken)  # noqa: PT017
+            continue
+        tried += 1
+        for mine, other in zip(found, right, strict=True):
+            size = other.float().abs().max().item() if other.numel() else 0.0
+            torch.testing.assert_close(mine.float(), other.float(), rtol=0, atol=2e-2 * size + 1e-6, msg=str(config))
+    assert tried > 8
+
+
+def test_results_repeat_bit_for_bit():
+    tensors = drawn(3000, batch=4, heads=8)
+    above = [torch.randn_like(tensors[2]), torch.randn_like(tensors[5])]
+    with dispatch.use("triton"):
+        first, second = (results(ruled, tensors, above) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_training_keeps_no_states():
+    tensors = drawn(16384, heads=4)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    with dispatch.use("triton"):
+        o, state = ruled(*tensors)
+    assert torch.cuda.memory_allocated() - before < o.nbytes + state.nbytes + (1 << 21)
+
+
+def test_compiled_and_eager_are_the_same():
+    tensors = drawn(500)
+    compiled = torch.compile(lambda *x: tuple(2 * y for y in ruled(*x)), fullgraph=True)
+    for mine, right in zip(compiled(*tensors), ruled(*tensors), strict=True):
+        torch.testing.assert_close(mine, 2 * right, rtol=1e-2, atol=1e-2)
+
+
+def test_a_graph_is_captured_and_replayed():
+    tensors = [x.detach() for x in drawn(2048)]
+    with torch.no_grad():
+        for _ in range(3):
+            ruled(*tensors)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o, _ = ruled(*tensors)
+        tensors[2].mul_(2)
+        graph.replay()
+        torch.testing.assert_close(o, ruled(*tensors)[0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_pack_is_its_sequences():
+    lengths = [1000, 0, 1, 3000, 64, 37, 2]
+    *tensors, _ = drawn(sum(lengths))
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], device="cuda")
+    above = torch.randn_like(tensors[2])
+    with dispatch.use("triton"):
+        whole = tilebook.gated_delta_rule(*tensors, cu_seqlens=ends)
+        parts = zip(*(x.split(lengths, 2) for x in tensors), strict=True)
+        apart = torch.cat([tilebook.gated_delta_rule(*part) for part in parts if part[0].shape[2]], 2)
+        found = [(o, *torch.autograd.grad(o, tensors, above)) for o in (whole, apart)]
+    for mine, right in zip(*found, strict=True):
+        size = right.float().std().item()
+        torch.testing.assert_close(mine.float(), right.float(), rtol=2e-2, atol=4e-2 * size)
+
+
+def test_flash_linear_attention_agrees():
+    """Of both directions, where `fla-core` is installed."""
+    pytest.importorskip("fla")
+    for name in ("gated_delta_rule_fwd", "gated_delta_rule_bwd"):
+        each = op.get(name)
+        args = each.problem.parse("B2,H4,S3000,D128,decay,initial,normalized", "bf16").inputs("cuda", 0)
+        for mine, other in zip(
+            each.tunable(*args, config=each.tunable.space.default(each.problem.of(*args), devices.current())),
+            each.implementations["fla"](*args),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine.float(), other.float(), rtol=0, atol=3e-2 * mine.float().abs().max().item())
