@@ -7,6 +7,7 @@ flash-linear-attention where that is installed. Which of a step in decoding they
 from __future__ import annotations
 
 import functools
+import inspect
 from functools import partial
 from typing import Any
 
@@ -95,8 +96,8 @@ def _ruled(
 
 
 def _same_rule(theirs: Function) -> bool:
-    """Does it compute on random numbers what ours does?"""
-    draw = drawn()
+    """Does it compute on random numbers what ours does? Of kernels of others what they stand for is asked."""
+    draw, theirs = drawn(), inspect.unwrap(theirs)
     q, k, v = draw(2, _ROWS, 2, _WIDTH), draw(2, _ROWS, 2, _WIDTH), draw(2, _ROWS, 4, _COLUMNS)
     given = {"g": -draw(2, _ROWS, 4).square(), "beta": draw(2, _ROWS, 4).sigmoid(), "output_final_state": True}
     for normalize, state in ((True, draw(2, 4, _WIDTH, _COLUMNS)), (False, None)):
