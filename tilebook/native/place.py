@@ -13,7 +13,9 @@ import platformdirs
 import torch
 
 NAME = "tilebook_served"
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("served.cpp", "casts.cpp", "casts.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("served.cpp", "casts.cpp", "gates.cpp", "mlp.cpp", "shared.h")
+)
 
 
 def folder() -> Path | None:

@@ -1,0 +1,667 @@
+"""Calls that are known to be PyTorch's, answered without Python: the same numbers, and only where nothing is unusual."""
+
+import contextlib
+import inspect
+import os
+import pickle
+import sys
+import threading
+from functools import partial
+
+import pytest
+import torch
+from gate_samples import CALLS, PLAIN, heads, layers, numbers, rows
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tilebook
+from tilebook import dispatch, left
+from tilebook.left import Left
+from tilebook.native import gates
+
+every_call = pytest.mark.parametrize("name", CALLS)
+TRAINS = [name for name in CALLS if name != "decode"]
+
+
+def graded(run, tensors):
+    """What it gives and the gradients of all floating tensors."""
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in tensors]
+    found = run(*leaves)
+    results = found if isinstance(found, tuple) else (found,)
+    wanted = [x for x in leaves if x.requires_grad]
+    dys = [numbers(*y.shape, seed=7).to(y.dtype) for y in results]
+    return [*results, *torch.autograd.grad(results, wanted, dys)]
+
+
+def same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@every_call
+def test_the_second_call_of_a_kind_is_answered_and_is_pytorchs(gated, name):
+    function, make, options = CALLS[name]
+    args = make()
+    answered = [gated.answered(function, *args, **options)[0] for _ in range(4)]
+    assert (answered[0], answered[2:]) == (False, [True, True])
+    for other in (make(dtype=torch.bfloat16), args):
+        gated.known(function, *other, **options)
+        hit, found = gated.answered(function, *other, **options)
+        assert hit
+        same(found, PLAIN[name](*other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TRAINS)
+def test_gradients_are_pytorchs(gated, name, dtype):
+    function, make, options = CALLS[name]
+    run = partial(gated, function, **options)
+    for _ in range(3):
+        graded(run, make(dtype=dtype))
+    gated.here._tell("counted")
+    found = graded(run, make(dtype=dtype))
+    assert sum(calls for _, calls in gated.extension.gates_counted()) == 1
+    same(found, graded(PLAIN[name], make(dtype=dtype)))
+
+
+@every_call
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+def test_calls_without_gradients_are_kinds_of_their_own(gated, name, context):
+    function, make, options = CALLS[name]
+    args = make()
+    with context():
+        gated.known(function, *args, **options)
+        hit, found = gated.answered(function, *args, **options)
+        assert hit
+        same(found, PLAIN[name](*args))
+        assert found is not None
+    with_gradients = [x.requires_grad_() if x.is_floating_point() else x for x in make()]
+    if name != "decode":
+        assert not gated.answered(function, *with_gradients, **options)[0]
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_autocast_is_pytorchs(gated, name):
+    function, make, options = CALLS[name]
+    run = partial(gated, function, **options)
+    gated.known(function, *make(), **options)
+
+    def inside(run):
+        with torch.autocast("cpu", torch.bfloat16):
+            return graded(run, make())
+
+    found = [inside(run) for _ in range(4)]
+    expected = inside(PLAIN[name])
+    if "norm" in name:  # which ours give in the dtype of x
+        expected = [y.to(x.dtype) for x, y in zip(found[0], expected, strict=True)]
+    for each in found:
+        same(each, expected)
+
+
+# What is not answered
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Ops(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def tracing(what):
+    before = (sys.gettrace, sys.getprofile)[what is sys.setprofile]()
+    what(lambda *_: None)
+    try:
+        yield
+    finally:
+        what(before)
+
+
+@contextlib.contextmanager
+def compiling(name="_is_compiling_flag"):
+    before = getattr(torch.compiler, name)
+    setattr(torch.compiler, name, True)
+    try:
+        yield
+    finally:
+        setattr(torch.compiler, name, before)
+
+
+@contextlib.contextmanager
+def frames():
+    """Frames are looked at by a compiler, which leaves all as they are."""
+    before = torch._C._dynamo.eval_frame.set_eval_frame(False)
+    try:
+        yield
+    finally:
+        torch._C._dynamo.eval_frame.set_eval_frame(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def transformed(transform):
+    """Within a transform of another tensor."""
+    with contextlib.ExitStack() as stack:
+        layer = torch._C._functorch
+        if transform == "vmap":
+            layer._vmap_increment_nesting(2, "error")
+            stack.callback(layer._vmap_decrement_nesting)
+        else:
+            layer._grad_increment_nesting()
+            stack.callback(layer._grad_decrement_nesting)
+        yield
+
+
+UNUSUAL = {
+    "a mode of functions": Functions,
+    "a default device": lambda: torch.device("cpu"),
+    "a mode of ops": Ops,
+    "vmap": partial(transformed, "vmap"),
+    "grad": partial(transformed, "grad"),
+    "deterministic algorithms": deterministic,
+    "a profiler": lambda: torch.autograd.profiler.profile(),
+    "a debugger": partial(tracing, sys.settrace),
+    "a profile of Python's": partial(tracing, sys.setprofile),
+    "a trace by the compiler": compiling,
+    "frames of the compiler": frames,
+    "a forced implementation": lambda: dispatch.here.use("torch"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_where_anything_is_unusual_the_function_is_called(gated, name):
+    q, k, v = heads()
+    expected = PLAIN["attention"](q, k, v)
+    gated.known(tilebook.attention, q, k, v)
+    with UNUSUAL[name]():
+        hit, found = gated.answered(tilebook.attention, q, k, v)
+    assert not hit
+    if "trace" not in name and name != "a forced implementation":
+        same(found, expected)
+    gated.known(tilebook.attention, q, k, v)
+    assert gated.answered(tilebook.attention, q, k, v)[0]
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Learnt(torch.nn.Parameter):
+    pass
+
+
+def shifted(x):
+    """The same numbers, not at a whole vector."""
+    made = torch.empty(x.numel() + 1)[1:].view(x.shape)
+    return made.copy_(x)
+
+
+def dual(x):
+    return forward_ad.make_dual(x, torch.zeros_like(x))
+
+
+OTHERS = {
+    "a subclass": lambda x: x.as_subclass(Subclass),
+    "a subclass of parameters": lambda x: Learnt(x, requires_grad=False),
+    "a lazy negation": lambda x: torch._neg_view(-x),
+    "not at a whole vector": shifted,
+    "other strides": lambda x: x.mT.contiguous().mT,
+    "another dtype": lambda x: x.double(),
+    "another size": lambda x: torch.cat([x, x]),
+    "with gradients": lambda x: x.clone().requires_grad_(),
+    "on another device": lambda x: x.to("meta"),
+    "with a tangent": dual,
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_tensor_of_another_kind_is_looked_at(gated, name, place):
+    given = heads()
+    gated.known(tilebook.attention, *given)
+    with forward_ad.dual_level():
+        other = [OTHERS[name](x) if i == place else x for i, x in enumerate(given)]
+        with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+            hit, _ = gated.answered(tilebook.attention, *other)
+            assert not hit
+    assert sum(calls for _, calls in gated.extension.gates_counted()) == 0
+    assert gated.answered(tilebook.attention, *given)[0]
+
+
+def test_tensors_inside_of_transforms_are_looked_at(gated):
+    given = heads()
+    gated.known(tilebook.attention, *given)
+    found = []
+
+    def inside(q):
+        found.append(gated.answered(tilebook.attention, *given)[0])
+        found.append(gated.answered(tilebook.rms_norm, q)[0])
+        return q.sum()
+
+    gated.known(tilebook.rms_norm, given[0])
+    torch.func.grad(inside)(given[0])
+    torch.func.vmap(inside)(given[0][None])
+    torch.func.jvp(inside, (given[0],), (given[0],))
+    torch.func.functionalize(inside)(given[0])
+    assert found == [False] * 8
+
+
+def test_programs_that_are_traced_have_all_of_it(gated):
+    given = heads()
+    gated.known(tilebook.attention, *given)
+    found = []
+
+    def program(q, k, v):
+        found.append(gated.answered(tilebook.attention, q, k, v)[0])
+        return tilebook.attention(q, k, v)
+
+    traced = torch.jit.trace(program, given)
+    same(traced(*given), PLAIN["attention"](*given))
+    graph = torch.fx.experimental.proxy_tensor.make_fx(program)(*given)
+    assert any("attention" in str(node.target) for node in graph.graph.nodes)
+    assert not any(found)
+
+
+HOOKS = torch.autograd.graph.saved_tensors_hooks
+
+
+def test_what_hooks_may_change_is_looked_at(gated):
+    x, weight = rows(1)
+    gated.known(tilebook.rms_norm, x, weight)
+    learnt = weight.clone().requires_grad_()
+    gated.known(tilebook.rms_norm, x, learnt)
+    with HOOKS(lambda t: t, lambda t: t):
+        assert not gated.answered(tilebook.rms_norm, x, learnt)[0]
+        assert gated.answered(tilebook.rms_norm, x, weight)[0]
+        with torch.no_grad():
+            assert not gated.answered(tilebook.rms_norm, x, learnt)[0], "a kind of its own"
+    assert gated.answered(tilebook.rms_norm, x, learnt)[0]
+
+
+OPTIONS = {
+    "attention": (
+        heads,
+        [
+            {"window": (2, 0)}, {"softcap": 1.0}, {"alibi_slopes": torch.ones(2)}, {"bias": torch.zeros(4, 4)},
+            {"attn_mask": torch.ones(4, 4, dtype=torch.bool)}, {"dropout_p": 0.1}, {"return_lse": True},
+            {"deterministic": True}, {"causal": "top_left"}, {"scale": -1.0}, {"scale": 1}, {"causal": True},
+        ],
+    ),
+    "scaled_dot_product_attention": (
+        heads,
+        [{"dropout_p": 0.1}, {"attn_mask": torch.ones(4, 4, dtype=torch.bool)}, {"is_causal": True}, {"scale": -1.0}],
+    ),
+    "attention_decode": (
+        lambda: heads(1, 1, 6),
+        [
+            {"seq_lens": torch.tensor([3, 6], dtype=torch.int32)}, {"softcap": 1.0}, {"window": 2},
+            {"return_lse": True}, {"causal": False}, {"scale": -1.0},
+        ],
+    ),
+    "rms_norm": (lambda: rows(1), [{"eps": 1}]),
+    "mlp": (layers, [{"activation": "relu"}]),
+    "cross_entropy": (
+        CALLS["loss"][1],
+        [
+            {"weight": torch.ones(8)}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"softcap": 2.0},
+            {"z_loss": 0.1},
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_call_with_other_options_is_another(gated, name):
+    make, options = OPTIONS[name]
+    function, args = getattr(tilebook, name), make()
+    gated.known(function, *args)
+    for each in options:
+        assert not gated.answered(function, *args, **each)[0], each
+    assert gated.answered(function, *args)[0]
+
+
+def test_decoding_of_several_rows_is_looked_at(gated):
+    given = heads(1, 2, 6)
+    gated.known(tilebook.attention_decode, *given)
+    assert not gated.answered(tilebook.attention_decode, *given)[0]
+
+
+# The functions stay what they are
+
+
+def test_arguments_may_be_given_in_any_way(gated):
+    x, residual, weight, bias = rows(2, 2)
+    expected = PLAIN["added layer norm"](x, residual, weight, bias)
+    gated.known(tilebook.add_layer_norm, x, residual, weight, bias)
+    for args, options in (
+        ((x, residual), {"bias": bias, "weight": weight}),
+        ((), {"residual": residual, "x": x, "bias": bias, "weight": weight, "eps": 1e-5}),
+        ((x, residual, weight, bias, 1e-5), {}),
+    ):
+        hit, found = gated.answered(tilebook.add_layer_norm, *args, **options)
+        assert hit
+        same(found, expected)
+
+
+def test_what_is_no_call_is_refused_as_ever(gated):
+    x, weight = rows(1)
+    gated.known(tilebook.rms_norm, x, weight)
+    for args, options in (
+        ((), {}),
+        ((x, weight, 1e-6, 2), {}),
+        ((x,), {"x": x}),
+        ((x,), {"other": x}),
+        ((x,), {"weight": weight, "eps": None}),
+    ):
+        with pytest.raises(TypeError):
+            gated(tilebook.rms_norm, *args, **options)
+    with pytest.raises(ValueError, match="tensor"):
+        gated(tilebook.rms_norm, "x")
+
+
+def test_errors_are_pytorchs(gated):
+    logits, labels = CALLS["loss"][1]()
+    gated.known(tilebook.cross_entropy, logits, labels)
+    wrong = labels + 100
+    with pytest.raises(Exception, match="out of bounds") as theirs:
+        PLAIN["loss"](logits, wrong)
+    with pytest.raises(theirs.type, match="out of bounds") as ours:
+        gated(tilebook.cross_entropy, logits, wrong)
+    assert str(ours.value) == str(theirs.value)
+
+
+@every_call
+def test_name_signature_and_text_are_those_of_the_function(gated, name):
+    function = CALLS[name][0]
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert inspect.isfunction(function)
+    assert function.__doc__
+    assert list(inspect.signature(function).parameters)[0] in ("q", "query", "x", "input")
+
+
+def test_a_compiled_program_is_traced_through_it(gated):
+    x, weight = rows(1)
+    gated.known(tilebook.rms_norm, x, weight)
+    graphs = []
+
+    def seen(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x, w: tilebook.rms_norm(x * 2, w) + 1, backend=seen, fullgraph=True)
+    same(compiled(x, weight), PLAIN["rms norm"](x * 2, weight) + 1)
+    assert any("rms_norm" in str(node.target) for node in graphs[0].graph.nodes)
+    torch._dynamo.reset()
+
+
+def test_a_function_that_was_changed_is_called(gated):
+    x, weight = rows(1)
+    gated.known(tilebook.rms_norm, x, weight)
+    code, defaults = tilebook.rms_norm.__code__, tilebook.rms_norm.__defaults__
+    try:
+        tilebook.rms_norm.__defaults__ = None, 1.0
+        hit, found = gated.answered(tilebook.rms_norm, x, weight)
+        assert not hit
+        same(found, torch.rms_norm(x, (8,), weight, 1.0))
+        tilebook.rms_norm.__defaults__ = defaults
+        tilebook.rms_norm.__code__ = (lambda x, weight=None, eps=1e-6: "changed").__code__.replace(co_freevars=())
+        assert gated.answered(tilebook.rms_norm, x, weight) == (False, "changed")
+    finally:
+        tilebook.rms_norm.__code__, tilebook.rms_norm.__defaults__ = code, defaults
+    assert gated.answered(tilebook.rms_norm, x, weight)[0]
+
+
+def test_only_a_function_of_the_forms_arguments_gets_a_gate(gated):
+    def rms_norm(x, eps=1e-6, weight=None):
+        return x
+
+    def several(x, weight=None, *eps):
+        return x
+
+    for function, form in ((rms_norm, "rms_norm"), (several, "rms_norm"), (rms_norm, "nothing")):
+        with pytest.raises(ValueError, match="no gate"):
+            gated.extension.gate(function, form)
+    with pytest.raises(TypeError):
+        gated.extension.gate(len, "rms_norm")
+
+
+@pytest.mark.skipif(not gates.SUPPORTED, reason="the interpreter's own calls pass it by")
+def test_calls_of_the_interpreter_are_answered(gated):
+    x, weight = rows(1)
+    gated.known(tilebook.rms_norm, x, weight)
+    for _ in range(100):
+        tilebook.rms_norm(x, weight)
+        tilebook.rms_norm(x, weight=weight)
+    assert sum(calls for _, calls in gated.extension.gates_counted()) == 200
+
+
+# What is known, and until when
+
+
+def test_calls_count_for_their_choices(gated):
+    args = rows(1)
+    for _ in range(7):
+        gated(tilebook.rms_norm, *args)
+    gated.here._tell("counted")
+    assert [each.calls for each in gated.here._memo.values()] == [7]
+
+
+@pytest.mark.parametrize("event", ["reload", "look_again", "use", "close"])
+def test_what_dispatch_forgets_is_looked_at_at_once(gated, event):
+    args = rows(1)
+    gated.known(tilebook.rms_norm, *args)
+    gated(tilebook.rms_norm, *args)
+    (choice,) = gated.here._memo.values()
+    if event == "use":
+        with gated.here.use("torch"):
+            assert not gated.answered(tilebook.rms_norm, *args)[0]
+    elif event == "close":
+        gated.gates.close()
+    else:
+        getattr(gated.here, event)()
+    assert choice.calls == 4, "calls until then are counted"
+    assert not gated.answered(tilebook.rms_norm, *args)[0]
+    gated.known(tilebook.rms_norm, *args)
+    assert gated.answered(tilebook.rms_norm, *args)[0] == (event != "close")
+
+
+def test_a_verdict_that_has_ours_ahead_from_now_on_serves_at_once(gated, monkeypatch):
+    args = rows(1)
+    gated.known(tilebook.rms_norm, *args)
+    chosen = []
+
+    def choose(op, problem, device):
+        chosen.append(op.name)
+        return type(gated.here).choose(gated.here, op, problem, device)
+
+    monkeypatch.setattr(gated.here, "choose", choose)
+    gated(tilebook.rms_norm, *args)
+    assert not chosen
+    gated.here.reload()
+    gated(tilebook.rms_norm, *args)
+    assert chosen == ["rms_norm_fwd"]
+
+
+def test_what_was_forgotten_while_it_was_asked_is_not_kept(gated, monkeypatch):
+    args = rows(1)
+    settle = left._gated.settle
+
+    def forgets(*given):
+        gated.here._tell("changed")
+        settle(*given)
+
+    monkeypatch.setattr(left._gated, "settle", forgets)
+    assert not any(gated.answered(tilebook.rms_norm, *args)[0] for _ in range(4))
+
+
+def test_only_the_call_under_way_is_settled(gated):
+    x, weight = rows(1)
+    settle = gated.extension.settle
+    settle(True, False, None, (x, weight))  # outside of any call
+    assert not gated.answered(tilebook.rms_norm, x, weight)[0]
+    other = Left(True, True, False)
+
+    class Tells(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            left._allows(other, False, (x, weight))
+            return x
+
+    gated(tilebook.rms_norm, torch.zeros(3, 8).as_subclass(Tells))
+    assert gated.extension.gates_counted() == []
+    assert not gated.answered(tilebook.rms_norm, x, weight)[0]
+
+
+class Turns:
+    """In a `Pace`'s place."""
+
+    def __init__(self):
+        self.theirs, self.asked = True, 0
+
+    def host_bound(self):
+        self.asked += 1
+        if isinstance(self.theirs, Exception):
+            raise self.theirs
+        return self.theirs
+
+
+def test_where_steps_take_turns_each_call_asks_whose_it_is(gated, monkeypatch):
+    x, weight = rows(1)
+    turns = Turns()
+    gated(tilebook.rms_norm, x, weight)
+    (key,) = gated.here.left
+    gated.here.left[key] = gated.here.left[key]._replace(forward=turns)
+    gated.known(tilebook.rms_norm, x, weight)
+    before = turns.asked
+    assert gated.answered(tilebook.rms_norm, x, weight)[0]
+    assert turns.asked == before + 1
+    turns.theirs = False
+    assert not gated.answered(tilebook.rms_norm, x, weight)[0]
+    turns.theirs = KeyError("broken")
+    with pytest.raises(KeyError, match="broken"):
+        gated(tilebook.rms_norm, x, weight)
+    turns.theirs = True
+    assert gated.answered(tilebook.rms_norm, x, weight)[0]
+
+
+def test_what_is_ours_to_serve_with_gradients_is_pythons(gated):
+    x, weight = rows(1)
+    gated(tilebook.rms_norm, x, weight)
+    (key,) = gated.here.left
+    gated.here.left[key] = gated.here.left[key]._replace(training=False)
+    learnt = weight.requires_grad_()
+    gated.known(tilebook.rms_norm, x, learnt)
+    assert not gated.answered(tilebook.rms_norm, x, learnt)[0]
+    gated.known(tilebook.rms_norm, x, weight.detach())
+    assert gated.answered(tilebook.rms_norm, x, weight.detach())[0]
+
+
+def test_choices_are_let_go_when_all_is_forgotten(gated):
+    args = rows(1)
+    gated.known(tilebook.rms_norm, *args)
+    (choice,) = gated.here._memo.values()
+    before = sys.getrefcount(choice)
+    gated.extension.forget()
+    assert sys.getrefcount(choice) == before - 1
+
+
+def test_memory_of_kinds_is_bounded_and_tensors_are_not_kept(gated):
+    x, weight = rows(1)
+    for _ in range(5):
+        gated(tilebook.rms_norm, x, weight)
+    before = sys.getrefcount(x), sys.getrefcount(weight)
+    for _ in range(50):
+        gated(tilebook.rms_norm, x, weight)
+    assert (sys.getrefcount(x), sys.getrefcount(weight)) == before
+
+
+@pytest.mark.parametrize("how", ["TILEBOOK_DISABLE", "disable"])
+def test_turning_tilebook_off_is_followed(gated, how, monkeypatch):
+    args = rows(1)
+    if how == "disable":  # PyTorch's functions are themselves again, ours stay
+        tilebook.enable()
+        tilebook.disable()
+        gated.known(tilebook.rms_norm, *args)
+        assert gated.answered(tilebook.rms_norm, *args)[0]
+    else:
+        monkeypatch.setattr("tilebook.call._DISABLED", True)
+        gated.known(tilebook.rms_norm, *args)
+        hit, found = gated.answered(tilebook.rms_norm, *args)
+        assert not hit
+        same(found, PLAIN["rms norm"](*args))
+        assert not gated.here._memo
+
+
+def test_threads_call_while_all_is_forgotten(gated):
+    sizes, wrong, going = range(2, 10), [], threading.Event()
+    args = {n: (numbers(n, 8), numbers(8)) for n in sizes}
+    expected = {n: PLAIN["rms norm"](*each) for n, each in args.items()}
+
+    def work():
+        while not going.is_set():
+            for n, each in args.items():
+                if not torch.equal(gated(tilebook.rms_norm, *each), expected[n]):
+                    wrong.append(n)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for _ in range(200):
+        gated.here.look_again()
+        gated.here.misses()
+    going.set()
+    for each in threads:
+        each.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_goes_on(gated):
+    args = rows(1)
+    expected = PLAIN["rms norm"](*args)
+    gated.known(tilebook.rms_norm, *args)
+    child = os.fork()
+    if not child:
+        right = torch.equal(gated(tilebook.rms_norm, *args), expected)
+        gated.here.reload()
+        right &= torch.equal(gated(tilebook.rms_norm, *args), expected)
+        os._exit(not right)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_function_loaded_later_gets_its_gate(gated, monkeypatch):
+    monkeypatch.setattr(gates, "put", gated.gates.put)
+
+    @left.gated("rms_norm")
+    def late(x, weight=None, eps=1e-6):
+        return tilebook.rms_norm(x, weight, eps)
+
+    assert left._gated.functions[-1] == (late, "rms_norm")
+    x, weight = rows(1)
+    for _ in range(3):
+        gated(late, x, weight)
+    assert gated.answered(late, x, weight)[0]
+
+
+def test_without_the_extension_it_is_built_and_functions_are_called(monkeypatch):
+    begun = []
+    monkeypatch.setattr("tilebook.native.begin", lambda: begun.append(True))
+    monkeypatch.setattr("tilebook.native._serving", type("None_", (), {"extension": lambda self: None})())
+    assert gates.Gates(dispatch.Dispatch()).open([(tilebook.rms_norm, "rms_norm")]) is None
+    assert begun == [True]
+    monkeypatch.setattr(gates, "SUPPORTED", False)
+    assert gates.open_for([]) is None
+    assert begun == [True]
