@@ -1,3 +1,4 @@
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -146,6 +147,13 @@ class Gated:
         self.here._tell("counted")
         result = self(function, *args, **options)
         return sum(calls for _, calls in self.extension.gates_counted()) == 1, result
+
+    def looked_at(self, function, *args, **options):
+        """Is it the function that is called? Whatever comes of it: here is no GPU for what it runs."""
+        self.here._tell("counted")
+        with contextlib.suppress(Exception):
+            self(function, *args, **options)
+        return not self.extension.gates_counted()
 
 
 @pytest.fixture

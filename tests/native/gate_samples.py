@@ -25,13 +25,13 @@ def rows(vectors, addends=1, **how):
 
 
 LABELS = torch.tensor([1, 7, -100])
-MASK = torch.zeros(4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf)
+MASK = torch.zeros(4, 8).masked_fill(torch.ones(4, 8).triu(1).bool(), -torch.inf)
 
 CALLS = {
     "attention": (tilebook.attention, heads, {}),
     "attention, causal, grouped": (tilebook.attention, lambda **how: heads(1, **how), {"causal": True, "scale": 0.3}),
     "drop-in": (tilebook.scaled_dot_product_attention, heads, {"is_causal": True}),
-    "drop-in, mask": (tilebook.scaled_dot_product_attention, lambda **how: [*heads(**how), MASK.to(**how)], {}),
+    "drop-in, mask": (tilebook.scaled_dot_product_attention, lambda **how: [*heads(keys=8, **how), MASK.to(**how)], {}),
     "decode": (tilebook.attention_decode, lambda **how: heads(1, 1, 6, **how), {}),
     "rms norm": (tilebook.rms_norm, lambda **how: rows(1, **how), {}),
     "rms norm, no weight": (tilebook.rms_norm, lambda **how: rows(0, **how), {"eps": 1e-3}),
@@ -45,7 +45,7 @@ CALLS = {
     "loss": (tilebook.cross_entropy, lambda **how: [numbers(3, 8, **how), LABELS], {}),
     "loss, smooth": (
         tilebook.cross_entropy,
-        lambda **how: [numbers(3, 8, **how), LABELS],
+        lambda **how: [numbers(3, 8, **how), LABELS.abs() % 8],
         {"label_smoothing": 0.1, "reduction": "sum", "ignore_index": 1},
     ),
 }
@@ -63,14 +63,12 @@ PLAIN = {
     "rms norm, no weight": lambda x: F.rms_norm(x, (8,), None, 1e-3),
     "layer norm": lambda x, w, b: F.layer_norm(x, (8,), w, b, 1e-5),
     "layer norm, no bias": lambda x, w: F.layer_norm(x, (8,), w, None, 1e-3),
-    "added rms norm": lambda x, r, w: (F.rms_norm(x + r, (8,), w, 1e-6), x + r),
-    "added layer norm": lambda x, r, w, b: (F.layer_norm(x + r, (8,), w, b, 1e-5), x + r),
+    "added rms norm": lambda x, r, w: (F.rms_norm(h := x + r, (8,), w, 1e-6), h),
+    "added layer norm": lambda x, r, w, b: (F.layer_norm(h := x + r, (8,), w, b, 1e-5), h),
     "mlp": lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
     "mlp, relu": lambda x, w1, b1, w2, b2: F.linear(F.relu(F.linear(x, w1, b1)), w2, b2),
     "mlp, tanh": lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2),
     "loss": F.cross_entropy,
-    "loss, smooth": lambda x, labels: F.cross_entropy(
-        x, labels, label_smoothing=0.1, reduction="sum", ignore_index=1
-    ),
+    "loss, smooth": lambda x, labels: F.cross_entropy(x, labels, label_smoothing=0.1, reduction="sum", ignore_index=1),
 }
 """The same in PyTorch's functions."""

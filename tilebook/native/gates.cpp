@@ -21,6 +21,7 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/MaybeOwned.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -68,11 +69,13 @@ struct Hash {
   }
 };
 
-// The arguments of a call as one of the forms below takes them; those that are None are undefined.
+// The arguments of a call as one of the forms below takes them; tensors that are None are undefined. They are borrowed:
+// whoever calls holds them.
 struct Call {
   PyObject* const* given;
   std::array<PyObject*, kMostTensors> objects;
-  std::array<Tensor, kMostTensors> tensors;
+  std::array<c10::MaybeOwned<Tensor>, kMostTensors> tensors;
+  const Tensor& operator[](int index) const { return *tensors[index]; }
   int count = 0;  // of tensors and of what is None in a tensor's place
   int64_t told = 0;  // options that tell kinds apart
   std::optional<double> scale;
@@ -96,7 +99,7 @@ bool tensor(Call& call, int index) {
   PyObject* given = call.given[index];
   if (reinterpret_cast<PyObject*>(Py_TYPE(given)) != THPVariableClass && Py_TYPE(given) != parameter_type) return false;
   call.objects[call.count] = given;
-  call.tensors[call.count++] = THPVariable_Unpack(given);
+  call.tensors[call.count++] = c10::MaybeOwned<Tensor>::borrowed(THPVariable_Unpack(given));
   return true;
 }
 
@@ -140,12 +143,11 @@ int word(PyObject* given, std::initializer_list<const char*> words) {
 // ---- Forms
 
 Tensor sdpa(const Call& call, const std::optional<Tensor>& mask, bool causal, std::optional<double> scale, bool grouped) {
-  const auto& [q, k, v] = std::tie(call.tensors[0], call.tensors[1], call.tensors[2]);
-  return at::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale, grouped);
+  return at::scaled_dot_product_attention(call[0], call[1], call[2], mask, 0.0, causal, scale, grouped);
 }
 
 bool four_axes(const Call& call) {
-  return call.tensors[0].dim() == 4 && call.tensors[1].dim() == 4 && call.tensors[2].dim() == 4;
+  return call[0].dim() == 4 && call[1].dim() == 4 && call[2].dim() == 4;
 }
 
 bool takes_attention(Call& call) {
@@ -159,7 +161,7 @@ bool takes_attention(Call& call) {
 }
 
 std::pair<Tensor, Tensor> attention(const Call& call) {
-  return {sdpa(call, {}, call.told, call.scale, call.tensors[0].size(1) != call.tensors[1].size(1)), {}};
+  return {sdpa(call, {}, call.told, call.scale, call[0].size(1) != call[1].size(1)), {}};
 }
 
 bool takes_drop_in(Call& call) {
@@ -172,7 +174,7 @@ bool takes_drop_in(Call& call) {
 }
 
 std::pair<Tensor, Tensor> drop_in(const Call& call) {
-  const auto& mask = call.tensors[3];
+  const auto& mask = call[3];
   const auto there = mask.defined() ? std::optional<Tensor>(mask) : std::nullopt;
   return {sdpa(call, there, call.told & 1, call.scale, call.told & 2), {}};
 }
@@ -183,13 +185,13 @@ bool takes_decode(Call& call) {
   if (given[3] != Py_None || given[4] != Py_None || !flag(given[5], causal) || !zero(given[7])) return false;
   if (given[8] != Py_None || given[9] != Py_False || !positive_or_none(given[6], call.scale)) return false;
   call.told = causal;
-  return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && four_axes(call) && call.tensors[0].size(2) == 1;
+  return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && four_axes(call) && call[0].size(2) == 1;
 }
 
 std::pair<Tensor, Tensor> decode(const Call& call) {
-  const auto& q = call.tensors[0];
+  const auto& q = call[0];
   const double scale = call.scale.value_or(std::pow(static_cast<double>(q.size(-1)), -0.5));
-  return {sdpa(call, {}, false, scale, q.size(1) != call.tensors[1].size(1)), {}};
+  return {sdpa(call, {}, false, scale, q.size(1) != call[1].size(1)), {}};
 }
 
 // x, perhaps what is added to it, then vectors of its dtype or None; the last argument is eps.
@@ -201,20 +203,19 @@ bool takes_norm(Call& call) {
   for (int i = addends; i < addends + vectors; ++i) {
     if (!tensor_or_none(call, i)) return false;
   }
-  const auto& x = call.tensors[0];
+  const auto& x = call[0];
   for (int i = 1; i < addends + vectors; ++i) {
-    if (call.tensors[i].defined() && call.tensors[i].scalar_type() != x.scalar_type()) return false;
+    if (call[i].defined() && call[i].scalar_type() != x.scalar_type()) return false;
   }
   return x.dim() > 0 && real(call.given[addends + vectors], call.number);
 }
 
 template <int addends, int vectors>
 std::pair<Tensor, Tensor> norm(const Call& call) {
-  const auto& given = call.tensors;
-  const Tensor sum = addends > 1 ? at::add(given[0], given[1]) : Tensor();
-  const auto& x = addends > 1 ? sum : given[0];
+  const Tensor sum = addends > 1 ? at::add(call[0], call[1]) : Tensor();
+  const auto& x = addends > 1 ? sum : call[0];
   const auto vector = [&](int index) {
-    const auto& there = given[addends + index];
+    const auto& there = call[addends + index];
     return there.defined() ? std::optional<Tensor>(there) : std::nullopt;
   };
   const int64_t shape[] = {x.size(-1)};
@@ -239,8 +240,7 @@ bool takes_mlp(Call& call) {
 }
 
 std::pair<Tensor, Tensor> block(const Call& call) {
-  const auto& given = call.tensors;
-  return {mlp(given[0], given[1], given[2], given[3], given[4], static_cast<Activation>(call.told)), {}};
+  return {mlp(call[0], call[1], call[2], call[3], call[4], static_cast<Activation>(call.told)), {}};
 }
 
 constexpr int64_t kReductions = 3;
@@ -257,8 +257,7 @@ bool takes_loss(Call& call) {
 }
 
 std::pair<Tensor, Tensor> loss(const Call& call) {
-  const auto& [input, target] = std::tie(call.tensors[0], call.tensors[1]);
-  return {at::cross_entropy_loss(input, target, {}, call.told % kReductions, call.index, call.number), {}};
+  return {at::cross_entropy_loss(call[0], call[1], {}, call.told % kReductions, call.index, call.number), {}};
 }
 
 constexpr Form forms[] = {
@@ -359,7 +358,7 @@ bool described(Call& call, const Form* form, Key& key) {
   bool wanted = false;
   const Tensor* first = nullptr;
   for (int i = 0; i < call.count; ++i) {
-    const Tensor& each = call.tensors[i];
+    const Tensor& each = call[i];
     if (!each.defined()) {
       key.add(-1);
       continue;
@@ -384,7 +383,7 @@ bool described(Call& call, const Form* form, Key& key) {
 
 // Is a call of the kind PyTorch's here and now? -1 with an exception set.
 int allowed(const Kind& kind, const Call& call) {
-  if (kind.bounded && captured(call.tensors[0].device())) return 0;
+  if (kind.bounded && captured(call[0].device())) return 0;
   if (!kind.pace) return 1;
   static PyObject* const name = PyUnicode_InternFromString("host_bound");
   PyObject* const answer = PyObject_CallMethodNoArgs(kind.pace, name);
