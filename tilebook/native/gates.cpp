@@ -82,6 +82,7 @@ struct Call {
   double number = 0;
   int64_t index = 0;
   bool recorded = false;
+  explicit Call(PyObject* const* given) : given(given) {}
 };
 
 // A public function: the names of its arguments; what of it may be PyTorch's, and how that is called.
@@ -440,7 +441,7 @@ PyObject* passed(const Gate& gate, PyObject* callable, PyObject* const* args, si
   if (function->func_defaults != gate.defaults || function->func_kwdefaults != gate.keyword_defaults) return usually();
   PyObject* given[kMostArguments];
   if (!bound(gate, args, PyVectorcall_NARGS(flags), names, given) || watched()) return usually();
-  Call call{given};
+  Call call(given);
   Key key;
   if (!gate.form->takes(call) || !described(call, gate.form, key)) return usually();
   const auto it = kinds.find(key);
