@@ -534,6 +534,25 @@ def test_only_the_call_under_way_is_settled(gated):
     assert not gated.answered(tilebook.rms_norm, x, weight)[0]
 
 
+@pytest.mark.parametrize(
+    "change", [lambda x, w: (w, x), lambda x, w: (x,), lambda x, w: (x, w, w), lambda x, w: (x.clone(), w)]
+)
+def test_what_is_said_of_other_tensors_is_not_of_this_call(gated, monkeypatch, change):
+    args = rows(1)
+    settle = left._gated.settle
+    monkeypatch.setattr(left._gated, "settle", lambda *told: settle(*told[:3], change(*told[3])))
+    assert all(gated.looked_at(tilebook.rms_norm, *args) for _ in range(4))
+
+
+def test_every_call_is_looked_at_while_it_is_told_so(gated):
+    args = rows(1)
+    gated.known(tilebook.rms_norm, *args)
+    gated.extension.gates_ask(True)
+    assert gated.looked_at(tilebook.rms_norm, *args)
+    gated.extension.gates_ask(False)
+    assert gated.answered(tilebook.rms_norm, *args)[0]
+
+
 class Turns:
     """In a `Pace`'s place."""
 
