@@ -21,7 +21,6 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/util/MaybeOwned.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -58,24 +57,28 @@ struct Key {
   }
 };
 
+// Four at a time, which do not wait for each other.
 struct Hash {
   size_t operator()(const Key& key) const {
-    uint64_t hash = 1469598103934665603ull;
+    uint64_t lanes[4] = {1469598103934665603ull, 1099511628211ull, 14029467366897019727ull, 1609587929392839161ull};
     for (size_t i = 0; i < key.size; ++i) {
-      hash = (hash ^ static_cast<uint64_t>(key.parts[i])) * 1099511628211ull;
-      hash ^= hash >> 29;
+      uint64_t& lane = lanes[i & 3];
+      lane = (lane ^ static_cast<uint64_t>(key.parts[i])) * 11400714785074694791ull;
+      lane ^= lane >> 29;
     }
-    return hash;
+    uint64_t hash = 0;
+    for (const uint64_t lane : lanes) hash = (hash ^ lane) * 11400714785074694791ull;
+    return hash ^ hash >> 31;
   }
 };
 
-// The arguments of a call as one of the forms below takes them; tensors that are None are undefined. They are borrowed:
-// whoever calls holds them.
+// The arguments of a call as one of the forms below takes them; tensors that are None are undefined. Each is held once
+// more while Python's lock is: who copies a tensor that an object of Python's alone holds, takes the lock for it.
 struct Call {
   PyObject* const* given;
   std::array<PyObject*, kMostTensors> objects;
-  std::array<c10::MaybeOwned<Tensor>, kMostTensors> tensors;
-  const Tensor& operator[](int index) const { return *tensors[index]; }
+  std::array<Tensor, kMostTensors> tensors;
+  const Tensor& operator[](int index) const { return tensors[index]; }
   int count = 0;  // of tensors and of what is None in a tensor's place
   int64_t told = 0;  // options that tell kinds apart
   std::optional<double> scale;
@@ -100,7 +103,7 @@ bool tensor(Call& call, int index) {
   PyObject* given = call.given[index];
   if (reinterpret_cast<PyObject*>(Py_TYPE(given)) != THPVariableClass && Py_TYPE(given) != parameter_type) return false;
   call.objects[call.count] = given;
-  call.tensors[call.count++] = c10::MaybeOwned<Tensor>::borrowed(THPVariable_Unpack(given));
+  call.tensors[call.count++] = THPVariable_Unpack(given);
   return true;
 }
 
