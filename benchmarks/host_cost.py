@@ -4,7 +4,7 @@
     python benchmarks/host_cost.py --dry-run --out /tmp/tried.json      # on the CPU: does the program run to its end?
 
 Calls are asynchronous and alternate; PyTorch's take part twice, and what the two differ by is the noise. Packs have
-PyTorch's `varlen_attn` beside them where there is one.
+PyTorch's `varlen_attn` beside them where there is one. The extension is to be built first: `python -m tilebook.native`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from small_models import turned
 
 import tilebook
 from tilebook import device as devices
+from tilebook import native
 from tilebook.kernels.delta_rule import pytorch as delta
 from tilebook.kernels.linear_attention.pytorch import chunked
 
@@ -66,6 +67,13 @@ def cases(device: str) -> list[Case]:
 
     def grouped(function: Function) -> Function:
         return lambda q, k, v: function(q, k, v, is_causal=True, enable_gqa=True)
+
+    def autocast(function: Function) -> Function:
+        def inside(*given: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device, torch.bfloat16):
+                return function(*given)
+
+        return inside
 
     def norm(x: torch.Tensor, *vectors: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], *vectors)
@@ -154,6 +162,18 @@ def cases(device: str) -> list[Case]:
             lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
             tilebook.mlp,
             [random(32, 64), random(128, 64), random(128), random(64, 128), random(64)],
+        ),
+        Case(
+            "mlp B2,S16,H64,I128 relu",
+            lambda x, w1, b1, w2, b2: F.linear(F.relu(F.linear(x, w1, b1)), w2, b2),
+            lambda *given: tilebook.mlp(*given, activation="relu"),
+            [random(2, 16, 64), random(128, 64), random(128), random(64, 128), random(64)],
+        ),
+        Case(
+            "mlp M32,H64,I128 under autocast",
+            autocast(lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)),
+            autocast(tilebook.mlp),
+            [random(*shape, dtype=torch.float32) for shape in ((32, 64), (128, 64), (128,), (64, 128), (64,))],
         ),
     ]
     weights = [random(128, 64), random(128, 64), random(64, 128)]
@@ -320,6 +340,8 @@ def main() -> None:
     arguments.add_argument("--dry-run", action="store_true", help="a few calls, on the CPU")
     given = arguments.parse_args()
     device, calls, turns = ("cpu", 2, 2) if given.dry_run else ("cuda", 200, TURNS)
+    if device == "cuda" and not native.available():
+        raise SystemExit("the extension is not built: python -m tilebook.native")
     results: dict[str, Any] = {}
     for case in cases(device):
         results[case.name] = measure(case, device, calls, turns)

@@ -5,15 +5,15 @@ What is remembered here is only who serves. The call that is made is PyTorch's, 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from tilebook import dispatch
 from tilebook.pace import Pace
 
-__all__ = ["ORDINARY", "Left", "again", "keep", "known", "recall", "unsettled"]
+__all__ = ["ORDINARY", "Left", "again", "gated", "keep", "known", "recall", "unsettled"]
 
 # What PyTorch guards compiled code with: type, dtype, device, strides, … of several tensors at the cost of one call.
 try:
@@ -32,6 +32,46 @@ _deterministic, _recording = torch.are_deterministic_algorithms_enabled, torch.i
 _batched: Any = torch._C._functorch.peek_interpreter_stack
 _hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _Gated:
+    """The functions that have calls answered without Python (see `tilebook.native.gates`), once anything is known."""
+
+    def __init__(self) -> None:
+        self.functions: list[tuple[Callable[..., Any], str]] = []
+        self.begun = False
+        self.settle: Callable[..., Any] | None = None
+
+    def begin(self) -> None:
+        self.begun = True
+        from tilebook.native import gates
+
+        self.settle = gates.open_for(self.functions)
+
+    def put(self, function: Callable[..., Any], form: str) -> None:
+        self.functions.append((function, form))
+        if self.settle is not None:
+            from tilebook.native import gates
+
+            gates.put(function, form)
+
+
+_gated = _Gated()
+
+
+def gated(form: str) -> Callable[[_Function], _Function]:
+    """Has calls of a public function that are known here answered without Python, where the extension is there.
+
+    form: what `gates.cpp` calls the function. It stays what it is, and is called where anything is unusual.
+    """
+
+    def put(function: _Function) -> _Function:
+        _gated.put(function, form)
+        return function
+
+    return put
 
 
 class Left(NamedTuple):
@@ -63,7 +103,7 @@ def again(near: Hashable, *tensors: torch.Tensor) -> bool:
                 address |= each.data_ptr()
             if address & 15:
                 return False
-            return _allows(found, training and _recording())
+            return _allows(found, training and _recording(), tensors)
     return False
 
 
@@ -85,7 +125,7 @@ def recall(key: Hashable, near: Hashable, *tensors: torch.Tensor) -> bool:
         training |= each.requires_grad
     if address & 15:  # kernels of PyTorch's load whole vectors without looking
         return False
-    if not _allows(found, training and _recording()):
+    if not _allows(found, training and _recording(), tensors):
         return False
     layouts = _here.seen.setdefault(near, [])
     if len(layouts) < _MOST_LAYOUTS and _Guards is not None:
@@ -94,8 +134,8 @@ def recall(key: Hashable, near: Hashable, *tensors: torch.Tensor) -> bool:
     return True
 
 
-def _allows(found: Left, recorded: bool) -> bool:
-    """Is a call PyTorch's here and now? Counts it if so."""
+def _allows(found: Left, recorded: bool, tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Is a call with these tensors PyTorch's here and now? Counts it if so, and has others like it known by a gate."""
     side = found.training if recorded else found.forward
     if side is False or (recorded and _hooks(True) is not None):
         return False
@@ -105,6 +145,8 @@ def _allows(found: Left, recorded: bool) -> bool:
         return False
     if found.choice is not None:
         found.choice.calls += 1
+    if _gated.settle is not None:
+        _gated.settle(side, found.bounded, found.choice, tensors)
     return True
 
 
@@ -120,6 +162,8 @@ def unsettled(key: Hashable, choice: Any) -> bool:
 
 def keep(key: Hashable, left: Left) -> None:
     """Remembers who serves calls of this kind. They must lie in memory as PyTorch's kernels take them."""
+    if not _gated.begun:
+        _gated.begin()
     if len(_here.left) >= _MOST:
         _here.left.clear()
         _here.seen.clear()

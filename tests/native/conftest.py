@@ -1,14 +1,19 @@
+import contextlib
 import ctypes
 import fcntl
 import hashlib
+import operator
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tilebook import native
-from tilebook.native import place
+import tilebook
+from tilebook import device as devices
+from tilebook import dispatch, left, native
+from tilebook.dispatch import Choice, Dispatch
+from tilebook.native import gates, place
 
 LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
@@ -109,3 +114,66 @@ def both(it):
         return ours
 
     return run
+
+
+class Theirs(Dispatch):
+    """Leaves every call to PyTorch, as if its tensors were on a GPU where nothing is ahead of it."""
+
+    def choose(self, op, problem, device):
+        return Choice(op.implementations["torch"], None, "exact", problem, devices.find("H200"))
+
+    def _settled(self, choice):
+        return True
+
+
+class Gated:
+    """The gates of one dispatch, open."""
+
+    def __init__(self, extension, here, gates):
+        self.extension, self.here, self.gates = extension, here, gates
+
+    def __call__(self, function, *args, **options):
+        """As Python calls it from 3.12 on; before, only calls from C are met."""
+        return operator.call(function, *args, **options)
+
+    def known(self, function, *args, **options):
+        """Makes calls until one like them would be answered without Python."""
+        for _ in range(3):
+            self(function, *args, **options)
+        self.here._tell("counted")
+
+    def answered(self, function, *args, **options):
+        """Is a call answered without Python? With its result."""
+        self.here._tell("counted")
+        result = self(function, *args, **options)
+        return sum(calls for _, calls in self.extension.gates_counted()) == 1, result
+
+    def looked_at(self, function, *args, **options):
+        """Is it the function that is called? Whatever comes of it: here is no GPU for what it runs."""
+        self.here._tell("counted")
+        with contextlib.suppress(Exception):
+            self(function, *args, **options)
+        return not self.extension.gates_counted()
+
+
+@pytest.fixture
+def gated(it, monkeypatch):
+    """Public functions with gates, of a dispatch that leaves everything to PyTorch."""
+    here = Theirs()
+    for name in ("run", "lookup", "known", "choose", "backward_of"):
+        monkeypatch.setattr(dispatch, name, getattr(here, name))
+    monkeypatch.setattr(dispatch, "here", here)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(devices, "current", lambda index=0: devices.find("H200"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(left, "_here", here)
+    monkeypatch.setattr(left, "_capturing", lambda: False)
+    monkeypatch.setattr(native._serving, "_extension", it)
+    for name in tilebook.__all__:
+        getattr(tilebook, name)  # families are imported before they are gated
+    made = gates.Gates(here)
+    mine = left._Gated()
+    mine.begun, mine.settle = True, made.open(left._gated.functions)
+    monkeypatch.setattr(left, "_gated", mine)
+    yield Gated(it, here, made)
+    made.close()

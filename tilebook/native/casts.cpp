@@ -31,7 +31,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "casts.h"
+#include "shared.h"
 
 namespace {
 
@@ -106,18 +106,10 @@ struct Place {
   bool operator==(const Place&) const = default;
 };
 
-// The signature of cuStreamIsCapturing.
-using Capturing = int (*)(void*, int*);
-
 Place place_of(c10::Device device) {
   if (device.is_cpu()) return {nullptr, false};
-  static const auto ask = [] {
-    void* driver = dlopen("libcuda.so.1", RTLD_NOW);
-    return driver ? reinterpret_cast<Capturing>(dlsym(driver, "cuStreamIsCapturing")) : nullptr;
-  }();
   void* const stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-  int status = 0;
-  return {stream, ask && ask(stream, &status) == 0 && status != 0};
+  return {stream, captured(device)};
 }
 
 // The casts of one region of autocast, of one thread: those that nobody has used yet. What was used has no tensor here.
@@ -302,17 +294,6 @@ Tensor asked(const Tensor& weight, at::ScalarType dtype, bool, bool, std::option
   return first_use(weight, dtype);
 }
 
-Tensor casted(at::ScalarType dtype, const Tensor& weight, c10::DeviceType device) {
-  std::shared_ptr<Region> region;
-  if (casting.load(std::memory_order_relaxed) && (dtype == at::kBFloat16 || dtype == at::kHalf) &&
-      eligible(weight, device) && ordinary()) {
-    region = region_of(dtype, weight.device());
-  }
-  if (!region) return at::autocast::cached_cast(dtype, weight, device);
-  const c10::impl::IncludeDispatchKeyGuard ours(kAsked);
-  return at::autocast::cached_cast(dtype, weight, device);
-}
-
 // What products that are given the same x make of it, cast once for as long as one of them keeps it for its gradient.
 Tensor cast_input(const Tensor& x, at::ScalarType dtype) {
   if (x.scalar_type() == dtype) return x;
@@ -462,6 +443,31 @@ void put() {
 TORCH_LIBRARY(tilebook_native, library) {
   library.def("column_sum(Tensor rows) -> Tensor");
   library.impl("column_sum", torch::dispatch(DispatchKey::CompositeExplicitAutograd, TORCH_FN(sum_of_columns)));
+}
+
+// The signature of cuStreamIsCapturing.
+using Capturing = int (*)(void*, int*);
+
+bool captured(c10::Device device) {
+  static const auto ask = [] {
+    void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+    return driver ? reinterpret_cast<Capturing>(dlsym(driver, "cuStreamIsCapturing")) : nullptr;
+  }();
+  if (!ask || device.is_cpu()) return false;
+  void* const stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  int status = 0;
+  return ask(stream, &status) == 0 && status != 0;
+}
+
+Tensor casted(at::ScalarType dtype, const Tensor& weight, c10::DeviceType device) {
+  std::shared_ptr<Region> region;
+  if (casting.load(std::memory_order_relaxed) && (dtype == at::kBFloat16 || dtype == at::kHalf) &&
+      eligible(weight, device) && ordinary()) {
+    region = region_of(dtype, weight.device());
+  }
+  if (!region) return at::autocast::cached_cast(dtype, weight, device);
+  const c10::impl::IncludeDispatchKeyGuard ours(kAsked);
+  return at::autocast::cached_cast(dtype, weight, device);
 }
 
 void casts_on(bool on, bool cpu) {

@@ -24,8 +24,7 @@
 #include <optional>
 #include <vector>
 
-#include "casts.h"
-#include "layouts.h"
+#include "shared.h"
 
 namespace {
 
@@ -34,7 +33,6 @@ using c10::DispatchKey;
 using c10::DispatchKeySet;
 
 std::atomic<bool> laying{false};
-std::atomic<int> served_device{static_cast<int>(c10::DeviceType::CUDA)};
 
 int64_t known(const c10::SymInt& number) { return number.maybe_as_int().value_or(-1); }
 
@@ -90,7 +88,7 @@ bool heads_inside(const Tensor& tensor) {
 Tensor stack(DispatchKeySet keys, at::TensorList tensors, int64_t dim) {
   static const auto theirs = c10::Dispatcher::singleton().findSchemaOrThrow("aten::stack", "").typed<decltype(at::stack)>();
   static const DispatchKeySet below(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
-  const auto kind = static_cast<c10::DeviceType>(served_device.load(std::memory_order_relaxed));
+  const auto kind = served_kind();
   const auto alike = [&](const Tensor& each) {
     return each.defined() && ordinary(each, kind) && each.dim() == 4 && each.device() == tensors[0].device() &&
            each.sizes() == tensors[0].sizes() && each.scalar_type() == tensors[0].scalar_type() && heads_inside(each);
@@ -126,7 +124,6 @@ void put(bool cpu) {
 }  // namespace
 
 void layouts_on(bool on, bool cpu) {
-  served_device = static_cast<int>(cpu ? c10::DeviceType::CPU : c10::DeviceType::CUDA);
   laying = on;
   try {
     if (on) put(cpu);

@@ -31,8 +31,7 @@
 #include <unordered_set>
 #include <vector>
 
-#include "casts.h"
-#include "layouts.h"
+#include "shared.h"
 
 namespace {
 
@@ -145,7 +144,7 @@ thread_local Key key;
 
 // Writes all that a launch depends on into `key`. False for a call that is not to be served.
 bool described(const void* op, const c10::IValue* args, size_t count) {
-  const auto kind = static_cast<c10::DeviceType>(served_device.load(std::memory_order_relaxed));
+  const auto kind = served_kind();
   key.clear();
   key.push_back(reinterpret_cast<int64_t>(op));
   key.push_back(at::globalContext().deterministicAlgorithms());
@@ -691,11 +690,15 @@ bool ordinary(const at::Tensor& tensor, c10::DeviceType kind) {
   return tensor.layout() == at::kStrided && !(tensor.key_set().raw_repr() & ~allowed.raw_repr()) && tensor.has_storage();
 }
 
+c10::DeviceType served_kind() { return static_cast<c10::DeviceType>(served_device.load(std::memory_order_relaxed)); }
+
 extern "C" PyMODINIT_FUNC PyInit_tilebook_served() {
   // In a forked process nobody is there to give the lock back, and no GPU that was in use before.
   pthread_atfork(nullptr, nullptr, [] {
     new (&kinds_lock) std::shared_mutex;
     if (met) on = false;
   });
-  return PyModule_Create(&module);
+  PyObject* made = PyModule_Create(&module);
+  if (made && PyModule_AddFunctions(made, gate_methods) != 0) Py_CLEAR(made);
+  return made;
 }

@@ -23,6 +23,7 @@ import tilebook
 from tilebook import dispatch, left, native
 from tilebook.call import Entry
 from tilebook.dispatch.choice import Choice
+from tilebook.native import gates
 from tilebook.profiling.notes import Notes, key_of, stamp
 
 _FIRST_S, _EVERY_S, _WINDOW_S = 1.5, 3.0, 0.3
@@ -54,7 +55,11 @@ class Watching:
         self._lock, self._stop, self._state, self._asking = threading.RLock(), threading.Event(), "", False
 
     def watch(self) -> None:
-        """From now on. Families are imported first: who imports them later has functions that are watched."""
+        """From now on. Families are imported first: who imports them later has functions that are watched.
+
+        Calls that C++ would answer in these functions' places are Python's, where they are met.
+        """
+        gates.close()
         for name, place in tilebook._MODULE.items():
             if place.startswith("kernels.") and name not in _OF_PARTS:
                 owner: Any = importlib.import_module(f"tilebook.{place}")
@@ -108,8 +113,8 @@ class Watching:
         return leaving
 
     def _allowing(self, original: Any) -> Callable[..., Any]:
-        def allowing(found: Any, recorded: bool) -> bool:
-            allowed: bool = original(found, recorded)
+        def allowing(found: Any, recorded: bool, tensors: Any) -> bool:
+            allowed: bool = original(found, recorded, tensors)
             if allowed and found.choice is not None:
                 self.notes.thread.looked = found.choice
                 found.choice.calls -= _below(found.choice)  # it is counted there

@@ -19,7 +19,7 @@ from tilebook.kernels.attention.form import CAUSAL, PLAIN
 from tilebook.kernels.attention.pytorch import log_sum_exp, plain
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import aligned, rows
-from tilebook.left import again, keep, known, recall, unsettled
+from tilebook.left import again, gated, keep, known, recall, unsettled
 from tilebook.traced import described, left
 
 __all__ = ["attention", "scaled_dot_product_attention"]
@@ -53,6 +53,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **o
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]
 ) -> torch.Tensor | Pair: ...
+@gated("attention")
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -13,7 +13,7 @@ from tilebook.dispatch import forced
 from tilebook.kernels.attention.pytorch import in_vectors, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import VECTOR, aligned
-from tilebook.left import ORDINARY, again, recall
+from tilebook.left import ORDINARY, again, gated, recall
 
 BOUNDS = float(1 << 32), float(1 << 31)
 """Elements of q times keys up to which an eager call takes as long as the host takes: without gradients, with them.
@@ -34,6 +34,7 @@ def kind(
     return found if mask is None else (*found, mask.shape, mask.stride(), mask.dtype)
 
 
+@gated("scaled_dot_product_attention")
 def scaled_dot_product_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -20,7 +20,7 @@ from tilebook.kernels.cross_entropy.entry import CROSS_ENTROPY, registered
 from tilebook.kernels.cross_entropy.problem import IGNORED
 from tilebook.kernels.cross_entropy.pytorch import HOST_BOUND
 from tilebook.layout import rows
-from tilebook.left import ORDINARY, again, keep, known, recall, unsettled
+from tilebook.left import ORDINARY, again, gated, keep, known, recall, unsettled
 from tilebook.traced import ahead, described
 
 __all__ = ["cross_entropy"]
@@ -28,6 +28,7 @@ __all__ = ["cross_entropy"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@gated("cross_entropy")
 def cross_entropy(
     input: torch.Tensor,
     target: torch.Tensor,

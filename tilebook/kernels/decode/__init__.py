@@ -17,7 +17,7 @@ from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.entry import DECODE, registered
 from tilebook.kernels.decode.pytorch import plain
 from tilebook.layout import aligned, rows
-from tilebook.left import Left, again, keep, recall, unsettled
+from tilebook.left import Left, again, gated, keep, recall, unsettled
 
 __all__ = ["attention_decode"]
 
@@ -49,6 +49,7 @@ def attention_decode(
 def attention_decode(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]
 ) -> torch.Tensor | Pair: ...
+@gated("attention_decode")
 def attention_decode(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -17,12 +17,13 @@ from tilebook.kernels.mlp.entry import MLP, registered
 from tilebook.kernels.mlp.form import ACTIVATIONS
 from tilebook.kernels.mlp.pytorch import BOUNDS, plain
 from tilebook.layout import rows
-from tilebook.left import ORDINARY, again, recall
+from tilebook.left import ORDINARY, again, gated, recall
 from tilebook.traced import ahead, described
 
 __all__ = ["mlp"]
 
 
+@gated("mlp")
 def mlp(
     x: torch.Tensor,
     w1: torch.Tensor,

@@ -19,7 +19,7 @@ from tilebook.kernels.norms.entry import (
     turned,
 )
 from tilebook.kernels.norms.pytorch import HOST_BOUND
-from tilebook.left import ORDINARY, again, recall
+from tilebook.left import ORDINARY, again, gated, recall
 from tilebook.traced import ahead, described
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
@@ -27,6 +27,7 @@ __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
 Vector = torch.Tensor | None
 
 
+@gated("rms_norm")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
     """y = x / √(mean(x²) + eps) · weight over the last axis (Zhang & Sennrich, 2019, eq. 4), in fp32 inside.
 
@@ -52,6 +53,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1
     return _norm(RMS_NORM, x, (weight,), eps)  # type: ignore[no-any-return]
 
 
+@gated("layer_norm")
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
@@ -80,6 +82,7 @@ def layer_norm(
     return _norm(LAYER_NORM, x, (weight, bias), eps)  # type: ignore[no-any-return]
 
 
+@gated("add_rms_norm")
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,6 +110,7 @@ def add_rms_norm(
     return _norm(ADD_RMS_NORM, x, (weight,), eps, residual)  # type: ignore[no-any-return]
 
 
+@gated("add_layer_norm")
 def add_layer_norm(
     x: torch.Tensor,
     residual: torch.Tensor,

@@ -1,0 +1,342 @@
+"""Calls that are known to be PyTorch's, answered without Python: the same numbers, and only where all is usual."""
+
+import contextlib
+import sys
+from functools import partial
+
+import pytest
+import torch
+from gate_samples import CALLS, PLAIN, heads, layers, numbers, rows
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tilebook
+from tilebook import dispatch
+
+every_call = pytest.mark.parametrize("name", CALLS)
+TRAINS = [name for name in CALLS if name != "decode"]
+
+
+def graded(run, tensors):
+    """What it gives and the gradients of all floating tensors."""
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in tensors]
+    found = run(*leaves)
+    results = found if isinstance(found, tuple) else (found,)
+    wanted = [x for x in leaves if x.requires_grad]
+    dys = [numbers(*y.shape, seed=7).to(y.dtype) for y in results]
+    return [*results, *torch.autograd.grad(results, wanted, dys)]
+
+
+def same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@every_call
+def test_the_second_call_of_a_kind_is_answered_and_is_pytorchs(gated, name):
+    function, make, options = CALLS[name]
+    args = make()
+    answered = [gated.answered(function, *args, **options)[0] for _ in range(4)]
+    assert (answered[0], answered[2:]) == (False, [True, True])
+    for other in (make(dtype=torch.bfloat16), args):
+        gated.known(function, *other, **options)
+        hit, found = gated.answered(function, *other, **options)
+        assert hit
+        same(found, PLAIN[name](*other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TRAINS)
+def test_gradients_are_pytorchs(gated, name, dtype):
+    function, make, options = CALLS[name]
+    run = partial(gated, function, **options)
+    for _ in range(3):
+        graded(run, make(dtype=dtype))
+    gated.here._tell("counted")
+    found = graded(run, make(dtype=dtype))
+    assert sum(calls for _, calls in gated.extension.gates_counted()) == 1
+    same(found, graded(PLAIN[name], make(dtype=dtype)))
+
+
+@every_call
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+def test_calls_without_gradients_are_kinds_of_their_own(gated, name, context):
+    function, make, options = CALLS[name]
+    args = make()
+    with context():
+        gated.known(function, *args, **options)
+        hit, found = gated.answered(function, *args, **options)
+        assert hit
+        same(found, PLAIN[name](*args))
+        assert found is not None
+    with_gradients = [x.requires_grad_() if x.is_floating_point() else x for x in make()]
+    if name != "decode":
+        assert not gated.answered(function, *with_gradients, **options)[0]
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_autocast_is_pytorchs(gated, name):
+    function, make, options = CALLS[name]
+    run = partial(gated, function, **options)
+    gated.known(function, *make(), **options)
+
+    def inside(run):
+        with torch.autocast("cpu", torch.bfloat16):
+            return graded(run, make())
+
+    found = [inside(run) for _ in range(4)]
+    expected = inside(PLAIN[name])
+    if "norm" in name:  # which ours give in the dtype of x
+        expected = [y.to(x.dtype) for x, y in zip(found[0], expected, strict=True)]
+    for each in found:
+        same(each, expected)
+
+
+# What is not answered
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Ops(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def tracing(what):
+    before = (sys.gettrace, sys.getprofile)[what is sys.setprofile]()
+    what(lambda *_: None)
+    try:
+        yield
+    finally:
+        what(before)
+
+
+@contextlib.contextmanager
+def compiling(name="_is_compiling_flag"):
+    before = getattr(torch.compiler, name)
+    setattr(torch.compiler, name, True)
+    try:
+        yield
+    finally:
+        setattr(torch.compiler, name, before)
+
+
+@contextlib.contextmanager
+def frames():
+    """Frames are looked at by a compiler, which leaves all as they are."""
+    before = torch._C._dynamo.eval_frame.set_eval_frame(False)
+    try:
+        yield
+    finally:
+        torch._C._dynamo.eval_frame.set_eval_frame(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def transformed(transform):
+    """Within a transform of another tensor."""
+    with contextlib.ExitStack() as stack:
+        layer = torch._C._functorch
+        if transform == "vmap":
+            layer._vmap_increment_nesting(2, "error")
+            stack.callback(layer._vmap_decrement_nesting)
+        else:
+            layer._grad_increment_nesting()
+            stack.callback(layer._grad_decrement_nesting)
+        yield
+
+
+def without(key):
+    """No calls of this key of the dispatcher's."""
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+
+
+UNUSUAL = {
+    "a mode of functions": Functions,
+    "a default device": lambda: torch.device("cpu"),
+    "a mode of ops": Ops,
+    "vmap": partial(transformed, "vmap"),
+    "grad": partial(transformed, "grad"),
+    "deterministic algorithms": deterministic,
+    "an excluded key": lambda: without(torch._C.DispatchKey.FuncTorchBatched),
+    "a profiler": lambda: torch.autograd.profiler.profile(),
+    "a debugger": partial(tracing, sys.settrace),
+    "a profile of Python's": partial(tracing, sys.setprofile),
+    "a trace by the compiler": compiling,
+    "frames of the compiler": frames,
+    "a forced implementation": lambda: dispatch.here.use("torch"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_where_anything_is_unusual_the_function_is_called(gated, name):
+    given = heads()
+    gated.known(tilebook.attention, *given)
+    with UNUSUAL[name]():
+        assert all(gated.looked_at(tilebook.attention, *given) for _ in range(3))
+    gated.known(tilebook.attention, *given)
+    assert gated.answered(tilebook.attention, *given)[0]
+
+
+def test_a_call_past_one_mode_is_looked_at(gated):
+    given = rows(1)
+    gated.known(tilebook.rms_norm, *given)
+    gated.here._tell("counted")
+    with Functions():
+        torch._C._skip_one_hop_torch_function(tilebook.rms_norm, (), tuple(given), {})
+    torch._C._skip_one_hop_torch_function(tilebook.rms_norm, (), tuple(given), {})
+    assert not gated.extension.gates_counted()
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Learnt(torch.nn.Parameter):
+    pass
+
+
+def shifted(x):
+    """The same numbers, not at a whole vector."""
+    made = torch.empty(x.numel() + 1)[1:].view(x.shape)
+    return made.copy_(x)
+
+
+def dual(x):
+    return forward_ad.make_dual(x, torch.zeros_like(x))
+
+
+OTHERS = {
+    "a subclass": lambda x: x.as_subclass(Subclass),
+    "a subclass of parameters": lambda x: Learnt(x, requires_grad=False),
+    "a lazy negation": lambda x: torch._neg_view(-x),
+    "not at a whole vector": shifted,
+    "other strides": lambda x: x.mT.contiguous().mT,
+    "another dtype": lambda x: x.double(),
+    "another size": lambda x: torch.cat([x, x]),
+    "with gradients": lambda x: x.clone().requires_grad_(),
+    "on another device": lambda x: x.to("meta"),
+    "with a tangent": dual,
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_tensor_of_another_kind_is_looked_at(gated, name, place):
+    given = heads()
+    gated.known(tilebook.attention, *given)
+    with forward_ad.dual_level():
+        other = [OTHERS[name](x) if i == place else x for i, x in enumerate(given)]
+        assert gated.looked_at(tilebook.attention, *other)
+    assert gated.answered(tilebook.attention, *given)[0]
+
+
+def test_tensors_inside_of_transforms_are_looked_at(gated):
+    given = heads()
+    gated.known(tilebook.attention, *given)
+    found = []
+
+    def inside(q):
+        found.append(gated.looked_at(tilebook.attention, *given))
+        found.append(gated.looked_at(tilebook.rms_norm, q))
+        return q.sum()
+
+    gated.known(tilebook.rms_norm, given[0])
+    torch.func.grad(inside)(given[0])
+    torch.func.vmap(inside)(given[0][None])
+    torch.func.jvp(inside, (given[0],), (given[0],))
+    torch.func.functionalize(inside)(given[0])
+    assert found == [True] * 8
+
+
+def test_programs_that_are_traced_have_all_of_it(gated):
+    given = rows(2)
+    gated.known(tilebook.layer_norm, *given)
+    found = []
+
+    def program(x, weight, bias):
+        found.append(gated.looked_at(tilebook.layer_norm, x, weight, bias))
+        return tilebook.layer_norm(x, weight, bias)
+
+    traced = torch.jit.trace(program, given, check_trace=False)
+    same(traced(*given), PLAIN["layer norm"](*given))
+    graph = make_fx(program)(*given)
+    assert any("layer_norm" in str(node.target) for node in graph.graph.nodes)
+    assert found == [True, True]
+
+
+HOOKS = torch.autograd.graph.saved_tensors_hooks
+
+
+def test_what_hooks_may_change_is_looked_at(gated):
+    x, weight = rows(1)
+    gated.known(tilebook.rms_norm, x, weight)
+    learnt = weight.clone().requires_grad_()
+    gated.known(tilebook.rms_norm, x, learnt)
+    with HOOKS(lambda t: t, lambda t: t):
+        assert gated.looked_at(tilebook.rms_norm, x, learnt)
+        assert gated.answered(tilebook.rms_norm, x, weight)[0]
+        with torch.no_grad():
+            assert gated.answered(tilebook.rms_norm, x, learnt)[0]
+    assert gated.answered(tilebook.rms_norm, x, learnt)[0]
+
+
+OPTIONS = {
+    "attention": (
+        heads,
+        [
+            {"window": (2, 0)}, {"softcap": 1.0}, {"alibi_slopes": torch.ones(2)}, {"bias": torch.zeros(4, 4)},
+            {"attn_mask": torch.ones(4, 4, dtype=torch.bool)}, {"dropout_p": 0.1}, {"return_lse": True},
+            {"deterministic": True}, {"causal": "top_left"}, {"scale": -1.0}, {"scale": 1}, {"causal": True},
+        ],
+    ),
+    "scaled_dot_product_attention": (
+        heads,
+        [{"dropout_p": 0.1}, {"attn_mask": torch.ones(4, 4, dtype=torch.bool)}, {"is_causal": True}, {"scale": -1.0}],
+    ),
+    "attention_decode": (
+        lambda: heads(1, 1, 6),
+        [
+            {"seq_lens": torch.tensor([3, 6], dtype=torch.int32)}, {"softcap": 1.0}, {"window": 2},
+            {"return_lse": True}, {"causal": False}, {"scale": -1.0},
+        ],
+    ),
+    "rms_norm": (lambda: rows(1), [{"eps": 1}]),
+    "mlp": (layers, [{"activation": "relu"}]),
+    "cross_entropy": (
+        CALLS["loss"][1],
+        [
+            {"weight": torch.ones(8)}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"softcap": 2.0},
+            {"z_loss": 0.1},
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_call_with_other_options_is_another(gated, name):
+    make, options = OPTIONS[name]
+    function, args = getattr(tilebook, name), make()
+    gated.known(function, *args)
+    for each in options:
+        assert gated.looked_at(function, *args, **each), each
+    assert gated.answered(function, *args)[0]
+
+
+def test_decoding_of_several_rows_is_looked_at(gated):
+    given = heads(1, 2, 6)
+    gated.known(tilebook.attention_decode, *given)
+    assert not gated.answered(tilebook.attention_decode, *given)[0]

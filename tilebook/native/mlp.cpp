@@ -1,0 +1,166 @@
+// An MLP block that is PyTorch's to serve: the calls of its three functions, with one node of autograd for five.
+//
+// Those are the calls that PyTorch makes of its linear, its activation and their gradients, below autograd, so that the
+// bits are the same. What is kept for the gradient is what the three would keep. A gradient that is to be differentiated
+// again is made of functions that autograd records.
+
+#include "shared.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/threshold_backward.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using Tensors = std::vector<Tensor>;
+
+const char* approximation(Activation which) { return which == Activation::gelu_tanh ? "tanh" : "none"; }
+
+Tensor activated(const Tensor& z, Activation which) {
+  return which == Activation::relu ? at::relu(z) : at::gelu(z, approximation(which));
+}
+
+Tensor rows_of(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+
+Tensor shaped(const Tensor& rows, const Tensor& like) {
+  if (like.dim() == 2) return rows;
+  auto sizes = like.sizes().vec();
+  sizes.back() = rows.size(1);
+  return rows.view(sizes);
+}
+
+// A value, whose gradient is that of what it is known to be equal to.
+struct Known : torch::autograd::Function<Known> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& computed, const Tensor& value) {
+    ctx->set_materialize_grads(false);
+    return value;
+  }
+  static Tensors backward(AutogradContext* ctx, Tensors gradients) { return {gradients[0], Tensor()}; }
+};
+
+struct Block : torch::autograd::Function<Block> {
+  enum { kX, kW1, kB1, kW2, kB2, kTensors };
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                        const Tensor& b2, int64_t activation) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto which = static_cast<Activation>(activation);
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["activation"] = activation;
+    const Tensor z = at::addmm(b1, rows_of(x), w1.t());
+    const Tensor h = activated(z, which);
+    const bool first = ctx->needs_input_grad(kX) || ctx->needs_input_grad(kW1) || ctx->needs_input_grad(kB1);
+    const bool relu = which == Activation::relu, last = ctx->needs_input_grad(kW2);
+    const Tensor none;
+    ctx->save_for_backward({ctx->needs_input_grad(kW1) ? x : none, ctx->needs_input_grad(kX) ? w1 : none,
+                            first && !relu ? z : none, last || (first && relu) ? h : none, first ? w2 : none});
+    return shaped(at::addmm(b2, h, w2.t()), x);
+  }
+
+  static Tensors backward(AutogradContext* ctx, Tensors gradients) {
+    const auto& dy = gradients[0];
+    Tensors found(kTensors + 1);
+    if (!dy.defined()) return found;
+    const auto saved = ctx->get_saved_variables();
+    const auto &x = saved[0], &w1 = saved[1], &z = saved[2], &h = saved[3], &w2 = saved[4];
+    const auto which = static_cast<Activation>(ctx->saved_data["activation"].toInt());
+    const bool twice = at::GradMode::is_enabled();
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!twice && ordinary(dy, dy.device().type())) below.emplace();
+    const Tensor rows = rows_of(dy);
+    const bool first = ctx->needs_input_grad(kX) || ctx->needs_input_grad(kW1) || ctx->needs_input_grad(kB1);
+    Tensor before = which == Activation::relu ? h : z, after = h;
+    if (twice && first) std::tie(before, after) = recorded(ctx, which, dy, x, w1, before);
+    if (ctx->needs_input_grad(kW2)) found[kW2] = at::mm(rows.t(), after);
+    if (ctx->needs_input_grad(kB2)) found[kB2] = at::sum(rows, 0);
+    if (!first) return found;
+    const Tensor dh = at::mm(rows, w2);
+    const Tensor dz = which == Activation::relu ? at::threshold_backward(dh, before, 0)
+                                                : at::gelu_backward(dh, before, approximation(which));
+    if (ctx->needs_input_grad(kX)) found[kX] = shaped(at::mm(dz, w1), dy);
+    if (ctx->needs_input_grad(kW1)) found[kW1] = at::mm(dz.t(), rows_of(x));
+    if (ctx->needs_input_grad(kB1)) found[kB1] = at::sum(dz, 0);
+    return found;
+  }
+
+  // z, or relu(z), and h, of the numbers they have, as functions of x, W1 and b1. What was not kept of these stands for
+  // its edge: its numbers are in nobody's gradient.
+  static std::tuple<Tensor, Tensor> recorded(AutogradContext* ctx, Activation which, const Tensor& dy, const Tensor& x,
+                                             const Tensor& w1, const Tensor& kept) {
+    const auto node = torch::autograd::get_current_node();
+    const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros({1}, kept.options()).expand(sizes); };
+    const auto standing = [&](size_t index, at::IntArrayRef sizes) {
+      Tensor made = zeros(sizes).detach();
+      if (node->next_edge(index).is_valid()) torch::autograd::impl::set_gradient_edge(made, node->next_edge(index));
+      return made;
+    };
+    const int64_t inner = kept.size(1);
+    Tensor sum = zeros({kept.size(0), inner});
+    if (x.defined() || w1.defined()) {
+      auto sizes = dy.sizes().vec();
+      sizes.back() = x.defined() ? x.size(-1) : w1.size(1);
+      const Tensor given = x.defined() ? x : standing(kX, sizes);
+      sum = at::mm(rows_of(given), (w1.defined() ? w1 : standing(kW1, {inner, sizes.back()})).t());
+    }
+    if (ctx->needs_input_grad(kB1)) sum = sum + standing(kB1, {inner});
+    if (which == Activation::relu) return {kept, Known::apply(at::threshold_backward(sum, kept, 0), kept)};
+    const Tensor z = Known::apply(sum, kept);
+    return {z, activated(z, which)};
+  }
+};
+
+// Does PyTorch's linear make one product of each, of rows that lie in memory as they are?
+bool one_product(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+  if ((x.dim() != 2 && x.dim() != 3) || w1.dim() != 2 || w2.dim() != 2 || b1.dim() != 1 || b2.dim() != 1) return false;
+  const int64_t width = x.size(-1), inner = w1.size(0);
+  if (w1.size(1) != width || b1.size(0) != inner || w2.size(1) != inner || b2.size(0) != w2.size(0)) return false;
+  const auto dtype = x.scalar_type();
+  for (const Tensor* each : {&x, &w1, &b1, &w2, &b2}) {
+    if (each->scalar_type() != dtype || each->device() != x.device() || !each->is_contiguous()) return false;
+    if (!ordinary(*each, x.device().type()) || each->_fw_grad(0).defined()) return false;
+  }
+  if (!at::isFloatingType(dtype) || !width || !inner || !w2.size(0)) return false;
+  // By strides PyTorch chooses how a gradient is computed, even where a dimension is of one.
+  const int64_t rows = x.numel() / width;
+  if (rows * width <= 1 || rows * inner <= 1 || x.stride(-1) != 1 || x.stride(-2) != width) return false;
+  if (x.dim() == 3 && x.stride(0) != x.size(1) * width) return false;
+  return w1.stride(1) == 1 && w1.stride(0) == width && w2.stride(1) == 1 && w2.stride(0) == inner;
+}
+
+Tensor computed(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                Activation which) {
+  if (!one_product(x, w1, b1, w2, b2)) return at::linear(activated(at::linear(x, w1, b1), which), w2, b2);
+  const auto wanted = [](const Tensor& each) { return each.requires_grad(); };
+  if (at::GradMode::is_enabled() && (wanted(x) || wanted(w1) || wanted(b1) || wanted(w2) || wanted(b2))) {
+    return Block::apply(x, w1, b1, w2, b2, static_cast<int64_t>(which));
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const Tensor h = activated(at::addmm(b1, rows_of(x), w1.t()), which);
+  return shaped(at::addmm(b2, h, w2.t()), x);
+}
+
+}  // namespace
+
+at::Tensor mlp(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, Activation which) {
+  const auto device = x.device().type();
+  if (!at::autocast::is_autocast_enabled(device)) return computed(x, w1, b1, w2, b2, which);
+  const c10::impl::ExcludeDispatchKeyGuard below(device == c10::kCPU ? c10::DispatchKey::AutocastCPU
+                                                                     : c10::DispatchKey::AutocastCUDA);
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  return computed(at::autocast::cached_cast(dtype, x, device), casted(dtype, w1, device), casted(dtype, b1, device),
+                  casted(dtype, w2, device), casted(dtype, b2, device), which);
+}

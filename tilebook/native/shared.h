@@ -1,0 +1,32 @@
+// What the sources have of each other.
+
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <ATen/core/Tensor.h>
+
+// Is it nothing but its memory, on a device of this kind: of no subclass, no transform, no lazy negation?
+bool ordinary(const at::Tensor& tensor, c10::DeviceType kind);
+
+// The kind of device whose calls are served: the GPU, or the CPU, as tests have it.
+c10::DeviceType served_kind();
+
+// Is a graph of the GPU's being captured, on the current stream of this device?
+bool captured(c10::Device device);
+
+// Turns it on for the GPU, or for the CPU, as tests do, or off.
+void casts_on(bool on, bool cpu);
+void layouts_on(bool on, bool cpu);
+
+// A weight in autocast's dtype: its cast of this region, which all that use it share.
+at::Tensor casted(at::ScalarType dtype, const at::Tensor& weight, c10::DeviceType device);
+
+// act(x W1ᵀ + b1) W2ᵀ + b2 by the calls of PyTorch's three functions, with one node of autograd where gradients are wanted.
+enum class Activation : int64_t { gelu, gelu_tanh, relu };
+at::Tensor mlp(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
+               const at::Tensor& b2, Activation activation);
+
+// The gates' functions of the module (see `gates.cpp`).
+extern PyMethodDef gate_methods[];
