@@ -339,12 +339,19 @@ bool watched() {
   return PyDict_GetItemWithError(compiler_names, compiling_name) != Py_False;
 }
 
+// Is the next call one that no override is to see? Only newer PyTorchs have such a state.
+template <class State>
+bool skips_next() {
+  if constexpr (requires { State::peek_skip_next(); }) return State::peek_skip_next();
+  return false;
+}
+
 // Is a mode, a transform, a trace or a profile under way, which is to see the function itself or each of its calls?
 bool unusual(const c10::impl::LocalDispatchKeySet& here) {
   static const DispatchKeySet included({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView});
   static const DispatchKeySet excluded = c10::default_excluded_set | c10::autograd_dispatch_keyset;
   if (here.included_.raw_repr() & ~included.raw_repr() || here.excluded_.raw_repr() & ~excluded.raw_repr()) return true;
-  if (at::impl::torch_function_mode_enabled() || at::impl::PythonTorchFunctionTLS::peek_skip_next()) return true;
+  if (at::impl::torch_function_mode_enabled() || skips_next<at::impl::PythonTorchFunctionTLS>()) return true;
   if (at::globalContext().deterministicAlgorithms()) return true;
   return at::hasThreadLocalCallbacks() || at::hasGlobalCallbacks();
 }
