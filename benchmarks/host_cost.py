@@ -338,17 +338,20 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--dry-run", action="store_true", help="a few calls, on the CPU")
+    arguments.add_argument("--only", nargs="*", default=[""], help="cases whose names begin so")
     given = arguments.parse_args()
     device, calls, turns = ("cpu", 2, 2) if given.dry_run else ("cuda", 200, TURNS)
     if device == "cuda" and not native.available():
         raise SystemExit("the extension is not built: python -m tilebook.native")
     results: dict[str, Any] = {}
     for case in cases(device):
+        if not case.name.startswith(tuple(given.only)):
+            continue
         results[case.name] = measure(case, device, calls, turns)
         for step, found in results[case.name].items():
             print(f"{found['more']:+7.1f} µs  {case.name} {step}: {found}", flush=True)
-    name = "cpu" if given.dry_run else devices.current().name
-    save(given.out, "host cost, microseconds a call", name, results=results)
+        name = "cpu" if given.dry_run else devices.current().name
+        save(given.out, "host cost, microseconds a call", name, results=results)
 
 
 if __name__ == "__main__":
