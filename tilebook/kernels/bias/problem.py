@@ -19,16 +19,12 @@ LAYERS = (
 )  # fmt: skip
 """Of CCT-14 × 128 and × 8, ViT-B/16 × 64, DistilBERT 64 × 512 and 16 × 256."""
 
-_WIDE, _MANY, _APART = 256, 1 << 22, 3.0
-"""Columns, and numbers in all, from which on a sum is like another, and how far apart they may be."""
-
 
 @dataclass(frozen=True)
 class Problem(op.Problem):
     """`rows` of `width` numbers; calls round their rows up to a power of two, so that one verdict serves a bucket."""
 
     EXACT = frozenset({"width"})
-    TRANSFER = 0.8
 
     dtype: str
     rows: int = op.size("M")
@@ -45,14 +41,6 @@ class Problem(op.Problem):
     def cost(self) -> Cost:
         numbers = float(self.rows * self.width)
         return Cost(numbers, self.torch_dtype.itemsize * (numbers + self.width))
-
-    def like(self, measured: op.Problem) -> bool:
-        """Many numbers in rows that whole tiles take."""
-        if not isinstance(measured, Problem) or self.dtype != measured.dtype:
-            return False
-        wide = min(self.width, measured.width) >= _WIDE and not self.width % 128
-        many = min(each.rows * each.width for each in (self, measured)) >= _MANY
-        return wide and many and self.apart(measured) <= _APART
 
     def neighbours(self) -> Sequence[Self]:
         return [dataclasses.replace(self, rows=each) for each in (333, 1) if each != self.rows]
