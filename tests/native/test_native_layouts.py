@@ -191,18 +191,24 @@ def test_gradients_of_gradients_are_the_same(both):
     both(twice)
 
 
-def test_what_was_traced_without_it_is_not_taken_from_a_cache(library, monkeypatch):
+@pytest.fixture
+def tag():
+    """PyTorch's configuration, and a tag of the user's in it."""
     from torch.compiler import config
 
+    before, config.cache_key_tag = config.cache_key_tag, "mine"
+    yield config
+    config.cache_key_tag = before  # not by monkeypatch, which deletes what an object does not hold itself
+
+
+def test_what_was_traced_without_it_is_not_taken_from_a_cache(library, tag):
     from tilebook import native
 
-    monkeypatch.setattr(config, "cache_key_tag", "mine")
     graphs = native._Graphs()
     for _ in range(2):
         graphs.mark(library)
-    marked = config.cache_key_tag
-    assert marked.startswith("minetilebook-")
-    config.cache_key_tag += "more"
+    assert tag.cache_key_tag.startswith("minetilebook-")
+    tag.cache_key_tag += "more"
     for _ in range(2):
         graphs.unmark()
-    assert config.cache_key_tag == "minemore"
+    assert tag.cache_key_tag == "minemore"

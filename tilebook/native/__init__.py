@@ -67,11 +67,11 @@ class _Graphs:
     def mark(self, extension: Path | None) -> None:
         if not self._mark and extension is not None:
             self._mark = f"tilebook-{extension.parent.name}"
-            config.cache_key_tag += self._mark
+            config.cache_key_tag = getattr(config, "cache_key_tag", "") + self._mark
 
     def unmark(self) -> None:
         if self._mark:
-            config.cache_key_tag = config.cache_key_tag.replace(self._mark, "")
+            config.cache_key_tag = getattr(config, "cache_key_tag", "").replace(self._mark, "")
         self._mark = ""
 
 
