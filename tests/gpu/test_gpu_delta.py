@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from agreeing import agreeing
 
 import tilebook
 from tilebook import device as devices
@@ -118,18 +119,7 @@ def test_feasible_configs_agree(name, shape, dtype):
         some = feasible[:: max(1, len(feasible) // 20)]
         compiling = [(config, pool.submit(name, "triton", problem.key, config)) for config in some]
         sound = [config for config, compiled in compiling if compiled.result().failure is None]
-    tried = 0
-    for config in sound:
-        try:
-            found = each.tunable(*args, config=config)
-        except Exception as broken:
-            assert type(broken).__name__ == "OutOfResources", (config, broken)  # noqa: PT017
-            continue
-        tried += 1
-        for mine, other in zip(found, right, strict=True):
-            size = other.float().abs().max().item() if other.numel() else 0.0
-            torch.testing.assert_close(mine.float(), other.float(), rtol=0, atol=2e-2 * size + 1e-6, msg=str(config))
-    assert tried > 8
+    assert agreeing(each, args, sound, right) > 8
 
 
 def test_results_repeat_bit_for_bit():
