@@ -13,9 +13,8 @@ from tilebook.op import Config
 def added(x: torch.Tensor, y: torch.Tensor, *, config: Config) -> torch.Tensor:
     """x + y, both (n,), or (B, S, N) of which one lies as (B, N, S) in memory; strides as those of x."""
     high, wide = config.number("ROWS"), config.number("COLUMNS")
-    out = torch.empty_strided(
-        x.shape, x.stride(), dtype=torch.promote_types(x.dtype, y.dtype), device=x.device
-    )  # fmt: skip
+    dtype = x.dtype if x.dtype == y.dtype else torch.float32
+    out = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
     if x.ndim == 1:
         grid = (triton.cdiv(x.numel(), high * wide),)
         launch(flat_kernel, grid, x, y, out, x.numel(), BLOCK=high * wide, num_warps=config["num_warps"])
