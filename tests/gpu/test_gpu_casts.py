@@ -67,7 +67,7 @@ def test_steps_are_the_same(shape, bias, dtype):
         assert (its.dtype, its.stride()) == (theirs.dtype, theirs.stride())
         below = (
             torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * its.numel() ** 0.5
-        )  # PyTorch's are cut off
+        )  # where PyTorch's end
         assert (its - theirs).norm() <= 4 * torch.finfo(dtype).eps * theirs.norm() + below
 
 

@@ -37,7 +37,7 @@ def test_default_config_is_right(op, problem):
 @interpreted
 @pytest.mark.parametrize(("op", "problem"), _examples(slice(1, None, 3)), ids=_id)
 def test_default_config_is_right_on_inputs_with_outliers(op, problem, request):
-    if (op.name, problem.label) == ("bidirectional_linear_attention_bwd", "B1,H2,S40,D32,performer"):
+    if op.name == "bidirectional_linear_attention_bwd" and problem.feature_map == "performer":
         # The exponents of outliers are hundreds: made anew, they round otherwise than those that made the divisors.
         request.applymarker(pytest.mark.xfail(raises=Wrong, strict=True, reason="1e-5 of the largest number away"))
     config = op.tunable.space.default(problem, devices.find("H200"))

@@ -36,7 +36,7 @@ class Problem(op.Problem):
         return cls(op.dtype_name(dy.dtype), next_power_of_2(dy.shape[0]), dy.shape[1])
 
     def like(self, measured: op.Problem) -> bool:
-        """Sums of enough numbers that starting them is little of their time, and no more: the lead shrinks with them."""
+        """Sums of enough numbers that starting them is little of their time, and of no more: the lead shrinks."""
         if not isinstance(measured, Problem) or measured.dtype != self.dtype:
             return False
         if self.rows * self.width > measured.rows * measured.width:
