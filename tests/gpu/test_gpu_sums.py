@@ -35,7 +35,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_sums_are_pytorchs_forward_and_backward(served, form):
+def test_sums_are_pytorchs_forward_and_backward(below, form):
     x, y = (each.requires_grad_() for each in FORMS[form]())
     above = torch.randn_like(x, dtype=torch.float32)
     plain = x + y
@@ -45,13 +45,13 @@ def test_sums_are_pytorchs_forward_and_backward(served, form):
         for _ in range(6):
             total = x + y
             found.append((total, *torch.autograd.grad(total, (x, y), above)))
-    assert served.repeated("add_fwd") >= 2
+    assert below.repeated("add_fwd") >= 2
     for each in found:
         torch.testing.assert_close(each, right, rtol=0, atol=0)
         assert [t.stride() for t in each] == [t.stride() for t in right]
 
 
-def test_a_graph_replays_it(served):
+def test_a_graph_replays_it(below):
     x, y = _plain(), _plain(torch.bfloat16)
     with tilebook.enabled():
         for _ in range(6):
