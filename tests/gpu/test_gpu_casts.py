@@ -65,9 +65,7 @@ def test_steps_are_the_same(shape, bias, dtype):
         ours = steps(stack(bias=bias)[:-1], numbers(*shape).requires_grad_(), dtype)
     for its, theirs in zip(ours, plain, strict=True):
         assert (its.dtype, its.stride()) == (theirs.dtype, theirs.stride())
-        below = (
-            torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * its.numel() ** 0.5
-        )  # where PyTorch's end
+        below = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * its.numel() ** 0.5  # where PyTorch's end
         assert (its - theirs).norm() <= 4 * torch.finfo(dtype).eps * theirs.norm() + below
 
 
