@@ -33,6 +33,7 @@
 
 #include "shared.h"
 
+namespace casts {
 namespace {
 
 using at::Tensor;
@@ -471,6 +472,9 @@ void put() {
 }
 
 }  // namespace
+}  // namespace casts
+
+using namespace casts;
 
 TORCH_LIBRARY(tilebook_native, library) {
   library.def("column_sum(Tensor rows, ScalarType dtype) -> Tensor");

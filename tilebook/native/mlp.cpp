@@ -22,6 +22,7 @@
 #include <optional>
 #include <vector>
 
+namespace blocks {
 namespace {
 
 using at::Tensor;
@@ -154,6 +155,9 @@ Tensor computed(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tenso
 }
 
 }  // namespace
+}  // namespace blocks
+
+using namespace blocks;
 
 at::Tensor mlp(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, Activation which) {
   const auto device = x.device().type();
