@@ -1,6 +1,7 @@
 """A host and a GPU that only keep time, and a program on them whose calls may be probed."""
 
 import contextlib
+import functools
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,20 +27,26 @@ class Large(Doubling):
         return (torch.randn(self.n, generator=ops.generator(device, seed), device=device),)
 
 
+def noise():
+    """Random numbers between 0 and 1, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield from torch.rand(4096, generator=generator).tolist()
+
+
 class Machine:
     """A host and a GPU that works behind it, and their clock."""
 
     def __init__(self):
-        self.host_s, self.gpu_s, self.seed = 0.0, 0.0, torch.Generator().manual_seed(0)
+        self.host_s, self.gpu_s, self.noise = 0.0, 0.0, noise()
 
     def now(self):
         self.host_s += 1e-7
         return self.host_s
 
     def work(self, gpu_s, host_s=20e-6):
-        noise = 1 + 0.03 * torch.rand((), generator=self.seed).item()
         self.host_s += host_s
-        self.gpu_s = max(self.gpu_s, self.host_s) + gpu_s * noise
+        self.gpu_s = max(self.gpu_s, self.host_s) + gpu_s * (1 + 0.03 * next(self.noise))
 
     def event(self, like):
         assert isinstance(like, OnGpu)
@@ -52,6 +59,12 @@ class Machine:
     @contextlib.contextmanager
     def aside(self, like):
         yield torch.device("cpu")
+
+
+@functools.cache
+def given(n):
+    """What a call has, and twice that."""
+    return on_gpu(torch.arange(float(n))), 2 * torch.arange(float(n))
 
 
 class Program:
@@ -96,9 +109,9 @@ class Program:
         return (2 * x.as_subclass(torch.Tensor),)
 
     def call(self, n=64):
-        x = on_gpu(torch.arange(float(n)))
+        x, doubled = given(n)
         (y,) = self.here.run(self.op, x)
-        assert torch.equal(y.as_subclass(torch.Tensor), 2 * torch.arange(float(n)))
+        assert torch.equal(y.as_subclass(torch.Tensor), doubled)
 
     def run(self, calls, gap_s=1e-3, n=64):
         """So many calls with other work between."""
