@@ -162,6 +162,16 @@ def _plain(sql: str) -> bool:
     return len(sql) < _LONGEST_SQL and all(word in '(),"' or _WORD.fullmatch(word.lower()) for word in words)
 
 
+_TABLES = frozenset({"device", "environment", "kernel", "problem", "trial", "verdict", "miss"})
+_SINCE = {"revocation": 2, "finalist": 3, "position": 4}
+"""The schema that brought a table, where it was not the first."""
+
+
+def tables_of(schema: int) -> frozenset[str]:
+    """The tables that a registry of this schema has."""
+    return _TABLES | {name for name, since in _SINCE.items() if schema >= since}
+
+
 def tables(connection: sqlite3.Connection) -> frozenset[str]:
     """The names of the file's tables."""
     return frozenset(str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'"))
