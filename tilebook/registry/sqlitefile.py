@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -95,6 +96,11 @@ def readable(path: Path) -> Iterator[Path]:
 
 def _journal(path: Path) -> Path:
     return path.with_name(path.name + "-journal")
+
+
+def in_mid_write(path: Path) -> bool:
+    """Is anything beside the file that a writer leaves there while it writes, or where it died?"""
+    return any(os.path.lexists(f"{path}{end}") for end in ("-journal", "-wal"))
 
 
 def _left_in_mid_write(path: Path) -> bool:
