@@ -221,7 +221,7 @@ class Dispatch:
         with self._lock:
             for known, choice in list(self._memo.items()):
                 if among(choice):
-                    del self._memo[known]
+                    self._memo.pop(known, None)
                 if among(choice.backward):
                     choice.backward = None
         self.look_again()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,21 +33,28 @@ class Memo(dict[Key, Choice]):
 
     def __init__(self) -> None:
         super().__init__()
+        self._lock = threading.Lock()
         self._key: Callable[[Op[Any], Sequence[Any]], Key] = key
         self._moves = False
 
     def of(self, op: Op[Any], args: Sequence[Any]) -> Choice | None:
-        """The choice of a call like one made before. Without a lock: it changes nothing, or one key."""
+        """The choice of a call like one made before."""
         known = self._key(op, args)
         found = self.get(known)
-        if found is None and self._moves and (found := self.pop(key(op, args), None)) is not None:
-            self[known] = found
-        return found
+        return self._moved(known, key(op, args)) if found is None and self._moves else found
 
     def keep(self, op: Op[Any], args: Sequence[Any], choice: Choice) -> None:
-        while len(self) >= self.MOST:
-            del self[next(iter(self))]
-        self[self._key(op, args)] = choice
+        with self._lock:
+            while len(self) >= self.MOST:
+                del self[next(iter(self))]
+            self[self._key(op, args)] = choice
+
+    def _moved(self, known: Key, before: Key) -> Choice | None:
+        """The choice that is still kept by the key of before, from now on by the one of today."""
+        with self._lock:
+            if (found := self.pop(before, None)) is not None:
+                self[known] = found
+            return found
 
     def keyed_by(self, made: Callable[[Op[Any], Sequence[Any]], Key]) -> None:
         """Calls are known by other keys from now on, which tell apart what `key` does. Those that are here move."""
