@@ -70,9 +70,12 @@ def merge(
                 sql.rows(f"SELECT count(*) FROM {table}")[0][0] for table in ("verdict", "revocation")
             )
         _publish(draft, into)
+    except RegistryError as error:
+        raise RegistryError(str(error).replace(str(draft), str(into))) from error
     finally:
         for file in (draft, draft.with_name(draft.name + "-journal")):
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
     return report
 
 
