@@ -33,6 +33,7 @@
 
 #include "shared.h"
 
+namespace casts {
 namespace {
 
 using at::Tensor;
@@ -318,23 +319,32 @@ Tensor sum_of_columns(const Tensor& rows, at::ScalarType dtype) {
   return rows.is_cuda() ? at::sum(rows, {0}, false, dtype) : at::sum(rows, 0).to(dtype);
 }
 
-// The same, which a kernel of ours may serve.
-Tensor column_sum(const Tensor& rows, at::ScalarType dtype) {
+}  // namespace
+}  // namespace casts
+
+at::Tensor column_sum(const at::Tensor& rows, at::ScalarType dtype) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("tilebook_native::column_sum", "")
-                             .typed<Tensor(const Tensor&, at::ScalarType)>();
+                             .typed<at::Tensor(const at::Tensor&, at::ScalarType)>();
   return op.call(rows, dtype);
 }
 
-// a b in this dtype: where the GPU's products can, sums that are rounded to it and to nothing else.
-Tensor product(const Tensor& a, const Tensor& b, at::ScalarType dtype, bool recorded) {
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype, bool recorded) {
   static const auto wide = c10::Dispatcher::singleton().findSchema({"aten::mm", "dtype"});  // from PyTorch 2.8 on
   if (a.scalar_type() == dtype) return at::mm(a, b);
   if (recorded || !wide || !a.is_cuda() || dtype != at::kFloat || at::globalContext().hasROCM()) {
     return at::mm(a, b).to(dtype);
   }
-  return wide->typed<Tensor(const Tensor&, const Tensor&, at::ScalarType)>().call(a, b, dtype);
+  return wide->typed<at::Tensor(const at::Tensor&, const at::Tensor&, at::ScalarType)>().call(a, b, dtype);
 }
+
+const at::Tensor& target(const at::Tensor& weight, const at::Tensor& cast) {
+  const bool known = weight.scalar_type() == at::kFloat && weight.requires_grad() && cast.requires_grad();
+  return known && ordinary(weight, weight.device().type()) && !weight._fw_grad(0).defined() ? weight : cast;
+}
+
+namespace casts {
+namespace {
 
 // The casts of a product's weight and bias: arguments beside those that gradients are of.
 struct Casts {
@@ -396,12 +406,6 @@ struct Product : torch::autograd::Function<Product> {
     return found;
   }
 };
-
-// What a gradient goes to: the fp32 weight itself where autograd knows the cast, else the cast.
-const Tensor& target(const Tensor& weight, const Tensor& cast) {
-  const bool known = weight.scalar_type() == at::kFloat && weight.requires_grad() && cast.requires_grad();
-  return known && plain(weight) && !weight._fw_grad(0).defined() ? weight : cast;
-}
 
 template <c10::DeviceType device>
 DispatchKeySet autocast_key() {
@@ -471,6 +475,9 @@ void put() {
 }
 
 }  // namespace
+}  // namespace casts
+
+using namespace casts;
 
 TORCH_LIBRARY(tilebook_native, library) {
   library.def("column_sum(Tensor rows, ScalarType dtype) -> Tensor");

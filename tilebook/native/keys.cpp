@@ -8,6 +8,7 @@
 
 #include <c10/util/SmallVector.h>
 
+namespace calling {
 namespace {
 
 PyTypeObject* parameter_type = nullptr;
@@ -79,8 +80,10 @@ PyObject* key(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 }  // namespace
+}  // namespace calling
 
 PyMethodDef key_methods[] = {
-    {"keys", keys, METH_VARARGS, "Makes keys of calls: with the class of parameters, and Python's way."},
-    {"key", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(key)), METH_FASTCALL, "What a call is known by."},
+    {"keys", calling::keys, METH_VARARGS, "Makes keys of calls: with the class of parameters, and Python's way."},
+    {"key", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(calling::key)), METH_FASTCALL,
+     "What a call is known by."},
     {nullptr, nullptr, 0, nullptr}};

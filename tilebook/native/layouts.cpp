@@ -29,6 +29,7 @@
 
 #include "shared.h"
 
+namespace layouts {
 namespace {
 
 using at::Tensor;
@@ -162,6 +163,9 @@ void put(bool cpu) {
 }
 
 }  // namespace
+}  // namespace layouts
+
+using namespace layouts;
 
 TORCH_LIBRARY_FRAGMENT(tilebook_native, library) {
   library.def("add(Tensor x, Tensor y) -> Tensor");
