@@ -130,7 +130,7 @@ def test_a_call_like_one_made_before_there_was_a_group_is_chosen_again(process, 
     group, store[0] = store[0], None
     here, _ = process()
     q = SimpleNamespace(is_cuda=True, device=GPU_0)
-    monkeypatch.setattr("tilebook.dispatch.key", lambda op, args: "this call")
+    monkeypatch.setattr(here._memo, "_key", lambda op, args: "this call")
     monkeypatch.setattr(OP.problem, "of", classmethod(lambda cls, *args: FUSED))
     assert here.lookup(OP, (q,)).implementation.name == "torch"
     assert here.known(OP, (q,)) is not None

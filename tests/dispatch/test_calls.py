@@ -24,7 +24,7 @@ from dispatch_samples import (
 
 import tilebook
 from tilebook import dispatch
-from tilebook.dispatch import Choice, Dispatch
+from tilebook.dispatch import Choice, Dispatch, memo
 from tilebook.kernels.attention.form import PLAIN
 from tilebook.op import Config
 
@@ -99,7 +99,7 @@ def test_what_the_caller_looks_at_makes_a_call_another(here):
 
 
 def test_memory_of_choices_is_bounded(here, monkeypatch):
-    monkeypatch.setattr(dispatch, "_MOST_CHOICES", 3)
+    monkeypatch.setattr(memo.Memo, "MOST", 3)
     op = doubling(ours)
     for n in range(1, 9):
         here.run(op, on_gpu(torch.ones(n)))

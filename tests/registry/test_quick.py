@@ -19,7 +19,7 @@ SHIPPED = Path(tilebook.__file__).parent / "shipped"
 def rows(registry):
     """The columns of the only verdict."""
     with registry.transaction() as session:
-        sql = Sql(session)
+        sql = Sql.of(session)
         (row,) = sql.among(reading._ROWS, [1])
         return list(row), sorted(map(list, sql.among(reading._FINALISTS, [1])), key=lambda each: each[1])
 
@@ -122,7 +122,7 @@ def test_a_damaged_row_is_counted_as_by_any_reader(damage, tmp_path):
     with Registry.open(tmp_path / "registry.db", write=True) as registry:
         registry.record(verdict=evidenced())
         with registry.transaction() as session:
-            Sql(session).run(f"UPDATE {damage}", [])
+            Sql.of(session).run(f"UPDATE {damage}", [])
     for read in (Registry.each_line, Registry.each_verdict):
         with Registry.open(tmp_path / "registry.db") as registry:
             assert list(read(registry)) == []

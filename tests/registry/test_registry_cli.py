@@ -9,9 +9,11 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +321,21 @@ def test_a_problem_of_no_plain_dtype_is_left_out(run: Run, home: Path, dtype: ob
     key = canonical({**json.loads(PROBLEM.key), "dtype": dtype})
     (home / "odd.jsonl").write_text(signed({"type": "verdict", **measured(problem=key).portable()}), encoding="utf-8")
     assert "skipped: line 2: rms_norm_fwd has no problem" in run("import", home / "odd.jsonl").stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no file that is always full")
+def test_what_cannot_be_written_is_named_in_one_line(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = run("export", "/dev/full", status=1).output
+    assert "/dev/full cannot be written: No space left on device" in said
+    full = partial(Path("/dev/full").open, "w+", encoding="utf-8")
+    monkeypatch.setattr("tilebook.registry.lines._aside", full)
+    said = run("export", str(home / "out.jsonl"), status=1).output
+    assert f"{tempfile.gettempdir()}, where its records wait: No space left on device" in said
+    assert not [each for each in home.iterdir() if "out.jsonl" in each.name]
+
+
+def test_a_merge_that_cannot_be_written_names_what_was_to_be_made(run: Run, home: Path) -> None:
+    (home / "file").write_text("")
+    run("export", str(home / "made.jsonl"))
+    said = run("merge", str(home / "made.jsonl"), "-o", str(home / "file" / "new.db"), status=1).output
+    assert f"registry {home / 'file' / 'new.db'}: " in said

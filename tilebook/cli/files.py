@@ -8,7 +8,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -30,18 +30,31 @@ def written(name: str) -> Iterator[TextIO]:
         return
     place = Path(os.path.realpath(name))  # a link stays one; what it leads to is written
     if place.exists() and not stat.S_ISREG(place.stat().st_mode):
-        with open(name, "w", encoding="utf-8") as stream:
+        with _named(name), open(name, "w", encoding="utf-8") as stream:
             yield stream
         return
     if place.exists() and not _is_export(place):
         raise RegistryError(f"{name} is there and is no export: it is left as it is")
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            yield stream
-        partial.replace(place)
+        with _named(name):
+            with partial.open("w", encoding="utf-8") as stream:
+                yield stream
+            partial.replace(place)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Has errors of writing, which do not say where that was, name the file that the user has named."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # who reads has read enough
+    except OSError as error:
+        raise RegistryError(f"{name} cannot be written: {error.strerror or error}") from error
 
 
 def _is_export(place: Path) -> bool:

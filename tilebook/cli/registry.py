@@ -286,7 +286,7 @@ def import_(file: str, trust: bool | None, max_size: float, timeout: float, regi
     from tilebook.report.rows import is_retired
 
     layers = store.Layers.default(registry)
-    with opened(file, int(max_size * 1e6), timeout) as stream, layers.writer() as target:
+    with opened(file, int(max_size * 1e6), timeout) as stream, layers.sink() as target:
         try:
             report = store.load(target, stream, allowed=inventory.axes(), trust=trust, is_problem=is_problem)
         except UnicodeDecodeError:

@@ -24,6 +24,7 @@ from tilebook import registry as store
 from tilebook.device import Device
 from tilebook.dispatch.agreement import Agreement, Told
 from tilebook.dispatch.choice import Choice, Outputs, Source
+from tilebook.dispatch.memo import Memo, key
 from tilebook.dispatch.misses import misses_of, store_misses
 from tilebook.dispatch.snapshot import FARTHEST, Snapshot, ahead, pytorch
 from tilebook.layout import fits
@@ -53,20 +54,6 @@ __all__ = [
     "use",
 ]
 
-# Choices kept in memory; a program whose shapes never repeat must not grow for ever.
-_MOST_CHOICES = 10_000
-
-
-def key(op: Op[Any], args: Sequence[Any]) -> tuple[Any, ...]:
-    """All that a choice and its plan depend on: whose call, and what every argument is like and where it lies."""
-    parts: list[Any] = [op]
-    for each in args:
-        if isinstance(each, torch.Tensor):
-            parts += (each.shape, each.stride(), each.dtype, each.data_ptr() & 15, each.get_device())
-        else:
-            parts.append(each)
-    return tuple(parts)
-
 
 class Dispatch:
     """Choices made so far and what they were made from. A program has one; tests make more."""
@@ -78,7 +65,7 @@ class Dispatch:
         self.watchers: list[Callable[[str], None]] = []  # told of "changed" and "counted"
         self.measured: dict[tuple[str, str], float] = {}  # by op and problem, milliseconds of a call, see `profiling`
         self._lock = threading.Lock()
-        self._memo: dict[tuple[Any, ...], Choice] = {}
+        self._memo = Memo()
         self._snapshots: dict[int, Snapshot] = {}
         self._warned: set[str] = set()
         self._told: set[str] = set()
@@ -95,7 +82,7 @@ class Dispatch:
         if self.forced is not None:
             return None
         self._join()
-        return self._memo.get(key(op, args))
+        return self._memo.of(op, args)
 
     def backward_of(self, choice: Choice) -> Choice:
         """What would run for the backward pass of a choice's problem; the choice itself where none is known."""
@@ -135,8 +122,8 @@ class Dispatch:
         if not args[0].is_cuda:
             return pytorch(op, op.problem.of(*args))
         self._join()
-        known = key(op, args if call is None else call)
-        choice = self._memo.get(known)
+        call = args if call is None else call
+        choice = self._memo.of(op, call)
         if choice is None:
             choice = self.choose(op, op.problem.of(*args), args[0].device)
             choice.aligned = all(fits(x) for x in args[:3] if isinstance(x, torch.Tensor))
@@ -144,9 +131,7 @@ class Dispatch:
                 if self.prober is not None:
                     choice.probe = self.prober.of(choice)
                 with self._lock:  # another thread's choice would change what is walked here
-                    while len(self._memo) >= _MOST_CHOICES:
-                        del self._memo[next(iter(self._memo))]
-                    self._memo[known] = choice
+                    self._memo.keep(op, call, choice)
                 choice.kept = True
         return choice
 
@@ -177,6 +162,11 @@ class Dispatch:
     def leads(self) -> bool:
         """Is it this process of a distributed program that finds out what is fastest, for all?"""
         return self._agreement.leads
+
+    def keyed_by(self, made: Callable[[Op[Any], Sequence[Any]], tuple[Any, ...]]) -> None:
+        """See `Memo.keyed_by`."""
+        with self._lock:
+            self._memo.keyed_by(made)
 
     @property
     def kinds(self) -> int:
@@ -231,7 +221,7 @@ class Dispatch:
         with self._lock:
             for known, choice in list(self._memo.items()):
                 if among(choice):
-                    del self._memo[known]
+                    self._memo.pop(known, None)
                 if among(choice.backward):
                     choice.backward = None
         self.look_again()

@@ -21,6 +21,7 @@ import torch
 from torch.compiler import config
 
 from tilebook import dispatch
+from tilebook.dispatch import memo
 from tilebook.native import plans
 from tilebook.native.build import begin
 from tilebook.native.place import NAME, built
@@ -105,6 +106,9 @@ class _Serving:
                 try:
                     loaded = _loaded()
                     self._extension = loaded if loaded is not None and loaded.able() else None
+                    if self._extension is not None:
+                        self._extension.keys(torch.nn.Parameter, memo.key)
+                        dispatch.here.keyed_by(self._extension.key)
                 except Exception:  # one that was built for another machine, say
                     self._extension = None
                 self._failed = self._extension is None

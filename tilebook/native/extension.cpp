@@ -9,3 +9,5 @@
 #include "mlp.cpp"
 
 #include "gates.cpp"
+
+#include "keys.cpp"

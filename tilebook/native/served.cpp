@@ -703,6 +703,8 @@ extern "C" PyMODINIT_FUNC PyInit_tilebook_served() {
     if (met) on = false;
   });
   PyObject* made = PyModule_Create(&module);
-  if (made && PyModule_AddFunctions(made, gate_methods) != 0) Py_CLEAR(made);
+  for (PyMethodDef* more : {gate_methods, key_methods}) {
+    if (made && PyModule_AddFunctions(made, more) != 0) Py_CLEAR(made);
+  }
   return made;
 }

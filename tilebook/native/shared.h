@@ -35,5 +35,6 @@ enum class Activation : int64_t { gelu, gelu_tanh, relu };
 at::Tensor mlp(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
                const at::Tensor& b2, Activation activation);
 
-// The gates' functions of the module (see `gates.cpp`).
+// Functions of the module: the gates', and what makes keys of calls.
 extern PyMethodDef gate_methods[];
+extern PyMethodDef key_methods[];

@@ -18,13 +18,14 @@ from tilebook.registry.merging import Choice, note
 from tilebook.registry.records import Revocation, Trial
 from tilebook.registry.searched import observed
 from tilebook.registry.selection import Selection
-from tilebook.registry.store import Registry
 from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
 from tilebook.registry.wanted import Wanted
 
 if TYPE_CHECKING:
+    from tilebook.registry.filewriter import FileWriter
     from tilebook.registry.signing import Sign, Signature
+    from tilebook.registry.store import Registry
 
 EVERYTHING = Selection()
 
@@ -107,7 +108,7 @@ def export(
 
 
 def load(
-    registry: Registry,
+    registry: Registry | FileWriter,
     stream: TextIO,
     *,
     allowed: Allowed | None,

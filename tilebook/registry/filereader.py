@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 WAIT_S = 1.0
 """How long a reader waits for a writer's lock."""
 
-_TABLES = frozenset({"device", "environment", "kernel", "problem", "trial", "verdict", "miss"})
-
 _NONE: tuple[float, list[dict[str, Any] | None]] = (math.inf, [])
 
 _Record = TypeVar("_Record", Trial, Verdict, Miss)
@@ -64,7 +62,7 @@ class FileReader(Damage):
             sqlitefile.begin(connection)
             sqlitefile.refuse_foreign_schema(connection, path)
             schema = sqlitefile.check_version(connection, path, OLDEST_READABLE, SCHEMA_VERSION)
-            if not _tables(schema) <= sqlitefile.tables(connection):
+            if not sqlitefile.tables_of(schema) <= sqlitefile.tables(connection):
                 raise RegistryError(f"registry {path} is corrupt: its tables are not those of a tilebook registry")
             damage = sqlitefile.damage(connection, place)
             reading = cls(path, connection, schema, opening.pop_all())
@@ -199,10 +197,6 @@ def reader(target: str) -> FileReader | Registry:
     from tilebook.registry.store import Registry
 
     return Registry.open(target)
-
-
-def _tables(schema: int) -> frozenset[str]:
-    return _TABLES | ({"revocation"} if schema > 1 else set()) | ({"finalist"} if schema > 2 else set())
 
 
 # Outer joins: a row whose partner cannot be found is damaged, and must be counted rather than vanish.

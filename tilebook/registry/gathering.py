@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
-
-from sqlalchemy import func, select
+from typing import TYPE_CHECKING, TypeVar
 
 from tilebook.errors import RegistryError
 from tilebook.registry.exchange import Allowed, import_rule, load
 from tilebook.registry.filereader import FileReader, reader
-from tilebook.registry.models import RevocationRow, VerdictRow
+from tilebook.registry.filewriter import FileWriter
 from tilebook.registry.records import Trial
 from tilebook.registry.sources import is_export, place
-from tilebook.registry.store import Registry
+from tilebook.registry.texts import Written
 from tilebook.registry.verdict import Verdict
 
-_T = TypeVar("_T")
+if TYPE_CHECKING:
+    from tilebook.registry.store import Registry
 
-_AT_ONCE = 500  # records in one transaction; nobody sees the registry before all are in
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -57,24 +55,27 @@ def merge(
     """
     if os.path.lexists(into):
         raise RegistryError(f"{into} is there already: merge makes a new registry, and changes none")
-    draft = into.with_name(f".{into.name}.{os.getpid()}.partial")
+    draft = into.absolute().with_name(f".{into.name}.{os.getpid()}.partial")
     report = Report()
     try:
-        with Registry.open(draft, write=True) as registry:
-            for name in names:
-                if is_export(name):
-                    _add_export(registry, name, report, allowed, is_problem, trust)
-                else:
-                    _add_registry(registry, name, report)
-            with registry.transaction() as session:
-                report.verdicts, report.revocations = (
-                    session.execute(select(func.count()).select_from(model)).scalar_one()
-                    for model in (VerdictRow, RevocationRow)
-                )
+        registry = FileWriter.open(draft)
+        assert registry is not None  # a new file
+        for name in names:
+            if is_export(name):
+                _add_export(registry, name, report, allowed, is_problem, trust)
+            else:
+                _add_registry(registry, name, report)
+        with registry.transaction() as sql:
+            report.verdicts, report.revocations = (
+                sql.rows(f"SELECT count(*) FROM {table}")[0][0] for table in ("verdict", "revocation")
+            )
         _publish(draft, into)
+    except RegistryError as error:
+        raise RegistryError(str(error).replace(str(draft), str(into))) from error
     finally:
         for file in (draft, draft.with_name(draft.name + "-journal")):
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
     return report
 
 
@@ -93,7 +94,7 @@ def _publish(draft: Path, into: Path) -> None:
 
 
 def _add_export(
-    registry: Registry,
+    registry: FileWriter,
     name: str,
     report: Report,
     allowed: Allowed,
@@ -108,15 +109,13 @@ def _add_export(
     report.met += len(done.skipped) - len(refused) + len(done.replaced)
 
 
-def _add_registry(registry: Registry, name: str, report: Report) -> None:
+def _add_registry(registry: FileWriter, name: str, report: Report) -> None:
     with reader(place(name)) as source:
         for origin in ("local", "imported"):
-            for trials in _in_parts(_trials(source, origin)):
-                report.trials += registry.merge(trials, origin=origin).trials
-        for verdicts in _in_parts(_verdicts(source)):
-            merged = registry.merge(verdicts=verdicts, rule=import_rule)
-            report.met += len(merged.kept) + len(merged.replaced)
-        registry.merge(revocations=source.revocations())
+            report.trials += registry.pour(_trials(source, origin), rule=import_rule, origin=origin).trials
+        merged = registry.pour(map(Written, _verdicts(source)), rule=import_rule, origin="imported")
+        report.met += len(merged.kept) + len(merged.replaced)
+        registry.pour(source.revocations(), rule=import_rule, origin="imported")
         report.problems += source.problems
 
 
@@ -140,9 +139,3 @@ def _intact(source: FileReader, rows: Iterable[tuple[int, _T | None]]) -> Iterat
         else:
             yield record
     source.count_lost(damaged)
-
-
-def _in_parts(records: Iterable[_T]) -> Iterator[list[_T]]:
-    left = iter(records)
-    while part := list(itertools.islice(left, _AT_ONCE)):
-        yield part

@@ -18,6 +18,7 @@ from tilebook.registry.verdict import Verdict
 from tilebook.registry.wanted import Wanted
 
 if TYPE_CHECKING:
+    from tilebook.registry.filewriter import FileWriter
     from tilebook.registry.overview import Shown
     from tilebook.registry.store import Registry
 
@@ -127,12 +128,21 @@ class Layers:
         """The first layer that can be written, opened for it: the explicit one and no other, where there is one."""
         from tilebook.registry.store import Registry
 
+        return self._writable(lambda target: Registry.open(target, write=True))
+
+    def sink(self) -> FileWriter | Registry:
+        """As `writer`, to have records poured in, and no more."""
+        from tilebook.registry import filewriter
+
+        return self._writable(filewriter.writer)
+
+    def _writable(self, opened: Callable[[str], _T]) -> _T:
         problems = []
         for name, target in self.layers:
             if name == "shipped":
                 continue
             try:
-                return Registry.open(target, write=True)
+                return opened(target)
             except RegistryError as error:
                 if name == "explicit":
                     raise

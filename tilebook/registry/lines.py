@@ -11,6 +11,7 @@ signature, where there is one, is of the header without it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -80,14 +81,22 @@ def write(
             whole.update(line.encode())
             yield line
 
-    with _aside() as body:
-        for version, line in _revoked(revocations):
-            body.writelines(counted([line], version))
-        body.writelines(counted(verdicts, _FINALISTS))
-        body.writelines(counted(_trial_lines(trials), 1))
-        body.seek(0)
+    body = _aside()
+    try:
+        try:
+            for version, line in _revoked(revocations):
+                body.writelines(counted([line], version))
+            body.writelines(counted(verdicts, _FINALISTS))
+            body.writelines(counted(_trial_lines(trials), 1))
+            body.seek(0)
+        except OSError as error:
+            where = f"{tempfile.gettempdir()}, where its records wait"
+            raise RegistryError(f"the export cannot be written: {where}: {error.strerror or error}") from error
         stream.write(_header(max(versions), count, whole.hexdigest(), sign))
         shutil.copyfileobj(body, stream, 1 << 20)
+    finally:
+        with contextlib.suppress(OSError):  # what could not be written cannot be now
+            body.close()
     return count
 
 

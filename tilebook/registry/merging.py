@@ -7,16 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session
-
 from tilebook.registry import reading
-from tilebook.registry.columns import revocation_columns, trial_columns
-from tilebook.registry.models import RevocationRow
+from tilebook.registry.columns import all_revocations, revocation_columns, revocation_in, trial_columns
 from tilebook.registry.near import position_columns
 from tilebook.registry.records import Revocation, Trial
-from tilebook.registry.rows import revocation_of
 from tilebook.registry.sql import Sql
+from tilebook.registry.target import SCHEMA_VERSION
 from tilebook.registry.texts import FINALIST, Record, Written, columns, finalist_values
 from tilebook.registry.verdict import Verdict
 
@@ -55,9 +51,9 @@ def note(lines: list[str], line: str) -> None:
         lines.append("and more that are not shown")
 
 
-def pour(session: Session, records: Iterable[Record], rule: Rule, origin: str) -> Merged:
+def pour(sql: Sql, records: Iterable[Record], rule: Rule, origin: str) -> Merged:
     """Stores what comes, in its order; `rule` decides between verdicts on one key, `origin` marks trials."""
-    into = _Tables(Sql(session), origin, rule)
+    into = _Tables(sql, origin, rule)
     rest = iter(records)
     while batch := list(itertools.islice(rest, BATCH)):
         into.add_trials([each for each in batch if isinstance(each, Trial)])
@@ -65,7 +61,7 @@ def pour(session: Session, records: Iterable[Record], rule: Rule, origin: str) -
             into.add_verdicts(distinct)
         for each in batch:
             if isinstance(each, Revocation):
-                _add_revocation(session, each, into.merged)
+                _add_revocation(sql, each, into.merged)
     return into.merged
 
 
@@ -114,7 +110,8 @@ class _Tables:
         keys = self._keys([each.verdict for each in verdicts])
         places = [(key["problem_id"], key["device_id"], key["kernel_id"]) for key in keys]
         there = self._there(places)
-        known = reading.by_id(self._sql, there.values())
+        digests = {there[place]: each.sha256 for each, place in zip(verdicts, places, strict=True) if place in there}
+        known = reading.known(self._sql, digests)
         wins = []
         for each, key, place in zip(verdicts, keys, places, strict=True):
             if place not in there or self._replaces(known.get(there[place]), each):
@@ -129,13 +126,16 @@ class _Tables:
         found = self._sql.among(statement, {place[0] for place in places})
         return {place: number for *ids, number in found if (place := tuple(ids)) in wanted}
 
-    def _replaces(self, known: Written | None, new: Written) -> bool:
+    def _replaces(self, known: Written | reading.Same | None, new: Written) -> bool:
         """Does a verdict take the place of the one that is there? A damaged one gives way to any."""
         if known is None:
             return True
+        if isinstance(known, reading.Same):
+            self.merged.unchanged += 1
+            return False
         existing, verdict = known.verdict, new.verdict
         choice = self._rule(existing, verdict)
-        if known.sha256 == new.sha256 or (known.portable == new.portable and not choice.replace):
+        if known.portable == new.portable and not choice.replace:
             self.merged.unchanged += 1
             return False
         line = f"{verdict.op} {verdict.problem} on {verdict.device.name}: {choice.why}"
@@ -208,18 +208,16 @@ class _Tables:
         return self._ids[place]
 
 
-def _add_revocation(session: Session, revocation: Revocation, merged: Merged) -> None:
-    row = session.execute(select(RevocationRow).filter_by(scope=revocation.scope)).scalar_one_or_none()
-    existing = None if row is None else revocation_of(row)
+def _add_revocation(sql: Sql, revocation: Revocation, merged: Merged) -> None:
+    rows = sql.rows(f"{all_revocations(SCHEMA_VERSION)} WHERE scope = ?", [revocation.scope])
+    existing = revocation_in(rows[0]) if rows else None
     if existing is not None and not _goes_before(revocation, existing):
         merged.unchanged += 1
         return
-    if row is None:
-        row = RevocationRow()
-        session.add(row)
-    for name, value in revocation_columns(revocation).items():
-        setattr(row, name, value)
-    session.flush()
+    columns = {**revocation_columns(revocation), "created_at": sql.time(revocation.created_at)}
+    if rows:
+        sql.run("DELETE FROM revocation WHERE scope = ?", [revocation.scope])
+    sql.insert("revocation", columns, [list(columns.values())])
     merged.revocations += 1
 
 

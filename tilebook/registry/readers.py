@@ -5,11 +5,12 @@ Standard library only, unless a layer is on PostgreSQL.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tilebook.registry import legacy, lookup, sqlitefile
 from tilebook.registry.checks import quoted
@@ -125,14 +126,35 @@ class ShippedText:
         return found
 
 
+State = tuple[int, int, int]
+"""Of a file: another where it has been written to, or another file is in its place."""
+
+
+class _Kept(NamedTuple):
+    """A connection between two readings. It holds no lock, and is its own process's."""
+
+    connection: sqlite3.Connection
+    state: State
+    process: int
+
+
+_inherited: list[_Kept] = []
+"""A forked process must neither use nor close what its parent has opened."""
+
+
 class File:
-    """A layer in a SQLite file."""
+    """A layer in a SQLite file.
+
+    Its connection stays open for the next reading, since to open one takes as long as the whole of most answers; of a
+    file that has changed, or has a journal beside it, a new one is made with all the care that a stranger's file needs.
+    """
 
     def __init__(self, name: str, path: Path, wait_s: float) -> None:
         self.name, self._path, self.wait_s = name, path, wait_s
         self.problems: list[str] = []
-        self._examined: tuple[int, int, int] | None = None
+        self._examined: State | None = None
         self._schema = 0
+        self._kept: list[_Kept] = []  # one, or none while it is used
 
     def verdicts(self, op: str, device: Device, most: int | None = None) -> list[Served] | None:
         with self._reading() as execute:
@@ -175,26 +197,77 @@ class File:
 
     @contextmanager
     def _reading(self) -> Iterator[Execute]:
-        with sqlitefile.explained(self._path), sqlitefile.readable(self._path) as place:
-            connection = sqlitefile.connect(place, "ro", self.wait_s)
-            try:
-                sqlitefile.begin(connection)
-                self._examine(connection, place)
-                yield lambda statement, values: connection.execute(statement, values).fetchall()
-            finally:
-                connection.close()
+        with sqlitefile.explained(self._path):
+            if (kept := self._begun()) is not None:
+                with self._keeping(kept):
+                    yield _execute(kept.connection)
+                return
+            with sqlitefile.readable(self._path) as place:
+                connection = sqlitefile.connect(place, "ro", self.wait_s)
+                try:
+                    sqlitefile.begin(connection)
+                    state = self._examine(connection, place)
+                except BaseException:
+                    connection.close()
+                    raise
+                with self._keeping(_Kept(connection, state, os.getpid()), place == self._path):
+                    yield _execute(connection)
 
-    def _examine(self, connection: sqlite3.Connection, place: Path) -> None:
+    def _begun(self) -> _Kept | None:
+        """The connection of the last reading, with the next one begun, where the file is as it was then."""
+        try:
+            kept = self._kept.pop()
+        except IndexError:
+            return None
+        if kept.process != os.getpid():
+            _inherited.append(kept)
+            return None
+        try:
+            if _state(self._path) == kept.state and not sqlitefile.in_mid_write(self._path):
+                sqlitefile.begin(kept.connection)
+                return kept
+        except (OSError, sqlite3.Error):
+            pass  # whatever it is, the long way says it
+        kept.connection.close()
+        return None
+
+    @contextmanager
+    def _keeping(self, kept: _Kept, keep: bool = True) -> Iterator[None]:
+        """Ends a reading, and keeps its connection if nothing went wrong."""
+        try:
+            yield
+            kept.connection.execute("ROLLBACK")
+            # Whoever comes next and finds a lock waits for it by a connection of its own.
+            keep = keep and kept.connection.execute("PRAGMA busy_timeout=0") is not None and not self._kept
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if keep:
+                self._kept.append(kept)
+            else:
+                kept.connection.close()
+
+    def _examine(self, connection: sqlite3.Connection, place: Path) -> State:
         """Looks at the file as a whole before anything of it is read: once, and again where it has changed."""
-        found = place.stat()
-        state = found.st_ino, found.st_mtime_ns, found.st_size
+        state = _state(place)
         if state == self._examined:
-            return
+            return state
         sqlitefile.refuse_foreign_schema(connection, self._path)
         self._schema = sqlitefile.check_version(connection, self._path, OLDEST_READABLE, SCHEMA_VERSION)
         if damage := sqlitefile.damage(connection, place, CHECKED_BYTES):
             self.problems.append(f"registry {self._path}: the file is damaged ({damage}); rows may be missing")
         self._examined = state
+        return state
+
+
+def _state(path: Path) -> State:
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _execute(connection: sqlite3.Connection) -> Execute:
+    return lambda statement, values: connection.execute(statement, values).fetchall()
 
 
 def lost_revocation(scope: str) -> str:

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import sqlite3
 import threading
 from collections.abc import Collection
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from importlib import resources
-from pathlib import Path
 
 from sqlalchemy import Connection, Engine, inspect, text
 
 from tilebook.errors import RegistryError
-from tilebook.registry import backend, shipped, sqlitefile
+from tilebook.registry import backend, filewriter, sqlitefile
 from tilebook.registry.backend import connect_sqlite, make_engine
-from tilebook.registry.models import Base, FinalistRow, PositionRow, RevocationRow
-from tilebook.registry.target import (
-    APPLICATION_ID,
-    OLDEST_READABLE,
-    SCHEMA_VERSION,
-    Target,
-    sniff,
-)
+from tilebook.registry.models import RevocationRow
+from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Target
 
 VERSION_TABLE = "tilebook_alembic_version"
 # Alembic's `op` and `context` are global, so upgrades of one process go one after the other.
 _upgrading = threading.Lock()
-# The schema that brought a table, where it was not the first.
-_SINCE = {RevocationRow.__tablename__: 2, FinalistRow.__tablename__: 3, PositionRow.__tablename__: 4}
 
 
 def version(connection: Connection) -> int | None:
@@ -90,30 +80,28 @@ def open_writer(target: Target, wait_s: float | None = None, upgrade: bool = Tru
     upgrade: else one that is not as it should be is refused. Raises RegistryError.
     """
     if target.path is not None:
-        header = sniff(target.path)
-        if header is None:
-            target.path.parent.mkdir(parents=True, exist_ok=True)
-        elif header.wal:
-            with closing(connect_sqlite(target.path, "rw", wait_s)) as raw:
-                raw.execute("PRAGMA journal_mode=DELETE")
+        filewriter.unlock(target.path, backend.WRITER_WAIT_S if wait_s is None else wait_s)
     with make_engine(target, write=True, create=upgrade, wait_s=wait_s).begin() as connection:
-        if target.path is not None:
-            _examine(connection, target.path)
-        if _needs_upgrade(connection, target):
+        if not _ready(connection, target, upgrade):
             if not upgrade:
                 raise RegistryError(f"registry {target.label} has not the schema of today")
-            if connection.dialect.name == "sqlite" and _empty(connection):
-                for statement in shipped.schema():
-                    connection.exec_driver_sql(statement)
-            else:
-                with _upgrading:
-                    _upgrade(connection)
-            if connection.dialect.name == "sqlite":
-                connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
-                connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
+            with _upgrading:
+                _upgrade(connection)
             if target.path is not None:
+                filewriter.stamp(_raw(connection))
                 _check_tables(sqlitefile.tables(_raw(connection)), target, SCHEMA_VERSION)
     return make_engine(target, write=True, wait_s=wait_s)
+
+
+def _ready(connection: Connection, target: Target, make: bool) -> bool:
+    """Has it today's schema? Asked under the lock: since the file was looked at, another process may have created or
+    replaced it."""
+    if target.path is not None:
+        return filewriter.prepared(_raw(connection), target.path, make)
+    found = version(connection)
+    if found is not None and found > SCHEMA_VERSION:
+        check(found, target)
+    return found == SCHEMA_VERSION
 
 
 def _raw(connection: Connection) -> sqlite3.Connection:
@@ -122,35 +110,8 @@ def _raw(connection: Connection) -> sqlite3.Connection:
     return raw
 
 
-def _examine(connection: Connection, path: Path) -> None:
-    """Refuses a file that is not to be written: its schema is not ours, or what SQLite has in it is damaged."""
-    raw = _raw(connection)
-    sqlitefile.refuse_foreign_schema(raw, path)
-    if found := sqlitefile.damage(raw, path, math.inf):
-        raise RegistryError(
-            f"registry {path} is corrupt: {found}; export what is left of it and import that into a new one"
-        )
-
-
-def _needs_upgrade(connection: Connection, target: Target) -> bool:
-    """Asked again under the lock: since the file was looked at, another process may have created or replaced it."""
-    if connection.dialect.name == "sqlite":
-        identity = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
-        if identity != APPLICATION_ID and not (identity == 0 and _empty(connection)):
-            raise RegistryError(f"{target.label} is a SQLite database, but not a tilebook registry")
-    found = version(connection)
-    if found is not None and found > SCHEMA_VERSION:
-        check(found, target)
-    return found != SCHEMA_VERSION
-
-
-def _empty(connection: Connection) -> bool:
-    return bool(connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one() == 0)
-
-
 def _check_tables(found: Collection[str], target: Target, version: int) -> None:
-    wanted = {name for name in Base.metadata.tables if version >= _SINCE.get(name, 1)}
-    if not wanted <= set(found):
+    if not sqlitefile.tables_of(version) <= set(found):
         raise RegistryError(f"registry {target.label} is corrupt: its tables are not those of a tilebook registry")
 
 

@@ -37,7 +37,7 @@ class Table:
     locked:   whether another process holds the lock of a layer, so that its rows are not here. They are asked for again
               with the next op; until then its revocations are not known either.
 
-    Reading never raises: what cannot be read becomes a problem. No connection stays open between two calls.
+    Reading never raises: what cannot be read becomes a problem. No lock is held between two calls.
     """
 
     def __init__(self, layers: Sequence[tuple[str, str]], device: Device) -> None:

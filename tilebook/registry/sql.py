@@ -5,25 +5,29 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import Any
-
-from sqlalchemy.orm import Session
+from typing import TYPE_CHECKING, Any, Self
 
 from tilebook.registry.checks import time_text
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
 
 Row = Sequence[Any]
 
 
 class Sql:
-    """The connection of a session; a statement's parameters are written `?`. The driver's errors come as they are."""
+    """A driver's connection; a statement's parameters are written `?`. The driver's errors come as they are."""
 
-    def __init__(self, session: Session) -> None:
-        connection = session.connection()
-        raw = connection.connection.dbapi_connection
-        self._sqlite = isinstance(raw, sqlite3.Connection)
-        self._raw: Any = raw
-        self._cursor: Any = connection.connection.cursor()
+    def __init__(self, connection: Any) -> None:
+        self._sqlite = isinstance(connection, sqlite3.Connection)
+        self._raw = connection
+        self._cursor = connection.cursor()
         self._last: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, session: Session) -> Self:
+        """In the session's transaction."""
+        return cls(session.connection().connection.dbapi_connection)
 
     def rows(self, statement: str, values: Sequence[Any] = ()) -> Sequence[Row]:
         self._cursor.execute(self._text(statement), tuple(values))

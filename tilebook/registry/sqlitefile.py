@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -97,6 +98,11 @@ def _journal(path: Path) -> Path:
     return path.with_name(path.name + "-journal")
 
 
+def in_mid_write(path: Path) -> bool:
+    """Is anything beside the file that a writer leaves there while it writes, or where it died?"""
+    return any(os.path.lexists(f"{path}{end}") for end in ("-journal", "-wal"))
+
+
 def _left_in_mid_write(path: Path) -> bool:
     """Is there a journal that no living process owns?"""
     if not _journal(path).exists():
@@ -160,6 +166,16 @@ def refuse_foreign_schema(connection: sqlite3.Connection, path: Path) -> None:
 def _plain(sql: str) -> bool:
     words = re.findall(r"[A-Za-z0-9_]+|[^\sA-Za-z0-9_]", sql)
     return len(sql) < _LONGEST_SQL and all(word in '(),"' or _WORD.fullmatch(word.lower()) for word in words)
+
+
+_TABLES = frozenset({"device", "environment", "kernel", "problem", "trial", "verdict", "miss"})
+_SINCE = {"revocation": 2, "finalist": 3, "position": 4}
+"""The schema that brought a table, where it was not the first."""
+
+
+def tables_of(schema: int) -> frozenset[str]:
+    """The tables that a registry of this schema has."""
+    return _TABLES | {name for name, since in _SINCE.items() if schema >= since}
 
 
 def tables(connection: sqlite3.Connection) -> frozenset[str]:

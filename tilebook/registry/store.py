@@ -149,7 +149,7 @@ class Registry(Damage):
     def pour(self, records: Iterable[Record], *, rule: Rule = local_rule, origin: str = "local") -> Merged:
         """`merge` of more records than fit into memory, in one transaction still: what `records` raises undoes all."""
         with self._write() as session:
-            return pour(session, records, rule, origin)
+            return pour(Sql.of(session), records, rule, origin)
 
     def revoke(self, revocation: Revocation) -> bool:
         """Stores a revocation; False where one of the same scope stands already."""
@@ -251,7 +251,7 @@ class Registry(Damage):
             return
         lost = 0
         with self._session() as session:
-            for each in read(Sql(session), wanted):
+            for each in read(Sql.of(session), wanted):
                 if each is None:
                     lost += 1
                 else:
@@ -262,7 +262,7 @@ class Registry(Damage):
         """All trials, or an op's, by op, problem and time; few are in memory at once. Else as `each_verdict`."""
         lost = 0
         with self._session() as session:
-            sql = Sql(session)
+            sql = Sql.of(session)
             where, order = "" if op is None else "WHERE p.op = ?", f"p.op{sql.by_bytes}, p.key{sql.by_bytes}"
             statement = f"{TRIALS} {where} ORDER BY {order}, t.created_at"
             for _, *row in sql.each(statement, [] if op is None else [op]):
@@ -277,7 +277,7 @@ class Registry(Damage):
         with self._session() as session:
             rows = []
             if schema.has_revocations(session.connection()):
-                rows = list(Sql(session).rows(all_revocations(self.schema)))
+                rows = list(Sql.of(session).rows(all_revocations(self.schema)))
             found = [(str(row[1]), revocation_in(row)) for row in rows]
         lost = [scope for scope, revocation in found if revocation is None]
         self.corrupt = len(lost)
@@ -312,7 +312,7 @@ class Registry(Damage):
     def asking(self) -> Iterator[Execute]:
         """What `lookup` asks by: statements with `?` for their parameters, of one state of the database."""
         with self._session() as session:
-            yield Sql(session).rows
+            yield Sql.of(session).rows
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
