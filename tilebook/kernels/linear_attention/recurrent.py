@@ -54,10 +54,8 @@ class Recurrent(op.Problem):
         return self.batch * self.heads * self.head_dim * self.value_dim
 
     def neighbours(self) -> Sequence[Self]:
-        few = dataclasses.replace(self, batch=2, heads=3)
-        return [
-            dataclasses.replace(few, seq=n, **{"initial": more}) for n, more in ((1, False), (453, True), (2500, False))
-        ]
+        few: Any = dataclasses.replace(self, batch=2, heads=3)
+        return [dataclasses.replace(few, seq=n, initial=more) for n, more in ((1, False), (453, True), (2500, False))]
 
     def normal(self, source: Any, device: torch.device | str, *widths: int) -> tuple[torch.Tensor, ...]:
         """Numbers (B, H, S, width) in the problem's dtype."""
