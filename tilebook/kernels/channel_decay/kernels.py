@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from tilebook.kernels.bidirectional.tiles import dot, put
-from tilebook.kernels.channel_decay.tiles import decays, halfway, kept_of, later_half, state_slice
+from tilebook.kernels.channel_decay.tiles import decays, halved, kept_of, later_half, of_last, state_slice
 from tilebook.kernels.delta_rule.tiles import begun, ended, factored, keep_state, kept_state, read, square, whose
 
 
@@ -29,17 +29,18 @@ def pairs_kernel(q, k, g, asking, leaving, kept, scores, heads, n, scale, tile):
     for column in tl.range(0, tile.WIDE, tile.SLICE):
         queries = read(q, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
         keys = read(k, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
-        c, rest, last = decays(g, batch, head, token, n, column, tile)
-        put(asking, queries * (tl.exp2(c) * scale), batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
-        put(leaving, keys * tl.exp2(rest), batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
-        d = column + tl.arange(0, tile.SLICE)
-        tl.store(kept + (pair.to(tl.int64) * chunks + chunk) * tile.D + d, tl.exp2(last), mask=d < tile.D)
+        so_far = decays(g, batch, head, token, n, column, tile)
+        behind = tl.full([tile.CHUNK, tile.SLICE], 1.0, tl.float32)
         itself = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)
         a += tl.where(r[:, None] == r[None, :], itself[:, None], 0.0)
-        for level in tl.static_range(tile.LEVELS):
-            part = halfway(c, 1 << level, tile)
+        for level in tl.range(0, tile.LEVELS, num_stages=1):
+            part, so_far, behind = halved(so_far, behind, level, tile)
             found = dot((queries * part).to(queries.dtype), tl.trans((keys * part).to(keys.dtype)), tile)
             a += tl.where(later_half(level, tile), found, 0.0)
+        put(asking, queries * (so_far * scale), batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
+        put(leaving, keys * behind, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
+        d = column + tl.arange(0, tile.SLICE)
+        tl.store(kept + (pair.to(tl.int64) * chunks + chunk) * tile.D + d, of_last(so_far, tile), mask=d < tile.D)
     tl.store(square(scores, pair, chunk, chunks, tile), (a * scale).to(scores.dtype.element_ty))
 
 
@@ -158,6 +159,31 @@ def gradients_kernel(do, q, k, v, g, states, grads, dq, dk, dg, heads, n, scale,
     first = tl.program_id(2) * tile.SLICE
     asked = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
     turned = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
+    for column in tl.range(0, tile.V, tile.BLOCK_V):
+        above = read(do, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        values = read(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        asked += dot(above, tl.trans(values), tile)
+        turned += dot(values, tl.trans(above), tile)
+    queries = read(q, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
+    keys = read(k, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
+    asked, turned = asked * scale, turned * scale
+    itself = tl.sum(tl.where(r[:, None] == r[None, :], asked, 0.0), 1)
+    of_queries, of_keys = itself[:, None] * keys, itself[:, None] * queries
+    asked, turned = asked.to(queries.dtype), turned.to(queries.dtype)
+    passed = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
+    so_far = decays(g, batch, head, token, n, first, tile)
+    behind = tl.full([tile.CHUNK, tile.SLICE], 1.0, tl.float32)
+    for level in tl.range(0, tile.LEVELS, num_stages=1):
+        part, so_far, behind = halved(so_far, behind, level, tile)
+        late, early = (queries * part).to(queries.dtype), (keys * part).to(keys.dtype)
+        to_late = dot(tl.where(later_half(level, tile), asked, 0.0), early, tile)
+        of_queries += part * to_late
+        if DECAYED:
+            passed += late * to_late
+        to_early = dot(tl.where(tl.trans(later_half(level, tile)), turned, 0.0), late, tile)
+        of_keys += part * to_early
+        if DECAYED:
+            passed -= early * to_early
     inter = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
     outward = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
     through = tl.zeros([tile.SLICE], tl.float32)
@@ -168,34 +194,15 @@ def gradients_kernel(do, q, k, v, g, states, grads, dq, dk, dg, heads, n, scale,
         grad = state_slice(grads, pair, chunk, chunks, first, column, tile)
         if DECAYED:
             through += tl.sum(grad.to(tl.float32) * state.to(tl.float32), 0)
-        asked += dot(above, tl.trans(values), tile)
-        turned += dot(values, tl.trans(above), tile)
-        old, behind = factored(state, above), factored(grad, values)
+        old, onward = factored(state, above), factored(grad, values)
         inter += dot(above, old[0], tile) * old[1]
-        outward += dot(values, behind[0], tile) * behind[1]
-    queries = read(q, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
-    keys = read(k, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
-    c, rest, last = decays(g, batch, head, token, n, first, tile)
-    inter *= tl.exp2(c) * scale
-    outward *= tl.exp2(rest)
-    left = outward * keys
-    passed, total = inter * queries - left, tl.sum(left, 0)
-    asked, turned = asked * scale, turned * scale
-    itself = tl.sum(tl.where(r[:, None] == r[None, :], asked, 0.0), 1)
-    inter += itself[:, None] * keys
-    outward += itself[:, None] * queries
-    asked, turned = asked.to(queries.dtype), turned.to(queries.dtype)
-    for level in tl.static_range(tile.LEVELS):
-        part = halfway(c, 1 << level, tile)
-        late, early = (queries * part).to(queries.dtype), (keys * part).to(keys.dtype)
-        to_late = dot(tl.where(later_half(level, tile), asked, 0.0), early, tile)
-        to_early = dot(tl.where(tl.trans(later_half(level, tile)), turned, 0.0), late, tile)
-        if DECAYED:
-            passed += late * to_late - early * to_early
-        inter += part * to_late
-        outward += part * to_early
-    put(dq, inter, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
-    put(dk, outward, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
+        outward += dot(values, onward[0], tile) * onward[1]
+    inter *= so_far * scale
+    outward *= behind
+    put(dq, of_queries + inter, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
+    put(dk, of_keys + outward, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
     if DECAYED:
-        found = tl.cumsum(passed, 0, reverse=True) + (total + tl.exp2(last) * through)[None, :]
+        left = outward * keys
+        found = tl.cumsum(passed + inter * queries - left, 0, reverse=True)
+        found += (tl.sum(left, 0) + of_last(so_far, tile) * through)[None, :]
         put(dg, found, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)

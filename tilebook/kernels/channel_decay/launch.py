@@ -24,9 +24,6 @@ from tilebook.kernels.linear_attention.space import walks
 from tilebook.launch import launch
 from tilebook.op import Config
 
-SLICE = 64
-"""Columns of k that the kernel of pairs has at once, at most."""
-
 _SCANNED = 512
 """Numbers of a state that a program of the scan takes."""
 
@@ -59,10 +56,10 @@ class _Call:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
 
-    def tile(self, block_v: int, part: int = SLICE) -> Any:
+    def tile(self, block_v: int) -> Any:
         constants = {
             "CHUNK": self.chunk, "LEVELS": self.chunk.bit_length() - 1, "D": self.width, "V": self.columns,
-            "WIDE": self.wide, "SLICE": min(self.wide, part), "BLOCK_V": block_v,
+            "WIDE": self.wide, "SLICE": self.config.number("SLICE"), "BLOCK_V": block_v,
             "EXACT": self.q.dtype == torch.float32,
         }  # fmt: skip
         return Tile(**{name: tl.constexpr(constants[name]) for name in Tile._fields})
@@ -157,7 +154,7 @@ def channel_decay_bwd(
         call.leaving, do, _NOTHING, grads, _NOTHING, dv, 1, turned=True, block_v=config.number("STATE_V"),
         num_warps=config["STATE_WARPS"], num_stages=1,
     )  # fmt: skip
-    tile = call.tile(config.number("BLOCK_V"), config.number("SLICE"))
+    tile = call.tile(config.number("BLOCK_V"))
     launch(
         gradients_kernel, (call.pairs, call.chunks, triton.cdiv(call.wide, tile.SLICE.value)), _rows(do), _rows(q),
         _rows(k), _rows(v), _rows(g), states, grads, _rows(dq), _rows(dk), _rows(dg) if decayed else _rows(dq),

@@ -1,8 +1,8 @@
 """The configs of the kernels of decays by channel, and what of them follows from problem and GPU.
 
-PAIR_WARPS: of the kernel that finds what pairs of a chunk's tokens count for. SPAN, WALK, STATE_V, STATE_WARPS as in
-`linear_attention.space`; backward the latter two are of dv too. BLOCK_V, num_warps, num_stages: of the last kernel,
-which backward has SLICE channels of its gradients.
+SLICE, PAIR_WARPS: channels at once and warps of the kernel that finds what pairs of a chunk's tokens count for. SPAN,
+WALK, STATE_V, STATE_WARPS as in `linear_attention.space`; backward the latter two are of dv too. BLOCK_V, num_warps,
+num_stages: of the last kernel, which backward has SLICE channels of its gradients.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _last_needs(problem: ChannelDecay, config: Config) -> tuple[int, int]:
     chunk, columns, wide = config.number("CHUNK"), config.number("BLOCK_V"), problem.wide
     size, ring = problem.torch_dtype.itemsize, max(1, config.number("num_stages") - 1)
     if _backward(problem):
-        channels = min(wide, config.number("SLICE"))
+        channels = config.number("SLICE")
         kept = 2 if problem.dtype == "bf16" else 4
         swept = 2 * chunk * columns * size + 2 * channels * columns * kept
         made = 2 * chunk * channels * size + chunk * channels * 4
@@ -52,10 +52,10 @@ def _reject(problem: ChannelDecay, config: Config, device: Device) -> str | None
     walk, state_v, state_warps = config.number("WALK"), config.number("STATE_V"), config.number("STATE_WARPS")
     wide, most = problem.wide, max(16, triton.next_power_of_2(problem.value_dim))
     chunks, span, pair_warps = triton.cdiv(problem.seq, chunk), int(config.get("SPAN", 1)), config.number("PAIR_WARPS")
-    channels = min(wide, config.number("SLICE")) if _backward(problem) else wide
+    channels = config.number("SLICE")
     if columns > most or state_v > most:
         return "a tile has more columns than there are"
-    if _backward(problem) and config.number("SLICE") > max(16, wide):
+    if channels > wide:
         return "a slice has more channels than there are"
     if chunk > max(16, triton.next_power_of_2(problem.seq)):
         return "a chunk is longer than the sequence"
@@ -71,11 +71,11 @@ def _reject(problem: ChannelDecay, config: Config, device: Device) -> str | None
         return "a scan over too many walks"
     if device.backend == "hip" and config.number("num_stages") > 2:
         return "more than 2 stages do not pay on AMD GPUs"
-    if chunk * min(chunk, columns, channels) < 32 * warps:
+    if chunk * min(chunk, columns, channels if _backward(problem) else wide) < 32 * warps:
         return f"{warps} warps need larger tiles"
-    if chunk * min(chunk, wide) < 64 * pair_warps:
+    if chunk * min(chunk, channels) < 64 * pair_warps:
         return f"{pair_warps} warps need larger chunks"
-    pairs = chunk * chunk + 4 * chunk * min(wide, 64)
+    pairs = chunk * chunk + 4 * chunk * channels
     elements, shared = _last_needs(problem, config)
     reason = too_large(shared, device) or crowded(elements, warps, device) or crowded(pairs, pair_warps, device)
     if reason or _whole(config):
@@ -89,13 +89,13 @@ def _shapes(problem: ChannelDecay, device: Device) -> list[tuple[int, int, int, 
     wide, backward = problem.wide, _backward(problem)
     small = [(chunk, pair, 16, warps, 1, 16) for chunk in (32, 16) for pair in (4, 2, 1) for warps in (8, 4, 2, 1)]
     if problem.dtype == "fp32":  # products pass through registers
-        return [(16, 4, 16 if wide > 64 else 32, 8 if wide > 64 else 4, 1, 32), *small[12:]]
+        return [(16, 2, 16 if wide > 64 else 32, 8 if wide > 64 else 4, 1, 16), *small[12:]]
     if device.backend == "hip":
         return [(32, 4, 32, 4, 1, 32), *small]
-    large = [(64, 4, 64, 8, 1, 64), (64, 4, 32, 8, 1, 32)] if asynchronous(device) else []
-    if not backward:
-        four = [(64, 4, 64, 4, 2, 64)] if wide <= 64 and large else []
-        large = [(64, 4, 32, 8, 1, 64)] if wide > 128 else [*four, *([(64, 4, 64, 8, 2, 64)] if large else [])]
+    large = [(64, 4, 64, 8, 1, 32), (64, 4, 32, 8, 1, 32)] if asynchronous(device) else []
+    if not backward and large:
+        four = [(64, 4, 64, 4, 2, 32)] if wide <= 64 else []
+        large = [(64, 4, 32, 8, 1, 32)] if wide > 128 else [*four, (64, 4, 64, 8, 2, 32)]
     middle = [(32, 4, 32, 4, 2, 32), (32, 4, 32, 4, 1, 32), (32, 4, 32, 8, 1, 32)]
     return [*large, *middle, *small]
 
@@ -119,16 +119,17 @@ def _default(problem: ChannelDecay, device: Device) -> Config:
         chunks = triton.cdiv(problem.seq, chunk)
         programs = problem.batch * problem.heads * triton.cdiv(problem.value_dim, columns)
         span, walk = _parts(_backward(problem), chunks, programs / device.sm_count)
+        if exact and problem.wide > 128 and chunks > 1:  # a state and its products at once would spill
+            span, walk = 1, 0
         whole = not (_backward(problem) or span)
         state_v = 16 if exact or problem.wide > 128 else 32 if problem.wide > 64 else 64
         values = {
             "CHUNK": chunk, "PAIR_WARPS": pair_warps, "BLOCK_V": columns, "SPAN": span, "WALK": walk,
             "STATE_V": min(64 if whole else state_v, most),
-            "STATE_WARPS": 4, "num_warps": warps, "num_stages": stages,
+            "STATE_WARPS": 4, "num_warps": warps, "num_stages": stages, "SLICE": min(channels, problem.wide),
         }  # fmt: skip
         if _backward(problem):
             del values["SPAN"]
-            values["SLICE"] = min(channels, problem.wide)
         configs.append(Config(values))
     return next((each for each in configs if _reject(problem, each, device) is None), configs[-1])
 
@@ -169,10 +170,8 @@ _AXES = {
     "STATE_WARPS": (4, 8),
     "num_warps": powers_of_two(1, 8),
     "num_stages": (1, 2, 3),
+    "SLICE": powers_of_two(16, 64),
 }
 
 SPACE = Space(_AXES, _reject, _default, _work)
-SPACE_BWD = Space(
-    {**{axis: values for axis, values in _AXES.items() if axis != "SPAN"}, "SLICE": powers_of_two(16, 64)},
-    _reject, _default, _work,
-)  # fmt: skip
+SPACE_BWD = Space({axis: values for axis, values in _AXES.items() if axis != "SPAN"}, _reject, _default, _work)

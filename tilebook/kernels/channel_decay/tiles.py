@@ -1,4 +1,4 @@
-"""What the kernels of decays by channel have in common: their constants, sums of log-decays, and states in memory."""
+"""What the kernels of decays by channel have in common: their constants, products of decays, and states in memory."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
@@ -12,7 +12,6 @@ from tilebook.kernels.delta_rule.tiles import read
 from tilebook.kernels.linear_attention.pytorch import LEAST
 
 _LEAST = tl.constexpr(LEAST)
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
@@ -32,48 +31,40 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _each(g, batch, head, token, n, column, tile):
-    """Log-decays of tokens `token` …, to base 2."""
-    found = read(g, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
-    return tl.maximum(found.to(tl.float32), _LEAST) * _LOG2E
-
-
-@triton.jit
 def decays(g, batch, head, token, n, column, tile):
-    """Sums of a chunk's log-decays to base 2: up to each token, behind each, and of all; by channel.
-
-    fp32 adds those behind up from the end: what is left of a difference of large sums is their rounding, which 16 bits
-    do not see.
-    """
-    c = tl.cumsum(_each(g, batch, head, token, n, column, tile), 0)
-    last = tl.min(c, 0)
-    if tile.EXACT:
-        r = tl.arange(0, tile.CHUNK)
-        after = tl.where((r + 1 < tile.CHUNK)[:, None], _each(g, batch, head, token + 1, n, column, tile), 0.0)
-        rest = tl.cumsum(after, 0, reverse=True)
-    else:
-        rest = last[None, :] - c
-    return c, rest, last
+    """What channels keep at each token; 1 where there is none."""
+    found = read(g, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
+    return tl.exp(tl.maximum(found.to(tl.float32), _LEAST))
 
 
 @triton.jit
-def halfway(c, SIZE: tl.constexpr, tile):
-    """What of a token's decays lies between it and the middle of its 2 · SIZE tokens.
+def halved(so_far, behind, level, tile):
+    """What lies between a token and the middle of its 2 · 2^level tokens; and what `so_far` and `behind` are of these.
 
-    So many the decays of two tokens in different halves multiply to; no exponent is above 0.
+    so_far, behind: what is kept from the beginning of a token's 2^level tokens to it, and behind it to their end.
+    They are products of decays, not exponents: no number is above 1, and no difference of large sums has to be right.
     """
-    blocks: tl.constexpr = tile.CHUNK // (2 * SIZE)
-    r = tl.arange(0, 2 * SIZE)
-    c = tl.reshape(c, [blocks, 2 * SIZE, tile.SLICE])
-    middle = tl.sum(tl.where((r == SIZE - 1)[None, :, None], c, 0.0), 1)
-    return tl.reshape(tl.exp2(-tl.abs(c - middle[:, None, :])), [tile.CHUNK, tile.SLICE])
+    t, half = tl.arange(0, tile.CHUNK), 1 << level
+    late = (((t >> level) & 1) == 1)[:, None]
+    part = tl.where(late, so_far, behind)
+    end = (t & -(2 * half)) + tl.where((t & half) != 0, half, 2 * half) - 1
+    other = tl.gather(so_far, tl.broadcast_to(end[:, None], [tile.CHUNK, tile.SLICE]), 0)
+    more = part * other
+    return part, tl.where(late, more, so_far), tl.where(late, behind, more)
 
 
 @triton.jit
-def later_half(LEVEL: tl.constexpr, tile):
-    """[i, j]: are tokens i and j of the two halves of 2 · 2^LEVEL tokens, j of the first?"""
-    r = tl.arange(0, tile.CHUNK)
-    return (((r[:, None] ^ r[None, :]) >> LEVEL) == 1) & (r[:, None] > r[None, :])
+def of_last(so_far, tile):
+    """What is kept over a whole chunk."""
+    t = tl.arange(0, tile.CHUNK)
+    return tl.sum(tl.where((t == tile.CHUNK - 1)[:, None], so_far, 0.0), 0)
+
+
+@triton.jit
+def later_half(level, tile):
+    """[i, j]: are tokens i and j of the two halves of 2 · 2^level tokens, j of the first?"""
+    t = tl.arange(0, tile.CHUNK)
+    return (((t[:, None] ^ t[None, :]) >> level) == 1) & (t[:, None] > t[None, :])
 
 
 @triton.jit

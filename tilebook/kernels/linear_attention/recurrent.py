@@ -34,7 +34,9 @@ class Recurrent(op.Problem):
     @classmethod
     def posed(cls, q: torch.Tensor, v: torch.Tensor, *properties: bool | str) -> Self:
         """The problem of a call with these tensors; properties: the fields behind the dtype."""
-        return cls(*q.shape, v.shape[-1], op.dtype_name(q.dtype), *properties)
+        make: Any = cls
+        found: Self = make(*q.shape, v.shape[-1], op.dtype_name(q.dtype), *properties)
+        return found
 
     def check(self) -> None:
         bounds.linear_attention(self)
