@@ -32,13 +32,13 @@ class ChannelDecay(Recurrent):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         texts = (
-            ("B1,H2,S70,D32", "bf16"),
+            ("B1,H1,S70,D32", "bf16"),
             ("B1,H1,S40,D64,V32,initial", "fp16"),
-            ("B2,H1,S37,D16,initial", "fp32"),
-            ("B1,H2,S1,D32", "bf16"),
-            ("B1,H1,S66,D24,V40,initial", "bf16"),
-            ("B1,H1,S33,D128,V16", "fp16"),
-            ("B1,H1,S20,D256,V48", "bf16"),
+            ("B2,H1,S20,D16,initial", "fp32"),
+            ("B1,H2,S1,D32,V16", "bf16"),
+            ("B1,H1,S34,D24,V40,initial", "bf16"),
+            ("B1,H1,S18,D128,V16", "fp16"),
+            ("B1,H1,S17,D256,V16", "bf16"),
         )
         return [cls.parse(text, dtype) for text, dtype in texts]
 

@@ -15,10 +15,9 @@ _CHUNK = 64
 
 def _pairs(q: torch.Tensor, k: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """Σ_d q_id k_jd exp(c_id − c_jd) for j ≤ i of chunks (…, C, D), else 0: (…, C, C), see `kernels`."""
-    size, wide = c.shape[-2], c.dtype
-    r = torch.arange(size, device=c.device)
+    wide, r = c.dtype, torch.arange(_CHUNK, device=c.device)
     found = torch.diag_embed((q.to(wide) * k.to(wide)).sum(-1))
-    for level in range(size.bit_length() - 1):
+    for level in range(_CHUNK.bit_length() - 1):
         half = 1 << level
         blocks = c.unflatten(-2, (-1, 2 * half))
         late = (r[: 2 * half, None] >= half).to(wide) * 2 - 1

@@ -198,7 +198,7 @@ def linear_attention_step(
         ValueError: shapes that do not go together.
     """
     way(q, k, v, state, optional=(log_decay,))
-    check_step(q, k, v, state, log_decay)
+    check_step(q, k, v, state, log_decay, channels=True)
     return step(q, k, v, wide(state, q), log_decay, multiplier(scale, q))
 
 
