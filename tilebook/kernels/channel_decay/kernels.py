@@ -4,7 +4,7 @@ With c the running sum of a chunk's log-decays by channel, token i sees token j 
 That is no product of q and k, whatever each is multiplied by in advance, unless exp(−c) is, which has no end. But of
 tokens i and j in different halves of 2, 4, 8, … tokens it is one of what either has to the middle between the halves,
 where both exponents are at most 0; and any two tokens of a chunk lie in different halves of one such block. So each
-level of halves is one product of the chunk's rows, of which the pairs count that it is about.
+level of halves is one product of the chunk's rows with themselves, queries in later halves and keys in earlier ones.
 
 One kernel finds these weights, q e^c, k e^(c_last − c) and e^c_last; others need nothing more of q, k and decays.
 """
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from tilebook.kernels.bidirectional.tiles import dot, put
-from tilebook.kernels.channel_decay.tiles import decays, halved, kept_of, later_half, of_last, state_slice
+from tilebook.kernels.channel_decay.tiles import decays, halved, in_halves, kept_of, of_last, state_slice
 from tilebook.kernels.delta_rule.tiles import begun, ended, factored, keep_state, kept_state, read, square, whose
 
 
@@ -34,14 +34,15 @@ def pairs_kernel(q, k, g, asking, leaving, kept, scores, heads, n, scale, tile):
         itself = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)
         a += tl.where(r[:, None] == r[None, :], itself[:, None], 0.0)
         for level in tl.range(0, tile.LEVELS, num_stages=1):
-            part, so_far, behind = halved(so_far, behind, level, tile)
-            found = dot((queries * part).to(queries.dtype), tl.trans((keys * part).to(keys.dtype)), tile)
-            a += tl.where(later_half(level, tile), found, 0.0)
+            late, part, so_far, behind = halved(so_far, behind, level, tile)
+            rows = (tl.where(late, queries, keys) * part).to(queries.dtype)
+            a += tl.where(in_halves(level, tile), dot(rows, tl.trans(rows), tile), 0.0)
         put(asking, queries * (so_far * scale), batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
         put(leaving, keys * behind, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
         d = column + tl.arange(0, tile.SLICE)
         tl.store(kept + (pair.to(tl.int64) * chunks + chunk) * tile.D + d, of_last(so_far, tile), mask=d < tile.D)
-    tl.store(square(scores, pair, chunk, chunks, tile), (a * scale).to(scores.dtype.element_ty))
+    a = tl.where(r[:, None] >= r[None, :], a * scale, 0.0)
+    tl.store(square(scores, pair, chunk, chunks, tile), a.to(scores.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["heads", "n", "walk", "every"])
@@ -166,24 +167,22 @@ def gradients_kernel(do, q, k, v, g, states, grads, dq, dk, dg, heads, n, scale,
         turned += dot(values, tl.trans(above), tile)
     queries = read(q, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
     keys = read(k, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
-    asked, turned = asked * scale, turned * scale
+    asked = tl.where(r[:, None] >= r[None, :], asked, turned) * scale  # the later of two tokens is the one that asks
     itself = tl.sum(tl.where(r[:, None] == r[None, :], asked, 0.0), 1)
     of_queries, of_keys = itself[:, None] * keys, itself[:, None] * queries
-    asked, turned = asked.to(queries.dtype), turned.to(queries.dtype)
+    asked = asked.to(queries.dtype)
     passed = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
     so_far = decays(g, batch, head, token, n, first, tile)
     behind = tl.full([tile.CHUNK, tile.SLICE], 1.0, tl.float32)
     for level in tl.range(0, tile.LEVELS, num_stages=1):
-        part, so_far, behind = halved(so_far, behind, level, tile)
-        late, early = (queries * part).to(queries.dtype), (keys * part).to(keys.dtype)
-        to_late = dot(tl.where(later_half(level, tile), asked, 0.0), early, tile)
-        of_queries += part * to_late
+        late, part, so_far, behind = halved(so_far, behind, level, tile)
+        rows = (tl.where(late, queries, keys) * part).to(queries.dtype)
+        found = dot(tl.where(in_halves(level, tile), asked, 0.0), rows, tile)
         if DECAYED:
-            passed += late * to_late
-        to_early = dot(tl.where(tl.trans(later_half(level, tile)), turned, 0.0), late, tile)
-        of_keys += part * to_early
-        if DECAYED:
-            passed -= early * to_early
+            passed += tl.where(late, found, -found) * rows
+        found *= part
+        of_queries += tl.where(late, found, 0.0)
+        of_keys += tl.where(late, 0.0, found)
     inter = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
     outward = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
     through = tl.zeros([tile.SLICE], tl.float32)

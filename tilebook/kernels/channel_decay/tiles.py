@@ -39,18 +39,26 @@ def decays(g, batch, head, token, n, column, tile):
 
 @triton.jit
 def halved(so_far, behind, level, tile):
-    """What lies between a token and the middle of its 2 · 2^level tokens; and what `so_far` and `behind` are of these.
+    """Is a token in the later half of its 2 · 2^level tokens, and what lies between it and the middle of them; then
+    what `so_far` and `behind` are of twice as many tokens.
 
     so_far, behind: what is kept from the beginning of a token's 2^level tokens to it, and behind it to their end.
     They are products of decays, not exponents: no number is above 1, and no difference of large sums has to be right.
     """
     t, half = tl.arange(0, tile.CHUNK), 1 << level
-    late = (((t >> level) & 1) == 1)[:, None]
+    late = ((t & half) != 0)[:, None]
     part = tl.where(late, so_far, behind)
     end = (t & -(2 * half)) + tl.where((t & half) != 0, half, 2 * half) - 1
     other = tl.gather(so_far, tl.broadcast_to(end[:, None], [tile.CHUNK, tile.SLICE]), 0)
     more = part * other
-    return part, tl.where(late, more, so_far), tl.where(late, behind, more)
+    return late, part, tl.where(late, more, so_far), tl.where(late, behind, more)
+
+
+@triton.jit
+def in_halves(level, tile):
+    """[i, j]: are tokens i and j in different halves of 2 · 2^level tokens?"""
+    t, half = tl.arange(0, tile.CHUNK), 1 << level
+    return ((t ^ half)[:, None] ^ t[None, :]) < half
 
 
 @triton.jit
@@ -58,13 +66,6 @@ def of_last(so_far, tile):
     """What is kept over a whole chunk."""
     t = tl.arange(0, tile.CHUNK)
     return tl.sum(tl.where((t == tile.CHUNK - 1)[:, None], so_far, 0.0), 0)
-
-
-@triton.jit
-def later_half(level, tile):
-    """[i, j]: are tokens i and j of the two halves of 2 · 2^level tokens, j of the first?"""
-    t = tl.arange(0, tile.CHUNK)
-    return (((t[:, None] ^ t[None, :]) >> level) == 1) & (t[:, None] > t[None, :])
 
 
 @triton.jit
