@@ -294,5 +294,5 @@ def test_a_gpu_can_start_as_many_heads_as_there_are():
     with devices.posing_as(devices.find("H200")), intercepted(lambda kernel, grid, *_: grids.append(grid)):
         FWD.tunable(q, q, q, g, state, 1.0, config=own(CONFIGS[2], FWD))
         BWD.tunable(q, state, q, q, q, g, state, 1.0, True, config=own(CONFIGS[2], BWD))
-    assert len(grids) == 4 + 9
+    assert len(grids) == 5 + 10
     assert all(each <= 65535 for grid in grids for each in grid[1:])

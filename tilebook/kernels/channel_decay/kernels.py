@@ -6,7 +6,8 @@ tokens i and j in different halves of 2, 4, 8, … tokens it is one of what eith
 where both exponents are at most 0; and any two tokens of a chunk lie in different halves of one such block. So each
 level of halves is one product of the chunk's rows with themselves, queries in later halves and keys in earlier ones.
 
-One kernel finds these weights, q e^c, k e^(c_last − c) and e^c_last; others need nothing more of q, k and decays.
+Sums of log-decays are written to memory before, so that those of middles are to be had by their address. One kernel
+finds these weights, q e^c, k e^(c_last − c) and e^c_last; others need nothing more of q, k and decays.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -16,12 +17,26 @@ import triton
 import triton.language as tl
 
 from tilebook.kernels.bidirectional.tiles import dot, put
-from tilebook.kernels.channel_decay.tiles import decays, halved, in_halves, kept_of, of_last, state_slice
+from tilebook.kernels.channel_decay.tiles import decays, halved, in_halves, kept_of, state_slice, summed
 from tilebook.kernels.delta_rule.tiles import begun, ended, factored, keep_state, kept_state, read, square, whose
 
 
 @triton.jit(do_not_specialize=["heads", "n"])
-def pairs_kernel(q, k, g, asking, leaving, kept, scores, heads, n, scale, tile):
+def sums_kernel(g, sums, rests, heads, n, tile):
+    """Sums of one chunk's log-decays up to each token, and where they are wanted those behind each, which 16 bits do
+    not tell from a difference of the others."""
+    pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
+    head, batch, token, column = pair % heads, pair // heads, chunk * tile.CHUNK, tl.program_id(2) * tile.SLICE
+    d = column + tl.arange(0, tile.SLICE)
+    at = (pair.to(tl.int64) * n + token) * tile.D + (r[:, None] * tile.D + d[None, :])
+    inside = (r < n - token)[:, None] & (d < tile.D)[None, :]
+    tl.store(sums + at, summed(g, batch, head, token, n, column, tile, 0), mask=inside)
+    if rests is not None:
+        tl.store(rests + at, summed(g, batch, head, token, n, column, tile, 1), mask=inside)
+
+
+@triton.jit(do_not_specialize=["heads", "n"])
+def pairs_kernel(q, k, sums, rests, asking, leaving, kept, scores, heads, n, scale, tile):
     """Of one chunk: what pairs of its tokens count for, to `scores`, and what it has to do with states."""
     pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
     head, batch, token, chunks = pair % heads, pair // heads, chunk * tile.CHUNK, tl.num_programs(1)
@@ -29,18 +44,17 @@ def pairs_kernel(q, k, g, asking, leaving, kept, scores, heads, n, scale, tile):
     for column in tl.range(0, tile.WIDE, tile.SLICE):
         queries = read(q, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
         keys = read(k, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
-        so_far = decays(g, batch, head, token, n, column, tile)
-        behind = tl.full([tile.CHUNK, tile.SLICE], 1.0, tl.float32)
+        c, rest, last = decays(sums, rests, pair, token, column, n, tile)
+        put(asking, queries * (tl.exp2(c) * scale), batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
+        put(leaving, keys * tl.exp2(rest), batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
+        d = column + tl.arange(0, tile.SLICE)
+        tl.store(kept + (pair.to(tl.int64) * chunks + chunk) * tile.D + d, tl.exp2(last), mask=d < tile.D)
         itself = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)
         a += tl.where(r[:, None] == r[None, :], itself[:, None], 0.0)
         for level in tl.range(0, tile.LEVELS, num_stages=1):
-            late, part, so_far, behind = halved(so_far, behind, level, tile)
+            late, part = halved(c, sums, pair, token, column, level, n, tile)
             rows = (tl.where(late, queries, keys) * part).to(queries.dtype)
             a += tl.where(in_halves(level, tile), dot(rows, tl.trans(rows), tile), 0.0)
-        put(asking, queries * (so_far * scale), batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
-        put(leaving, keys * behind, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
-        d = column + tl.arange(0, tile.SLICE)
-        tl.store(kept + (pair.to(tl.int64) * chunks + chunk) * tile.D + d, of_last(so_far, tile), mask=d < tile.D)
     a = tl.where(r[:, None] >= r[None, :], a * scale, 0.0)
     tl.store(square(scores, pair, chunk, chunks, tile), a.to(scores.dtype.element_ty))
 
@@ -148,7 +162,9 @@ def outputs_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "n"])
-def gradients_kernel(do, q, k, v, g, states, grads, dq, dk, dg, heads, n, scale, tile, DECAYED: tl.constexpr):
+def gradients_kernel(
+    do, q, k, v, sums, rests, states, grads, dq, dk, dg, heads, n, scale, tile, DECAYED: tl.constexpr
+):  # fmt: skip
     """Some channels of the gradients of one chunk's queries, keys and log-decays, of the state in front of it and the
     gradient of the one behind it. DECAYED: dg is wanted.
 
@@ -160,31 +176,8 @@ def gradients_kernel(do, q, k, v, g, states, grads, dq, dk, dg, heads, n, scale,
     first = tl.program_id(2) * tile.SLICE
     asked = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
     turned = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
-    for column in tl.range(0, tile.V, tile.BLOCK_V):
-        above = read(do, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        values = read(v, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
-        asked += dot(above, tl.trans(values), tile)
-        turned += dot(values, tl.trans(above), tile)
-    queries = read(q, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
-    keys = read(k, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
-    asked = tl.where(r[:, None] >= r[None, :], asked, turned) * scale  # the later of two tokens is the one that asks
-    itself = tl.sum(tl.where(r[:, None] == r[None, :], asked, 0.0), 1)
-    of_queries, of_keys = itself[:, None] * keys, itself[:, None] * queries
-    asked = asked.to(queries.dtype)
-    passed = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
-    so_far = decays(g, batch, head, token, n, first, tile)
-    behind = tl.full([tile.CHUNK, tile.SLICE], 1.0, tl.float32)
-    for level in tl.range(0, tile.LEVELS, num_stages=1):
-        late, part, so_far, behind = halved(so_far, behind, level, tile)
-        rows = (tl.where(late, queries, keys) * part).to(queries.dtype)
-        found = dot(tl.where(in_halves(level, tile), asked, 0.0), rows, tile)
-        if DECAYED:
-            passed += tl.where(late, found, -found) * rows
-        found *= part
-        of_queries += tl.where(late, found, 0.0)
-        of_keys += tl.where(late, 0.0, found)
-    inter = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
-    outward = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
+    of_queries = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
+    of_keys = tl.zeros([tile.CHUNK, tile.SLICE], tl.float32)
     through = tl.zeros([tile.SLICE], tl.float32)
     for column in tl.range(0, tile.V, tile.BLOCK_V):
         above = read(do, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
@@ -193,15 +186,34 @@ def gradients_kernel(do, q, k, v, g, states, grads, dq, dk, dg, heads, n, scale,
         grad = state_slice(grads, pair, chunk, chunks, first, column, tile)
         if DECAYED:
             through += tl.sum(grad.to(tl.float32) * state.to(tl.float32), 0)
+        asked += dot(above, tl.trans(values), tile)
+        turned += dot(values, tl.trans(above), tile)
         old, onward = factored(state, above), factored(grad, values)
-        inter += dot(above, old[0], tile) * old[1]
-        outward += dot(values, onward[0], tile) * onward[1]
-    inter *= so_far * scale
-    outward *= behind
-    put(dq, of_queries + inter, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
-    put(dk, of_keys + outward, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
+        of_queries += dot(above, old[0], tile) * old[1]
+        of_keys += dot(values, onward[0], tile) * onward[1]
+    queries = read(q, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
+    keys = read(k, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
+    c, rest, last = decays(sums, rests, pair, token, first, n, tile)
+    of_queries *= tl.exp2(c) * scale
+    of_keys *= tl.exp2(rest)
+    left = of_keys * keys
+    passed, total = of_queries * queries - left, tl.sum(left, 0) + tl.exp2(last) * through
+    asked = tl.where(r[:, None] >= r[None, :], asked, turned) * scale  # the later of two tokens is the one that asks
+    itself = tl.sum(tl.where(r[:, None] == r[None, :], asked, 0.0), 1)
+    of_queries += itself[:, None] * keys
+    of_keys += itself[:, None] * queries
+    asked = asked.to(queries.dtype)
+    for level in tl.range(0, tile.LEVELS, num_stages=1):
+        late, part = halved(c, sums, pair, token, first, level, n, tile)
+        rows = (tl.where(late, queries, keys) * part).to(queries.dtype)
+        found = dot(tl.where(in_halves(level, tile), asked, 0.0), rows, tile)
+        if DECAYED:
+            passed += tl.where(late, found, -found) * rows
+        found *= part
+        of_queries += tl.where(late, found, 0.0)
+        of_keys += tl.where(late, 0.0, found)
+    put(dq, of_queries, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
+    put(dk, of_keys, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
     if DECAYED:
-        left = outward * keys
-        found = tl.cumsum(passed + inter * queries - left, 0, reverse=True)
-        found += (tl.sum(left, 0) + of_last(so_far, tile) * through)[None, :]
+        found = tl.cumsum(passed, 0, reverse=True) + total[None, :]
         put(dg, found, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)

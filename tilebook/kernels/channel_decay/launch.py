@@ -16,6 +16,7 @@ from tilebook.kernels.channel_decay.kernels import (
     pairs_kernel,
     scan_kernel,
     states_kernel,
+    sums_kernel,
 )
 from tilebook.kernels.channel_decay.tiles import Tile
 from tilebook.kernels.delta_rule.tiles import Given
@@ -52,6 +53,8 @@ class _Call:
         self.asking, self.leaving = (self.empty(tuple(q.shape), q.dtype) for _ in range(2))
         self.kept = self.empty((self.pairs, self.chunks, self.width), torch.float32)
         self.scores = self.empty((self.pairs, self.chunks, self.chunk, self.chunk), q.dtype)
+        self.sums = self.empty(tuple(q.shape), torch.float32)
+        self.rests = self.empty(tuple(q.shape), torch.float32) if q.dtype == torch.float32 else None
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
@@ -67,10 +70,20 @@ class _Call:
     def grid(self, block_v: int, walk: int) -> tuple[int, int]:
         return triton.cdiv(self.columns, block_v) * self.pairs, triton.cdiv(self.chunks, walk)
 
+    @property
+    def slices(self) -> tuple[int, int, int]:
+        """A program for each slice of each chunk's channels."""
+        return self.pairs, self.chunks, triton.cdiv(self.wide, self.config.number("SLICE"))
+
     def find_pairs(self) -> None:
+        tile = self.tile(16)
         launch(
-            pairs_kernel, (self.pairs, self.chunks), _rows(self.q), _rows(self.k), _rows(self.g), _rows(self.asking),
-            _rows(self.leaving), self.kept, self.scores, self.heads, self.n, self.scale, self.tile(16),
+            sums_kernel, self.slices, _rows(self.g), self.sums, self.rests, self.heads, self.n, tile, num_warps=4,
+            num_stages=1,
+        )  # fmt: skip
+        launch(
+            pairs_kernel, (self.pairs, self.chunks), _rows(self.q), _rows(self.k), self.sums, self.rests,
+            _rows(self.asking), _rows(self.leaving), self.kept, self.scores, self.heads, self.n, self.scale, tile,
             num_warps=self.config["PAIR_WARPS"], num_stages=1,
         )  # fmt: skip
 
@@ -156,8 +169,8 @@ def channel_decay_bwd(
     )  # fmt: skip
     tile = call.tile(config.number("BLOCK_V"))
     launch(
-        gradients_kernel, (call.pairs, call.chunks, triton.cdiv(call.wide, tile.SLICE.value)), _rows(do), _rows(q),
-        _rows(k), _rows(v), _rows(g), states, grads, _rows(dq), _rows(dk), _rows(dg) if decayed else _rows(dq),
+        gradients_kernel, call.slices, _rows(do), _rows(q), _rows(k), _rows(v), call.sums, call.rests, states, grads,
+        _rows(dq), _rows(dk), _rows(dg) if decayed else _rows(dq),
         call.heads, call.n, scale, tile, DECAYED=decayed, num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the kernels of decays by channel have in common: their constants, products of decays, and states in memory."""
+"""What the kernels of decays by channel have in common: their constants, sums of log-decays, and states in memory."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
@@ -12,6 +12,7 @@ from tilebook.kernels.delta_rule.tiles import read
 from tilebook.kernels.linear_attention.pytorch import LEAST
 
 _LEAST = tl.constexpr(LEAST)
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
@@ -31,27 +32,44 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def decays(g, batch, head, token, n, column, tile):
-    """What channels keep at each token; 1 where there is none."""
-    found = read(g, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
-    return tl.exp(tl.maximum(found.to(tl.float32), _LEAST))
+def summed(g, batch, head, token, n, column, tile, AFTER: tl.constexpr):
+    """Sums of a chunk's log-decays to base 2 up to each token, or of those AFTER it; by channel."""
+    each = read(g, batch, head, token + AFTER, n, column, tile.CHUNK, tile.D, tile.SLICE)
+    each = tl.maximum(each.to(tl.float32), _LEAST) * _LOG2E
+    if AFTER:
+        each = tl.where((tl.arange(0, tile.CHUNK) + 1 < tile.CHUNK)[:, None], each, 0.0)
+    return tl.cumsum(each, 0, reverse=AFTER == 1)
 
 
 @triton.jit
-def halved(so_far, behind, level, tile):
-    """Is a token in the later half of its 2 · 2^level tokens, and what lies between it and the middle of them; then
-    what `so_far` and `behind` are of twice as many tokens.
+def sums_at(sums, pair, row, column, n, tile):
+    """Those sums of some tokens of a head, as they were written; behind the last its own again."""
+    d = column + tl.arange(0, tile.SLICE)
+    base = sums + (pair.to(tl.int64) * n) * tile.D
+    at = base + (tl.minimum(row, n - 1).to(tl.int64) * tile.D)[:, None] + d[None, :]
+    return tl.load(at) if tile.D % tile.SLICE == 0 else tl.load(at, mask=(d < tile.D)[None, :], other=0.0)
 
-    so_far, behind: what is kept from the beginning of a token's 2^level tokens to it, and behind it to their end.
-    They are products of decays, not exponents: no number is above 1, and no difference of large sums has to be right.
+
+@triton.jit
+def decays(sums, rests, pair, token, column, n, tile):
+    """Sums of a chunk's log-decays up to each token, behind each, and of all."""
+    r, d = tl.arange(0, tile.CHUNK), column + tl.arange(0, tile.SLICE)
+    c = sums_at(sums, pair, token + r, column, n, tile)
+    end = tl.minimum(token + tile.CHUNK, n) - 1
+    last = tl.load(sums + (pair.to(tl.int64) * n + end) * tile.D + d, mask=d < tile.D, other=0.0)
+    rest = last[None, :] - c if rests is None else sums_at(rests, pair, token + r, column, n, tile)
+    return c, rest, last
+
+
+@triton.jit
+def halved(c, sums, pair, token, column, level, n, tile):
+    """Is a token in the later half of its 2 · 2^level tokens, and what is kept between it and the middle of them.
+
+    What two tokens in different halves keep multiplies to what is kept between them; no exponent is above 0.
     """
     t, half = tl.arange(0, tile.CHUNK), 1 << level
-    late = ((t & half) != 0)[:, None]
-    part = tl.where(late, so_far, behind)
-    end = (t & -(2 * half)) + tl.where((t & half) != 0, half, 2 * half) - 1
-    other = tl.gather(so_far, tl.broadcast_to(end[:, None], [tile.CHUNK, tile.SLICE]), 0)
-    more = part * other
-    return late, part, tl.where(late, more, so_far), tl.where(late, behind, more)
+    middle = sums_at(sums, pair, token + (t & -(2 * half)) + half - 1, column, n, tile)
+    return ((t & half) != 0)[:, None], tl.exp2(-tl.abs(c - middle))
 
 
 @triton.jit
@@ -59,13 +77,6 @@ def in_halves(level, tile):
     """[i, j]: are tokens i and j in different halves of 2 · 2^level tokens?"""
     t, half = tl.arange(0, tile.CHUNK), 1 << level
     return ((t ^ half)[:, None] ^ t[None, :]) < half
-
-
-@triton.jit
-def of_last(so_far, tile):
-    """What is kept over a whole chunk."""
-    t = tl.arange(0, tile.CHUNK)
-    return tl.sum(tl.where((t == tile.CHUNK - 1)[:, None], so_far, 0.0), 0)
 
 
 @triton.jit
