@@ -64,6 +64,7 @@ OF: Mapping[str, Callable[[Any], None]] = {
     "decode": decode,
     "delta_rule": linear_attention,
     "linear_attention": linear_attention,
+    "mlstm": linear_attention,
     "rope": rope,
     "varlen": varlen,
 }

@@ -92,7 +92,8 @@ def _shapes(problem: ChannelDecay, device: Device) -> list[tuple[int, int, int, 
         return [(16, 2, 16 if wide > 64 else 32, 8 if wide > 64 else 4, 1, 16), *small[12:]]
     if device.backend == "hip":
         return [(32, 4, 32, 4, 1, 32), *small]
-    large = [(64, 4, 64, 8, 1, 64), (64, 4, 32, 8, 1, 64)] if asynchronous(device) else []
+    channels = 64 if problem.value_dim > 64 else 32  # where columns are one tile, more spill
+    large = [(64, 4, 64, 8, 1, channels), (64, 4, 32, 8, 1, channels)] if asynchronous(device) else []
     if not backward and large:
         four = [(64, 4, 64, 4, 2, 64)] if wide <= 64 else []
         large = [(64, 4, 32, 8, 1, 64)] if wide > 128 else [*four, (64, 4, 64, 8, 2, 64)]
