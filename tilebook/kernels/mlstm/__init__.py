@@ -65,9 +65,9 @@ def mlstm(
         nothing but how large numbers are on the way; of a state that is put to use otherwise than by `mlstm` and
         `mlstm_step` gradients are those with m held.
 
-    Kernels serve bf16, fp16 and fp32 on a GPU with D and V up to 256; all else runs as plain PyTorch, by chunks too. To
-    them gates are log-decays, and a factor of k. Weights are stabilized by the logarithm of their sum in the place of
-    their largest, which is the same function, so that fp16 holds sums of any length.
+    Kernels serve bf16, fp16 and fp32 on a GPU with D and V up to 256; all else runs as plain PyTorch, by chunks too. In
+    them weights are stabilized by the logarithm of their sum in the place of their largest, which is the same function,
+    so that fp16 holds sums of any length.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, or a gate of no known name.
@@ -89,7 +89,7 @@ def mlstm(
     if cu_seqlens is not None:
         log_f = forgetting(q, log_f, cu_seqlens, states)
     if gate == "sigmoid":
-        o, last = _run(q, _times(k, log_i.sigmoid()), v, log_f, initial_state, scale)
+        o, last = _run(q, k, _times(v, log_i.sigmoid()), log_f, initial_state, scale)
         return (o, last) if return_state else o
     before = None if initial_state is None else tuple(wide(x, q) for x in parts)
     o, state = _exponential(route, q, k, v, log_i, log_f.clamp(min=LEAST), before, scale, float(eps), cu_seqlens)
@@ -156,11 +156,13 @@ def _exponential(
     total, top = _stabilizers(log_i.detach(), log_f.detach(), start.detach())
     steps = (torch.cat((start.detach().to(total.dtype)[..., None], total[..., :-1]), -1) - total).to(log_f.dtype)
     total = total.to(log_f.dtype)
-    decays, key = (log_f + steps).clamp(max=0), _times(k, (log_i - total).exp())
+    # At most 0 but for rounding, by which a maximum would cut gradients off.
+    decays, written = log_f + steps, log_i - total
     if ends is not None:
         decays = forgetting(q, decays, ends, False)
     memory = None if before is None else torch.cat((before[0], before[1][..., None]), -1)
-    o, memory = _attend(route, (q, key, v, decays, (-total).exp(), memory), (scale, eps))
+    tensors = q, k, v, decays, written, (-total).exp(), memory
+    o, memory = _attend(route, tensors, (scale, eps))
     # What the last token's numbers were divided by, in the place of which a state has its largest.
     last = log_f.shape[2] - 1
     more = (total[..., last] - top).exp() if last >= 0 else torch.ones_like(top)
@@ -169,7 +171,7 @@ def _exponential(
 
 
 def _attend(route: Way, tensors: tuple[Any, ...], options: tuple[float, float]) -> tuple[torch.Tensor, ...]:
-    """(o, state) of q, k, v, log-decays, the least divisors and a state or None, by what serves the call."""
+    """(o, state) of an entry's tensors and options, by what serves the call."""
     tensors = *autocast(*tensors[:3]), *tensors[3:]
     MEMORY.check(tensors, options)
     if route == "pytorch" or (route == "direct" and not tensors[2].numel()):
@@ -202,9 +204,9 @@ def _run(
     return made
 
 
-def _times(k: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """Keys with the gate of each, rounded once."""
-    return (k.to(gate.dtype) * gate[..., None]).to(k.dtype)
+def _times(v: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Values with the gate of each token, rounded once."""
+    return (v.to(gate.dtype) * gate[..., None]).to(v.dtype)
 
 
 def _outer(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""mLSTM's memory as PyTorch's op: schema, shapes, gradients. Loads no kernel before one runs.
+"""mLSTM's memory as PyTorch's ops: schema, shapes, gradients. Loads no kernel before one runs.
 
-o = n / m, m = max(|w|, floor) + eps, makes dn = do / m, and dw = −sign(w) (do · o) / m where |w| is the larger; the
-rest are gradients of linear attention, of which w is a column of v that is 1 throughout. `floor` has no gradient.
+o = n / m, m = max(|w|, floor) + eps, makes dn = do / m, and dw = −sign(w) (do · o) / m where |w| is the larger. `floor`
+has no gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from tilebook import dispatch
 from tilebook.call import Entry, Tensors
 from tilebook.kernels.attention.layout import like
 from tilebook.kernels.linear_attention.check import check as check_linear
-from tilebook.kernels.linear_attention.entry import _gradients as linear_gradients
 from tilebook.kernels.linear_attention.layout import new_state
 from tilebook.kernels.mlstm.pytorch import chunked, plain
 from tilebook.layout import rows
@@ -25,11 +24,11 @@ Options = tuple[float, float]
 
 
 @functools.cache
-def registered() -> tuple[Any]:
-    """(forward,), as the tuner and the registry know it."""
-    from tilebook.kernels.mlstm.ops import mlstm_fwd
+def registered() -> tuple[Any, Any]:
+    """(forward, backward), as the tuner and the registry know them."""
+    from tilebook.kernels.mlstm.ops import mlstm_bwd, mlstm_fwd
 
-    return (mlstm_fwd,)
+    return mlstm_fwd, mlstm_bwd
 
 
 def arguments(tensors: Tensors, options: Options) -> tuple[Any, ...]:
@@ -39,10 +38,9 @@ def arguments(tensors: Tensors, options: Options) -> tuple[Any, ...]:
 
 
 def _check(tensors: Tensors, options: Options) -> None:
-    q, k, v, g, floor, state = tensors
-    check_linear(q, k, v, g, state, True)  # type: ignore[arg-type]
-    if floor is None or q is None or floor.shape != q.shape[:3] or floor.device != q.device:
-        raise ValueError("floor must have the shape of log-decays")
+    q, k, v, g, log_input, floor, state = tensors
+    for each in (g, log_input, floor):
+        check_linear(q, k, v, each, state, True)  # type: ignore[arg-type]
 
 
 def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
@@ -56,19 +54,22 @@ def _backward(
     do: torch.Tensor | None, dstate: torch.Tensor | None, tensors: Tensors, kept: Tensors, options: Options,
     needs: Sequence[bool],
 ) -> Tensors:  # fmt: skip
-    (q, k, v, g, floor, state), (o, den), (scale, eps) = tensors, kept, options
+    (*given, floor, state), (o, den), (scale, eps) = tensors, kept, options
     assert o is not None
     assert den is not None
     assert floor is not None
     do = torch.zeros_like(o) if do is None else do
+    if not o.numel():
+        nothing = [None if x is None else torch.zeros_like(x) for x in tensors]
+        grads: Sequence[Any] = *nothing[:6], nothing[6] if dstate is None else dstate
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
     part = 1 / (torch.maximum(den.abs(), floor) + eps)
     above = (do.float() * part[..., None]).to(o.dtype)
     # Of the rounded gradient: where one token is all, what its weight gains and loses must be the same number.
     weight = torch.where(den.abs() > floor, -(above.float() * o.float()).sum(-1) * den.sign(), 0)
-    dq, dk, dv, dg, dstart = linear_gradients(
-        above, dstate, (q, k, v, g, state), weight, scale, bool(needs[3]), "none"
-    )  # fmt: skip
-    grads = dq, dk, dv, dg, None, dstart
+    args = *(rows(x) for x in given if x is not None), state
+    *grads, dstart = dispatch.run(registered()[1], rows(above), dstate, *args, weight, scale)
+    grads = *grads, None, dstart
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
@@ -87,7 +88,7 @@ def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
     return int((4 if needs is None else 10) * q.numel() * v.shape[-1])
 
 
-_TENSORS = ("q", "k", "v", "log_decay", "floor", "initial_state?")
+_TENSORS = ("q", "k", "v", "log_decay", "log_input", "floor", "initial_state?")
 _EVERYTHING = *(each.rstrip("?") for each in _TENSORS), "o", "state", "den"
 
 MEMORY = Entry(
@@ -99,7 +100,7 @@ MEMORY = Entry(
     forward=_forward,
     backward=_backward,
     check=_check,
-    plain=lambda tensors, options: plain((found := arguments(tensors, options))[:6], found[6:]),
+    plain=lambda tensors, options: plain((found := arguments(tensors, options))[:7], found[7:]),
     fake=_fake,
     casts=("q", "k", "v"),
     fold=_EVERYTHING[: len(_TENSORS)],

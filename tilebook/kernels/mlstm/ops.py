@@ -1,4 +1,4 @@
-"""The op of mLSTM's memory with its reference, and what computes it. Its gradients are linear attention's."""
+"""The ops of mLSTM's memory with their references, and what computes them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,36 @@ import torch
 
 from tilebook import op
 from tilebook.kernels.delta_rule.ops import exactly
-from tilebook.kernels.linear_attention.ops import linear_attention_bwd, supports
-from tilebook.kernels.linear_attention.space import SPACE
-from tilebook.kernels.mlstm.launch import mlstm_fwd as launch
-from tilebook.kernels.mlstm.problem import Problem
-from tilebook.kernels.mlstm.pytorch import chunked
+from tilebook.kernels.linear_attention.ops import supports
+from tilebook.kernels.linear_attention.space import SPACE, SPACE_BWD
+from tilebook.kernels.mlstm import launch
+from tilebook.kernels.mlstm.problem import BackwardProblem, Problem
+from tilebook.kernels.mlstm.pytorch import chunked, gradients
 
 
 @op.define("mlstm_fwd", Problem)
 def mlstm_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, floor: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, log_input: torch.Tensor, floor: torch.Tensor,
     state: torch.Tensor | None, scale: float, eps: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """q and k (B, H, S, D), v (B, H, S, V), g and floor (B, H, S), state (B, H, D, V + 1) → o in the shape of v, the
-    last state, and the sums of weights (B, H, S), before their absolute values."""
-    return exactly(chunked, (q, k, v, g, floor, state), (scale, eps))
+    """q and k (B, H, S, D), v (B, H, S, V), g, log_input and floor (B, H, S), state (B, H, D, V + 1) → o in the shape
+    of v, the last state, and the sums of weights (B, H, S), before their absolute values.
+    """
+    return exactly(chunked, (q, k, v, g, log_input, floor, state), (scale, eps))
 
 
-mlstm_fwd.implementation("triton", space=SPACE, supports=supports)(launch)
+@op.define("mlstm_bwd", BackwardProblem, direction="bwd")
+def mlstm_bwd(
+    do: torch.Tensor, dstate: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
+    log_input: torch.Tensor, state: torch.Tensor | None, weight: torch.Tensor, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """→ dq, dk, dv, dg, dlog_input, and the gradient of `state`, nothing where there is none."""
+    return exactly(gradients, (do, dstate, q, k, v, g, log_input, state, weight), (scale,))
+
+
+mlstm_fwd.implementation("triton", space=SPACE, supports=supports)(launch.mlstm_fwd)
+mlstm_bwd.implementation("triton", space=SPACE_BWD, supports=supports)(launch.mlstm_bwd)
 mlstm_fwd.implementation("torch")(chunked)
+mlstm_bwd.implementation("torch")(gradients)
 
-mlstm_fwd.backward = linear_attention_bwd
+mlstm_fwd.backward = mlstm_bwd
