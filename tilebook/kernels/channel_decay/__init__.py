@@ -15,6 +15,8 @@ from tilebook.call import Way, native
 from tilebook.casting import autocast
 from tilebook.kernels.channel_decay.entry import CHANNELS, arguments, registered
 
+__all__: list[str] = []
+
 
 def attend(route: Way, tensors: tuple[Any, ...], scale: float) -> tuple[torch.Tensor, ...]:
     """(o, state) of q, k, v, log-decays (B, H, S, D) and a state or None, by what serves the call."""

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2312.06635), whose chunks these kernels have.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook import dispatch
 from tilebook.call import Entry, Way, constant, native, way
 from tilebook.casting import autocast
-from tilebook.kernels import bidirectional, channel_decay
+from tilebook.kernels import bidirectional
 from tilebook.kernels.attention.check import multiplier
 from tilebook.kernels.bidirectional import features
 from tilebook.kernels.bidirectional.check import check_alike
@@ -25,6 +26,8 @@ from tilebook.kernels.linear_attention.check import check, check_step
 from tilebook.kernels.linear_attention.entry import GATED, NORMALIZED, arguments, registered
 from tilebook.kernels.linear_attention.packs import forgetting, wide
 from tilebook.kernels.linear_attention.pytorch import step
+
+_channels = importlib.import_module("tilebook.kernels.channel_decay")  # which is made of parts of this family
 
 __all__ = ["gated_linear_attention", "linear_attention", "linear_attention_step"]
 
@@ -85,7 +88,7 @@ def gated_linear_attention(
         log_decay = forgetting(q, log_decay, cu_seqlens, initial_state is not None or return_state)
     tensors, factor = (q, k, v, log_decay, wide(initial_state, q)), multiplier(scale, q)
     if log_decay is not None and log_decay.ndim == 4:
-        o, state = channel_decay.attend(route, tensors, factor)
+        o, state = _channels.attend(route, tensors, factor)
     else:
         o, state = _causal(route, GATED, tensors, ("none", factor))
     return (o, state) if return_state else o

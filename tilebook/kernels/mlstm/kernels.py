@@ -19,7 +19,6 @@ from tilebook.kernels.linear_attention.kernels import (
     _grow,
     _load_state,
     _load_z,
-    _seen,
     _store_state,
     _whose,
 )
@@ -38,6 +37,17 @@ def sums_kernel(g, log_input, sums, rests, g_b, g_h, g_s, heads, n, CHUNK: tl.co
     written = tl.load(log_input + at, mask=token < n, other=0.0)
     tl.store(sums + at, tl.cumsum(each, 1), mask=token < n)
     tl.store(rests + at, tl.cumsum(after, 1, reverse=True) + written, mask=token < n)
+
+
+@triton.jit
+def _weights(c, written, tile, TURNED: tl.constexpr):
+    """exp(c_i − c_j + log_input_j) where j ≤ i, else 0: [i, j], or where TURNED [j, i]."""
+    r, start = tl.arange(0, tile.CHUNK), c - written
+    if TURNED:
+        seen, apart = r[:, None] <= r[None, :], c[None, :] - start[:, None]
+    else:
+        seen, apart = r[:, None] >= r[None, :], c[:, None] - start[None, :]
+    return tl.exp(tl.where(seen, apart, -float("inf")))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -88,8 +98,7 @@ def memory_kernel(
         within, factor = tl.exp(c), factored(state, queries)
         acc = dot(queries, factor[0], tile) * (within * factor[1])[:, None]
         # Both sums are of rounded weights: where one token is all, its value comes out whatever its weight.
-        a = dot(queries, tl.trans(keys), tile) * (_seen(c, tile, False) * tl.exp(written)[None, :])
-        a = a.to(values.dtype)
+        a = (dot(queries, tl.trans(keys), tile) * _weights(c, written, tile, False)).to(values.dtype)
         acc += dot(a, values, tile)
         weight = (tl.sum(a.to(tl.float32), 1) + known) * scale
         least = tl.load(floor + at, mask=inside, other=1.0)
@@ -140,8 +149,8 @@ def back_kernel(
     queries = load(q, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
     keys = load(k, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE, False)
     inside, at = r < n - token, pair.to(tl.int64) * n + token + r
-    written = tl.exp(tl.load(log_input + at, mask=inside, other=-float("inf"))) * scale
-    s = (dot(keys, tl.trans(queries), tile) * (_seen(c, tile, True) * written[:, None])).to(queries.dtype)
+    written = tl.load(log_input + at, mask=inside, other=-float("inf"))
+    s = (dot(keys, tl.trans(queries), tile) * (_weights(c, written, tile, True) * scale)).to(queries.dtype)
     a = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
     inter = tl.zeros([tile.WIDE, tile.CHUNK], tl.float32)
     outward = tl.zeros([tile.CHUNK, tile.WIDE], tl.float32)
@@ -172,7 +181,7 @@ def back_kernel(
     passed = tl.sum(p, 0) - tl.sum(p, 1) + tl.sum(inter * tl.trans(queries), 0)
     found = tl.cumsum(passed, 0, reverse=True) + (tl.cumsum(left, 0) - left) + tl.exp(last) * tl.sum(through, 0)
     tl.store(dg + at, found, mask=inside)
-    ds = (a * (_seen(c, tile, True) * written[:, None])).to(keys.dtype)
+    ds = (a * (_weights(c, written, tile, True) * scale)).to(keys.dtype)
     outward += dot(ds, queries, tile)
     put(dk, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
     inter += dot(tl.trans(keys), ds, tile)
