@@ -7,10 +7,10 @@ import torch
 from tilebook import op
 from tilebook.kernels.delta_rule.ops import exactly
 from tilebook.kernels.linear_attention.ops import supports
-from tilebook.kernels.linear_attention.space import SPACE, SPACE_BWD
 from tilebook.kernels.mlstm import launch
 from tilebook.kernels.mlstm.problem import BackwardProblem, Problem
 from tilebook.kernels.mlstm.pytorch import chunked, gradients
+from tilebook.kernels.mlstm.space import SPACE, SPACE_BWD
 
 
 @op.define("mlstm_fwd", Problem)
