@@ -65,8 +65,8 @@ def mlstm(
         nothing but how large numbers are on the way; of a state that is put to use otherwise than by `mlstm` and
         `mlstm_step` gradients are those with m held.
 
-    Kernels serve bf16, fp16 and fp32 on a GPU with D and V up to 256; all else runs as plain PyTorch, by chunks too. In
-    them weights are stabilized by the logarithm of their sum in the place of their largest, which is the same function,
+    Kernels serve bf16, fp16 and fp32 on a GPU with D and V up to 256, fp32 with D up to 128; all else runs as plain
+    PyTorch, by chunks too. In them weights are stabilized by the logarithm of their sum in the place of their largest, which is the same function,
     so that fp16 holds sums of any length.
 
     Raises:

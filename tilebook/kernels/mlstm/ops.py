@@ -6,7 +6,8 @@ import torch
 
 from tilebook import op
 from tilebook.kernels.delta_rule.ops import exactly
-from tilebook.kernels.linear_attention.ops import supports
+from tilebook.kernels.linear_attention.ops import supports as linear_supports
+from tilebook.kernels.linear_attention.problem import LinearAttention
 from tilebook.kernels.mlstm import launch
 from tilebook.kernels.mlstm.problem import BackwardProblem, Problem
 from tilebook.kernels.mlstm.pytorch import chunked, gradients
@@ -31,6 +32,11 @@ def mlstm_bwd(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """→ dq, dk, dv, dg, dlog_input, and the gradient of `state`, nothing where there is none."""
     return exactly(gradients, (do, dstate, q, k, v, g, log_input, state, weight), (scale,))
+
+
+def supports(problem: LinearAttention) -> bool:
+    """Do our kernels serve it? fp32 tiles of wider heads do not fit into registers."""
+    return linear_supports(problem) and (problem.dtype != "fp32" or problem.head_dim <= 128)
 
 
 mlstm_fwd.implementation("triton", space=SPACE, supports=supports)(launch.mlstm_fwd)

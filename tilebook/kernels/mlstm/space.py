@@ -31,7 +31,7 @@ def _shapes(problem: LinearAttention, device: Device) -> list[tuple[int, int, in
     if not asynchronous(device):
         return [(32, 32, 4, 1), *_SMALL]
     if backward:
-        return [(64, 64, 8, 1) if wide <= 64 and problem.value_dim % 64 == 0 else (32, 32, 8, 1), *_SMALL]
+        return [(64, 64 if wide <= 64 and problem.value_dim % 64 == 0 else 32, 8, 1), *_SMALL]
     return [(64, 64, 8, 1), (32, 32, 4, 1), *_SMALL]
 
 
