@@ -66,8 +66,8 @@ def mlstm(
         `mlstm_step` gradients are those with m held.
 
     Kernels serve bf16, fp16 and fp32 on a GPU with D and V up to 256, fp32 with D up to 128; all else runs as plain
-    PyTorch, by chunks too. In them weights are stabilized by the logarithm of their sum in the place of their largest, which is the same function,
-    so that fp16 holds sums of any length.
+    PyTorch, by chunks too. In them weights are stabilized by the logarithm of their sum in the place of their largest,
+    which is the same function, so that fp16 holds sums of any length.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, or a gate of no known name.
