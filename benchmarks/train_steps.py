@@ -72,6 +72,8 @@ BLOCK_MS = 250.0
 """A block of steps lasts about this long."""
 
 _BATCHES = 4
+_OWN_GRAPHS: dict[str, Any] = {"max_autotune": False}
+"""What Inductor does anyway; but graphs of other options are not taken, and with tilebook a program traces its own."""
 
 
 class Run:
@@ -84,7 +86,7 @@ class Run:
         if isinstance(model, Foreign) and use is not PYTORCH:
             self._inside = functools.partial(attention_by, use)
         self.model, self._device = model.to(device).train(), device
-        self._called = torch.compile(self.model) if compiled else self.model
+        self._called = torch.compile(self.model, options=_OWN_GRAPHS if on else None) if compiled else self.model
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device == "cuda")
         self._batches, self._next = _data(sizes, device), 0
 

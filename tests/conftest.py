@@ -4,6 +4,7 @@ Test processes side by side have a core each: with more threads than that, small
 A shell starts what it runs in the background deaf to Ctrl-C, and so would be the tests that send it.
 """
 
+import gc
 import importlib.util
 import os
 import signal
@@ -38,3 +39,14 @@ def _mended():
     """What runs in Triton's interpreter runs as on a GPU."""
     with mended() if importlib.util.find_spec("triton") else nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    """What a file's tests find, modules above all, is not looked through by all their collections of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()

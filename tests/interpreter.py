@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interpreted import remembered
 
 
 def _float(bits: np.ndarray) -> np.ndarray:
@@ -26,7 +27,8 @@ def _bits(values: np.ndarray) -> np.ndarray:
 def mended() -> Iterator[None]:
     """bf16 products and roundings as a GPU does them, sums by descriptor; sizes as integers with a recent NumPy.
 
-    And without what takes most of its time: a launch patches Triton's language once, not at each call of a function.
+    And without what takes most of its time: a launch patches Triton's language once, not at each call of a function,
+    and shapes are looked at once (see `interpreted`).
     """
     from triton import language as tl
     from triton._C.libtriton import ir
@@ -88,7 +90,7 @@ def mended() -> Iterator[None]:
         patched.update(seen(function))
         return patch_all(function)
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with remembered(), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", start)
         monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
         monkeypatch.setattr(interpreter, "_get_np_dtype", get_np_dtype)

@@ -24,6 +24,7 @@ from tilebook import native
 from tilebook.call import disabled
 from tilebook.dispatch import forced
 from tilebook.imported import after_import
+from tilebook.kernels.addition.standing import STANDINGS as _ADDITIONS
 from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
 from tilebook.kernels.attention.standing import STANDINGS as _ATTENTIONS
 from tilebook.kernels.bias.standing import STANDINGS as _BIASES
@@ -164,7 +165,7 @@ _ours: dict[str, Callable[..., Any]] = {
 _BELOW = frozenset({"scaled_dot_product_attention", "layer_norm", "rms_norm"})
 """Of these the ops are served instead, where the extension is there."""
 
-_STANDINGS = (*_ATTENTIONS, *_NORMS, *_CONVOLUTIONS, *_BIASES)
+_STANDINGS = (*_ATTENTIONS, *_NORMS, *_CONVOLUTIONS, *_BIASES, *_ADDITIONS)
 
 
 @dataclass(frozen=True)

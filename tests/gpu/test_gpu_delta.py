@@ -170,9 +170,10 @@ def test_a_pack_is_its_sequences():
         parts = zip(*(x.split(lengths, 2) for x in tensors), strict=True)
         apart = torch.cat([tilebook.gated_delta_rule(*part) for part in parts if part[0].shape[2]], 2)
         found = [(o, *torch.autograd.grad(o, tensors, above)) for o in (whole, apart)]
-    for mine, right in zip(*found, strict=True):
+    for mine, right in zip(*found, strict=True):  # chunks begin elsewhere, so that single numbers round otherwise
         size = right.float().std().item()
-        torch.testing.assert_close(mine.float(), right.float(), rtol=2e-2, atol=4e-2 * size)
+        torch.testing.assert_close(mine.float(), right.float(), rtol=2e-2, atol=0.1 * size)
+        assert (mine.float() - right.float()).square().mean().sqrt() <= 1e-2 * size
 
 
 def test_flash_linear_attention_agrees():

@@ -33,7 +33,7 @@ class Layer(nn.Module):
 
 
 model = nn.Sequential(*[Layer() for _ in range({LAYERS})], nn.Linear(1024, 32000)).to("cuda", torch.bfloat16)
-x = torch.randn(8, 2048, 1024, device="cuda", dtype=torch.bfloat16)
+x = torch.randn(8, 2048, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)  # as in every layer
 target = torch.randint(32000, (8 * 2048,), device="cuda")
 """
 

@@ -106,6 +106,8 @@ def test_under_autocast_the_bits_and_the_casts_are_pytorchs(gated, activation):
     assert sum(calls for _, calls in gated.extension.gates_counted()) == 2
     expected = step(lambda: plain(activation, *given))
     assert found[0].dtype == torch.bfloat16
+    block = found[0].grad_fn.next_functions[0][0]
+    assert [each.variable is weight for (each, _), weight in zip(block.next_functions[1:], given[1:], strict=True)]
     same(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)
 

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tilebook.native import resolve_anew
+
 B, H, S, T, D = 2, 3, 8, 16, 4
 
 
@@ -118,27 +120,44 @@ def test_masks_that_do_not_fit_are_refused_as_ever(it, mask):
     assert raised[0] == raised[1]
 
 
+def _traced(program, *args):
+    """What a program gives, traced by autograd, and its graph's calls of attention, with what they have by name."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    calls = []
+
+    def kept(module, inputs):
+        calls.extend((str(node.target), node.kwargs) for node in module.graph.nodes if "attention" in str(node.target))
+        return module
+
+    torch.compiler.reset()
+    return torch.compile(program, backend=aot_autograd(fw_compiler=kept), fullgraph=True, dynamic=True)(*args), calls
+
+
+def _with_rows_masked(q, k, v):
+    mask = (torch.arange(S)[None, None, :, None] >= 0).expand(B, -1, S, T)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
 def test_a_traced_program_has_no_mask(it):
-    graphs = []
-
-    def backend(graph, given):
-        from torch._dynamo.backends.common import aot_autograd
-
-        def kept(module, inputs):
-            graphs.extend(str(node.target) for node in module.graph.nodes)
-            return module
-
-        return aot_autograd(fw_compiler=kept)(graph, given)
-
-    def program(q, k, v):
-        mask = (torch.arange(S)[None, None, :, None] >= 0).expand(B, -1, S, T)
-        return F.scaled_dot_product_attention(q, k, v, mask)
-
     q, k, v = (x.detach().float() for x in (_heads(0, S), _heads(1, T), _heads(2, T)))
-    found = torch.compile(program, backend=backend, fullgraph=True)(q, k, v)
+    resolve_anew(())
+    found, ((_, given),) = _traced(_with_rows_masked, q, k, v)
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v))
-    assert not any("softmax" in each for each in graphs)
-    assert any("attention" in each for each in graphs)
+    assert given == {}
+
+
+def test_tracers_that_have_met_an_op_before_find_what_stands_in_it_since(it):
+    q, k, v = (x.detach().float() for x in (_heads(0, S), _heads(1, T), _heads(2, T)))
+    kept = torch.ops.aten.scaled_dot_product_attention.default._dispatch_cache
+    kept.clear()
+    # As a program that was traced before the extension was loaded leaves it.
+    kept[torch._C.DispatchKey.AutogradCPU] = torch._C.DispatchKey.CompositeImplicitAutograd
+    _, ((_, given),) = _traced(_with_rows_masked, q, k, v)
+    assert set(given) == {"attn_mask"}
+    resolve_anew(())
+    _, ((_, given),) = _traced(_with_rows_masked, q, k, v)
+    assert given == {}
 
 
 def _packed(length=S):

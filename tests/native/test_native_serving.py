@@ -291,6 +291,13 @@ def test_one_can_do_without(monkeypatch):
         build.build()
 
 
+def test_all_sources_are_compiled_and_known():
+    included = [line.split('"')[1] for line in place.UNIT.read_text().splitlines() if line.startswith("#include")]
+    there = {each.name for pattern in ("*.cpp", "*.h") for each in place.UNIT.parent.glob(pattern)}
+    assert {each.name for each in place.SOURCES} == there
+    assert {*included, place.UNIT.name} == {name for name in there if name.endswith(".cpp")}
+
+
 def test_what_is_built_is_the_users_own(library):
     assert stat.S_IMODE(library.stat().st_mode) == 0o700
     assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700

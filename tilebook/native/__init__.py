@@ -12,7 +12,7 @@ import importlib.machinery
 import importlib.util
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,19 @@ class _Graphs:
         self._mark = ""
 
 
+_BESIDE = ("aten::scaled_dot_product_attention", "aten::stack", "aten::add", "aten::linear", "aten::addmm")
+"""What the extension puts kernels of its own beside, without asking Python."""
+
+
+def resolve_anew(names: Iterable[str]) -> None:
+    """Has PyTorch's tracers look for kernels of these ops again: they keep what they once found, when it was all."""
+    for name in (*names, *_BESIDE):
+        space, _, op = name.partition("::")
+        packet = getattr(getattr(torch.ops, space), op)
+        for overload in packet.overloads():
+            getattr(packet, overload)._dispatch_cache.clear()
+
+
 class _Serving:
     """The extension, once it is loaded, and what it has been told to serve."""
 
@@ -99,11 +112,13 @@ class _Serving:
 
     def serve(self, standings: Sequence[Standing]) -> None:
         extension = self.extension()
-        for each in standings:
-            if each.name not in self._standings:
-                self._standings[each.name] = each
-                extension.install(each.name)
+        new = [each for each in standings if each.name not in self._standings]
+        for each in new:
+            self._standings[each.name] = each
+            extension.install(each.name)
         extension.start(self.answer)
+        if new:
+            resolve_anew(each.name for each in new)
         _graphs.mark(built())
         if self._told not in dispatch.here.watchers:
             dispatch.here.watchers.append(self._told)

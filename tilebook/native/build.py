@@ -9,14 +9,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from tilebook.native.place import SOURCES, built, folder, place
+from tilebook.native.place import UNIT, built, folder, place
 
 _MOST_SECONDS = 600.0
 _AGAIN_S = 3600.0
@@ -28,7 +26,7 @@ class BuildError(Exception):
 
 
 def build() -> Path:
-    """Compiles it, unless it is there, in about 20 seconds; takes its place at once, whoever else builds it.
+    """Compiles it, unless it is there, in about a minute; takes its place at once, whoever else builds it.
 
     Raises:
         BuildError: there is no compiler, it failed, or $TILEBOOK_NATIVE is 0.
@@ -54,32 +52,23 @@ def build() -> Path:
 
 
 def _compiled(compiler: str, folder: Path) -> Path:
-    """The sources compiled, each by a process of its own, and linked."""
-    sources = [each for each in SOURCES if each.suffix == ".cpp"]
-    objects = [folder / each.with_suffix(".o").name for each in sources]
+    """The sources compiled as one, and linked."""
     library = folder / "linked.so"
     home = Path(torch.__file__).parent
     include = [home / "include", home / "include/torch/csrc/api/include", Path(sysconfig.get_path("include"))]
+    # AT_PER_OPERATOR_HEADERS: PyTorch's headers declare the ops that they use, not each of thousands.
     options = [
         "-O2", "-std=c++20", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *[f"-I{each}" for each in include],
+        "-DAT_PER_OPERATOR_HEADERS", *[f"-I{each}" for each in include],
     ]  # fmt: skip
     libraries = [f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10", "-ldl"]
-
-    def run(arguments: Sequence[object]) -> None:
-        try:
-            done = subprocess.run(
-                [compiler, *map(str, arguments)], capture_output=True, text=True, timeout=_MOST_SECONDS, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as broken:
-            raise BuildError(f"{compiler}: {broken}") from None
-        if done.returncode:
-            raise BuildError(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
-
-    with ThreadPoolExecutor(len(sources)) as at_once:
-        compiling = [[*options, "-c", source, "-o", made] for source, made in zip(sources, objects, strict=True)]
-        list(at_once.map(run, compiling))
-    run(["-shared", *objects, "-o", library, *libraries])
+    command = [compiler, *options, "-shared", str(UNIT), "-o", str(library), *libraries]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_MOST_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as broken:
+        raise BuildError(f"{compiler}: {broken}") from None
+    if done.returncode:
+        raise BuildError(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
     return library
 
 

@@ -33,6 +33,7 @@
 
 #include "shared.h"
 
+namespace casts {
 namespace {
 
 using at::Tensor;
@@ -314,56 +315,87 @@ Tensor cast_input(const Tensor& x, at::ScalarType dtype) {
   return made;
 }
 
-Tensor sum_of_columns(const Tensor& rows) { return at::sum(rows, 0); }
-
-// The same, which a kernel of ours may serve.
-Tensor column_sum(const Tensor& rows) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("tilebook_native::column_sum", "")
-                             .typed<Tensor(const Tensor&)>();
-  return op.call(rows);
+Tensor sum_of_columns(const Tensor& rows, at::ScalarType dtype) {
+  return rows.is_cuda() ? at::sum(rows, {0}, false, dtype) : at::sum(rows, 0).to(dtype);
 }
 
-// x Wᵀ + b, x in whatever dtype: by the calls of PyTorch's linear and of its gradients, with one node of autograd for five.
+}  // namespace
+}  // namespace casts
+
+at::Tensor column_sum(const at::Tensor& rows, at::ScalarType dtype) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("tilebook_native::column_sum", "")
+                             .typed<at::Tensor(const at::Tensor&, at::ScalarType)>();
+  return op.call(rows, dtype);
+}
+
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype, bool recorded) {
+  static const auto wide = c10::Dispatcher::singleton().findSchema({"aten::mm", "dtype"});  // from PyTorch 2.8 on
+  if (a.scalar_type() == dtype) return at::mm(a, b);
+  if (recorded || !wide || !a.is_cuda() || dtype != at::kFloat || at::globalContext().hasROCM()) {
+    return at::mm(a, b).to(dtype);
+  }
+  return wide->typed<at::Tensor(const at::Tensor&, const at::Tensor&, at::ScalarType)>().call(a, b, dtype);
+}
+
+const at::Tensor& target(const at::Tensor& weight, const at::Tensor& cast) {
+  const bool known = weight.scalar_type() == at::kFloat && weight.requires_grad() && cast.requires_grad();
+  return known && ordinary(weight, weight.device().type()) && !weight._fw_grad(0).defined() ? weight : cast;
+}
+
+namespace casts {
+namespace {
+
+// The casts of a product's weight and bias: arguments beside those that gradients are of.
+struct Casts {
+  Tensor weight;
+  std::optional<Tensor> bias;
+};
+
+// x Wᵀ + b, x, W and b in whatever dtypes: by the calls of PyTorch's linear and of its gradients, with one node of
+// autograd for five. Gradients are in the dtype of what they are of.
 struct Product : torch::autograd::Function<Product> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                        const std::optional<Tensor>& bias) {
+                        const std::optional<Tensor>& bias, const Casts& casts) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->set_materialize_grads(false);
-    const Tensor given = cast_input(x, weight.scalar_type());
-    ctx->save_for_backward({ctx->needs_input_grad(1) ? given : Tensor(), ctx->needs_input_grad(0) ? weight : Tensor()});
-    ctx->saved_data["dtype"] = static_cast<int64_t>(x.scalar_type());
+    const Tensor& factor = casts.weight;
+    const Tensor given = cast_input(x, factor.scalar_type());
+    ctx->save_for_backward({ctx->needs_input_grad(1) ? given : Tensor(), ctx->needs_input_grad(0) ? factor : Tensor()});
+    const auto dtype = [](const Tensor& each) { return static_cast<int64_t>(each.scalar_type()); };
+    ctx->saved_data["dtypes"] = std::vector<int64_t>{dtype(x), dtype(weight), bias ? dtype(*bias) : 0};
     ctx->saved_data["bias"] = bias && ctx->needs_input_grad(2);
     const Tensor rows = x.dim() == 2 ? given : given.view({-1, x.size(-1)});
-    const Tensor y = bias ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
-    return x.dim() == 2 ? y : y.view(with_last(x.sizes(), weight.size(0)));
+    const Tensor y = bias ? at::addmm(*casts.bias, rows, factor.t()) : at::mm(rows, factor.t());
+    return x.dim() == 2 ? y : y.view(with_last(x.sizes(), factor.size(0)));
   }
 
   static Tensors backward(torch::autograd::AutogradContext* ctx, Tensors gradients) {
     const auto& dy = gradients[0];
-    Tensors found(3);
+    Tensors found(4);
     if (!dy.defined()) return found;
     auto saved = ctx->get_saved_variables();
-    const bool twice = at::GradMode::is_enabled();
+    const bool twice = at::GradMode::is_enabled(), recorded = twice || !plain(dy);
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-    if (!twice && plain(dy)) below.emplace();
-    const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
+    if (!recorded) below.emplace();
+    const auto dtypes = ctx->saved_data["dtypes"].toIntVector();
+    const auto dtype = [&](size_t index) { return static_cast<at::ScalarType>(dtypes[index]); };
     const Tensor rows = dy.dim() == 2 ? dy : dy.reshape({-1, dy.size(-1)});
     if (saved[1].defined() && ctx->needs_input_grad(0)) {
-      const Tensor dx = at::mm(rows, saved[1]);
-      found[0] = (dy.dim() == 2 ? dx : dx.view(with_last(dy.sizes(), dx.size(1)))).to(dtype);
+      const Tensor dx = product(rows, saved[1], dtype(0), recorded);
+      found[0] = dy.dim() == 2 ? dx : dx.view(with_last(dy.sizes(), dx.size(1)));
     }
     if (saved[0].defined() && ctx->needs_input_grad(1)) {
       auto& given = saved[0];
       const auto node = torch::autograd::get_current_node();
-      if (twice && given.scalar_type() != dtype && node->next_edge(0).is_valid()) {
+      if (twice && given.scalar_type() != dtype(0) && node->next_edge(0).is_valid()) {
         given = given.detach();  // the cast of x was no node: its gradient goes where that of x does
         torch::autograd::impl::set_gradient_edge(given, node->next_edge(0));
       }
-      found[1] = at::mm(rows.t(), given.reshape({-1, given.size(-1)}));
+      found[1] = product(rows.t(), given.reshape({-1, given.size(-1)}), dtype(1), recorded);
     }
     if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)) {
-      found[2] = twice ? at::sum(rows, 0) : column_sum(rows);
+      found[2] = recorded ? at::sum(rows, 0).to(dtype(2)) : column_sum(rows, dtype(2));
     }
     return found;
   }
@@ -405,7 +437,11 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   const Tensor factor = casted(dtype, weight, device);
   std::optional<Tensor> offset;
   if (bias && bias->defined()) offset = casted(dtype, *bias, device);
-  if (factor.scalar_type() == dtype && one_product(given, factor, offset)) return Product::apply(given, factor, offset);
+  if (factor.scalar_type() == dtype && one_product(given, factor, offset)) {
+    std::optional<Tensor> shift;
+    if (offset) shift = target(*bias, *offset);
+    return Product::apply(given, target(weight, factor), shift, Casts{factor, offset});
+  }
   return at::linear(at::autocast::cached_cast(dtype, given, device), factor, offset);
 }
 
@@ -439,9 +475,12 @@ void put() {
 }
 
 }  // namespace
+}  // namespace casts
+
+using namespace casts;
 
 TORCH_LIBRARY(tilebook_native, library) {
-  library.def("column_sum(Tensor rows) -> Tensor");
+  library.def("column_sum(Tensor rows, ScalarType dtype) -> Tensor");
   library.impl("column_sum", torch::dispatch(DispatchKey::CompositeExplicitAutograd, TORCH_FN(sum_of_columns)));
 }
 

@@ -33,6 +33,7 @@
 #include <utility>
 #include <vector>
 
+namespace gating {
 namespace {
 
 using at::Tensor;
@@ -612,6 +613,9 @@ PyObject* forget(PyObject*, PyObject*) {
 }
 
 }  // namespace
+}  // namespace gating
+
+using namespace gating;
 
 PyMethodDef gate_methods[] = {
     {"gate", gate, METH_VARARGS, "Has calls of this function come here first; by the name of its form."},

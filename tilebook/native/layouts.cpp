@@ -6,6 +6,9 @@
 //
 // Gradients of q, k and v that were cut from one tensor are put together by a copy, and copied once more by the linear
 // layer that gave the tensor, if they were put one behind the other. They are put side by side, as they came.
+//
+// A sum of two large tensors that differ in dtype or in their order in memory takes PyTorch two to three times as long as
+// its bytes: it may be a kernel of ours.
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
@@ -26,11 +29,14 @@
 
 #include "shared.h"
 
+namespace layouts {
 namespace {
 
 using at::Tensor;
 using c10::DispatchKey;
 using c10::DispatchKeySet;
+
+const DispatchKeySet kBelow(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
 
 std::atomic<bool> laying{false};
 
@@ -87,7 +93,6 @@ bool heads_inside(const Tensor& tensor) {
 
 Tensor stack(DispatchKeySet keys, at::TensorList tensors, int64_t dim) {
   static const auto theirs = c10::Dispatcher::singleton().findSchemaOrThrow("aten::stack", "").typed<decltype(at::stack)>();
-  static const DispatchKeySet below(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
   const auto kind = served_kind();
   const auto alike = [&](const Tensor& each) {
     return each.defined() && ordinary(each, kind) && each.dim() == 4 && each.device() == tensors[0].device() &&
@@ -96,7 +101,7 @@ Tensor stack(DispatchKeySet keys, at::TensorList tensors, int64_t dim) {
   const bool gradients = laying.load(std::memory_order_relaxed) && dim == 0 && tensors.size() > 1 &&
                          !c10::GradMode::is_enabled() && torch::autograd::get_current_graph_task_id() >= 0;
   if (!gradients || !std::all_of(tensors.begin(), tensors.end(), alike) || tensors[0].is_contiguous()) {
-    return theirs.redispatch(keys & below, tensors, dim);
+    return theirs.redispatch(keys & kBelow, tensors, dim);
   }
   std::vector<Tensor> dense;
   dense.reserve(tensors.size());
@@ -105,6 +110,39 @@ Tensor stack(DispatchKeySet keys, at::TensorList tensors, int64_t dim) {
   return at::cat(dense, 2)
       .view({sizes[0], sizes[1], static_cast<int64_t>(tensors.size()), sizes[2], sizes[3]})
       .permute({2, 0, 3, 1, 4});
+}
+
+constexpr int64_t kLarge = 1 << 20;  // numbers: below, the host's time is longer
+
+bool wide(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
+
+// Is it a sum that is asked about?
+bool slow(const Tensor& x, const Tensor& y, const at::Scalar& alpha) {
+  if (!laying.load(std::memory_order_relaxed)) return false;
+  const auto kind = served_kind();
+  if (!ordinary(x, kind) || !ordinary(y, kind) || x.numel() < kLarge || x.sizes() != y.sizes()) return false;
+  const auto dtype = x.scalar_type(), other = y.scalar_type();
+  if (!wide(dtype) || !wide(other) || x.device() != y.device() || !alpha.equal(1)) return false;
+  return dtype == other ? x.strides() != y.strides() : dtype == at::kFloat || other == at::kFloat;
+}
+
+const auto& pytorchs_add() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("aten::add", "Tensor")
+                             .typed<Tensor(const Tensor&, const Tensor&, const at::Scalar&)>();
+  return op;
+}
+
+Tensor pytorchs_sum(const Tensor& x, const Tensor& y) {
+  return pytorchs_add().redispatch((x.key_set() | y.key_set()) & kBelow, x, y, 1);
+}
+
+Tensor add(DispatchKeySet keys, const Tensor& x, const Tensor& y, const at::Scalar& alpha) {
+  if (!slow(x, y, alpha)) return pytorchs_add().redispatch(keys & kBelow, x, y, alpha);
+  static const auto ours = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("tilebook_native::add", "")
+                               .typed<Tensor(const Tensor&, const Tensor&)>();
+  return ours.call(x, y);
 }
 
 void put(bool cpu) {
@@ -117,11 +155,22 @@ void put(bool cpu) {
   };
   library(cpu ? DispatchKey::AutogradCPU : DispatchKey::AutogradCUDA).impl("scaled_dot_product_attention", &attend);
   library(cpu ? DispatchKey::CPU : DispatchKey::CUDA).impl("scaled_dot_product_attention", &attend);
-  if (!there[!cpu]) library(DispatchKey::BackendSelect).impl("stack", &stack);
+  if (!there[!cpu]) {
+    library(DispatchKey::BackendSelect).impl("stack", &stack);
+    library(DispatchKey::BackendSelect).impl("add.Tensor", &add);
+  }
   there[cpu] = true;
 }
 
 }  // namespace
+}  // namespace layouts
+
+using namespace layouts;
+
+TORCH_LIBRARY_FRAGMENT(tilebook_native, library) {
+  library.def("add(Tensor x, Tensor y) -> Tensor");
+  library.impl("add", torch::dispatch(DispatchKey::CompositeExplicitAutograd, TORCH_FN(pytorchs_sum)));
+}
 
 void layouts_on(bool on, bool cpu) {
   laying = on;

@@ -22,6 +22,7 @@
 #include <optional>
 #include <vector>
 
+namespace blocks {
 namespace {
 
 using at::Tensor;
@@ -52,11 +53,19 @@ struct Known : torch::autograd::Function<Known> {
   static Tensors backward(AutogradContext* ctx, Tensors gradients) { return {gradients[0], Tensor()}; }
 };
 
+// What the products are of: the weights and biases, or their casts.
+struct Factors {
+  Tensor w1, b1, w2, b2;
+};
+
+// Gradients go to the weights and biases that are given, in their dtype.
 struct Block : torch::autograd::Function<Block> {
   enum { kX, kW1, kB1, kW2, kB2, kTensors };
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                        const Tensor& b2, int64_t activation) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& to_w1, const Tensor&, const Tensor&,
+                        const Tensor&, const Factors& factors, int64_t activation) {
+    const auto& [w1, b1, w2, b2] = factors;
+    ctx->saved_data["dtype"] = static_cast<int64_t>(to_w1.scalar_type());
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto which = static_cast<Activation>(activation);
     ctx->set_materialize_grads(false);
@@ -73,27 +82,32 @@ struct Block : torch::autograd::Function<Block> {
 
   static Tensors backward(AutogradContext* ctx, Tensors gradients) {
     const auto& dy = gradients[0];
-    Tensors found(kTensors + 1);
+    Tensors found(kTensors + 2);
     if (!dy.defined()) return found;
     const auto saved = ctx->get_saved_variables();
     const auto &x = saved[0], &w1 = saved[1], &z = saved[2], &h = saved[3], &w2 = saved[4];
     const auto which = static_cast<Activation>(ctx->saved_data["activation"].toInt());
     const bool twice = at::GradMode::is_enabled();
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-    if (!twice && ordinary(dy, dy.device().type())) below.emplace();
+    const bool recorded_now = twice || !ordinary(dy, dy.device().type());
+    if (!recorded_now) below.emplace();
+    const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
+    const auto summed = [&](const Tensor& each) {
+      return recorded_now || each.scalar_type() == dtype ? at::sum(each, 0).to(dtype) : column_sum(each, dtype);
+    };
     const Tensor rows = rows_of(dy);
     const bool first = ctx->needs_input_grad(kX) || ctx->needs_input_grad(kW1) || ctx->needs_input_grad(kB1);
     Tensor before = which == Activation::relu ? h : z, after = h;
     if (twice && first) std::tie(before, after) = recorded(ctx, which, dy, x, w1, before);
-    if (ctx->needs_input_grad(kW2)) found[kW2] = at::mm(rows.t(), after);
-    if (ctx->needs_input_grad(kB2)) found[kB2] = at::sum(rows, 0);
+    if (ctx->needs_input_grad(kW2)) found[kW2] = product(rows.t(), after, dtype, recorded_now);
+    if (ctx->needs_input_grad(kB2)) found[kB2] = summed(rows);
     if (!first) return found;
     const Tensor dh = at::mm(rows, w2);
     const Tensor dz = which == Activation::relu ? at::threshold_backward(dh, before, 0)
                                                 : at::gelu_backward(dh, before, approximation(which));
     if (ctx->needs_input_grad(kX)) found[kX] = shaped(at::mm(dz, w1), dy);
-    if (ctx->needs_input_grad(kW1)) found[kW1] = at::mm(dz.t(), rows_of(x));
-    if (ctx->needs_input_grad(kB1)) found[kB1] = at::sum(dz, 0);
+    if (ctx->needs_input_grad(kW1)) found[kW1] = product(dz.t(), rows_of(x), dtype, recorded_now);
+    if (ctx->needs_input_grad(kB1)) found[kB1] = summed(dz);
     return found;
   }
 
@@ -141,12 +155,17 @@ bool one_product(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tens
   return w1.stride(1) == 1 && w1.stride(0) == width && w2.stride(1) == 1 && w2.stride(0) == inner;
 }
 
-Tensor computed(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-                Activation which) {
+Tensor computed(const Tensor& x, const Factors& factors, const Factors& targets, Activation which) {
+  const auto& [w1, b1, w2, b2] = factors;
   if (!one_product(x, w1, b1, w2, b2)) return at::linear(activated(at::linear(x, w1, b1), which), w2, b2);
   const auto wanted = [](const Tensor& each) { return each.requires_grad(); };
   if (at::GradMode::is_enabled() && (wanted(x) || wanted(w1) || wanted(b1) || wanted(w2) || wanted(b2))) {
-    return Block::apply(x, w1, b1, w2, b2, static_cast<int64_t>(which));
+    // One dtype of all: where one is its cast, all are.
+    const bool direct = targets.w1.scalar_type() == targets.b1.scalar_type() &&
+                        targets.w1.scalar_type() == targets.w2.scalar_type() &&
+                        targets.w1.scalar_type() == targets.b2.scalar_type();
+    const auto& to = direct ? targets : factors;
+    return Block::apply(x, to.w1, to.b1, to.w2, to.b2, factors, static_cast<int64_t>(which));
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor h = activated(at::addmm(b1, rows_of(x), w1.t()), which);
@@ -154,13 +173,19 @@ Tensor computed(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tenso
 }
 
 }  // namespace
+}  // namespace blocks
+
+using namespace blocks;
 
 at::Tensor mlp(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, Activation which) {
   const auto device = x.device().type();
-  if (!at::autocast::is_autocast_enabled(device)) return computed(x, w1, b1, w2, b2, which);
+  const Factors given{w1, b1, w2, b2};
+  if (!at::autocast::is_autocast_enabled(device)) return computed(x, given, given, which);
   const c10::impl::ExcludeDispatchKeyGuard below(device == c10::kCPU ? c10::DispatchKey::AutocastCPU
                                                                      : c10::DispatchKey::AutocastCUDA);
   const auto dtype = at::autocast::get_autocast_dtype(device);
-  return computed(at::autocast::cached_cast(dtype, x, device), casted(dtype, w1, device), casted(dtype, b1, device),
-                  casted(dtype, w2, device), casted(dtype, b2, device), which);
+  const Factors casts{casted(dtype, w1, device), casted(dtype, b1, device), casted(dtype, w2, device),
+                      casted(dtype, b2, device)};
+  const Factors targets{target(w1, casts.w1), target(b1, casts.b1), target(w2, casts.w2), target(b2, casts.b2)};
+  return computed(at::autocast::cached_cast(dtype, x, device), casts, targets, which);
 }

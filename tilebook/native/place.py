@@ -13,8 +13,10 @@ import platformdirs
 import torch
 
 NAME = "tilebook_served"
-_FILES = "served.cpp", "casts.cpp", "gates.cpp", "layouts.cpp", "mlp.cpp", "shared.h"
+_FILES = "extension.cpp", "served.cpp", "casts.cpp", "gates.cpp", "layouts.cpp", "mlp.cpp", "shared.h"
 SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
+UNIT = SOURCES[0]
+"""What is compiled; it includes the others."""
 
 
 def folder() -> Path | None:

@@ -20,6 +20,12 @@ _NUMBERS = {
 }  # fmt: skip
 """PyTorch's own numbers of its dtypes."""
 
+
+def number_of(dtype: torch.dtype) -> int:
+    """PyTorch's own number of a dtype, which an op that is asked about has in its place."""
+    return _NUMBERS[dtype]
+
+
 _FLOATS = {"fp32": "<f", "f32": "<f", "fp64": "<d"}
 _MASK = (1 << 64) - 1
 _MAP = 128

@@ -33,6 +33,7 @@
 
 #include "shared.h"
 
+namespace served {
 namespace {
 
 using c10::DispatchKey;
@@ -680,6 +681,9 @@ PyMethodDef methods[] = {
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "tilebook_served", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+}  // namespace served
+
+using namespace served;
 
 bool ordinary(const at::Tensor& tensor, c10::DeviceType kind) {
   static const DispatchKeySet gpu({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA,

@@ -23,6 +23,13 @@ void layouts_on(bool on, bool cpu);
 // A weight in autocast's dtype: its cast of this region, which all that use it share.
 at::Tensor casted(at::ScalarType dtype, const at::Tensor& weight, c10::DeviceType device);
 
+// Gradients of fp32 weights whose casts were used. a b in this dtype: where the GPU's products can, sums that are rounded to
+// it and to nothing else. The sums of columns, which a kernel of ours may serve. What a gradient goes to: the weight itself
+// where autograd knows its cast, else the cast.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype, bool recorded);
+at::Tensor column_sum(const at::Tensor& rows, at::ScalarType dtype);
+const at::Tensor& target(const at::Tensor& weight, const at::Tensor& cast);
+
 // act(x W1ᵀ + b1) W2ᵀ + b2 by the calls of PyTorch's three functions, with one node of autograd where gradients are wanted.
 enum class Activation : int64_t { gelu, gelu_tanh, relu };
 at::Tensor mlp(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,

@@ -30,4 +30,4 @@ def total_kernel(parts, out, splits, width, BLOCK: tl.constexpr, SPLITS: tl.cons
     c, s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SPLITS)
     there = (s < splits)[:, None] & (c < width)[None, :]
     values = tl.load(parts + s[:, None] * width + c[None, :], mask=there, other=0.0)
-    tl.store(out + c, tl.sum(values, 0).to(out.dtype.element_ty), mask=c < width)
+    tl.store(out + c, tl.sum(values, 0), mask=c < width)

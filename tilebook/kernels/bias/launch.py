@@ -15,12 +15,12 @@ _COLUMNS = 32
 
 
 def total(dy: torch.Tensor, *, config: Config) -> torch.Tensor:
-    """Σ dy (M, N) over its rows, (N,)."""
+    """Σ dy (M, N) over its rows, (N,) in fp32."""
     dy, (count, width) = rows(dy), dy.shape
     block, high = config.number("BLOCK"), config.number("ROWS")
     share = triton.cdiv(triton.cdiv(count, config.number("SPLIT")), high) * high
     splits = triton.cdiv(count, share)
-    parts, out = torch.empty((splits, width), dtype=torch.float32, device=dy.device), dy.new_empty(width)
+    parts, out = (dy.new_empty(shape, dtype=torch.float32) for shape in ((splits, width), (width,)))
     programs = splits * triton.cdiv(width, block)
     launch(
         part_kernel, (programs,), dy, parts, count, share, width, dy.stride(0), BLOCK=block, ROWS=high,

@@ -17,8 +17,8 @@ def fused(problem: Problem) -> bool:
 
 @op.define("bias_bwd", Problem, direction="bwd", fused=fused)
 def bias_bwd(dy: torch.Tensor) -> torch.Tensor:
-    """db (N,) = Σ dy (M, N) over the rows."""
-    return dy.to(torch.float64).sum(0).to(dy.dtype)
+    """db (N,) = Σ dy (M, N) over the rows, in fp32."""
+    return dy.to(torch.float64).sum(0).to(torch.float32)
 
 
 def supports(problem: Problem) -> bool:
@@ -31,5 +31,5 @@ bias_bwd.implementation("triton", space=SPACE, supports=supports)(launch.total)
 
 @bias_bwd.implementation("torch")
 def _torch(dy: torch.Tensor) -> torch.Tensor:
-    """What PyTorch's autograd runs."""
-    return dy.sum(0)
+    """What PyTorch's autograd runs, and then casts."""
+    return dy.sum(0, dtype=torch.float32)

@@ -25,6 +25,7 @@ class Problem(op.Problem):
     """`rows` of `width` numbers; calls round their rows up to a power of two, so that one verdict serves a bucket."""
 
     EXACT = frozenset({"width"})
+    TRANSFER = 0.9
 
     dtype: str
     rows: int = op.size("M")
@@ -33,6 +34,14 @@ class Problem(op.Problem):
     @classmethod
     def of(cls, dy: torch.Tensor) -> Self:
         return cls(op.dtype_name(dy.dtype), next_power_of_2(dy.shape[0]), dy.shape[1])
+
+    def like(self, measured: op.Problem) -> bool:
+        """Sums of enough numbers that starting them is little of their time, and of no more: the lead shrinks."""
+        if not isinstance(measured, Problem) or measured.dtype != self.dtype:
+            return False
+        if self.rows * self.width > measured.rows * measured.width:
+            return False
+        return all(each.rows >= 4096 and 384 <= each.width <= 4096 and not each.width % 64 for each in (self, measured))
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         drawn = op.normal((self.rows, self.width), op.generator(device, seed), device, torch.float32)

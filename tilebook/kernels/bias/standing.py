@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tilebook.native import Standing
-from tilebook.native.plans import Output, contiguous
+from tilebook.native.plans import Output, contiguous, number_of
 
 
 def _op() -> Any:
@@ -18,9 +18,10 @@ def _op() -> Any:
 
 
 def _posed(args: Sequence[Any]) -> tuple[Any, ...] | None:
-    (dy,) = args
-    ours = dy.ndim == 2 and dy.dtype in (torch.bfloat16, torch.float16) and dy.numel() and dy.is_contiguous()
-    return (dy,) if ours else None
+    dy, dtype = args
+    if dtype != number_of(torch.float32) or dy.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return (dy,) if dy.ndim == 2 and dy.numel() and dy.is_contiguous() else None
 
 
 def _sum(args: Sequence[Any]) -> list[Output]:

@@ -1,0 +1,11 @@
+// The extension, which is compiled as one: PyTorch's headers take longer than all that stands in its sources.
+
+#include "served.cpp"
+
+#include "casts.cpp"
+
+#include "layouts.cpp"
+
+#include "mlp.cpp"
+
+#include "gates.cpp"
