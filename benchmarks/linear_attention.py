@@ -4,10 +4,12 @@
     python benchmarks/linear_attention.py --device cpu --tiny --out /tmp/tried.json    # does it run to its end?
 
     python benchmarks/linear_attention.py --maps elu+1 relu --out …    # features made in the kernels, and before them
+    python benchmarks/linear_attention.py --channels --profile --out …    # with a decay of each channel, as GLA
 
 Every contender but exact attention computes the same, and its output is compared with that of fp32 on the first heads.
 Timed by events around several calls from Python, in rounds in which the contenders take turns. `fla` where `fla-core`
-is installed. `--kernels` forces our kernels with their default config.
+is installed. `--kernels` forces our kernels with their default config; `--profile` prints how long each of our kernels
+takes.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from tilebook import device as devices
 from tilebook import dispatch
 from tilebook.kernels.bidirectional.features import NAMED
 from tilebook.kernels.bidirectional.form import MAPPED
+from tilebook.kernels.channel_decay.pytorch import chunked as by_channel
 from tilebook.kernels.linear_attention.pytorch import chunked
 from tilebook.tuner.judge.turns import in_turns, peak_mib
 
@@ -38,6 +41,14 @@ TOKENS = 1 << 18
 Function = Callable[..., torch.Tensor]
 
 
+def plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Any) -> torch.Tensor:
+    """o by chunks in PyTorch's functions."""
+    scale = q.shape[-1] ** -0.5
+    if g is not None and g.ndim == 4:
+        return by_channel(q, k, v, g, None, scale)[0]
+    return chunked(q, k, v, g, None, scale, False, 0.0)[0]
+
+
 def contenders(compiled: bool) -> dict[str, Function]:
     """Name → o of q, k, v and log-decays or None."""
 
@@ -45,16 +56,19 @@ def contenders(compiled: bool) -> dict[str, Function]:
         o: torch.Tensor = tilebook.gated_linear_attention(q, k, v, g)
         return o
 
-    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Any) -> torch.Tensor:
-        return chunked(q, k, v, g, None, q.shape[-1] ** -0.5, False, 0.0)[0]
-
     def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Any) -> torch.Tensor:
         return tilebook.attention(q, k, v, causal=True)
 
-    found: dict[str, Function] = {"tilebook": ours, "pytorch": plain, "exact attention": exact, "tilebook again": ours}
+    found: dict[str, Function] = {
+        "tilebook": ours,
+        "pytorch": plainly,
+        "exact attention": exact,
+        "tilebook again": ours,
+    }
     if compiled:
-        found["torch.compile"] = torch.compile(plain, dynamic=False)
+        found["torch.compile"] = torch.compile(plainly, dynamic=False)
     try:
+        from fla.ops.gla import chunk_gla
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
         return found
@@ -62,7 +76,8 @@ def contenders(compiled: bool) -> dict[str, Function]:
     def fla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Any) -> torch.Tensor:
         """Of the same views (B, H, S, D): its own layout is (B, S, H, D), see `laid`."""
         turned = [None if x is None else x.transpose(1, 2) for x in (q, k, v, g)]
-        o: torch.Tensor = chunk_simple_gla(*turned, scale=q.shape[-1] ** -0.5)[0].transpose(1, 2)
+        run = chunk_gla if g is not None and g.ndim == 4 else chunk_simple_gla
+        o: torch.Tensor = run(*turned, scale=q.shape[-1] ** -0.5)[0].transpose(1, 2)
         return o
 
     return found | {"fla": fla}
@@ -87,20 +102,20 @@ def exactly(feature_map: str) -> Function:
     """o by chunks in PyTorch's functions, of what the contenders compute."""
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Any) -> torch.Tensor:
-        norm = feature_map != "none"
-        return chunked(q, k, v, g, None, 1.0 if norm else q.shape[-1] ** -0.5, norm, 1e-6, feature_map)[0]
+        return chunked(q, k, v, g, None, 1.0, True, 1e-6, feature_map)[0]
 
-    return plain
+    return plainly if feature_map == "none" else plain
 
 
-def drawn(n: int, width: int, decay: bool, device: str, tiny: bool) -> list[torch.Tensor | None]:
+def drawn(n: int, width: int, how: str, device: str, tiny: bool) -> list[torch.Tensor | None]:
     """q, k, v as views of (B, S, H, D), as a model's projections give them, and as fla wants them."""
     batch, heads = (1, 2) if tiny else (max(1, min(8, TOKENS // n)), 16)
     source = torch.Generator(device).manual_seed(0)
     made = [torch.randn(batch, n, heads, width, generator=source, device=device) for _ in range(3)]
     q, k, v = (x.to(torch.bfloat16).transpose(1, 2).requires_grad_() for x in made)
-    gates = torch.randn(batch, n, heads, generator=source, device=device)
-    g = torch.nn.functional.logsigmoid(gates + 4).transpose(1, 2).requires_grad_() if decay else None
+    gates = torch.randn(batch, n, heads, *([width] if how == "channels" else []), generator=source, device=device)
+    decayed = how in ("decay", "channels")
+    g = torch.nn.functional.logsigmoid(gates + 4).transpose(1, 2).requires_grad_() if decayed else None
     return [q, k, v, g]
 
 
@@ -147,6 +162,18 @@ def measure(
     return found
 
 
+def profiled(tensors: list[torch.Tensor | None], backward: bool) -> None:
+    """Prints the GPU time of each of our kernels, of one call."""
+    ours, calls = contenders(False)["tilebook"], 10
+    do = torch.randn_like(tensors[2]) if backward else None  # type: ignore[arg-type]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            run_once(ours, tensors, do)
+        torch.cuda.synchronize()
+    for each in sorted(profile.key_averages(), key=lambda each: -each.self_device_time_total):
+        print(f"    {each.self_device_time_total / calls:9.1f} µs  {each.key[:80]}", flush=True)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
@@ -158,16 +185,18 @@ def main() -> None:
     arguments.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     arguments.add_argument("--widths", type=int, nargs="*", default=[64, 128])
     arguments.add_argument("--maps", nargs="*", choices=MAPPED, default=[], help="these feature maps, and no decays")
+    arguments.add_argument("--channels", action="store_true", help="a log-decay of each channel")
+    arguments.add_argument("--profile", action="store_true", help="how long each of our kernels takes, without maps")
     given = arguments.parse_args()
     results: dict[str, Any] = {}
     with dispatch.use("triton") if given.kernels else contextlib.nullcontext():
         for width in [16] if given.tiny else given.widths:
-            for how in given.maps or ("decay", ""):
+            for how in given.maps or (("channels",) if given.channels else ("decay", "")):
                 for n in TINY if given.tiny else given.lengths:
                     torch._dynamo.reset()
                     compiled, named = not (given.tiny or given.uncompiled), how in MAPPED
                     functions = by_map(how) if named else contenders(compiled)
-                    tensors = drawn(n, width, how == "decay", given.device, given.tiny)
+                    tensors = drawn(n, width, how, given.device, given.tiny)
                     for backward in (False, True):
                         q = tensors[0]
                         assert q is not None
@@ -180,6 +209,8 @@ def main() -> None:
                         for name, row in results[label].items():
                             told = row.get("failed") or f"{row['ms']:9.4f} ms {row['quartiles']}, {row['peak_mib']} MiB"
                             print(f"  {name:16} {told}", flush=True)
+                        if given.profile and not named:
+                            profiled(tensors, backward)
     where = devices.current().name if given.device == "cuda" else "cpu"
     save(given.out, "linear_attention", where, results=results, forced=given.kernels, rounds=given.rounds)
 

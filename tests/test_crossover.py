@@ -48,7 +48,7 @@ def test_each_contender_computes_what_it_is_named_for():
     q, k, v, g = (x.detach() for x in crossover._drawn(40, 8, 2, "cpu")[0])
     q, k, v = q.float(), k.float(), v.float()
     functions = crossover.contenders(5)
-    assert list(functions) == ["exact", "window 5", "linear", "gated"]
+    assert list(functions) == ["exact", "window 5", "linear", "gated", "performer"]
     found = {name: function(q, k, v, g) for name, function in functions.items()}
     first = torch.arange(40)[:, None] - torch.arange(40)
     for name, seen in (("exact", first >= 0), ("window 5", (first >= 0) & (first < 5))):

@@ -100,6 +100,23 @@ def test_distilbert_learns_with_linear_attention_in_all_layers_and_in_every_othe
     assert "| 1024 | hybrid |" in printed
 
 
+def test_a_language_model_of_bytes_learns_with_all_kinds_of_layers(tmp_path, papers, monkeypatch):
+    program = papers("hybrid_language")
+    sizes = {way: sum(x.numel() for x in program.model_of(way, 8, 64, 4).parameters()) for way in program.WAYS}
+    assert max(sizes.values()) < 1.01 * min(sizes.values())
+    kinds = [each.kind for each in program.model_of("1:3", 8, 64, 4).attention]
+    assert kinds == ["gated", "gated", "gated", "exact"] * 2
+    out = tmp_path / "bytes.json"
+    monkeypatch.setattr(program, "WAYS", {"1:1": ("gated", "exact")})
+    monkeypatch.setattr(
+        "sys.argv", ["hybrid_language.py", "--device", "cpu", "--tiny", "--rounds", "2", "--out", str(out)]
+    )
+    program.main()
+    document = json.loads(out.read_text())
+    assert [row["tokens"] for row in document["speed"]] == [64, 96]
+    assert all(4 < row["held_out"] < 9 for row in document["learned"])
+
+
 def test_ways_of_distilbert_have_the_layers_that_they_are_named_for(papers):
     program, e2e = papers("distilbert_linear"), papers("e2e")
     tilebook.register_transformers()

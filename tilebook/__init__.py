@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from tilebook.kernels.linear_cross_entropy import linear_cross_entropy
     from tilebook.kernels.mlp import mlp
+    from tilebook.kernels.mlstm import mlstm, mlstm_step
     from tilebook.kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
     from tilebook.kernels.rope import apply_rope
     from tilebook.kernels.varlen import attention_varlen
@@ -56,6 +57,8 @@ __all__ = [
     "linear_attention_step",
     "linear_cross_entropy",
     "mlp",
+    "mlstm",
+    "mlstm_step",
     "patch",
     "patched",
     "probe",
@@ -92,6 +95,8 @@ _MODULE = {
     "linear_attention_step": "kernels.linear_attention",
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "mlp": "kernels.mlp",
+    "mlstm": "kernels.mlstm",
+    "mlstm_step": "kernels.mlstm",
     "patch": "patching",
     "patched": "patching",
     "probe": "dispatch.probing",

@@ -60,9 +60,11 @@ def _grouped(problem: Any) -> None:
 OF: Mapping[str, Callable[[Any], None]] = {
     "attention": attention,
     "bidirectional": bidirectional,
+    "channel_decay": linear_attention,
     "decode": decode,
     "delta_rule": linear_attention,
     "linear_attention": linear_attention,
+    "mlstm": linear_attention,
     "rope": rope,
     "varlen": varlen,
 }

@@ -54,6 +54,15 @@ def delta(q, k, v, g, beta, h):
     return torch.cat(tilebook.gated_delta_rule(q, k, v, -(g * g), **rates), 2)
 
 
+def by_channel(q, k, v, g, h):
+    return torch.cat(tilebook.gated_linear_attention(q, k, v, -(g * g), initial_state=h, return_state=True), 2)
+
+
+def memorized(q, k, v, i, f, h, n):
+    o, (h, n, _) = tilebook.mlstm(q, k, v, i, f, initial_state=(h, n, n[..., 0].detach()), return_state=True)
+    return torch.cat((o, h, n[..., None, :]), 2)
+
+
 QKV = [(2, 4, 6, 16)] * 3
 CALLS = {
     "attention": (tilebook.attention, QKV),
@@ -71,6 +80,8 @@ CALLS = {
     ),
     "linear attention, all tokens": (lambda q, k, v: tilebook.linear_attention(q, k, v, feature_map="performer"), QKV),
     "linear attention, gated": (recurrent, [*QKV, (2, 4, 6), (2, 4, 16, 16)]),
+    "linear attention, gated by channel": (by_channel, [*[(2, 2, 6, 8)] * 4, (2, 2, 8, 8)]),
+    "mlstm": (memorized, [*[(2, 2, 6, 8)] * 3, *[(2, 2, 6)] * 2, (2, 2, 8, 8), (2, 2, 8)]),
     "delta rule": (delta, [*[(2, 2, 6, 8)] * 3, (2, 2, 6), (2, 2, 6), (2, 2, 8, 8)]),
     "layers": (layers, [(2, 3, 8), (12, 8), (8, 12)]),
     "gated layers": (gated, [(2, 3, 8), (12, 8), (12, 8), (8, 12)]),

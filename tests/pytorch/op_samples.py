@@ -101,6 +101,22 @@ def delta(make=normal, rows=5, columns=6, decay=True, state=True, normalize=True
     return q, k, v, g if decay else None, beta, make(2, 2, 8, columns) if state else None, 0.3, normalize
 
 
+def channels(make=normal, rows=5, columns=6, state=True, **how):
+    """Gated linear attention with decays by channel."""
+    q, k, v = (make(2, 2, rows, width, **how) for width in (8, 8, columns))
+    g = (-make(2, 2, rows, 8).detach().sigmoid()).requires_grad_(q.requires_grad)
+    return q, k, v, g, make(2, 2, 8, columns) if state else None, 0.3
+
+
+def memory(make=normal, rows=5, columns=6, state=True, **how):
+    """mLSTM: of long keys, so that no sum of weights is nearly the least divisor."""
+    q, k, v = (make(2, 2, rows, width, **how) for width in (8, 8, columns))
+    g, written = (-make(2, 2, rows).detach().sigmoid() for _ in range(2))
+    floor = make(2, 2, rows).detach().sigmoid() + 0.5
+    g, written = (x.requires_grad_(q.requires_grad) for x in (g, written))
+    return q, k, v, g, written, floor, make(2, 2, 8, columns + 1) if state else None, 0.3, 1e-3
+
+
 def everything(feature_map="elu+1", mask=None, omega=None, **how):
     """Linear attention of 5 queries and 6 keys."""
     q, k, v = normal(2, 3, 5, 8, **how), normal(2, 3, 6, 8, **how), normal(2, 3, 6, 6, **how)
@@ -276,6 +292,21 @@ SAMPLES = {
         "rates alone": lambda: (*delta(data)[:4], delta()[4], *delta(data)[5:]),
         "bf16": lambda: delta(dtype=BF16),
     },
+    "channel_decay_fwd": {
+        "plain": lambda: channels(state=False),
+        "a state": lambda: channels(),
+        "heads after rows": lambda: channels(order=BSHD, state=False),
+        "no rows": lambda: channels(rows=0),
+        "decays alone": lambda: (*channels(data)[:3], channels()[3], *channels(data)[4:]),
+        "bf16": lambda: channels(dtype=BF16),
+    },
+    "mlstm_fwd": {
+        "plain": lambda: memory(state=False),
+        "a state": lambda: memory(),
+        "heads after rows": lambda: memory(order=BSHD, state=False),
+        "no rows": lambda: memory(rows=0),
+        "bf16": lambda: memory(dtype=BF16),
+    },
     "bidirectional_linear_attention_fwd": {
         "plain": lambda: everything(),
         "masked": lambda: everything("softmax", mask=data(2, 6).gt(1)),
@@ -329,7 +360,14 @@ def wanted(args):
 
 def results(op):
     """How many outputs of the op have gradients."""
-    two = "rope_fwd", "gated_linear_attention_fwd", "linear_attention_fwd", "gated_delta_rule_fwd"
+    two = (
+        "rope_fwd",
+        "gated_linear_attention_fwd",
+        "linear_attention_fwd",
+        "gated_delta_rule_fwd",
+        "channel_decay_fwd",
+        "mlstm_fwd",
+    )
     return 2 if op in two or op.startswith("add_") else 1
 
 

@@ -62,7 +62,7 @@ def backward_of(op, name):
     kept = {"attention_fwd": outputs, "attention_varlen_fwd": outputs}.get(op, outputs[results(op) :])
     if op == "bidirectional_linear_attention_fwd":
         kept = outputs
-    if op == "linear_attention_fwd":
+    if op in ("linear_attention_fwd", "mlstm_fwd"):
         kept = outputs[0], outputs[2]
     if op.startswith("add_"):  # h is in the place of what it is the sum of
         inputs = (outputs[1], *inputs[2:])

@@ -50,6 +50,8 @@ WRONG = {
     "delta rule: rates of fewer tokens": lambda: OPS.gated_delta_rule_fwd(
         Q, Q, Q, None, Q[:, :, :3, 0], None, 0.3, False
     ),
+    "decays by channel: of fewer channels": lambda: OPS.channel_decay_fwd(Q, Q, Q, Q[..., :8].float(), None, 0.3),
+    "mlstm: fewer inputs": lambda: OPS.mlstm_fwd(Q, Q, Q, Q[..., 0], Q[:, :, :3, 0], Q[..., 0], None, 0.3, 0.0),
     "mlp: a narrow layer": lambda: OPS.mlp_fwd(*mlp(X, W1, B1, W2[:, :4], B2)),
     "mlp: an activation that is none": lambda: OPS.mlp_fwd(*mlp(X, W1, B1, W2, B2, "silu")),
     "gate: a narrow up": lambda: OPS.glu_fwd(X, X[:, :4], "silu"),

@@ -54,7 +54,8 @@ def crossover(
     """Says from which length on windows and linear attention are faster than exact attention.
 
     Causal, bf16, forward and with gradients, of batches of 32,768 tokens or one sequence. They compute different
-    functions: what a model loses by them is not measured here.
+    functions: what a model loses by them is not measured here. Of a GPU the lengths are kept in the user's data folder
+    for `tilebook.attention(…, approx="auto")`.
     """
     from tilebook import device as devices
     from tilebook.errors import UsageError
@@ -76,5 +77,9 @@ def crossover(
         if time.monotonic() - begun > (math.inf if seconds is None else seconds):
             break
     click.echo(report.text(rows))
+    if device == "cuda" and rows:
+        from tilebook import approximation
+
+        click.echo(f"kept in {approximation.keep(devices.current().name, report.crossovers(rows))}")
     if out is not None:
         draw(out, report.panels(rows))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import tilebook
+from tilebook.kernels.bidirectional.form import PERFORMER
 from tilebook.report.plots import Panel
 from tilebook.tuner.judge.turns import in_turns, peak_mib
 
@@ -30,6 +31,7 @@ def contenders(window: int) -> dict[str, Callable[..., Any]]:
         f"window {window}": lambda q, k, v, g: tilebook.attention(q, k, v, causal=True, window=(window - 1, 0)),
         "linear": lambda q, k, v, g: tilebook.linear_attention(q, k, v, causal=True),
         "gated": lambda q, k, v, g: tilebook.gated_linear_attention(q, k, v, g),
+        PERFORMER: lambda q, k, v, g: tilebook.linear_attention(q, k, v, feature_map=PERFORMER, causal=True),
     }
 
 

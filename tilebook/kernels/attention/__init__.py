@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -41,6 +42,18 @@ class Options(TypedDict, total=False):
     attn_mask: torch.Tensor | None
     dropout_p: float
     deterministic: bool
+    approx: Literal["auto"] | None
+
+
+_approximating: dict[str, Any] = {}
+"""The module that has features in the place of softmax, once it is loaded: it is made of families that are made of this
+one."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _can_approximate() -> bool:
+    _approximating["module"] = importlib.import_module("tilebook.approximation")
+    return True
 
 
 @overload
@@ -69,6 +82,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool = False,
+    approx: Literal["auto"] | None = None,
 ) -> Any:
     """softmax(scale · q kᵀ) v, with the fastest kernel known for this GPU and these shapes; differentiable once.
 
@@ -94,6 +108,10 @@ def attention(
             from the generator of q's device, so `torch.manual_seed` repeats it; nothing else decides what drops.
         return_lse: return (o, lse).
         deterministic: only implementations that give the same bits every time. Ours do, also without.
+        approx: "auto" lets causal self-attention without windows, soft-cap, biases, masks, dropout and lse be
+            *approximated*, by 64 random features (Performer), from the length on from which that was measured to be
+            faster on this GPU (`tilebook bench crossover`); it says so once. Exact where nobody has measured, and
+            always without.
 
     Returns:
         o (B, H, Sq, D), in the dtype of q and with its order of axes in memory; with `return_lse` also the natural
@@ -114,6 +132,14 @@ def attention(
     The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
     """
     optional = window is not None or alibi_slopes is not None or bias is not None or attn_mask is not None
+    if approx is not None:
+        if approx != "auto":
+            raise ValueError(f'approx must be None or "auto", not {approx!r}')
+        plainly = not (optional or softcap or dropout_p or return_lse) and causal is not False
+        if plainly and not has_torch_function((q, k, v)) and _can_approximate():
+            found = _approximating["module"].attend(q, k, v, scale, recorded((q, k, v)))
+            if found is not None:
+                return found
     usual = not (optional or softcap or dropout_p or return_lse or deterministic) and (
         causal is False or causal is True
     )
@@ -136,7 +162,7 @@ def attention(
             return handle_torch_function(
                 attention, (q, k, v, *others), q, k, v, causal=causal, scale=scale, window=window, softcap=softcap,
                 alibi_slopes=alibi_slopes, bias=bias, attn_mask=attn_mask, dropout_p=dropout_p, return_lse=return_lse,
-                deterministic=deterministic,
+                deterministic=deterministic, approx=approx,
             )  # fmt: skip
     return attend(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias,

@@ -21,7 +21,7 @@ def gated_delta_rule_fwd(
     """q and k (B, H, S, D), v (B, H, S, V), g and beta (B, H, S), state (B, H, D, V) → o in the shape of v and the last
     state.
     """
-    return _exactly(chunked, (q, k, v, g, beta, state), (scale, normalize))
+    return exactly(chunked, (q, k, v, g, beta, state), (scale, normalize))
 
 
 @op.define("gated_delta_rule_bwd", BackwardProblem, direction="bwd")
@@ -30,10 +30,10 @@ def gated_delta_rule_bwd(
     g: torch.Tensor | None, beta: torch.Tensor, state: torch.Tensor | None, scale: float, normalize: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """→ dq, dk, dv, dg, dbeta and the gradient of `state`, nothing where one is not there."""
-    return _exactly(gradients, (do, dstate, q, k, v, g, beta, state), (scale, normalize))
+    return exactly(gradients, (do, dstate, q, k, v, g, beta, state), (scale, normalize))
 
 
-def _exactly(function: Any, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+def exactly(function: Any, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     """A function of batches in fp64, one at a time, so that what it makes of them fits into memory."""
     dtypes = [x.dtype for x in tensors if x is not None]
     count, wide = tensors[0].shape[0], [x if x is None else x.double() for x in tensors]

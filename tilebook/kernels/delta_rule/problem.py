@@ -2,83 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 
-from tilebook import bounds, op
+from tilebook import op
+from tilebook.kernels.linear_attention.recurrent import Recurrent
 from tilebook.op import Cost
-from tilebook.problem import next_power_of_2
 
 
 @dataclass(frozen=True)
-class DeltaRule(op.Problem):
+class DeltaRule(Recurrent):
     """q and k (B, H, S, D), v (B, H, S, V), β (B, H, S).
 
     decay: log-decays (B, H, S). initial: there is a state before the first token, or a gradient of the last.
     normalized: rows of q and k are divided by their lengths.
     """
 
-    EXACT: ClassVar[frozenset[str]] = frozenset({"head_dim", "value_dim"})
-    PRODUCTS: ClassVar[int]
-    """Floating-point operations a token and number of the state, at least."""
-
-    batch: int = op.size("B")
-    heads: int = op.size("H")
-    seq: int = op.size("S")
-    head_dim: int = op.size("D")
-    value_dim: int = op.size("V", like="head_dim")
-    dtype: str = "bf16"
     decay: bool = op.flag()
     initial: bool = op.flag()
     normalized: bool = op.flag()
 
-    @classmethod
-    def posed(cls, q: torch.Tensor, v: torch.Tensor, decay: bool, initial: bool, normalized: bool) -> Self:
-        batch, heads, seq, width = q.shape
-        return cls(batch, heads, seq, width, v.shape[-1], op.dtype_name(q.dtype), decay, initial, normalized)
-
-    def check(self) -> None:
-        bounds.linear_attention(self)
-
-    @property
-    def wide(self) -> int:
-        """Rows of a state in registers."""
-        return max(16, next_power_of_2(self.head_dim))
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.heads * self.seq
-
-    @property
-    def states(self) -> int:
-        """Numbers of all heads' states."""
-        return self.batch * self.heads * self.head_dim * self.value_dim
-
     def drawn(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
-        """q, k, v, log-decays of 1 down to 1e-6, β, a state, and a source of more. Keys are of length 1, or made so."""
+        """q, k, v, log-decays, β, a state, and a source of more. Keys are of length 1, or made so."""
         source = op.generator(device, seed)
-        qk = (self.batch, self.heads, self.seq, self.head_dim)
-        q, v = (op.normal(shape, source, device, self.torch_dtype) for shape in (qk, (*qk[:3], self.value_dim)))
-        k = op.normal(qk, source, device, torch.float32)
+        q, v = self.normal(source, device, self.head_dim, self.value_dim)
+        k = op.normal(q.shape, source, device, torch.float32)
         if not (k.is_meta or self.normalized):
             k = torch.nn.functional.normalize(k, dim=-1)
-        g = state = None
-        if self.decay:
-            g = op.normal(qk[:3], source, device, torch.float32)
-            g = g if g.is_meta else -(g * g * g * g).clamp(max=138) / 10
-        beta = op.normal(qk[:3], source, device, torch.float32)
-        if self.initial:
-            state = op.normal((*qk[:2], self.head_dim, self.value_dim), source, device, torch.float32)
-        k = torch.empty(qk, dtype=self.torch_dtype, device=device) if k.is_meta else k.to(self.torch_dtype)
+        g = self.decays(source, device) if self.decay else None
+        beta = op.normal(q.shape[:3], source, device, torch.float32)
+        state = self.start(source, device) if self.initial else None
+        k = torch.empty_like(q) if k.is_meta else k.to(self.torch_dtype)
         return q, k, v, g, beta if beta.is_meta else beta.sigmoid(), state, source
-
-    def neighbours(self) -> Sequence[Self]:
-        few = dataclasses.replace(self, batch=2, heads=3)
-        return [dataclasses.replace(few, seq=n, initial=more) for n, more in ((1, False), (453, True), (2500, False))]
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
@@ -118,10 +76,8 @@ class Problem(DeltaRule):
 
     def cost(self) -> Cost:
         """What a token finds in the state, adds to it and reads there."""
-        moved = 2 * self.tokens * (self.head_dim + self.value_dim) * self.torch_dtype.itemsize
-        flops = self.PRODUCTS * self.tokens * self.head_dim * self.value_dim
         statistics = 4 * self.tokens * (1 + self.decay)
-        return Cost(float(flops), float(moved + statistics + 4 * self.states * (1 + self.initial)))
+        return Cost(self.flops(), float(self.moved(2, 2) + statistics + 4 * self.states * (1 + self.initial)))
 
 
 @dataclass(frozen=True)
@@ -144,12 +100,10 @@ class BackwardProblem(DeltaRule):
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         *tensors, source = self.drawn(device, seed)
         do = op.normal(tensors[2].shape, source, device, self.torch_dtype)
-        dstate = op.normal(tensors[5].shape, source, device, torch.float32) if self.initial else None
+        dstate = self.start(source, device) if self.initial else None
         return do, dstate, *tensors, self.head_dim**-0.5, self.normalized
 
     def cost(self) -> Cost:
         """Gradients of all that is read, which the states are needed for as well."""
-        moved = self.tokens * (4 * self.head_dim + 3 * self.value_dim) * self.torch_dtype.itemsize
         statistics = 8 * self.tokens * (1 + self.decay)
-        flops = self.PRODUCTS * self.tokens * self.head_dim * self.value_dim
-        return Cost(float(flops), float(moved + statistics + 3 * 4 * self.states * self.initial))
+        return Cost(self.flops(), float(self.moved(4, 3) + statistics + 3 * 4 * self.states * self.initial))

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2312.06635), whose chunks these kernels have.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from tilebook.kernels.linear_attention.check import check, check_step
 from tilebook.kernels.linear_attention.entry import GATED, NORMALIZED, arguments, registered
 from tilebook.kernels.linear_attention.packs import forgetting, wide
 from tilebook.kernels.linear_attention.pytorch import step
+
+_channels = importlib.import_module("tilebook.kernels.channel_decay")  # which is made of parts of this family
 
 __all__ = ["gated_linear_attention", "linear_attention", "linear_attention_step"]
 
@@ -47,7 +50,8 @@ def gated_linear_attention(
         k: keys (B, H, S, D).
         v: values (B, H, S, V).
         log_decay: g, at most 0: (B, H, S) of each head and token (Mamba-2, simple GLA), or (H,) of each head (RetNet,
-            Lightning); None is 0, plain linear attention. What is below −100, −infinity too, counts as −100.
+            Lightning); (B, H, S, D) of each channel of k and token (GLA), whose channels of states have decays of their
+            own, or (H, D). None is 0, plain linear attention. What is below −100, −infinity too, counts as −100.
         scale: what outputs are multiplied by; D^-0.5 if None.
         initial_state: h_0 (B, H, D, V), or None for 0.
         return_state: return (o, state) with the last state.
@@ -78,9 +82,15 @@ def gated_linear_attention(
         log_decay = wide(log_decay, q)
         if log_decay.ndim == 1 and q.ndim == 4 and log_decay.shape == q.shape[1:2]:
             log_decay = log_decay[None, :, None].expand(q.shape[:3])
+        elif log_decay.ndim == 2 and q.ndim == 4 and log_decay.shape == q.shape[1::2]:
+            log_decay = log_decay[None, :, None].expand(q.shape)
     if cu_seqlens is not None:
         log_decay = forgetting(q, log_decay, cu_seqlens, initial_state is not None or return_state)
-    o, state = _causal(route, GATED, (q, k, v, log_decay, wide(initial_state, q)), ("none", multiplier(scale, q)))
+    tensors, factor = (q, k, v, log_decay, wide(initial_state, q)), multiplier(scale, q)
+    if log_decay is not None and log_decay.ndim == 4:
+        o, state = _channels.attend(route, tensors, factor)
+    else:
+        o, state = _causal(route, GATED, tensors, ("none", factor))
     return (o, state) if return_state else o
 
 
@@ -181,7 +191,7 @@ def linear_attention_step(
         k: (B, H, D).
         v: (B, H, V).
         state: (B, H, D, V) in fp32, as `return_state` gives it. It is not written to.
-        log_decay: (B, H) or (H,), or None.
+        log_decay: (B, H) or (H,), of each channel (B, H, D), or None.
         scale: as there.
 
     Returns:
@@ -191,7 +201,7 @@ def linear_attention_step(
         ValueError: shapes that do not go together.
     """
     way(q, k, v, state, optional=(log_decay,))
-    check_step(q, k, v, state, log_decay)
+    check_step(q, k, v, state, log_decay, channels=True)
     return step(q, k, v, wide(state, q), log_decay, multiplier(scale, q))
 
 

@@ -36,18 +36,15 @@ def check_map(name: str) -> None:
 
 
 def check_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, log_decay: torch.Tensor | None
-) -> None:
-    """Raises ValueError for tensors of one token that do not go together with a state."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, log_decay: torch.Tensor | None,
+    channels: bool = False,
+) -> None:  # fmt: skip
+    """Raises ValueError for tensors of one token that do not go together with a state. channels: may they have decays
+    of their own?"""
     expected = q.shape == k.shape and v.shape[:-1] == q.shape[:-1] and q.ndim == v.ndim == 3
     if not expected or state.shape != (*q.shape, v.shape[-1]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, state))
         raise ValueError(f"expected q, k (B, H, D), v (B, H, V) and state (B, H, D, V), not {shapes}")
-    if log_decay is not None and log_decay.shape not in (q.shape[:2], q.shape[1:2]):
-        raise ValueError(f"log_decay must have shape {tuple(q.shape[:2])} or {tuple(q.shape[1:2])}")
-    if not all(x.is_floating_point() for x in (q, k, v, state)):
-        raise ValueError(
-            f"q, k, v and state must be floating point; got {q.dtype}, {k.dtype}, {v.dtype}, {state.dtype}"
-        )
-    if any(x is not None and x.device != q.device for x in (k, v, state, log_decay)):
-        raise ValueError("all tensors must be on one device")
+    shapes_of_decays = [tuple(shape) for shape in (q.shape[:2], q.shape[1:2], *([q.shape] if channels else []))]
+    if log_decay is not None and tuple(log_decay.shape) not in shapes_of_decays:
+        raise ValueError(f"log_decay must have shape {' or '.join(map(str, shapes_of_decays))}")

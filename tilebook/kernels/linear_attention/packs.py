@@ -25,7 +25,7 @@ def forgetting(q: torch.Tensor, log_decay: torch.Tensor | None, ends: torch.Tens
     begins = torch.zeros(n + 1, dtype=torch.bool, device=q.device).index_fill(0, at, True)[:n]
     if log_decay is None:
         log_decay = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    return log_decay.masked_fill(begins, -torch.inf)
+    return log_decay.masked_fill(begins if log_decay.ndim < 4 else begins[:, None], -torch.inf)
 
 
 def wide(x: torch.Tensor | None, q: torch.Tensor) -> Any:

@@ -2,63 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 
-from tilebook import bounds, op
+from tilebook import op
 from tilebook.kernels.bidirectional.form import MAPPED
+from tilebook.kernels.linear_attention.recurrent import Recurrent
 from tilebook.op import Cost
-from tilebook.problem import next_power_of_2
 
 EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class LinearAttention(op.Problem):
+class LinearAttention(Recurrent):
     """q and k (B, H, S, D), v (B, H, S, V).
 
     decay: log-decays (B, H, S). initial: there is a state before the first token, or a gradient of the last.
     normalized: outputs are divided by their weights. feature_map: what is made of q and k first.
     """
 
-    EXACT: ClassVar[frozenset[str]] = frozenset({"head_dim", "value_dim"})
-    PRODUCTS: ClassVar[int]
-    """Floating-point operations a token and number of the state, at least."""
-
-    batch: int = op.size("B")
-    heads: int = op.size("H")
-    seq: int = op.size("S")
-    head_dim: int = op.size("D")
-    value_dim: int = op.size("V", like="head_dim")
-    dtype: str = "bf16"
     decay: bool = op.flag()
     initial: bool = op.flag()
     normalized: bool = op.flag()
     feature_map: str = op.choice("none", *MAPPED, elided=True)
-
-    @classmethod
-    def posed(
-        cls, q: torch.Tensor, v: torch.Tensor, decay: bool, initial: bool, normalized: bool, feature_map: str
-    ) -> Self:
-        batch, heads, seq, width = q.shape
-        dtype = op.dtype_name(q.dtype)
-        return cls(batch, heads, seq, width, v.shape[-1], dtype, decay, initial, normalized, feature_map)
-
-    def check(self) -> None:
-        bounds.linear_attention(self)
-
-    @property
-    def wide(self) -> int:
-        """Rows of a state in registers."""
-        return max(16, next_power_of_2(self.head_dim))
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.heads * self.seq
 
     @property
     def states(self) -> int:
@@ -66,25 +35,16 @@ class LinearAttention(op.Problem):
         return self.batch * self.heads * self.head_dim * (self.value_dim + self.normalized)
 
     def drawn(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
-        """q, k, v, log-decays of 1 down to 1e-6, a state, and a source of more. Normalized, features are positive."""
+        """q, k, v, log-decays, a state, and a source of more. Normalized, features are positive."""
         source = op.generator(device, seed)
-        qk = (self.batch, self.heads, self.seq, self.head_dim)
-        q, k, v = (op.normal(shape, source, device, self.torch_dtype) for shape in (qk, qk, (*qk[:3], self.value_dim)))
-        g = state = None
+        q, k, v = self.normal(source, device, self.head_dim, self.head_dim, self.value_dim)
         if self.normalized and self.feature_map == "none" and not q.is_meta:
             q, k = q.abs(), k.abs()
-        if self.decay:
-            g = op.normal(qk[:3], source, device, torch.float32)
-            g = g if g.is_meta else -(g * g * g * g).clamp(max=138) / 10
-        if self.initial:
-            state = op.normal((*qk[:2], self.head_dim, self.value_dim + self.normalized), source, device, torch.float32)
-            if self.normalized and not state.is_meta:
-                state[..., -1].abs_()
+        g = self.decays(source, device) if self.decay else None
+        state = self.start(source, device, self.normalized) if self.initial else None
+        if state is not None and self.normalized and not state.is_meta:
+            state[..., -1].abs_()
         return q, k, v, g, state, source
-
-    def neighbours(self) -> Sequence[Self]:
-        few = dataclasses.replace(self, batch=2, heads=3)
-        return [dataclasses.replace(few, seq=n, initial=more) for n, more in ((1, False), (453, True), (2500, False))]
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
@@ -138,10 +98,8 @@ class Problem(LinearAttention):
 
     def cost(self) -> Cost:
         """A token's place in the state, and what it reads there."""
-        moved = 2 * self.tokens * (self.head_dim + self.value_dim) * self.torch_dtype.itemsize
         statistics = 4 * self.tokens * (self.decay + self.normalized)
-        flops = self.PRODUCTS * self.tokens * self.head_dim * self.value_dim
-        return Cost(float(flops), float(moved + statistics + 4 * self.states * (1 + self.initial)))
+        return Cost(self.flops(), float(self.moved(2, 2) + statistics + 4 * self.states * (1 + self.initial)))
 
 
 @dataclass(frozen=True)
@@ -165,13 +123,11 @@ class BackwardProblem(LinearAttention):
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         q, k, v, g, state, source = self.drawn(device, seed)
         do = op.normal(v.shape, source, device, self.torch_dtype)
-        dstate = op.normal(state.shape, source, device, torch.float32) if self.initial else None
+        dstate = self.start(source, device, self.normalized) if self.initial else None
         weight = op.normal(q.shape[:3], source, device, torch.float32) if self.normalized else None
         return do, dstate, q, k, v, g, state, weight, self.head_dim**-0.5, self.decay, self.feature_map
 
     def cost(self) -> Cost:
         """Gradients of all that is read, which the states are needed for as well."""
-        moved = self.tokens * (4 * self.head_dim + 3 * self.value_dim) * self.torch_dtype.itemsize
         statistics = 4 * self.tokens * (2 * self.decay + self.normalized)
-        flops = self.PRODUCTS * self.tokens * self.head_dim * self.value_dim
-        return Cost(float(flops), float(moved + statistics + 3 * 4 * self.states * self.initial))
+        return Cost(self.flops(), float(self.moved(4, 3) + statistics + 3 * 4 * self.states * self.initial))

@@ -102,9 +102,10 @@ def gradients(
 def step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, g: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, state) of one token: q, k (B, H, D), v (B, H, V), state (B, H, D, V), g (B, H)."""
+    """(o, state) of one token: q, k (B, H, D), v (B, H, V), state (B, H, D, V), g (B, H) or (B, H, D)."""
     if g is not None:
-        state = state * g.clamp(min=LEAST).exp()[..., None, None]
+        kept = g.clamp(min=LEAST).exp()[..., None]
+        state = state * (kept if g.ndim == 3 else kept[..., None])
     state = state + k[..., :, None].to(state.dtype) * v[..., None, :].to(state.dtype)
     o = (q[..., None, :].to(state.dtype) @ state).squeeze(-2) * scale
     return o.to(v.dtype), state

@@ -1,0 +1,110 @@
+"""mLSTM's memory as PyTorch's ops: schema, shapes, gradients. Loads no kernel before one runs.
+
+o = n / m, m = max(|w|, floor) + eps, makes dn = do / m, and dw = −sign(w) (do · o) / m where |w| is the larger. `floor`
+has no gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tilebook import dispatch
+from tilebook.call import Entry, Tensors
+from tilebook.kernels.attention.layout import like
+from tilebook.kernels.linear_attention.check import check as check_linear
+from tilebook.kernels.linear_attention.layout import new_state
+from tilebook.kernels.mlstm.pytorch import chunked, plain
+from tilebook.layout import rows
+
+Options = tuple[float, float]
+
+
+@functools.cache
+def registered() -> tuple[Any, Any]:
+    """(forward, backward), as the tuner and the registry know them."""
+    from tilebook.kernels.mlstm.ops import mlstm_bwd, mlstm_fwd
+
+    return mlstm_fwd, mlstm_bwd
+
+
+def arguments(tensors: Tensors, options: Options) -> tuple[Any, ...]:
+    """The forward op's, of an entry's tensors and options."""
+    q, k, v, *more = tensors
+    return *(rows(x) for x in (q, k, v) if x is not None), *more, *options
+
+
+def _check(tensors: Tensors, options: Options) -> None:
+    q, k, v, g, log_input, floor, state = tensors
+    for each in (g, log_input, floor):
+        check_linear(q, k, v, each, state, True)  # type: ignore[arg-type]
+
+
+def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
+    args = arguments(tensors, options)
+    if not args[2].numel():
+        return chunked(*args)
+    return (dispatch.lookup(registered()[0], args) if choice is None else choice)(*args)  # type: ignore[no-any-return]
+
+
+def _backward(
+    do: torch.Tensor | None, dstate: torch.Tensor | None, tensors: Tensors, kept: Tensors, options: Options,
+    needs: Sequence[bool],
+) -> Tensors:  # fmt: skip
+    (*given, floor, state), (o, den), (scale, eps) = tensors, kept, options
+    assert o is not None
+    assert den is not None
+    assert floor is not None
+    do = torch.zeros_like(o) if do is None else do
+    if not o.numel():
+        nothing = [None if x is None else torch.zeros_like(x) for x in tensors]
+        grads: Sequence[Any] = *nothing[:6], nothing[6] if dstate is None else dstate
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    part = 1 / (torch.maximum(den.abs(), floor) + eps)
+    above = (do.float() * part[..., None]).to(o.dtype)
+    # Of the rounded gradient: where one token is all, what its weight gains and loses must be the same number.
+    weight = torch.where(den.abs() > floor, -(above.float() * o.float()).sum(-1) * den.sign(), 0)
+    args = *(rows(x) for x in given if x is not None), state
+    *grads, dstart = dispatch.run(registered()[1], rows(above), dstate, *args, weight, scale)
+    grads = *grads, None, dstart
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
+    q, _, v, *_ = tensors
+    assert q is not None
+    assert v is not None
+    return like(v), new_state(q, v, True), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
+    """What each token adds to a state and reads there, and the gradients of that; chunks multiply more."""
+    q, _, v, *_ = tensors
+    assert q is not None
+    assert v is not None
+    return int((4 if needs is None else 10) * q.numel() * v.shape[-1])
+
+
+_TENSORS = ("q", "k", "v", "log_decay", "log_input", "floor", "initial_state?")
+_EVERYTHING = *(each.rstrip("?") for each in _TENSORS), "o", "state", "den"
+
+MEMORY = Entry(
+    name="mlstm",
+    tensors=_TENSORS,
+    options=("float scale", "float eps"),
+    outputs=("o", "state", "den"),
+    kept=(0, 2),
+    forward=_forward,
+    backward=_backward,
+    check=_check,
+    plain=lambda tensors, options: plain((found := arguments(tensors, options))[:7], found[7:]),
+    fake=_fake,
+    casts=("q", "k", "v"),
+    fold=_EVERYTHING[: len(_TENSORS)],
+    results=2,
+    flops=_flops,
+    shards=lambda tensors: [dict.fromkeys(_EVERYTHING, axis) for axis in (0, 1)],
+)
