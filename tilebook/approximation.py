@@ -64,13 +64,15 @@ def _kept(gpu: str) -> tuple[tuple[int, str, float | None], ...]:
     return tuple((row["head_dim"], row["direction"], row["tokens"][PERFORMER]) for row in known)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def crossover(gpu: str, head_dim: int, training: bool) -> float | None:
     """Tokens from which on features are faster: of the narrowest heads measured that are not narrower; None where
     nobody has measured that, infinity where they never were."""
     direction = TRAINING if training else FORWARD
     rows = sorted((width, tokens) for width, kind, tokens in _told(gpu) if kind == direction and width >= head_dim)
     return rows[0][1] if rows else None
+
+
+crossover._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _told(gpu: str) -> list[tuple[int, str, float]]:

@@ -50,10 +50,12 @@ _approximating: dict[str, Any] = {}
 one."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _can_approximate() -> bool:
     _approximating["module"] = importlib.import_module("tilebook.approximation")
     return True
+
+
+_can_approximate._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @overload
