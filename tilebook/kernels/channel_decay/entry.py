@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from tilebook import dispatch
-from tilebook.call import Entry, Tensors
-from tilebook.kernels.attention.layout import like
+from tilebook.call import Tensors
 from tilebook.kernels.channel_decay.check import check
 from tilebook.kernels.channel_decay.pytorch import plain
-from tilebook.kernels.linear_attention.layout import new_state
+from tilebook.kernels.linear_attention.entries import Recurrence, entry, fake, flops
 from tilebook.layout import rows
 
 Options = tuple[float]
@@ -37,59 +32,18 @@ def _check(tensors: Tensors, options: Options) -> None:
     check(*tensors)  # type: ignore[arg-type]
 
 
-def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
-    args = arguments(tensors, options)
-    if not args[2].numel():
-        return plain(args[:5], args[5:])
-    return (dispatch.lookup(registered()[0], args) if choice is None else choice)(*args)  # type: ignore[no-any-return]
+_RECURRENCE = Recurrence(registered, arguments, plain, told=lambda needs: (bool(needs[3]),))
 
-
-def _backward(
-    do: torch.Tensor | None, dstate: torch.Tensor | None, tensors: Tensors, kept: Tensors, options: Options,
-    needs: Sequence[bool],
-) -> Tensors:  # fmt: skip
-    do = torch.zeros_like(tensors[2]) if do is None else do  # type: ignore[arg-type]
-    if do.numel():
-        args = arguments(tensors, options)
-        grads: Sequence[Any] = dispatch.run(registered()[1], rows(do), dstate, *args, bool(needs[3]))
-    else:
-        nothing = [None if x is None else torch.zeros_like(x) for x in tensors]
-        grads = *nothing[:4], nothing[4] if dstate is None else dstate
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
-    q, _, v, *_ = tensors
-    assert q is not None
-    assert v is not None
-    return like(v), new_state(q, v, False)
-
-
-def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
-    """What each token adds to a state and reads there, and the gradients of that; chunks multiply more."""
-    q, _, v, *_ = tensors
-    assert q is not None
-    assert v is not None
-    return int((4 if needs is None else 10) * q.numel() * v.shape[-1])
-
-
-_TENSORS = ("q", "k", "v", "log_decay", "initial_state?")
-_EVERYTHING = *(each.rstrip("?") for each in _TENSORS), "o", "state"
-
-CHANNELS = Entry(
-    name="channel_decay",
-    tensors=_TENSORS,
+CHANNELS = entry(
+    "channel_decay",
+    ("q", "k", "v", "log_decay", "initial_state?"),
+    ("o", "state"),
     options=("float scale",),
-    outputs=("o", "state"),
     kept=(),
-    forward=_forward,
-    backward=_backward,
+    forward=_RECURRENCE.forward,
+    backward=_RECURRENCE.backward,
     check=_check,
-    plain=lambda tensors, options: plain((found := arguments(tensors, options))[:5], found[5:]),
-    fake=_fake,
-    casts=("q", "k", "v"),
-    fold=_EVERYTHING[: len(_TENSORS)],
-    results=2,
-    flops=_flops,
-    shards=lambda tensors: [dict.fromkeys(_EVERYTHING, axis) for axis in (0, 1)],
+    plain=_RECURRENCE.composed,
+    fake=fake,
+    flops=flops(4, 10),  # what each token adds to a state and reads there
 )

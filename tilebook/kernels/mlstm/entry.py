@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from tilebook import dispatch
-from tilebook.call import Entry, Tensors
+from tilebook.call import Tensors
 from tilebook.kernels.attention.layout import like
 from tilebook.kernels.linear_attention.check import check as check_linear
+from tilebook.kernels.linear_attention.entries import entry, flops
 from tilebook.kernels.linear_attention.layout import new_state
 from tilebook.kernels.mlstm.pytorch import chunked, plain
 from tilebook.layout import rows
@@ -80,31 +81,21 @@ def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:
     return like(v), new_state(q, v, True), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _flops(tensors: Tensors, options: Any, needs: Sequence[bool] | None) -> int:
-    """What each token adds to a state and reads there, and the gradients of that; chunks multiply more."""
-    q, _, v, *_ = tensors
-    assert q is not None
-    assert v is not None
-    return int((4 if needs is None else 10) * q.numel() * v.shape[-1])
+def _plain(tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
+    args = arguments(tensors, options)
+    return plain(args[:7], args[7:])
 
 
-_TENSORS = ("q", "k", "v", "log_decay", "log_input", "floor", "initial_state?")
-_EVERYTHING = *(each.rstrip("?") for each in _TENSORS), "o", "state", "den"
-
-MEMORY = Entry(
-    name="mlstm",
-    tensors=_TENSORS,
+MEMORY = entry(
+    "mlstm",
+    ("q", "k", "v", "log_decay", "log_input", "floor", "initial_state?"),
+    ("o", "state", "den"),
     options=("float scale", "float eps"),
-    outputs=("o", "state", "den"),
     kept=(0, 2),
     forward=_forward,
     backward=_backward,
     check=_check,
-    plain=lambda tensors, options: plain((found := arguments(tensors, options))[:7], found[7:]),
+    plain=_plain,
     fake=_fake,
-    casts=("q", "k", "v"),
-    fold=_EVERYTHING[: len(_TENSORS)],
-    results=2,
-    flops=_flops,
-    shards=lambda tensors: [dict.fromkeys(_EVERYTHING, axis) for axis in (0, 1)],
+    flops=flops(4, 10),  # what each token adds to a state and reads there
 )
