@@ -50,6 +50,29 @@ class Case:
     placed: bool = False
 
 
+def _mlstm(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, i: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    """As the paper writes it, over all pairs of tokens."""
+    forgotten = F.logsigmoid(f).cumsum(-1)
+    gates = forgotten[..., :, None] - forgotten[..., None, :] + i[..., None, :]
+    gates = gates.masked_fill(~torch.ones(gates.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf)
+    most = gates.amax(-1, keepdim=True)
+    weights = (q @ k.mT) * q.shape[-1] ** -0.5 * (gates - most).exp()
+    return ((weights / torch.maximum(weights.sum(-1, keepdim=True).abs(), (-most).exp())).to(v.dtype)) @ v
+
+
+def _mlstm_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, i: torch.Tensor, f: torch.Tensor,
+    memory: torch.Tensor, n: torch.Tensor, m: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    kept = F.logsigmoid(f) + m
+    top = torch.maximum(kept, i)
+    kept, written = (kept - top).exp()[..., None], k.float() * (i - top).exp()[..., None]
+    memory, n = memory * kept[..., None] + written[..., None] * v[..., None, :], n * kept + written
+    asked = q.float() * q.shape[-1] ** -0.5
+    divisor = torch.maximum((asked * n).sum(-1, keepdim=True).abs(), (-top).exp()[..., None])
+    return ((asked[..., None, :] @ memory).squeeze(-2) / divisor).to(v.dtype)
+
+
 def cases(device: str) -> list[Case]:
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -234,6 +257,20 @@ def cases(device: str) -> list[Case]:
             lambda q, k, v, h, beta: tilebook.gated_delta_rule_step(q, k, v, h, None, beta, normalize_qk=True)[0],
             [random(16, 8, 64) for _ in range(3)],
             (random(16, 8, 64, 64, dtype=torch.float32), random(16, 8, dtype=torch.float32).sigmoid()),
+        ),
+        Case(
+            "mlstm B1,H4,S128,D64",
+            _mlstm,
+            tilebook.mlstm,
+            heads(1, 4, 4, 128, 64),
+            tuple(random(1, 4, 128, dtype=torch.float32) for _ in range(2)),
+        ),
+        Case(
+            "mlstm_step B16,H8,D64",
+            _mlstm_step,
+            lambda q, k, v, i, f, *state: tilebook.mlstm_step(q, k, v, i, f, state)[0],
+            [random(16, 8, 64) for _ in range(3)],
+            (*(random(16, 8, *shape, dtype=torch.float32) for shape in ((), (), (64, 64), (64,), ())),),
         ),
     ]
     for dtype in (torch.bfloat16, torch.float32):

@@ -161,6 +161,7 @@ bool takes_attention(Call& call) {
   if (!flag(given[3], causal) || !positive_or_none(given[4], call.scale)) return false;
   if (given[5] != Py_None || !zero(given[6]) || given[7] != Py_None || given[8] != Py_None) return false;
   if (given[9] != Py_None || !zero(given[10]) || given[11] != Py_False || given[12] != Py_False) return false;
+  if (given[13] != Py_None) return false;
   call.told = causal;
   return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && four_axes(call);
 }
@@ -267,7 +268,7 @@ std::pair<Tensor, Tensor> loss(const Call& call) {
 
 constexpr Form forms[] = {
     {"attention",
-     "q k v causal scale window softcap alibi_slopes bias attn_mask dropout_p return_lse deterministic",
+     "q k v causal scale window softcap alibi_slopes bias attn_mask dropout_p return_lse deterministic approx",
      takes_attention, attention},
     {"scaled_dot_product_attention", "query key value attn_mask dropout_p is_causal scale enable_gqa", takes_drop_in,
      drop_in},

@@ -48,3 +48,9 @@ def check_step(
     shapes_of_decays = [tuple(shape) for shape in (q.shape[:2], q.shape[1:2], *([q.shape] if channels else []))]
     if log_decay is not None and tuple(log_decay.shape) not in shapes_of_decays:
         raise ValueError(f"log_decay must have shape {' or '.join(map(str, shapes_of_decays))}")
+    if not all(x.is_floating_point() for x in (q, k, v, state)):
+        raise ValueError(
+            f"q, k, v and state must be floating point; got {q.dtype}, {k.dtype}, {v.dtype}, {state.dtype}"
+        )
+    if any(x is not None and x.device != q.device for x in (k, v, state, log_decay)):
+        raise ValueError("all tensors must be on one device")
