@@ -112,6 +112,19 @@ def test_under_autocast_the_bits_and_the_casts_are_pytorchs(gated, activation):
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)
 
 
+def test_under_autocast_a_frozen_bias_leaves_the_other_gradients_where_they_go(gated):
+    given = leaves([True, True, False, True, True], 2, 3, 8)
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            y, expected = gated(tilebook.mlp, *given), plain("gelu", *given)
+        wanted = [each for each in given if each.requires_grad]
+        dy = numbers(*y.shape, seed=9, dtype=torch.bfloat16)
+        found = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        torch.testing.assert_close(found, torch.autograd.grad(expected, wanted, dy), rtol=0, atol=0)
+    to = [getattr(node, "variable", None) for node, _ in y.grad_fn.next_functions]
+    assert [to[index] is given[index] for index in (1, 3, 4)] == [True] * 3
+
+
 @every_activation
 @pytest.mark.parametrize(
     "needs", [needs for needs in itertools.product((False, True), repeat=5) if any(needs)], ids=str

@@ -62,10 +62,12 @@ struct Factors {
 struct Block : torch::autograd::Function<Block> {
   enum { kX, kW1, kB1, kW2, kB2, kTensors };
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& to_w1, const Tensor&, const Tensor&,
-                        const Tensor&, const Factors& factors, int64_t activation) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& to_w1, const Tensor& to_b1,
+                        const Tensor& to_w2, const Tensor& to_b2, const Factors& factors, int64_t activation) {
     const auto& [w1, b1, w2, b2] = factors;
-    ctx->saved_data["dtype"] = static_cast<int64_t>(to_w1.scalar_type());
+    const auto number = [](const Tensor& each) { return static_cast<int64_t>(each.scalar_type()); };
+    ctx->saved_data["dtypes"] =
+        std::vector<int64_t>{number(x), number(to_w1), number(to_b1), number(to_w2), number(to_b2)};
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto which = static_cast<Activation>(activation);
     ctx->set_materialize_grads(false);
@@ -89,25 +91,26 @@ struct Block : torch::autograd::Function<Block> {
     const auto which = static_cast<Activation>(ctx->saved_data["activation"].toInt());
     const bool twice = at::GradMode::is_enabled();
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-    const bool recorded_now = twice || !ordinary(dy, dy.device().type());
-    if (!recorded_now) below.emplace();
-    const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
-    const auto summed = [&](const Tensor& each) {
-      return recorded_now || each.scalar_type() == dtype ? at::sum(each, 0).to(dtype) : column_sum(each, dtype);
+    const bool traced = twice || !ordinary(dy, dy.device().type());
+    if (!traced) below.emplace();
+    const auto dtypes = ctx->saved_data["dtypes"].toIntVector();
+    const auto dtype = [&](size_t index) { return static_cast<at::ScalarType>(dtypes[index]); };
+    const auto summed = [&](const Tensor& each, at::ScalarType to) {
+      return traced || each.scalar_type() == to ? at::sum(each, 0).to(to) : column_sum(each, to);
     };
     const Tensor rows = rows_of(dy);
     const bool first = ctx->needs_input_grad(kX) || ctx->needs_input_grad(kW1) || ctx->needs_input_grad(kB1);
     Tensor before = which == Activation::relu ? h : z, after = h;
     if (twice && first) std::tie(before, after) = recorded(ctx, which, dy, x, w1, before);
-    if (ctx->needs_input_grad(kW2)) found[kW2] = product(rows.t(), after, dtype, recorded_now);
-    if (ctx->needs_input_grad(kB2)) found[kB2] = summed(rows);
+    if (ctx->needs_input_grad(kW2)) found[kW2] = product(rows.t(), after, dtype(kW2), traced);
+    if (ctx->needs_input_grad(kB2)) found[kB2] = summed(rows, dtype(kB2));
     if (!first) return found;
     const Tensor dh = at::mm(rows, w2);
     const Tensor dz = which == Activation::relu ? at::threshold_backward(dh, before, 0)
                                                 : at::gelu_backward(dh, before, approximation(which));
     if (ctx->needs_input_grad(kX)) found[kX] = shaped(at::mm(dz, w1), dy);
-    if (ctx->needs_input_grad(kW1)) found[kW1] = product(dz.t(), rows_of(x), dtype, recorded_now);
-    if (ctx->needs_input_grad(kB1)) found[kB1] = summed(dz);
+    if (ctx->needs_input_grad(kW1)) found[kW1] = product(dz.t(), rows_of(x), dtype(kW1), traced);
+    if (ctx->needs_input_grad(kB1)) found[kB1] = summed(dz, dtype(kB1));
     return found;
   }
 
@@ -160,12 +163,7 @@ Tensor computed(const Tensor& x, const Factors& factors, const Factors& targets,
   if (!one_product(x, w1, b1, w2, b2)) return at::linear(activated(at::linear(x, w1, b1), which), w2, b2);
   const auto wanted = [](const Tensor& each) { return each.requires_grad(); };
   if (at::GradMode::is_enabled() && (wanted(x) || wanted(w1) || wanted(b1) || wanted(w2) || wanted(b2))) {
-    // One dtype of all: where one is its cast, all are.
-    const bool direct = targets.w1.scalar_type() == targets.b1.scalar_type() &&
-                        targets.w1.scalar_type() == targets.w2.scalar_type() &&
-                        targets.w1.scalar_type() == targets.b2.scalar_type();
-    const auto& to = direct ? targets : factors;
-    return Block::apply(x, to.w1, to.b1, to.w2, to.b2, factors, static_cast<int64_t>(which));
+    return Block::apply(x, targets.w1, targets.b1, targets.w2, targets.b2, factors, static_cast<int64_t>(which));
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor h = activated(at::addmm(b1, rows_of(x), w1.t()), which);
