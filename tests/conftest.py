@@ -23,6 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["TILEBOOK_NATIVE"] = "0"  # the user's own build stays out of what is tested
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

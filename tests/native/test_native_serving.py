@@ -1,6 +1,7 @@
 """What is answered of PyTorch's calls: whose they are, and the launches that repeat them."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -245,6 +246,17 @@ def test_it_is_found_once_it_is_built(library, folder, monkeypatch):
     done = subprocess.run([sys.executable, "-m", "tilebook.native"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(library)
     assert done.stderr == ""
+
+
+def test_another_copy_in_the_process_is_refused(library, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(folder))
+    native._loaded()
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path))
+    path = place.place(tmp_path)
+    path.parent.mkdir(mode=0o700)
+    shutil.copy2(library, path)
+    with pytest.raises(ImportError, match="tilebook_native"):  # and does not end the process
+        native._loaded()
 
 
 def test_a_file_that_others_can_write_is_not_loaded(tmp_path, monkeypatch):

@@ -479,7 +479,7 @@ void put() {
 
 using namespace casts;
 
-TORCH_LIBRARY(tilebook_native, library) {
+void define_sums(torch::Library& library) {
   library.def("column_sum(Tensor rows, ScalarType dtype) -> Tensor");
   library.impl("column_sum", torch::dispatch(DispatchKey::CompositeExplicitAutograd, TORCH_FN(sum_of_columns)));
 }

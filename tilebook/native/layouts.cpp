@@ -167,7 +167,7 @@ void put(bool cpu) {
 
 using namespace layouts;
 
-TORCH_LIBRARY_FRAGMENT(tilebook_native, library) {
+void define_additions(torch::Library& library) {
   library.def("add(Tensor x, Tensor y) -> Tensor");
   library.impl("add", torch::dispatch(DispatchKey::CompositeExplicitAutograd, TORCH_FN(pytorchs_sum)));
 }

@@ -451,15 +451,16 @@ void keep(std::shared_ptr<Kind> kind, uint64_t since) {
 
 // Lets go of what no plan needs, once no kind is known any more. Under the GIL.
 void release_tokens() {
+  std::vector<PyObject*> free;
   for (auto it = tokens.begin(); it != tokens.end();) {
     if (planned_tokens.count(*it)) {
       ++it;
     } else {
-      PyObject* token = *it;
+      free.push_back(*it);
       it = tokens.erase(it);
-      Py_DECREF(token);
     }
   }
+  for (PyObject* token : free) Py_DECREF(token);  // whose end may run Python, which may come here again
 }
 
 // Makes room for another kind. Under the GIL.
@@ -645,15 +646,14 @@ PyObject* counted(PyObject*, PyObject*) {
     std::shared_lock<std::shared_mutex> guard(kinds_lock);
     for (const auto& each : kinds) all.push_back(each.second);
   }
+  for (const auto& each : all) Py_XINCREF(each->token);  // a collection of garbage may have them released meanwhile
   PyObject* list = PyList_New(0);
   for (const auto& each : all) {
-    if (!each->token) continue;
+    if (!list || !each->token) continue;
     const Object pair(Py_BuildValue("(OL)", each->token, static_cast<long long>(each->calls.exchange(0))));
-    if (!list || !pair || PyList_Append(list, pair) != 0) {
-      Py_XDECREF(list);
-      return nullptr;
-    }
+    if (!pair || PyList_Append(list, pair) != 0) Py_CLEAR(list);
   }
+  for (const auto& each : all) Py_XDECREF(each->token);
   return list;
 }
 
@@ -696,7 +696,20 @@ bool ordinary(const at::Tensor& tensor, c10::DeviceType kind) {
 
 c10::DeviceType served_kind() { return static_cast<c10::DeviceType>(served_device.load(std::memory_order_relaxed)); }
 
+// Throws where another copy is in the process. Not at static initialization, where that would end it.
+void define_ours() {
+  static torch::Library library(torch::Library::DEF, "tilebook_native", std::nullopt, "tilebook/native", __LINE__);
+  static const bool defined = (define_sums(library), define_additions(library), true);
+  (void)defined;
+}
+
 extern "C" PyMODINIT_FUNC PyInit_tilebook_served() {
+  try {
+    define_ours();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
   // In a forked process nobody is there to give the lock back, and no GPU that was in use before.
   pthread_atfork(nullptr, nullptr, [] {
     new (&kinds_lock) std::shared_mutex;

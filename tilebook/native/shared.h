@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include <ATen/core/Tensor.h>
+#include <torch/library.h>
 
 // Is it nothing but its memory, on a device of this kind: of no subclass, no transform, no lazy negation?
 bool ordinary(const at::Tensor& tensor, c10::DeviceType kind);
@@ -15,6 +16,10 @@ c10::DeviceType served_kind();
 
 // Is a graph of the GPU's being captured, on the current stream of this device?
 bool captured(c10::Device device);
+
+// Ops of our own, beside PyTorch's.
+void define_sums(torch::Library& library);
+void define_additions(torch::Library& library);
 
 // Turns it on for the GPU, or for the CPU, as tests do, or off.
 void casts_on(bool on, bool cpu);
