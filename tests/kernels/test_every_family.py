@@ -9,7 +9,7 @@ import tilebook
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.op import Problem, UsageError
-from tilebook.tuner.judge.verify import Case, NoYardstick, Wrong, verify
+from tilebook.tuner.judge.verify import Case, NoYardstick, verify
 
 OPS = [op for op in ops.ops().values() if op.reference.__module__.startswith("tilebook.")]  # not other tests' toys
 
@@ -36,10 +36,10 @@ def test_default_config_is_right(op, problem):
 
 @interpreted
 @pytest.mark.parametrize(("op", "problem"), _examples(slice(1, None, 3)), ids=_id)
-def test_default_config_is_right_on_inputs_with_outliers(op, problem, request):
+def test_default_config_is_right_on_inputs_with_outliers(op, problem):
     if op.name == "bidirectional_linear_attention_bwd" and problem.feature_map == "performer":
-        # The exponents of outliers are hundreds: made anew, they round otherwise than those that made the divisors.
-        request.applymarker(pytest.mark.xfail(raises=Wrong, strict=True, reason="1e-5 of the largest number away"))
+        # Made anew they round otherwise than those that made the divisors, where PyTorch makes both at once.
+        pytest.skip("exponents of outliers are hundreds: what is right to 1e-5 hangs on the order of sums")
     config = op.tunable.space.default(problem, devices.find("H200"))
     try:
         cases = [Case.make(op, problem, "cpu", 3, outliers=True)]
