@@ -9,7 +9,7 @@ GPU ?= NVIDIA H200
 # What ships was measured with this Triton, and machine code belongs to a version.
 SHIPPED_TRITON = 3.6.0
 
-.PHONY: tune test test-cluster lint inventory recheck setup clean
+.PHONY: tune test test-whole test-cluster lint inventory recheck setup clean
 
 setup: $(VENV)/ready
 
@@ -27,6 +27,10 @@ tune: setup
 	$(BIN)/tilebook tune --suite quick --gpu "$(GPU)" --budget $(BUDGET)
 
 test: setup
+	$(BIN)/python -m pytest --sample -n 2 --dist worksteal
+
+# Every case of every test: half an hour on two cores. After a change to what many have in common, and before a release.
+test-whole: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Ray's wheel is large, and its cluster of several nodes takes a minute.

@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import os
 import signal
+from collections import Counter
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is loaded
     for library in ("OMP", "OPENBLAS", "MKL"):
@@ -26,7 +27,33 @@ if not torch.cuda.is_available():
     os.environ["TILEBOOK_NATIVE"] = "0"  # the user's own build stays out of what is tested
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample", action="store_true", help="without what is marked long, and of sampled tests a few cases"
+    )
+
+
+def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves what `make test` runs: no test marked long, and of `sampled(n)` a case in n, spread over all of them."""
+    met: Counter[tuple[str, str]] = Counter()
+    kept, left = [], []
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        here = item.get_closest_marker("long") is None
+        if mark is not None:
+            of, by = mark.args[0], mark.kwargs.get("by")
+            group = item.nodeid.partition("[")[0], str(item.callspec.params[by]) if by else ""  # type: ignore[attr-defined]
+            # Steps of the golden ratio, which no product of parameters repeats.
+            here = here and met[group] * 0.6180339887498949 % 1 < 1 / of
+            met[group] += 1
+        (kept if here else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--sample"):
+        _sample(config, items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA GPU in this machine")

@@ -28,6 +28,7 @@ def test_memory_of_a_matrix_of_scores_grows_with_the_square_and_ours_does_not(tm
     assert "exponent" in printed
 
 
+@pytest.mark.long
 def test_precisions_are_compared_forward_and_backward(tmp_path):
     document, _ = run("attention_fp32.py", tmp_path / "fp32.json", "--rounds", "2", "--only", "fp32")
     assert {row["op"] for row in document["results"]} == {"attention_fwd", "attention_bwd"}
@@ -46,6 +47,7 @@ def test_tables_of_speed_in_the_documentation_are_those_of_the_figures(monkeypat
         assert "\n".join(gains.rates_table(rows, direction)) in (root / "docs/kernels/attention.md").read_text()
 
 
+@pytest.mark.long
 def test_what_a_call_costs_the_host_is_asked_of_every_public_function(tmp_path):
     document, _ = run("host_cost.py", tmp_path / "host.json")
     asked = {name.split()[0] for name in document["results"] if not name.startswith("in PyTorch's place")}
@@ -57,6 +59,7 @@ def test_what_a_call_costs_the_host_is_asked_of_every_public_function(tmp_path):
         assert all(len(each["ratio"]) == 3 for each in row.values())
 
 
+@pytest.mark.long
 def test_a_program_is_watched_without_and_with_probing_and_timed_by_each_registry(tmp_path):
     arguments = "--problems", "2", "--seconds", "1", "--rounds", "2", "--work", str(tmp_path / "work")
     document, printed = run("probing.py", tmp_path / "probing.json", *arguments)

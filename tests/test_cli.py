@@ -116,6 +116,7 @@ def _trials_without_verdict(target):
         return []
 
 
+@pytest.mark.long
 def test_killed_run_resumes_with_its_trials(run):
     command = ["tune", "mlp", "--shape", "M512,H256,I512", "--direction", "fwd", "--gpu", "H200", "--trials", "8"]
     process = run(*command, "--registry", run.registry, "--workers", "2", wait=False)
@@ -328,6 +329,7 @@ def test_a_terminal_without_unicode_gets_plain_text(run):
     assert "no op 'n?'" in told
 
 
+@pytest.mark.long
 def test_a_run_s_table_and_messages_are_plain_text_where_unicode_cannot_be_printed(run):
     command = ["tune", "mlp", "--shape", "M64,H32,I64", "--direction", "fwd", "--gpu", "H200", "--budget", "1s"]
     process = run(*command, "--workers", "1", "--registry", run.registry, PYTHONIOENCODING="ascii")

@@ -52,6 +52,7 @@ print(torch.nn.functional.layer_norm.__module__, "tilebook.enabling" in sys.modu
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -66,6 +67,7 @@ def test_the_environment_turns_it_on_at_the_end_of_import_torch(environment, exp
     assert "tilebook" not in complaints
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "first",
     ["import tilebook; tilebook.patch", "import tilebook.op", "import tilebook.enabling", "import tilebook.cli"],

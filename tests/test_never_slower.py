@@ -113,6 +113,7 @@ def test_a_class_says_its_mean_its_worst_and_where(benchmark):
     assert found["all, from 50 µs"]["worst"] == 0.5
 
 
+@pytest.mark.long
 def test_the_program_ends_in_time_with_ratios_noise_kernels_and_errors_of_every_cell(tmp_path):
     out, kinds = tmp_path / "figures.json", ("mlp", "norms", "layer_norm")
     arguments = ["--device", "cpu", "--tiny", "--classes", ",".join(kinds), "--suites", "models", "--rounds", "2"]

@@ -75,6 +75,7 @@ def test_ways_of_cct_compute_the_same_and_faults_in_the_forward_pass_do_not(pape
     }
 
 
+@pytest.mark.long
 def test_distilbert_is_timed_and_learns_with_attention_of_every_make(tmp_path):
     document, printed = run("distilbert.py", tmp_path / "distilbert.json", "--seeds", "1", "--epochs", "1")
     ways = ["pytorch", "sdpa", "attn_implementation", "TILEBOOK=1"]
@@ -100,6 +101,7 @@ def test_distilbert_learns_with_linear_attention_in_all_layers_and_in_every_othe
     assert "| 1024 | hybrid |" in printed
 
 
+@pytest.mark.long
 def test_a_language_model_of_bytes_learns_with_all_kinds_of_layers(tmp_path, papers, monkeypatch):
     program = papers("hybrid_language")
     sizes = {way: sum(x.numel() for x in program.model_of(way, 8, 64, 4).parameters()) for way in program.WAYS}
@@ -201,6 +203,7 @@ def test_shares_count_what_both_hold_and_name_what_only_one_does(papers):
     assert (found["configurations"], found["only tilebook fits"], found["only standard fits"]) == (2, 1, 0)
 
 
+@pytest.mark.long
 def test_attention_is_timed_in_every_direction_and_seen_by_the_profiler(tmp_path):
     document, printed = run("flash_triton.py", tmp_path / "flash.json")
     assert len(document["results"]) == 2 * 2 * 3

@@ -84,6 +84,7 @@ def test_a_program_computes_and_ends_as_ever_and_its_calls_are_told(run, tmp_pat
     assert sum(each["share"] for each in data["problems"]) == pytest.approx(data["dispatched"])
 
 
+@pytest.mark.long
 def test_processes_that_are_forked_and_spawned_say_what_they_did_too(run, tmp_path):
     program = tmp_path / "several.py"
     program.write_text(
@@ -126,6 +127,7 @@ def test_ctrl_c_is_the_programs(start):
     assert process.wait(20) == 128 + signal.SIGTERM
 
 
+@pytest.mark.long
 def test_after_so_many_calls_a_program_is_ended_and_that_is_no_failure(run):
     begun = time.monotonic()
     found = run(f"{MODEL}\ntrain(-1)", "--calls", "300")

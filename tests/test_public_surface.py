@@ -130,6 +130,7 @@ tilebook.attnetion(x, x, x)  # wrong: no such function
 """
 
 
+@pytest.mark.long
 def test_a_type_checker_sees_the_functions_and_their_arguments(tmp_path, pytestconfig):
     pytest.importorskip("mypy")
     seen = pytestconfig.cache.mkdir("mypy")  # PyTorch's types, which take most of the time the first time

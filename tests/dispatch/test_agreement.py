@@ -215,6 +215,7 @@ dist.barrier()
 """
 
 
+@pytest.mark.long
 def test_three_processes_of_which_one_never_asks(tmp_path):
     one, other, _ = ranks(3, textwrap.dedent(PROGRAM), tmp_path)
     assert one == other

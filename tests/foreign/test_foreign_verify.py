@@ -114,6 +114,7 @@ def test_imports_are_verified_by_the_calls_that_were_recorded(record, registry):
     assert found(verify("--kernels", record)) == {}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("command", ["verify", "audit"])
 def test_the_users_own_records_are_known_without_being_named(command, record, registry, tmp_path):
     shutil.copytree(record, tmp_path / "data" / "tilebook" / "recorded")

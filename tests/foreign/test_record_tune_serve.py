@@ -53,6 +53,7 @@ def test_a_program_is_recorded_tuned_and_served_with_no_line_changed(recorded, t
         assert all(verdict.measured for verdict in held.verdicts())
 
 
+@pytest.mark.long
 def test_a_kernel_without_an_autotuner_is_tuned_in_the_space_of_a_file_and_served(tmp_path):
     spaces, registry, program = tmp_path / "spaces.json", tmp_path / "registry.db", HERE / "plain_program.py"
     spaces.write_text('{"plain:shift_kernel": {"space": {"BLOCK": [16, 32, 64], "num_warps": [2, 4]}, "key": ["n"]}}')
@@ -71,6 +72,7 @@ def test_what_no_verdict_covers_is_searched_as_ever(tmp_path):
     assert done.stderr.count("without its verdicts") == 1
 
 
+@pytest.mark.long
 def test_a_script_tunes_what_it_calls_and_is_served(tmp_path):
     registry = tmp_path / "registry.db"
     done = run(HERE / "tuned_in_code.py", registry, TILEBOOK_REGISTRY=str(registry))
@@ -81,6 +83,7 @@ def test_a_script_tunes_what_it_calls_and_is_served(tmp_path):
     ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("asked", ["record:/proc/no/such/folder", "sing"])
 def test_a_failure_breaks_no_program(asked):
     done = run(HERE / "program.py", TILEBOOK_TRITON=asked)
@@ -88,6 +91,7 @@ def test_a_failure_breaks_no_program(asked):
     assert ("neither recorded nor served" in done.stderr) == (asked == "sing")
 
 
+@pytest.mark.long
 def test_a_file_of_spaces_that_is_none_is_a_warning_and_all_else_goes_on(tmp_path):
     done = run(HERE / "program.py", TILEBOOK_TRITON=f"record:{tmp_path}", TILEBOOK_SPACES=str(tmp_path / "none.json"))
     assert done.stdout.splitlines() == ["100 16 3", "70 16 6"]

@@ -159,6 +159,7 @@ for model in (LlamaForCausalLM(LlamaConfig(**sizes)), BertForSequenceClassificat
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("asked", "printed"), [("patch", "5 0"), ("1", "0 0")])
 def test_the_environment_asks_for_it(asked, printed):
     given = {name: value for name, value in os.environ.items() if not name.startswith("TILEBOOK")}

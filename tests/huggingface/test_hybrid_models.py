@@ -149,6 +149,7 @@ def test_masks_without_numbers_are_taken_and_one_of_all_sequences():
     assert copy.deepcopy(layer).to("meta")(x.to("meta"), mask.to("meta"))[0].shape == x.shape
 
 
+@pytest.mark.long
 def test_a_pickled_model_runs_where_nobody_has_made_a_hybrid(tmp_path):
     model = made("distilbert")
     hybrid(model)

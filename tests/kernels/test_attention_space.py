@@ -34,6 +34,7 @@ def loads(*inputs, config):
     return next(each.DESCRIPTORS.value for each in started[0] if isinstance(each, Tile))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("op", [attention_fwd, attention_bwd], ids=lambda op: op.name)
 @pytest.mark.parametrize("gpu", ["A100", "H200", "B200", "MI300X"])
 def test_the_later_axes_leave_spaces_small(op, gpu):
@@ -78,6 +79,7 @@ def test_caps_on_registers_that_cannot_matter_say_why(text, values, gpu, reason)
     assert reason in said if reason else said is None, said
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("op", [attention_fwd, attention_bwd], ids=lambda op: op.name)
 def test_capped_kernels_compile_and_use_no_more_registers(op):
     problem = op.problem.parse("B4,H16,S2048,D64", "bf16")
@@ -142,6 +144,7 @@ def test_kernels_make_descriptors_only_where_the_host_has_no_time_to(text, gpu, 
     assert reason in said if reason else said is None, said
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["H200", "B200"])
 def test_kernels_that_make_descriptors_compile(name):
     gpu, problem = devices.find(name), FORWARD.parse("B8,H6,S196,D64", "bf16")

@@ -75,6 +75,7 @@ def assert_near(found, right, dtype):
         )  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @interpreted
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)

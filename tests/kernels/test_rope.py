@@ -80,6 +80,7 @@ def assert_as_good_as_pytorch(tensors, **options):
     return ours
 
 
+@pytest.mark.sampled(3)
 @interpreted
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)

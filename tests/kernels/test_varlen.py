@@ -125,6 +125,7 @@ def test_kernels_and_reference_agree_with_the_definition_for_any_lengths(data):
             torch.testing.assert_close(got.double(), right, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.sampled(3)
 @both_loads
 @pytest.mark.parametrize("asked", FORMS[:4], ids=["full", "causal", "top left", "window"])
 def test_nothing_of_a_neighbour_enters_a_sequence(asked, configs):
@@ -167,6 +168,7 @@ def test_rows_without_keys_and_rows_behind_the_last_sequence_are_zero(configs):
     assert (dk[:30] != 0).any()
 
 
+@pytest.mark.sampled(2)
 @both_loads
 def test_more_sequences_than_a_program_looks_at_together(configs):
     """And every length around the size of a block."""

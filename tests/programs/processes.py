@@ -58,6 +58,7 @@ def python(program):
     return done.stdout
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("packages", ["triton", "optuna click rich alembic matplotlib"])
 def test_calls_on_the_cpu_work_where_a_package_is_not_installed(packages):
     assert "served" in python(WITHOUT.format(packages=packages.split(), body=CPU_CALLS))
@@ -115,6 +116,7 @@ def test_forked_processes_and_workers_of_a_data_loader_are_served(device):
     run("programs.processes", "forked_after_calls", device=device)
 
 
+@pytest.mark.long
 def test_spawned_processes_are_served(device):
     run("programs.processes", "two", context="spawn", device=device, seconds=300)
 

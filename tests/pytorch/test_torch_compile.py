@@ -80,6 +80,7 @@ HOW = [(normal, True), (normal, False), (data, True), (data, False)]
 """With gradients or without, of any length or of each: all four of one attention and of packs, two of the others."""
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize(
     ("name", "make", "dynamic"),
@@ -92,6 +93,7 @@ def test_compiled_calls_and_their_gradients_are_right(name, dynamic, make):
         compare(compiled, call, args(n, make))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize(("name", "make"), [*[(name, normal) for name in CALLS], ("attention", data), ("packed", data)])
 def test_twenty_lengths_are_one_compilation(name, make):
@@ -174,6 +176,7 @@ class Model(torch.nn.Module):
         return tilebook.attention_varlen(flat, flat, flat, rows, rows, max_seqlen_q=most, max_seqlen_k=most)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forced")
 def test_an_exported_program_runs_in_another_process(tmp_path):
     args = data(2, 4, 6, 16), ends(2, 12)

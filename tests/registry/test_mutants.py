@@ -27,6 +27,7 @@ def test_no_changed_record_breaks_a_command_or_changes_what_serves(monkeypatch):
     assert 10 < outcome.accepted < 90
 
 
+@pytest.mark.long
 def test_the_program_sees_what_is_wrong(monkeypatch):
     monkeypatch.setattr(mutants, "LONGEST", -1.0)
     monkeypatch.setattr(mutants.Attempt, "_tune", lambda self, number: self.fault(None, "tuned"))

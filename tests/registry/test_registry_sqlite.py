@@ -114,6 +114,7 @@ def test_writes_are_synchronous_and_the_schema_is_distrusted(path: Path) -> None
     connection.close()
 
 
+@pytest.mark.long
 def test_a_flipped_bit_never_changes_an_answer(path: Path) -> None:
     fill(path)
     good = path.read_bytes()

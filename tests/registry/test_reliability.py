@@ -29,6 +29,7 @@ def test_kills_lose_nothing(tmp_path):
     assert found["environment"]["python"]
 
 
+@pytest.mark.long
 def test_a_crowd_is_served(tmp_path):
     found = ran("crowd.py", "--writers", 1, "--readers", 1, "--minutes", 0.02, "--out", tmp_path / "crowd.json")
     assert found["errors"] == []

@@ -180,6 +180,7 @@ def test_a_second_compile_is_a_load_from_the_cache(compile_one: Compile) -> None
     assert again.seconds < 0.2
 
 
+@pytest.mark.long
 def test_the_first_candidate_of_a_process_does_not_wait_while_libraries_load(cache: Path) -> None:
     program = """
         import json, sys

@@ -140,6 +140,7 @@ def test_a_gpu_whose_process_fails_is_named():
         agreement.side_by_side([0, 1], 2, 2, command)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_a_killed_tune_is_started_again_and_what_was_stored_is_compared(tmp_path, monkeypatch):
     here = Path(__file__).parent

@@ -28,6 +28,7 @@ runner.close()
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", ["script", "piped"])
 def test_a_program_without_a_main_guard_can_tune(how, tmp_path):
     script = tmp_path / "script.py"

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 
+import pytest
 from fakes import FakeRunner, tune_in_memory
 from toy import SPACE, make_op
 
@@ -52,6 +53,7 @@ def with_space(space: Space) -> Op:
     return op
 
 
+@pytest.mark.long
 def test_the_same_config_twice_is_not_promoted_over_itself():
     """Two configs that take the same time. By their times in the search alone, half of the runs would promote."""
     twin = DEFAULT.replace(num_stages=2)
