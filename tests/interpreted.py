@@ -17,6 +17,7 @@ def _numbers(shape: Any) -> tuple[int, ...] | None:
 def remembered() -> Iterator[None]:
     """What is the same for all tensors of a shape is shared by them; functions of the language are called at once."""
     from triton.language import core
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     make_type, make_tensor, patch = core.block_type.__init__, core.tensor.__init__, interpreter._patch_attr
@@ -48,10 +49,20 @@ def remembered() -> Iterator[None]:
         wrapped = getattr(member, "__code__", None) is wrapper
         patch(obj, name, member.__wrapped__ if wrapped else member, *rest)
 
+    def checked(self: Any, lhs: Any, rhs: Any, *rest: Any, **options: Any) -> Any:
+        if type(lhs) is type(rhs) is core.tensor:
+            one, other = lhs.type, rhs.type
+            alike = one.of_tensors is not None and one.of_tensors is other.of_tensors
+            if alike and one.scalar.name == other.scalar.name and one.scalar.name in plain:
+                return lhs, rhs
+        return check(self, lhs, rhs, *rest, **options)
+
+    check, plain = TritonSemantic.binary_op_type_checking_impl, frozenset({"fp32", "fp64", "int1", "int32", "int64"})
     wrapper = core.builtin(lambda _semantic=None: None).__code__
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(core.dtype, "of_tensors", (core.constexpr(1), core.tuple([])), raising=False)
         monkeypatch.setattr(core.block_type, "__init__", block_type)
         monkeypatch.setattr(core.tensor, "__init__", tensor)
         monkeypatch.setattr(interpreter, "_patch_attr", patch_attr)
+        monkeypatch.setattr(TritonSemantic, "binary_op_type_checking_impl", checked)
         yield

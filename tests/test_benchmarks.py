@@ -20,6 +20,7 @@ def run(name, out, *arguments):
     return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.long
 def test_memory_of_a_matrix_of_scores_grows_with_the_square_and_ours_does_not(tmp_path):
     document, printed = run("attention_memory.py", tmp_path / "memory.json")
     exponents = document["exponent"]

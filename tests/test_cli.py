@@ -317,6 +317,7 @@ def test_help_is_quick_and_names_the_commands(run):
     assert all(name in process.out for name in ("tune", "show", "explain", "export", "import", "revoke"))
 
 
+@pytest.mark.long
 def test_a_terminal_without_unicode_gets_plain_text(run):
     with Registry.open(run.registry, write=True) as registry:
         registry.record(verdict=dataclasses.replace(MEASURED, notes={"tried": 7, "seconds": {"total": 3.0}}))

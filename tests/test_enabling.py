@@ -211,6 +211,7 @@ def test_a_wrapper_that_calls_itself_by_pytorchs_name_keeps_its_place():
         assert tilebook.status().others == ("layer_norm",)
 
 
+@pytest.mark.long
 def test_what_stood_there_when_ours_were_loaded_is_not_called_after_it_has_left():
     outcome = program(
         """
@@ -308,6 +309,7 @@ class Zeroing(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs)
 
 
+@pytest.mark.long
 def test_what_is_compiled_has_pytorchs_functions_in_its_graph_however_early_ours_were_there():
     told, _ = program(
         """

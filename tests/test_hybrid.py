@@ -223,6 +223,7 @@ def test_layers_are_named_by_numbers_that_there_are():
     assert (model.layers[1].self_attn.feature_map, model.layers[1].self_attn.eps) == ("relu", 0.1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cls", [nn.TransformerEncoderLayer, ours.TransformerEncoderLayer])
 def test_a_converted_layer_compiles_to_one_graph(cls):
     torch._dynamo.reset()

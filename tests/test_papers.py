@@ -184,6 +184,7 @@ def test_texts_of_a_file_are_joined_until_they_are_as_long_as_can_be_read(papers
         assert sorted((ids > 0).sum().item() for part in (found.train, found.test) for ids in part[0]) == wanted
 
 
+@pytest.mark.long
 def test_a_grid_of_gpts_is_timed_with_attention_of_every_make(tmp_path):
     document, printed = run("flash_grid.py", tmp_path / "grid.json")
     assert [len(row["ms"]) for row in document["results"]] == [3] * 4

@@ -146,6 +146,7 @@ def test_a_folder_that_is_gone_does_not_break_import_torch(monkeypatch, recwarn)
     assert "not profiled" in str(recwarn.list[-1].message)
 
 
+@pytest.mark.long
 def test_a_program_that_was_killed_is_not_said_to_have_made_no_call(run):
     found = run(f"{MODEL}\nimport os\ntrain(5)\nos._exit(6)")
     assert found.returncode == 6

@@ -75,6 +75,7 @@ def test_a_compiled_model_of_another_package_keeps_the_function_that_was_put_int
     assert found == [False, True, False, True]
 
 
+@pytest.mark.long
 def test_modules_are_timed_beside_pytorchs(tmp_path):
     out = tmp_path / "modules.json"
     run("modules.py", out, "--only", "post-norm, bf16")

@@ -48,7 +48,6 @@ def tuned(tmp_path_factory):
     return Tuned(tune(folder / "record", folder / "registry.db", rules, attempt_s=3.0), folder / "registry.db")
 
 
-@pytest.mark.long
 def test_six_planted_faults_are_refused_and_the_right_configs_accepted(tuned):
     refused = tuned.refused("scale_kernel")
     assert set(refused) == set(others.FAULTS)

@@ -91,6 +91,7 @@ def test_a_record_that_cannot_be_written_is_a_warning(tmp_path):
         made.write()
 
 
+@pytest.mark.long
 def test_a_kernel_that_has_changed_is_told_without_a_traceback(content, tmp_path):
     made = json.loads(content)
     made["kernels"][0] |= {"module": "nowhere"}

@@ -77,6 +77,7 @@ def test_a_call_is_known_by_its_constants_and_by_what_the_program_chose_itself(f
     assert call.grids == ((3,), (3,), (3,))
 
 
+@pytest.mark.long
 def test_what_the_program_runs_is_the_baseline_and_the_word_on_what_is_right(folder):
     states = tune(folder / "record", folder / "registry.db")
     assert [state.error for state in states] == ["", ""]

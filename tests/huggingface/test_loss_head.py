@@ -165,6 +165,7 @@ def test_what_lies_between_the_last_layer_and_the_loss_is_found_out():
         assert "" not in {**report.changed, **report.left}
 
 
+@pytest.mark.long
 def test_compiled_it_is_the_same():
     torch._dynamo.reset()
     model = made()

@@ -187,6 +187,7 @@ def launch(device, ranks):
 
 
 # On the CPU two processes are as easily had as one, and tell more.
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2] if torch.cuda.is_available() else [2])
 def test_data_sharded_and_tensor_parallel_programs_give_pytorchs_numbers(device, ranks):
     if device == "cuda" and torch.cuda.device_count() < ranks:

@@ -21,10 +21,10 @@ def test_a_seed_makes_the_same_mutants_and_most_of_them_differ():
 
 def test_no_changed_record_breaks_a_command_or_changes_what_serves(monkeypatch):
     monkeypatch.setattr(mutants, "LONGEST", 120.0)  # seconds are the program's to watch, on a machine of its own
-    outcome = mutants.run(100, seed=5, batch=100)
+    outcome = mutants.run(50, seed=5, batch=50)
     assert outcome.faults == []
-    assert outcome.mutants == 100
-    assert 10 < outcome.accepted < 90
+    assert outcome.mutants == 50
+    assert 5 < outcome.accepted < 45
 
 
 @pytest.mark.long

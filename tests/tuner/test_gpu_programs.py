@@ -100,6 +100,7 @@ def test_agreement_over_a_recorded_sweep(tmp_path, monkeypatch, capsys):
     assert "3 runs" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_processes_side_by_side_share_the_seeds_and_come_to_the_same(tmp_path, monkeypatch):
     def made(name, *options):
         out = tmp_path / f"{name}.json"

@@ -13,6 +13,7 @@ KILLS = 12
 """benchmarks/kill_runs.py does the same with more."""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_runs_killed_at_random_moments_resume_without_loss_to_the_same_verdict():
     here = Path(__file__).parent

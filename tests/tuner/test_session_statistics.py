@@ -89,6 +89,7 @@ def ties(verdict):
     return {(each["implementation"], Config(each["config"])) for each in verdict.notes["tied"]}
 
 
+@pytest.mark.long
 def test_two_tunes_agree_on_the_winner_or_its_ties():
     verdicts = [tune_in_memory(make_op(), NoisyRunner(rough, seed), seed=seed) for seed in range(21)]
     agree = sum(

@@ -28,7 +28,7 @@ def pool():
         yield made
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", ["attention_varlen_fwd", "attention_varlen_bwd"])
 @pytest.mark.parametrize(("text", "dtype"), FORMS, ids=lambda value: value)
 def test_default_config_compiles(pool, text, dtype, name):
