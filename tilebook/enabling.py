@@ -37,6 +37,7 @@ from tilebook.kernels.norms import layer_norm as our_layer_norm
 from tilebook.kernels.norms import pytorchs
 from tilebook.kernels.norms import rms_norm as our_rms_norm
 from tilebook.kernels.norms.standing import STANDINGS as _NORMS
+from tilebook.kernels.pooling.standing import STANDINGS as _POOLINGS
 from tilebook.left import ORDINARY
 
 _theirs: dict[str, Callable[..., Any]] = {
@@ -165,7 +166,7 @@ _ours: dict[str, Callable[..., Any]] = {
 _BELOW = frozenset({"scaled_dot_product_attention", "layer_norm", "rms_norm"})
 """Of these the ops are served instead, where the extension is there."""
 
-_STANDINGS = (*_ATTENTIONS, *_NORMS, *_CONVOLUTIONS, *_BIASES, *_ADDITIONS)
+_STANDINGS = (*_ATTENTIONS, *_NORMS, *_CONVOLUTIONS, *_BIASES, *_ADDITIONS, *_POOLINGS)
 
 
 @dataclass(frozen=True)

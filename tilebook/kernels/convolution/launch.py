@@ -6,9 +6,9 @@ import torch
 import triton
 
 from tilebook.kernels.convolution.kernels import SIDE, join_kernel, lay_kernel, weight_kernel
-from tilebook.kernels.convolution.problem import Form
 from tilebook.launch import launch
 from tilebook.op import Config
+from tilebook.windows import Form
 
 _JOINED = 1024
 """Elements that a program adds up."""

@@ -6,8 +6,9 @@ import torch
 
 from tilebook import op
 from tilebook.kernels.convolution import launch
-from tilebook.kernels.convolution.problem import Form, Problem
+from tilebook.kernels.convolution.problem import Problem
 from tilebook.kernels.convolution.space import SPACE
+from tilebook.windows import Form
 
 
 def fused(problem: Problem) -> bool:

@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 
 from tilebook import op
 from tilebook.op import Cost
 from tilebook.problem import UsageError, next_power_of_2
+from tilebook.windows import PATTERN, Form
 
 TOKENIZERS = (
     "B8,C64,O384,H56,k7x7s2x2p3x3", "B32,C64,O384,H56,k7x7s2x2p3x3", "B64,C64,O384,H56,k7x7s2x2p3x3",
     "B128,C64,O384,H56,k7x7s2x2p3x3", "B256,C64,O384,H56,k7x7s2x2p3x3", "B128,C64,O256,H16,k3x3s1x1p1x1",
 )  # fmt: skip
 """Second layers of the tokenizers of CCT-14/7x2 at 224 pixels and of CCT-7/3x2 at 32 (Hassani et al., 2021)."""
-
-_FORM = r"k\d{1,3}x\d{1,3}s\d{1,2}x\d{1,2}p\d{1,3}x\d{1,3}"
-
-
-class Form(NamedTuple):
-    """A convolution's kernel, stride and padding, rows before columns."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-
-    def __str__(self) -> str:
-        return "".join(f"{letter}{a}x{b}" for letter, (a, b) in zip("ksp", self, strict=True))
-
-    @classmethod
-    @functools.cache
-    def read(cls, text: str) -> Form:
-        """The form that is written so; one number and a stride of one where nothing is."""
-        numbers = [int(each) for each in re.findall(r"\d+", text)] or [1, 1, 1, 1, 0, 0]
-        pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
-        return cls(*pairs)
 
 
 @dataclass(frozen=True)
@@ -58,7 +37,7 @@ class Problem(op.Problem):
     outputs: int = op.size("O")
     height: int = op.size("H")
     width: int = op.size("W", like="height")
-    form: str = op.pattern(_FORM, "k…x…s…x…p…x…")
+    form: str = op.pattern(PATTERN, "k…x…s…x…p…x…")
 
     @property
     def shape(self) -> Form:
@@ -67,9 +46,7 @@ class Problem(op.Problem):
     @functools.cached_property
     def made(self) -> tuple[int, int]:
         """Height and width of what comes out."""
-        steps = zip((self.height, self.width), *self.shape, strict=True)
-        rows, columns = ((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in steps)
-        return rows, columns
+        return self.shape.made(self.height, self.width)
 
     @property
     def taps(self) -> int:

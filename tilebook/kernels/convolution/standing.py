@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from tilebook.kernels.convolution.problem import Form
 from tilebook.native import Standing
 from tilebook.native.plans import Output, Rest, Theirs, contiguous
+from tilebook.windows import Form
 
 _MASK = 10
 """The argument that says which gradients are wanted: of the input, the weight and the bias."""

@@ -1,0 +1,31 @@
+"""How the kernel of max pooling's gradient is started."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from tilebook.kernels.pooling.kernels import gather_kernel
+from tilebook.kernels.pooling.problem import by_channels
+from tilebook.launch import launch
+from tilebook.op import Config
+from tilebook.windows import Form
+
+
+def gradient(
+    dy: torch.Tensor, indices: torch.Tensor, height: int, width: int, form: str, *, config: Config
+) -> torch.Tensor:
+    """dx (B, C, height, width), laid as `indices` are."""
+    (kernel, stride, padding), (batch, channels, high, wide) = Form.read(form), dy.shape
+    last = by_channels(indices)
+    laid = torch.channels_last if last else torch.contiguous_format
+    dx = torch.empty((batch, channels, height, width), dtype=dy.dtype, device=dy.device, memory_format=laid)
+    planes, inner = (batch, channels) if last else (batch * channels, 1)
+    block = config.number("BLOCK")
+    launch(
+        gather_kernel, (planes * triton.cdiv(height * width * inner, block),), dy.contiguous(memory_format=laid),
+        indices.contiguous(memory_format=laid), dx, INNER=inner, H=height, W=width, HIGH=high, WIDE=wide,
+        KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0],
+        PAD_W=padding[1], BLOCK=block, num_warps=config.number("num_warps"),
+    )  # fmt: skip
+    return dx

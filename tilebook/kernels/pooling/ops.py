@@ -1,0 +1,54 @@
+"""The op of max pooling's gradient with its reference, and what computes it."""
+
+from __future__ import annotations
+
+import torch
+
+from tilebook import op
+from tilebook.kernels.pooling import launch
+from tilebook.kernels.pooling.problem import Problem, by_channels
+from tilebook.kernels.pooling.space import SPACE
+from tilebook.windows import Form
+
+
+def fused(problem: Problem) -> bool:
+    """PyTorch's kernel serves, unless a verdict has ours ahead."""
+    return True
+
+
+@op.define("max_pool2d_bwd", Problem, direction="bwd", fused=fused)
+def max_pool2d_bwd(dy: torch.Tensor, indices: torch.Tensor, height: int, width: int, form: str) -> torch.Tensor:
+    """dx (B, C, height, width) of y, indices = max_pool2d(x): each number of dy goes where its window was largest.
+
+    dy: (B, C, rows, columns).
+    indices: of the same shape, int64: of a number its row times `width` plus its column.
+    form: kernel, stride and padding, written k…x…s…x…p…x….
+    """
+    flat = dy.new_zeros(*dy.shape[:2], height * width)
+    return flat.scatter_add(2, indices.flatten(2), dy.flatten(2)).unflatten(2, (height, width))
+
+
+_MOST = 1 << 31
+"""Numbers of an image that 32 bits can count."""
+
+
+def supports(problem: Problem) -> bool:
+    """Does our kernel serve it? A plane, of all channels where they lie side by side, is counted in 32 bits."""
+    inner = problem.channels if problem.last else 1
+    return problem.dtype in ("bf16", "fp16", "fp32") and problem.height * problem.width * inner < _MOST
+
+
+max_pool2d_bwd.implementation("triton", space=SPACE, supports=supports)(launch.gradient)
+
+
+@max_pool2d_bwd.implementation("torch")
+def _torch(dy: torch.Tensor, indices: torch.Tensor, height: int, width: int, form: str) -> torch.Tensor:
+    """What PyTorch's autograd runs, which asks the input for its shape alone."""
+    kernel, stride, padding = (list(pair) for pair in Form.read(form))
+    laid = torch.channels_last if by_channels(indices) else torch.contiguous_format
+    shape = *dy.shape[:2], height, width
+    like = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=laid)
+    found: torch.Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
+        dy, like, kernel, stride, padding, [1, 1], False, indices
+    )
+    return found

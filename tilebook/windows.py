@@ -1,0 +1,35 @@
+"""Windows over images: of a convolution's kernel, and of pooling."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import NamedTuple
+
+PATTERN = r"k\d{1,3}x\d{1,3}s\d{1,2}x\d{1,2}p\d{1,3}x\d{1,3}"
+"""How a form is written: kernel, stride, padding."""
+
+
+class Form(NamedTuple):
+    """Kernel, stride and padding, rows before columns."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def __str__(self) -> str:
+        return "".join(f"{letter}{a}x{b}" for letter, (a, b) in zip("ksp", self, strict=True))
+
+    @classmethod
+    @functools.cache
+    def read(cls, text: str) -> Form:
+        """The form that is written so; one number and a stride of one where nothing is."""
+        numbers = [int(each) for each in re.findall(r"\d+", text)] or [1, 1, 1, 1, 0, 0]
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+        return cls(*pairs)
+
+    def made(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of places that the windows have in an image."""
+        steps = zip((height, width), *self, strict=True)
+        rows, columns = ((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in steps)
+        return rows, columns
