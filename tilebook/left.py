@@ -64,7 +64,7 @@ _gated = _Gated()
 def gated(form: str) -> Callable[[_Function], _Function]:
     """Has calls of a public function that are known here answered without Python, where the extension is there.
 
-    form: what `gates.cpp` calls the function. It stays what it is, and is called where anything is unusual.
+    form: what `native/forms.cpp` calls the function. It stays what it is, and is called where anything is unusual.
     """
 
     def put(function: _Function) -> _Function:

@@ -2,11 +2,15 @@
 
 #include "served.cpp"
 
+#include "plans.cpp"
+
 #include "casts.cpp"
 
 #include "layouts.cpp"
 
 #include "mlp.cpp"
+
+#include "forms.cpp"
 
 #include "gates.cpp"
 

@@ -13,7 +13,10 @@ import platformdirs
 import torch
 
 NAME = "tilebook_served"
-_FILES = "extension.cpp", "served.cpp", "casts.cpp", "gates.cpp", "keys.cpp", "layouts.cpp", "mlp.cpp", "shared.h"
+_FILES = (
+    "extension.cpp", "served.cpp", "plans.cpp", "casts.cpp", "layouts.cpp", "mlp.cpp", "forms.cpp", "gates.cpp",
+    "keys.cpp", "plans.h", "forms.h", "shared.h",
+)  # fmt: skip
 SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
 UNIT = SOURCES[0]
 """What is compiled; it includes the others."""

@@ -1,0 +1,209 @@
+// How calls of public functions are read, and made by PyTorch's own.
+
+#include "forms.h"
+
+#include <ATen/ops/add.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/layer_norm.h>
+#include <ATen/ops/rms_norm.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <initializer_list>
+#include <iterator>
+
+namespace gating {
+
+PyTypeObject* parameter_type = nullptr;
+
+namespace {
+
+using at::Tensor;
+
+bool tensor(Call& call, int index) {
+  PyObject* given = call.given[index];
+  if (reinterpret_cast<PyObject*>(Py_TYPE(given)) != THPVariableClass && Py_TYPE(given) != parameter_type) return false;
+  call.objects[call.count] = given;
+  call.tensors[call.count++] = THPVariable_Unpack(given);
+  return true;
+}
+
+bool tensor_or_none(Call& call, int index) {
+  if (call.given[index] != Py_None) return tensor(call, index);
+  call.objects[call.count++] = nullptr;
+  return true;
+}
+
+bool flag(PyObject* given, bool& into) {
+  into = given == Py_True;
+  return into || given == Py_False;
+}
+
+bool zero(PyObject* given) { return PyFloat_CheckExact(given) && PyFloat_AS_DOUBLE(given) == 0.0; }
+
+bool positive_or_none(PyObject* given, std::optional<double>& into) {
+  if (given == Py_None) return true;
+  if (!PyFloat_CheckExact(given) || !(PyFloat_AS_DOUBLE(given) > 0.0)) return false;
+  into = PyFloat_AS_DOUBLE(given);
+  return true;
+}
+
+bool real(PyObject* given, double& into) {
+  if (!PyFloat_CheckExact(given)) return false;
+  into = PyFloat_AS_DOUBLE(given);
+  return true;
+}
+
+// Which of these words it is, or -1.
+int word(PyObject* given, std::initializer_list<const char*> words) {
+  if (!PyUnicode_CheckExact(given)) return -1;
+  int index = 0;
+  for (const char* each : words) {
+    if (PyUnicode_CompareWithASCIIString(given, each) == 0) return index;
+    ++index;
+  }
+  return -1;
+}
+
+// ---- Forms
+
+Tensor sdpa(const Call& call, const std::optional<Tensor>& mask, bool causal, std::optional<double> scale, bool grouped) {
+  return at::scaled_dot_product_attention(call[0], call[1], call[2], mask, 0.0, causal, scale, grouped);
+}
+
+bool four_axes(const Call& call) {
+  return call[0].dim() == 4 && call[1].dim() == 4 && call[2].dim() == 4;
+}
+
+bool takes_attention(Call& call) {
+  const auto* given = call.given;  // q, k, v, causal, scale, window, softcap, slopes, bias, mask, dropout, lse, …
+  bool causal;
+  if (!flag(given[3], causal) || !positive_or_none(given[4], call.scale)) return false;
+  if (given[5] != Py_None || !zero(given[6]) || given[7] != Py_None || given[8] != Py_None) return false;
+  if (given[9] != Py_None || !zero(given[10]) || given[11] != Py_False || given[12] != Py_False) return false;
+  if (given[13] != Py_None) return false;
+  call.told = causal;
+  return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && four_axes(call);
+}
+
+std::pair<Tensor, Tensor> attention(const Call& call) {
+  return {sdpa(call, {}, call.told, call.scale, call[0].size(1) != call[1].size(1)), {}};
+}
+
+bool takes_drop_in(Call& call) {
+  const auto* given = call.given;  // query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+  bool causal, grouped;
+  if (!flag(given[5], causal) || !flag(given[7], grouped) || !zero(given[4])) return false;
+  call.told = causal | grouped << 1;
+  if (!positive_or_none(given[6], call.scale)) return false;
+  return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && tensor_or_none(call, 3) && four_axes(call);
+}
+
+std::pair<Tensor, Tensor> drop_in(const Call& call) {
+  const auto& mask = call[3];
+  const auto there = mask.defined() ? std::optional<Tensor>(mask) : std::nullopt;
+  return {sdpa(call, there, call.told & 1, call.scale, call.told & 2), {}};
+}
+
+bool takes_decode(Call& call) {
+  const auto* given = call.given;  // q, k, v, seq_lens, block_table, causal, scale, softcap, window, return_lse
+  bool causal;
+  if (given[3] != Py_None || given[4] != Py_None || !flag(given[5], causal) || !zero(given[7])) return false;
+  if (given[8] != Py_None || given[9] != Py_False || !positive_or_none(given[6], call.scale)) return false;
+  call.told = causal;
+  return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && four_axes(call) && call[0].size(2) == 1;
+}
+
+std::pair<Tensor, Tensor> decode(const Call& call) {
+  const auto& q = call[0];
+  const double scale = call.scale.value_or(std::pow(static_cast<double>(q.size(-1)), -0.5));
+  return {sdpa(call, {}, false, scale, q.size(1) != call[1].size(1)), {}};
+}
+
+// x, perhaps what is added to it, then vectors of its dtype or None; the last argument is eps.
+template <int addends, int vectors>
+bool takes_norm(Call& call) {
+  for (int i = 0; i < addends; ++i) {
+    if (!tensor(call, i)) return false;
+  }
+  for (int i = addends; i < addends + vectors; ++i) {
+    if (!tensor_or_none(call, i)) return false;
+  }
+  const auto& x = call[0];
+  for (int i = 1; i < addends + vectors; ++i) {
+    if (call[i].defined() && call[i].scalar_type() != x.scalar_type()) return false;
+  }
+  return x.dim() > 0 && real(call.given[addends + vectors], call.number);
+}
+
+template <int addends, int vectors>
+std::pair<Tensor, Tensor> norm(const Call& call) {
+  const Tensor sum = addends > 1 ? at::add(call[0], call[1]) : Tensor();
+  const auto& x = addends > 1 ? sum : call[0];
+  const auto vector = [&](int index) {
+    const auto& there = call[addends + index];
+    return there.defined() ? std::optional<Tensor>(there) : std::nullopt;
+  };
+  const int64_t shape[] = {x.size(-1)};
+  Tensor y;
+  if constexpr (vectors == 1) {
+    y = at::rms_norm(x, shape, vector(0), call.number);
+  } else {
+    y = at::layer_norm(x, shape, vector(0), vector(1), call.number);
+  }
+  if (y.scalar_type() != x.scalar_type()) y = y.to(x.scalar_type());  // autocast would have it in fp32
+  return {y, sum};
+}
+
+bool takes_mlp(Call& call) {
+  const int which = word(call.given[5], {"gelu", "gelu_tanh", "relu"});
+  call.told = which;
+  if (which < 0) return false;
+  for (int i = 0; i < 5; ++i) {
+    if (!tensor(call, i)) return false;
+  }
+  return true;
+}
+
+std::pair<Tensor, Tensor> block(const Call& call) {
+  return {mlp(call[0], call[1], call[2], call[3], call[4], static_cast<Activation>(call.told)), {}};
+}
+
+constexpr int64_t kReductions = 3;
+
+bool takes_loss(Call& call) {
+  const auto* given = call.given;  // input, target, weight, ignore_index, reduction, smoothing, softcap, z_loss
+  const int reduction = word(given[4], {"none", "mean", "sum"});  // in PyTorch's order
+  int beyond = 1;
+  if (PyLong_CheckExact(given[3])) call.index = PyLong_AsLongLongAndOverflow(given[3], &beyond);
+  if (given[2] != Py_None || reduction < 0 || beyond || !zero(given[6]) || !zero(given[7])) return false;
+  if (!real(given[5], call.number)) return false;
+  call.told = reduction + kReductions * (call.number != 0);
+  return tensor(call, 0) && tensor(call, 1);
+}
+
+std::pair<Tensor, Tensor> loss(const Call& call) {
+  return {at::cross_entropy_loss(call[0], call[1], {}, call.told % kReductions, call.index, call.number), {}};
+}
+
+constexpr Form known_forms[] = {
+    {"attention",
+     "q k v causal scale window softcap alibi_slopes bias attn_mask dropout_p return_lse deterministic approx",
+     takes_attention, attention},
+    {"scaled_dot_product_attention", "query key value attn_mask dropout_p is_causal scale enable_gqa", takes_drop_in,
+     drop_in},
+    {"attention_decode", "q k v seq_lens block_table causal scale softcap window return_lse", takes_decode, decode},
+    {"rms_norm", "x weight eps", takes_norm<1, 1>, norm<1, 1>},
+    {"layer_norm", "x weight bias eps", takes_norm<1, 2>, norm<1, 2>},
+    {"add_rms_norm", "x residual weight eps", takes_norm<2, 1>, norm<2, 1>},
+    {"add_layer_norm", "x residual weight bias eps", takes_norm<2, 2>, norm<2, 2>},
+    {"mlp", "x w1 b1 w2 b2 activation", takes_mlp, block},
+    {"cross_entropy", "input target weight ignore_index reduction label_smoothing softcap z_loss", takes_loss, loss},
+};
+
+}  // namespace
+
+Forms forms() { return {std::begin(known_forms), std::end(known_forms)}; }
+
+}  // namespace gating
