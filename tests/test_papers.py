@@ -30,6 +30,7 @@ def run(name, out, *arguments):
     return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.long
 def test_cct_is_timed_and_learns_in_every_way_and_with_every_fault(tmp_path, papers):
     document, printed = run("cct.py", tmp_path / "cct.json", "--seeds", "1", "--steps", "1")
     faults = papers("faults")

@@ -89,7 +89,7 @@ it.prober.close()
 """
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.long
 @pytest.mark.parametrize("slow", [0, 1])
 def test_two_processes_serve_what_the_first_has_found(tmp_path, slow):
     first, other = ranks(2, PROGRAM, tmp_path, SLOW=str(slow))

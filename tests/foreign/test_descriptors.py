@@ -63,7 +63,7 @@ def test_faults_behind_descriptors_are_refused_and_the_right_configs_win(folder)
     assert "changed its input" in refused[DAMAGE]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.long
 @pytest.mark.parametrize("gpu", ["A100", "B200", "MI300X"])
 def test_kernels_on_descriptors_compile_for_gpus_that_are_not_here(gpu, folder, tmp_path):
     command = ["tune", "--recorded", folder / "record", "--gpu", gpu, "--registry", tmp_path / "registry.db"]

@@ -79,7 +79,7 @@ def test_caps_on_registers_that_cannot_matter_say_why(text, values, gpu, reason)
     assert reason in said if reason else said is None, said
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.long
 @pytest.mark.parametrize("op", [attention_fwd, attention_bwd], ids=lambda op: op.name)
 def test_capped_kernels_compile_and_use_no_more_registers(op):
     problem = op.problem.parse("B4,H16,S2048,D64", "bf16")
@@ -144,7 +144,7 @@ def test_kernels_make_descriptors_only_where_the_host_has_no_time_to(text, gpu, 
     assert reason in said if reason else said is None, said
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["H200", "B200"])
 def test_kernels_that_make_descriptors_compile(name):
     gpu, problem = devices.find(name), FORWARD.parse("B8,H6,S196,D64", "bf16")

@@ -80,6 +80,7 @@ def test_compiles_for_a_gpu_that_is_not_here(name: str, h200: CompilePool) -> No
         assert matmul.result().seconds > 0
 
 
+@pytest.mark.long
 def test_spills_are_recorded_and_many_are_a_failure(compile_one: Compile) -> None:
     compiled = compile_one("matmul", block=256, stages=2)
     assert compiled.failure == "spills"

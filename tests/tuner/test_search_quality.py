@@ -14,7 +14,7 @@ SWEEPS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / 
 SEEDS = range(5)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["attention_fwd-B4-H16-S2048-D128-causal-bf16", "mlp_down_fwd-M4096-H768-I3072-bf16"], ids=lambda n: n[:13]
 )

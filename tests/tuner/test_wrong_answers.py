@@ -19,7 +19,7 @@ def runner():
     made.close()
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_wrong_candidates_give_no_verdict(kind, tmp_path, runner):
     outcome = tune_injected(tmp_path / "registry.db", WRONG, problems(kind, COUNT, ROWS, WIDTH), runner)
