@@ -24,18 +24,21 @@ def max_pool2d_bwd(dy: torch.Tensor, indices: torch.Tensor, height: int, width: 
     indices: of the same shape, int64: of a number its row times `width` plus its column.
     form: kernel, stride and padding, written k…x…s…x…p…x….
     """
-    flat = dy.new_zeros(*dy.shape[:2], height * width)
-    return flat.scatter_add(2, indices.flatten(2), dy.flatten(2)).unflatten(2, (height, width))
+    flat = dy.new_zeros(*dy.shape[:2], height * width).scatter_add(2, indices.flatten(2), dy.flatten(2))
+    found: torch.Tensor = flat.unflatten(2, (height, width))
+    return found
 
 
-_MOST = 1 << 31
-"""Numbers of an image that 32 bits can count."""
+_MOST_NUMBERS = 1 << 31
+"""Of an image, of all its channels where they lie side by side, that 32 bits can count."""
+_MOST_ASKED = 64
+"""Comparisons of a cell, all of which stand in the code."""
 
 
 def supports(problem: Problem) -> bool:
-    """Does our kernel serve it? A plane, of all channels where they lie side by side, is counted in 32 bits."""
-    inner = problem.channels if problem.last else 1
-    return problem.dtype in ("bf16", "fp16", "fp32") and problem.height * problem.width * inner < _MOST
+    """Does our kernel serve it?"""
+    numbers = problem.height * problem.width * (problem.channels if problem.last else 1)
+    return problem.dtype in ("bf16", "fp16", "fp32") and numbers < _MOST_NUMBERS and problem.asked <= _MOST_ASKED
 
 
 max_pool2d_bwd.implementation("triton", space=SPACE, supports=supports)(launch.gradient)

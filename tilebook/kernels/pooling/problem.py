@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -26,6 +27,12 @@ TOKENIZERS = (
 def by_channels(x: torch.Tensor) -> bool:
     """Do the channels of (B, C, H, W) lie side by side?"""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def reaching(kernel: int, stride: int, padding: int) -> tuple[int, int]:
+    """Of windows that reach into a cell of `stride` numbers the first, counted from the cell's own, and how many."""
+    first, last = (padding - kernel) // stride + 1, (stride - 1 + padding) // stride
+    return first, last - first + 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,19 @@ class Problem(op.Problem):
     def made(self) -> tuple[int, int]:
         """Height and width of what comes out."""
         return self.shape.made(self.height, self.width)
+
+    @property
+    def cells(self) -> int:
+        """That are counted together: of a plane, or of all channels where they lie side by side."""
+        down, right = self.shape.stride
+        return -(-self.height // down) * -(-self.width // right) * (self.channels if self.last else 1)
+
+    @property
+    def asked(self) -> int:
+        """How often a cell compares a number with a window."""
+        kernel, stride, padding = self.shape
+        windows = math.prod(reaching(*each)[1] for each in zip(kernel, stride, padding, strict=True))
+        return windows * math.prod(stride)
 
     def check(self) -> None:
         kernel, stride, padding = self.shape
@@ -94,6 +114,7 @@ class Problem(op.Problem):
             ("B2,C3,H9,k3x3s2x2p1x1", "bf16"), ("B2,C5,H8,W11,k3x3s2x2p1x1,last", "bf16"),
             ("B1,C4,H7,W10,k2x2s2x2p0x0", "fp16"), ("B3,C2,H11,W8,k5x2s3x1p2x0", "fp32"),
             ("B1,C16,H6,k3x3s1x1p1x1,last", "fp16"), ("B1,C1,H5,k2x3s4x3p0x1", "fp32"),
+            ("B2,C3,H13,W14,k3x3s2x2p1x1", "bf16"),
         )  # fmt: skip
         return [cls.parse(text, dtype) for text, dtype in texts]
 
