@@ -331,3 +331,18 @@ def test_what_no_plan_needs_is_let_go_when_all_is_forgotten(served):
     served.extension.clear()
     assert sys.getrefcount(left) <= before[0]
     assert sys.getrefcount(planned) > before[1]
+
+
+def test_what_is_let_go_may_have_all_forgotten_again(served):
+    ended = []
+
+    class Token:
+        def __del__(self):
+            served.extension.clear()  # as a program's own objects may, whatever they do when they end
+            ended.append(self)
+
+    served.answers[OPS[0]] = lambda args: (None, False, Token())
+    for width in range(2, 42):
+        _norm(_x(ROWS, width))
+    served.extension.clear()
+    assert len(ended) == 40
