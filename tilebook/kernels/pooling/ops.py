@@ -29,8 +29,8 @@ def max_pool2d_bwd(dy: torch.Tensor, indices: torch.Tensor, height: int, width: 
     return found
 
 
-_MOST_NUMBERS = 1 << 31
-"""Of an image, of all its channels where they lie side by side, that 32 bits can count."""
+_MOST_NUMBERS = 1 << 30
+"""Of an image, of all its channels where they lie side by side: 32 bits count them, and what blocks hold beyond."""
 _MOST_ASKED = 64
 """Comparisons of a cell, all of which stand in the code."""
 
