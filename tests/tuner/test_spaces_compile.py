@@ -25,7 +25,7 @@ def compilable(op, gpu):
             yield each, running[-1]
 
 
-@pytest.mark.sampled(2, by="name")
+@pytest.mark.sampled(5, by="name")
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("name", TARGETS)
 def test_defaults_compile_and_samples_compile_or_say_why_not(name, part):
