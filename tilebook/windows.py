@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+Problem = TypeVar("Problem", bound=Any)
 
 PATTERN = r"k\d{1,3}x\d{1,3}s\d{1,2}x\d{1,2}p\d{1,3}x\d{1,3}"
 """How a form is written: kernel, stride, padding."""
@@ -33,3 +36,10 @@ class Form(NamedTuple):
         steps = zip((height, width), *self, strict=True)
         rows, columns = ((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in steps)
         return rows, columns
+
+
+def neighbours(problem: Problem) -> list[Problem]:
+    """Of a problem of images: few that no block fits, and one image."""
+    ragged = dataclasses.replace(problem, batch=3, height=problem.height + 1, width=problem.width + 3)
+    one = dataclasses.replace(problem, batch=1)
+    return [each for each in (ragged, one) if each != problem and min(each.made) > 0]

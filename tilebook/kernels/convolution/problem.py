@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from tilebook import op
 from tilebook.op import Cost
 from tilebook.problem import UsageError, next_power_of_2
-from tilebook.windows import PATTERN, Form
+from tilebook.windows import PATTERN, Form, neighbours
 
 TOKENIZERS = (
     "B8,C64,O384,H56,k7x7s2x2p3x3", "B32,C64,O384,H56,k7x7s2x2p3x3", "B64,C64,O384,H56,k7x7s2x2p3x3",
@@ -78,9 +77,7 @@ class Problem(op.Problem):
         return Cost(2.0 * self.positions * written, float(self.torch_dtype.itemsize * (read + written)))
 
     def neighbours(self) -> Sequence[Self]:
-        ragged = dataclasses.replace(self, batch=3, height=self.height + 1, width=self.width + 3)
-        one = dataclasses.replace(self, batch=1)
-        return [each for each in (ragged, one) if each != self and min(each.made) > 0]
+        return neighbours(self)
 
     @classmethod
     def examples(cls) -> Sequence[Self]:

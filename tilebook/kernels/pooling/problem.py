@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from tilebook import op
 from tilebook.op import Cost
 from tilebook.problem import UsageError, next_power_of_2
-from tilebook.windows import PATTERN, Form
+from tilebook.windows import PATTERN, Form, neighbours
 
 TOKENIZERS = (
     "B8,C64,H112,k3x3s2x2p1x1", "B32,C64,H112,k3x3s2x2p1x1", "B128,C64,H112,k3x3s2x2p1x1",
@@ -104,9 +103,7 @@ class Problem(op.Problem):
         return Cost(float(given), float(size * (given + made) + torch.int64.itemsize * made))
 
     def neighbours(self) -> Sequence[Self]:
-        ragged = dataclasses.replace(self, batch=3, height=self.height + 1, width=self.width + 3)
-        one = dataclasses.replace(self, batch=1)
-        return [each for each in (ragged, one) if each != self and min(each.made) > 0]
+        return neighbours(self)
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
