@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from cells import Cell
-from yardsticks import Inputs, Tensors, scores_mask, yardsticks
+from yardsticks import Inputs, yardsticks
+from yardsticks.drawn import Tensors, scores_mask
 
 _WHOLE = ("mlp", "norms", "layer_norm")  # kinds of which all is judged
 _PIECE = 1 << 27  # scores that are in memory at once
