@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 Problem = TypeVar("Problem", bound=Any)
@@ -30,6 +31,11 @@ class Form(NamedTuple):
         numbers = [int(each) for each in re.findall(r"\d+", text)] or [1, 1, 1, 1, 0, 0]
         pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
         return cls(*pairs)
+
+    @classmethod
+    def of(cls, *numbers: Sequence[int]) -> Form:
+        """Of kernel, stride and padding as PyTorch takes them, where one number stands for both axes."""
+        return cls(*((each[0], each[-1]) for each in numbers))
 
     def made(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of places that the windows have in an image."""

@@ -29,7 +29,7 @@ def _posed(args: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     if not (x.is_contiguous() and weight.is_contiguous() and dy.numel() and x.numel()) or any(d != 1 for d in dilation):
         return None
-    form = Form(*((pair[0], pair[-1]) for pair in (tuple(weight.shape[2:]), stride, padding)))
+    form = Form.of(weight.shape[2:], stride, padding)
     return dy.contiguous(), x, str(form)
 
 

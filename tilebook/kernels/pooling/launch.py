@@ -6,7 +6,7 @@ import torch
 import triton
 
 from tilebook.kernels.pooling.kernels import gather_kernel
-from tilebook.kernels.pooling.problem import by_channels, reaching
+from tilebook.kernels.pooling.problem import by_channels, order, reaching
 from tilebook.launch import launch
 from tilebook.op import Config
 from tilebook.windows import Form
@@ -18,7 +18,7 @@ def gradient(
     """dx (B, C, height, width), laid as `indices` are."""
     (kernel, stride, padding), (batch, channels, high, wide) = Form.read(form), dy.shape
     last = by_channels(indices)
-    laid = torch.channels_last if last else torch.contiguous_format
+    laid = order(last)
     dx = torch.empty((batch, channels, height, width), dtype=dy.dtype, device=dy.device, memory_format=laid)
     planes, inner = (batch, channels) if last else (batch * channels, 1)
     block, cells = config.number("BLOCK"), triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])

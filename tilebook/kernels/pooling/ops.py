@@ -6,7 +6,7 @@ import torch
 
 from tilebook import op
 from tilebook.kernels.pooling import launch
-from tilebook.kernels.pooling.problem import Problem, by_channels
+from tilebook.kernels.pooling.problem import Problem, by_channels, order
 from tilebook.kernels.pooling.space import SPACE
 from tilebook.windows import Form
 
@@ -37,7 +37,7 @@ _MOST_ASKED = 64
 
 def supports(problem: Problem) -> bool:
     """Does our kernel serve it?"""
-    numbers = problem.height * problem.width * (problem.channels if problem.last else 1)
+    numbers = problem.height * problem.width * problem.inner
     return problem.dtype in ("bf16", "fp16", "fp32") and numbers < _MOST_NUMBERS and problem.asked <= _MOST_ASKED
 
 
@@ -48,8 +48,7 @@ max_pool2d_bwd.implementation("triton", space=SPACE, supports=supports)(launch.g
 def _torch(dy: torch.Tensor, indices: torch.Tensor, height: int, width: int, form: str) -> torch.Tensor:
     """What PyTorch's autograd runs, which asks the input for its shape alone."""
     kernel, stride, padding = (list(pair) for pair in Form.read(form))
-    laid = torch.channels_last if by_channels(indices) else torch.contiguous_format
-    shape = *dy.shape[:2], height, width
+    shape, laid = (*dy.shape[:2], height, width), order(by_channels(indices))
     like = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=laid)
     found: torch.Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
         dy, like, kernel, stride, padding, [1, 1], False, indices

@@ -28,6 +28,11 @@ def by_channels(x: torch.Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def order(last: bool) -> torch.memory_format:
+    """How such images lie in memory."""
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def reaching(kernel: int, stride: int, padding: int) -> tuple[int, int]:
     """Of windows that reach into a cell of `stride` numbers the first, counted from the cell's own, and how many."""
     first, last = (padding - kernel) // stride + 1, (stride - 1 + padding) // stride
@@ -63,10 +68,15 @@ class Problem(op.Problem):
         return self.shape.made(self.height, self.width)
 
     @property
+    def inner(self) -> int:
+        """Channels that are counted together, as they lie side by side."""
+        return self.channels if self.last else 1
+
+    @property
     def cells(self) -> int:
         """That are counted together: of a plane, or of all channels where they lie side by side."""
         down, right = self.shape.stride
-        return -(-self.height // down) * -(-self.width // right) * (self.channels if self.last else 1)
+        return -(-self.height // down) * -(-self.width // right) * self.inner
 
     @property
     def asked(self) -> int:
@@ -89,7 +99,7 @@ class Problem(op.Problem):
 
     def inputs(self, device: torch.device | str, seed: int) -> tuple[Any, ...]:
         source = op.generator(device, seed)
-        laid = torch.channels_last if self.last else torch.contiguous_format
+        laid = order(self.last)
         shapes = (self.batch, self.channels, self.height, self.width), (self.batch, self.channels, *self.made)
         drawn = (op.normal(shape, source, device, torch.float32) for shape in shapes)
         x, dy = (each.to(self.torch_dtype, memory_format=laid) for each in drawn)

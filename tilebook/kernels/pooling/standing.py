@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tilebook.kernels.pooling.problem import by_channels
+from tilebook.kernels.pooling.problem import by_channels, order
 from tilebook.native import Standing
 from tilebook.native.plans import Ours, Output
 from tilebook.windows import Form
@@ -21,25 +21,19 @@ def _op() -> Any:
     return max_pool2d_bwd
 
 
-def _pair(given: Sequence[int]) -> tuple[int, int]:
-    return given[0], given[-1]
-
-
 def _posed(args: Sequence[Any]) -> tuple[Any, ...] | None:
     dy, x, kernel, stride, padding, dilation, ceil_mode, indices = args
     if not dy.ndim == x.ndim == indices.ndim == 4 or dy.dtype != x.dtype or x.dtype not in _DTYPES:
         return None
     if ceil_mode or any(each != 1 for each in dilation) or not (dy.numel() and x.numel()):
         return None
-    laid = torch.channels_last if by_channels(x) else torch.contiguous_format
-    # Where the two differ in how they lie, and where both are in doubt, as of one channel, it is PyTorch's.
-    if by_channels(x) != by_channels(indices) or not all(
-        each.is_contiguous(memory_format=laid) for each in (x, indices)
-    ):
+    last = by_channels(x)
+    laid = order(last)
+    if last != by_channels(indices) or not all(each.is_contiguous(memory_format=laid) for each in (x, indices)):
         return None
-    if by_channels(x) and not dy.is_contiguous(memory_format=laid):
+    if last and not dy.is_contiguous(memory_format=laid):
         return None  # a copy would lie by rows
-    form = Form(_pair(kernel), _pair(stride or kernel), _pair(padding))
+    form = Form.of(kernel, stride or kernel, padding)
     return dy.contiguous(memory_format=laid), indices, x.shape[2], x.shape[3], str(form)
 
 
