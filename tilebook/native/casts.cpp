@@ -108,9 +108,7 @@ struct Place {
 };
 
 Place place_of(c10::Device device) {
-  if (device.is_cpu()) return {nullptr, false};
-  void* const stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-  return {stream, captured(device)};
+  return {stream_of(device), captured(device)};
 }
 
 // The casts of one region of autocast, of one thread: those that nobody has used yet. What was used has no tensor here.
@@ -484,6 +482,11 @@ void define_sums(torch::Library& library) {
   library.impl("column_sum", torch::dispatch(DispatchKey::CompositeExplicitAutograd, TORCH_FN(sum_of_columns)));
 }
 
+void* stream_of(c10::Device device) {
+  if (device.is_cpu()) return nullptr;
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
 // The signature of cuStreamIsCapturing.
 using Capturing = int (*)(void*, int*);
 
@@ -493,9 +496,8 @@ bool captured(c10::Device device) {
     return driver ? reinterpret_cast<Capturing>(dlsym(driver, "cuStreamIsCapturing")) : nullptr;
   }();
   if (!ask || device.is_cpu()) return false;
-  void* const stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
   int status = 0;
-  return ask(stream, &status) == 0 && status != 0;
+  return ask(stream_of(device), &status) == 0 && status != 0;
 }
 
 Tensor casted(at::ScalarType dtype, const Tensor& weight, c10::DeviceType device) {

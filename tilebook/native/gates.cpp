@@ -20,10 +20,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>

@@ -4,11 +4,11 @@
 
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <dlfcn.h>
 
 #include <atomic>
+#include <cstring>
 
 namespace served {
 namespace {
@@ -35,11 +35,6 @@ int (*context_of_thread)(void**) = nullptr;
 int (*set_context)(void*) = nullptr;
 int (*retain_context)(void**, int) = nullptr;
 int (*device_of)(int*, int) = nullptr;
-
-void* stream_of(c10::Device device) {
-  if (device.is_cpu()) return nullptr;
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-}
 
 // What a launch returns where another one may work: no context, or a graph that is being captured.
 bool passing(int status) { return status == 2 || status == 201 || (status >= 900 && status <= 908); }

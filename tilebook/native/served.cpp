@@ -12,7 +12,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
@@ -20,6 +19,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -29,7 +29,6 @@
 #include <vector>
 
 #include "plans.h"
-#include "shared.h"
 
 namespace served {
 namespace {
@@ -39,6 +38,7 @@ using c10::DispatchKeySet;
 using torch::jit::Stack;
 
 constexpr size_t kMostKinds = 10000;
+
 enum class Decision { ask, left, planned };
 
 // What is known of one kind of call. Its token is among `tokens`.

@@ -14,6 +14,9 @@ bool ordinary(const at::Tensor& tensor, c10::DeviceType kind);
 // The kind of device whose calls are served: the GPU, or the CPU, as tests have it.
 c10::DeviceType served_kind();
 
+// The driver's handle of the current stream of this device; none of the CPU's.
+void* stream_of(c10::Device device);
+
 // Is a graph of the GPU's being captured, on the current stream of this device?
 bool captured(c10::Device device);
 
