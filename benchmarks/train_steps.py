@@ -73,7 +73,7 @@ BLOCK_MS = 250.0
 """A block of steps lasts about this long."""
 
 _BATCHES = 4
-_OWN_GRAPHS: dict[str, Any] = {"max_autotune": False}
+OWN_GRAPHS: dict[str, Any] = {"max_autotune": False}
 """What Inductor does anyway; but graphs of other options are not taken, and with tilebook a program traces its own."""
 
 
@@ -88,7 +88,7 @@ class Run:
             self._inside = functools.partial(attention_by, use)
         self.model, self._device = model.to(device).train(), device
         self._head_in_model = isinstance(model, Llama) and use.head_loss is not None
-        self._called = torch.compile(self.model, options=_OWN_GRAPHS if on else None) if compiled else self.model
+        self._called = torch.compile(self.model, options=OWN_GRAPHS if on else None) if compiled else self.model
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device == "cuda")
         self._batches, self._next = _data(sizes, device), 0
 
