@@ -9,7 +9,6 @@ from registry_samples import A100, evidenced, predicted, problem, verdict
 import tilebook
 from tilebook.registry import Registry, reading, served, shipped, texts
 from tilebook.registry.quick import Line, quick
-from tilebook.registry.sql import Sql
 from tilebook.registry.texts import Written
 from tilebook.registry.wanted import Wanted
 
@@ -18,9 +17,8 @@ SHIPPED = Path(tilebook.__file__).parent / "shipped"
 
 def rows(registry):
     """The columns of the only verdict."""
-    with registry.transaction() as session:
-        sql = Sql.of(session)
-        (row,) = sql.among(reading._ROWS, [1])
+    with registry.transaction() as sql:
+        (row,) = sql.among(reading._VERDICTS, [1])
         return list(row), sorted(map(list, sql.among(reading._FINALISTS, [1])), key=lambda each: each[1])
 
 
@@ -121,8 +119,8 @@ def test_finalists_that_no_verdict_would_have_are_not_quick(tmp_path, monkeypatc
 def test_a_damaged_row_is_counted_as_by_any_reader(damage, tmp_path):
     with Registry.open(tmp_path / "registry.db", write=True) as registry:
         registry.record(verdict=evidenced())
-        with registry.transaction() as session:
-            Sql.of(session).run(f"UPDATE {damage}", [])
+        with registry.transaction() as sql:
+            sql.run(f"UPDATE {damage}")
     for read in (Registry.each_line, Registry.each_verdict):
         with Registry.open(tmp_path / "registry.db") as registry:
             assert list(read(registry)) == []

@@ -231,18 +231,21 @@ def _written(
     layers: Layers, target: str | None, selection: Selection, trials: bool, stream: TextIO, sign: Sign | None
 ) -> tuple[int, list[str]]:
     """Exports what is selected of a registry, or of all layers; returns how many records, and what was wrong there."""
-    from tilebook.registry.lines import write
+    from tilebook.registry import lines
     from tilebook.registry.texts import Written
 
     if target is not None:
-        from tilebook.registry import Registry, export
+        from tilebook.registry import exchange
+        from tilebook.registry.filereader import reader
 
-        with Registry.open(target) as source:
-            return export(source, stream, sign, selection, trials), source.problems
+        with reader(target) as source:
+            gathered, problems = exchange.gathered(source, sign, selection, trials), source.problems
+        return gathered.write(stream), problems
     found, revoked = layers.read(op=selection.op, gpu=selection.gpu)
     verdicts = sorted((each for _, each in found if selection.verdict(each)), key=lambda each: each.place)
     revocations = [each for _, each in revoked if selection.revocation(each)]
-    return write(stream, revocations, (Written(each).line for each in verdicts), (), sign), layers.problems
+    gathered = lines.gathered(revocations, (Written(each).line for each in verdicts), (), sign)
+    return gathered.write(stream), layers.problems
 
 
 class _Source(click.Path):

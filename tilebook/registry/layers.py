@@ -72,9 +72,9 @@ class Layers:
         self, *, op: str | None = None, device: Device | None = None, gpu: str | None = None
     ) -> tuple[list[tuple[str, Shown]], list[tuple[str, Revocation]]]:
         """As `read`, for people: of a file without the samples of verdicts, which most of the time would go to."""
+        wanted = Wanted(op=op, device=device, gpu=gpu)
         found = [
-            (name, *both)
-            for name, both in self._read(lambda each: (_overviews(each, op, device, gpu), each.revocations()))
+            (name, *both) for name, both in self._read(lambda each: (_overviews(each, wanted), each.revocations()))
         ]
         return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
 
@@ -268,14 +268,14 @@ class DenyList:
         return self.find(verdict.op, kernel, verdict.device.arch, verdict.implementation, verdict.config)
 
 
-def _overviews(registry: Readable, op: str | None, device: Device | None, gpu: str | None) -> Sequence[Shown]:
+def _overviews(registry: Readable, wanted: Wanted) -> Sequence[Shown]:
     from tilebook.registry.filereader import FileReader
 
     if not isinstance(registry, FileReader) or registry.schema < 3:
-        return registry.verdicts(op=op, device=device, gpu=gpu)
+        return registry.verdicts(op=wanted.op, device=wanted.device, gpu=wanted.gpu)
     from tilebook.registry.overview import overviews
 
-    return overviews(registry, op, device, gpu)
+    return overviews(registry, wanted)
 
 
 _V = TypeVar("_V", bound="Shown")

@@ -58,18 +58,28 @@ def written(
     return [_header(version, len(lines), whole.hexdigest()), *lines]
 
 
-def write(
-    stream: TextIO,
-    revocations: Iterable[Revocation],
-    verdicts: Iterable[str],
-    trials: Iterable[Trial],
-    sign: Sign | None = None,
-) -> int:
-    """Writes the file that `written` gives, of more records than fit into memory; returns how many. sign: by whom.
+class Gathered:
+    """The lines of a file that is to be written, aside: its header, which tells what follows, can be known only now."""
+
+    def __init__(self, header: str, body: IO[str], count: int) -> None:
+        self.count = count
+        self._header, self._body = header, body
+
+    def write(self, stream: TextIO) -> int:
+        """Writes them, once; returns how many records they are."""
+        with contextlib.closing(self._body):
+            stream.write(self._header)
+            shutil.copyfileobj(self._body, stream, 1 << 20)
+        return self.count
+
+
+def gathered(
+    revocations: Iterable[Revocation], verdicts: Iterable[str], trials: Iterable[Trial], sign: Sign | None = None
+) -> Gathered:
+    """The file that `written` gives, of more records than fit into memory. sign: by whom.
 
     verdicts are their lines; they come in the order of the file, by `Verdict.place`, and so do trials, by op, problem
-    and time. The records go to a temporary file first, since the header, which tells what follows, can be known only
-    then.
+    and time.
     """
     whole, count, versions = hashlib.sha256(), 0, {1}
 
@@ -83,21 +93,19 @@ def write(
 
     body = _aside()
     try:
-        try:
-            for version, line in _revoked(revocations):
-                body.writelines(counted([line], version))
-            body.writelines(counted(verdicts, _FINALISTS))
-            body.writelines(counted(_trial_lines(trials), 1))
-            body.seek(0)
-        except OSError as error:
-            where = f"{tempfile.gettempdir()}, where its records wait"
-            raise RegistryError(f"the export cannot be written: {where}: {error.strerror or error}") from error
-        stream.write(_header(max(versions), count, whole.hexdigest(), sign))
-        shutil.copyfileobj(body, stream, 1 << 20)
-    finally:
+        for version, line in _revoked(revocations):
+            body.writelines(counted([line], version))
+        body.writelines(counted(verdicts, _FINALISTS))
+        body.writelines(counted(_trial_lines(trials), 1))
+        body.seek(0)
+        return Gathered(_header(max(versions), count, whole.hexdigest(), sign), body, count)
+    except BaseException as error:
         with contextlib.suppress(OSError):  # what could not be written cannot be now
             body.close()
-    return count
+        if not isinstance(error, OSError):
+            raise
+        where = f"{tempfile.gettempdir()}, where its records wait"
+        raise RegistryError(f"the export cannot be written: {where}: {error.strerror or error}") from error
 
 
 def _aside() -> IO[str]:

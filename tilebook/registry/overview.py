@@ -17,11 +17,14 @@ from typing import Any
 
 from tilebook.registry import served
 from tilebook.registry.checks import DAMAGE, ConfigValue, Json, notes, optional_number, parse_time
-from tilebook.registry.filereader import FileReader, where_clause
+from tilebook.registry.contents import Contents
+from tilebook.registry.reading import JOINS, condition_of
 from tilebook.registry.records import Device, Environment
 from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served
+from tilebook.registry.sql import Sql
 from tilebook.registry.texts import finalist_text, text_of
 from tilebook.registry.verdict import Speedup, Verdict, VerdictStatus
+from tilebook.registry.wanted import ANY, Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +101,24 @@ NOTES = (
 """What is shown of how a verdict was found. Which points of a space were searched is not, and is most of the notes."""
 
 
-def overviews(
-    reader: FileReader, op: str | None = None, device: Device | None = None, gpu: str | None = None
-) -> list[Overview]:
-    """The verdicts of a registry that match, in the order of their keys; what is damaged is told as by `verdicts`.
+def overviews(registry: Contents, wanted: Wanted = ANY) -> list[Overview]:
+    """The verdicts of a registry that are wanted, in the order of their keys; what is damaged is told as by `verdicts`.
 
     Of a file with today's schema, or that of before.
     """
-    records = list(_each(reader, op, device, gpu))
-    intact = [record for record in records if record is not None]
-    reader.count_lost(len(records) - len(intact))
-    return sorted(intact, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
+    with registry.reading() as sql:
+        found = registry.intact(_each(sql, wanted))
+    return sorted(found, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
 
 
-def _each(reader: FileReader, op: str | None, device: Device | None, gpu: str | None) -> Iterator[Overview | None]:
-    where, values = where_clause("v", op, None, device, None, gpu=gpu)
-    rows = reader.rows(f"{_FINALISTS} {where} ORDER BY f.verdict_id, f.place", values)
+def _each(sql: Sql, wanted: Wanted) -> Iterator[Overview | None]:
+    if (condition := condition_of(sql, wanted, "v")) is None:
+        return
+    where, values = condition
+    rows = sql.each(f"{_FINALISTS} {where} ORDER BY f.verdict_id, f.place", values)
     finalists = itertools.groupby(rows, key=operator.itemgetter(0))
     number, its = _next(finalists)
-    for row in reader.rows(f"{_VERDICTS} {where} ORDER BY v.id", values):
+    for row in sql.each(f"{_VERDICTS} {where} ORDER BY v.id", values):
         while number is not None and number < row[0]:
             number, its = _next(finalists)
         try:
@@ -130,19 +132,15 @@ def _next(finalists: Iterator[tuple[int, Iterator[Any]]]) -> tuple[int | None, l
     return number, list(rows)
 
 
-_JOINS = """
-LEFT JOIN problem AS p ON p.id = v.problem_id LEFT JOIN device AS d ON d.id = v.device_id
-LEFT JOIN environment AS e ON e.id = v.environment_id LEFT JOIN kernel AS k ON k.id = v.kernel_id
-"""
 _VERDICTS = f"""
 SELECT v.id, p.op, p.key, d.name, d.arch, d.sm_count, k.op, v.default_time_ms, v.notes, v.created_at, v.sha256,
        v.served, {COLUMNS}
-FROM verdict AS v {_JOINS}
+FROM verdict AS v {JOINS.format("v")}
 """
 _FINALISTS = f"""
 SELECT f.verdict_id, f.place, {", ".join(f"f.{name.strip()}" for name in FINALIST_COLUMNS.split(","))},
        f.predicted_ms, f.is_default, f.speedup, f.speedup_low, f.speedup_high, f.samples_ms, f.again
-FROM finalist AS f JOIN verdict AS v ON v.id = f.verdict_id {_JOINS}
+FROM finalist AS f JOIN verdict AS v ON v.id = f.verdict_id {JOINS.format("v")}
 """
 
 
