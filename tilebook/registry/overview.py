@@ -7,6 +7,7 @@ those that the columns hold.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import operator
@@ -22,7 +23,7 @@ from tilebook.registry.reading import JOINS, condition_of
 from tilebook.registry.records import Device, Environment
 from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served
 from tilebook.registry.sql import Sql
-from tilebook.registry.texts import finalist_text, text_of
+from tilebook.registry.texts import Text, finalist_text, text_of
 from tilebook.registry.verdict import Speedup, Verdict, VerdictStatus
 from tilebook.registry.wanted import ANY, Wanted
 
@@ -40,7 +41,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A verdict without samples and second contests, see `verdict.Verdict`; of the notes it has NOTES."""
+    """A verdict without samples and second contests, see `verdict.Verdict`; of the notes it has NOTES.
+
+    said: the SHA-256 of all that the verdict says to others, see `difference.Told`.
+    """
 
     op: str
     problem: str
@@ -57,6 +61,7 @@ class Overview:
     origin: str
     trusted: bool
     created_at: datetime
+    said: str
 
     @property
     def winner(self) -> Candidate:
@@ -150,7 +155,8 @@ def _overview(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Overvie
         raise ValueError("a finalist is missing, or the kernel is another op's")
     device = _device(name, arch, sm_count)
     found = served.from_columns("", op, problem, device, columns, [each[2:6] for each in finalists], served_sha256)
-    if found is None or _digest(row, finalists) != sha256:
+    text = _text(row, finalists)
+    if found is None or text.sha256(columns[-2], bool(columns[-1])) != sha256:
         raise ValueError("a digest is wrong")
     told = json.loads(its_notes)
     return Overview(
@@ -169,6 +175,7 @@ def _overview(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Overvie
         origin=found.origin,
         trusted=found.trusted,
         created_at=parse_time(created_at, "created_at"),
+        said=hashlib.sha256(text.portable.encode()).hexdigest(),
     )
 
 
@@ -192,15 +199,14 @@ def _environment(versions: str) -> Environment:
     return Environment(json.loads(versions))
 
 
-def _digest(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> str:
-    """Of the canonical JSON of `Verdict.content`, as the columns spell it."""
+def _text(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Text:
+    """The canonical JSON of `Verdict.content`, as the columns spell it."""
     _, op, problem, name, arch, sm_count, _, default_ms, its_notes, created_at, _, _, *columns = row
-    versions, kernel, status, mode, value, low, high, sources, origin, trusted = columns
-    text = text_of(
+    versions, kernel, status, mode, value, low, high, sources, _, _ = columns
+    return text_of(
         created_at, default_ms, _device(name, arch, sm_count).text, versions, map(_finalist, finalists),
         (value, low, high), kernel, mode, its_notes, op, problem, sources, status,
     )  # fmt: skip
-    return text.sha256(origin, trusted)
 
 
 def _finalist(row: Sequence[Any]) -> str:

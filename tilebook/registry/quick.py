@@ -35,11 +35,19 @@ class Line(NamedTuple):
     origin: str
     measured: bool
     trusted: bool
+    kernel: str
+
+    @property
+    def place(self) -> tuple[str, str, str, str, int, str]:
+        """`Verdict.place`."""
+        device = self.device
+        return self.op, self.problem, device.name, device.arch, device.sm_count, self.kernel
 
     @classmethod
     def of(cls, written: Written) -> Line:
         its = written.verdict
-        return cls(written.line, its.op, its.problem, its.device, its.created_at, its.origin, its.measured, its.trusted)
+        told = its.op, its.problem, its.device, its.created_at, its.origin, its.measured, its.trusted, its.kernel
+        return cls(written.line, *told)
 
 
 def quick(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None:
@@ -96,7 +104,7 @@ def _line(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None
         served_sha256,
     ):
         return None
-    return Line(text.line, op, problem, device, moment, origin, measured, bool(trusted))
+    return Line(text.line, op, problem, device, moment, origin, measured, bool(trusted), kernel)
 
 
 def _finalist(

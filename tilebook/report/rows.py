@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from tilebook import device as devices
 from tilebook import inventory, machine
-from tilebook.registry import Revocation
+from tilebook.registry import DenyList, Revocation
 from tilebook.registry.checks import quoted
 from tilebook.registry.current import Sourced, retired
 from tilebook.registry.searched import cut_short, observed
@@ -25,6 +26,12 @@ def stale(verdict: Shown) -> list[str]:
         for name, version in sorted(verdict.environment.versions.items())
         if name in here and here[name] != version and name not in ("python", "tilebook")
     ]
+
+
+def deny_list(revocations: Iterable[tuple[str, Revocation]]) -> DenyList:
+    """Those of the layers that are honoured here. Which Triton this is is asked for only where there are any."""
+    found = [each for _, each in revocations]
+    return DenyList(found, devices.package_version("triton") if found else "")
 
 
 UNREACHED = "not reached"
