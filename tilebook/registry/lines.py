@@ -17,8 +17,6 @@ import io
 import itertools
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -69,7 +67,8 @@ class Gathered:
         """Writes them, once; returns how many records they are."""
         with contextlib.closing(self._body):
             stream.write(self._header)
-            shutil.copyfileobj(self._body, stream, 1 << 20)
+            while part := self._body.read(1 << 20):
+                stream.write(part)
         return self.count
 
 
@@ -104,12 +103,16 @@ def gathered(
             body.close()
         if not isinstance(error, OSError):
             raise
+        import tempfile
+
         where = f"{tempfile.gettempdir()}, where its records wait"
         raise RegistryError(f"the export cannot be written: {where}: {error.strerror or error}") from error
 
 
 def _aside() -> IO[str]:
     """Where lines wait until the header is known: on disk, or in memory where no folder can be written to."""
+    import tempfile  # which imports much, and most who read lines write none
+
     try:
         return tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n")
     except OSError:
