@@ -1,6 +1,7 @@
 """Training steps of transformers' models as people run them: plain PyTorch, `TILEBOOK=1`, `patch`, and its loss head.
 
     python benchmarks/e2e.py --out benchmarks/results/nvidia-h200/e2e.json [--only GPT] [--seconds 300]
+    python benchmarks/e2e.py --compiled --how pytorch,patched --out …      # with torch.compile, one of ours at a time
     python benchmarks/e2e.py --device cpu --tiny --out /tmp/tried.json     # no GPU, no figures
 
 Random weights, bf16 autocast over fp32 weights, AdamW fused, dropout as the configs have it, the loss of the model's
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from compare import arguments, save
-from train_steps import SETTLED_STEPS, alternated
+from train_steps import OWN_GRAPHS, SETTLED_STEPS, alternated
 
 import tilebook
 from tilebook import device as devices
@@ -85,18 +86,21 @@ def made(case: Case, tiny: bool, device: str, attention: str = "sdpa", seed: int
 class Run:
     """One model in training. how: "pytorch", "tilebook", "patched" or "loss head"."""
 
-    def __init__(self, case: Case, how: str, device: str, tiny: bool, attention: str = "sdpa") -> None:
+    def __init__(
+        self, case: Case, how: str, device: str, tiny: bool, attention: str = "sdpa", compiled: bool = False
+    ) -> None:
         self._on, self._device = how != "pytorch", device
         self.model = made(case, tiny, device, attention)
         if how in ("patched", "loss head"):
             tilebook.patch(self.model, loss_head=how == "loss head")
+        self._called = torch.compile(self.model, options=OWN_GRAPHS if self._on else None) if compiled else self.model
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device == "cuda")
         self._batch = _batch(case, self.model.config.vocab_size, device, tiny)
 
     def step(self) -> torch.Tensor:
         with tilebook.enabled() if self._on else nullcontext():
             with torch.autocast(self._device, torch.bfloat16):
-                loss = self.model(**self._batch).loss
+                loss = self._called(**self._batch).loss
             loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -118,8 +122,10 @@ def _batch(case: Case, vocabulary: int, device: str, tiny: bool) -> dict[str, to
     return {name: x.to(device) for name, x in found.items()}
 
 
-def measured(case: Case, hows: list[str], rounds: int, device: str, tiny: bool) -> dict[str, Any]:
-    runs: dict[str, Run] = {how: Run(case, how, device, tiny) for how in hows}
+def measured(
+    case: Case, hows: list[str], rounds: int, device: str, tiny: bool, compiled: bool = False
+) -> dict[str, Any]:
+    runs: dict[str, Run] = {how: Run(case, how, device, tiny, compiled=compiled) for how in hows}
     first = {how: [float(run.step()) for _ in range(4)] for how, run in runs.items()}
     steps, found = alternated(runs, rounds, device, SETTLED_STEPS // 4)
     return {"first_losses": first, "steps_a_block": steps, **found}
@@ -137,17 +143,19 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--how", default="pytorch,tilebook,patched,loss head")
+    parser.add_argument("--compiled", action="store_true", help="by torch.compile; with two of --how")
     given = parser.parse_args()
     started, rows = time.time(), list[dict[str, Any]]()
     for name, case in CASES.items():
         if given.only not in name or time.time() - started > given.seconds:
             continue
-        row: dict[str, Any] = {"model": name}
+        row: dict[str, Any] = {"model": name, "mode": "compiled" if given.compiled else "eager"}
         try:
-            row.update(measured(case, given.how.split(","), given.rounds, given.device, given.tiny))
+            row.update(measured(case, given.how.split(","), given.rounds, given.device, given.tiny, given.compiled))
         except Exception as broken:
             row["failed"] = f"{type(broken).__name__}: {broken}"[:500]
         rows.append(row)
+        torch.compiler.reset()
         print(shown(row), flush=True)
         gc.collect()
         if given.device == "cuda":

@@ -184,6 +184,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     arguments.add_argument("--widths", type=int, nargs="*", default=[64, 128])
+    arguments.add_argument("--contenders", nargs="*", help="these only: tilebook, fla, pytorch, …")
     arguments.add_argument("--maps", nargs="*", choices=MAPPED, default=[], help="these feature maps, and no decays")
     arguments.add_argument("--channels", action="store_true", help="a log-decay of each channel")
     arguments.add_argument("--profile", action="store_true", help="how long each of our kernels takes, without maps")
@@ -196,6 +197,8 @@ def main() -> None:
                     torch._dynamo.reset()
                     compiled, named = not (given.tiny or given.uncompiled), how in MAPPED
                     functions = by_map(how) if named else contenders(compiled)
+                    if given.contenders:
+                        functions = {name: each for name, each in functions.items() if name in given.contenders}
                     tensors = drawn(n, width, how, given.device, given.tiny)
                     for backward in (False, True):
                         q = tensors[0]

@@ -20,13 +20,15 @@ EPS = 1e-6
 @dataclass(frozen=True)
 class Functions:
     """What a layer is made of. `mlp` takes a layer's two linear modules, between which is GELU, `gated` three, with
-    SiLU; `rope` takes q, k, cos and sin."""
+    SiLU; `rope` takes q, k, cos and sin; `head_loss` a language model's rows, its head's weight and the tokens wanted,
+    where the head is not a layer like others."""
 
     attention: Callable[..., torch.Tensor]
     rms_norm: Callable[..., torch.Tensor]
     mlp: Callable[[torch.Tensor, nn.Linear, nn.Linear], torch.Tensor]
     gated: Callable[[torch.Tensor, nn.Linear, nn.Linear, nn.Linear], torch.Tensor]
     rope: Callable[..., tuple[torch.Tensor, ...]]
+    head_loss: Callable[..., torch.Tensor] | None = None
 
 
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -48,6 +50,7 @@ TILEBOOK = Functions(
     lambda x, up, down: tilebook.mlp(x, up.weight, up.bias, down.weight, down.bias),
     lambda x, gate, up, down: tilebook.swiglu(x, gate.weight, up.weight, down.weight),
     tilebook.apply_rope,
+    tilebook.linear_cross_entropy,
 )
 
 
@@ -181,11 +184,16 @@ class Llama(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits, or the loss where tokens are wanted."""
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
-        return self.head(self.use.rms_norm(x, self.norm))
+        x = self.use.rms_norm(x, self.norm)
+        if wanted is None:
+            return self.head(x)
+        assert self.use.head_loss is not None
+        return self.use.head_loss(x.flatten(0, 1), self.head.weight, wanted.flatten())
 
 
 # Models of others, in which a function is put in by hand where they call PyTorch's

@@ -42,7 +42,7 @@ def test_every_model_trains_and_both_have_the_same_losses(tmp_path):
     out = tmp_path / "steps.json"
     run("train_steps.py", out, "--modes", "eager")
     rows = json.loads(out.read_text())["results"]
-    assert len(rows) == 6
+    assert len(rows) == 7
     for row in rows:
         assert "failed" not in row, row
         assert row["agree"]

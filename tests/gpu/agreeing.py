@@ -37,7 +37,7 @@ def feasible_agreeing(name, shape, dtype, most):
 
 
 def assert_rounded_otherwise(mine, right):
-    """Single numbers may be a tenth of their spread apart, all together a hundredth."""
+    """Single numbers may be a quarter of their spread apart, all together a hundredth."""
     size = right.float().std().item()
-    torch.testing.assert_close(mine.float(), right.float(), rtol=2e-2, atol=0.1 * size)
+    torch.testing.assert_close(mine.float(), right.float(), rtol=2e-2, atol=0.25 * size)
     assert (mine.float() - right.float()).square().mean().sqrt() <= 1e-2 * size

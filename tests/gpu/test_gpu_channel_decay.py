@@ -70,8 +70,9 @@ def test_decays_that_are_all_strong_are_right(dtype):
     truth = results(plain, [x.detach().double().requires_grad_() for x in tensors], above)
     with dispatch.use("triton"):
         found = results(gated, tensors, above)
+    steps = 4 if dtype == torch.bfloat16 else 64  # exponents of 20, of decays by the chunk, are rounded themselves
     for name, mine, right in zip(NAMES, found, truth, strict=True):
-        assert rms(mine - right) <= 4 * torch.finfo(dtype).eps * rms(right), name
+        assert rms(mine - right) <= steps * torch.finfo(dtype).eps * rms(right), name
 
 
 def test_a_long_sequence_is_what_it_is_by_parts_and_by_steps():

@@ -69,7 +69,7 @@ def test_a_graph_replays_it(below):
 def test_feasible_configs_are_right(op):
     for problem in op.problem.examples():
         args = problem.inputs("cuda", 0)
-        right = op.reference(*(each.double() for each in args))
+        right = op.reference(*(each.double() for each in args)).double()
         feasible = op.tunable.space.feasible(problem, devices.current())
         for config in feasible[:: max(1, len(feasible) // 12)]:
             found = op.tunable(*args, config=config)

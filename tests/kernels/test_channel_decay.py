@@ -153,12 +153,26 @@ def test_all_configs_agree_with_each_other_and_with_one_token_after_the_other():
 
 
 @interpreted
+@pytest.mark.parametrize("width", [48, 80])
+def test_widths_between_powers_of_two_are_right_by_slices_that_divide_them(width):
+    tensors = drawn(20, heads=2, width=width)
+    assert_near(results(gated, tensors, config=CONFIGS[0], scale=0.2), truth(tensors, scale=0.2))
+
+
+@interpreted
 @pytest.mark.parametrize("decay", [-30.0, -math.inf])
 def test_strong_decays_make_nothing_that_is_not_finite(decay):
     tensors = drawn(20, decay=decay)
     with torch.no_grad():
         tensors[3][..., ::2, ::2] = 0.0  # beside channels and tokens that keep all
     assert_near(results(gated, tensors), truth(tensors))
+
+
+@pytest.mark.parametrize("function", [plain, pytest.param(gated, marks=interpreted)])
+def test_decays_that_are_all_strong_have_gradients_as_small(function):
+    tensors = drawn(40, decay=-13.8)
+    found, right = results(function, tensors)[5], truth(tensors)[5]
+    assert rms(found - right) <= 1e-4 * rms(right)
 
 
 @interpreted

@@ -147,6 +147,12 @@ def test_all_configs_agree_with_each_other_and_with_one_token_after_the_other():
 
 
 @interpreted
+def test_widths_between_powers_of_two_are_right_by_slices_that_divide_them():
+    tensors = drawn(20, width=192)
+    assert_near(results(ruled, tensors, scale=0.1), truth(tensors, scale=0.1))
+
+
+@interpreted
 @pytest.mark.parametrize("decay", [0.0, -30.0, -math.inf])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_constant_decays_and_rates_are_right(decay, beta):
@@ -154,6 +160,15 @@ def test_constant_decays_and_rates_are_right(decay, beta):
     g, rate = (torch.full((1, 1, 40), x, requires_grad=True) for x in (decay, beta))
     tensors = q, k, v, g, rate, h
     assert_near(results(ruled, tensors, config=CONFIGS[2]), truth(tensors), 1e-4)
+
+
+@pytest.mark.parametrize("function", [plain, pytest.param(ruled, marks=interpreted)])
+def test_decays_that_are_all_strong_have_gradients_as_small(function):
+    tensors = drawn(40, heads=1)
+    with torch.no_grad():
+        tensors[3].fill_(-13.8)
+    found, right = results(function, tensors)[5], truth(tensors)[5]
+    assert rms(found - right) <= 1e-4 * rms(right)
 
 
 @interpreted

@@ -68,7 +68,7 @@ def test_ours_is_the_op_it_stands_for(backend, case):
             assert theirs is None or mine.data_ptr() == args[theirs].data_ptr()
         like = args[:1] if name == backend else args[1:4]
         for each, output in zip(like, ours, strict=False):
-            assert output == (tuple(each.shape), torch.empty_like(each).stride())
+            assert output[:2] == (tuple(each.shape), torch.empty_like(each).stride())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -21,7 +21,7 @@ def test_it_is_the_sum_of_all_rows():
     (posed,) = STANDING.posed((dy, FP32))
     torch.testing.assert_close(STANDING.op().reference(posed), dy.float().sum(0))
     (output,) = STANDING.outputs((dy, FP32))
-    assert output == ((24,), (1,))
+    assert output[:2] == ((24,), (1,))
     assert STANDING in enabling._STANDINGS
 
 

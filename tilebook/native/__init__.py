@@ -198,8 +198,8 @@ def _placed(output: plans.Output, computed: Iterator[torch.Tensor], theirs: Sequ
         return output
     given = next(computed)
     if plans.fits(given, output):
-        return given.as_strided(*output)
-    return given.new_empty_strided(*output).copy_(given)
+        return given.as_strided(output.shape, output.strides)
+    return given.new_empty_strided(output.shape, output.strides).copy_(given)
 
 
 def _loaded() -> Any:

@@ -35,10 +35,14 @@ _NOT_THERE, _NUMBER, _THEIRS = (-1, 0), -2, -3
 
 
 class Ours(NamedTuple):
-    """An output that is one of ours, in their order, with its shape and strides in PyTorch's place."""
+    """An output that is one of ours, in their order, with its shape and strides in PyTorch's place.
+
+    in_memory: ours has its numbers in memory where PyTorch's has them, whatever its shape says of them.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    in_memory: bool = False
 
 
 class Empty(NamedTuple):
@@ -78,7 +82,7 @@ def _fits(shape: Sequence[int], strides: Sequence[int], wanted: Ours) -> bool:
     if tuple(shape) == wanted.shape:
         return all(n == 1 or a == b for n, a, b in zip(shape, strides, wanted.strides, strict=True))
     whole = tuple(strides) == _steps(shape) and wanted.strides == _steps(wanted.shape)
-    return whole and math.prod(shape) == math.prod(wanted.shape)
+    return (whole or wanted.in_memory) and math.prod(shape) == math.prod(wanted.shape)
 
 
 def translated(
@@ -113,7 +117,7 @@ def translated(
             index = (number := next(ours)) - len(places)
             if index < 0 or not _fits(*made[index][:2], each):
                 return None
-            made[index] = (*each, made[index][2])
+            made[index] = (each.shape, each.strides, made[index][2])
             found.append((slot(number), 0))
         elif isinstance(each, Empty):
             found.append((allocated(*each), 0))

@@ -57,6 +57,15 @@ def dot(a, b, tile):
 
 
 @triton.jit
+def preceding(x):
+    """Along the first axis each number's forerunner, of the first 0: a sum less its last number is its rounding."""
+    at = tl.arange(0, x.shape[0])
+    if len(x.shape) == 2:
+        at = at[:, None]
+    return tl.where(at > 0, tl.gather(x, tl.broadcast_to(tl.maximum(at - 1, 0), x.shape), 0), 0.0)
+
+
+@triton.jit
 def factored(state, like):
     """A state as a factor of a product, and what the product is to be multiplied by: sums may pass the end of fp16."""
     scale = 1.0

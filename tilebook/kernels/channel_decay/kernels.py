@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilebook.kernels.bidirectional.tiles import dot, put
+from tilebook.kernels.bidirectional.tiles import dot, preceding, put
 from tilebook.kernels.channel_decay.tiles import decays, halved, in_halves, kept_of, state_slice, summed
 from tilebook.kernels.delta_rule.tiles import begun, ended, factored, keep_state, kept_state, read, square, whose
 
@@ -41,7 +41,7 @@ def pairs_kernel(q, k, sums, rests, asking, leaving, kept, scores, heads, n, sca
     pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
     head, batch, token, chunks = pair % heads, pair // heads, chunk * tile.CHUNK, tl.num_programs(1)
     a = tl.zeros([tile.CHUNK, tile.CHUNK], tl.float32)
-    for column in tl.range(0, tile.WIDE, tile.SLICE):
+    for column in tl.range(0, tile.D, tile.SLICE):
         queries = read(q, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
         keys = read(k, batch, head, token, n, column, tile.CHUNK, tile.D, tile.SLICE)
         c, rest, last = decays(sums, rests, pair, token, column, n, tile)
@@ -168,8 +168,9 @@ def gradients_kernel(
     """Some channels of the gradients of one chunk's queries, keys and log-decays, of the state in front of it and the
     gradient of the one behind it. DECAYED: dg is wanted.
 
-    The gradient of a log-decay is the sum of all that passes from before a token to it or to one after it. What pairs
-    add behind both of them must be what they take away there: of both the same rounded factors are multiplied.
+    The gradient of a log-decay is the sum of all that passes from before a token to it or to one after it: what later
+    queries ask of the state, and what earlier keys leave it. What pairs add behind both of them must be what they take
+    away there: of both the same rounded factors are multiplied.
     """
     pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
     head, batch, token, chunks = pair % heads, pair // heads, chunk * tile.CHUNK, tl.num_programs(1)
@@ -196,8 +197,7 @@ def gradients_kernel(
     c, rest, last = decays(sums, rests, pair, token, first, n, tile)
     of_queries *= tl.exp2(c) * scale
     of_keys *= tl.exp2(rest)
-    left = of_keys * keys
-    passed, total = of_queries * queries - left, tl.sum(left, 0) + tl.exp2(last) * through
+    passed, total = of_queries * queries, preceding(tl.cumsum(of_keys * keys, 0)) + (tl.exp2(last) * through)[None, :]
     asked = tl.where(r[:, None] >= r[None, :], asked, turned) * scale  # the later of two tokens is the one that asks
     itself = tl.sum(tl.where(r[:, None] == r[None, :], asked, 0.0), 1)
     of_queries += itself[:, None] * keys
@@ -215,5 +215,5 @@ def gradients_kernel(
     put(dq, of_queries, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
     put(dk, of_keys, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)
     if DECAYED:
-        found = tl.cumsum(passed, 0, reverse=True) + total[None, :]
+        found = tl.cumsum(passed, 0, reverse=True) + total
         put(dg, found, batch, head, token, n, first, tile.CHUNK, tile.D, tile.SLICE)

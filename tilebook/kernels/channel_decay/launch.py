@@ -73,7 +73,7 @@ class _Call:
     @property
     def slices(self) -> tuple[int, int, int]:
         """A program for each slice of each chunk's channels."""
-        return self.pairs, self.chunks, triton.cdiv(self.wide, self.config.number("SLICE"))
+        return self.pairs, self.chunks, triton.cdiv(self.width, self.config.number("SLICE"))
 
     def find_pairs(self) -> None:
         tile = self.tile(16)

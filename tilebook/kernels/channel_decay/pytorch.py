@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilebook.kernels.linear_attention.pytorch import LEAST
+from tilebook.kernels.linear_attention.pytorch import LEAST, behind
 from tilebook.torch_ops import recording
 
 _CHUNK = 64
@@ -43,10 +43,8 @@ def chunked(
     q, k, v = (F.pad(x, (0, 0, 0, short)).unflatten(2, (count, _CHUNK)) for x in (q, k, v))
     steps = F.pad(g.to(wide).clamp(min=LEAST), (0, 0, 0, short)).unflatten(2, (count, _CHUNK))
     c = steps.cumsum(-2)
-    # Summed from the chunk's end on: a difference of sums is their rounding.
-    rest = steps.flip(-2).cumsum(-2).flip(-2) - steps
     scores = (_pairs(q, k, c) * scale).to(products)
-    asking, leaving = (q * (c.exp() * scale)).to(products), (k * rest.exp()).to(products)
+    asking, leaving = (q * (c.exp() * scale)).to(products), (k * behind(steps, -2).exp()).to(products)
     kept, inside = c[..., -1, :].exp()[..., None], (scores @ v).to(wide)
     outputs = []
     for i in range(count):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilebook.kernels.bidirectional.tiles import dot, put
+from tilebook.kernels.bidirectional.tiles import dot, preceding, put
 from tilebook.kernels.delta_rule.tiles import (
     begun,
     ended,
@@ -156,7 +156,7 @@ def gradients_kernel(
     passed = old_asked - rate * read_back
     if DECAY:
         found = tl.cumsum(passed + tl.load(dg + at, mask=inside, other=0.0), 0, reverse=True)
-        found += tl.cumsum(left, 0) - left + tl.exp(last) * tl.sum(through, 0)
+        found += preceding(tl.cumsum(left, 0)) + tl.exp(last) * tl.sum(through, 0)
         tl.store(dg + at, found, mask=inside)
     if tile.NORM:  # lengths change nothing
         first = along + pair.to(tl.int64) * (2 * n) + token + r

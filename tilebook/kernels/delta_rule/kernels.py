@@ -106,7 +106,7 @@ def _products(q, k, batch, head, token, others, n, SIZE: tl.constexpr, tile):
     """q_i · k_j and k_i · k_j of tokens i from `token` on and j from `others` on, and |q_i|² and |k_i|²."""
     s, a = tl.zeros([SIZE, SIZE], tl.float32), tl.zeros([SIZE, SIZE], tl.float32)
     of_query, of_key = tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
-    for column in tl.range(0, tile.WIDE, tile.SLICE):
+    for column in tl.range(0, tile.D, tile.SLICE):
         queries = read(q, batch, head, token, n, column, SIZE, tile.D, tile.SLICE)
         keys = read(k, batch, head, token, n, column, SIZE, tile.D, tile.SLICE)
         before = tl.trans(read(k, batch, head, others, n, column, SIZE, tile.D, tile.SLICE))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilebook.kernels.linear_attention.pytorch import LEAST
+from tilebook.kernels.linear_attention.pytorch import LEAST, behind, between
 from tilebook.torch_ops import recording
 
 EPS = 1e-6
@@ -50,7 +50,7 @@ def chunked(
     )
     c = steps.cumsum(-1)
     seen = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=q.device).tril()
-    apart = (c[..., :, None] - c[..., None, :]).masked_fill(~seen, -torch.inf).exp()
+    apart = between(c)
     a = ((k @ k.mT).to(wide) * apart * rate).masked_fill(~seen.tril(-1), 0)
     eye = torch.eye(_CHUNK, dtype=wide, device=q.device).expand_as(a)
     inverse = torch.linalg.solve_triangular(a, eye, upper=False, unitriangular=True).to(products)
@@ -58,9 +58,7 @@ def chunked(
     known = inverse @ (k.to(wide) * (rate * c.exp()[..., None])).to(products)
     scores = ((q @ k.mT).to(wide) * apart).to(products)
     asking, kept = c.exp()[..., None], c[..., -1].exp()[..., None, None]
-    # Summed from the chunk's end on: a difference of sums is their rounding.
-    rest = (steps.flip(-1).cumsum(-1).flip(-1) - steps).exp()[..., None]
-    leaving = (k.to(wide) * rest).to(products)
+    leaving = (k.to(wide) * behind(steps).exp()[..., None]).to(products)
     outputs = []
     for i in range(count):
         old = state.to(products)

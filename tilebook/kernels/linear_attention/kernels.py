@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tilebook.kernels.bidirectional.tiles import dot, factored, load, mapped, pulled_back, put
+from tilebook.kernels.bidirectional.tiles import dot, factored, load, mapped, preceding, pulled_back, put
 
 LEAST = tl.constexpr(-100.0)
 """Log-decays below count as this: exp of it is nothing in fp32, and sums of it still tell neighbours apart."""
@@ -376,7 +376,7 @@ def backward_kernel(
     if DECAYED:
         p = tl.where(r[:, None] < r[None, :], s * a, 0.0)
         passed, left = tl.sum(p, 0) - tl.sum(p, 1) + tl.sum(inter * tl.trans(queries), 0), tl.sum(outward * keys, 1)
-        found = tl.cumsum(passed, 0, reverse=True) + (tl.cumsum(left, 0) - left) + tl.exp(last) * tl.sum(through, 0)
+        found = tl.cumsum(passed, 0, reverse=True) + preceding(tl.cumsum(left, 0)) + tl.exp(last) * tl.sum(through, 0)
         tl.store(dg + pair.to(tl.int64) * n + token + r, found, mask=r < n - token)
     ds = (a * (_seen(c, tile, True) * scale)).to(keys.dtype)
     outward += dot(ds, queries, tile)

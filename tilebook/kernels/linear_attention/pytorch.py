@@ -17,6 +17,21 @@ _CHUNKS = ((4096, 64), (16384, 128))
 _LONG = 256
 
 
+def behind(steps: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Sums of a chunk's log-decays behind each token, from its end on. A difference of sums, or a sum less its last
+    number, would be their rounding, and of gradients likewise."""
+    later = torch.cat((steps.narrow(dim, 1, steps.shape[dim] - 1), torch.zeros_like(steps.narrow(dim, 0, 1))), dim)
+    return later.flip(dim).cumsum(dim).flip(dim)
+
+
+def between(c: torch.Tensor) -> torch.Tensor:
+    """exp(c_i − c_j) of tokens j < i, (…, n) → (…, n, n); 1 where they are one, with no gradient, else 0."""
+    n = c.shape[-1]
+    earlier = torch.ones(n, n, dtype=torch.bool, device=c.device).tril(-1)
+    apart = (c[..., :, None] - c[..., None, :]).masked_fill(~earlier, -torch.inf)
+    return apart.masked_fill(torch.eye(n, dtype=torch.bool, device=c.device), 0.0).exp()
+
+
 def chunked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, state: torch.Tensor | None,
     scale: float, normalize: bool, eps: float, feature_map: str = "none",
@@ -38,21 +53,21 @@ def chunked(
     seen = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     a = (q @ k.mT).to(wide)
     if g is None:
-        a, leaving, within, between = a.masked_fill(~seen, 0), k, None, None
+        a, leaving, within, passed = a.masked_fill(~seen, 0), k, None, None
     else:
         steps = F.pad(g.to(wide).clamp(min=LEAST), (0, short)).unflatten(2, (count, size))
         c = steps.cumsum(-1)
-        a = a * (c[..., :, None] - c[..., None, :]).masked_fill(~seen, -torch.inf).exp()
-        leaving, within = (k.to(wide) * (c[..., -1:] - c).exp()[..., None]).to(k.dtype), c.exp()[..., None]
+        a = a * between(c)
+        leaving, within = (k.to(wide) * behind(steps).exp()[..., None]).to(k.dtype), c.exp()[..., None]
         # Summed from each chunk's end on: a difference of sums over all of the sequence is their rounding.
         ends = F.pad(c[..., -1], (1, 0))[..., :, None].expand(*c.shape[:2], count + 1, count + 1)
         apart = torch.ones(count + 1, count + 1, dtype=torch.bool, device=q.device).tril()
-        between = ends.masked_fill(~apart.tril(-1), 0).cumsum(-2).masked_fill(~apart, -torch.inf).exp()
+        passed = ends.masked_fill(~apart.tril(-1), 0).cumsum(-2).masked_fill(~apart, -torch.inf).exp()
     grown = (leaving.mT @ v).to(wide)
     if normalize:
         grown = torch.cat((grown, leaving.sum(-2, dtype=wide)[..., None]), -1)
     states = torch.cat((state.to(wide)[:, :, None], grown), 2)
-    states = states.cumsum(2) if between is None else (between @ states.flatten(3)).view(states.shape)
+    states = states.cumsum(2) if passed is None else (passed @ states.flatten(3)).view(states.shape)
     before, last = states[:, :, :-1], states[:, :, -1]
     old = (q @ before[..., :columns].to(q.dtype)).to(wide)
     o = (a.to(v.dtype) @ v).to(wide) + (old if within is None else old * within)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilebook.kernels.bidirectional.tiles import dot, factored, load, put
+from tilebook.kernels.bidirectional.tiles import dot, factored, load, preceding, put
 from tilebook.kernels.linear_attention.kernels import (
     _UNSPECIALIZED,
     _decays,
@@ -179,7 +179,7 @@ def back_kernel(
     tl.store(dlog_input + at, tl.sum(p, 1) + left, mask=inside)
     p = tl.where(r[:, None] < r[None, :], p, 0.0)
     passed = tl.sum(p, 0) - tl.sum(p, 1) + tl.sum(inter * tl.trans(queries), 0)
-    found = tl.cumsum(passed, 0, reverse=True) + (tl.cumsum(left, 0) - left) + tl.exp(last) * tl.sum(through, 0)
+    found = tl.cumsum(passed, 0, reverse=True) + preceding(tl.cumsum(left, 0)) + tl.exp(last) * tl.sum(through, 0)
     tl.store(dg + at, found, mask=inside)
     ds = (a * (_weights(c, written, tile, True) * scale)).to(keys.dtype)
     outward += dot(ds, queries, tile)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilebook.kernels.linear_attention.pytorch import LEAST
+from tilebook.kernels.linear_attention.pytorch import LEAST, behind, between
 from tilebook.torch_ops import recording
 
 _CHUNK = 64
@@ -44,10 +44,8 @@ def summed(
     written = F.pad(log_input.to(wide), (0, short)).unflatten(2, (count, _CHUNK))
     steps = F.pad(g.to(wide).clamp(min=LEAST), (0, short)).unflatten(2, (count, _CHUNK))
     c = steps.cumsum(-1)
-    # Summed from the chunk's end on: a difference of sums is their rounding.
-    rest = (steps.flip(-1).cumsum(-1).flip(-1) - steps + written).exp()[..., None]
-    seen = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=q.device).tril()
-    weights = (q @ k.mT).to(wide) * (c[..., :, None] - c[..., None, :]).masked_fill(~seen, -torch.inf).exp()
+    rest = (behind(steps) + written).exp()[..., None]
+    weights = (q @ k.mT).to(wide) * between(c)
     weights = (weights * written.exp()[..., None, :]).to(products)
     inside, sums = (weights @ v).to(wide), weights.sum(-1, dtype=wide)
     leaving = k.to(wide) * rest
