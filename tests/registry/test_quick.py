@@ -1,6 +1,7 @@
 """Lines that are put together from columns are those of records, and no others."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,11 @@ from registry_samples import A100, evidenced, predicted, problem, verdict
 
 import tilebook
 from tilebook.registry import Registry, reading, served, shipped, texts
+from tilebook.registry.checks import MAX_SAMPLES
 from tilebook.registry.quick import Line, quick
+from tilebook.registry.quick import _again as quick_again
+from tilebook.registry.quick import _samples as quick_samples
+from tilebook.registry.quick import _short_samples as short_samples
 from tilebook.registry.texts import Written
 from tilebook.registry.wanted import Wanted
 
@@ -125,3 +130,34 @@ def test_a_damaged_row_is_counted_as_by_any_reader(damage, tmp_path):
         with Registry.open(tmp_path / "registry.db") as registry:
             assert list(read(registry)) == []
             assert (registry.corrupt, len(registry.problems)) == (1, 1)
+
+
+SHORT = [0.040924, 1.0, 0.0001, 1234567.5, 0.123456789012345, 7654321.12345678, 10.0, 1200.25]
+LONG = ["1e-05", "0.00005", "0.10", "1.50", "01.5", "1", "1.", ".5", "0.0", "-0.5", "0.1234567890123456", "1e5", "٣.5"]
+
+
+def test_short_numbers_are_known_without_being_read_and_are_those_that_would_be_written():
+    draw = random.Random(0)
+    drawn = [round(draw.uniform(0.0001, 10 ** draw.randrange(-3, 7)), draw.randrange(1, 9)) for _ in range(3_000)]
+    for value in [*SHORT, *filter(None, drawn)]:
+        assert bool(short_samples(f"[{value!r}]")) == ("e" not in repr(value)), value
+    for text in LONG:
+        assert not short_samples(f"[0.5,{text},0.25]")
+    for digits in range(1, 18):  # what it lets pass is written so
+        for _ in range(300):
+            text = f"[{draw.randrange(10 ** draw.randrange(1, 9))}.{draw.randrange(10**digits)}]"
+            assert not short_samples(text) or texts.numbers(json.loads(text)) == text
+
+
+def test_short_samples_are_no_more_than_a_record_may_hold():
+    assert quick_samples(f"[{','.join(['0.5'] * MAX_SAMPLES)}]")
+    assert not quick_samples(f"[{','.join(['0.5'] * (MAX_SAMPLES + 1))}]")
+
+
+def test_a_short_second_contest_is_looked_at_as_a_long_one():
+    def second(speedup):
+        return f'{{"default_samples_ms":[0.5],"samples_ms":[0.25,0.5],"speedup":{speedup}}}'
+
+    assert quick_again(second("[1.5,1.25,1.75]")) == second("[1.5,1.25,1.75]")
+    with pytest.raises(ValueError, match="upside down"):
+        quick_again(second("[1.5,1.75,1.25]"))

@@ -357,6 +357,8 @@ def _json(value: object, what: str, depth: int) -> Json:
     if isinstance(value, Mapping):
         return {_json_key(key, what): _json(item, what, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
+        if depth < MAX_DEPTH and set(map(type, value)) == {int} and min(value) >= -(2**63) and max(value) < 2**63:
+            return list(value)  # which is what looking at each would say
         return [_json(item, what, depth + 1) for item in value]
     raise ValueError(f"{what} holds a {type(value).__name__}, which JSON has not")
 
