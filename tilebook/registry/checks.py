@@ -9,7 +9,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeGuard
@@ -354,13 +354,23 @@ def _json(value: object, what: str, depth: int) -> Json:
         if not math.isfinite(value):
             raise ValueError(f"{what} holds a number that is not finite")
         return float(value)
-    if isinstance(value, Mapping):
+    if is_mapping(value):
+        if depth < MAX_DEPTH and _are_plain(value.values()):
+            return {_json_key(key, what): item for key, item in value.items()}
         return {_json_key(key, what): _json(item, what, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        if depth < MAX_DEPTH and set(map(type, value)) == {int} and min(value) >= -(2**63) and max(value) < 2**63:
-            return list(value)  # which is what looking at each would say
+        if depth < MAX_DEPTH and _are_plain(value):
+            return list(value)
         return [_json(item, what, depth + 1) for item in value]
     raise ValueError(f"{what} holds a {type(value).__name__}, which JSON has not")
+
+
+def _are_plain(values: Collection[Any]) -> bool:
+    """Are they whole numbers and flags, or floats, all of which are as looking at each would leave them?"""
+    kinds = set(map(type, values))
+    if kinds <= {int, bool}:
+        return not kinds or (min(values) >= -(2**63) and max(values) < 2**63)
+    return kinds == {float} and math.isfinite(sum(values))
 
 
 def problem(value: object) -> str:
