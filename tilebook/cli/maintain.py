@@ -200,7 +200,7 @@ def _own(registry: str | None) -> str:
 
 
 def _retired() -> tuple[Retired, Retired]:
-    from tilebook.report.rows import is_retired, is_retired_trial
+    from tilebook.report.retired import is_retired, is_retired_trial
 
     return is_retired, is_retired_trial
 

@@ -284,7 +284,7 @@ def import_(file: str, trust: bool | None, max_size: float, timeout: float, regi
     from tilebook import inventory
     from tilebook import registry as store
     from tilebook.cli.files import opened
-    from tilebook.report.rows import is_retired
+    from tilebook.report.retired import is_retired
 
     layers = store.Layers.default(registry)
     with opened(file, int(max_size * 1e6), timeout) as stream, layers.sink() as target:
