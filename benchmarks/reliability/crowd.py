@@ -5,7 +5,9 @@
 A writer stores a batch of trials and a verdict, again and again, as a tuning run does. A reader asks what dispatch
 asks: the table of one GPU, and one problem's verdict, from the file, as a fresh process would. Now and then it ends as
 a program ends, with misses to store. Printed: errors, the times of reads, how long the ends of programs were held up,
-and whether all that writers had stored is there. No GPU needed.
+and whether all that writers had stored is there. A read's time has three parts: what it computes, what it waits for a
+processor (`queued`, of Linux alone: with fewer processors than processes that is most), and what it sleeps, for a lock
+or the disk. `slowest_percent_ms` has the mean of each over the slowest hundredth of the reads. No GPU needed.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from tilebook.registry import Miss, Registry, serving
 from tilebook.registry.lookup import Question
 
 BATCH = 16
+PARTS = ("cpu", "queued", "asleep")
 ENDS = 50
 """After so many reads a reader ends as a program does."""
 
@@ -54,13 +57,13 @@ def _write(path: str, number: int, seconds: float, start: Any, results: Any) -> 
 def _read(path: str, number: int, seconds: float, start: Any, results: Any) -> None:
     from tilebook.dispatch.misses import store_misses
 
-    reads, cpu, ends, errors, locked = [], [], [], [], 0
+    reads, ends, errors, locked = [], [], [], 0
     asked = Question("rms_norm_fwd", KERNEL, problem(), most=4)
     missed = [Miss("rms_norm_fwd", problem(number), H200, 3, 0.5)]
     start.wait()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        started, began = time.monotonic(), time.process_time()
+        before = _spent()
         try:
             table = serving.read(H200.name, H200.arch, H200.sm_count, path)
             large = table.large("rms_norm_fwd")
@@ -70,14 +73,26 @@ def _read(path: str, number: int, seconds: float, start: Any, results: Any) -> N
             errors += [f"read: {each}" for each in table.problems if each not in waited]
         except Exception as error:
             errors.append(f"read: {type(error).__name__}: {error}")
-        reads.append(time.monotonic() - started)
-        cpu.append(time.process_time() - began)
+        clock, cpu, queued = (now - then for now, then in zip(_spent(), before, strict=True))
+        reads.append({"read": clock, "cpu": cpu, "queued": queued, "asleep": max(0.0, clock - cpu - queued)})
         if len(reads) % ENDS == 0:
             started = time.monotonic()
             store_misses(missed)
             ends.append(time.monotonic() - started)
         time.sleep(0.01)
-    results.put({"reads": reads, "cpu": cpu, "ends": ends, "errors": errors, "locked": locked})
+    results.put({"reads": reads, "ends": ends, "errors": errors, "locked": locked})
+
+
+def _spent() -> tuple[float, float, float]:
+    """Seconds of the clock, of a processor, and of waiting for one, of this thread."""
+    try:
+        queued = int(_SCHEDULED.read_text().split()[1]) / 1e9
+    except OSError:
+        queued = 0.0
+    return time.monotonic(), time.thread_time(), queued
+
+
+_SCHEDULED = Path("/proc/thread-self/schedstat")
 
 
 def run(writers: int, readers: int, seconds: float) -> dict[str, Any]:
@@ -98,15 +113,17 @@ def run(writers: int, readers: int, seconds: float) -> dict[str, Any]:
             each.join(60)
         with Registry.open(path) as registry:
             there, damaged = len(registry.trials()), list(registry.problems)
-    reads = sorted(s for each in found for s in each.get("reads", ()))
-    cpu = sorted(s for each in found for s in each.get("cpu", ()))
+    reads = sorted((read for each in found for read in each.get("reads", ())), key=lambda read: read["read"])
+    slowest = reads[len(reads) - len(reads) // 100 - 1 :]
     ends = sorted(s for each in found for s in each.get("ends", ()))
     stored = sum(each.get("stored", 0) for each in found) + 1
     return {
         "writers": writers, "readers": readers, "seconds": seconds, "cpus": os.cpu_count(),
         "errors": sorted({text for each in found for text in each["errors"]}), "damaged": damaged,
-        "trials_stored": stored, "trials_there": there, "reads": len(reads), "read_ms": _figures(reads),
-        "read_cpu_ms": _figures(cpu),
+        "trials_stored": stored, "trials_there": there, "reads": len(reads),
+        "read_ms": _figures([each["read"] for each in reads]),
+        **{f"read_{part}_ms": _figures(sorted(each[part] for each in reads)) for part in PARTS},
+        "slowest_percent_ms": {part: _mean_ms([each[part] for each in slowest]) for part in ("read", *PARTS)},
         "reads_locked_out": sum(each.get("locked", 0) for each in found),
         "ends": len(ends), "end_ms": _figures(ends),
         "longest_write_s": max(each.get("longest_write_s", 0.0) for each in found),
@@ -117,6 +134,10 @@ def _figures(seconds: list[float]) -> dict[str, float]:
     if not seconds:
         return {}
     return {name: round(1e3 * seconds[int(share * (len(seconds) - 1))], 2) for name, share in _SHARES.items()}
+
+
+def _mean_ms(seconds: list[float]) -> float:
+    return round(1e3 * sum(seconds) / max(1, len(seconds)), 2)
 
 
 _SHARES = {"median": 0.5, "p99": 0.99, "most": 1.0}

@@ -8,7 +8,7 @@ import pytest
 from registry_samples import A100, evidenced, predicted, problem, verdict
 
 import tilebook
-from tilebook.registry import Registry, reading, served, shipped, texts
+from tilebook.registry import Registry, reading, shipped, texts
 from tilebook.registry.checks import MAX_SAMPLES
 from tilebook.registry.quick import Line, quick
 from tilebook.registry.quick import _again as quick_again
@@ -42,7 +42,7 @@ def test_lines_are_those_of_the_records_and_all_are_quick(registry, monkeypatch)
 
 def digests_fit(monkeypatch, row):
     monkeypatch.setattr(texts.Text, "sha256", lambda self, origin, trusted: row[1])
-    monkeypatch.setattr(served, "digest_of", lambda *_: row[2])
+    monkeypatch.setattr(texts, "served_of", lambda *_: row[2])
 
 
 # The columns of `reading`'s statements; of finalists the first.

@@ -9,6 +9,8 @@ from registry_samples import H200, verdict
 from tilebook.errors import RegistryError
 from tilebook.registry import Registry, serving, sqlitefile
 from tilebook.registry.filereader import FileReader
+from tilebook.registry.readers import File
+from tilebook.registry.target import Locked
 
 
 class Unlucky(sqlite3.Connection):
@@ -56,3 +58,25 @@ def test_one_that_stays_is_one_clear_line(unlucky):
         Unlucky.times = 0
         sqlitefile.begin(connection)
         assert connection.in_transaction
+
+
+def test_a_reader_that_meets_a_lock_looks_again_soon_and_no_longer_than_it_may(path, monkeypatch):
+    with Registry.open(path, write=True) as registry:
+        registry.record(verdict=verdict())
+    slept = []
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlitefile.time, "sleep", slept.append)
+        with pytest.raises(Locked):
+            File("explicit", path, 0.05).verdicts("rms_norm_fwd", H200)
+
+        def released(seconds):
+            slept.append(seconds)
+            if len(slept) == 5:
+                writer.execute("ROLLBACK")
+
+        slept.clear()
+        monkeypatch.setattr(sqlitefile.time, "sleep", released)
+        assert File("explicit", path, 20.0).verdicts("rms_norm_fwd", H200) is not None
+    assert len(slept) == 5
+    assert 0.0 < min(slept) <= max(slept) < 0.005

@@ -223,12 +223,16 @@ def _keeps(release: tuple[int, ...], bounds: Sequence[str]) -> bool:
 
 def json_object(value: object, what: str) -> dict[str, Json]:
     """A copy with plain dicts and lists, so that what was recorded equals what is read back."""
-    if not is_mapping(value):
-        raise ValueError(f"{what} is not a mapping: {quoted(value)}")
-    result = {_json_key(key, what): _json(item, what, 1) for key, item in value.items()}
+    result = _json_object(value, what)
     if len(canonical(result)) > MAX_JSON:
         raise ValueError(f"{what} is longer than {MAX_JSON} characters")
     return result
+
+
+def _json_object(value: object, what: str) -> dict[str, Json]:
+    if not is_mapping(value):
+        raise ValueError(f"{what} is not a mapping: {quoted(value)}")
+    return {_json_key(key, what): _json(item, what, 1) for key, item in value.items()}
 
 
 def fields(value: object, what: str, wanted: Sequence[str]) -> dict[str, Any]:
@@ -250,7 +254,17 @@ def sources(value: object) -> dict[str, str]:
 
 def notes(value: object) -> dict[str, Json]:
     """A verdict's notes: plain JSON, in which what people are shown has the type that they are shown it by."""
-    result = json_object(value, "notes")
+    return _noted(json_object(value, "notes"))
+
+
+def are_notes(text: str) -> bool:
+    """Is that the canonical JSON of a verdict's notes? Raises ValueError where it is none of any."""
+    if len(text) > MAX_JSON:
+        raise ValueError(f"notes is longer than {MAX_JSON} characters")
+    return canonical(_noted(_json_object(json.loads(text), "notes"))) == text
+
+
+def _noted(result: dict[str, Json]) -> dict[str, Json]:
     for key, check in _NOTES.items():
         if result.get(key) is not None:
             check(result[key], key)

@@ -14,17 +14,18 @@ from tilebook.registry.records import Revocation, Trial
 
 def trial_columns(trial: Trial, origin: str) -> dict[str, Any]:
     """All but the ids of the rows that it shares."""
+    config, samples_ms, facts = trial.texts
     return {
         "sha256": trial.sha256,
         "origin": origin,
         "implementation": trial.implementation,
-        "config": canonical(trial.config),
+        "config": config,
         "status": trial.status.value,
         "failure": None if trial.failure is None else trial.failure.value,
         "reason": trial.reason,
         "time_ms": trial.time_ms,
-        "samples_ms": canonical(trial.samples_ms),
-        "facts": canonical(trial.facts),
+        "samples_ms": samples_ms,
+        "facts": facts,
         "created_at": trial.created_at,
     }
 

@@ -7,13 +7,14 @@ in it is ever executed. Records come and go one by one, so that neither way asks
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tilebook.registry import lines
-from tilebook.registry.checks import quoted
+from tilebook.registry.checks import ConfigValue, config_of, quoted, sources
 from tilebook.registry.contents import Contents
 from tilebook.registry.merging import Choice, note
 from tilebook.registry.records import Revocation, Trial
@@ -43,13 +44,14 @@ class Accepted:
     def __init__(self) -> None:
         self._kinds: dict[tuple[str, ...], tuple[Verdict, int]] = {}
 
-    def add(self, verdict: Verdict) -> None:
-        winner = verdict.implementation
-        kind = verdict.op, verdict.kernel, winner, verdict.source_of(winner)
+    def add(self, written: Written) -> None:
+        told, winner = written.told, written.finalists[0][0]
+        kind = told.op, told.kernel, winner, _sources(told.sources).get(winner, told.kernel)
         if kind in self._kinds:
             first, count = self._kinds[kind]
             self._kinds[kind] = first, count + 1
         elif len(self._kinds) < self.MOST_KINDS:
+            verdict = written.verdict
             bare = replace(verdict.winner, samples_ms=(), again=None)
             self._kinds[kind] = replace(verdict, finalists=(bare,), notes={}), 1
 
@@ -145,7 +147,7 @@ def load(
                 note(report.skipped, f"line {number}: {refusal}")
                 continue
             if isinstance(record, Written):
-                report.accepted.add(record.verdict)
+                report.accepted.add(record)
             trials += isinstance(record, Trial)
             yield record
 
@@ -197,15 +199,26 @@ _REASONS = (
 def _refusal(record: Record, allowed: Allowed | None, is_problem: Callable[[str, str], bool]) -> str:
     if allowed is None:
         return ""
-    told = record.verdict if isinstance(record, Written) else record
+    told = record.told if isinstance(record, Written) else record
     if told.op not in allowed and ":" not in told.op:  # of somebody else's kernel only what it has itself ever runs
         return f"unknown op {told.op}"
     if not isinstance(told, Revocation) and not is_problem(told.op, told.problem):
         return f"{told.op} has no problem {quoted(told.problem)}"
     # A verdict's finalists are what dispatch falls back on, so their configs are held to the same list.
-    for each in told.finalists if isinstance(told, Verdict) else (told,):
-        known = allowed.get(told.op, {}).get(each.implementation)
-        if known is not None and not each.config.keys() <= known:
-            unknown = quoted(sorted(each.config.keys() - known))
-            return f"{told.op} has no config key {unknown} for {each.implementation}"
+    for implementation, config in _candidates(record):
+        known = allowed.get(told.op, {}).get(implementation)
+        if known is not None and not config.keys() <= known:
+            unknown = quoted(sorted(config.keys() - known))
+            return f"{told.op} has no config key {unknown} for {implementation}"
     return ""
+
+
+def _candidates(record: Record) -> Iterable[tuple[str, Mapping[str, ConfigValue]]]:
+    if isinstance(record, Written):
+        return ((implementation, config_of(config)) for implementation, config, *_ in record.finalists)
+    return ((record.implementation, record.config),)
+
+
+@lru_cache(1_024)  # a few texts, which every verdict repeats
+def _sources(text: str) -> Mapping[str, str]:
+    return sources(json.loads(text))

@@ -25,7 +25,8 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy
 from tilebook.registry.checks import DAMAGE, Json, canonical, quoted
-from tilebook.registry.codec import revocation_from, trial_from, verdict_from, verdict_like
+from tilebook.registry.codec import revocation_from, trial_from, trial_like, verdict_from
+from tilebook.registry.cut import cut
 from tilebook.registry.records import Revocation, Trial
 from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
@@ -187,10 +188,7 @@ def opened(stream: TextIO, *, origin: str, trusted: bool | None, max_total: int 
     if trusted is None:
         trusted = signature is not None and signature.trusted is not None
     version = head["version"]
-    records = (
-        (number, _plain(line, version, origin, trusted) or _record(number, line, version, origin, trusted))
-        for number, line in _lines(stream, head, left)
-    )
+    records = ((number, _record(number, line, version, origin, trusted)) for number, line in _lines(stream, head, left))
     return Source(signature, trusted, records)
 
 
@@ -222,23 +220,28 @@ def _signature(head: Mapping[str, Any]) -> Signature | None:
         raise _malformed(1, str(error)) from error
 
 
-def _plain(line: str, version: int, origin: str, trusted: bool) -> Written | None:
-    """A verdict whose line is, to the character, what would be written of it; so there is nothing to compare further.
+def _record(number: int, line: str, version: int, origin: str, trusted: bool) -> Record:
+    plain: Record | None = None
+    if line.endswith('"type":"trial"}\n'):
+        plain = _plain_trial(line)
+    elif version >= _FINALISTS:
+        plain = cut(line, origin, trusted)
+    return plain or whole(number, line, version, origin, trusted)
 
-    None for all else, right or wrong: `_record` says which.
-    """
-    if version < _FINALISTS or not line.endswith('"type":"verdict"}\n'):
-        return None
+
+def _plain_trial(line: str) -> Trial | None:
+    """The trial whose line this is, to the character; None for all else, right or wrong."""
     try:
-        data = json.loads(line)
-        del data["type"], data["sha256"]
-        written = Written(verdict_like(data, origin=origin, trusted=trusted))
+        told = json.loads(line)
+        del told["type"], told["sha256"]
+        trial = trial_like(told)
+        return trial if _trial_line(trial) == line else None
     except DAMAGE:
         return None
-    return written if written.line == line else None
 
 
-def _record(number: int, line: str, version: int, origin: str, trusted: bool) -> Record:
+def whole(number: int, line: str, version: int, origin: str, trusted: bool) -> Record:
+    """The record that every field of a line makes, or what is wrong with it; `_record` has shorter ways to the same."""
     data = _parse(number, line)
     if version == 1 and data.get("type") == "revocation":
         raise _malformed(number, "version 1 of the format has no revocations")

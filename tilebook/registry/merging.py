@@ -14,7 +14,7 @@ from tilebook.registry.records import Revocation, Trial
 from tilebook.registry.shared import Shared
 from tilebook.registry.sql import Sql
 from tilebook.registry.target import SCHEMA_VERSION
-from tilebook.registry.texts import FINALIST, Record, Written, columns, finalist_values
+from tilebook.registry.texts import FINALIST, VERDICT, Columns, Record, Written, values
 from tilebook.registry.verdict import Verdict
 
 BATCH = 256  # records that go into the tables together
@@ -70,8 +70,8 @@ def _by_key(verdicts: Sequence[Written]) -> Iterator[list[Written]]:
     part: list[Written] = []
     seen: set[tuple[object, ...]] = set()
     for each in verdicts:
-        verdict = each.verdict
-        key = verdict.op, verdict.problem, verdict.device, verdict.kernel
+        told = each.told
+        key = told.op, told.problem, told.device, told.kernel
         if key in seen:
             yield part
             part, seen = [], set()
@@ -107,7 +107,7 @@ class _Tables:
 
     def add_verdicts(self, verdicts: Sequence[Written]) -> None:
         """Of one key there is one at most."""
-        keys = self._keys([each.verdict for each in verdicts])
+        keys = self._keys([each.told for each in verdicts])
         places = [(key["problem_id"], key["device_id"], key["kernel_id"]) for key in keys]
         there = self._there(places)
         digests = {there[place]: each.sha256 for each, place in zip(verdicts, places, strict=True) if place in there}
@@ -147,20 +147,20 @@ class _Tables:
         names: Sequence[str] = ()
         rows, finalists, positions = [], [], []
         for number, (each, key) in zip(ids, verdicts, strict=True):
-            row = {"id": number, **key, **columns(each), "created_at": self._sql.time(each.verdict.created_at)}
-            names = names or list(row)
-            rows.append(list(row.values()))
-            for place, (finalist, texts) in enumerate(zip(each.verdict.finalists, each.finalists, strict=True)):
-                finalists.append((number, place, *finalist_values(finalist, texts)))
-            if each.verdict.trusted:
-                position = position_columns(each.verdict.problem).values()
+            *told, created_at = values(each)
+            names = names or ["id", *key, *VERDICT]
+            rows.append((number, *key.values(), *told, self._sql.time_of(created_at)))
+            for place, finalist in enumerate(each.finalists):
+                finalists.append((number, place, *finalist))
+            if each.told.trusted:
+                position = position_columns(each.told.problem).values()
                 positions.append((number, key["device_id"], key["kernel_id"], *position))
         self._sql.insert("verdict", names, rows)
         self._sql.insert("finalist", ("verdict_id", "place", *FINALIST), finalists)
         self._sql.insert("position", ("verdict_id", "device_id", "kernel_id", "form", "spot"), positions)
         self.merged.verdicts += len(verdicts)
 
-    def _keys(self, records: Sequence[Trial | Verdict]) -> list[dict[str, int]]:
+    def _keys(self, records: Sequence[Trial | Columns]) -> list[dict[str, int]]:
         """The ids of the rows that the records share with others."""
         shared = self._shared
         shared.find_problems({(each.op, each.problem) for each in records})

@@ -23,7 +23,7 @@ from tilebook.registry.reading import JOINS, condition_of
 from tilebook.registry.records import Device, Environment
 from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served
 from tilebook.registry.sql import Sql
-from tilebook.registry.texts import Text, finalist_text, text_of
+from tilebook.registry.texts import Columns, Text, finalist_text, text_of
 from tilebook.registry.verdict import Speedup, Verdict, VerdictStatus
 from tilebook.registry.wanted import ANY, Wanted
 
@@ -196,20 +196,18 @@ def _device(name: Any, arch: Any, sm_count: Any) -> Device:
 
 @functools.lru_cache(256)
 def _environment(versions: str) -> Environment:
-    return Environment(json.loads(versions))
+    found = Environment(json.loads(versions))
+    if found.text != versions:
+        raise ValueError("the environment is not in its normal form")
+    return found
 
 
 def _text(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Text:
     """The canonical JSON of `Verdict.content`, as the columns spell it."""
     _, op, problem, name, arch, sm_count, _, default_ms, its_notes, created_at, _, _, *columns = row
-    versions, kernel, status, mode, value, low, high, sources, _, _ = columns
-    return text_of(
-        created_at, default_ms, _device(name, arch, sm_count).text, versions, map(_finalist, finalists),
-        (value, low, high), kernel, mode, its_notes, op, problem, sources, status,
+    versions, kernel, status, mode, *interval, sources, origin, trusted = columns
+    told = Columns(
+        op, problem, _device(name, arch, sm_count), _environment(versions), kernel, status, mode, default_ms,
+        tuple(interval), sources, origin, bool(trusted), created_at, its_notes,
     )  # fmt: skip
-
-
-def _finalist(row: Sequence[Any]) -> str:
-    _, _, implementation, config, time_ms, code, predicted_ms, default, *speedup, samples_ms, again = row
-    three = tuple(speedup)
-    return finalist_text(implementation, config, time_ms, code, predicted_ms, default, three, samples_ms, again)
+    return text_of(told, (finalist_text(each[2:]) for each in finalists))

@@ -1,8 +1,8 @@
-"""A verdict's line of the exchange format from the columns of its row, without a record being made of them.
+"""A verdict's texts from its columns, of a row or of a line of the exchange format, without a record being made.
 
 Whatever this lets pass is, to the character, what would be written of the record: every field has been looked at as the
-record would look at it, texts that many rows share once for all. What it cannot tell at a glance it leaves to whoever
-reads whole rows, and so it may be stricter than a record is, and never looser.
+record would look at it, texts that many records share once for all. What it cannot tell at a glance it leaves to
+whoever makes the record, and so it may be stricter than a record is, and never looser.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tilebook.registry import checks, served
+from tilebook.registry import checks
 from tilebook.registry.checks import DAMAGE, canonical, time_text
 from tilebook.registry.records import Device, Environment
-from tilebook.registry.texts import NONE, Three, Written, finalist_text, numbers, text_of
+from tilebook.registry.texts import NONE, Columns, Three, Written, finalist_text, numbers, text_of
 from tilebook.registry.verdict import MODES, MOST_FINALISTS, Again, VerdictStatus
 
 _SHARED = 1_024
@@ -46,26 +46,33 @@ class Line(NamedTuple):
 
     @classmethod
     def of(cls, written: Written) -> Line:
-        its = written.verdict
-        told = its.op, its.problem, its.device, its.created_at, its.origin, its.measured, its.trusted, its.kernel
+        its = written.told
+        at = checks.parse_time(its.created_at, "created_at")
+        told = its.op, its.problem, its.device, at, its.origin, written.measured, its.trusted, its.kernel
         return cls(written.line, *told)
 
 
 def quick(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None:
     """Of the columns that `reading` asks for, finalists in the order of their places; None where that is in doubt."""
     try:
-        return _line(row, finalists)
+        found = whole(row, finalists)
     except DAMAGE:
         return None
+    if found is None or (found.sha256, found.served) != (row[1], row[2]):
+        return None
+    return Line.of(found)
 
 
-def _line(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None:
-    _, sha256, served_sha256, op, problem, name, arch, sm_count, versions, kernel_op, kernel, status, mode, *rest = row
+def whole(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Written | None:
+    """Of the same columns, whose digests are not looked at. What is in doubt is None, or raises one of DAMAGE."""
+    _, _, _, op, problem, name, arch, sm_count, versions, kernel_op, kernel, status, mode, *rest = row
     default_time_ms, value, low, high, sources, origin, trusted, at, notes = rest
     measured, interval, ours = _measured(status), _three(value, low, high), _number(default_time_ms)
     texts: list[str] = []
+    values: list[Sequence[Any]] = []
     last, seen, defaults = 0.0, set(), 0
-    for _, place, implementation, config, ms, code, guess_ms, default, *others in finalists:
+    for each in finalists:
+        _, place, implementation, config, ms, _, guess_ms, default, *_ = each
         predicted_ms = _number(guess_ms)
         slowness = _number(ms) or predicted_ms or math.inf
         defaults += default
@@ -79,8 +86,10 @@ def _line(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None
             return None
         last = slowness
         seen.add((implementation, config))
-        texts.append(_finalist(implementation, config, ms, code, predicted_ms, default, *others))
+        values.append(each[2:])
+        texts.append(_finalist(values[-1]))
     first_ms = finalists[0][4] if finalists else None
+    environment = _environment(versions)
     if (
         not 1 <= len(texts) == len(seen) <= MOST_FINALISTS
         or defaults > 1
@@ -89,37 +98,29 @@ def _line(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None
         or not _names(op, kernel, mode, origin)
         or not (first_ms and ours and interval != NONE if measured else first_ms is ours is None and interval == NONE)
         or sum(map(len, texts)) > checks.MAX_JSON - len(texts) - 2
-        or not (_environment(versions) and _sources(sources) and _notes(notes))
+        or environment.text != versions
+        or not (_sources(sources) and checks.are_notes(notes))
     ):
         return None
     created_at = time_text(at) if isinstance(at, datetime) else at
-    moment, device = checks.parse_time(created_at, "created_at"), _device(name, arch, sm_count)
-    text = text_of(
-        created_at, ours, device.text, versions, texts, interval, kernel, mode, notes, op, checks.problem(problem),
-        sources, status,
+    checks.parse_time(created_at, "created_at")
+    told = Columns(
+        op, checks.problem(problem), _device(name, arch, sm_count), environment, kernel, status, mode, ours, interval,
+        sources, origin, bool(trusted), created_at, notes,
     )  # fmt: skip
-    columns = [versions, kernel, status, mode, *interval, sources, origin, int(trusted)]
-    given = ([implementation, config, ms, code] for _, _, implementation, config, ms, code, *_ in finalists)
-    if (text.sha256(origin, bool(trusted)), served.digest_of(op, problem, device, columns, given)) != (
-        sha256,
-        served_sha256,
-    ):
-        return None
-    return Line(text.line, op, problem, device, moment, origin, measured, bool(trusted), kernel)
+    return Written.of(told, values, text_of(told, texts))
 
 
-def _finalist(
-    implementation: str, config: str, ms: Any, code: Any, predicted_ms: Any, default: Any, *others: Any
-) -> str:
-    value, low, high, samples_ms, again = others
+def _finalist(values: Sequence[Any]) -> str:
+    _, _, _, code, _, _, value, low, high, samples_ms, again = values
     if code != "":
         checks.digest(code, "code")
     if samples_ms != "[]" and not _samples(samples_ms):
         raise ValueError("not samples")
     if again != "null" and _again(again) != again:
         raise ValueError("not a second contest")
-    speedup = _three(value, low, high)
-    return finalist_text(implementation, config, ms, code, predicted_ms, default, speedup, samples_ms, again)
+    _three(value, low, high)
+    return finalist_text(values)
 
 
 def _number(value: Any) -> float | None:
@@ -164,11 +165,6 @@ def _again(text: str) -> str:
     return "null" if second is None else canonical(second.content())
 
 
-def _notes(text: str) -> bool:
-    value = json.loads(text)
-    return type(value) is dict and canonical(checks.notes(value)) == text
-
-
 @lru_cache(_SHARED)
 def _measured(status: str) -> bool:
     return VerdictStatus(status) is not VerdictStatus.PREDICTED
@@ -186,8 +182,8 @@ def _device(name: str, arch: str, sm_count: int) -> Device:
 
 
 @lru_cache(_SHARED)
-def _environment(text: str) -> bool:
-    return Environment(json.loads(text)).text == text
+def _environment(text: str) -> Environment:
+    return Environment(json.loads(text))
 
 
 @lru_cache(_SHARED)

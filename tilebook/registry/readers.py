@@ -202,9 +202,9 @@ class File:
                     yield _execute(kept.connection)
                 return
             with sqlitefile.readable(self._path) as place:
-                connection = sqlitefile.connect(place, "ro", self.wait_s)
+                connection = sqlitefile.connect(place, "ro", 0.0)
                 try:
-                    sqlitefile.begin(connection)
+                    sqlitefile.begin(connection, self.wait_s)
                     state = self._examine(connection, place)
                 except BaseException:
                     connection.close()
@@ -236,8 +236,7 @@ class File:
         try:
             yield
             kept.connection.execute("ROLLBACK")
-            # Whoever comes next and finds a lock waits for it by a connection of its own.
-            keep = keep and kept.connection.execute("PRAGMA busy_timeout=0") is not None and not self._kept
+            keep = keep and not self._kept
         except BaseException:
             keep = False
             raise

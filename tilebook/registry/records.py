@@ -179,9 +179,22 @@ class Trial:
         }
 
     @cached_property
+    def texts(self) -> tuple[str, str, str]:
+        """Canonical JSON of config, samples and facts, which are columns of their own."""
+        return canonical(self.config), canonical(self.samples_ms), canonical(self.facts)
+
+    @cached_property
     def text(self) -> str:
-        """Canonical JSON of `content`."""
-        return canonical(self.content())
+        """Canonical JSON of `content`, of which the parts are there."""
+        config, samples_ms, facts = self.texts
+        failure = "null" if self.failure is None else f'"{self.failure.value}"'
+        return (
+            f'{{"config":{config},"created_at":"{checks.time_text(self.created_at)}","device":{self.device.text},'
+            f'"environment":{self.environment.text},"facts":{facts},"failure":{failure},'
+            f'"implementation":"{self.implementation}","kernel":"{self.kernel}","op":"{self.op}",'
+            f'"problem":{canonical(self.problem)},"reason":{canonical(self.reason)},"samples_ms":{samples_ms},'
+            f'"status":"{self.status.value}","time_ms":{canonical(self.time_ms)}}}'
+        )
 
     @cached_property
     def sha256(self) -> str:

@@ -168,8 +168,8 @@ def _fill(rows: _Rows, verdicts: Iterable[Verdict], revocations: Iterable[Revoca
         }
         written = Written(verdict)
         number = rows.insert("verdict", {**ids, **columns(written)})
-        for place, (each, texts) in enumerate(zip(verdict.finalists, written.finalists, strict=True)):
-            rows.insert("finalist", {"verdict_id": number, **finalist_columns(each, texts, place)})
+        for place, values in enumerate(written.finalists):
+            rows.insert("finalist", {"verdict_id": number, **finalist_columns(values, place)})
         place_of = {"device_id": ids["device_id"], "kernel_id": ids["kernel_id"], **position_columns(verdict.problem)}
         rows.insert("position", {"verdict_id": number, **place_of})
     for revocation in revocations:

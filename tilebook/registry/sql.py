@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
-from tilebook.registry.checks import time_text
+from tilebook.registry.checks import parse_time, time_text
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -70,6 +70,10 @@ class Sql:
     def time(self, value: datetime) -> Any:
         """A time as this database's columns take it."""
         return time_text(value) if self._sqlite else value
+
+    def time_of(self, text: str) -> Any:
+        """`time` of one that is written as records write it."""
+        return text if self._sqlite else parse_time(text, "time")
 
     def among(self, statement: str, values: Iterable[Any], before: Sequence[Any] = ()) -> Iterator[Row]:
         """The rows of a statement that ends in `IN`, for all these values; databases limit how many at once."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -52,23 +53,33 @@ def connect(path: Path, mode: str, wait_s: float) -> sqlite3.Connection:
     return connection
 
 
-def begin(connection: sqlite3.Connection) -> None:
+def begin(connection: sqlite3.Connection, wait_s: float = 0.0) -> None:
     """Begins to read: what follows is all of one state.
+
+    wait_s: how long to wait here for a lock, on a connection that does not wait itself: a writer's is held for a few
+    milliseconds, and SQLite, which looks again ever more rarely, may sleep for ten times that.
 
     SQLite takes a journal for one that nobody owns where its writer ends between two looks at it, and a reader may not
     roll it back. At the next look it is gone; of one that stays `readable` gives a copy.
     """
-    for tries_left in (2, 1, 0):
+    began, unowned = time.monotonic(), 0
+    while True:
         connection.execute("BEGIN")
         try:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
             return
         except sqlite3.OperationalError as error:
             connection.execute("ROLLBACK")
-            if not tries_left or error.sqlite_errorname not in _UNOWNED:
+            waited = time.monotonic() - began
+            if error.sqlite_errorname == "SQLITE_BUSY" and waited < wait_s:
+                time.sleep(min(_LEAST_SLEEP_S + waited / 4, _MOST_SLEEP_S, wait_s - waited))
+                continue
+            unowned += 1
+            if unowned > 2 or error.sqlite_errorname not in _UNOWNED:
                 raise
 
 
+_LEAST_SLEEP_S, _MOST_SLEEP_S = 0.0005, 0.004
 _UNOWNED = ("SQLITE_READONLY_ROLLBACK", "SQLITE_READONLY_RECOVERY", "SQLITE_CANTOPEN")
 
 

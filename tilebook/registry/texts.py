@@ -8,21 +8,53 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tilebook.registry.checks import canonical, time_text
-from tilebook.registry.records import Revocation, Trial
-from tilebook.registry.verdict import Finalist, Speedup, Verdict
+from tilebook.registry import codec
+from tilebook.registry.checks import canonical, parse_time, time_text
+from tilebook.registry.records import Device, Environment, Revocation, Trial
+from tilebook.registry.verdict import Finalist, Speedup, Verdict, VerdictStatus
+
+Three = tuple[float | None, float | None, float | None]
+NONE: Three = (None, None, None)
 
 
-class FinalistTexts(NamedTuple):
-    """The JSON columns of a finalist, and all that it says."""
+class Columns(NamedTuple):
+    """What the tables hold of a verdict, all but its finalists and digests; sources and notes are JSON."""
 
-    config: str
-    samples_ms: str
-    again: str
-    whole: str
+    op: str
+    problem: str
+    device: Device
+    environment: Environment
+    kernel: str
+    status: str
+    mode: str
+    default_time_ms: float | None
+    interval: Three
+    sources: str
+    origin: str
+    trusted: bool
+    created_at: str
+    notes: str
+
+
+FINALIST = (
+    "implementation",
+    "config",
+    "time_ms",
+    "code",
+    "predicted_ms",
+    "is_default",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "samples_ms",
+    "again",
+)
+"""The columns of a finalist's row, all but the verdict's id and the place; config, samples and second contest are
+JSON."""
 
 
 class Text(NamedTuple):
@@ -50,60 +82,51 @@ class Text(NamedTuple):
         return f'{self.head}{self.problem}"sha256":"{sha256}",{self.tail},"type":"verdict"}}\n'
 
 
-Three = tuple[float | None, float | None, float | None]
-NONE: Three = (None, None, None)
-
-
-def text_of(
-    created_at: str,
-    default_time_ms: float | None,
-    device: str,
-    environment: str,
-    finalists: Iterable[str],
-    interval: Three,
-    kernel: str,
-    mode: str,
-    notes: str,
-    op: str,
-    problem: str,
-    sources: str,
-    status: str,
-) -> Text:
-    """Of what the columns hold; device, environment, finalists, notes and sources are JSON."""
+def text_of(told: Columns, finalists: Iterable[str]) -> Text:
+    """finalists: their JSON."""
     return Text(
-        f'{{"created_at":"{created_at}","default_time_ms":{number(default_time_ms)},'
-        f'"device":{device},"environment":{environment},"finalists":[{",".join(finalists)}],'
-        f'"interval":{three(interval)},"kernel":"{kernel}","mode":"{mode}","notes":{notes},"op":"{op}",',
-        f'"problem":{_STRING(problem)},',
-        f'"sources":{sources},"status":"{status}"',
+        f'{{"created_at":"{told.created_at}","default_time_ms":{number(told.default_time_ms)},'
+        f'"device":{told.device.text},"environment":{told.environment.text},"finalists":[{",".join(finalists)}],'
+        f'"interval":{three(told.interval)},"kernel":"{told.kernel}","mode":"{told.mode}","notes":{told.notes},'
+        f'"op":"{told.op}",',
+        f'"problem":{_string(told.problem)},',
+        f'"sources":{told.sources},"status":"{told.status}"',
     )
 
 
-def finalist_text(
-    implementation: str,
-    config: str,
-    time_ms: float | None,
-    code: str,
-    predicted_ms: float | None,
-    default: bool,
-    speedup: Three,
-    samples_ms: str,
-    again: str,
-) -> str:
-    """Likewise; config, samples and the second contest are JSON."""
+def finalist_text(values: Sequence[Any]) -> str:
+    """The JSON of a finalist, of the values of FINALIST."""
+    implementation, config, time_ms, code, predicted_ms, default, value, low, high, samples_ms, again = values
+    speedup = "null" if value is None else f"[{value!r},{low!r},{high!r}]"
     return (
         f'{{"again":{again},"code":"{code}","config":{config},"default":{"true" if default else "false"},'
-        f'"implementation":"{implementation}","predicted_ms":{number(predicted_ms)},"samples_ms":{samples_ms},'
-        f'"speedup":{three(speedup)},"time_ms":{number(time_ms)}}}'
+        f'"implementation":"{implementation}","predicted_ms":{"null" if predicted_ms is None else repr(predicted_ms)},'
+        f'"samples_ms":{samples_ms},"speedup":{speedup},"time_ms":{"null" if time_ms is None else repr(time_ms)}}}'
     )
+
+
+def served_of(told: Columns, finalists: Iterable[Sequence[Any]]) -> str:
+    """`served.digest`. finalists: the values of FINALIST."""
+    value, low, high = map(number, told.interval)
+    device = told.device
+    ranked = [
+        f'["{each[0]}",{_string(each[1])},{"null" if each[2] is None else repr(each[2])},"{each[3]}"]'
+        for each in finalists
+    ]
+    text = (
+        f'[["{told.op}",{_string(told.problem)},{_string(device.name)},"{device.arch}",{device.sm_count}],'
+        f'[{_string(told.environment.text)},"{told.kernel}","{told.status}","{told.mode}",{value},{low},{high},'
+        f'{_string(told.sources)},"{told.origin}",{int(told.trusted)}],[{",".join(ranked)}]]'
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def number(value: float | None) -> str:
     return "null" if value is None else f"{value!r}"
 
 
-def numbers(values: Iterable[float]) -> str:
-    return f"[{','.join(map(float.__repr__, values))}]"
+def numbers(values: Sequence[float]) -> str:
+    return _COMPACT(values) if values else "[]"
 
 
 def three(values: Three) -> str:
@@ -112,27 +135,37 @@ def three(values: Three) -> str:
 
 
 class Written:
-    """The texts of a verdict."""
+    """A verdict as texts, and what is asked of it without its finalists being made: `told`, and the values of FINALIST.
+
+    A verdict that was never made, since its columns say all that is wanted, is made where it is asked for.
+    """
+
+    __slots__ = ("__weakref__", "_verdict", "finalists", "text", "told")
 
     def __init__(self, verdict: Verdict) -> None:
-        self.verdict = verdict
-        self.sources, self.notes = canonical(verdict.sources), canonical(verdict.notes)
-        self.finalists = [_finalist(each) for each in verdict.finalists]
-        self.text = text_of(
-            time_text(verdict.created_at),
-            verdict.default_time_ms,
-            verdict.device.text,
-            verdict.environment.text,
-            [each.whole for each in self.finalists],
-            _three(verdict.interval),
-            verdict.kernel,
-            verdict.mode,
-            self.notes,
-            verdict.op,
-            verdict.problem,
-            self.sources,
-            verdict.status.value,
-        )
+        self._verdict: Verdict | None = verdict
+        self.told = _told(verdict)
+        self.finalists: Sequence[Sequence[Any]] = [_finalist(each) for each in verdict.finalists]
+        self.text = text_of(self.told, map(finalist_text, self.finalists))
+
+    @classmethod
+    def of(cls, told: Columns, finalists: Sequence[Sequence[Any]], text: Text) -> Written:
+        """Of columns that have been looked at as a verdict would look at them, see `quick.whole`."""
+        self = cls.__new__(cls)
+        self._verdict, self.told, self.finalists, self.text = None, told, finalists, text
+        return self
+
+    @property
+    def verdict(self) -> Verdict:
+        if self._verdict is None:
+            told = self.told
+            self._verdict = codec.verdict_like(json.loads(self.portable), origin=told.origin, trusted=told.trusted)
+        return self._verdict
+
+    @property
+    def measured(self) -> bool:
+        """`Verdict.measured`."""
+        return self.told.status != VerdictStatus.PREDICTED.value
 
     @property
     def portable(self) -> str:
@@ -142,7 +175,7 @@ class Written:
     @property
     def sha256(self) -> str:
         """`Verdict.sha256`."""
-        return self.text.sha256(self.verdict.origin, self.verdict.trusted)
+        return self.text.sha256(self.told.origin, self.told.trusted)
 
     @property
     def line(self) -> str:
@@ -152,106 +185,103 @@ class Written:
     @property
     def served(self) -> str:
         """See `served.digest`."""
-        verdict, interval = self.verdict, self.verdict.interval
-        value, low, high = _three(interval)
-        device, environment = verdict.device, verdict.environment
-        content = [
-            [verdict.op, verdict.problem, device.name, device.arch, device.sm_count],
-            [
-                environment.text,
-                verdict.kernel,
-                verdict.status.value,
-                verdict.mode,
-                value,
-                low,
-                high,
-                self.sources,
-                verdict.origin,
-                int(verdict.trusted),
-            ],
-            [
-                [each.implementation, texts.config, each.time_ms, each.code]
-                for each, texts in zip(verdict.finalists, self.finalists, strict=True)
-            ],
-        ]
-        return hashlib.sha256(_COMPACT(content).encode()).hexdigest()
+        return served_of(self.told, self.finalists)
 
 
 Record = Trial | Written | Revocation
 """What a registry takes and gives."""
 
-_STRING = json.JSONEncoder().encode
 _COMPACT = json.JSONEncoder(separators=(",", ":")).encode
+_string = lru_cache(8_192)(json.JSONEncoder().encode)  # configs, problems and sources, which many verdicts repeat
 
 
-def _finalist(each: Finalist) -> FinalistTexts:
-    config, samples, again = each.config_text, numbers(each.samples_ms), "null"
+def _told(verdict: Verdict) -> Columns:
+    return Columns(
+        verdict.op,
+        verdict.problem,
+        verdict.device,
+        verdict.environment,
+        verdict.kernel,
+        verdict.status.value,
+        verdict.mode,
+        verdict.default_time_ms,
+        _three(verdict.interval),
+        canonical(verdict.sources),
+        verdict.origin,
+        verdict.trusted,
+        time_text(verdict.created_at),
+        canonical(verdict.notes),
+    )
+
+
+def _finalist(each: Finalist) -> Sequence[Any]:
+    """The values of FINALIST."""
+    again = "null"
     if each.again is not None:
         second = each.again
         again = (
             f'{{"default_samples_ms":{numbers(second.default_samples_ms)},'
             f'"samples_ms":{numbers(second.samples_ms)},"speedup":{three(_three(second.speedup))}}}'
         )
-    speedup = _three(each.speedup)
-    whole = finalist_text(
-        each.implementation, config, each.time_ms, each.code, each.predicted_ms, each.default, speedup, samples, again
+    return (
+        each.implementation,
+        each.config_text,
+        each.time_ms,
+        each.code,
+        each.predicted_ms,
+        each.default,
+        *_three(each.speedup),
+        numbers(each.samples_ms),
+        again,
     )
-    return FinalistTexts(config, samples, again, whole)
 
 
 def _three(speedup: Speedup | None) -> Three:
     return NONE if speedup is None else (speedup.value, speedup.low, speedup.high)
 
 
-def columns(written: Written) -> Mapping[str, Any]:
-    """The columns of a verdict's row, all but the ids of the rows that it shares."""
-    verdict = written.verdict
-    return {
-        "sha256": written.sha256,
-        "served": written.served,
-        "status": verdict.status.value,
-        "mode": verdict.mode,
-        "default_time_ms": verdict.default_time_ms,
-        **dict(zip(("speedup", "speedup_low", "speedup_high"), _three(verdict.interval), strict=True)),
-        "sources": written.sources,
-        "origin": verdict.origin,
-        "trusted": verdict.trusted,
-        "created_at": verdict.created_at,
-        "notes": written.notes,
-    }
-
-
-FINALIST = (
-    "implementation",
-    "config",
-    "time_ms",
-    "code",
-    "predicted_ms",
-    "is_default",
+VERDICT = (
+    "sha256",
+    "served",
+    "status",
+    "mode",
+    "default_time_ms",
     "speedup",
     "speedup_low",
     "speedup_high",
-    "samples_ms",
-    "again",
+    "sources",
+    "origin",
+    "trusted",
+    "notes",
+    "created_at",
 )
-"""The columns of a finalist's row, all but the verdict's id and the place."""
+"""The columns of a verdict's row, all but the ids."""
 
 
-def finalist_values(finalist: Finalist, texts: FinalistTexts) -> tuple[Any, ...]:
-    """The values of FINALIST."""
+def values(written: Written) -> tuple[Any, ...]:
+    """The values of VERDICT; the time as a text."""
+    told = written.told
     return (
-        finalist.implementation,
-        texts.config,
-        finalist.time_ms,
-        finalist.code,
-        finalist.predicted_ms,
-        finalist.default,
-        *_three(finalist.speedup),
-        texts.samples_ms,
-        texts.again,
+        written.sha256,
+        written.served,
+        told.status,
+        told.mode,
+        told.default_time_ms,
+        *told.interval,
+        told.sources,
+        told.origin,
+        told.trusted,
+        told.notes,
+        told.created_at,
     )
 
 
-def finalist_columns(finalist: Finalist, texts: FinalistTexts, place: int) -> Mapping[str, Any]:
+def columns(written: Written) -> Mapping[str, Any]:
+    """A verdict's row, all but the ids."""
+    found = dict(zip(VERDICT, values(written), strict=True))
+    return {**found, "created_at": parse_time(found["created_at"], "created_at")}
+
+
+def finalist_columns(values: Sequence[Any], place: int) -> Mapping[str, Any]:
     """A finalist's row, all but the verdict's id."""
-    return {"place": place, **dict(zip(FINALIST, finalist_values(finalist, texts), strict=True))}
+    return {"place": place, **dict(zip(FINALIST, values, strict=True))}

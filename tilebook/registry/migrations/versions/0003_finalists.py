@@ -34,8 +34,8 @@ def upgrade() -> None:
         keys = dict(zip((f"{partner}_id" for partner in _PARTNERS), partners, strict=True))
         written = Written(found)
         op.bulk_insert(verdict, [{"id": number, **keys, **columns(written)}])
-        ranked = enumerate(zip(found.finalists, written.finalists, strict=True))
-        rows = [{"verdict_id": number, **finalist_columns(each, texts, place)} for place, (each, texts) in ranked]
+        ranked = enumerate(written.finalists)
+        rows = [{"verdict_id": number, **finalist_columns(values, place)} for place, values in ranked]
         op.bulk_insert(finalist, rows)
     if connection.dialect.name == "postgresql":
         connection.execute(
