@@ -24,6 +24,9 @@ from tilebook.registry.verdict import MODES, MOST_FINALISTS, Again, VerdictStatu
 _SHARED = 1_024
 """Texts of each kind that are remembered."""
 
+_BRIEF = 4_096
+"""Characters of a text that is remembered: a stranger's may be long."""
+
 
 class Line(NamedTuple):
     """A verdict's line, and what a selection asks of a verdict."""
@@ -87,7 +90,7 @@ def whole(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Written | N
         last = slowness
         seen.add((implementation, config))
         values.append(each[2:])
-        texts.append(_finalist(values[-1]))
+        texts.append(_finalist([*each[2:7], bool(default), *each[8:]]))
     first_ms = finalists[0][4] if finalists else None
     environment = _environment(versions)
     if (
@@ -99,7 +102,7 @@ def whole(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Written | N
         or not (first_ms and ours and interval != NONE if measured else first_ms is ours is None and interval == NONE)
         or sum(map(len, texts)) > checks.MAX_JSON - len(texts) - 2
         or environment.text != versions
-        or not (_sources(sources) and checks.are_notes(notes))
+        or not (_sources(sources) and _notes(notes))
     ):
         return None
     created_at = time_text(at) if isinstance(at, datetime) else at
@@ -112,6 +115,10 @@ def whole(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Written | N
 
 
 def _finalist(values: Sequence[Any]) -> str:
+    return (_remembered if len(values[-2]) + len(values[-1]) < _BRIEF else _looked_at)(*values)
+
+
+def _looked_at(*values: Any) -> str:
     _, _, _, code, _, _, value, low, high, samples_ms, again = values
     if code != "":
         checks.digest(code, "code")
@@ -121,6 +128,17 @@ def _finalist(values: Sequence[Any]) -> str:
         raise ValueError("not a second contest")
     _three(value, low, high)
     return finalist_text(values)
+
+
+# Files and registries that are merged have much in common: what ships, above all.
+_remembered = lru_cache(4 * _SHARED, typed=True)(_looked_at)
+
+
+def _notes(text: str) -> bool:
+    return (_brief_notes if len(text) < _BRIEF else checks.are_notes)(text)
+
+
+_brief_notes = lru_cache(_SHARED)(checks.are_notes)
 
 
 def _number(value: Any) -> float | None:
