@@ -8,7 +8,7 @@ import pytest
 from registry_samples import A100, evidenced, predicted, problem, verdict
 
 import tilebook
-from tilebook.registry import Registry, reading, shipped, texts
+from tilebook.registry import Registry, checks, reading, shipped, texts
 from tilebook.registry.checks import MAX_SAMPLES
 from tilebook.registry.quick import Line, quick
 from tilebook.registry.quick import _again as quick_again
@@ -161,3 +161,28 @@ def test_a_short_second_contest_is_looked_at_as_a_long_one():
     assert quick_again(second("[1.5,1.25,1.75]")) == second("[1.5,1.25,1.75]")
     with pytest.raises(ValueError, match="upside down"):
         quick_again(second("[1.5,1.75,1.25]"))
+
+
+NOTES = [
+    '{}', '{"a":1,"b":[1,2.5,true,null,{"c":"d e"}]}', f'{{"a":{"[" * 11}1{"]" * 11}}}', '{"a":[[],{}],"b":{"c":{}}}',
+]  # fmt: skip
+NO_PLAIN_NOTES = [
+    "[1]", '{"a":""}', '{"":1}', '{"a":"\\n"}', '{"a":"' + 129 * "x" + '"}', '{"' + 129 * "x" + '":"b"}',
+    '{"a":1234567890123456789}',
+    f'{{"a":{"[" * 12}1{"]" * 12}}}', f'{{"a":{12 * "["}"]]","[["{12 * "]"}}}',
+]  # fmt: skip
+
+
+def test_plain_notes_are_those_that_looking_at_each_value_would_leave_as_they_are():
+    for text in NOTES:
+        assert checks._is_plain(text)
+        assert checks._json_object(json.loads(text), "notes") == json.loads(text)
+        assert checks.are_notes(text)
+    for text in NO_PLAIN_NOTES[1:]:
+        assert not checks._is_plain(text)
+    for text in ("[1]", *NO_PLAIN_NOTES[-2:], '{"":1}', '{"' + 129 * "x" + '":"b"}'):
+        with pytest.raises(ValueError, match="notes"):
+            checks.are_notes(text)
+    for text in ('{"a": 1}', '{"b":1,"a":2}', '{"a":1,"a":1}', '{"a":1e2}', '{"a":"é"}', '{"a":-0}', '{"a":"\x7f"}'):
+        assert not checks.are_notes(text)
+    assert checks.are_notes('{"a":"\\n"}')

@@ -261,7 +261,32 @@ def are_notes(text: str) -> bool:
     """Is that the canonical JSON of a verdict's notes? Raises ValueError where it is none of any."""
     if len(text) > MAX_JSON:
         raise ValueError(f"notes is longer than {MAX_JSON} characters")
-    return canonical(_noted(_json_object(json.loads(text), "notes"))) == text
+    value = json.loads(text)
+    if type(value) is not dict or not _is_plain(text):
+        value = _json_object(value, "notes")
+    return canonical(_noted(value)) == text
+
+
+def _is_plain(text: str) -> bool:
+    """Is a canonical JSON text of values that `_json` would leave as they are? Not every such text is known for one.
+
+    Its texts have no escapes, so that all of them are printable, and 1 to 128 characters, its whole numbers 18 digits.
+    """
+    if "\\" in text:
+        return False
+    rest = _SHORT_TEXT.sub("", text)
+    if '"' in rest or _LONG_NUMBER.search(rest):
+        return False
+    brackets = _NO_BRACKET.sub("", rest)
+    for _ in range(MAX_DEPTH):
+        brackets = _LEAF.sub("", brackets)
+    return not brackets
+
+
+_SHORT_TEXT = re.compile('"[^"]{1,128}"')
+_LONG_NUMBER = re.compile(r"\d{19}")
+_NO_BRACKET = re.compile(r"[^][{}]+")
+_LEAF = re.compile(r"\[\]|\{\}")
 
 
 def _noted(result: dict[str, Json]) -> dict[str, Json]:
