@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TextIO
@@ -205,18 +205,19 @@ def _refusal(record: Record, allowed: Allowed | None, is_problem: Callable[[str,
     if not isinstance(told, Revocation) and not is_problem(told.op, told.problem):
         return f"{told.op} has no problem {quoted(told.problem)}"
     # A verdict's finalists are what dispatch falls back on, so their configs are held to the same list.
+    axes = allowed.get(told.op, {})
     for implementation, config in _candidates(record):
-        known = allowed.get(told.op, {}).get(implementation)
+        known = axes.get(implementation)
         if known is not None and not config.keys() <= known:
             unknown = quoted(sorted(config.keys() - known))
             return f"{told.op} has no config key {unknown} for {implementation}"
     return ""
 
 
-def _candidates(record: Record) -> Iterable[tuple[str, Mapping[str, ConfigValue]]]:
+def _candidates(record: Record) -> list[tuple[str, Mapping[str, ConfigValue]]]:
     if isinstance(record, Written):
-        return ((implementation, config_of(config)) for implementation, config, *_ in record.finalists)
-    return ((record.implementation, record.config),)
+        return [(each[0], config_of(each[1])) for each in record.finalists]
+    return [(record.implementation, record.config)]
 
 
 @lru_cache(1_024)  # a few texts, which every verdict repeats

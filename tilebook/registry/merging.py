@@ -71,7 +71,7 @@ def _by_key(verdicts: Sequence[Written]) -> Iterator[list[Written]]:
     seen: set[tuple[object, ...]] = set()
     for each in verdicts:
         told = each.told
-        key = told.op, told.problem, told.device, told.kernel
+        key = told.op, told.problem, told.device.text, told.kernel
         if key in seen:
             yield part
             part, seen = [], set()
