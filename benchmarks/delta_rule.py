@@ -136,6 +136,7 @@ def main() -> None:
     given = arguments.parse_args()
     functions = {n: each for n, each in contenders().items() if not given.contenders or n in given.contenders}
     results: dict[str, Any] = {}
+    where = devices.current().name if given.device == "cuda" else "cpu"
     with dispatch.use("triton") if given.kernels else contextlib.nullcontext():
         for shape in TINY if given.tiny else given.shapes:
             tensors = drawn(Problem.parse(shape, "bf16"), given.device)
@@ -147,11 +148,10 @@ def main() -> None:
                 for name, row in results[label].items():
                     told = row.get("failed") or f"{row['ms']:9.4f} ms {row['quartiles']}, {row['peak_mib']} MiB"
                     print(f"  {name:16} {told}", flush=True)
+                if given.out:
+                    save(given.out, "delta_rule", where, results=results, forced=given.kernels, rounds=given.rounds)
                 if given.profile:
                     profiled(tensors, backward)
-    if given.out:
-        where = devices.current().name if given.device == "cuda" else "cpu"
-        save(given.out, "delta_rule", where, results=results, forced=given.kernels, rounds=given.rounds)
 
 
 if __name__ == "__main__":

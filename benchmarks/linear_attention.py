@@ -190,6 +190,7 @@ def main() -> None:
     arguments.add_argument("--profile", action="store_true", help="how long each of our kernels takes, without maps")
     given = arguments.parse_args()
     results: dict[str, Any] = {}
+    where = devices.current().name if given.device == "cuda" else "cpu"
     with dispatch.use("triton") if given.kernels else contextlib.nullcontext():
         for width in [16] if given.tiny else given.widths:
             for how in given.maps or (("channels",) if given.channels else ("decay", "")):
@@ -212,10 +213,16 @@ def main() -> None:
                         for name, row in results[label].items():
                             told = row.get("failed") or f"{row['ms']:9.4f} ms {row['quartiles']}, {row['peak_mib']} MiB"
                             print(f"  {name:16} {told}", flush=True)
+                        save(
+                            given.out,
+                            "linear_attention",
+                            where,
+                            results=results,
+                            forced=given.kernels,
+                            rounds=given.rounds,
+                        )
                         if given.profile and not named:
                             profiled(tensors, backward)
-    where = devices.current().name if given.device == "cuda" else "cpu"
-    save(given.out, "linear_attention", where, results=results, forced=given.kernels, rounds=given.rounds)
 
 
 if __name__ == "__main__":
