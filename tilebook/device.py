@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
-from importlib import metadata
 from typing import Any
 
 from tilebook.errors import UsageError
@@ -173,6 +171,8 @@ def find(name: str) -> Device:
     if found:
         raise UsageError(f"GPU {name!r} is ambiguous: {', '.join(each.name for each in found)}")
 
+    from difflib import SequenceMatcher
+
     def unlike(known: str) -> float:
         alike = [SequenceMatcher(None, word, its).ratio() for word in words(name) for its in words(known)]
         return -max(alike, default=0.0)
@@ -256,6 +256,8 @@ def present() -> bool:
 
 def package_version(package: str) -> str:
     """The installed version, or "unknown"."""
+    from importlib import metadata  # which imports as much as all that a command reads records with
+
     try:
         return str(metadata.version(package))
     except metadata.PackageNotFoundError:

@@ -5,9 +5,7 @@ Where a program has PyTorch loaded, `tilebook.device` is asked, which tells all 
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import importlib.util
 import os
 import re
 import sys
@@ -72,6 +70,8 @@ def _here() -> tuple[str, str, int] | None:
 
 def _by_driver() -> tuple[str, str, int] | None:
     """What CUDA's driver says of the first GPU; None where it is not NVIDIA's."""
+    import ctypes
+
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -93,7 +93,9 @@ def _by_driver() -> tuple[str, str, int] | None:
 @functools.cache
 def _build() -> Mapping[str, str]:
     """What PyTorch's own file says of how it was built: `__version__`, `cuda`, `hip`; nothing where it is not there."""
-    found = importlib.util.find_spec("torch")
+    from importlib.util import find_spec
+
+    found = find_spec("torch")
     if found is None or found.origin is None:
         return {}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import shlex
@@ -18,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from registry_samples import broken_trial, predicted, problem, revocation, signed, trial, verdict
 
+import tilebook.cli
 from tilebook.cli import main
-from tilebook.cli.common import Moment
+from tilebook.cli.common import COMMANDS, Moment
 from tilebook.registry import Registry, Speedup, export
 from tilebook.registry.filereader import FileReader
 from tilebook.registry.gathering import merge
@@ -204,9 +206,16 @@ def test_a_merge_does_not_depend_on_order(tmp_path_factory: pytest.TempPathFacto
     assert all(each == made[0] for each in made)
 
 
-@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_command_is_in_the_module_that_it_is_looked_for_in() -> None:
+    for module in (Path(tilebook.cli.__file__).parent).glob("*.py"):
+        importlib.import_module(f"tilebook.cli.{module.stem}")
+    homes = {(command.callback.__module__.rpartition(".")[2], name) for name, command in main.commands.items()}
+    assert homes == {(module, name) for module, names in COMMANDS.items() for name in names}
+
+
+@pytest.mark.parametrize("name", [name for names in COMMANDS.values() for name in names])
 def test_the_help_of_every_command_ends_with_an_example_that_it_takes(name: str) -> None:
-    command = main.commands[name]
+    command = main.get_command(click.Context(main), name)
     text = CliRunner().invoke(main, [name, "--help"]).output.rstrip()
     last = text.splitlines()[-1]
     assert last.startswith(f"    tilebook {name}") or last.startswith(f"  tilebook {name}"), last

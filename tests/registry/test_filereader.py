@@ -14,6 +14,7 @@ from registry_samples import A100, H200, broken_trial, evidenced, miss, predicte
 from tilebook.registry import Registry, RegistryError, Verdict
 from tilebook.registry.filereader import FileReader
 from tilebook.registry.overview import NOTES, Overview, overviews
+from tilebook.registry.wanted import Wanted
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_an_overview_says_what_the_verdict_says_but_for_the_samples(filled: Path
     with FileReader.open(filled) as reading:
         assert list(map(told, overviews(reading))) == list(map(told, reading.verdicts()))
         for some in ({"op": "other_op"}, {"device": A100}, {"gpu": "a100"}, {"gpu": "none"}):
-            assert list(map(told, overviews(reading, **some))) == list(map(told, reading.verdicts(**some)))
+            assert list(map(told, overviews(reading, Wanted(**some)))) == list(map(told, reading.verdicts(**some)))
         assert reading.problems == []
 
 

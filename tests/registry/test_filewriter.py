@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -120,19 +118,3 @@ def test_a_damaged_verdict_gives_way_to_the_same_one_though_its_digest_stands_th
     assert exported(path) != before
     pour(path, verdict())
     assert exported(path) == before
-
-
-@pytest.mark.parametrize("command", ["import", "merge"])
-def test_commands_that_move_records_load_neither_sqlalchemy_nor_pytorch(tmp_path: Path, command: str) -> None:
-    pour(tmp_path / "registry.db", verdict())
-    (tmp_path / "made.jsonl").write_text(exported(tmp_path / "registry.db"))
-    given = {"import": ["--registry", "new.db"], "merge": ["registry.db", "-o", "new.db"]}[command]
-    text = f"""
-import sys
-from tilebook.cli import main
-main({[command, "made.jsonl", *given]!r}, standalone_mode=False)
-print(*{{"sqlalchemy", "torch", "alembic"}} & set(sys.modules))
-"""
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert done.stdout.splitlines()[-1] == "", done.stderr
-    assert (tmp_path / "new.db").exists(), done.stderr

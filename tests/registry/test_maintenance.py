@@ -11,7 +11,8 @@ from command_samples import OP, Run, left, today, tried
 from registry_samples import A100, evidenced, miss, predicted, problem, revocation, trial, verdict
 
 from tilebook.registry import Locked, Registry
-from tilebook.registry.maintenance import Wanted, choose, remove, tidy
+from tilebook.registry.maintenance import NAMED_BY, PARTS, Wanted, choose, remove, tidy
+from tilebook.registry.models import Base
 from tilebook.registry.selection import Selection
 
 REMOVALS = [
@@ -122,6 +123,15 @@ def test_removal_works_on_every_backend(registry: Registry) -> None:
     assert (registry.verdicts(), registry.trials(), len(registry.misses())) == ([], [trial()], 1)
     assert tidy(registry) == 2, "the A100 and one problem"
     assert registry.trials() == [trial()]
+
+
+def test_rows_are_named_by_the_tables_that_the_schema_has_refer_to_them() -> None:
+    named_by: dict[str, set[str]] = {}
+    for table in Base.metadata.tables.values():
+        for key in table.foreign_keys:
+            named_by.setdefault(key.column.table.name, set()).add(table.name)
+    assert named_by.pop("verdict") == set(PARTS)
+    assert named_by == {name: set(tables) for name, tables in NAMED_BY.items()}
 
 
 DAMAGE = {

@@ -235,7 +235,7 @@ def test_an_export_is_not_in_memory_as_a_whole(tmp_path: Path) -> None:
     some = (line + "y" * number for number in range(200))
     tracemalloc.start()
     with (tmp_path / "out.jsonl").open("w") as stream:
-        assert exchange_lines.write(stream, (), some, ()) == 200
+        assert exchange_lines.gathered((), some, ()).write(stream) == 200
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "out.jsonl").stat().st_size > 20_000_000

@@ -1,15 +1,19 @@
 """Lines that are put together from columns are those of records, and no others."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 from registry_samples import A100, evidenced, predicted, problem, verdict
 
 import tilebook
-from tilebook.registry import Registry, reading, shipped, texts
+from tilebook.registry import Registry, checks, reading, shipped, texts
+from tilebook.registry.checks import MAX_SAMPLES
 from tilebook.registry.quick import Line, quick
-from tilebook.registry.sql import Sql
+from tilebook.registry.quick import _again as quick_again
+from tilebook.registry.quick import _samples as quick_samples
+from tilebook.registry.quick import _short_samples as short_samples
 from tilebook.registry.texts import Written
 from tilebook.registry.wanted import Wanted
 
@@ -18,9 +22,8 @@ SHIPPED = Path(tilebook.__file__).parent / "shipped"
 
 def rows(registry):
     """The columns of the only verdict."""
-    with registry.transaction() as session:
-        sql = Sql.of(session)
-        (row,) = sql.among(reading._ROWS, [1])
+    with registry.transaction() as sql:
+        (row,) = sql.among(reading._VERDICTS, [1])
         return list(row), sorted(map(list, sql.among(reading._FINALISTS, [1])), key=lambda each: each[1])
 
 
@@ -121,9 +124,65 @@ def test_finalists_that_no_verdict_would_have_are_not_quick(tmp_path, monkeypatc
 def test_a_damaged_row_is_counted_as_by_any_reader(damage, tmp_path):
     with Registry.open(tmp_path / "registry.db", write=True) as registry:
         registry.record(verdict=evidenced())
-        with registry.transaction() as session:
-            Sql.of(session).run(f"UPDATE {damage}", [])
+        with registry.transaction() as sql:
+            sql.run(f"UPDATE {damage}")
     for read in (Registry.each_line, Registry.each_verdict):
         with Registry.open(tmp_path / "registry.db") as registry:
             assert list(read(registry)) == []
             assert (registry.corrupt, len(registry.problems)) == (1, 1)
+
+
+SHORT = [0.040924, 1.0, 0.0001, 1234567.5, 0.123456789012345, 7654321.12345678, 10.0, 1200.25]
+LONG = ["1e-05", "0.00005", "0.10", "1.50", "01.5", "1", "1.", ".5", "0.0", "-0.5", "0.1234567890123456", "1e5", "٣.5"]
+
+
+def test_short_numbers_are_known_without_being_read_and_are_those_that_would_be_written():
+    draw = random.Random(0)
+    drawn = [round(draw.uniform(0.0001, 10 ** draw.randrange(-3, 7)), draw.randrange(1, 9)) for _ in range(3_000)]
+    for value in [*SHORT, *filter(None, drawn)]:
+        assert bool(short_samples(f"[{value!r}]")) == ("e" not in repr(value)), value
+    for text in LONG:
+        assert not short_samples(f"[0.5,{text},0.25]")
+    for digits in range(1, 18):  # what it lets pass is written so
+        for _ in range(300):
+            text = f"[{draw.randrange(10 ** draw.randrange(1, 9))}.{draw.randrange(10**digits)}]"
+            assert not short_samples(text) or texts.numbers(json.loads(text)) == text
+
+
+def test_short_samples_are_no_more_than_a_record_may_hold():
+    assert quick_samples(f"[{','.join(['0.5'] * MAX_SAMPLES)}]")
+    assert not quick_samples(f"[{','.join(['0.5'] * (MAX_SAMPLES + 1))}]")
+
+
+def test_a_short_second_contest_is_looked_at_as_a_long_one():
+    def second(speedup):
+        return f'{{"default_samples_ms":[0.5],"samples_ms":[0.25,0.5],"speedup":{speedup}}}'
+
+    assert quick_again(second("[1.5,1.25,1.75]")) == second("[1.5,1.25,1.75]")
+    with pytest.raises(ValueError, match="upside down"):
+        quick_again(second("[1.5,1.75,1.25]"))
+
+
+NOTES = [
+    '{}', '{"a":1,"b":[1,2.5,true,null,{"c":"d e"}]}', f'{{"a":{"[" * 11}1{"]" * 11}}}', '{"a":[[],{}],"b":{"c":{}}}',
+]  # fmt: skip
+NO_PLAIN_NOTES = [
+    "[1]", '{"a":""}', '{"":1}', '{"a":"\\n"}', '{"a":"' + 129 * "x" + '"}', '{"' + 129 * "x" + '":"b"}',
+    '{"a":1234567890123456789}',
+    f'{{"a":{"[" * 12}1{"]" * 12}}}', f'{{"a":{12 * "["}"]]","[["{12 * "]"}}}',
+]  # fmt: skip
+
+
+def test_plain_notes_are_those_that_looking_at_each_value_would_leave_as_they_are():
+    for text in NOTES:
+        assert checks._is_plain(text)
+        assert checks._json_object(json.loads(text), "notes") == json.loads(text)
+        assert checks.are_notes(text)
+    for text in NO_PLAIN_NOTES[1:]:
+        assert not checks._is_plain(text)
+    for text in ("[1]", *NO_PLAIN_NOTES[-2:], '{"":1}', '{"' + 129 * "x" + '":"b"}'):
+        with pytest.raises(ValueError, match="notes"):
+            checks.are_notes(text)
+    for text in ('{"a": 1}', '{"b":1,"a":2}', '{"a":1,"a":1}', '{"a":1e2}', '{"a":"é"}', '{"a":-0}', '{"a":"\x7f"}'):
+        assert not checks.are_notes(text)
+    assert checks.are_notes('{"a":"\\n"}')

@@ -9,20 +9,6 @@ import sys
 from typing import Any
 
 try:
-    # They are its commands.
-    from tilebook.cli import (  # noqa: F401
-        audit,
-        bench,
-        compare,
-        doctor,
-        keys,
-        maintain,
-        profile,
-        recheck,
-        record,
-        registry,
-        tuning,
-    )
     from tilebook.cli.common import main
 except ModuleNotFoundError as missing:
     if missing.name != "click":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import importlib
 import io
 import json
 import re
@@ -175,8 +176,37 @@ _NEEDED = ("sqlalchemy", "torch", "triton")
 """Packages that are missing only where a wheel was installed without what it needs."""
 
 
+COMMANDS = {
+    "audit": ("audit", "verify"),
+    "bench": ("bench",),
+    "compare": ("diff", "merge"),
+    "doctor": ("doctor",),
+    "keys": ("keys",),
+    "maintain": ("check", "prune", "remove", "repair"),
+    "profile": ("profile",),
+    "recheck": ("recheck",),
+    "record": ("record",),
+    "registry": ("explain", "export", "import", "revoke", "show", "status"),
+    "tuning": ("sweep", "tune"),
+}
+"""The modules of `tilebook.cli` and the commands that each has. To load all takes as long as most commands."""
+
+_HOME = {command: module for module, commands in COMMANDS.items() for command in commands}
+
+
 class _Tidy(click.Group):
-    """A group whose expected errors are one line on stderr, without a traceback. It prints on any terminal."""
+    """A group whose expected errors are one line on stderr, without a traceback. It prints on any terminal.
+
+    A command's module is imported when the command is asked for.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_HOME)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _HOME:
+            importlib.import_module(f"tilebook.cli.{_HOME[cmd_name]}")
+        return super().get_command(ctx, cmd_name)
 
     def main(self, *args: Any, **more: Any) -> Any:
         sys.stdout, sys.stderr = _printable(sys.stdout), _printable(sys.stderr)

@@ -36,7 +36,7 @@ def diff(a: str, b: str, op: str | None, gpu: str | None, dtype: str | None, exi
         found, problems = verdicts(name)
         for problem in problems:
             click.echo(f"tilebook: {problem}", err=True)
-        sides.append([verdict for verdict in found if selection.verdict(verdict)])
+        sides.append([each for each in found if selection.verdict(each.verdict)])
     differing = list(differences(*sides))
     rows = [row(each) for each in differing]
     print_json(rows) if format_ == "json" else click.echo(text(rows, a, b, *map(len, sides)))

@@ -65,7 +65,7 @@ def _repair(registry: str | None) -> None:
     from tilebook.registry.maintenance import repair as mend
     from tilebook.registry.target import Target
 
-    with Layers.default(registry).writer() as target:
+    with Layers.default(registry).sink() as target:
         path = Target.parse(target.target).path or Path("tilebook-registry").absolute()
         aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S}.jsonl")
         removed = mend(target, aside)
@@ -141,9 +141,10 @@ def prune(
     With --before also trials that are older than that go, whatever they are of. Verdicts that may be served stay, as
     do revocations and what programs asked for.
     """
-    from tilebook.registry import Locked, Registry
+    from tilebook.registry.filewriter import writer
     from tilebook.registry.maintenance import Wanted, shrink, tidy
     from tilebook.registry.selection import Selection
+    from tilebook.registry.target import Locked
 
     wanted = [Wanted(Selection(op=op, gpu=gpu, origin=origin), retired=_retired())]
     if before is not None:
@@ -153,7 +154,7 @@ def prune(
         click.echo("nothing is there that no longer serves")
     if not dry_run:
         target = _own(registry)
-        with Registry.open(target, write=True) as writing:
+        with writer(target) as writing:
             tidy(writing)
         try:
             freed = shrink(target)
@@ -166,12 +167,13 @@ def prune(
 
 def _carry_out(registry: str | None, wanted: Sequence[Wanted], dry_run: bool, yes: bool) -> Chosen:
     """Says what would go, asks, and removes it; returns what fits."""
-    from tilebook.registry import Registry
+    from tilebook.registry.filereader import reader
+    from tilebook.registry.filewriter import writer
     from tilebook.registry.maintenance import choose
     from tilebook.registry.maintenance import remove as removed
 
     target = _own(registry)
-    with Registry.open(target) as reading:
+    with reader(target) as reading:
         chosen, label = choose(reading, wanted), reading.label
     for line in _told(chosen):
         click.echo(line)
@@ -180,7 +182,7 @@ def _carry_out(registry: str | None, wanted: Sequence[Wanted], dry_run: bool, ye
     if not yes:
         what = _counted(len(chosen.verdicts), len(chosen.trials))
         click.confirm(f"Remove {what} from {label}?", abort=True, err=True)
-    with Registry.open(target, write=True) as writing:
+    with writer(target) as writing:
         chosen = removed(writing, wanted)
     click.echo(f"{_counted(len(chosen.verdicts), len(chosen.trials))} removed from {label}", err=True)
     return chosen
@@ -198,7 +200,7 @@ def _own(registry: str | None) -> str:
 
 
 def _retired() -> tuple[Retired, Retired]:
-    from tilebook.report.rows import is_retired, is_retired_trial
+    from tilebook.report.retired import is_retired, is_retired_trial
 
     return is_retired, is_retired_trial
 

@@ -59,10 +59,9 @@ def show(
     format_: str,
 ) -> None:
     """Prints the verdicts of all layers: what dispatch would serve, from where, and how sure it is."""
-    from tilebook import device as devices
-    from tilebook.registry import DenyList, Layers
+    from tilebook.registry.layers import Layers
     from tilebook.registry.selection import Selection
-    from tilebook.report.rows import row
+    from tilebook.report.rows import deny_list, row
     from tilebook.report.trials import trial_row, trial_table
 
     selection = Selection(op=known_op(op), gpu=gpu, dtype=dtype, since=since, measured=measured)
@@ -71,7 +70,7 @@ def show(
         tried = [trial_row(each, layer) for layer, each in layers.trials(op=op, gpu=gpu) if selection.trial(each)]
     else:
         found, revocations = layers.overviews(op=op, gpu=gpu)
-        denied = DenyList((revocation for _, revocation in revocations), devices.package_version("triton"))
+        denied = deny_list(revocations)
     if registry:
         layers.demand_explicit()
     for problem in layers.problems:
@@ -231,18 +230,20 @@ def _written(
     layers: Layers, target: str | None, selection: Selection, trials: bool, stream: TextIO, sign: Sign | None
 ) -> tuple[int, list[str]]:
     """Exports what is selected of a registry, or of all layers; returns how many records, and what was wrong there."""
-    from tilebook.registry.lines import write
-    from tilebook.registry.texts import Written
+    from tilebook.registry import lines
 
     if target is not None:
-        from tilebook.registry import Registry, export
+        from tilebook.registry import exchange
+        from tilebook.registry.filereader import reader
 
-        with Registry.open(target) as source:
-            return export(source, stream, sign, selection, trials), source.problems
-    found, revoked = layers.read(op=selection.op, gpu=selection.gpu)
+        with reader(target) as source:
+            gathered, problems = exchange.gathered(source, sign, selection, trials), source.problems
+        return gathered.write(stream), problems
+    found, revoked = layers.lines(op=selection.op, gpu=selection.gpu)
     verdicts = sorted((each for _, each in found if selection.verdict(each)), key=lambda each: each.place)
     revocations = [each for _, each in revoked if selection.revocation(each)]
-    return write(stream, revocations, (Written(each).line for each in verdicts), (), sign), layers.problems
+    gathered = lines.gathered(revocations, (each.text for each in verdicts), (), sign)
+    return gathered.write(stream), layers.problems
 
 
 class _Source(click.Path):
@@ -283,7 +284,7 @@ def import_(file: str, trust: bool | None, max_size: float, timeout: float, regi
     from tilebook import inventory
     from tilebook import registry as store
     from tilebook.cli.files import opened
-    from tilebook.report.rows import is_retired
+    from tilebook.report.retired import is_retired
 
     layers = store.Layers.default(registry)
     with opened(file, int(max_size * 1e6), timeout) as stream, layers.sink() as target:

@@ -9,7 +9,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeGuard
@@ -261,7 +261,32 @@ def are_notes(text: str) -> bool:
     """Is that the canonical JSON of a verdict's notes? Raises ValueError where it is none of any."""
     if len(text) > MAX_JSON:
         raise ValueError(f"notes is longer than {MAX_JSON} characters")
-    return canonical(_noted(_json_object(json.loads(text), "notes"))) == text
+    value = json.loads(text)
+    if type(value) is not dict or not _is_plain(text):
+        value = _json_object(value, "notes")
+    return canonical(_noted(value)) == text
+
+
+def _is_plain(text: str) -> bool:
+    """Is a canonical JSON text of values that `_json` would leave as they are? Not every such text is known for one.
+
+    Its texts have no escapes, so that all of them are printable, and 1 to 128 characters, its whole numbers 18 digits.
+    """
+    if "\\" in text:
+        return False
+    rest = _SHORT_TEXT.sub("", text)
+    if '"' in rest or _LONG_NUMBER.search(rest):
+        return False
+    brackets = _NO_BRACKET.sub("", rest)
+    for _ in range(MAX_DEPTH):
+        brackets = _LEAF.sub("", brackets)
+    return not brackets
+
+
+_SHORT_TEXT = re.compile('"[^"]{1,128}"')
+_LONG_NUMBER = re.compile(r"\d{19}")
+_NO_BRACKET = re.compile(r"[^][{}]+")
+_LEAF = re.compile(r"\[\]|\{\}")
 
 
 def _noted(result: dict[str, Json]) -> dict[str, Json]:
@@ -368,11 +393,23 @@ def _json(value: object, what: str, depth: int) -> Json:
         if not math.isfinite(value):
             raise ValueError(f"{what} holds a number that is not finite")
         return float(value)
-    if isinstance(value, Mapping):
+    if is_mapping(value):
+        if depth < MAX_DEPTH and _are_plain(value.values()):
+            return {_json_key(key, what): item for key, item in value.items()}
         return {_json_key(key, what): _json(item, what, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
+        if depth < MAX_DEPTH and _are_plain(value):
+            return list(value)
         return [_json(item, what, depth + 1) for item in value]
     raise ValueError(f"{what} holds a {type(value).__name__}, which JSON has not")
+
+
+def _are_plain(values: Collection[Any]) -> bool:
+    """Are they whole numbers and flags, or floats, all of which are as looking at each would leave them?"""
+    kinds = set(map(type, values))
+    if kinds <= {int, bool}:
+        return not kinds or (min(values) >= -(2**63) and max(values) < 2**63)
+    return kinds == {float} and math.isfinite(sum(values))
 
 
 def problem(value: object) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from tilebook.registry.checks import DAMAGE, canonical, time_text
+from tilebook.registry.checks import DAMAGE, canonical, quoted, time_text
 from tilebook.registry.codec import revocation_from
 from tilebook.registry.records import Revocation, Trial
 
@@ -87,3 +87,11 @@ def revocation_in(row: Sequence[Any]) -> Revocation | None:
     except DAMAGE:
         return None
     return revocation if (revocation.sha256, revocation.scope) == (sha256, scope) else None
+
+
+def lost_revocation(scope: str) -> str:
+    """What is said of one that is damaged."""
+    return (
+        f"left out a damaged revocation: what it revokes may run again;"
+        f" repeat it, or remove it with --undo {quoted(scope[:8])}"
+    )

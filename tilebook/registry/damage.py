@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import TypeVar
-
-log = logging.getLogger("tilebook.registry")
 
 _Record = TypeVar("_Record")
 
@@ -39,4 +36,6 @@ class Damage:
     def note(self, text: str) -> None:
         """Adds a line to the problems."""
         self.problems.append(f"registry {self.label}: {text}")
-        log.warning("%s", self.problems[-1])
+        import logging  # most registries are whole
+
+        logging.getLogger("tilebook.registry").warning("%s", self.problems[-1])

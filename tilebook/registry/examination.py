@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tilebook.errors import RegistryError
+from tilebook.registry.contents import Contents
 from tilebook.registry.filereader import FileReader, reader
 from tilebook.registry.layers import shipped_registry
 from tilebook.registry.target import Target
@@ -46,36 +47,24 @@ def examine(layer: str, target: str) -> Examined | None:
         if layer != "explicit" and path is not None and not path.exists():
             return None
         with reader(target) as registry:
-            if isinstance(registry, FileReader):
-                return _file(layer, label, registry)
-            found: dict[str, Sequence[object]] = {}
-            damaged = {}
-            for kind in ("verdicts", "trials", "misses", "revocations"):
-                found[kind] = getattr(registry, kind)()
-                damaged[kind] = registry.corrupt
-            return Examined(layer, label, {kind: len(each) for kind, each in found.items()}, damaged)
+            return _examined(layer, label, registry)
     except (RegistryError, OSError) as error:
         return Examined(layer, label, unread=str(error))
 
 
-def _file(layer: str, label: str, reading: FileReader) -> Examined:
-    structure = reading.structure()
+def _examined(layer: str, label: str, registry: Contents) -> Examined:
+    structure = registry.structure() if isinstance(registry, FileReader) else ()
     intact, damaged = {}, {}
-    for kind, rows in (
-        ("verdicts", reading.each_verdict()),
-        ("trials", reading.each_trial()),
-        ("misses", reading.each_miss()),
-    ):
-        intact[kind], damaged[kind] = _counted(record for _, record in rows)
-    intact["revocations"], damaged["revocations"] = len(reading.revocations()), reading.corrupt
+    kinds: Mapping[str, Callable[[], Iterable[object]]] = {
+        "verdicts": registry.each_line,
+        "trials": registry.each_trial,
+        "misses": registry.misses,
+        "revocations": registry.revocations,
+    }
+    for kind, read in kinds.items():
+        intact[kind] = sum(1 for _ in read())
+        damaged[kind] = registry.corrupt
     return Examined(layer, label, intact, damaged, structure)
-
-
-def _counted(records: Iterable[object | None]) -> tuple[int, int]:
-    intact = lost = 0
-    for record in records:
-        intact, lost = intact + (record is not None), lost + (record is None)
-    return intact, lost
 
 
 def lines(examined: Examined) -> Iterator[str]:

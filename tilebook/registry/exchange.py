@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tilebook.registry import lines
 from tilebook.registry.checks import ConfigValue, config_of, quoted, sources
+from tilebook.registry.contents import Contents
 from tilebook.registry.merging import Choice, note
 from tilebook.registry.records import Revocation, Trial
 from tilebook.registry.searched import observed
@@ -84,14 +85,21 @@ class ImportReport:
 
 
 def export(
-    registry: Registry,
+    registry: Contents,
     stream: TextIO,
     sign: Sign | None = None,
     selection: Selection = EVERYTHING,
     trials: bool = True,
 ) -> int:
-    """Writes every intact revocation, verdict and trial that is selected, in an order of their content; returns how
-    many.
+    """Writes what `gathered` gives; returns how many records that is."""
+    return gathered(registry, sign, selection, trials).write(stream)
+
+
+def gathered(
+    registry: Contents, sign: Sign | None = None, selection: Selection = EVERYTHING, trials: bool = True
+) -> lines.Gathered:
+    """Every intact revocation, verdict and trial that is selected, in an order of their content, to be written when the
+    registry is closed: who reads the stream may be slow.
 
     The same records give the same bytes, whichever registry holds them, and whoever signs them the same but for the
     first line. Misses stay: they say what a user runs. Of what strangers said nothing is signed but trials, for what
@@ -100,11 +108,10 @@ def export(
     if sign is not None:
         selection = replace(selection, trusted=True)
     wanted, everything = Wanted(op=selection.op, gpu=selection.gpu), selection.everything
-    return lines.write(
-        stream,
+    return lines.gathered(
         filter(selection.revocation, registry.revocations()),
         (each.text for each in registry.each_line(wanted) if everything or selection.verdict(each)),
-        filter(selection.trial, registry.each_trial(selection.op)) if trials else (),
+        filter(selection.trial, registry.each_trial(Wanted(op=selection.op), in_order=True)) if trials else (),
         sign,
     )
 

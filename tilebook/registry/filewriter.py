@@ -34,7 +34,7 @@ class FileWriter:
     """
 
     def __init__(self, path: Path, wait_s: float) -> None:
-        self.label = str(path)
+        self.label = self.target = str(path)
         self._path, self._wait_s = path, wait_s
 
     @classmethod

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 from tilebook.errors import RegistryError
 from tilebook.registry.exchange import Allowed, import_rule, load
-from tilebook.registry.filereader import FileReader, reader
+from tilebook.registry.filereader import reader
 from tilebook.registry.filewriter import FileWriter
-from tilebook.registry.records import Trial
 from tilebook.registry.sources import is_export, place
-from tilebook.registry.texts import Written
-from tilebook.registry.verdict import Verdict
-
-if TYPE_CHECKING:
-    from tilebook.registry.store import Registry
-
-_T = TypeVar("_T")
 
 
 @dataclass
@@ -112,30 +103,8 @@ def _add_export(
 def _add_registry(registry: FileWriter, name: str, report: Report) -> None:
     with reader(place(name)) as source:
         for origin in ("local", "imported"):
-            report.trials += registry.pour(_trials(source, origin), rule=import_rule, origin=origin).trials
-        merged = registry.pour(map(Written, _verdicts(source)), rule=import_rule, origin="imported")
+            report.trials += registry.pour(source.each_trial(origin=origin), rule=import_rule, origin=origin).trials
+        merged = registry.pour(source.each_verdict(), rule=import_rule, origin="imported")
         report.met += len(merged.kept) + len(merged.replaced)
         registry.pour(source.revocations(), rule=import_rule, origin="imported")
         report.problems += source.problems
-
-
-def _trials(source: FileReader | Registry, origin: str) -> Iterable[Trial]:
-    return (
-        _intact(source, source.each_trial(origin=origin))
-        if isinstance(source, FileReader)
-        else source.trials(origin=origin)
-    )
-
-
-def _verdicts(source: FileReader | Registry) -> Iterable[Verdict]:
-    return _intact(source, source.each_verdict()) if isinstance(source, FileReader) else source.verdicts()
-
-
-def _intact(source: FileReader, rows: Iterable[tuple[int, _T | None]]) -> Iterator[_T]:
-    damaged = 0
-    for _, record in rows:
-        if record is None:
-            damaged += 1
-        else:
-            yield record
-    source.count_lost(damaged)

@@ -15,17 +15,19 @@ from tilebook.registry.checks import called
 from tilebook.registry.records import ConfigValue, Device, Miss, Revocation, Trial
 from tilebook.registry.target import Target, user_folder
 from tilebook.registry.verdict import Verdict
-from tilebook.registry.wanted import Wanted
+from tilebook.registry.wanted import ANY, Wanted
 
 if TYPE_CHECKING:
     from tilebook.registry.filewriter import FileWriter
     from tilebook.registry.overview import Shown
+    from tilebook.registry.quick import Line
     from tilebook.registry.store import Registry
 
 REGISTRY_VARIABLE = "TILEBOOK_REGISTRY"
 SHIPPED = Path(__file__).parent.parent / "registry.db"
 
 _T = TypeVar("_T")
+_V = TypeVar("_V", bound="Shown | Line")
 
 
 class Layers:
@@ -60,22 +62,24 @@ class Layers:
 
         gpu: words of the GPU's name, see `checks.called`.
         """
-        found = [
-            (name, *both)
-            for name, both in self._read(
-                lambda each: (each.verdicts(op=op, device=device, gpu=gpu), each.revocations())
-            )
-        ]
-        return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
+        return self._both(lambda each: each.verdicts(op=op, device=device, gpu=gpu))
 
     def overviews(
         self, *, op: str | None = None, device: Device | None = None, gpu: str | None = None
     ) -> tuple[list[tuple[str, Shown]], list[tuple[str, Revocation]]]:
         """As `read`, for people: of a file without the samples of verdicts, which most of the time would go to."""
-        found = [
-            (name, *both)
-            for name, both in self._read(lambda each: (_overviews(each, op, device, gpu), each.revocations()))
-        ]
+        return self._both(lambda each: _overviews(each, Wanted(op=op, device=device, gpu=gpu)))
+
+    def lines(
+        self, *, op: str | None = None, gpu: str | None = None
+    ) -> tuple[list[tuple[str, Line]], list[tuple[str, Revocation]]]:
+        """As `read`, as lines of the exchange format."""
+        return self._both(lambda each: list(each.each_line(Wanted(op=op, gpu=gpu))))
+
+    def _both(
+        self, verdicts: Callable[[Readable], Sequence[_V]]
+    ) -> tuple[list[tuple[str, _V]], list[tuple[str, Revocation]]]:
+        found = [(name, *both) for name, both in self._read(lambda each: (verdicts(each), each.revocations()))]
         return _best((name, v) for name, v, _ in found), union((name, r) for name, _, r in found)
 
     def revocations(self) -> list[tuple[str, Revocation]]:
@@ -195,6 +199,8 @@ class Readable(Protocol):
         gpu: str | None = None,
     ) -> list[Verdict]: ...
 
+    def each_line(self, wanted: Wanted = ANY) -> Iterator[Line]: ...
+
     def revocations(self) -> list[Revocation]: ...
 
     def trials(self, *, op: str | None = None) -> list[Trial]: ...
@@ -233,6 +239,13 @@ class Text:
         found, _, self.problems = shipped.read(self._folder, op, device)
         return [each for each in found if Wanted(op, problem, device, kernel, gpu).has(each)]
 
+    def each_line(self, wanted: Wanted = ANY) -> Iterator[Line]:
+        from tilebook.registry.quick import Line
+        from tilebook.registry.texts import Written
+
+        found = self.verdicts(op=wanted.op, device=wanted.device)
+        yield from (Line.of(Written(each)) for each in found if wanted.has(each))
+
     def revocations(self) -> list[Revocation]:
         _, found, problems = shipped.read(self._folder, "")
         self.problems += [each for each in problems if each not in self.problems]
@@ -268,17 +281,14 @@ class DenyList:
         return self.find(verdict.op, kernel, verdict.device.arch, verdict.implementation, verdict.config)
 
 
-def _overviews(registry: Readable, op: str | None, device: Device | None, gpu: str | None) -> Sequence[Shown]:
+def _overviews(registry: Readable, wanted: Wanted) -> Sequence[Shown]:
     from tilebook.registry.filereader import FileReader
 
     if not isinstance(registry, FileReader) or registry.schema < 3:
-        return registry.verdicts(op=op, device=device, gpu=gpu)
+        return registry.verdicts(op=wanted.op, device=wanted.device, gpu=wanted.gpu)
     from tilebook.registry.overview import overviews
 
-    return overviews(registry, op, device, gpu)
-
-
-_V = TypeVar("_V", bound="Shown")
+    return overviews(registry, wanted)
 
 
 def _best(found: Iterable[tuple[str, Sequence[_V]]]) -> list[tuple[str, _V]]:

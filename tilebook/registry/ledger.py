@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sqlite3
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tilebook.errors import RegistryError
 from tilebook.registry import sqlitefile
-from tilebook.registry.checks import DAMAGE, time_text
-from tilebook.registry.codec import miss_from
 from tilebook.registry.layers import Layers
 from tilebook.registry.records import Miss
+from tilebook.registry.sql import Sql
+from tilebook.registry.tally import tally
 from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Locked, Target, sniff
 
 WAIT_S = 0.1
@@ -69,48 +66,10 @@ def add(path: Path, misses: Iterable[Miss], wait_s: float) -> None:
     with sqlitefile.explained(path), contextlib.closing(sqlitefile.connect(path, "rw", wait_s)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         sqlitefile.refuse_foreign_schema(connection, path)
-        sqlitefile.check_version(connection, path, OLDEST_READABLE, SCHEMA_VERSION)  # no schema has changed this table
+        sqlitefile.check_version(connection, path, OLDEST_READABLE, SCHEMA_VERSION)
         if found := sqlitefile.damage(connection, path, _CHECKED_BYTES):
             raise RegistryError(f"registry {path} is corrupt: {found}")
-        for miss in misses:
-            _add(connection, miss)
+        tally(Sql(connection), misses)
         # What is left of the wait is for readers to leave; they are brief.
         connection.execute(f"PRAGMA busy_timeout={max(20, int(1e3 * (until - time.monotonic())))}")
         connection.execute("COMMIT")
-
-
-def _add(connection: sqlite3.Connection, miss: Miss) -> None:
-    ids = (
-        _id(connection, "problem", op=miss.op, key=miss.problem),
-        _id(connection, "device", **miss.device.content()),
-    )
-    where = "WHERE problem_id = ? AND device_id = ?"
-    row = connection.execute(f"SELECT calls, time_ms, last_seen, sha256 FROM miss {where}", ids).fetchone()
-    known = None if row is None else _known(miss, row)
-    whole = miss if known is None else miss.plus(known)
-    connection.execute(f"DELETE FROM miss {where}", ids)
-    connection.execute(
-        "INSERT INTO miss (problem_id, device_id, sha256, calls, time_ms, last_seen) VALUES (?, ?, ?, ?, ?, ?)",
-        [*ids, whole.sha256, whole.calls, whole.time_ms, time_text(whole.last_seen)],
-    )
-
-
-def _known(miss: Miss, row: tuple[Any, ...]) -> Miss | None:
-    """What the ledger has of this problem; None where the row is damaged."""
-    calls, time_ms, last_seen, sha256 = row
-    try:
-        content = {**miss.content(), "calls": calls, "time_ms": time_ms, "last_seen": last_seen}
-        found = miss_from(json.loads(json.dumps(content)))
-    except DAMAGE:
-        return None
-    return found if found.sha256 == sha256 else None
-
-
-def _id(connection: sqlite3.Connection, table: str, **columns: Any) -> int:
-    names, values = list(columns), list(columns.values())
-    where = " AND ".join(f'"{name}" = ?' for name in names)
-    found = connection.execute(f"SELECT id FROM {table} WHERE {where}", values).fetchone()
-    if found is not None:
-        return int(found[0])
-    quoted, marks = ", ".join(f'"{name}"' for name in names), ", ".join("?" * len(names))
-    return int(connection.execute(f"INSERT INTO {table} ({quoted}) VALUES ({marks})", values).lastrowid or 0)

@@ -17,8 +17,6 @@ import io
 import itertools
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -59,18 +57,29 @@ def written(
     return [_header(version, len(lines), whole.hexdigest()), *lines]
 
 
-def write(
-    stream: TextIO,
-    revocations: Iterable[Revocation],
-    verdicts: Iterable[str],
-    trials: Iterable[Trial],
-    sign: Sign | None = None,
-) -> int:
-    """Writes the file that `written` gives, of more records than fit into memory; returns how many. sign: by whom.
+class Gathered:
+    """The lines of a file that is to be written, aside: its header, which tells what follows, can be known only now."""
+
+    def __init__(self, header: str, body: IO[str], count: int) -> None:
+        self.count = count
+        self._header, self._body = header, body
+
+    def write(self, stream: TextIO) -> int:
+        """Writes them, once; returns how many records they are."""
+        with contextlib.closing(self._body):
+            stream.write(self._header)
+            while part := self._body.read(1 << 20):
+                stream.write(part)
+        return self.count
+
+
+def gathered(
+    revocations: Iterable[Revocation], verdicts: Iterable[str], trials: Iterable[Trial], sign: Sign | None = None
+) -> Gathered:
+    """The file that `written` gives, of more records than fit into memory. sign: by whom.
 
     verdicts are their lines; they come in the order of the file, by `Verdict.place`, and so do trials, by op, problem
-    and time. The records go to a temporary file first, since the header, which tells what follows, can be known only
-    then.
+    and time.
     """
     whole, count, versions = hashlib.sha256(), 0, {1}
 
@@ -84,25 +93,27 @@ def write(
 
     body = _aside()
     try:
-        try:
-            for version, line in _revoked(revocations):
-                body.writelines(counted([line], version))
-            body.writelines(counted(verdicts, _FINALISTS))
-            body.writelines(counted(_trial_lines(trials), 1))
-            body.seek(0)
-        except OSError as error:
-            where = f"{tempfile.gettempdir()}, where its records wait"
-            raise RegistryError(f"the export cannot be written: {where}: {error.strerror or error}") from error
-        stream.write(_header(max(versions), count, whole.hexdigest(), sign))
-        shutil.copyfileobj(body, stream, 1 << 20)
-    finally:
+        for version, line in _revoked(revocations):
+            body.writelines(counted([line], version))
+        body.writelines(counted(verdicts, _FINALISTS))
+        body.writelines(counted(_trial_lines(trials), 1))
+        body.seek(0)
+        return Gathered(_header(max(versions), count, whole.hexdigest(), sign), body, count)
+    except BaseException as error:
         with contextlib.suppress(OSError):  # what could not be written cannot be now
             body.close()
-    return count
+        if not isinstance(error, OSError):
+            raise
+        import tempfile
+
+        where = f"{tempfile.gettempdir()}, where its records wait"
+        raise RegistryError(f"the export cannot be written: {where}: {error.strerror or error}") from error
 
 
 def _aside() -> IO[str]:
     """Where lines wait until the header is known: on disk, or in memory where no folder can be written to."""
+    import tempfile  # which imports much, and most who read lines write none
+
     try:
         return tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n")
     except OSError:

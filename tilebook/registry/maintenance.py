@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-from sqlalchemy import ColumnElement, and_, delete, exists, func, select, text
-from sqlalchemy.orm import Session
+from typing import Any, Protocol
 
 from tilebook.errors import RegistryError
-from tilebook.registry import sqlitefile
-from tilebook.registry.backend import WRITER_WAIT_S
-from tilebook.registry.checks import DAMAGE, called, sources, time_text
-from tilebook.registry.models import (
-    Base,
-    DeviceRow,
-    EnvironmentRow,
-    FinalistRow,
-    KernelRow,
-    ProblemRow,
-    TrialRow,
-    VerdictRow,
-)
+from tilebook.registry import merging, reading, sqlitefile
+from tilebook.registry.checks import DAMAGE, sources, time_text
+from tilebook.registry.filewriter import WAIT_S
 from tilebook.registry.selection import Selection
-from tilebook.registry.store import Registry
+from tilebook.registry.sql import Sql
 from tilebook.registry.target import Target
+from tilebook.registry.wanted import ANY
+from tilebook.registry.wanted import Wanted as Place
 
-_SHARED: Sequence[type[Base]] = (ProblemRow, DeviceRow, EnvironmentRow, KernelRow)
-_PART = 500  # databases limit the parameters of a statement
+NAMED_BY: Mapping[str, Sequence[str]] = {
+    "problem": ("trial", "verdict", "miss"),
+    "device": ("trial", "verdict", "miss"),
+    "environment": ("trial", "verdict"),
+    "kernel": ("trial", "verdict"),
+}
+"""The tables of what records share, and those whose rows name one of theirs."""
+
+PARTS = ("position", "finalist")
+"""The tables of what verdicts are made of."""
+
+
+class Opened(Protocol):
+    """What of a registry is asked for here: `Registry` has it, and of a file `FileReader` and `FileWriter`."""
+
+    def transaction(self) -> AbstractContextManager[Sql]: ...
 
 
 @dataclass(frozen=True)
@@ -81,36 +85,28 @@ class Wanted:
     retired: tuple[Retired, Retired] | None = None
 
 
-def choose(registry: Registry, wanted: Sequence[Wanted]) -> Chosen:
+def choose(registry: Opened, wanted: Sequence[Wanted]) -> Chosen:
     """What `remove` would remove."""
-    with registry.transaction() as session:
-        return _choose(session, wanted)
+    with registry.transaction() as sql:
+        return _choose(sql, wanted)
 
 
-def remove(registry: Registry, wanted: Sequence[Wanted]) -> Chosen:
+def remove(registry: Opened, wanted: Sequence[Wanted]) -> Chosen:
     """Removes what fits any of these, in one transaction; returns what it was. Revocations and the ledger stay."""
-    with registry.transaction() as session:
-        chosen = _choose(session, wanted)
-        for part in _parts([each.id for each in chosen.verdicts]):
-            for row in session.execute(select(VerdictRow).where(VerdictRow.id.in_(part))).scalars():
-                session.delete(row)  # with what is part of it
-            session.flush()
-        for part in _parts([each.id for each in chosen.trials]):
-            session.execute(delete(TrialRow).where(TrialRow.id.in_(part)))
+    with registry.transaction() as sql:
+        chosen = _choose(sql, wanted)
+        merging.remove(sql, [each.id for each in chosen.verdicts])
+        sql.delete("trial", "id", [each.id for each in chosen.trials])
     return chosen
 
 
-def tidy(registry: Registry) -> int:
+def tidy(registry: Opened) -> int:
     """Removes the problems, devices, kernels and environments that no record names any more; returns how many."""
     removed = 0
-    with registry.transaction() as session:
-        for model in _SHARED:
-            table = model.metadata.tables[model.__tablename__]
-            named = [exists().where(column == table.c.id) for column in _references(model)]
-            rows = session.execute(select(table.c.id).where(and_(*(~each for each in named)))).scalars().all()
-            for part in _parts(rows):
-                session.execute(delete(model).where(table.c.id.in_(part)))
-            removed += len(rows)
+    with registry.transaction() as sql:
+        for table, others in NAMED_BY.items():
+            unnamed = (f"NOT EXISTS (SELECT 1 FROM {other} WHERE {table}_id = {table}.id)" for other in others)
+            removed += sql.run(f"DELETE FROM {table} WHERE {' AND '.join(unnamed)}")
     return removed
 
 
@@ -122,39 +118,53 @@ def shrink(target: str) -> int:
     before = path.stat().st_size
     with (
         sqlitefile.explained(path),
-        contextlib.closing(sqlitefile.connect(path, "rw", WRITER_WAIT_S)) as connection,
+        contextlib.closing(sqlitefile.connect(path, "rw", WAIT_S)) as connection,
     ):
         sqlitefile.refuse_foreign_schema(connection, path)
         connection.execute("VACUUM")
     return before - path.stat().st_size
 
 
-def repair(registry: Registry, aside: Path) -> int:
+def repair(registry: Opened, aside: Path) -> int:
     """Moves the damaged rows of a registry to the file `aside`, which must not exist; returns how many.
 
-    It has a line of JSON for each, to be looked at; nothing reads it back. Where nothing is damaged, it is not made.
-    Damaged revocations stay, see `Registry.remove_damaged`. Raises RegistryError.
+    Those are the trials, verdicts and misses that readers leave out. The file has a line of JSON for each, to be looked
+    at; nothing reads it back. Where nothing is damaged, it is not made. Damaged revocations stay: what they revoked may
+    run again, and whoever wrote them decides, see `Registry.unrevoke`. Raises RegistryError.
     """
+    with registry.transaction() as sql:
+        damaged = {
+            "trial": _lost(reading.trials(sql, ANY)),
+            "verdict": _lost(reading.lines(sql, ANY)),
+            "miss": _lost(reading.misses(sql, ANY)),
+        }
+        rows = [_spelled(sql, table, number) for table, ids in damaged.items() for number in ids]
+        _set_aside(rows, aside)
+        merging.remove(sql, damaged["verdict"])
+        for table in ("trial", "miss"):
+            sql.delete(table, "id", damaged[table])
+    with registry.transaction() as sql:
+        for table in PARTS:  # of verdicts that are not there
+            sql.run(f"DELETE FROM {table} WHERE verdict_id NOT IN (SELECT id FROM verdict)")
+        sql.mend_indexes()
+    return len(rows)
 
-    def write(rows: Sequence[Base]) -> None:
-        if rows:
-            try:
-                with aside.open("x", encoding="utf-8") as file:
-                    file.writelines(json.dumps(_spelled(row)) + "\n" for row in rows)
-            except OSError as error:
-                raise RegistryError(f"damaged rows cannot be set aside in {aside}: {error.strerror}") from error
 
-    removed = registry.remove_damaged(write)
-    with registry.transaction() as session:
-        verdicts = select(VerdictRow.id)
-        for column in _references(VerdictRow):  # parts of verdicts that are not there
-            session.execute(delete(column.table).where(column.not_in(verdicts)))
-        if session.connection().dialect.name == "sqlite":
-            session.execute(text("REINDEX"))
-    return removed
+def _lost(rows: Iterator[tuple[int, object | None]]) -> list[int]:
+    return [number for number, record in rows if record is None]
 
 
-def _choose(session: Session, wanted: Sequence[Wanted]) -> Chosen:
+def _set_aside(rows: Sequence[Mapping[str, Any]], aside: Path) -> None:
+    if not rows:
+        return
+    try:
+        with aside.open("x", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise RegistryError(f"damaged rows cannot be set aside in {aside}: {error.strerror}") from error
+
+
+def _choose(sql: Sql, wanted: Sequence[Wanted]) -> Chosen:
     verdicts: dict[int, Found] = {}
     trials: dict[int, Found] = {}
     for each in wanted:
@@ -162,71 +172,53 @@ def _choose(session: Session, wanted: Sequence[Wanted]) -> Chosen:
             (each.verdicts, verdicts, _verdicts, 0),
             (each.trials, trials, _trials, 1),
         ):
-            rows = query(session, each.selection) if kind else ()
+            rows = query(sql, each.selection) if kind else ()
             found.update((row.id, row) for row in rows if each.retired is None or each.retired[place](row))
     return Chosen(list(verdicts.values()), list(trials.values()))
 
 
-def _verdicts(session: Session, selection: Selection) -> Iterator[Found]:
-    conditions = _conditions(session, VerdictRow, selection)
-    if selection.measured:
-        conditions.append(VerdictRow.status != "predicted")
-    winner = and_(FinalistRow.verdict_id == VerdictRow.id, FinalistRow.place == 0)
-    query = (
-        select(*_named(VerdictRow), FinalistRow.implementation, VerdictRow.sources)
-        .outerjoin(VerdictRow.problem)
-        .outerjoin(VerdictRow.device)
-        .outerjoin(VerdictRow.kernel)
-        .outerjoin(FinalistRow, winner)
-        .where(*conditions)
-    )
-    for number, op, device, kernel, implementation, its in session.execute(query):
-        yield Found(number, op, device, kernel, implementation or "", _sources(its))
+# A damaged row may lack its partners.
+_NAMED = "{0}.id, coalesce(p.op, ''), coalesce(d.name, ''), coalesce(k.digest, '')"
+_VERDICTS = f"""
+SELECT {_NAMED.format("v")}, coalesce(f.implementation, ''), v.sources
+FROM verdict AS v {reading.JOINS.format("v")} LEFT JOIN finalist AS f ON f.verdict_id = v.id AND f.place = 0
+"""
+_TRIALS = f"SELECT {_NAMED.format('t')}, t.implementation FROM trial AS t {reading.JOINS.format('t')}"
 
 
-def _trials(session: Session, selection: Selection) -> Iterator[Found]:
-    conditions = _conditions(session, TrialRow, selection)
-    if selection.measured:
-        conditions.append(TrialRow.time_ms.is_not(None))
-    query = (
-        select(*_named(TrialRow), TrialRow.implementation)
-        .outerjoin(TrialRow.problem)
-        .outerjoin(TrialRow.device)
-        .outerjoin(TrialRow.kernel)
-        .where(*conditions)
-    )
-    for number, op, device, kernel, implementation in session.execute(query):
-        yield Found(number, op, device, kernel, implementation)
+def _verdicts(sql: Sql, selection: Selection) -> Iterator[Found]:
+    found = _selected(sql, _VERDICTS, "v", selection, "v.status <> 'predicted'")
+    for number, op, device, kernel, implementation, its in found:
+        yield Found(number, op, device, kernel, implementation, _sources(its))
 
 
-def _named(model: type[VerdictRow] | type[TrialRow]) -> tuple[Any, Any, Any, Any]:
-    """The columns of `Found` that both have; a damaged row may lack its partners."""
-    return (
-        model.id,
-        func.coalesce(ProblemRow.op, ""),
-        func.coalesce(DeviceRow.name, ""),
-        func.coalesce(KernelRow.digest, ""),
-    )
+def _trials(sql: Sql, selection: Selection) -> Iterator[Found]:
+    for row in _selected(sql, _TRIALS, "t", selection, "t.time_ms IS NOT NULL"):
+        yield Found(*row)
 
 
-def _conditions(
-    session: Session, model: type[VerdictRow] | type[TrialRow], selection: Selection
-) -> list[ColumnElement[bool]]:
-    found: list[ColumnElement[bool]] = []
-    if selection.op is not None:
-        found.append(ProblemRow.op == selection.op)
-    if selection.gpu:
-        devices = session.execute(select(DeviceRow.id, DeviceRow.name))
-        found.append(model.device_id.in_([number for number, name in devices if called(selection.gpu, str(name))]))
+def _selected(sql: Sql, statement: str, row: str, selection: Selection, measured: str) -> Sequence[Sequence[Any]]:
+    """The rows that a selection fits, by the condition too, where it leaves predictions out."""
+    place = Place(op=selection.op, gpu=selection.gpu)
+    if (condition := reading.condition_of(sql, place, row, selection.origin)) is None:
+        return ()
+    where, values = condition
+    conditions = [where.removeprefix("WHERE ")] if where else []
     if selection.dtype is not None:  # keys are canonical JSON
-        found.append(ProblemRow.key.contains(f'"dtype":"{selection.dtype}"', autoescape=True))
-    if selection.since is not None:
-        found.append(model.created_at >= selection.since)
-    if selection.before is not None:
-        found.append(model.created_at < selection.before)
-    if selection.origin is not None:
-        found.append(model.origin == selection.origin)
-    return found
+        conditions.append("p.key LIKE ? ESCAPE '/'")
+        values.append(f'%"dtype":"{_literal(selection.dtype)}"%')
+    for moment, sign in ((selection.since, ">="), (selection.before, "<")):
+        if moment is not None:
+            conditions.append(f"{row}.created_at {sign} ?")
+            values.append(sql.time(moment))
+    if selection.measured:
+        conditions.append(measured)
+    return sql.rows(f"{statement} WHERE {' AND '.join(conditions)}" if conditions else statement, values)
+
+
+def _literal(text: str) -> str:
+    """A text that stands for itself in a pattern of LIKE."""
+    return text.replace("/", "//").replace("%", "/%").replace("_", "/_")
 
 
 def _sources(value: str) -> Mapping[str, str]:
@@ -236,31 +228,23 @@ def _sources(value: str) -> Mapping[str, str]:
         return {}
 
 
-def _references(model: type[Base]) -> Iterator[Any]:
-    """The columns of all tables that name a row of this one."""
-    for table in Base.metadata.tables.values():
-        for key in table.foreign_keys:
-            if key.column.table.name == model.__tablename__:
-                yield key.parent
-
-
-def _parts(ids: Sequence[int]) -> Iterable[Sequence[int]]:
-    return (ids[start : start + _PART] for start in range(0, len(ids), _PART))
-
-
-def _spelled(row: Base) -> dict[str, Any]:
+def _spelled(sql: Sql, table: str, number: int) -> dict[str, Any]:
     """A row as it stands, with the rows that are part of it or that it shares."""
-    columns = {column.name: _plain(getattr(row, column.name)) for column in row.__table__.columns}
-    found: dict[str, Any] = {"table": row.__tablename__, **columns}
-    for model in _SHARED:
-        partner = getattr(row, model.__tablename__, None)
-        if isinstance(partner, model):
-            found[model.__tablename__] = {
-                column.name: _plain(getattr(partner, column.name)) for column in partner.__table__.columns
-            }
-    if isinstance(row, VerdictRow):
-        found["finalists"] = [_spelled(each) for each in row.finalists]
+    (row,) = sql.named(f"SELECT * FROM {table} WHERE id = ?", [number])
+    found = _told(table, row)
+    for other, named_by in NAMED_BY.items():
+        if table in named_by:
+            for partner in sql.named(f"SELECT * FROM {other} WHERE id = ?", [row[f"{other}_id"]]):
+                found[other] = _told("", partner)
+    if table == "verdict":
+        parts = sql.named("SELECT * FROM finalist WHERE verdict_id = ? ORDER BY place", [number])
+        found["finalists"] = [_told("finalist", each) for each in parts]
     return found
+
+
+def _told(table: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    named = {"table": table} if table else {}
+    return {**named, **{name: _plain(value) for name, value in row.items()}}
 
 
 def _plain(value: object) -> object:

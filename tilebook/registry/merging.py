@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tilebook.registry import reading
 from tilebook.registry.columns import all_revocations, revocation_columns, revocation_in, trial_columns
 from tilebook.registry.near import position_columns
 from tilebook.registry.records import Revocation, Trial
+from tilebook.registry.shared import Shared
 from tilebook.registry.sql import Sql
 from tilebook.registry.target import SCHEMA_VERSION
 from tilebook.registry.texts import FINALIST, VERDICT, Columns, Record, Written, values
@@ -18,7 +19,6 @@ from tilebook.registry.verdict import Verdict
 
 BATCH = 256  # records that go into the tables together
 MOST_LINES = 1_000  # what a report says of single verdicts; of the others it counts
-_MOST_IDS = 20_000  # of rows that records share, remembered
 
 
 class Choice(NamedTuple):
@@ -84,7 +84,7 @@ def _by_key(verdicts: Sequence[Written]) -> Iterator[list[Written]]:
 class _Tables:
     def __init__(self, sql: Sql, origin: str, rule: Rule) -> None:
         self._sql, self._origin, self._rule = sql, origin, rule
-        self._ids: dict[tuple[Any, ...], int] = {}
+        self._shared = Shared(sql)
         self.merged = Merged()
 
     def add_trials(self, trials: Sequence[Trial]) -> None:
@@ -116,7 +116,7 @@ class _Tables:
         for each, key, place in zip(verdicts, keys, places, strict=True):
             if place not in there or self._replaces(known.get(there[place]), each):
                 wins.append((each, key, place))
-        self._remove([there[place] for _, _, place in wins if place in there])
+        remove(self._sql, [there[place] for _, _, place in wins if place in there])
         self._insert([(each, key) for each, key, _ in wins])
 
     def _there(self, places: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], int]:
@@ -142,11 +142,6 @@ class _Tables:
         note(self.merged.replaced if choice.replace else self.merged.kept, line)
         return choice.replace
 
-    def _remove(self, ids: Sequence[int]) -> None:
-        for table, name in (("position", "verdict_id"), ("finalist", "verdict_id"), ("verdict", "id")):
-            for number in ids:
-                self._sql.run(f"DELETE FROM {table} WHERE {name} = ?", [number])
-
     def _insert(self, verdicts: Sequence[tuple[Written, dict[str, int]]]) -> None:
         ids = self._sql.new_ids("verdict", len(verdicts))
         names: Sequence[str] = ()
@@ -166,46 +161,25 @@ class _Tables:
         self.merged.verdicts += len(verdicts)
 
     def _keys(self, records: Sequence[Trial | Columns]) -> list[dict[str, int]]:
-        """The ids of the rows that the records share with others; what is missing is added."""
-        if len(self._ids) > _MOST_IDS:
-            self._ids.clear()
-        self._find_problems({(each.op, each.problem) for each in records})
+        """The ids of the rows that the records share with others."""
+        shared = self._shared
+        shared.find_problems({(each.op, each.problem) for each in records})
         return [
             {
-                "problem_id": self._ids["problem", each.op, each.problem],
-                "device_id": self._id("device", each.device.content()),
-                "environment_id": self._environment(each),
-                "kernel_id": self._id("kernel", {"op": each.op, "digest": each.kernel}),
+                "problem_id": shared.problem(each.op, each.problem),
+                "device_id": shared.device(each.device),
+                "environment_id": shared.environment(each.environment),
+                "kernel_id": shared.kernel(each.op, each.kernel),
             }
             for each in records
         ]
 
-    def _find_problems(self, wanted: Iterable[tuple[str, str]]) -> None:
-        missing = sorted(each for each in wanted if ("problem", *each) not in self._ids)
-        self._sql.insert("problem", ("op", "key"), missing, unless_there=True)
-        for op, group in itertools.groupby(missing, key=lambda each: each[0]):
-            statement = 'SELECT "key", id FROM problem WHERE op = ? AND "key" IN'
-            for key, number in self._sql.among(statement, [key for _, key in group], [op]):
-                self._ids["problem", op, key] = number
 
-    def _environment(self, record: Trial | Columns) -> int:
-        environment = record.environment
-        place = "environment", environment.digest
-        if place not in self._ids:
-            number = self._id("environment", {"digest": environment.digest}, {"versions": environment.text})
-            # A damaged text is mended by whoever holds the right one.
-            self._sql.run("UPDATE environment SET versions = ? WHERE id = ?", [environment.text, number])
-        return self._ids[place]
-
-    def _id(self, table: str, columns: dict[str, Any], beside: dict[str, Any] | None = None) -> int:
-        place = table, *columns.values()
-        if place not in self._ids:
-            row = {**columns, **(beside or {})}
-            self._sql.insert(table, row, [list(row.values())], unless_there=True)
-            where = " AND ".join(f'"{name}" = ?' for name in columns)
-            ((number,),) = self._sql.rows(f"SELECT id FROM {table} WHERE {where}", list(columns.values()))
-            self._ids[place] = number
-        return self._ids[place]
+def remove(sql: Sql, verdicts: Iterable[int]) -> None:
+    """Removes verdicts, by the ids of their rows, with all that is part of them."""
+    ids = list(verdicts)
+    for table, name in (("position", "verdict_id"), ("finalist", "verdict_id"), ("verdict", "id")):
+        sql.delete(table, name, ids)
 
 
 def _add_revocation(sql: Sql, revocation: Revocation, merged: Merged) -> None:

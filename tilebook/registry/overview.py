@@ -7,6 +7,7 @@ those that the columns hold.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import operator
@@ -17,11 +18,14 @@ from typing import Any
 
 from tilebook.registry import served
 from tilebook.registry.checks import DAMAGE, ConfigValue, Json, notes, optional_number, parse_time
-from tilebook.registry.filereader import FileReader, where_clause
+from tilebook.registry.contents import Contents
+from tilebook.registry.reading import JOINS, condition_of
 from tilebook.registry.records import Device, Environment
 from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served
-from tilebook.registry.texts import Columns, finalist_text, text_of
+from tilebook.registry.sql import Sql
+from tilebook.registry.texts import Columns, Text, finalist_text, text_of
 from tilebook.registry.verdict import Speedup, Verdict, VerdictStatus
+from tilebook.registry.wanted import ANY, Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A verdict without samples and second contests, see `verdict.Verdict`; of the notes it has NOTES."""
+    """A verdict without samples and second contests, see `verdict.Verdict`; of the notes it has NOTES.
+
+    said: the SHA-256 of all that the verdict says to others, see `difference.Told`.
+    """
 
     op: str
     problem: str
@@ -54,6 +61,7 @@ class Overview:
     origin: str
     trusted: bool
     created_at: datetime
+    said: str
 
     @property
     def winner(self) -> Candidate:
@@ -98,25 +106,24 @@ NOTES = (
 """What is shown of how a verdict was found. Which points of a space were searched is not, and is most of the notes."""
 
 
-def overviews(
-    reader: FileReader, op: str | None = None, device: Device | None = None, gpu: str | None = None
-) -> list[Overview]:
-    """The verdicts of a registry that match, in the order of their keys; what is damaged is told as by `verdicts`.
+def overviews(registry: Contents, wanted: Wanted = ANY) -> list[Overview]:
+    """The verdicts of a registry that are wanted, in the order of their keys; what is damaged is told as by `verdicts`.
 
     Of a file with today's schema, or that of before.
     """
-    records = list(_each(reader, op, device, gpu))
-    intact = [record for record in records if record is not None]
-    reader.count_lost(len(records) - len(intact))
-    return sorted(intact, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
+    with registry.reading() as sql:
+        found = registry.intact(_each(sql, wanted))
+    return sorted(found, key=lambda v: (v.op, v.problem, v.device.name, v.device.arch, v.device.sm_count, v.kernel))
 
 
-def _each(reader: FileReader, op: str | None, device: Device | None, gpu: str | None) -> Iterator[Overview | None]:
-    where, values = where_clause("v", op, None, device, None, gpu=gpu)
-    rows = reader.rows(f"{_FINALISTS} {where} ORDER BY f.verdict_id, f.place", values)
+def _each(sql: Sql, wanted: Wanted) -> Iterator[Overview | None]:
+    if (condition := condition_of(sql, wanted, "v")) is None:
+        return
+    where, values = condition
+    rows = sql.each(f"{_FINALISTS} {where} ORDER BY f.verdict_id, f.place", values)
     finalists = itertools.groupby(rows, key=operator.itemgetter(0))
     number, its = _next(finalists)
-    for row in reader.rows(f"{_VERDICTS} {where} ORDER BY v.id", values):
+    for row in sql.each(f"{_VERDICTS} {where} ORDER BY v.id", values):
         while number is not None and number < row[0]:
             number, its = _next(finalists)
         try:
@@ -130,19 +137,15 @@ def _next(finalists: Iterator[tuple[int, Iterator[Any]]]) -> tuple[int | None, l
     return number, list(rows)
 
 
-_JOINS = """
-LEFT JOIN problem AS p ON p.id = v.problem_id LEFT JOIN device AS d ON d.id = v.device_id
-LEFT JOIN environment AS e ON e.id = v.environment_id LEFT JOIN kernel AS k ON k.id = v.kernel_id
-"""
 _VERDICTS = f"""
 SELECT v.id, p.op, p.key, d.name, d.arch, d.sm_count, k.op, v.default_time_ms, v.notes, v.created_at, v.sha256,
        v.served, {COLUMNS}
-FROM verdict AS v {_JOINS}
+FROM verdict AS v {JOINS.format("v")}
 """
 _FINALISTS = f"""
 SELECT f.verdict_id, f.place, {", ".join(f"f.{name.strip()}" for name in FINALIST_COLUMNS.split(","))},
        f.predicted_ms, f.is_default, f.speedup, f.speedup_low, f.speedup_high, f.samples_ms, f.again
-FROM finalist AS f JOIN verdict AS v ON v.id = f.verdict_id {_JOINS}
+FROM finalist AS f JOIN verdict AS v ON v.id = f.verdict_id {JOINS.format("v")}
 """
 
 
@@ -152,7 +155,8 @@ def _overview(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Overvie
         raise ValueError("a finalist is missing, or the kernel is another op's")
     device = _device(name, arch, sm_count)
     found = served.from_columns("", op, problem, device, columns, [each[2:6] for each in finalists], served_sha256)
-    if found is None or _digest(row, finalists) != sha256:
+    text = _text(row, finalists)
+    if found is None or text.sha256(columns[-2], bool(columns[-1])) != sha256:
         raise ValueError("a digest is wrong")
     told = json.loads(its_notes)
     return Overview(
@@ -171,6 +175,7 @@ def _overview(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Overvie
         origin=found.origin,
         trusted=found.trusted,
         created_at=parse_time(created_at, "created_at"),
+        said=hashlib.sha256(text.portable.encode()).hexdigest(),
     )
 
 
@@ -197,12 +202,12 @@ def _environment(versions: str) -> Environment:
     return found
 
 
-def _digest(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> str:
-    """Of the canonical JSON of `Verdict.content`, as the columns spell it."""
+def _text(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Text:
+    """The canonical JSON of `Verdict.content`, as the columns spell it."""
     _, op, problem, name, arch, sm_count, _, default_ms, its_notes, created_at, _, _, *columns = row
     versions, kernel, status, mode, *interval, sources, origin, trusted = columns
     told = Columns(
         op, problem, _device(name, arch, sm_count), _environment(versions), kernel, status, mode, default_ms,
         tuple(interval), sources, origin, bool(trusted), created_at, its_notes,
     )  # fmt: skip
-    return text_of(told, (finalist_text(each[2:]) for each in finalists)).sha256(origin, bool(trusted))
+    return text_of(told, (finalist_text(each[2:]) for each in finalists))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -23,6 +24,9 @@ from tilebook.registry.verdict import MODES, MOST_FINALISTS, Again, VerdictStatu
 _SHARED = 1_024
 """Texts of each kind that are remembered."""
 
+_BRIEF = 4_096
+"""Characters of a text that is remembered: a stranger's may be long."""
+
 
 class Line(NamedTuple):
     """A verdict's line, and what a selection asks of a verdict."""
@@ -35,12 +39,20 @@ class Line(NamedTuple):
     origin: str
     measured: bool
     trusted: bool
+    kernel: str
+
+    @property
+    def place(self) -> tuple[str, str, str, str, int, str]:
+        """`Verdict.place`."""
+        device = self.device
+        return self.op, self.problem, device.name, device.arch, device.sm_count, self.kernel
 
     @classmethod
     def of(cls, written: Written) -> Line:
         its = written.told
         at = checks.parse_time(its.created_at, "created_at")
-        return cls(written.line, its.op, its.problem, its.device, at, its.origin, written.measured, its.trusted)
+        told = its.op, its.problem, its.device, at, its.origin, written.measured, its.trusted, its.kernel
+        return cls(written.line, *told)
 
 
 def quick(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Line | None:
@@ -78,7 +90,7 @@ def whole(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Written | N
         last = slowness
         seen.add((implementation, config))
         values.append(each[2:])
-        texts.append(_finalist(values[-1]))
+        texts.append(_finalist([*each[2:7], bool(default), *each[8:]]))
     first_ms = finalists[0][4] if finalists else None
     environment = _environment(versions)
     if (
@@ -90,7 +102,7 @@ def whole(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Written | N
         or not (first_ms and ours and interval != NONE if measured else first_ms is ours is None and interval == NONE)
         or sum(map(len, texts)) > checks.MAX_JSON - len(texts) - 2
         or environment.text != versions
-        or not (_sources(sources) and checks.are_notes(notes))
+        or not (_sources(sources) and _notes(notes))
     ):
         return None
     created_at = time_text(at) if isinstance(at, datetime) else at
@@ -103,6 +115,10 @@ def whole(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Written | N
 
 
 def _finalist(values: Sequence[Any]) -> str:
+    return (_remembered if len(values[-2]) + len(values[-1]) < _BRIEF else _looked_at)(*values)
+
+
+def _looked_at(*values: Any) -> str:
     _, _, _, code, _, _, value, low, high, samples_ms, again = values
     if code != "":
         checks.digest(code, "code")
@@ -112,6 +128,17 @@ def _finalist(values: Sequence[Any]) -> str:
         raise ValueError("not a second contest")
     _three(value, low, high)
     return finalist_text(values)
+
+
+# Files and registries that are merged have much in common: what ships, above all.
+_remembered = lru_cache(4 * _SHARED, typed=True)(_looked_at)
+
+
+def _notes(text: str) -> bool:
+    return (_brief_notes if len(text) < _BRIEF else checks.are_notes)(text)
+
+
+_brief_notes = lru_cache(_SHARED)(checks.are_notes)
 
 
 def _number(value: Any) -> float | None:
@@ -128,13 +155,30 @@ def _three(value: Any, low: Any, high: Any) -> Three:
     raise ValueError("not a speed-up")
 
 
+# Fifteen digits or fewer, neither large nor small, without a zero to spare: such a number is written in no other way,
+# which is known without reading it. All times are such that are rounded to a nanosecond.
+_SHORT = r"(?:0\.0{0,3}[1-9](?:\d{0,13}[1-9])?|[1-9]\d{0,6}\.(?:0|\d{0,7}[1-9]))"
+_SHORTS = rf"\[{_SHORT}(?:,{_SHORT})*+\]"
+_short_samples = re.compile(_SHORTS, re.ASCII).fullmatch
+_short_again = re.compile(
+    rf'\{{"default_samples_ms":({_SHORTS}),"samples_ms":({_SHORTS}),"speedup":\[{_SHORT},({_SHORT}),({_SHORT})\]\}}',
+    re.ASCII,
+).fullmatch
+
+
 def _samples(text: str) -> bool:
+    if _short_samples(text):
+        return text.count(",") < checks.MAX_SAMPLES
     values = json.loads(text)
     whole = type(values) is list and len(values) <= checks.MAX_SAMPLES and set(map(type, values)) == {float}
     return whole and min(values) > 0.0 and math.isfinite(sum(values)) and numbers(values) == text
 
 
 def _again(text: str) -> str:
+    if found := _short_again(text):
+        samples, others, low, high = found.groups()
+        if max(samples.count(","), others.count(",")) < checks.MAX_SAMPLES and float(low) <= float(high):
+            return text
     second = Again.of(json.loads(text))
     return "null" if second is None else canonical(second.content())
 

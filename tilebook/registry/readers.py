@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tilebook.registry import legacy, lookup, sqlitefile
-from tilebook.registry.checks import quoted
-from tilebook.registry.columns import all_revocations, revocation_in
+from tilebook.registry.columns import all_revocations, lost_revocation, revocation_in
 from tilebook.registry.layers import Text
 from tilebook.registry.lookup import Answer, Execute, Question
 from tilebook.registry.records import Device, Revocation
@@ -267,13 +266,6 @@ def _state(path: Path) -> State:
 
 def _execute(connection: sqlite3.Connection) -> Execute:
     return lambda statement, values: connection.execute(statement, values).fetchall()
-
-
-def lost_revocation(scope: str) -> str:
-    return (
-        f"left out a damaged revocation: what it revokes may run again;"
-        f" repeat it, or remove it with --undo {quoted(scope[:8])}"
-    )
 
 
 def _old_verdicts(execute: Execute, layer: str, op: str, device: Device) -> Iterator[Served | None]:

@@ -1,4 +1,4 @@
-"""Verdicts as they lie in the tables, read whole, many at a time, and checked; damaged ones are counted."""
+"""Records as they lie in the tables, read whole, many at a time, and checked: None stands for each that is damaged."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from tilebook.registry.checks import DAMAGE, config_of, quoted, time_text
-from tilebook.registry.codec import verdict_like
+from tilebook.registry.codec import miss_from, trial_from, verdict_like
 from tilebook.registry.quick import Line, quick
+from tilebook.registry.records import Miss, Trial
 from tilebook.registry.sql import Row, Sql
 from tilebook.registry.texts import Written
 from tilebook.registry.wanted import Wanted
@@ -20,35 +21,80 @@ _T = TypeVar("_T")
 BATCH = 256  # verdicts that are in memory at once
 
 
-# A row whose partner is gone must be counted as damaged rather than vanish.
-_ROWS = """
+# Outer joins: a row whose partner is gone must be counted as damaged rather than vanish.
+_PLACE = """
+LEFT JOIN problem AS p ON p.id = {0}.problem_id LEFT JOIN device AS d ON d.id = {0}.device_id
+"""
+JOINS = f"""{_PLACE}
+LEFT JOIN kernel AS k ON k.id = {{0}}.kernel_id LEFT JOIN environment AS e ON e.id = {{0}}.environment_id
+"""
+"""To the rows that a verdict or a trial shares with others; to be filled in with the name of its own."""
+
+_VERDICTS = f"""
 SELECT v.id, v.sha256, v.served, p.op, p.key, d.name, d.arch, d.sm_count, e.versions, k.op, k.digest, v.status,
        v.mode, v.default_time_ms, v.speedup, v.speedup_low, v.speedup_high, v.sources, v.origin, v.trusted,
        v.created_at, v.notes
-FROM verdict AS v
-LEFT JOIN problem AS p ON p.id = v.problem_id LEFT JOIN device AS d ON d.id = v.device_id
-LEFT JOIN kernel AS k ON k.id = v.kernel_id LEFT JOIN environment AS e ON e.id = v.environment_id
-WHERE v.id IN"""
+FROM verdict AS v {JOINS.format("v")} WHERE v.id IN"""
 _FINALISTS = """
 SELECT verdict_id, place, implementation, config, time_ms, code, predicted_ms, is_default, speedup, speedup_low,
        speedup_high, samples_ms, again
 FROM finalist WHERE verdict_id IN"""
+_TRIALS = f"""
+SELECT t.id, p.op, p.key, d.name, d.arch, d.sm_count, e.versions, k.op, k.digest, t.implementation, t.config, t.status,
+       t.time_ms, t.created_at, t.failure, t.reason, t.samples_ms, t.facts, t.sha256
+FROM trial AS t {JOINS.format("t")}
+"""
+_MISSES = f"""
+SELECT m.id, p.op, p.key, d.name, d.arch, d.sm_count, m.calls, m.time_ms, m.last_seen, m.sha256
+FROM miss AS m {_PLACE.format("m")}
+"""
+_DEVICES = "SELECT id, name, arch, sm_count FROM device"
 
 
-def verdicts(sql: Sql, wanted: Wanted) -> Iterator[Written | None]:
-    """Those that are wanted, in the order of their keys; None for each that is damaged."""
-    ids = _ids(sql, wanted)
-    while batch := list(itertools.islice(ids, BATCH)):
-        found = by_id(sql, batch)
-        yield from (found[number] for number in batch if number in found)
+def verdicts(sql: Sql, wanted: Wanted) -> Iterator[tuple[int, Written | None]]:
+    """Those that are wanted, in the order of their keys, and the ids of their rows."""
+    return _batches(sql, wanted, _verdict)
 
 
-def lines(sql: Sql, wanted: Wanted) -> Iterator[Line | None]:
-    """`verdicts`, as lines of the exchange format."""
-    ids = _ids(sql, wanted)
-    while batch := list(itertools.islice(ids, BATCH)):
-        found = _by_id(sql, batch, line_of)
-        yield from (found[number] for number in batch if number in found)
+def lines(sql: Sql, wanted: Wanted) -> Iterator[tuple[int, Line | None]]:
+    """`verdicts`, as lines of the exchange format, which takes a third of the time."""
+    return _batches(sql, wanted, line_of)
+
+
+def trials(
+    sql: Sql, wanted: Wanted, origin: str | None = None, in_order: bool = False
+) -> Iterator[tuple[int, Trial | None]]:
+    """Likewise, as they were recorded. in_order: by op, problem and time."""
+    if (condition := condition_of(sql, wanted, "t", origin)) is None:
+        return
+    where, values = condition
+    order = f"p.op{sql.by_bytes}, p.key{sql.by_bytes}, t.created_at" if in_order else "t.id"
+    for number, *row in sql.each(f"{_TRIALS} {where} ORDER BY {order}", values):
+        yield number, _or_none(_trial, row)
+
+
+def misses(sql: Sql, wanted: Wanted) -> Iterator[tuple[int, Miss | None]]:
+    """Likewise; they are of no kernel."""
+    if (condition := condition_of(sql, wanted, "m")) is None:
+        return
+    where, values = condition
+    for number, *row in sql.each(f"{_MISSES} {where} ORDER BY m.id", values):
+        yield number, _or_none(_miss, row)
+
+
+def condition_of(sql: Sql, wanted: Wanted, row: str, origin: str | None = None) -> tuple[str, list[Any]] | None:
+    """The WHERE of the rows that are wanted, called `row` and joined as by JOINS, with its values; None where there are
+    none."""
+    given = {"p.op": wanted.op, "p.key": wanted.problem, "k.digest": wanted.kernel, f"{row}.origin": origin}
+    conditions = [f"{column} = ?" for column, value in given.items() if value is not None]
+    values: list[Any] = [value for value in given.values() if value is not None]
+    if wanted.device is not None or wanted.gpu:
+        devices = [number for number, *device in sql.rows(_DEVICES) if wanted.is_on(device)]
+        if not devices:
+            return None
+        conditions.append(f"{row}.device_id IN ({', '.join('?' * len(devices))})")
+        values += devices
+    return f"WHERE {' AND '.join(conditions)}" if conditions else "", values
 
 
 class Same:
@@ -66,56 +112,41 @@ def known(sql: Sql, wanted: Mapping[int, str]) -> dict[int, Written | Same | Non
     return _by_id(sql, wanted, read)
 
 
-def by_id(sql: Sql, ids: Iterable[int]) -> dict[int, Written | None]:
-    """The verdicts of these rows; None for each that is damaged."""
-    return _by_id(sql, ids, _verdict)
-
-
 def _by_id(sql: Sql, ids: Iterable[int], read: Callable[[Row, list[Row]], _T]) -> dict[int, _T]:
     numbers = list(ids)
     finalists: dict[int, list[Row]] = {}
     for row in sql.among(_FINALISTS, numbers):
         finalists.setdefault(row[0], []).append(row)
-    return {row[0]: read(row, finalists.get(row[0], [])) for row in sql.among(_ROWS, numbers)}
+    return {row[0]: read(row, finalists.get(row[0], [])) for row in sql.among(_VERDICTS, numbers)}
+
+
+def _batches(sql: Sql, wanted: Wanted, read: Callable[[Row, list[Row]], _T | None]) -> Iterator[tuple[int, _T | None]]:
+    ids = _ids(sql, wanted)
+    while batch := list(itertools.islice(ids, BATCH)):
+        found = _by_id(sql, batch, read)
+        yield from ((number, found[number]) for number in batch if number in found)
 
 
 def _ids(sql: Sql, wanted: Wanted) -> Iterator[int]:
-    conditions: list[str] = []
-    values: list[Any] = []
-    if wanted.op is not None:
-        conditions.append("p.op = ?")
-        values.append(wanted.op)
-    if wanted.problem is not None:
-        conditions.append("p.key = ?")
-        values.append(wanted.problem)
-    if wanted.kernel is not None:
-        conditions.append("k.digest = ?")
-        values.append(wanted.kernel)
-    if wanted.device is not None or wanted.gpu is not None:
-        devices = [number for number, *device in sql.rows(_DEVICES) if wanted.is_on(device)]
-        if not devices:
-            return
-        conditions.append(f"v.device_id IN ({', '.join('?' * len(devices))})")
-        values += devices
+    if (condition := condition_of(sql, wanted, "v")) is None:
+        return
+    where, values = condition
     bytewise = sql.by_bytes
     order = f"p.op{bytewise}, p.key{bytewise}, d.name{bytewise}, d.arch{bytewise}, d.sm_count, k.digest{bytewise}"
-    where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-    statement = f"""
-        SELECT v.id FROM verdict AS v LEFT JOIN problem AS p ON p.id = v.problem_id
-        LEFT JOIN device AS d ON d.id = v.device_id LEFT JOIN kernel AS k ON k.id = v.kernel_id
-        {where} ORDER BY {order}, v.id
-    """
+    statement = f"SELECT v.id FROM verdict AS v {JOINS.format('v')} {where} ORDER BY {order}, v.id"
     yield from (int(number) for (number,) in sql.each(statement, values))
 
 
-_DEVICES = "SELECT id, name, arch, sm_count FROM device"
+def _or_none(decode: Callable[..., _T], *values: Any) -> _T | None:
+    """None where the row is damaged."""
+    try:
+        return decode(*values)
+    except DAMAGE:
+        return None
 
 
 def _verdict(row: Row, finalists: list[Row]) -> Written | None:
-    try:
-        return _checked(row, finalists)
-    except DAMAGE:
-        return None
+    return _or_none(_checked, row, finalists)
 
 
 def line_of(row: Row, finalists: list[Row]) -> Line | None:
@@ -131,17 +162,11 @@ def line_of(row: Row, finalists: list[Row]) -> Line | None:
 
 
 def _checked(row: Row, finalists: list[Row]) -> Written:
-    _, sha256, served, op, problem, name, arch, sm_count, versions, kernel_op, kernel, *rest = row
-    status, mode, default_time_ms, value, low, high, sources, origin, trusted, created_at, notes = rest
-    if op != kernel_op:
-        raise ValueError("the problem and the kernel belong to different ops")
+    _, sha256, served, *keys = row[:11]
+    status, mode, default_time_ms, value, low, high, sources, origin, trusted, created_at, notes = row[11:]
     ranked = sorted(finalists, key=lambda each: each[1])
     content = {
-        "op": op,
-        "problem": problem,
-        "device": {"name": name, "arch": arch, "sm_count": sm_count},
-        "environment": json.loads(versions),
-        "kernel": kernel,
+        **_keys(*keys),
         "status": status,
         "finalists": [_finalist(each, place) for place, each in enumerate(ranked)],
         "default_time_ms": default_time_ms,
@@ -149,12 +174,24 @@ def _checked(row: Row, finalists: list[Row]) -> Written:
         "mode": mode,
         "sources": json.loads(sources),
         "notes": json.loads(notes),
-        "created_at": time_text(created_at) if isinstance(created_at, datetime) else created_at,
+        "created_at": _time(created_at),
     }
     written = Written(verdict_like(content, origin=origin, trusted=_flag(trusted)))
     if (written.sha256, written.served) != (sha256, served):
         raise ValueError("a digest is wrong")
     return written
+
+
+def _keys(op: Any, problem: Any, name: Any, arch: Any, sms: Any, versions: Any, of: Any, digest: Any) -> dict[str, Any]:
+    if op != of:
+        raise ValueError("the problem and the kernel belong to different ops")
+    device = {"name": name, "arch": arch, "sm_count": sms}
+    return {"op": op, "problem": problem, "device": device, "environment": json.loads(versions), "kernel": digest}
+
+
+def _time(value: Any) -> Any:
+    """PostgreSQL gives times, SQLite the texts that they are stored as."""
+    return time_text(value) if isinstance(value, datetime) else value
 
 
 def _finalist(row: Row, place: int) -> dict[str, Any]:
@@ -178,3 +215,34 @@ def _flag(value: Any) -> bool:
     if value not in (0, 1):
         raise ValueError(f"not a flag: {quoted(value)}")
     return bool(value)
+
+
+def _trial(row: Row) -> Trial:
+    implementation, config, status, time_ms, created_at, failure, reason, samples_ms, facts, sha256 = row[8:]
+    trial = trial_from(
+        {
+            **_keys(*row[:8]),
+            "implementation": implementation,
+            "config": config_of(config),
+            "status": status,
+            "time_ms": time_ms,
+            "created_at": _time(created_at),
+            "failure": failure,
+            "reason": reason,
+            "samples_ms": json.loads(samples_ms),
+            "facts": json.loads(facts),
+        }
+    )
+    if trial.sha256 != sha256:
+        raise ValueError("the digest is wrong")
+    return trial
+
+
+def _miss(row: Row) -> Miss:
+    op, problem, name, arch, sm_count, calls, time_ms, last_seen, sha256 = row
+    device = {"name": name, "arch": arch, "sm_count": sm_count}
+    fields = {"op": op, "problem": problem, "device": device, "calls": calls, "time_ms": time_ms}
+    miss = miss_from({**fields, "last_seen": _time(last_seen)})
+    if miss.sha256 != sha256:
+        raise ValueError("the digest is wrong")
+    return miss

@@ -14,7 +14,6 @@ from sqlalchemy import Connection, Engine, inspect, text
 from tilebook.errors import RegistryError
 from tilebook.registry import backend, filewriter, sqlitefile
 from tilebook.registry.backend import connect_sqlite, make_engine
-from tilebook.registry.models import RevocationRow
 from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Target
 
 VERSION_TABLE = "tilebook_alembic_version"
@@ -32,11 +31,6 @@ def version(connection: Connection) -> int | None:
     if found is None:
         return None
     return int(found) if str(found).isdecimal() else SCHEMA_VERSION + 1
-
-
-def has_revocations(connection: Connection) -> bool:
-    """Whether the registry has the table that schema 2 added; the table itself is asked, for a version may be wrong."""
-    return inspect(connection).has_table(RevocationRow.__tablename__)
 
 
 def check(found: int | None, target: Target, oldest: int | None = None) -> None:

@@ -13,11 +13,9 @@ import contextlib
 import os
 import re
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +106,8 @@ def build(
 
     mtime_ns: the time that the file gets, by which `ready` knows what it was built from.
     """
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".registry-", suffix=".db")
     os.close(handle)
@@ -131,6 +131,8 @@ def build(
 
 def schema() -> Iterator[str]:
     """The statements that make a SQLite registry of today's schema, as the migrations would."""
+    from importlib import resources
+
     text = (resources.files("tilebook.registry") / "schema.sql").read_text()
     yield from filter(str.strip, text.split(";"))
     yield f"INSERT INTO tilebook_alembic_version VALUES ('{SCHEMA_VERSION:04}')"

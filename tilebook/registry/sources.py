@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tilebook.registry import lines
-from tilebook.registry.filereader import reader
+from tilebook.registry.difference import Told
+from tilebook.registry.filereader import FileReader, reader
 from tilebook.registry.layers import SHIPPED
-from tilebook.registry.records import Revocation, Trial
+from tilebook.registry.overview import overviews
 from tilebook.registry.target import Target, user_folder
-from tilebook.registry.texts import Written
-from tilebook.registry.verdict import Verdict
+from tilebook.registry.texts import Record, Written
 
 LAYERS = ("user", "shipped")
 """Names that stand for the user's own registry and for what the package ships."""
@@ -37,16 +37,18 @@ def is_export(name: str) -> bool:
         return False
 
 
-def verdicts(name: str) -> tuple[list[Verdict], list[str]]:
+def verdicts(name: str) -> tuple[list[Told], list[str]]:
     """The verdicts of a registry or an export, and what was wrong with it. Raises RegistryError, OSError."""
-    if not is_export(name):
-        with reader(place(name)) as registry:
-            return registry.verdicts(), list(registry.problems)
-    return [each for each in exported(name) if isinstance(each, Verdict)], []
+    if is_export(name):
+        return [Told.of(each) for each in exported(name) if isinstance(each, Written)], []
+    with reader(place(name)) as registry:
+        if not isinstance(registry, FileReader) or registry.schema < 3:
+            return list(map(Told.of, registry.each_verdict())), registry.problems
+        return [Told(each, each.said) for each in overviews(registry)], registry.problems
 
 
-def exported(name: str) -> Iterator[Trial | Verdict | Revocation]:
+def exported(name: str) -> Iterator[Record]:
     """The records of an export. Raises RegistryError, OSError."""
     with Path(place(name)).open(encoding="utf-8", newline="\n") as stream:
         for _, record in lines.read(stream, origin="imported", trusted=False):
-            yield record.verdict if isinstance(record, Written) else record
+            yield record

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Self
 from tilebook.registry.checks import parse_time, time_text
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session
+    from sqlalchemy import Connection
 
 Row = Sequence[Any]
+
+_PART = 500  # databases limit the parameters of a statement
 
 
 class Sql:
@@ -25,13 +27,19 @@ class Sql:
         self._last: dict[str, int] = {}
 
     @classmethod
-    def of(cls, session: Session) -> Self:
-        """In the session's transaction."""
-        return cls(session.connection().connection.dbapi_connection)
+    def of(cls, connection: Connection) -> Self:
+        """In the connection's transaction."""
+        return cls(connection.connection.dbapi_connection)
 
     def rows(self, statement: str, values: Sequence[Any] = ()) -> Sequence[Row]:
         self._cursor.execute(self._text(statement), tuple(values))
         return self._cursor.fetchall()  # type: ignore[no-any-return]
+
+    def named(self, statement: str, values: Sequence[Any] = ()) -> Sequence[dict[str, Any]]:
+        """The rows by the names of their columns."""
+        self._cursor.execute(self._text(statement), tuple(values))
+        names = [column[0] for column in self._cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in self._cursor.fetchall()]
 
     def each(self, statement: str, values: Sequence[Any] = ()) -> Iterator[Row]:
         """The rows one after another, more than memory may hold; other statements may run meanwhile."""
@@ -43,8 +51,10 @@ class Sql:
         finally:
             cursor.close()
 
-    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
+    def run(self, statement: str, values: Sequence[Any] = ()) -> int:
+        """Returns how many rows it has changed."""
         self._cursor.execute(self._text(statement), tuple(values))
+        return int(self._cursor.rowcount)
 
     def insert(
         self, table: str, columns: Iterable[str], rows: Sequence[Sequence[Any]], unless_there: bool = False
@@ -67,10 +77,23 @@ class Sql:
 
     def among(self, statement: str, values: Iterable[Any], before: Sequence[Any] = ()) -> Iterator[Row]:
         """The rows of a statement that ends in `IN`, for all these values; databases limit how many at once."""
-        wanted = list(values)
-        for start in range(0, len(wanted), 500):
-            part = wanted[start : start + 500]
+        for part in _parts(values):
             yield from self.rows(f"{statement} ({', '.join('?' * len(part))})", [*before, *part])
+
+    def delete(self, table: str, column: str, values: Iterable[Any]) -> None:
+        """Deletes the rows that have one of these values in a column."""
+        for part in _parts(values):
+            self.run(f"DELETE FROM {table} WHERE {column} IN ({', '.join('?' * len(part))})", part)
+
+    def has(self, table: str) -> bool:
+        """Is there such a table?"""
+        ours = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+        return bool(self.rows(ours if self._sqlite else "SELECT 1 WHERE to_regclass(?) IS NOT NULL", [table]))
+
+    def mend_indexes(self) -> None:
+        """Makes a SQLite file's indexes anew."""
+        if self._sqlite:
+            self.run("REINDEX")
 
     def new_ids(self, table: str, many: int) -> Sequence[int]:
         """Ids for rows that the caller, who alone writes, will insert."""
@@ -91,3 +114,8 @@ class Sql:
 
     def _text(self, statement: str) -> str:
         return statement if self._sqlite else statement.replace("?", "%s")
+
+
+def _parts(values: Iterable[Any]) -> Iterator[Sequence[Any]]:
+    wanted = list(values)
+    return (wanted[start : start + _PART] for start in range(0, len(wanted), _PART))

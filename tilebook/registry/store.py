@@ -4,51 +4,29 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self
 
-from sqlalchemy import Engine, Select, select, text
-from sqlalchemy.orm import Session, contains_eager, selectinload
+from sqlalchemy import Connection, Engine
 
 from tilebook.errors import RegistryError
-from tilebook.registry import backend, legacy, reading, schema, shipped
+from tilebook.registry import backend, schema, shipped
 from tilebook.registry.backend import explained
-from tilebook.registry.columns import all_revocations, revocation_in
-from tilebook.registry.damage import Damage
-from tilebook.registry.filereader import TRIALS, trial_in
+from tilebook.registry.contents import Contents
 from tilebook.registry.lookup import Execute
 from tilebook.registry.merging import Choice, Merged, Rule, pour
-from tilebook.registry.models import (
-    Base,
-    DeviceRow,
-    KernelRow,
-    MissRow,
-    ProblemRow,
-    RevocationRow,
-    TrialRow,
-    VerdictRow,
-)
-from tilebook.registry.quick import Line
-from tilebook.registry.readers import lost_revocation
-from tilebook.registry.records import Device, Miss, Revocation, Trial
-from tilebook.registry.rows import Keys, miss_of, trial_of, verdict_of
+from tilebook.registry.records import Miss, Revocation, Trial
 from tilebook.registry.searched import observed
 from tilebook.registry.sql import Sql
+from tilebook.registry.tally import tally
 from tilebook.registry.target import SCHEMA_VERSION, Target, Unreachable, sniff
 from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
-from tilebook.registry.wanted import Wanted
 
-ANY = Wanted()
 _RETRY_S = 0.5
-
-
-_T = TypeVar("_T")
-_Row = TypeVar("_Row", TrialRow, VerdictRow, MissRow)
-_Record = TypeVar("_Record", Trial, Verdict, Miss)
 
 
 def local_rule(existing: Verdict, new: Verdict) -> Choice:
@@ -62,7 +40,7 @@ def local_rule(existing: Verdict, new: Verdict) -> Choice:
     return Choice(True, "newer")
 
 
-class Registry(Damage):
+class Registry(Contents):
     """One layer of the registry: one SQLite file or PostgreSQL database.
 
     Guarantees, on both backends:
@@ -148,8 +126,8 @@ class Registry(Damage):
 
     def pour(self, records: Iterable[Record], *, rule: Rule = local_rule, origin: str = "local") -> Merged:
         """`merge` of more records than fit into memory, in one transaction still: what `records` raises undoes all."""
-        with self._write() as session:
-            return pour(Sql.of(session), records, rule, origin)
+        with self._write() as sql:
+            return pour(sql, records, rule, origin)
 
     def revoke(self, revocation: Revocation) -> bool:
         """Stores a revocation; False where one of the same scope stands already."""
@@ -157,139 +135,21 @@ class Registry(Damage):
 
     def unrevoke(self, scope: str) -> bool:
         """Removes the revocation whose scope begins so, even a damaged one. Raises ValueError where several do."""
-        with self._write() as session:
-            rows = session.execute(select(RevocationRow)).scalars()
-            found = [row for row in rows if str(row.scope).startswith(scope)]
+        with self._write() as sql:
+            rows = sql.rows("SELECT id, scope FROM revocation")
+            found = [number for number, its in rows if str(its).startswith(scope)]
             if len(found) > 1:
                 raise ValueError(f"{len(found)} revocations begin with {scope}")
-            for row in found:
-                session.delete(row)
+            sql.delete("revocation", "id", found)
         return bool(found)
-
-    def remove_damaged(self, aside: Callable[[Sequence[Base]], None] = lambda rows: None) -> int:
-        """Removes the trials, verdicts and misses that readers leave out as damaged, and returns how many.
-
-        `aside` is given their rows first, in the same transaction. Damaged revocations stay: what they revoked may run
-        again, and whoever wrote them decides, see `unrevoke`.
-        """
-        with self._write() as session:
-            read = ((row, decode) for query, decode in _DECODED for row in session.execute(query()).scalars())
-            rows: list[Base] = [row for row, decode in read if decode(row) is None]
-            aside(rows)
-            for row in rows:
-                session.delete(row)
-        return len(rows)
 
     def count_misses(self, misses: Iterable[Miss]) -> None:
         """Adds calls to the ledger; the estimate of the time of a call and `last_seen` are the newest."""
         misses = list(misses)
         if not misses:
             return
-        with self._write() as session:
-            keys = Keys(session)
-            for miss in misses:
-                ids = {"problem_id": keys.problem(miss.op, miss.problem), "device_id": keys.device(miss.device)}
-                row = session.execute(select(MissRow).filter_by(**ids)).scalar_one_or_none()
-                known = None if row is None else miss_of(row)
-                if known is not None:
-                    miss = miss.plus(known)
-                if row is None:
-                    row = MissRow(**ids)
-                    session.add(row)
-                row.sha256, row.calls, row.time_ms, row.last_seen = (
-                    miss.sha256,
-                    miss.calls,
-                    miss.time_ms,
-                    miss.last_seen,
-                )
-                session.flush()
-
-    def trials(
-        self,
-        *,
-        op: str | None = None,
-        problem: str | None = None,
-        device: Device | None = None,
-        kernel: str | None = None,
-        origin: str | None = None,
-    ) -> list[Trial]:
-        """The trials that match, oldest first. `origin` "local" leaves out those that only an import vouches for."""
-        query = _select(TrialRow, op, problem, device, kernel).order_by(TrialRow.id)
-        if origin is not None:
-            query = query.where(TrialRow.origin == origin)
-        return self._read(query, trial_of)
-
-    def verdicts(
-        self,
-        *,
-        op: str | None = None,
-        problem: str | None = None,
-        device: Device | None = None,
-        kernel: str | None = None,
-        gpu: str | None = None,
-    ) -> list[Verdict]:
-        """The verdicts that match, in the order of their keys. gpu: words of the GPU's name."""
-        wanted = Wanted(op=op, problem=problem, device=device, kernel=kernel, gpu=gpu)
-        return [each.verdict for each in self.each_verdict(wanted)]
-
-    def each_verdict(self, wanted: Wanted = ANY) -> Iterator[Written]:
-        """The verdicts that are wanted, in the order of their keys, and their texts; few are in memory at once.
-
-        Until the last has been read, or the iterator is closed, nobody can write to a SQLite file.
-        """
-        return self._each(wanted, reading.verdicts, lambda written: written)
-
-    def each_line(self, wanted: Wanted = ANY) -> Iterator[Line]:
-        """`each_verdict`, as lines of the exchange format, which takes a third of the time."""
-        return self._each(wanted, reading.lines, Line.of)
-
-    def _each(
-        self, wanted: Wanted, read: Callable[[Sql, Wanted], Iterator[_T | None]], of: Callable[[Written], _T]
-    ) -> Iterator[_T]:
-        if self.schema < 3:
-            yield from (of(Written(each)) for each in self._old_verdicts(wanted))
-            return
-        lost = 0
-        with self._session() as session:
-            for each in read(Sql.of(session), wanted):
-                if each is None:
-                    lost += 1
-                else:
-                    yield each
-        self.count_lost(lost)
-
-    def each_trial(self, op: str | None = None) -> Iterator[Trial]:
-        """All trials, or an op's, by op, problem and time; few are in memory at once. Else as `each_verdict`."""
-        lost = 0
-        with self._session() as session:
-            sql = Sql.of(session)
-            where, order = "" if op is None else "WHERE p.op = ?", f"p.op{sql.by_bytes}, p.key{sql.by_bytes}"
-            statement = f"{TRIALS} {where} ORDER BY {order}, t.created_at"
-            for _, *row in sql.each(statement, [] if op is None else [op]):
-                if (trial := trial_in(row)) is None:
-                    lost += 1
-                else:
-                    yield trial
-        self.count_lost(lost)
-
-    def revocations(self) -> list[Revocation]:
-        """All of them, oldest first; the untrusted ones too."""
-        with self._session() as session:
-            rows = []
-            if schema.has_revocations(session.connection()):
-                rows = list(Sql.of(session).rows(all_revocations(self.schema)))
-            found = [(str(row[1]), revocation_in(row)) for row in rows]
-        lost = [scope for scope, revocation in found if revocation is None]
-        self.corrupt = len(lost)
-        for scope in lost:
-            self.note(lost_revocation(scope))
-        intact = [revocation for _, revocation in found if revocation is not None]
-        return sorted(intact, key=lambda revocation: (revocation.created_at, revocation.scope))
-
-    def misses(self, *, device: Device | None = None) -> list[Miss]:
-        """The ledger, heaviest first: calls times the GPU time of a call."""
-        found = self._read(_select(MissRow, None, None, device, None), miss_of)
-        return sorted(found, key=lambda miss: (-miss.calls * miss.time_ms, miss.op, miss.problem, miss.device.name))
+        with self._write() as sql:
+            tally(sql, misses)
 
     def close(self) -> None:
         if self._engine is not None:
@@ -311,79 +171,47 @@ class Registry(Damage):
     @contextmanager
     def asking(self) -> Iterator[Execute]:
         """What `lookup` asks by: statements with `?` for their parameters, of one state of the database."""
-        with self._session() as session:
-            yield Sql.of(session).rows
+        with self.reading() as sql:
+            yield sql.rows
 
     @contextmanager
-    def transaction(self) -> Iterator[Session]:
+    def reading(self) -> Iterator[Sql]:
+        with self._connected() as connection:
+            yield Sql.of(connection)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Sql]:
         """One transaction of today's schema, for `maintenance`; it may write where the registry is open for writing."""
-        with self._session() as session:
+        with self._connected() as connection:
             # A newer tilebook may have upgraded the schema since this one opened it.
-            schema.check(schema.version(session.connection()), self._target)
-            yield session
+            schema.check(schema.version(connection), self._target)
+            yield Sql.of(connection)
 
     @contextmanager
-    def _session(self) -> Iterator[Session]:
+    def _connected(self) -> Iterator[Connection]:
         if self._engine is None:
             raise RegistryError(f"registry {self.label} is closed")
-        with explained(self._target), Session(self._engine) as session, session.begin():
-            self._connect(session)
-            yield session
+        with explained(self._target), ExitStack() as ending:
+            yield self._begun(self._engine, ending)
 
-    def _connect(self, session: Session) -> None:
+    def _begun(self, engine: Engine, ending: ExitStack) -> Connection:
         """A writer waits for a server that is being restarted as long as it would for a lock."""
         deadline = time.monotonic() + (backend.WRITER_WAIT_S if self._patient else 0.0)
         while True:
             try:
                 with explained(self._target):
-                    session.connection()
-                return
+                    return ending.enter_context(engine.begin())
             except Unreachable:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(_RETRY_S)
 
     @contextmanager
-    def _write(self) -> Iterator[Session]:
+    def _write(self) -> Iterator[Sql]:
         if not self.writable:
             raise RegistryError(f"registry {self.label} is open for reading only")
-        with self.transaction() as session:
-            yield session
-
-    def _old_verdicts(self, wanted: Wanted) -> list[Verdict]:
-        """Those of a registry that has the schema of before, which only a writer may upgrade."""
-        with self._session() as session:
-            rows = session.execute(text(legacy.ROWS)).all()
-        found = self.intact(map(legacy.verdict_or_none, rows))
-        return sorted(filter(wanted.has, found), key=lambda each: each.place)
-
-    def _read(self, query: Select[_Row], decode: Callable[[_Row], _Record | None]) -> list[_Record]:
-        with self._session() as session:
-            found = [decode(row) for row in session.execute(query).scalars()]
-        return self.intact(found)
-
-
-def _select(
-    model: type[_Row], op: str | None, problem: str | None, device: Device | None, kernel: str | None
-) -> Select[_Row]:
-    # Outer joins: a row whose partner cannot be found is damaged, and must be counted rather than vanish.
-    query = select(model).outerjoin(model.problem).outerjoin(model.device)
-    query = query.options(contains_eager(model.problem), contains_eager(model.device))
-    if not issubclass(model, MissRow):
-        query = query.outerjoin(model.environment).outerjoin(model.kernel)
-        query = query.options(contains_eager(model.environment), contains_eager(model.kernel))
-    wanted: dict[Any, Any] = {ProblemRow.op: op, ProblemRow.key: problem, KernelRow.digest: kernel}
-    if device is not None:
-        wanted |= {DeviceRow.name: device.name, DeviceRow.arch: device.arch, DeviceRow.sm_count: device.sm_count}
-    return query.where(*(column == value for column, value in wanted.items() if value is not None))
-
-
-# How the rows of each table are read as records; the decoders' arguments differ in type.
-_DECODED: Sequence[tuple[Callable[[], Select[Any]], Callable[[Any], object]]] = (
-    (lambda: _select(TrialRow, None, None, None, None), trial_of),
-    (lambda: _select(VerdictRow, None, None, None, None).options(selectinload(VerdictRow.finalists)), verdict_of),
-    (lambda: _select(MissRow, None, None, None, None), miss_of),
-)
+        with self.transaction() as sql:
+            yield sql
 
 
 def ship(source: Registry, path: str | Path) -> int:

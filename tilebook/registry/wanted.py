@@ -34,4 +34,7 @@ class Wanted:
     def is_on(self, device: Sequence[Any]) -> bool:
         """Are verdicts wanted that are for this device, by name, arch and SM count?"""
         exact = self.device is None or list(device) == [self.device.name, self.device.arch, self.device.sm_count]
-        return exact and (self.gpu is None or called(self.gpu, str(device[0])))
+        return exact and (not self.gpu or called(self.gpu, str(device[0])))
+
+
+ANY = Wanted()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilebook.registry.difference import KINDS, Difference
-from tilebook.registry.verdict import Verdict
 from tilebook.report.rows import label
+
+if TYPE_CHECKING:
+    from tilebook.registry.overview import Shown
 
 
 def row(difference: Difference) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def row(difference: Difference) -> dict[str, Any]:
     }
 
 
-def _side(verdict: Verdict | None) -> dict[str, Any] | None:
+def _side(verdict: Shown | None) -> dict[str, Any] | None:
     if verdict is None:
         return None
     return {
@@ -35,7 +37,7 @@ def _side(verdict: Verdict | None) -> dict[str, Any] | None:
         "status": verdict.status.value,
         "time_ms": verdict.time_ms,
         "predicted_ms": verdict.winner.predicted_ms,
-        "speedup": verdict.speedup,
+        "speedup": None if verdict.interval is None else verdict.interval.value,
         "trusted": verdict.trusted,
         "mode": verdict.mode,
         "environment": dict(verdict.environment.versions),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from tilebook import device as devices
 from tilebook import inventory, machine
-from tilebook.registry import Revocation
+from tilebook.registry import DenyList, Revocation
 from tilebook.registry.checks import quoted
-from tilebook.registry.current import Sourced, retired
 from tilebook.registry.searched import cut_short, observed
 from tilebook.report import grid
+from tilebook.report.retired import is_retired
 
 if TYPE_CHECKING:
     from tilebook.registry.overview import Shown
@@ -27,6 +28,12 @@ def stale(verdict: Shown) -> list[str]:
     ]
 
 
+def deny_list(revocations: Iterable[tuple[str, Revocation]]) -> DenyList:
+    """Those of the layers that are honoured here. Which Triton this is is asked for only where there are any."""
+    found = [each for _, each in revocations]
+    return DenyList(found, devices.package_version("triton") if found else "")
+
+
 UNREACHED = "not reached"
 """The status of a problem for which a run found no time; it has a verdict's row without a verdict."""
 
@@ -39,31 +46,6 @@ def label(op: str, key: str) -> str:
     except (TypeError, ValueError):
         return key
     return key if problem is None else f"{problem.label} {getattr(problem, 'dtype', '')}".strip()
-
-
-class _Verdict(Sourced, Protocol):
-    """What of a verdict, whole or not, says whether its winner is served."""
-
-    @property
-    def op(self) -> str: ...
-
-    @property
-    def implementation(self) -> str: ...
-
-
-def is_retired(verdict: _Verdict) -> bool:
-    """Is the winner not served, because its source or that of the op's own kernel is another now?"""
-    op = inventory.find(verdict.op)
-    if op is not None and not op.digest:
-        return False  # whoever serves it looks at the source
-    return op is None or retired(verdict, verdict.implementation, op.digest, op.digest_of)
-
-
-def is_retired_trial(trial: _Verdict) -> bool:
-    """Is it of source that is another now? Of what is not ours nobody knows; its version counts when it is tuned."""
-    op = inventory.find(trial.op)
-    digest = None if op is None else op.digest_of(trial.implementation)
-    return digest is None or digest not in ("", trial.kernel)
 
 
 def row(verdict: Shown, layer: str, revocation: Revocation | None = None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tilebook import device as devices
 from tilebook import inventory, machine
 from tilebook import registry as store
 from tilebook.errors import UsageError
@@ -15,7 +14,7 @@ from tilebook.registry import DenyList, Miss
 from tilebook.registry.current import may_run, stands
 from tilebook.registry.overview import Candidate, Shown
 from tilebook.registry.verdict import Finalist
-from tilebook.report.rows import label, row
+from tilebook.report.rows import deny_list, label, row
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def status(gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
         layers.demand_explicit()
     verdicts = [row(verdict, layer) for layer, verdict in found]
     served = [each for each in verdicts if not each["retired"]]
-    denied = DenyList((each for _, each in revocations), devices.package_version("triton"))
+    denied = deny_list(revocations)
     wanted = asked(layers.misses(device), (verdict for _, verdict in found), denied)
     total_s = sum(each.weight_s for each in wanted)
     covered_s = sum(each.weight_s for each in wanted if each.covered)
