@@ -10,6 +10,7 @@ from registry_samples import A100, evidenced, predicted, problem, verdict
 import tilebook
 from tilebook.registry import Registry, checks, reading, shipped, texts
 from tilebook.registry.checks import MAX_SAMPLES
+from tilebook.registry.notes import are_notes
 from tilebook.registry.quick import Line, quick
 from tilebook.registry.quick import _again as quick_again
 from tilebook.registry.quick import _samples as quick_samples
@@ -177,12 +178,12 @@ def test_plain_notes_are_those_that_looking_at_each_value_would_leave_as_they_ar
     for text in NOTES:
         assert checks._is_plain(text)
         assert checks._json_object(json.loads(text), "notes") == json.loads(text)
-        assert checks.are_notes(text)
+        assert are_notes(text)
     for text in NO_PLAIN_NOTES[1:]:
         assert not checks._is_plain(text)
     for text in ("[1]", *NO_PLAIN_NOTES[-2:], '{"":1}', '{"' + 129 * "x" + '":"b"}'):
         with pytest.raises(ValueError, match="notes"):
-            checks.are_notes(text)
+            are_notes(text)
     for text in ('{"a": 1}', '{"b":1,"a":2}', '{"a":1,"a":1}', '{"a":1e2}', '{"a":"é"}', '{"a":-0}', '{"a":"\x7f"}'):
-        assert not checks.are_notes(text)
-    assert checks.are_notes('{"a":"\\n"}')
+        assert not are_notes(text)
+    assert are_notes('{"a":"\\n"}')

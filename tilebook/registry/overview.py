@@ -17,8 +17,9 @@ from datetime import datetime
 from typing import Any
 
 from tilebook.registry import served
-from tilebook.registry.checks import DAMAGE, ConfigValue, Json, notes, optional_number, parse_time
+from tilebook.registry.checks import DAMAGE, ConfigValue, Json, optional_number, parse_time
 from tilebook.registry.contents import Contents
+from tilebook.registry.notes import notes
 from tilebook.registry.reading import JOINS, condition_of
 from tilebook.registry.records import Device, Environment
 from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from tilebook.registry import checks
 from tilebook.registry.checks import DAMAGE, canonical, time_text
+from tilebook.registry.notes import are_notes
 from tilebook.registry.records import Device, Environment
 from tilebook.registry.texts import NONE, Columns, Three, Written, finalist_text, numbers, text_of
 from tilebook.registry.verdict import MODES, MOST_FINALISTS, Again, VerdictStatus
@@ -135,10 +136,10 @@ _remembered = lru_cache(4 * _SHARED, typed=True)(_looked_at)
 
 
 def _notes(text: str) -> bool:
-    return (_brief_notes if len(text) < _BRIEF else checks.are_notes)(text)
+    return (_brief_notes if len(text) < _BRIEF else are_notes)(text)
 
 
-_brief_notes = lru_cache(_SHARED)(checks.are_notes)
+_brief_notes = lru_cache(_SHARED)(are_notes)
 
 
 def _number(value: Any) -> float | None:

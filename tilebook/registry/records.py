@@ -15,6 +15,7 @@ from functools import cached_property
 
 from tilebook.registry import checks
 from tilebook.registry.checks import ConfigValue, Json, canonical
+from tilebook.registry.notes import made
 
 __all__ = [
     "ConfigValue",
@@ -237,7 +238,7 @@ class Revocation:
             checks.name(self.arch, "arch")
         put(self, "triton", None if self.triton is None else checks.version_range(self.triton, "triton"))
         put(self, "config", checks.config(self.config))
-        put(self, "made", checks.made(self.made))
+        put(self, "made", made(self.made))
         checks.name(self.origin, "origin")
         if type(self.trusted) is not bool:
             raise ValueError(f"trusted is not a flag: {checks.quoted(self.trusted)}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from tilebook.registry import checks
 from tilebook.registry.checks import ConfigValue, Json, canonical
+from tilebook.registry.notes import notes
 from tilebook.registry.records import Device, Environment, check_key, digest_of, now
 
 MODES = ("graph", "eager")
@@ -214,7 +215,7 @@ class Verdict:
         _instance(self.interval, Speedup | None, "interval")
         put(self, "finalists", _ranked(self.finalists))
         put(self, "sources", checks.sources(self.sources))
-        put(self, "notes", checks.notes(self.notes))
+        put(self, "notes", notes(self.notes))
         put(self, "created_at", checks.utc(self.created_at, "created_at"))
         self._check_numbers()
 
