@@ -33,7 +33,7 @@ def test_families_that_a_compiler_fuses_have_it():
     assert {each.name for each in OPS} == NAMES
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_it_computes_what_the_op_does_in_one_graph(op, traced):
     for problem in op.problem.examples()[::3]:

@@ -30,7 +30,7 @@ def record(tmp_path_factory):
     return folder
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("gpu", ["A100", "H100", "B200", "MI300X"])
 def test_a_product_is_compiled_for_a_gpu_that_is_not_here(gpu, record, tmp_path):
     command = ["tune", "--recorded", record, "--gpu", gpu, "--registry", tmp_path / "registry.db", "--trials", 2]

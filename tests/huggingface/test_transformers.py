@@ -28,7 +28,7 @@ def fresh(name):
     return made(name, attention=plain(name))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_numbers_are_pytorchs(name, kind, monkeypatch):
     given = inputs(name, kind, "cpu")
@@ -49,7 +49,7 @@ def test_numbers_are_pytorchs(name, kind, monkeypatch):
             assert_as_near(ours, theirs, right, f"{dtype} structured={served}", blur=4.0)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has this with kernels that are compiled")
 @pytest.mark.parametrize("kind", ["whole", "padded", "packed"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
@@ -132,7 +132,7 @@ def _generated(model, name, left_padded, **options):
     return found.sequences, torch.stack(found.logits)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("left_padded", [False, True], ids=["whole", "left-padded"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "t5"])

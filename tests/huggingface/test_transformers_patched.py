@@ -50,7 +50,7 @@ def test_gates_and_rotations_are_changed_and_changed_back(name, monkeypatch):
         assert torch.equal(mine, other)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3", "phi3, a part of each head"])

@@ -53,7 +53,7 @@ def step(norm, tensors, which=(0, 1)):
     return *results, *torch.autograd.grad(*given, allow_unused=True)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)

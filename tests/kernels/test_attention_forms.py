@@ -375,7 +375,7 @@ def test_extra_tensors_that_do_not_fit_are_value_errors(change, text):
         tilebook.attention(*tensors(*shapes(8, 8)), **change)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "options", [{"causal": "bottom_right"}, {"window": (5, 2)}, {"softcap": 2.0}, {"dropout_p": 0.3}]
 )

@@ -34,7 +34,7 @@ def _cut(x, offset, step):
     return rows[..., : x.shape[-1]].copy_(x)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", ["mask", "bias", "dbias"])
 @pytest.mark.parametrize("shape", [(5, 1), (1, 40), (2, 1, 5, 40), (2, 2, 5, 40), (2, 1, 40), (1, 1)])
 def test_masks_and_biases_may_be_cut_out_of_larger_ones_anywhere(kind, shape):

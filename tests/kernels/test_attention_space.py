@@ -34,7 +34,7 @@ def loads(*inputs, config):
     return next(each.DESCRIPTORS.value for each in started[0] if isinstance(each, Tile))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("op", [attention_fwd, attention_bwd], ids=lambda op: op.name)
 @pytest.mark.parametrize("gpu", ["A100", "H200", "B200", "MI300X"])
 def test_the_later_axes_leave_spaces_small(op, gpu):

@@ -64,7 +64,7 @@ def assert_near(found, right, dtype):
         assert off.square().mean().sqrt() < 3 * step * size
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature_map", NAMED)
@@ -76,7 +76,7 @@ def test_outputs_and_gradients_are_those_of_the_sum_over_pairs(feature_map, rows
     assert_near(ours(tensors, hidden, feature_map, do), exact(tensors, hidden, feature_map, do.double()), dtype)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_what_the_op_does_not_take_is_named(change, message):
         torch.ops.tilebook.bidirectional_linear_attention_fwd(*given.values(), 0.25, 1e-6)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @interpreted
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("served", ["triton", None])

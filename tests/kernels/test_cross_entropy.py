@@ -75,7 +75,7 @@ def assert_near(found, right, dtype):
         )  # fmt: skip
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)

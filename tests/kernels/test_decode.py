@@ -54,7 +54,7 @@ def _paged(cache, block_size, seed=0):
     return blocks[order], table.view(batch, keys // block_size)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("axes", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("problem", EXAMPLES, ids=lambda p: p.label)
 def test_ragged_lengths_are_right_with_other_configs(problem, axes):

@@ -27,7 +27,7 @@ def _id(value):
     return value.name if isinstance(value, ops.Op) else value.label if isinstance(value, Problem) else str(value)
 
 
-@pytest.mark.sampled(4, by="op")
+@pytest.mark.sampled(6, by="op")
 @interpreted
 @pytest.mark.parametrize(("op", "problem"), EXAMPLES, ids=_id)
 def test_default_config_is_right(op, problem):
@@ -35,7 +35,7 @@ def test_default_config_is_right(op, problem):
     verify(op.tunable, config, [Case.make(op, problem, "cpu", 0)], repeats=0)
 
 
-@pytest.mark.sampled(4, by="op")
+@pytest.mark.sampled(6, by="op")
 @interpreted
 @pytest.mark.parametrize(("op", "problem"), _examples(slice(1, None, 3)), ids=_id)
 def test_default_config_is_right_on_inputs_with_outliers(op, problem):

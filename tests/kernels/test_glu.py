@@ -80,7 +80,7 @@ def assert_as_good_as_pytorch(ours, theirs, truth, dtype):
         assert seen.rms <= 2 * allowed.rms + floor.rms, at
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)
@@ -116,7 +116,7 @@ def test_the_least_that_is_moved_is_each_tensor_once(each):
         assert problem.cost().bytes == sum(x.numel() * x.itemsize for x in moved)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -42,7 +42,7 @@ def assert_no_worse(ours, theirs, truth, dtype):
         assert seen.rms <= 2 * allowed.rms + floor.rms, name
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)

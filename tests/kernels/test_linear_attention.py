@@ -156,7 +156,7 @@ def test_long_sequences_have_other_chunks_and_the_same_numbers():
     torch.testing.assert_close(second[1], whole[1])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 17, 66])

@@ -59,7 +59,7 @@ def exact(tensors, *how):
     return gradients(over_pairs, [x.detach().double().requires_grad_() for x in tensors], *how)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

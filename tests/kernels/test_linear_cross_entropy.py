@@ -71,7 +71,7 @@ def assert_no_worse(found, tensors, target, dy=None, **options):
         assert (mine - truth).norm() <= 2 * (other - truth).norm() + luck * truth.norm()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

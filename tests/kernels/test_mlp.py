@@ -73,7 +73,7 @@ FEW_ROWS = [
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.parametrize("config", FEW_ROWS, ids=repr)
 @pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)
@@ -101,7 +101,7 @@ def test_large_products_are_left_to_pytorch():
     assert not GRADS.tunable.supports(GRADS.problem.parse("M8192,H4096,I14336", "bf16"))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)
 def test_space_is_worth_searching_on_every_gpu(gpu):
     for each in OPS:

@@ -33,7 +33,7 @@ def gradients(function, tensors, dy):
     return y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)

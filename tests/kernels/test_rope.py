@@ -80,7 +80,7 @@ def assert_as_good_as_pytorch(tensors, **options):
     return ours
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @interpreted
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("each", OPS, ids=lambda each: each.name)

@@ -104,7 +104,7 @@ def test_calls_can_be_repeated_without_the_launcher(op):
     assert watch.faithful
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @interpreted
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 @pytest.mark.parametrize(("rows", "block", "warps"), [(8, 1024, 2), (32, 1024, 8), (16, 2048, 4)])

@@ -125,7 +125,7 @@ def test_kernels_and_reference_agree_with_the_definition_for_any_lengths(data):
             torch.testing.assert_close(got.double(), right, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @both_loads
 @pytest.mark.parametrize("asked", FORMS[:4], ids=["full", "causal", "top left", "window"])
 def test_nothing_of_a_neighbour_enters_a_sequence(asked, configs):

@@ -52,7 +52,7 @@ def agree(got, family, inputs):
     assert_as_near([x.detach() for x in got], theirs, truth)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @families()
 def test_make_fx_follows_its_inputs(device, family, mode):
@@ -63,7 +63,7 @@ def test_make_fx_follows_its_inputs(device, family, mode):
     agree([graph(*other(family, device))], family, other(family, device))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @families(*TRAINED)
 def test_make_fx_over_a_gradient_follows_its_inputs(device, family, mode):
@@ -132,7 +132,7 @@ def test_jit_trace_has_gradients(device, family):
     agree(value_and_gradients(traced, fresh(first)), family, first)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("strict", [False, True])
 @families("attention", "drop_in", "drop_in_mask", "softcap", "decode", "varlen", "mlp", "rms_norm")
 def test_an_exported_program_follows_its_inputs(device, family, strict):
@@ -164,7 +164,7 @@ def test_a_program_exported_for_training_has_gradients(device, family):
     agree(value_and_gradients(program.module(), fresh(first)), family, first)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("family", "backend"), [(name, "aot_eager") for name in FAMILIES] + [(name, "eager") for name in FEW]
 )
@@ -177,7 +177,7 @@ def test_a_compiled_call_gives_pytorchs_numbers_without_a_graph_break(device, fa
             agree([compiled(*inputs)], family, inputs)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @families(*FEW, "decode")
 def test_inductor_gives_pytorchs_numbers(device, family):
     family = FAMILIES[family]
@@ -198,7 +198,7 @@ def _graphs(function, inputs_of, lengths, **options):
     return torch._dynamo.utils.counters["stats"]["unique_graphs"], results
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("family", "dynamic"),
     [(name, None) for name in (*FEW, "attention", "causal")] + [(name, True) for name in FEW if name != "softcap"],
@@ -243,7 +243,7 @@ def test_twenty_lengths_compile_no_more_graphs_than_pytorchs(device, family, dyn
         assert_as_near(got, theirs, value_and_gradients(plain, doubled(flat(n))), f"length {n}")
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @families(*FEW_NODES)
 def test_compiled_autograd_over_an_eager_forward_gives_pytorchs_gradients(device, family, recwarn):
     family = FAMILIES[family]

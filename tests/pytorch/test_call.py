@@ -296,7 +296,7 @@ def test_vmap_over_one_argument_alone_is_a_loop(name, implementation):
         torch.testing.assert_close(found, torch.stack([function(x) for x in batch]))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "packed"])

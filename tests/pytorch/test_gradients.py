@@ -70,7 +70,7 @@ def displaced(x):
     return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("moved", [turned, displaced])
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @every_call

@@ -80,7 +80,7 @@ HOW = [(normal, True), (normal, False), (data, True), (data, False)]
 """With gradients or without, of any length or of each: all four of one attention and of packs, two of the others."""
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize(
     ("name", "make", "dynamic"),
@@ -93,7 +93,7 @@ def test_compiled_calls_and_their_gradients_are_right(name, dynamic, make):
         compare(compiled, call, args(n, make))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize(("name", "make"), [*[(name, normal) for name in CALLS], ("attention", data), ("packed", data)])
 def test_twenty_lengths_are_one_compilation(name, make):

@@ -46,7 +46,7 @@ LAYOUTS = {
 """Samples that differ from others in how tensors lie in memory, which a trace leaves to fake tensors."""
 
 
-@pytest.mark.sampled(5, by="op")
+@pytest.mark.sampled(8, by="op")
 @pytest.mark.filterwarnings("ignore")
 @each
 def test_opcheck(op, name):
@@ -74,7 +74,7 @@ def backward_of(op, name):
     ]  # fmt: skip
 
 
-@pytest.mark.sampled(5, by="op")
+@pytest.mark.sampled(8, by="op")
 @pytest.mark.filterwarnings("ignore")
 @differentiable
 def test_opcheck_of_the_backward_op(op, name):
@@ -83,7 +83,7 @@ def test_opcheck_of_the_backward_op(op, name):
     torch.library.opcheck(*backward_of(op, name), test_utils=checks)
 
 
-@pytest.mark.sampled(4, by="op")
+@pytest.mark.sampled(6, by="op")
 @differentiable
 def test_backward_is_right_whatever_the_strides_of_what_was_kept(op, name):
     backward, args = backward_of(op, name)
@@ -95,7 +95,7 @@ def test_backward_is_right_whatever_the_strides_of_what_was_kept(op, name):
                 torch.testing.assert_close(got, expected, **how)
 
 
-@pytest.mark.sampled(3, by="op")
+@pytest.mark.sampled(4, by="op")
 @each
 def test_outputs_lie_in_memory_as_fake_ones_do(op, name):
     args = sample(op, name)
@@ -316,7 +316,7 @@ TRACED = [(op, name, "real") for op, name in EACH] + [
 ]
 
 
-@pytest.mark.sampled(5, by="op")
+@pytest.mark.sampled(8, by="op")
 @pytest.mark.parametrize(("op", "name", "mode"), TRACED)
 def test_make_fx_keeps_the_op_whole(op, name, mode):
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in sample(op, name)]

@@ -270,7 +270,7 @@ def test_without_a_home_what_ships_is_shown(run: Run, monkeypatch: pytest.Monkey
     assert "names a home directory" in run("import", "-", input="", status=1).stderr
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("package", "command"), [("click", "show"), ("rich", "tune"), ("optuna", "tune")])
 def test_without_the_extra_a_command_names_it_in_one_line(tmp_path: Path, package: str, command: str) -> None:
     hide = f"import sys; sys.modules[{package!r}] = None; from tilebook.cli import main; main([{command!r}])"

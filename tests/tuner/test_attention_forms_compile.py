@@ -22,7 +22,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", TARGETS)
 def test_default_configs_of_every_form_compile(name):
     gpu = devices.find(name)

@@ -41,7 +41,7 @@ def alive(mark: str) -> int:
     return found
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_bad_candidates_are_classified_and_none_is_stored_as_good(kind, tmp_path, monkeypatch):
     late = []

@@ -13,6 +13,8 @@ from tilebook.tuner.process.compile import CompilePool
 
 TARGETS = ["NVIDIA A100", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X"]
 OPS = [op for op in ops.ops().values() if op.reference.__module__.startswith("tilebook.")]  # not other tests' toys
+_PARTS = 8
+"""Of all ops, each a test, of which a sample has one for each target."""
 REFUSALS = {"compile_error", "out_of_resources", "spills"}
 
 
@@ -25,14 +27,14 @@ def compilable(op, gpu):
             yield each, running[-1]
 
 
-@pytest.mark.sampled(5, by="name")
-@pytest.mark.parametrize("part", range(len(TARGETS)))
+@pytest.mark.sampled(12, by="name")
+@pytest.mark.parametrize("part", range(_PARTS))
 @pytest.mark.parametrize("name", TARGETS)
 def test_defaults_compile_and_samples_compile_or_say_why_not(name, part):
     gpu = devices.find(name)
     with CompilePool(gpu, workers=1) as pool:
         pending = []
-        for place, op in list(enumerate(OPS))[(part + TARGETS.index(name)) % len(TARGETS) :: len(TARGETS)]:
+        for place, op in list(enumerate(OPS))[(part + TARGETS.index(name)) % _PARTS :: _PARTS]:
             for each, problem in compilable(op, gpu):
                 default = each.space.default(problem, gpu)
                 sampled = each is not op.tunable or place % len(TARGETS) == TARGETS.index(name)  # others run on few
