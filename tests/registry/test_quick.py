@@ -8,7 +8,7 @@ import pytest
 from registry_samples import A100, evidenced, predicted, problem, verdict
 
 import tilebook
-from tilebook.registry import Registry, checks, reading, shipped, texts
+from tilebook.registry import Registry, checks, notes, reading, shipped, texts
 from tilebook.registry.checks import MAX_SAMPLES
 from tilebook.registry.notes import are_notes
 from tilebook.registry.quick import Line, quick
@@ -176,11 +176,11 @@ NO_PLAIN_NOTES = [
 
 def test_plain_notes_are_those_that_looking_at_each_value_would_leave_as_they_are():
     for text in NOTES:
-        assert checks._is_plain(text)
-        assert checks._json_object(json.loads(text), "notes") == json.loads(text)
+        assert notes._is_plain(text)
+        assert checks.plain_object(json.loads(text), "notes") == json.loads(text)
         assert are_notes(text)
     for text in NO_PLAIN_NOTES[1:]:
-        assert not checks._is_plain(text)
+        assert not notes._is_plain(text)
     for text in ("[1]", *NO_PLAIN_NOTES[-2:], '{"":1}', '{"' + 129 * "x" + '":"b"}'):
         with pytest.raises(ValueError, match="notes"):
             are_notes(text)
