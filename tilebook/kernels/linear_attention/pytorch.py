@@ -50,10 +50,9 @@ def chunked(
     size = min(size, max(n, 1))
     count, short = -(-n // size), -n % size
     q, k, v = (F.pad(x, (0, 0, 0, short)).unflatten(2, (count, size)) for x in (q, k, v))
-    seen = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     a = (q @ k.mT).to(wide)
     if g is None:
-        a, leaving, within, passed = a.masked_fill(~seen, 0), k, None, None
+        a, leaving, within, passed = a.tril(), k, None, None
     else:
         steps = F.pad(g.to(wide).clamp(min=LEAST), (0, short)).unflatten(2, (count, size))
         c = steps.cumsum(-1)
