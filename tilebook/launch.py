@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tilebook import assembler
+
 HOST_DESCRIPTORS_S = 25e-6
 """Calls with a floor below this do not use host-side tensor descriptors.
 
@@ -41,7 +43,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> Any:
     """Starts a kernel; returns what Triton compiled of it, or nothing in its interpreter."""
-    return with_scratch(kernel[grid], *args, **meta)
+    if not assembler.wanted():
+        return with_scratch(kernel[grid], *args, **meta)
+    with assembler.newer() as options:
+        return with_scratch(kernel[grid], *args, **meta, **options)
 
 
 def with_scratch(function: Callable[..., Any], /, *args: Any, **options: Any) -> Any:

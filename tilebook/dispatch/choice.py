@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
+from tilebook.assembler import unverified
 from tilebook.device import Device
 from tilebook.op import Config, Implementation, Problem
 from tilebook.replay import Plan, record
@@ -137,10 +139,15 @@ class Choice:
 
     def _run(self, *args: Any) -> Outputs:
         first = args[0]
-        if self.config is not None and first.is_cuda and torch.cuda.current_device() != first.get_device():
-            with torch.cuda.device(first.device):  # Triton starts kernels on the current GPU, PyTorch on the tensor's
-                return self.implementation(*args, config=self.config)
-        return self.implementation(*args, config=self.config)
+        if self.config is None:
+            return self.implementation(*args)
+        with nullcontext() if self.source == "exact" else unverified():
+            if first.is_cuda and torch.cuda.current_device() != first.get_device():
+                with torch.cuda.device(
+                    first.device
+                ):  # Triton starts kernels on the current GPU, PyTorch on the tensor's
+                    return self.implementation(*args, config=self.config)
+            return self.implementation(*args, config=self.config)
 
 
 def _capturing(tensor: torch.Tensor) -> bool:
