@@ -17,6 +17,10 @@ def biased(q, k, v, bias):
     return tilebook.attention(q, k, v, bias=bias)
 
 
+def masked(q, k, v, mask):
+    return tilebook.attention(q, k, v, attn_mask=mask)
+
+
 def sloped(q, k, v, slopes):
     return tilebook.attention(q, k, v, alibi_slopes=slopes)
 
@@ -37,11 +41,13 @@ def layers(make=data):
     return [make(*shape, dtype=HALF) for shape in shapes]
 
 
+SEEN = torch.arange(6) < torch.tensor([4, 0])[:, None, None, None]
 LABELS = torch.tensor([1, 7, -100, 0, 3])
 
 CALLS = {
     "attention": (tilebook.attention, qkv),
     "attention, bias": (biased, lambda make=data: [*qkv(make), make(1, 4, 6, 6)]),
+    "attention, mask": (masked, lambda make=data: [*qkv(make), SEEN]),
     "attention, slopes": (sloped, lambda make=data: [*qkv(make), data(4).abs()]),
     "packed": (packed, lambda make=data: [*(make(9, 4, 16) for _ in range(3)), ends(4, 9), ends(4, 9)]),
     "decode": (
@@ -60,6 +66,7 @@ CALLS = {
     "layer norm": (tilebook.layer_norm, lambda make=data: [make(5, 8), make(8), make(8)]),
     "loss": (lambda x, labels: tilebook.cross_entropy(x, labels), lambda make=data: [make(5, 8), LABELS]),
 }
+BROADCAST = "attention, bias", "attention, mask"
 every_call = pytest.mark.parametrize("name", CALLS)
 
 
@@ -88,7 +95,7 @@ def test_after_good_calls_a_tensor_of_another_shape_or_dtype_is_checked(here, na
         function(*args)
     for at, x in enumerate(args):
         for other in (x[..., None], x.to(torch.int64), x[..., :1], x.flatten()[0], x.repeat(*[1] * (x.ndim - 1), 3)):
-            if (name, at) == ("attention, bias", 3) and other.shape[-1:] in ((), (1,)) and other.ndim < 5:
+            if at == 3 and name in BROADCAST and other.shape[-1:] in ((), (1,)) and other.ndim < 5:
                 continue  # it broadcasts
             given = [other if i == at else y for i, y in enumerate(args)]
             if name.endswith("norm") and at == 0 and other.shape == x.shape and other.is_floating_point():
@@ -129,6 +136,35 @@ def test_what_is_left_to_pytorch_needs_no_kernel(here, name, monkeypatch):
     for _ in range(3):
         torch.testing.assert_close(function(*args), reference(here, function, args))
     assert {(each.native, each.calls) for each in here._memo.values()} == {(True, 3)}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ["attention, bias", "attention, mask"])
+def test_what_pytorch_serves_with_a_mask_is_known_before_anything_is_checked(here, name, trained, monkeypatch):
+    function, make = CALLS[name]
+    here.native = True
+    args = make(normal if trained else data)
+    expected = reference(here, function, args)
+    for _ in range(2):
+        function(*args)
+    monkeypatch.setattr("tilebook.kernels.attention.attend", None)
+    o = function(*args)
+    torch.testing.assert_close(o, expected)
+    if name == "attention, mask":
+        assert not o[1].any()  # which sees nothing
+    if trained:
+        inputs, do = [x for x in args if x.requires_grad], torch.randn_like(o)
+        found, right = (torch.autograd.grad(y, inputs, do) for y in (o, expected))
+        torch.testing.assert_close(found, right)
+
+
+def test_booleans_are_no_bias_however_well_known_they_are_as_a_mask(here):
+    here.native = True
+    args = qkv()
+    for _ in range(3):
+        tilebook.attention(*args, attn_mask=SEEN)
+    with pytest.raises(ValueError, match="bias must be floating point"):
+        tilebook.attention(*args, bias=SEEN)
 
 
 def test_decoding_has_no_gradient_also_after_a_call_that_wanted_none(here):

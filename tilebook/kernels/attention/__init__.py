@@ -17,10 +17,10 @@ from tilebook.kernels.attention.check import Causal, check, checked_form, multip
 from tilebook.kernels.attention.drop_in import BOUNDS, TRACED, kind, scaled_dot_product_attention
 from tilebook.kernels.attention.entry import ATTENTION, arguments, posed, registered
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
-from tilebook.kernels.attention.pytorch import log_sum_exp, plain
+from tilebook.kernels.attention.pytorch import log_sum_exp, plain, sdpa
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import aligned, rows
-from tilebook.left import again, gated, keep, known, recall, unsettled
+from tilebook.left import ORDINARY, again, gated, keep, known, recall, unsettled
 from tilebook.traced import described, left
 
 __all__ = ["attention", "scaled_dot_product_attention"]
@@ -145,17 +145,21 @@ def attention(
     usual = not (optional or softcap or dropout_p or return_lse or deterministic) and (
         causal is False or causal is True
     )
-    usual = (
-        usual
-        and (scale is None or (type(scale) is float and scale > 0))
-        and type(q) is type(k) is type(v) is torch.Tensor
-    )
-    known_as = None
+    ordinary = (scale is None or (type(scale) is float and scale > 0)) and type(q) is type(k) is type(v) is torch.Tensor
+    usual = usual and ordinary
+    known_as: tuple[Any, Any] | None = None
     if usual:
         near = q.shape, causal
         if again(near, q, k, v) or recall(own := kind(q, k, v, causal), near, q, k, v):  # type: ignore[arg-type]
             return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
         known_as = own, near
+    elif ordinary and causal is False and not (softcap or dropout_p or return_lse or deterministic):
+        mask = bias if attn_mask is None else attn_mask
+        alone = window is None and alibi_slopes is None and (bias is None or attn_mask is None)
+        if alone and type(mask) in ORDINARY and mask.ndim == 4:  # type: ignore[union-attr]
+            known_as = _masked_kind(q, k, v, mask, bias is None)  # type: ignore[arg-type]
+            if again(known_as[1], q, k, v, mask) or recall(*known_as, q, k, v, mask):  # type: ignore[arg-type]
+                return sdpa(q, k, v, False, scale, mask)
     others = bias, attn_mask, alibi_slopes
     if has_torch_function((q, k, v, *others)):
         if type(attn_mask).__name__ == "CausalBias" and bias is None and not causal:
@@ -248,7 +252,7 @@ def attend(
         choice = dispatch.lookup(registered()[0], arguments(tensors, options))
     if known_as is not None and unsettled(known_as[0], choice):
         keep(known_as[0], known(choice, q.numel() * k.shape[2], BOUNDS))
-        if recall(*known_as, q, k, v, *([] if attn_mask is None else [attn_mask])):
+        if recall(*known_as, q, k, v, *([] if bias is None else [bias])):
             return pytorchs(q, k, v)
     if not return_lse and left_whole(choice, tensors):
         choice.calls += 1
@@ -272,6 +276,14 @@ def _left(tensors: tuple[Any, ...], packed: tuple[Any, ...]) -> bool:
         return False
     bound = TRACED[1] if trained else TRACED[0]  # PyTorch 2.11 does not trace an index that is a bool
     return left("attention", found, packed, trained, q.device, q.numel() * k.shape[2] <= bound)
+
+
+def _masked_kind(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, booleans: bool
+) -> tuple[Any, Any]:
+    """What `tilebook.left` is to know calls with a mask or bias by; booleans: may they be, as a bias may not?"""
+    of = mask.requires_grad, booleans
+    return (*of, *kind(q, k, v, False, mask)), (*of, q.shape, mask.shape, mask.dtype)
 
 
 def _four(bias: torch.Tensor) -> torch.Tensor:

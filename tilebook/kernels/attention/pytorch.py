@@ -45,6 +45,9 @@ def sdpa(
         mask = bias if bias.dtype == torch.bool else bias.to(q.dtype)
         o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
         return o
+    if bias.dtype == q.dtype and not bias.requires_grad and _lies_whole(bias, k.shape[2]):
+        o = scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, **grouped)
+        return o
     # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
     seen = bias[tuple(slice(None if step else 1) for step in bias.stride())]  # where all see the same, one is looked at
     added, hidden = seen.to(q.dtype).log() if seen.dtype == torch.bool else seen.to(q.dtype), None
@@ -54,6 +57,11 @@ def sdpa(
     mask = in_vectors(added, k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
     o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
     return o if hidden is None else o.masked_fill(hidden, 0.0)
+
+
+def _lies_whole(mask: torch.Tensor, n_k: int) -> bool:
+    """Does it lie as PyTorch's kernels load it, with a column for each key?"""
+    return mask.ndim > 0 and mask.shape[-1] == n_k and not n_k % _COLUMNS and mask.is_contiguous()
 
 
 def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor:
