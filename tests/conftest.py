@@ -8,6 +8,8 @@ import gc
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is loaded
@@ -16,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is lo
 
 from contextlib import nullcontext
 
+import forked as forking
 import pytest
 import torch
 from interpreter import mended
@@ -76,6 +79,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _mended():
     """What runs in Triton's interpreter runs as on a GPU."""
     with mended() if importlib.util.find_spec("triton") else nullcontext():
+        yield
+
+
+@pytest.fixture(scope="module")
+def forked(request: pytest.FixtureRequest):
+    """In a sample, processes of a file's tests need not load PyTorch: they are copies of one that has."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--sample") and sys.platform == "linux" and not torch.cuda.is_available():
+            patch.setattr(subprocess, "Popen", forking.Popen)
         yield
 
 

@@ -6,6 +6,8 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.tuner.process.compile import CompilePool
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 TARGETS = {"NVIDIA A100": 4, "NVIDIA H200": 1, "NVIDIA B200": 4, "AMD Instinct MI300X": 8}  # every n-th form
 FORMS = [
     ("B4,H16,S4096,D72,causal", "bf16"),

@@ -23,6 +23,8 @@ from tilebook.tuner.process.child import ChildNotStarted
 from tilebook.tuner.process.compile import Compiled, CompilePool
 from tilebook.tuner.process.compiler import MAX_SPILLS
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 pytest.importorskip("triton")
 
 Compile = Callable[..., Compiled]

@@ -11,6 +11,8 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.tuner.process.compile import CompilePool
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 TARGETS = ["NVIDIA A100", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X"]
 OPS = [op for op in ops.ops().values() if op.reference.__module__.startswith("tilebook.")]  # not other tests' toys
 _PARTS = 8

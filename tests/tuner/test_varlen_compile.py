@@ -9,6 +9,8 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.tuner.process.compile import CompilePool
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 FORMS = [
     ("B16,H16,T16384,S2048,D64,causal", "bf16"),  # with tensor descriptors
     ("B16,H8,T4096,S1024,D128", "bf16"),
