@@ -26,6 +26,9 @@ $(VENV)/ready: pyproject.toml
 tune: setup
 	$(BIN)/tilebook tune --suite quick --gpu "$(GPU)" --budget $(BUDGET)
 
+# Hundreds of processes load the package: what one has compiled of its modules, others read, whatever is set outside.
+test test-whole: export PYTHONDONTWRITEBYTECODE =
+
 test: setup
 	$(BIN)/python -m pytest --sample -n 2 --dist worksteal
 

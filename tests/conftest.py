@@ -16,7 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is lo
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import forked as forking
 import pytest
@@ -82,12 +83,26 @@ def _mended():
         yield
 
 
-@pytest.fixture(scope="module")
-def forked(request: pytest.FixtureRequest):
-    """In a sample, processes of a file's tests need not load PyTorch: they are copies of one that has."""
+@contextmanager
+def _forking(config: pytest.Config) -> Iterator[None]:
+    """In a sample, Python processes need not load PyTorch: they are copies of one that has."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.config.getoption("--sample") and sys.platform == "linux" and not torch.cuda.is_available():
+        if config.getoption("--sample") and sys.platform == "linux" and not torch.cuda.is_available():
             patch.setattr(subprocess, "Popen", forking.Popen)
+        yield
+
+
+@pytest.fixture
+def forked(pytestconfig: pytest.Config) -> Iterator[None]:
+    """For a test whose processes may begin so: how a process begins is not what it asks."""
+    with _forking(pytestconfig):
+        yield
+
+
+@pytest.fixture(scope="module")
+def forked_here(pytestconfig: pytest.Config) -> Iterator[None]:
+    """The same for what starts processes for all tests of a file."""
+    with _forking(pytestconfig):
         yield
 
 
