@@ -26,14 +26,14 @@ import time
 import types
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
-COMPILER = "tilebook.tuner.process.compiler"
 _LOADED = {
-    "": ("torch", "numpy", "triton", "triton.experimental.gluon", "sqlalchemy.orm"),
-    COMPILER: ("torch", "sqlalchemy.orm", COMPILER, "tilebook.tuner.process.worker"),
+    "1": ("torch", "numpy", "triton", "triton.experimental.gluon", "sqlalchemy.orm"),
+    "0": ("torch", "sqlalchemy.orm", "alembic.command", "optuna", "tilebook.cli", "tilebook.tuner.process.compiler"),
 }
-"""What a source loads, by the module that its copies run."""
+"""What a source loads, with TRITON_INTERPRET and without."""
 
 _PLAIN = {"-P": "safe", "-u": "unbuffered"}
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: children of a child that has ended become this process's
@@ -109,10 +109,10 @@ def _run(order: dict[str, Any], own: list[str]) -> None:
         import faulthandler
 
         faulthandler.enable()
-    if "ignore" in order["options"]:
+    if order["warnings"]:
         import warnings
 
-        warnings.simplefilter("ignore")
+        warnings._processoptions(order["warnings"])  # type: ignore[attr-defined]
     here = [] if "safe" in order["options"] else ["" if order["how"] == "-c" else os.getcwd()]
     paths = order["environment"].get("PYTHONPATH", "")
     sys.path[:] = list(dict.fromkeys([*here, *(paths.split(os.pathsep) if paths else []), *own]))
@@ -158,13 +158,10 @@ def _be() -> None:
     own = [path for path in sys.path[1:] if path not in before]
     for name in _LOADED[sys.argv[2]]:
         importlib.import_module(name)
-    if sys.argv[2]:
+    if sys.argv[2] == "0":
         from tilebook import op
 
         op.ops()
-    else:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "tilebook"]:  # PyTorch asks for a part
-            del sys.modules[name]
     gc.collect()
     gc.freeze()
     order = _serve(socket.socket(fileno=int(sys.argv[1])))
@@ -178,10 +175,8 @@ class _Source:
     def __init__(self, kind: str) -> None:
         self._turn = threading.Lock()
         self.environment = dict(os.environ)
-        if kind:
-            self.environment.pop("TRITON_INTERPRET", None)
-            self.environment.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="-1")
-            self.environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.environment.update(PYTHONPATH=os.pathsep.join(paths), TRITON_INTERPRET=kind)
         self._channel, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, __file__, str(theirs.fileno()), kind]
@@ -209,29 +204,33 @@ _Popen = subprocess.Popen
 _PARAMETERS = inspect.signature(_Popen._execute_child)  # type: ignore[attr-defined]
 
 
-def _parsed(command: list[str]) -> tuple[list[str], str, str, list[str]] | None:
-    """Options, -c or -m, what follows that, and arguments; None of what is not read here."""
+def _parsed(command: list[str]) -> dict[str, Any]:
+    """Options, -c or -m, what follows that, and arguments; nothing where there is what is not read here."""
     options: list[str] = []
+    filters: list[str] = []
     rest = list(command[1:])
     while rest:
         match rest:
             case ["-P" | "-u", *_]:
                 options.append(_PLAIN[rest.pop(0)])
-            case ["-X", "faulthandler", *_] | ["-W", "ignore", *_]:
-                options.append(rest[1])
+            case ["-X", "faulthandler" as asked, *_]:
+                options.append(asked)
+                del rest[:2]
+            case ["-W", asked, *_]:
+                filters.append(asked)
                 del rest[:2]
             case ["-c" | "-m" as how, what, *arguments]:
-                return options, how, what, arguments
+                return {"options": options, "warnings": filters, "how": how, "what": what, "arguments": arguments}
             case _:
-                return None
-    return None
+                break
+    return {}
 
 
 def _alike(environment: dict[str, str], source: dict[str, str]) -> bool:
     """Would a process with this environment have loaded the same in the same way?"""
 
     def read(values: dict[str, str]) -> dict[str, str]:
-        early = ("PYTHON", "OMP_", "OPENBLAS_", "MKL_", "LD_", "TORCH", "TRITON_INTERPRET", "CUDA_VISIBLE")
+        early = ("PYTHON", "OMP_", "OPENBLAS_", "MKL_", "LD_", "TORCH")
         return {name: value for name, value in values.items() if name.startswith(early) and name not in _OWN}
 
     asked = ("TILEBOOK", "TILEBOOK_TRITON", "TILEBOOK_PROFILE")
@@ -265,19 +264,16 @@ def _ordered(asked: dict[str, Any]) -> tuple[dict[str, Any], _Source | None]:
     if not plain or asked["preexec_fn"] or asked["pass_fds"] or asked["executable"] not in (None, command[0]):
         return {}, None
     parsed = _parsed([os.fspath(part) for part in command])
-    if parsed is None:
-        return {}, None
-    options, how, what, arguments = parsed
     environment = dict(os.environ if asked["env"] is None else asked["env"])
-    source = _source(COMPILER if what == COMPILER else "")
-    if not _alike(environment, source.environment):
+    kind = "1" if environment.get("TRITON_INTERPRET") == "1" else "0"
+    if not parsed or not _alike(environment, dict(os.environ)):
         return {}, None
     order = {
-        "command": list(map(os.fspath, command)), "options": options, "how": how, "what": what, "arguments": arguments,
-        "environment": environment, "folder": os.path.abspath(asked["cwd"] or os.getcwd()),
+        **parsed, "command": list(map(os.fspath, command)), "environment": environment,
+        "folder": os.path.abspath(asked["cwd"] or os.getcwd()),
         "session": asked["start_new_session"], "parent": os.getpid(),
     }  # fmt: skip
-    return order, source
+    return order, _source(kind)
 
 
 if __name__ == "__main__":

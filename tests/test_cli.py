@@ -68,6 +68,7 @@ def rows(process):
     return json.loads(process.out)
 
 
+@pytest.mark.usefixtures("forked")
 def test_tune_show_explain_export_import_from_end_to_end(run, tmp_path):
     there = ["--registry", run.registry]
     tuned = rows(run(*TUNE, *there, "--format", "json"))
@@ -223,6 +224,7 @@ def test_bad_input_is_one_clear_line_and_changes_nothing(tmp_path, monkeypatch, 
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("arguments", [["tune", "--gpu", "GeForce 256"], ["tune", "--frobnicate"]])
 def test_bad_usage_of_the_program_itself(run, arguments):
     process = run(*arguments)
@@ -282,6 +284,7 @@ def test_foreign_registry_file_is_refused_and_left_alone(tmp_path, command, cont
     refused(tmp_path / "registry.db", here(*command))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_foreign_registry_file_is_refused_by_the_program(run):
     run.registry.write_bytes(FOREIGN["text"])
     for command in (["show"], TUNE):

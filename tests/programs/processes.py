@@ -112,6 +112,7 @@ def attended(numbers):
     return tilebook.attention(x, x, x)
 
 
+@pytest.mark.usefixtures("forked")
 def test_forked_processes_and_workers_of_a_data_loader_are_served(device):
     run("programs.processes", "forked_after_calls", device=device)
 

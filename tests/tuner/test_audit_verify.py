@@ -186,6 +186,7 @@ def test_a_stranger_that_hangs_or_kills_its_process_is_quarantined_and_nothing_s
     assert alive(mark) == 0
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_strangers_wrong_kernel_is_seen_by_the_tuners_own_verification(tmp_path, evidence):
     import wrong_op
 

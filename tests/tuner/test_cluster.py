@@ -230,6 +230,7 @@ def _hosts(node):
     return found
 
 
+@pytest.mark.usefixtures("forked")
 def test_ray_is_imported_by_nobody_who_does_not_ask_for_it():
     code = "import tilebook, tilebook.cli, tilebook.tuner.cluster.cluster, sys; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)

@@ -21,6 +21,7 @@ def runner():
     made.close()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_wrong_candidates_give_no_verdict(kind, tmp_path, runner):
