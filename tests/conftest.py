@@ -15,6 +15,7 @@ from collections import Counter
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is loaded
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # others would be processes, which load PyTorch
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

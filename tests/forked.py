@@ -113,20 +113,24 @@ def _run(order: dict[str, Any], own: list[str]) -> None:
         import warnings
 
         warnings._processoptions(order["warnings"])  # type: ignore[attr-defined]
-    here = [] if "safe" in order["options"] else ["" if order["how"] == "-c" else os.getcwd()]
+    first = {"-c": "", "-m": os.getcwd(), "": os.path.dirname(os.path.realpath(order["what"]))}[order["how"]]
+    here = [] if "safe" in order["options"] else [first]
     paths = order["environment"].get("PYTHONPATH", "")
     sys.path[:] = list(dict.fromkeys([*here, *(paths.split(os.pathsep) if paths else []), *own]))
     sys.path_importer_cache.clear()
     sys.orig_argv = order["command"]
-    sys.argv = [order["how"], *order["arguments"]]
+    sys.argv = [order["how"] or order["what"], *order["arguments"]]
     if order["how"] == "-c":
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(order["what"], "<string>", "exec"), main.__dict__)
     else:
         import runpy
 
-        sys.modules.pop(order["what"], None)
-        runpy.run_module(order["what"], run_name="__main__", alter_sys=True)
+        if order["how"]:
+            sys.modules.pop(order["what"], None)
+            runpy.run_module(order["what"], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(order["what"], run_name="__main__")
 
 
 def _to_its_end(program: Callable[[], None]) -> NoReturn:
@@ -205,7 +209,7 @@ _PARAMETERS = inspect.signature(_Popen._execute_child)  # type: ignore[attr-defi
 
 
 def _parsed(command: list[str]) -> dict[str, Any]:
-    """Options, -c or -m, what follows that, and arguments; nothing where there is what is not read here."""
+    """Options, -c, -m or a file, what follows that, and arguments; nothing where there is what is not read here."""
     options: list[str] = []
     filters: list[str] = []
     rest = list(command[1:])
@@ -221,6 +225,8 @@ def _parsed(command: list[str]) -> dict[str, Any]:
                 del rest[:2]
             case ["-c" | "-m" as how, what, *arguments]:
                 return {"options": options, "warnings": filters, "how": how, "what": what, "arguments": arguments}
+            case [program, *arguments] if program.endswith(".py"):
+                return {"options": options, "warnings": filters, "how": "", "what": program, "arguments": arguments}
             case _:
                 break
     return {}

@@ -127,6 +127,7 @@ print(wrong)
 """
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_default_that_the_usual_one_spoils_is_right_by_the_newer():
     # Triton's own: what is chosen by the environment or by tests is another's.
     version = nvidia.ptxas.version

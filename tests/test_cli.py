@@ -344,6 +344,7 @@ def test_a_run_s_table_and_messages_are_plain_text_where_unicode_cannot_be_print
 UNUSABLE = "/proc/nope"
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nothing can be made")
 def test_a_compile_cache_that_cannot_be_written_is_one_line(run):
     process = run(*TUNE, "--registry", run.registry, TRITON_CACHE_DIR=UNUSABLE)

@@ -34,6 +34,7 @@ def told(*arguments, **environment):
     return found
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_machine_in_order_has_no_faults(tmp_path):
     found = told(XDG_DATA_HOME=str(tmp_path))
     assert {each["level"] for each in found.values()} <= {"ok", "note"}
@@ -84,6 +85,7 @@ def test_pytorch_that_was_not_told_of_tilebook_is_a_fault(turned, monkeypatch):
     assert (found.level, found.advice) == ("fault", "install it with pip")
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_registry_that_cannot_be_read_is_a_fault_in_one_line(tmp_path):
     (tmp_path / "letter.db").write_text("Dear registry\n")
     found = told("--registry", str(tmp_path / "letter.db"), XDG_DATA_HOME=str(tmp_path))

@@ -55,10 +55,12 @@ def test_importing_the_package_loads_nothing_but_itself():
     assert [name for name in loaded.split() if name.startswith("tilebook")] == ["tilebook"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_modules_are_there_when_they_are_asked_for():
     assert program("import tilebook; print(tilebook.nn.LayerNorm(4).eps)") == "1e-05"
 
 
+@pytest.mark.usefixtures("forked")
 def test_touching_one_family_imports_no_other():
     loaded = program(
         "import sys, tilebook; tilebook.rms_norm; print(*(m for m in sys.modules if m.startswith('tilebook.kernels.')))"
@@ -80,6 +82,7 @@ importlib.import_module = failing
 """
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_family_that_cannot_be_imported_takes_no_other_down_and_the_list_of_ops_names_it():
     said = program(
         BROKEN

@@ -198,6 +198,7 @@ def test_a_package_takes_the_digests_of_today_and_keeps_no_others(target, monkey
         assert [(each.kernel, each.origin) for each in registry.verdicts()] == [(OP.digest, "shipped")]
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_compilers_make_of_one_source_is_one_code(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     with CompilePool(H200, workers=1) as pool:

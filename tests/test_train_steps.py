@@ -38,6 +38,7 @@ def run(program, out, *more):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("forked")
 def test_every_model_trains_and_both_have_the_same_losses(tmp_path):
     out = tmp_path / "steps.json"
     run("train_steps.py", out, "--modes", "eager")
@@ -49,6 +50,7 @@ def test_every_model_trains_and_both_have_the_same_losses(tmp_path):
         assert len(row["ratio"]) == len(row["noise"]) == 3
 
 
+@pytest.mark.usefixtures("forked")
 def test_no_further_model_begins_once_time_is_over(tmp_path):
     out = tmp_path / "steps.json"
     run("train_steps.py", out, "--modes", "eager", "--seconds", "0")

@@ -177,7 +177,7 @@ def test_a_compiled_call_gives_pytorchs_numbers_without_a_graph_break(device, fa
             agree([compiled(*inputs)], family, inputs)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @families(*FEW, "decode")
 def test_inductor_gives_pytorchs_numbers(device, family):
     family = FAMILIES[family]

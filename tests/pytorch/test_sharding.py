@@ -14,7 +14,7 @@ NAMES = ["compiled", *sharded.CASES, "heads of a plane", *sharded.SENT]
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
+def said(tmp_path_factory, forked_here):
     """What each process said of each case."""
     script, file = Path(__file__).with_name("sharded.py"), tmp_path_factory.mktemp("group") / "file"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
