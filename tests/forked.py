@@ -39,6 +39,7 @@ _PLAIN = {"-P": "safe", "-u": "unbuffered"}
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: children of a child that has ended become this process's
 _HEAD = struct.Struct("q")
 _OWN = ("PYTHONPATH", "PYTHONUNBUFFERED")
+_ASKED = ("TILEBOOK", "TILEBOOK_TRITON", "TILEBOOK_PROFILE")
 
 
 # --- the source, a process of its own ------------------------------------------------------------------------------
@@ -118,6 +119,8 @@ def _run(order: dict[str, Any], own: list[str]) -> None:
     paths = order["environment"].get("PYTHONPATH", "")
     sys.path[:] = list(dict.fromkeys([*here, *(paths.split(os.pathsep) if paths else []), *own]))
     sys.path_importer_cache.clear()
+    if any(order["environment"].get(name) for name in _ASKED):
+        importlib.import_module("tilebook.autoload").load()  # as PyTorch does at the end of its import
     sys.orig_argv = order["command"]
     sys.argv = [order["how"] or order["what"], *order["arguments"]]
     if order["how"] == "-c":
@@ -239,8 +242,7 @@ def _alike(environment: dict[str, str], source: dict[str, str]) -> bool:
         early = ("PYTHON", "OMP_", "OPENBLAS_", "MKL_", "LD_", "TORCH")
         return {name: value for name, value in values.items() if name.startswith(early) and name not in _OWN}
 
-    asked = ("TILEBOOK", "TILEBOOK_TRITON", "TILEBOOK_PROFILE")
-    return read(environment) == read(source) and not any(environment.get(name) for name in asked)
+    return read(environment) == read(source)
 
 
 class Popen(_Popen):  # type: ignore[type-arg]

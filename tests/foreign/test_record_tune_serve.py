@@ -14,6 +14,8 @@ from tilebook.foreign import record
 from tilebook.foreign.kernel import key_of
 from tilebook.registry import Registry
 
+pytestmark = pytest.mark.usefixtures("forked_here")
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 

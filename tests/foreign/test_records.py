@@ -14,6 +14,8 @@ from recorded import recording
 from tilebook.foreign import record
 from tilebook.foreign.kernel import imported
 
+pytestmark = pytest.mark.usefixtures("forked_here")
+
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory):
