@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from tilebook import assembler, launch
 from tilebook import op as ops
 from tilebook.dispatch.choice import Choice
+from tilebook.dispatch.settling import Probe
 
 knobs = pytest.importorskip("triton.knobs")
 nvidia = knobs.nvidia
@@ -96,6 +98,10 @@ def test_only_a_verdict_on_the_problem_itself_has_verified_a_config(source):
     Choice(ours, ops.Config({"ROWS": 1}), source, problem)(torch.zeros(1))
     assert seen == [source != "exact"]
     assert not assembler._thread.unverified
+    candidate = ours, ops.Config({"ROWS": 1})
+    probe = Probe(None, SimpleNamespace(op=op, problem=problem, gpu=None, tried=[candidate]), None)
+    probe._choices[candidate](torch.zeros(1))
+    assert seen[1:] == [False], "a probe verifies its candidates before they run"
 
 
 COMPILED = """
