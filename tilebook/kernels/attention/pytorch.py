@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tilebook.kernels.attention import eager
+from tilebook.kernels.attention import eager, learned
 from tilebook.kernels.attention.form import Form
 
 _COLUMNS = 16
@@ -45,13 +45,18 @@ def sdpa(
         mask = bias if bias.dtype == torch.bool else bias.to(q.dtype)
         o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
         return o
-    if bias.dtype == q.dtype and not bias.requires_grad and _lies_whole(bias, k.shape[2]):
+    learns = bias.requires_grad and torch.is_grad_enabled()
+    if bias.dtype == q.dtype and not learns and _lies_whole(bias, k.shape[2]):
         o = scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, **grouped)
         return o
     # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
     seen = bias[tuple(slice(None if step else 1) for step in bias.stride())]  # where all see the same, one is looked at
     added, hidden = seen.to(q.dtype).log() if seen.dtype == torch.bool else seen.to(q.dtype), None
-    if bias.requires_grad:  # whose gradient would be NaN there: such rows see everything, and then count for nothing
+    if learns:
+        whole = in_vectors(added, k.shape[2], q.dtype).expand(*q.shape[:3], k.shape[2])
+        if not causal and learned.efficient(q, k, v, whole, scale):
+            return learned.attention(q, k, v, whole, scale)
+        # Its gradient would be NaN there: such rows see everything, and then count for nothing.
         hidden = added.amax(-1, True) == -torch.inf
         added = added.masked_fill(hidden, 0.0)
     mask = in_vectors(added, k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
