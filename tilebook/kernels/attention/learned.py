@@ -51,7 +51,7 @@ class _Learned(torch.autograd.Function):
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """o (B, H, Sq, D) of q (B, H, Sq, D), k and v (B, H, Sk, D) and a bias (B, H, Sq, Sk), also an expanded one, that lies
-    as PyTorch's kernels load it."""
+    """o (B, H, Sq, D) of q (B, H, Sq, D), k and v (B, H, Sk, D) and a bias (B, H, Sq, Sk), perhaps expanded, that
+    lies as PyTorch's kernels load it."""
     found: torch.Tensor = _Learned.apply(q, k, v, bias, scale)  # type: ignore[no-untyped-call]
     return found
