@@ -8,7 +8,7 @@ import tilebook
 from tilebook import dispatch
 from tilebook.dispatch.choice import Choice
 from tilebook.kernels import attention as package
-from tilebook.kernels.attention import drop_in
+from tilebook.kernels.attention import drop_in, pytorch
 from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.layout import VECTOR, fits
 
@@ -35,7 +35,8 @@ def pytorchs(monkeypatch):
     for module in (package, drop_in):
         monkeypatch.setattr(module, "way", lambda *_, **__: "direct")
         monkeypatch.setattr(module, "plain_sdpa", sdpa)
-    monkeypatch.setattr(drop_in, "_placed", lambda x: isinstance(x, torch.Tensor))
+    for module in (drop_in, pytorch):
+        monkeypatch.setattr(module, "placed", lambda x: isinstance(x, torch.Tensor))
     monkeypatch.setattr(drop_in, "forced", lambda: True)
     monkeypatch.setattr(dispatch, "known", lambda op, args: None)
     monkeypatch.setattr(dispatch, "lookup", lookup)

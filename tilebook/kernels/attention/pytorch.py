@@ -8,6 +8,8 @@ import torch
 
 from tilebook.kernels.attention import eager, learned
 from tilebook.kernels.attention.form import Form
+from tilebook.layout import VECTOR
+from tilebook.left import ORDINARY
 
 _COLUMNS = 16
 """Of a mask's rows in memory: a multiple of 16 bytes in any dtype."""
@@ -66,11 +68,21 @@ def sdpa(
 
 def _lies_whole(mask: torch.Tensor, n_k: int) -> bool:
     """Does it lie as PyTorch's kernels load it, with a column for each key?"""
-    return mask.ndim > 0 and mask.shape[-1] == n_k and not n_k % _COLUMNS and mask.is_contiguous()
+    if not mask.ndim or mask.shape[-1] != n_k or n_k % _COLUMNS or not mask.is_contiguous():
+        return False
+    return placed(mask) and not mask.data_ptr() % VECTOR
+
+
+def placed(x: Any) -> bool:
+    """Is it an ordinary tensor on a GPU, with an address that can be asked for here?"""
+    if type(x) not in ORDINARY or not x.is_cuda or x.is_nested or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and torch._C._has_storage(x)
 
 
 def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor:
-    """A mask or bias with all its columns, each row of which starts where PyTorch's kernels can load whole vectors.
+    """A mask or bias with all its columns, each row of which starts where PyTorch's kernels can load whole vectors: of
+    others they bring the GPU down.
 
     dtype: of what is added to the scores, which PyTorch makes of booleans, row by row without a gap.
     """
@@ -78,10 +90,12 @@ def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor
         mask = mask.expand(*mask.shape[:-1], n_k)
     short = -n_k % _COLUMNS
     if not short:
-        return mask.contiguous()
-    if mask.dtype == torch.bool:
+        mask = mask.contiguous()
+    elif mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    return torch.nn.functional.pad(mask, (0, short))[..., :n_k]
+    if short:
+        return torch.nn.functional.pad(mask, (0, short))[..., :n_k]
+    return mask.clone() if placed(mask) and mask.data_ptr() % VECTOR else mask
 
 
 def nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
