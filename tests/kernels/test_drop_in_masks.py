@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import tilebook
-from tilebook import dispatch
+from tilebook import dispatch, left
 from tilebook.dispatch.choice import Choice
 from tilebook.kernels import attention as package
 from tilebook.kernels.attention import drop_in, pytorch
@@ -124,6 +124,25 @@ def test_rows_of_any_length_are_padded_in_memory(pytorchs, kind):
         torch.testing.assert_close(tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask), right)
         passed = pytorchs[-1][0][3]
         assert (passed.dtype, passed.shape[-1], passed.stride(-2)) == (torch.bfloat16, 37, 48)
+
+
+@pytest.mark.parametrize("columns", [32, 37])
+def test_a_call_whose_mask_is_copied_is_known_too_and_never_answered_with_the_mask_itself(
+    pytorchs, monkeypatch, columns
+):
+    """What answers calls without Python passes on what it is given."""
+    settled = []
+    monkeypatch.setattr(left._gated, "settle", lambda side, bounded, choice, tensors: settled.append(tensors))
+    q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16), (32, columns, columns), strict=True))
+    masks = [_cut(columns), _cut(columns)] if columns == 32 else [_shown(2, 1, 1, columns), _shown(2, 1, 1, columns)]
+    tilebook.scaled_dot_product_attention(q, k, v, attn_mask=masks[0])
+    monkeypatch.setattr(package, "attend", None)
+    for mask in masks:
+        found = tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.testing.assert_close(found, SDPA(q, k, v, attn_mask=mask.contiguous()))
+        assert pytorchs[-1][0][3] is not mask
+    assert settled
+    assert not any(each is mask for tensors in settled for each in tensors for mask in masks)
 
 
 def test_tensors_that_lie_otherwise_are_copied_under_a_mask(pytorchs):

@@ -91,11 +91,14 @@ def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor
     short = -n_k % _COLUMNS
     if not short:
         mask = mask.contiguous()
-    elif mask.dtype == torch.bool:
+        return mask.clone() if placed(mask) and mask.data_ptr() % VECTOR else mask
+    if mask.dtype == torch.bool and placed(mask):
+        whole = torch.zeros((*mask.shape[:-1], n_k + short), dtype=dtype, device=mask.device)
+        torch.log(mask, out=whole[..., :n_k])
+        return whole[..., :n_k]
+    if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    if short:
-        return torch.nn.functional.pad(mask, (0, short))[..., :n_k]
-    return mask.clone() if placed(mask) and mask.data_ptr() % VECTOR else mask
+    return torch.nn.functional.pad(mask, (0, short))[..., :n_k]
 
 
 def nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
