@@ -9,8 +9,9 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import way
+from tilebook.casting import autocast, autocast_dtype
 from tilebook.dispatch import forced
-from tilebook.kernels.attention.pytorch import in_vectors, positive
+from tilebook.kernels.attention.pytorch import in_vectors, placed, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import VECTOR, aligned
 from tilebook.left import ORDINARY, again, gated, recall
@@ -96,7 +97,7 @@ def scaled_dot_product_attention(
             if type(scale) in (int, float):
                 query, scale = positive(query, scale)
             attn_mask = _loadable(attn_mask, query, key)
-            if dropout_p and all(_placed(x) for x in (query, key, value)):
+            if dropout_p and all(placed(x) for x in (query, key, value)):
                 query, key, value = aligned(query), aligned(key), aligned(value)
         return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attend  # the package imports this module
@@ -165,32 +166,27 @@ def _fits(
 def _loads(mask: torch.Tensor, n_k: int) -> bool:
     """Has it all columns, and does each row start where PyTorch's kernels load whole vectors of it, without looking?
 
-    Of booleans PyTorch makes numbers first, row by row without a gap.
+    Of booleans PyTorch makes numbers first, row by row without a gap, and so it does of what autocast casts.
     """
     if type(mask) is not torch.Tensor or mask.is_nested or not mask.ndim or mask.shape[-1] != n_k:
         return False
-    if mask.stride(-1) != 1 or (mask.dtype == torch.bool and n_k % VECTOR):
+    if mask.stride(-1) != 1 or (n_k % VECTOR and autocast_dtype(mask) not in (None, mask.dtype)):
+        return False
+    if mask.dtype == torch.bool and n_k % VECTOR:
         return False
     size = mask.element_size()
     return not any(step * size % VECTOR for step in mask.stride()[:-1])
 
 
-def _placed(x: Any) -> bool:
-    """Is it an ordinary tensor on a GPU, with an address that can be asked for here?"""
-    if type(x) not in ORDINARY or not x.is_cuda or x.is_nested or torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None and torch._C._has_storage(x)
-
-
 def _loadable(mask: Any, query: Any, key: Any) -> Any:
     """The mask, copied where PyTorch's kernels on a GPU could not load it: of such they bring the GPU down."""
-    if not _placed(mask) or not mask.numel():
+    if not placed(mask) or not mask.numel():
         return mask
     n_k = key.shape[-2]
     if _loads(mask, n_k) and not mask.data_ptr() % VECTOR:
         return mask
-    found = in_vectors(mask, n_k, query.dtype)
-    return found.clone() if found.data_ptr() % VECTOR else found  # in one piece, but not from a vector's start on
+    (mask,) = autocast(mask)
+    return in_vectors(mask, n_k, autocast_dtype(mask) or query.dtype)
 
 
 def _in_pieces(x: torch.Tensor) -> bool:
