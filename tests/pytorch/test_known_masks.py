@@ -1,4 +1,4 @@
-"""What PyTorch's kernels are given for a mask of `tilebook.attention` starts at whole vectors, in the dtype they take."""
+"""A mask of `tilebook.attention` that PyTorch serves starts at whole vectors, in the dtype that its kernels take."""
 
 import pytest
 import torch
