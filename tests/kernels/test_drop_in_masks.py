@@ -145,6 +145,28 @@ def test_a_call_whose_mask_is_copied_is_known_too_and_never_answered_with_the_ma
     assert not any(each is mask for tensors in settled for each in tensors for mask in masks)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["shown", "added", "added in vectors"])
+def test_what_autocast_would_cast_has_its_dtype_and_lies_in_vectors(pytorchs, kind, dropout):
+    """Its casts leave no gap. A call that is known without it is no other under it."""
+    q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16, dtype=torch.float32), (32, 36, 36), strict=True))
+    mask = {
+        "shown": lambda: _shown(32, 36),
+        "added": lambda: torch.randn(32, 36),
+        "added in vectors": lambda: torch.randn(32, 48)[:, :36],
+    }[kind]()
+    for _ in range(3):
+        tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        right = SDPA(q, k, v, attn_mask=mask)
+        for _ in range(3):
+            found = tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            passed = pytorchs[-1][0][3]
+            assert (passed.dtype, passed.shape[-1], passed.stride(-2)) == (torch.bfloat16, 36, 48)
+            if not dropout:
+                torch.testing.assert_close(found, right)
+
+
 def test_tensors_that_lie_otherwise_are_copied_under_a_mask(pytorchs):
     q, k, v = _qkv()
     odd = torch.randn(2 * 4 * 32 * 16 + 1).bfloat16()[1:].view(2, 4, 32, 16)
@@ -194,8 +216,6 @@ def test_gradients_are_pytorchs(pytorchs):
 
 def test_attention_under_a_mask_of_the_same_for_all_rows_looks_at_one(monkeypatch):
     """Of keys that are padded one row is made a score for PyTorch's kernels, not all."""
-    from tilebook.kernels.attention import pytorch
-
     seen = []
     monkeypatch.setattr(pytorch, "in_vectors", lambda mask, n_k, dtype: seen.append(mask.shape) or mask)
     monkeypatch.setattr(pytorch, "scaled_dot_product_attention", lambda q, *_, **__: q)

@@ -9,6 +9,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import way
+from tilebook.casting import autocast, autocast_dtype
 from tilebook.dispatch import forced
 from tilebook.kernels.attention.pytorch import in_vectors, placed, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
@@ -169,11 +170,13 @@ def _fits(
 def _loads(mask: torch.Tensor, n_k: int) -> bool:
     """Has it all columns, and does each row start where PyTorch's kernels load whole vectors of it, without looking?
 
-    Of booleans PyTorch makes numbers first, row by row without a gap.
+    Of booleans PyTorch makes numbers first, row by row without a gap, and so it does of what autocast casts.
     """
     if type(mask) is not torch.Tensor or mask.is_nested or not mask.ndim or mask.shape[-1] != n_k:
         return False
-    if mask.stride(-1) != 1 or (mask.dtype == torch.bool and n_k % VECTOR):
+    if mask.stride(-1) != 1 or (n_k % VECTOR and autocast_dtype(mask) not in (None, mask.dtype)):
+        return False
+    if mask.dtype == torch.bool and n_k % VECTOR:
         return False
     size = mask.element_size()
     return not any(step * size % VECTOR for step in mask.stride()[:-1])
@@ -186,7 +189,8 @@ def _loadable(mask: Any, query: Any, key: Any) -> Any:
     n_k = key.shape[-2]
     if _loads(mask, n_k) and not mask.data_ptr() % VECTOR:
         return mask
-    return in_vectors(mask, n_k, query.dtype)
+    (mask,) = autocast(mask)
+    return in_vectors(mask, n_k, autocast_dtype(mask) or query.dtype)
 
 
 def _in_pieces(x: torch.Tensor) -> bool:
