@@ -1,8 +1,13 @@
 """What nobody has verified is compiled by the newer of Triton's two ptxas, where the older makes wrong code of it."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +15,25 @@ import torch
 from tilebook import assembler, launch
 from tilebook import op as ops
 from tilebook.dispatch.choice import Choice
+from tilebook.dispatch.settling import Probe
 
 knobs = pytest.importorskip("triton.knobs")
 nvidia = knobs.nvidia
+
+
+compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+HOPPER, BLACKWELL = 90, 100
+
+
+def taken(arch=HOPPER):
+    """Where the ptxas is that Triton would compile by now."""
+    return compiler.get_ptxas(arch).path
+
+
+def make_tool(path, version):
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.1'\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 @pytest.fixture
@@ -21,28 +42,76 @@ def tools(tmp_path, monkeypatch):
 
     def give(usual, other):
         for name, version in (("ptxas", usual), ("ptxas_blackwell", other)):
-            path = tmp_path / f"{name}-{version}"
-            path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.1'\n")
-            path.chmod(0o755)
-            monkeypatch.setattr(type(nvidia).__dict__[name], "default_path", str(path))
-        assembler._newer.cache_clear()
+            path = make_tool(tmp_path / f"{name}-{version}", version)
+            monkeypatch.setattr(type(nvidia).__dict__[name], "default_path", path)
+        forget()
 
+    def forget():
+        assembler._shipped.cache_clear()
+        assembler._ask_here.cache_clear()
+
+    # As Triton 3.6 does; newer ones take the other for Hopper too.
+    monkeypatch.setattr(compiler, "get_ptxas", lambda arch: nvidia.ptxas_blackwell if arch >= 100 else nvidia.ptxas)
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
     yield give
-    assembler._newer.cache_clear()
+    forget()
 
 
 def test_the_newer_is_taken_where_the_usual_one_is_not_sound(tools):
     tools("12.8", "12.9")
-    assert assembler._newer() == nvidia.ptxas_blackwell.path
-    usual = nvidia.ptxas.path
+    usual, newer = nvidia.ptxas.path, nvidia.ptxas_blackwell.path
+    assert assembler._newer().path == newer
     with assembler.newer():
-        assert nvidia.ptxas.path == nvidia.ptxas_blackwell.path
+        assert taken() == newer
         with assembler.newer():
             pass
-        assert nvidia.ptxas.path == nvidia.ptxas_blackwell.path
+        assert taken() == taken(BLACKWELL) == newer
+        assert taken(80) == usual
         assert "TRITON_PTXAS_PATH" not in os.environ
-    assert nvidia.ptxas.path == usual
+    assert taken() == usual
+
+
+def test_whatever_happens_in_the_block_the_usual_one_is_back(tools):
+    tools("12.8", "12.9")
+    with contextlib.suppress(KeyError), assembler.newer():
+        raise KeyError
+    assert taken() == nvidia.ptxas.path
+
+
+def test_another_thread_compiles_by_the_usual_one_meanwhile(tools):
+    tools("12.8", "12.9")
+    with assembler.newer(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(taken).result() == nvidia.ptxas.path != taken()
+
+
+def test_a_child_forked_meanwhile_compiles_by_the_usual_one_and_waits_for_nobody(tools):
+    tools("12.8", "12.9")
+    inside, done = threading.Event(), threading.Event()
+
+    def compile():
+        with assembler.newer():
+            inside.set()
+            done.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(compile)
+        inside.wait()
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException), assembler.newer():
+                os._exit(0 if taken() == nvidia.ptxas_blackwell.path else 2)
+            os._exit(1)
+        done.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_is_compiled_in_a_pool_elsewhere_is_compiled_here(tools):
+    mode = pytest.importorskip("triton.runtime._async_compile")
+    tools("12.8", "12.9")
+    with ThreadPoolExecutor(1) as pool, mode.AsyncCompileMode(pool) as chosen:
+        with assembler.newer():
+            assert mode.active_mode.get() is None
+        assert mode.active_mode.get() is chosen
 
 
 @pytest.mark.parametrize(("usual", "other"), [("12.9", "13.4"), ("12.8", "12.8"), ("13.0", "12.9")])
@@ -51,17 +120,52 @@ def test_a_sound_one_stays(tools, usual, other):
     assert assembler._newer() is None
 
 
-def test_one_that_somebody_has_chosen_stays(tools, monkeypatch):
-    monkeypatch.setenv("TRITON_PTXAS_PATH", "/somewhere/ptxas")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("how", ["environment", "knob"])
+def test_one_that_somebody_has_chosen_stays_whenever_they_do(tools, tmp_path, monkeypatch, how, late):
     tools("12.8", "12.9")
+    mine = make_tool(tmp_path / "mine", "12.8")
+    if late:
+        with assembler.newer():
+            pass
+    with contextlib.ExitStack() as undo:
+        if how == "environment":
+            monkeypatch.setenv("TRITON_PTXAS_PATH", mine)
+        else:
+            undo.callback(vars(nvidia).pop, "ptxas", None)
+            vars(nvidia)["ptxas"] = mine
+        assert assembler._newer() is None
+        with assembler.newer():
+            assert taken() == mine
+        assert taken() == mine
+
+
+@pytest.mark.parametrize("broken", ["not there", "not to be run", "no program"])
+def test_where_the_newer_one_cannot_run_the_usual_one_stays(tools, monkeypatch, broken):
+    tools("12.8", "12.9")
+    path = Path(type(nvidia).__dict__["ptxas_blackwell"].default_path).with_name(broken.replace(" ", "-"))
+    if broken != "not there":
+        path.write_text("nothing")
+        path.chmod(0o755 if broken == "no program" else 0o644)
+    monkeypatch.setattr(type(nvidia).__dict__["ptxas_blackwell"], "default_path", str(path))
     assert assembler._newer() is None
+
+
+@pytest.mark.parametrize(("chosen", "unoptimised"), [(None, False), ("-O1 -v", False), (None, True)])
+def test_options_that_the_user_gives_ptxas_come_last_and_so_hold(tools, monkeypatch, chosen, unoptimised):
+    tools("12.8", "12.9")
+    monkeypatch.setattr(compiler.CUDAOptions, "ptx_options", chosen)
+    monkeypatch.setenv("DISABLE_PTXAS_OPT", str(int(unoptimised)))
+    with assembler.newer() as options:
+        first = "--opt-level 0" if unoptimised else "-O3"
+        assert options == {"ptx_options": first + (f" {chosen}" if chosen else "")}
 
 
 class _Kernel:
     """Notes the options of its launches, and by what it would be compiled."""
 
     def __getitem__(self, grid):
-        return lambda *args, **meta: self.seen.append((meta, nvidia.ptxas.path))
+        return lambda *args, **meta: self.seen.append((meta, taken()))
 
     def __init__(self):
         self.seen = []
@@ -96,6 +200,20 @@ def test_only_a_verdict_on_the_problem_itself_has_verified_a_config(source):
     Choice(ours, ops.Config({"ROWS": 1}), source, problem)(torch.zeros(1))
     assert seen == [source != "exact"]
     assert not assembler._thread.unverified
+    candidate = ours, ops.Config({"ROWS": 1})
+    probe = Probe(None, SimpleNamespace(op=op, problem=problem, gpu=None, tried=[candidate]), None)
+    probe._choices[candidate](torch.zeros(1))
+    assert seen[1:] == [False], "a probe verifies its candidates before they run"
+
+
+def test_what_a_running_program_has_verified_is_timed_as_it_was_verified():
+    from tilebook.device import find
+    from tilebook.dispatch.settling import Probe, Settling
+
+    op = ops.get("rms_norm_fwd")
+    candidate = op.tunable, ops.Config({"ROWS": 1})
+    state = Settling(op, op.problem.examples()[0], find("H200"), [candidate])
+    assert Probe(None, state, None)._choices[candidate].verified
 
 
 COMPILED = """

@@ -18,17 +18,16 @@ from typing import Any
 
 _SOUND = (12, 9)
 _HOPPER = 90
-_OPTIONS = {"ptx_options": "-O3"}
+_MARK = "-O3"
 """What ptxas does anyway; but Triton keeps code by its options, and so this code apart from the other's."""
 
 
 class _Thread(threading.local):
     unverified = False
+    tool: Any = None
 
 
 _thread = _Thread()
-_lock = threading.Lock()
-_using = 0
 
 
 @contextmanager
@@ -48,35 +47,72 @@ def wanted() -> bool:
 
 @contextmanager
 def newer() -> Iterator[Mapping[str, Any]]:
-    """Inside the block, Triton compiles by that one, in all threads; gives the options of launches in it."""
-    from triton import knobs
+    """Inside the block, Triton compiles by that one what this thread starts; gives the options of launches in it.
 
-    global _using
-    with _lock:
-        _using += 1
-        vars(knobs.nvidia)["ptxas"] = _newer()  # and no setting of the environment's, which a child would inherit
+    No knob is turned: other threads, a child that is forked meanwhile and what the user sets go on as they are.
+    """
+    from triton import knobs
+    from triton.backends.nvidia import compiler
+
+    _ask_here()
+    compiler.get_ptxas_version(_HOPPER)  # Triton's own, which Triton asks once and notes in the key of all code
+    options = "--opt-level 0" if knobs.nvidia.disable_ptxas_opt else _MARK, compiler.CUDAOptions.ptx_options
+    before, _thread.tool = _thread.tool, _newer()
     try:
-        yield _OPTIONS
+        with _at_once():
+            yield {"ptx_options": " ".join(each for each in options if each)}
     finally:
-        with _lock:
-            _using -= 1
-            if not _using:
-                vars(knobs.nvidia).pop("ptxas", None)
+        _thread.tool = before
 
 
 @functools.cache
-def _newer() -> str | None:
-    """Where the ptxas is that Triton has for Blackwell, if its other is not sound and nobody has chosen one."""
+def _ask_here() -> None:
+    """Has Triton ask this thread first which ptxas is to compile for Hopper."""
+    from triton.backends.nvidia import compiler
+
+    usual = compiler.get_ptxas
+
+    @functools.wraps(usual)
+    def get_ptxas(arch: int) -> Any:
+        return usual(arch) if _thread.tool is None or arch != _HOPPER else _thread.tool
+
+    compiler.get_ptxas = get_ptxas
+
+
+@contextmanager
+def _at_once() -> Iterator[None]:
+    """Inside the block Triton compiles in the thread that asks, also where it was told to use a pool."""
+    from triton.runtime import jit
+
+    mode = getattr(getattr(jit, "_async_compile", None), "active_mode", None)
+    if mode is None or mode.get() is None:
+        yield
+        return
+    token = mode.set(None)
+    try:
+        yield
+    finally:
+        mode.reset(token)
+
+
+def _newer() -> Any:
+    """The ptxas that Triton has for Blackwell, if its other is not sound; None where the user has chosen one."""
     from triton import knobs
 
-    nvidia = knobs.nvidia
-    if "TRITON_PTXAS_PATH" in os.environ or "ptxas" in vars(nvidia) or not hasattr(nvidia, "ptxas_blackwell"):
-        return None
+    chosen = "TRITON_PTXAS_PATH" in os.environ or "ptxas" in vars(knobs.nvidia)
+    return None if chosen else _shipped()
+
+
+@functools.cache
+def _shipped() -> Any:
     try:
-        usual, other = nvidia.ptxas, nvidia.ptxas_blackwell
-    except RuntimeError:  # neither is there: Triton will say so
+        from triton import knobs
+        from triton.backends.nvidia import compiler
+
+        usual, other = compiler.get_ptxas(_HOPPER), knobs.nvidia.ptxas_blackwell
+    except (ImportError, AttributeError, RuntimeError, OSError):  # no such Triton, or none that it can run: it says so
         return None
-    return str(other.path) if _version(usual) < _SOUND <= _version(other) else None
+    return other if _version(usual) < _SOUND <= _version(other) else None
 
 
 def _version(tool: Any) -> tuple[int, ...]:

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import tilebook
-from tilebook import dispatch
+from tilebook import dispatch, left
 from tilebook.dispatch.choice import Choice
 from tilebook.kernels import attention as package
-from tilebook.kernels.attention import drop_in
+from tilebook.kernels.attention import drop_in, pytorch
 from tilebook.kernels.attention.ops import attention_fwd
 from tilebook.layout import VECTOR, fits
 
@@ -35,7 +35,8 @@ def pytorchs(monkeypatch):
     for module in (package, drop_in):
         monkeypatch.setattr(module, "way", lambda *_, **__: "direct")
         monkeypatch.setattr(module, "plain_sdpa", sdpa)
-    monkeypatch.setattr(drop_in, "_placed", lambda x: isinstance(x, torch.Tensor))
+    for module in (drop_in, pytorch):
+        monkeypatch.setattr(module, "placed", lambda x: isinstance(x, torch.Tensor))
     monkeypatch.setattr(drop_in, "forced", lambda: True)
     monkeypatch.setattr(dispatch, "known", lambda op, args: None)
     monkeypatch.setattr(dispatch, "lookup", lookup)
@@ -125,6 +126,47 @@ def test_rows_of_any_length_are_padded_in_memory(pytorchs, kind):
         assert (passed.dtype, passed.shape[-1], passed.stride(-2)) == (torch.bfloat16, 37, 48)
 
 
+@pytest.mark.parametrize("columns", [32, 37])
+def test_a_call_whose_mask_is_copied_is_known_too_and_never_answered_with_the_mask_itself(
+    pytorchs, monkeypatch, columns
+):
+    """What answers calls without Python passes on what it is given."""
+    settled = []
+    monkeypatch.setattr(left._gated, "settle", lambda side, bounded, choice, tensors: settled.append(tensors))
+    q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16), (32, columns, columns), strict=True))
+    masks = [_cut(columns), _cut(columns)] if columns == 32 else [_shown(2, 1, 1, columns), _shown(2, 1, 1, columns)]
+    tilebook.scaled_dot_product_attention(q, k, v, attn_mask=masks[0])
+    monkeypatch.setattr(package, "attend", None)
+    for mask in masks:
+        found = tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.testing.assert_close(found, SDPA(q, k, v, attn_mask=mask.contiguous()))
+        assert pytorchs[-1][0][3] is not mask
+    assert settled
+    assert not any(each is mask for tensors in settled for each in tensors for mask in masks)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["shown", "added", "added in vectors"])
+def test_what_autocast_would_cast_has_its_dtype_and_lies_in_vectors(pytorchs, kind, dropout):
+    """Its casts leave no gap. A call that is known without it is no other under it."""
+    q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16, dtype=torch.float32), (32, 36, 36), strict=True))
+    mask = {
+        "shown": lambda: _shown(32, 36),
+        "added": lambda: torch.randn(32, 36),
+        "added in vectors": lambda: torch.randn(32, 48)[:, :36],
+    }[kind]()
+    for _ in range(3):
+        tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        right = SDPA(q, k, v, attn_mask=mask)
+        for _ in range(3):
+            found = tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            passed = pytorchs[-1][0][3]
+            assert (passed.dtype, passed.shape[-1], passed.stride(-2)) == (torch.bfloat16, 36, 48)
+            if not dropout:
+                torch.testing.assert_close(found, right)
+
+
 def test_tensors_that_lie_otherwise_are_copied_under_a_mask(pytorchs):
     q, k, v = _qkv()
     odd = torch.randn(2 * 4 * 32 * 16 + 1).bfloat16()[1:].view(2, 4, 32, 16)
@@ -174,8 +216,6 @@ def test_gradients_are_pytorchs(pytorchs):
 
 def test_attention_under_a_mask_of_the_same_for_all_rows_looks_at_one(monkeypatch):
     """Of keys that are padded one row is made a score for PyTorch's kernels, not all."""
-    from tilebook.kernels.attention import pytorch
-
     seen = []
     monkeypatch.setattr(pytorch, "in_vectors", lambda mask, n_k, dtype: seen.append(mask.shape) or mask)
     monkeypatch.setattr(pytorch, "scaled_dot_product_attention", lambda q, *_, **__: q)

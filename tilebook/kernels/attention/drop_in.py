@@ -9,8 +9,9 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import way
+from tilebook.casting import autocast, autocast_dtype
 from tilebook.dispatch import forced
-from tilebook.kernels.attention.pytorch import in_vectors, positive
+from tilebook.kernels.attention.pytorch import in_vectors, placed, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import VECTOR, aligned
 from tilebook.left import ORDINARY, again, gated, recall
@@ -75,20 +76,24 @@ def scaled_dot_product_attention(
     if overridden and in_place(scaled_dot_product_attention, given):
         more: Any = {"scale": scale, "enable_gqa": enable_gqa}
         return handle_torch_function(scaled_dot_product_attention, given, *given, dropout_p, is_causal, **more)  # type: ignore[no-any-return]
-    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    plain = type(query) is type(key) is type(value) is torch.Tensor
+    plain, loaded, of = type(query) is type(key) is type(value) is torch.Tensor, attn_mask, None
     if attn_mask is not None:
-        plain = plain and not torch.compiler.is_compiling() and _loads(attn_mask, key.shape[-2])
+        plain = plain and not torch.compiler.is_compiling()
+        if plain and not _loads(attn_mask, key.shape[-2]):
+            loaded = _loadable(attn_mask, query, key)
+            plain = loaded is not attn_mask
+        of = attn_mask.shape, attn_mask.dtype
+    tensors = (query, key, value) if loaded is None else (query, key, value, loaded)
     usual = plain and not dropout_p and (scale is None or (type(scale) is float and scale > 0))
     known_as: Any = None
     if usual and not (query.is_nested or key.is_nested or value.is_nested):
-        near = query.shape, is_causal, None if attn_mask is None else attn_mask.shape
+        near = query.shape, is_causal, of
         if again(near, *tensors) or not (query.is_cuda or forced()):
-            return plain_sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
+            return plain_sdpa(query, key, value, loaded, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
         if query.ndim == 4:
-            known_as = kind(query, key, value, is_causal, attn_mask), near
-            if recall(*known_as, *tensors):
-                return plain_sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
+            known_as = (of, *kind(query, key, value, is_causal, loaded)), near, loaded
+            if recall(*known_as[:2], *tensors):
+                return plain_sdpa(query, key, value, loaded, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
     grouped: Any = {"enable_gqa": enable_gqa} if enable_gqa else {}
     if overridden or dropout_p or not _fits(query, key, value, attn_mask, is_causal, scale, enable_gqa):
         if not overridden:
@@ -96,7 +101,7 @@ def scaled_dot_product_attention(
             if type(scale) in (int, float):
                 query, scale = positive(query, scale)
             attn_mask = _loadable(attn_mask, query, key)
-            if dropout_p and all(_placed(x) for x in (query, key, value)):
+            if dropout_p and all(placed(x) for x in (query, key, value)):
                 query, key, value = aligned(query), aligned(key), aligned(value)
         return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attend  # the package imports this module
@@ -165,32 +170,27 @@ def _fits(
 def _loads(mask: torch.Tensor, n_k: int) -> bool:
     """Has it all columns, and does each row start where PyTorch's kernels load whole vectors of it, without looking?
 
-    Of booleans PyTorch makes numbers first, row by row without a gap.
+    Of booleans PyTorch makes numbers first, row by row without a gap, and so it does of what autocast casts.
     """
     if type(mask) is not torch.Tensor or mask.is_nested or not mask.ndim or mask.shape[-1] != n_k:
         return False
-    if mask.stride(-1) != 1 or (mask.dtype == torch.bool and n_k % VECTOR):
+    if mask.stride(-1) != 1 or (n_k % VECTOR and autocast_dtype(mask) not in (None, mask.dtype)):
+        return False
+    if mask.dtype == torch.bool and n_k % VECTOR:
         return False
     size = mask.element_size()
     return not any(step * size % VECTOR for step in mask.stride()[:-1])
 
 
-def _placed(x: Any) -> bool:
-    """Is it an ordinary tensor on a GPU, with an address that can be asked for here?"""
-    if type(x) not in ORDINARY or not x.is_cuda or x.is_nested or torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None and torch._C._has_storage(x)
-
-
 def _loadable(mask: Any, query: Any, key: Any) -> Any:
     """The mask, copied where PyTorch's kernels on a GPU could not load it: of such they bring the GPU down."""
-    if not _placed(mask) or not mask.numel():
+    if not placed(mask) or not mask.numel():
         return mask
     n_k = key.shape[-2]
     if _loads(mask, n_k) and not mask.data_ptr() % VECTOR:
         return mask
-    found = in_vectors(mask, n_k, query.dtype)
-    return found.clone() if found.data_ptr() % VECTOR else found  # in one piece, but not from a vector's start on
+    (mask,) = autocast(mask)
+    return in_vectors(mask, n_k, autocast_dtype(mask) or query.dtype)
 
 
 def _in_pieces(x: torch.Tensor) -> bool:
