@@ -69,6 +69,7 @@ def run(start):
     return ran
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_program_computes_and_ends_as_ever_and_its_calls_are_told(run, tmp_path):
     text = f"{MODEL}\nprint(train(30))\nprint('done', file=sys.stderr)\nsys.exit(3)"
     found, expected = run(text, "--json", str(tmp_path / "found.json")), run(text, plain=True)

@@ -91,6 +91,7 @@ def test_a_program_may_ask_for_it_for_a_block_or_from_then_on(monkeypatch, gpu):
     assert probing.here.prober is None
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("told", "on"), [("1", True), ("0", False)])
 def test_the_environment_may_ask_for_it(told, on):

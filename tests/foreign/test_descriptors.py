@@ -22,6 +22,8 @@ from tilebook.foreign.serving import Served
 from tilebook.launch import _scratch
 from tilebook.registry import Registry
 
+pytestmark = pytest.mark.usefixtures("forked_here")
+
 OP = "described:triple_kernel"
 
 

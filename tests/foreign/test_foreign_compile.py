@@ -15,6 +15,8 @@ from tilebook.errors import UsageError
 from tilebook.foreign.record import Recording
 from tilebook.tuner.process.compiler import compile_here
 
+pytestmark = pytest.mark.usefixtures("forked_here")
+
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):

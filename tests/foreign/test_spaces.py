@@ -22,6 +22,8 @@ from tilebook.foreign.kernel import autotuner
 from tilebook.foreign.spaces import give_spaces
 from tilebook.registry import Registry
 
+pytestmark = pytest.mark.usefixtures("forked_here")
+
 WIDE = {"BLOCK": (16, 32, 64), "num_warps": (2, 4)}
 X = torch.randn(100)
 

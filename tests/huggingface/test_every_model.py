@@ -159,6 +159,7 @@ for model in (LlamaForCausalLM(LlamaConfig(**sizes)), BertForSequenceClassificat
 """
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("asked", "printed"), [("patch", "5 0"), ("1", "0 0")])
 def test_the_environment_asks_for_it(asked, printed):
