@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("forked")
 
 TARGETS = ["NVIDIA A100", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X"]
 OPS = [op for op in ops.ops().values() if op.reference.__module__.startswith("tilebook.")]  # not other tests' toys
-_PARTS = 8
+_PARTS = 12
 """Of all ops, each a test, of which a sample has one for each target."""
 REFUSALS = {"compile_error", "out_of_resources", "spills"}
 
