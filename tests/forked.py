@@ -188,6 +188,12 @@ class _Source:
         with theirs:
             command = [sys.executable, __file__, str(theirs.fileno()), kind]
             self._process = _Popen(command, env=self.environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        self._channel.close()  # at which the source ends
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
 
     def copy(self, order: dict[str, Any], fds: list[int]) -> int:
         """The number of a new child of this process."""

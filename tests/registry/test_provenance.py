@@ -62,6 +62,7 @@ def test_two_processes_are_two_runs_on_one_machine():
     assert first["run"] != second["run"]
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tunes for a GPU that is not here")
 def test_who_made_it_travels_with_every_record(settings, tmp_path):
     settings.write_text('name = "Ada"\nmachine = "node 17"\n')
