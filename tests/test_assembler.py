@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from tilebook import assembler, launch
 from tilebook import op as ops
 from tilebook.dispatch.choice import Choice
+from tilebook.dispatch.settling import Probe
 
 knobs = pytest.importorskip("triton.knobs")
 nvidia = knobs.nvidia
@@ -198,16 +200,10 @@ def test_only_a_verdict_on_the_problem_itself_has_verified_a_config(source):
     Choice(ours, ops.Config({"ROWS": 1}), source, problem)(torch.zeros(1))
     assert seen == [source != "exact"]
     assert not assembler._thread.unverified
-
-
-def test_what_a_running_program_has_verified_is_timed_as_it_was_verified():
-    from tilebook.device import find
-    from tilebook.dispatch.settling import Probe, Settling
-
-    op = ops.get("rms_norm_fwd")
-    candidate = op.tunable, ops.Config({"ROWS": 1})
-    state = Settling(op, op.problem.examples()[0], find("H200"), [candidate])
-    assert Probe(None, state, None)._choices[candidate].verified
+    candidate = ours, ops.Config({"ROWS": 1})
+    probe = Probe(None, SimpleNamespace(op=op, problem=problem, gpu=None, tried=[candidate]), None)
+    probe._choices[candidate](torch.zeros(1))
+    assert seen[1:] == [False], "a probe verifies its candidates before they run"
 
 
 COMPILED = """

@@ -82,3 +82,30 @@ def test_modules_are_timed_beside_pytorchs(tmp_path):
     rows = json.loads(out.read_text())["results"]
     assert [row["case"].split(", ", 1)[0].split()[-1] for row in rows] == ["train", "train", "eval"]
     assert all(set(row["ms"]) == {"pytorch", "tilebook.nn", "TILEBOOK=1"} for row in rows)
+
+
+@pytest.fixture
+def e2e(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    pytest.importorskip("transformers")
+    return importlib.import_module("e2e")
+
+
+def test_a_mixed_batch_in_one_row_is_the_batch_without_its_padding(e2e):
+    case = e2e.CASES["Llama 1B 4 × 64 … 4096"]
+    batch = e2e.batch_of(case, 128256, False)
+    lengths = batch["attention_mask"].sum(1)
+    row = e2e.packed(batch)
+    assert lengths.max() == 4096
+    assert row["input_ids"].shape == row["position_ids"].shape == (1, lengths.sum())
+    assert row["position_ids"][0, lengths[0]] == 0
+    losses = {how: e2e.Run(case, how, "cpu", tiny=True).step() for how in ("pytorch", "attention", "packed")}
+    torch.testing.assert_close(losses["packed"], losses["pytorch"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses["attention"], losses["pytorch"], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Gemma-2-like 2 × 4096", "Whisper-small 16 × 128", "Llama 1B, 256 after 8 × 1024"])
+def test_tilebooks_attention_gives_what_plain_pytorch_runs(e2e, name):
+    case = e2e.CASES[name]
+    theirs, ours = (e2e.Run(case, how, "cpu", tiny=True).step() for how in ("pytorch", "attention"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tilebook import device as devices
+from tilebook.kernels.attention import pytorch
 from tilebook.kernels.attention.form import PLAIN, form
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.peers import flash4, torch_flash
@@ -104,3 +105,30 @@ def test_kernels_of_others_are_given_tensors_that_begin_where_they_load(monkeypa
     assert len(given) == 16
     assert all(x.data_ptr() % 16 == 0 for x in given)
     assert all(step * 2 % 16 == 0 for x in given for step in x.stride()[:-1])
+
+
+@pytest.mark.parametrize("kind", ["added", "boolean", "learnt"])
+@pytest.mark.parametrize("columns", [96, 77])
+def test_masks_begin_where_pytorchs_kernels_load_them(monkeypatch, kind, columns):
+    """They load whole vectors without looking, and a mask that is one row is in one piece wherever it begins."""
+    given = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(
+        pytorch, "scaled_dot_product_attention", lambda q, k, v, mask, **_: (given.append(mask), q * mask.sum())[1]
+    )
+    large = torch.randn(7, 131, 137).to(torch.bfloat16)
+    if kind == "boolean":
+        large = large > -0.5
+    large.requires_grad_(kind == "learnt")
+    q, k = _random((2, 4, 96, 64), 0).bfloat16(), _random((2, 4, columns, 64), 1).bfloat16()
+    cuts = (
+        large[0, :96, 1 : 1 + columns], large[0, 3:99, 5 : 5 + columns], large[1:5, :96, 7 : 7 + columns],
+        large[0, :96, 3:4], large[0, 2:3, 1 : 1 + columns], large[0, 2:3, 1:2],
+    )  # fmt: skip
+    for cut in cuts:
+        mask = cut.view(*[1] * (4 - cut.ndim), *cut.shape)
+        pytorch.sdpa(q, k, k, False, None, mask)
+        found = given.pop()
+        assert found.shape[-1] == columns
+        assert found.data_ptr() % 16 == 0
+        assert all(step * 2 % 16 == 0 for step, n in zip(found.stride()[:-1], found.shape, strict=False) if n > 1)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import tilebook
-from tilebook import dispatch
+from tilebook import dispatch, left
 from tilebook.dispatch.choice import Choice
 from tilebook.kernels import attention as package
 from tilebook.kernels.attention import drop_in, pytorch
@@ -126,6 +126,25 @@ def test_rows_of_any_length_are_padded_in_memory(pytorchs, kind):
         assert (passed.dtype, passed.shape[-1], passed.stride(-2)) == (torch.bfloat16, 37, 48)
 
 
+@pytest.mark.parametrize("columns", [32, 37])
+def test_a_call_whose_mask_is_copied_is_known_too_and_never_answered_with_the_mask_itself(
+    pytorchs, monkeypatch, columns
+):
+    """What answers calls without Python passes on what it is given."""
+    settled = []
+    monkeypatch.setattr(left._gated, "settle", lambda side, bounded, choice, tensors: settled.append(tensors))
+    q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16), (32, columns, columns), strict=True))
+    masks = [_cut(columns), _cut(columns)] if columns == 32 else [_shown(2, 1, 1, columns), _shown(2, 1, 1, columns)]
+    tilebook.scaled_dot_product_attention(q, k, v, attn_mask=masks[0])
+    monkeypatch.setattr(package, "attend", None)
+    for mask in masks:
+        found = tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.testing.assert_close(found, SDPA(q, k, v, attn_mask=mask.contiguous()))
+        assert pytorchs[-1][0][3] is not mask
+    assert settled
+    assert not any(each is mask for tensors in settled for each in tensors for mask in masks)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("kind", ["shown", "added", "added in vectors"])
 def test_what_autocast_would_cast_has_its_dtype_and_lies_in_vectors(pytorchs, kind, dropout):
@@ -197,6 +216,8 @@ def test_gradients_are_pytorchs(pytorchs):
 
 def test_attention_under_a_mask_of_the_same_for_all_rows_looks_at_one(monkeypatch):
     """Of keys that are padded one row is made a score for PyTorch's kernels, not all."""
+    from tilebook.kernels.attention import pytorch
+
     seen = []
     monkeypatch.setattr(pytorch, "in_vectors", lambda mask, n_k, dtype: seen.append(mask.shape) or mask)
     monkeypatch.setattr(pytorch, "scaled_dot_product_attention", lambda q, *_, **__: q)

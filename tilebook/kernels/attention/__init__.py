@@ -147,19 +147,20 @@ def attention(
     )
     ordinary = (scale is None or (type(scale) is float and scale > 0)) and type(q) is type(k) is type(v) is torch.Tensor
     usual = usual and ordinary
-    known_as: tuple[Any, Any] | None = None
+    known_as: tuple[Any, Any, torch.Tensor | None] | None = None
     if usual:
         near = q.shape, causal
         if again(near, q, k, v) or recall(own := kind(q, k, v, causal), near, q, k, v):  # type: ignore[arg-type]
             return plain_sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
-        known_as = own, near
+        known_as = own, near, None
     elif ordinary and causal is False and not (softcap or dropout_p or return_lse or deterministic):
         mask = bias if attn_mask is None else attn_mask
         alone = window is None and alibi_slopes is None and (bias is None or attn_mask is None)
         if alone and type(mask) in ORDINARY and mask.ndim == 4:  # type: ignore[union-attr]
-            known_as = _masked_kind(q, k, v, mask, bias is None)  # type: ignore[arg-type]
-            if again(known_as[1], q, k, v, mask) or recall(*known_as, q, k, v, mask):  # type: ignore[arg-type]
+            own_kind, near_kind = _masked_kind(q, k, v, mask, bias is None)  # type: ignore[arg-type]
+            if again(near_kind, q, k, v, mask) or recall(own_kind, near_kind, q, k, v, mask):  # type: ignore[arg-type]
                 return sdpa(q, k, v, False, scale, mask)
+            known_as = own_kind, near_kind, mask
     others = bias, attn_mask, alibi_slopes
     if has_torch_function((q, k, v, *others)):
         if type(attn_mask).__name__ == "CausalBias" and bias is None and not causal:
@@ -193,13 +194,13 @@ def attend(
     return_lse: bool = False,
     deterministic: bool = False,
     usual: bool = False,
-    known_as: tuple[Any, Any] | None = None,
+    known_as: tuple[Any, Any, torch.Tensor | None] | None = None,
     theirs: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Any:
     """`attention` of tensors of which none overrides PyTorch's functions.
 
     usual: is all but `causal` and `scale` what it is by default?
-    known_as: what `tilebook.left` is to know such calls by, their kind and what is near it, if it may.
+    known_as: what `tilebook.left` is to know such calls by, their kind, what is near it and the mask, if it may.
     theirs: computes a call that is PyTorch's to serve, of q, k and v, instead of `plain`.
     """
     others = bias, attn_mask, alibi_slopes
@@ -252,7 +253,8 @@ def attend(
         choice = dispatch.lookup(registered()[0], arguments(tensors, options))
     if known_as is not None and unsettled(known_as[0], choice):
         keep(known_as[0], known(choice, q.numel() * k.shape[2], BOUNDS))
-        if recall(*known_as, q, k, v, *([] if bias is None else [bias])):
+        mask = known_as[2]
+        if recall(*known_as[:2], q, k, v, *([] if mask is None else [mask])):
             return pytorchs(q, k, v)
     if not return_lse and left_whole(choice, tensors):
         choice.calls += 1

@@ -76,20 +76,24 @@ def scaled_dot_product_attention(
     if overridden and in_place(scaled_dot_product_attention, given):
         more: Any = {"scale": scale, "enable_gqa": enable_gqa}
         return handle_torch_function(scaled_dot_product_attention, given, *given, dropout_p, is_causal, **more)  # type: ignore[no-any-return]
-    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    plain = type(query) is type(key) is type(value) is torch.Tensor
+    plain, loaded, of = type(query) is type(key) is type(value) is torch.Tensor, attn_mask, None
     if attn_mask is not None:
-        plain = plain and not torch.compiler.is_compiling() and _loads(attn_mask, key.shape[-2])
+        plain = plain and not torch.compiler.is_compiling()
+        if plain and not _loads(attn_mask, key.shape[-2]):
+            loaded = _loadable(attn_mask, query, key)
+            plain = loaded is not attn_mask
+        of = attn_mask.shape, attn_mask.dtype
+    tensors = (query, key, value) if loaded is None else (query, key, value, loaded)
     usual = plain and not dropout_p and (scale is None or (type(scale) is float and scale > 0))
     known_as: Any = None
     if usual and not (query.is_nested or key.is_nested or value.is_nested):
-        near = query.shape, is_causal, None if attn_mask is None else attn_mask.shape
+        near = query.shape, is_causal, of
         if again(near, *tensors) or not (query.is_cuda or forced()):
-            return plain_sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
+            return plain_sdpa(query, key, value, loaded, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
         if query.ndim == 4:
-            known_as = kind(query, key, value, is_causal, attn_mask), near
-            if recall(*known_as, *tensors):
-                return plain_sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
+            known_as = (of, *kind(query, key, value, is_causal, loaded)), near, loaded
+            if recall(*known_as[:2], *tensors):
+                return plain_sdpa(query, key, value, loaded, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
     grouped: Any = {"enable_gqa": enable_gqa} if enable_gqa else {}
     if overridden or dropout_p or not _fits(query, key, value, attn_mask, is_causal, scale, enable_gqa):
         if not overridden:
@@ -170,9 +174,9 @@ def _loads(mask: torch.Tensor, n_k: int) -> bool:
     """
     if type(mask) is not torch.Tensor or mask.is_nested or not mask.ndim or mask.shape[-1] != n_k:
         return False
-    if mask.stride(-1) != 1 or (n_k % VECTOR and autocast_dtype(mask) not in (None, mask.dtype)):
+    if mask.stride(-1) != 1:
         return False
-    if mask.dtype == torch.bool and n_k % VECTOR:
+    if n_k % VECTOR and (mask.dtype == torch.bool or autocast_dtype(mask) not in (None, mask.dtype)):
         return False
     size = mask.element_size()
     return not any(step * size % VECTOR for step in mask.stride()[:-1])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tilebook.casting import autocast
-from tilebook.kernels.attention import eager
+from tilebook.kernels.attention import eager, learned
 from tilebook.kernels.attention.form import Form
 from tilebook.layout import VECTOR
 from tilebook.left import ORDINARY
@@ -49,13 +49,18 @@ def sdpa(
         o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
         return o
     q, k, v = autocast(q, k, v)  # which would cast the mask too, and leave no gap in it
-    if bias.dtype == q.dtype and not bias.requires_grad and _lies_whole(bias, k.shape[2]):
-        o = scaled_dot_product_attention(q, k, v, _started(bias), is_causal=causal, scale=scale, **grouped)
+    learns = bias.requires_grad and torch.is_grad_enabled()
+    if bias.dtype == q.dtype and not learns and _lies_whole(bias, k.shape[2]):
+        o = scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, **grouped)
         return o
     # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
     seen = bias[tuple(slice(None if step else 1) for step in bias.stride())]  # where all see the same, one is looked at
     added, hidden = seen.to(q.dtype).log() if seen.dtype == torch.bool else seen.to(q.dtype), None
-    if bias.requires_grad:  # whose gradient would be NaN there: such rows see everything, and then count for nothing
+    if learns:
+        whole = in_vectors(added, k.shape[2], q.dtype).expand(*q.shape[:3], k.shape[2])
+        if not causal and learned.efficient(q, k, v, whole, scale):
+            return learned.attention(q, k, v, whole, scale)
+        # Its gradient would be NaN there: such rows see everything, and then count for nothing.
         hidden = added.amax(-1, True) == -torch.inf
         added = added.masked_fill(hidden, 0.0)
     mask = in_vectors(added, k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
@@ -65,12 +70,9 @@ def sdpa(
 
 def _lies_whole(mask: torch.Tensor, n_k: int) -> bool:
     """Does it lie as PyTorch's kernels load it, with a column for each key?"""
-    return mask.ndim > 0 and mask.shape[-1] == n_k and not n_k % _COLUMNS and mask.is_contiguous()
-
-
-def _started(mask: torch.Tensor) -> torch.Tensor:
-    """A mask in one piece, which starts where kernels load whole vectors; a copy only where it does not."""
-    return mask.clone() if placed(mask) and mask.data_ptr() % VECTOR else mask
+    if not mask.ndim or mask.shape[-1] != n_k or n_k % _COLUMNS or not mask.is_contiguous():
+        return False
+    return placed(mask) and not mask.data_ptr() % VECTOR
 
 
 def placed(x: Any) -> bool:
@@ -81,7 +83,8 @@ def placed(x: Any) -> bool:
 
 
 def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor:
-    """A mask or bias with all its columns, which starts, as each row does, where PyTorch's kernels load whole vectors.
+    """A mask or bias with all its columns, each row of which starts where PyTorch's kernels can load whole vectors: of
+    others they bring the GPU down.
 
     dtype: of what is added to the scores, which PyTorch makes of booleans, row by row without a gap.
     """
@@ -89,7 +92,12 @@ def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor
         mask = mask.expand(*mask.shape[:-1], n_k)
     short = -n_k % _COLUMNS
     if not short:
-        return _started(mask.contiguous())
+        mask = mask.contiguous()
+        return mask.clone() if placed(mask) and mask.data_ptr() % VECTOR else mask
+    if mask.dtype == torch.bool and placed(mask):
+        whole = torch.zeros((*mask.shape[:-1], n_k + short), dtype=dtype, device=mask.device)
+        torch.log(mask, out=whole[..., :n_k])
+        return whole[..., :n_k]
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     return torch.nn.functional.pad(mask, (0, short))[..., :n_k]

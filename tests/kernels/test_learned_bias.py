@@ -1,0 +1,86 @@
+"""A bias that learns, where PyTorch's memory-efficient kernels serve: their contract, and what is made of it."""
+
+import pytest
+import torch
+
+from tilebook.kernels.attention import learned
+from tilebook.kernels.attention.pytorch import sdpa
+
+
+def scores(q, k, bias, scale):
+    return q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) + bias
+
+
+class Kernels:
+    """What PyTorch's do, rows that see nothing included: 0, and NaN of the log-sum-exp that they left."""
+
+    def __init__(self):
+        self.calls = []
+
+    def forward(self, q, k, v, bias, keep, dropout, causal, *, scale):
+        self.calls.append(bias)
+        s = scores(q, k, bias, scale)
+        o = (s.softmax(-1) @ v).nan_to_num()
+        return o, s.logsumexp(-1), torch.zeros(()), torch.zeros(())
+
+    def backward(self, do, q, k, v, bias, o, lse, seed, offset, dropout, wanted, causal, *, scale):
+        p = (scores(q, k, bias, scale) - lse[..., None]).exp()
+        ds = p * (do @ v.mT - (do * o).sum(-1, True))
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return ds @ k * factor, ds.mT @ q * factor, p.mT @ do, ds
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    found = Kernels()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(learned, "_forward", found.forward)
+    monkeypatch.setattr(learned, "_backward", found.backward)
+    monkeypatch.setattr(learned, "_chosen", lambda *args, **options: learned._EFFICIENT)
+    return found
+
+
+def drawn(*shape):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("shape", [(1, 2, 5, 7), (3, 1, 1, 7), (3, 2, 5, 7)], ids=str)
+def test_its_gradients_are_right_and_rows_that_see_nothing_have_none(kernels, shape, scale):
+    q, k, v = drawn(3, 2, 5, 8), drawn(3, 2, 7, 8) / 2, drawn(3, 2, 7, 8) / 3
+    bias = drawn(*shape)
+    bias[-1, :, -1] = -torch.inf
+    bias[0, 0, 0, 3:] = -torch.inf
+    hidden = (bias == -torch.inf).all(-1, True).expand(3, 2, 5, 1)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, bias)]
+    o = sdpa(*leaves[:3], False, scale, leaves[3])
+    do = drawn(3, 2, 5, 8) / 5
+    found = torch.autograd.grad(o, leaves, do)
+    assert len(kernels.calls) == 1
+    assert kernels.calls[0].shape == (3, 2, 5, 7)
+
+    right = [x.clone().requires_grad_() for x in (q, k, v, bias)]
+    shown = right[3].masked_fill(bias == -torch.inf, -1e300)
+    expected = (scores(*right[:2], shown, scale).softmax(-1) @ right[2]).masked_fill(hidden, 0.0)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, right, do))
+
+
+def test_what_is_only_looked_at_is_pytorchs_own_call(kernels, monkeypatch):
+    q, bias = drawn(3, 2, 5, 8), drawn(1, 2, 5, 5).requires_grad_()
+    with torch.no_grad():
+        o = sdpa(q, q, q, False, None, bias)
+    assert not kernels.calls
+    torch.testing.assert_close(o, scores(q, q, bias, None).softmax(-1) @ q)
+    monkeypatch.setattr(learned, "_chosen", lambda *args, **options: 3)  # others than those have a rule of their own
+    sdpa(q, q, q, False, None, bias)
+    torch.func.vmap(lambda x: sdpa(x, x, x, False, None, bias))(drawn(2, 3, 2, 5, 8))
+    assert not kernels.calls
+
+
+def test_gradients_of_gradients_are_refused_as_pytorch_refuses_them(kernels):
+    q, bias = drawn(3, 2, 5, 8).requires_grad_(), drawn(1, 2, 5, 5).requires_grad_()
+    o = sdpa(q, q, q, False, None, bias)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.sum().backward()
