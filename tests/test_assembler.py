@@ -206,6 +206,16 @@ def test_only_a_verdict_on_the_problem_itself_has_verified_a_config(source):
     assert seen[1:] == [False], "a probe verifies its candidates before they run"
 
 
+def test_what_a_running_program_has_verified_is_timed_as_it_was_verified():
+    from tilebook.device import find
+    from tilebook.dispatch.settling import Probe, Settling
+
+    op = ops.get("rms_norm_fwd")
+    candidate = op.tunable, ops.Config({"ROWS": 1})
+    state = Settling(op, op.problem.examples()[0], find("H200"), [candidate])
+    assert Probe(None, state, None)._choices[candidate].verified
+
+
 COMPILED = """
 import sys
 from tilebook import assembler, device as devices, op as ops

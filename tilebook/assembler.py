@@ -55,9 +55,7 @@ def newer() -> Iterator[Mapping[str, Any]]:
     from triton.backends.nvidia import compiler
 
     _ask_here()
-    compiler.get_ptxas_version(
-        _HOPPER
-    )  # which Triton remembers for all code, and is to be its own's also if this is first
+    compiler.get_ptxas_version(_HOPPER)  # Triton's own, which Triton asks once and notes in the key of all code
     options = "--opt-level 0" if knobs.nvidia.disable_ptxas_opt else _MARK, compiler.CUDAOptions.ptx_options
     before, _thread.tool = _thread.tool, _newer()
     try:

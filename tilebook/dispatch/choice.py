@@ -30,8 +30,8 @@ class Choice:
     where the spare did not; `instead` makes the spare. `native` says that PyTorch's own function would run the
     same here, so that the call may be left to it; `backward` is what the backward pass would run; `aligned` says that
     the tensors of its calls lie as kernels that load whole vectors want them, and `kept` that it serves calls to come.
-    `own` is our own kernel for the same problem, once somebody has asked for it. `verified` says that its config was,
-    though no verdict is on the problem (see `assembler`). `probe` settles a problem that no
+    `verified` says that this very config was found right on this very problem, as a verdict's is.
+    `own` is our own kernel for the same problem, once somebody has asked for it. `probe` settles a problem that no
     verdict is on, in calls that it looks at (see `dispatch.probing`).
     """
 
@@ -51,11 +51,12 @@ class Choice:
     own: Choice | None = None
     aligned: bool = True
     kept: bool = False
-    verified: bool = False
     probe: Any = None
+    verified: bool = False
 
     def __post_init__(self) -> None:
         forced = self.source == "forced"
+        self.verified = self.verified or self.source == "exact"
         op, name = self.implementation.op, self.implementation.name
         self.native = not forced and (self.gpu is None or op.native(name, self.problem, self.gpu))
 
@@ -143,7 +144,7 @@ class Choice:
         first = args[0]
         if self.config is None:
             return self.implementation(*args)
-        with nullcontext() if self.verified or self.source == "exact" else unverified():
+        with nullcontext() if self.verified else unverified():
             if first.is_cuda and torch.cuda.current_device() != first.get_device():
                 with torch.cuda.device(
                     first.device

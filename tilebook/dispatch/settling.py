@@ -165,7 +165,7 @@ class Probe:
         self.prober, self.state = prober, state
         self._choices: dict[Candidate | None, Choice] = {None: pytorch(state.op, state.problem, state.gpu)}
         for each in state.tried:
-            self._choices[each] = Choice(*each, "nearest", state.problem, state.gpu, verified=True)  # before it runs
+            self._choices[each] = Choice(*each, "nearest", state.problem, state.gpu, verified=True)
 
     @property
     def active(self) -> bool:

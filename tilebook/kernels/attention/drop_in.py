@@ -174,9 +174,9 @@ def _loads(mask: torch.Tensor, n_k: int) -> bool:
     """
     if type(mask) is not torch.Tensor or mask.is_nested or not mask.ndim or mask.shape[-1] != n_k:
         return False
-    if mask.stride(-1) != 1:
+    if mask.stride(-1) != 1 or (n_k % VECTOR and autocast_dtype(mask) not in (None, mask.dtype)):
         return False
-    if n_k % VECTOR and (mask.dtype == torch.bool or autocast_dtype(mask) not in (None, mask.dtype)):
+    if mask.dtype == torch.bool and n_k % VECTOR:
         return False
     size = mask.element_size()
     return not any(step * size % VECTOR for step in mask.stride()[:-1])

@@ -51,7 +51,7 @@ def sdpa(
     q, k, v = autocast(q, k, v)  # which would cast the mask too, and leave no gap in it
     learns = bias.requires_grad and torch.is_grad_enabled()
     if bias.dtype == q.dtype and not learns and _lies_whole(bias, k.shape[2]):
-        o = scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, **grouped)
+        o = scaled_dot_product_attention(q, k, v, _started(bias), is_causal=causal, scale=scale, **grouped)
         return o
     # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
     seen = bias[tuple(slice(None if step else 1) for step in bias.stride())]  # where all see the same, one is looked at
@@ -70,9 +70,12 @@ def sdpa(
 
 def _lies_whole(mask: torch.Tensor, n_k: int) -> bool:
     """Does it lie as PyTorch's kernels load it, with a column for each key?"""
-    if not mask.ndim or mask.shape[-1] != n_k or n_k % _COLUMNS or not mask.is_contiguous():
-        return False
-    return placed(mask) and not mask.data_ptr() % VECTOR
+    return mask.ndim > 0 and mask.shape[-1] == n_k and not n_k % _COLUMNS and mask.is_contiguous()
+
+
+def _started(mask: torch.Tensor) -> torch.Tensor:
+    """A mask in one piece, which starts where kernels load whole vectors; a copy only where it does not."""
+    return mask.clone() if placed(mask) and mask.data_ptr() % VECTOR else mask
 
 
 def placed(x: Any) -> bool:
@@ -83,8 +86,7 @@ def placed(x: Any) -> bool:
 
 
 def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor:
-    """A mask or bias with all its columns, each row of which starts where PyTorch's kernels can load whole vectors: of
-    others they bring the GPU down.
+    """A mask or bias with all its columns, which starts, as each row does, where PyTorch's kernels load whole vectors.
 
     dtype: of what is added to the scores, which PyTorch makes of booleans, row by row without a gap.
     """
@@ -92,8 +94,7 @@ def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor
         mask = mask.expand(*mask.shape[:-1], n_k)
     short = -n_k % _COLUMNS
     if not short:
-        mask = mask.contiguous()
-        return mask.clone() if placed(mask) and mask.data_ptr() % VECTOR else mask
+        return _started(mask.contiguous())
     if mask.dtype == torch.bool and placed(mask):
         whole = torch.zeros((*mask.shape[:-1], n_k + short), dtype=dtype, device=mask.device)
         torch.log(mask, out=whole[..., :n_k])
