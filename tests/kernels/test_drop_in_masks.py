@@ -216,8 +216,6 @@ def test_gradients_are_pytorchs(pytorchs):
 
 def test_attention_under_a_mask_of_the_same_for_all_rows_looks_at_one(monkeypatch):
     """Of keys that are padded one row is made a score for PyTorch's kernels, not all."""
-    from tilebook.kernels.attention import pytorch
-
     seen = []
     monkeypatch.setattr(pytorch, "in_vectors", lambda mask, n_k, dtype: seen.append(mask.shape) or mask)
     monkeypatch.setattr(pytorch, "scaled_dot_product_attention", lambda q, *_, **__: q)
