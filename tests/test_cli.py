@@ -175,7 +175,7 @@ def test_suites_add_up():
         (["tune"], 2, "there is no GPU here"),
         (["tune", "--gpu", "GeForce 256"], 2, "not in the catalogue"),
         (["tune", "--gpu", "RTX"], 2, "ambiguous"),
-        (["tune", "poetry", "--gpu", "H200"], 2, "no kernel family 'poetry'; there are add_layer_norm"),
+        (["tune", "poetry", "--gpu", "H200"], 2, "no kernel family or op 'poetry'; the families are add_layer_norm"),
         (["tune", "--suite", "enormous", "--gpu", "H200"], 2, "no suite 'enormous'"),
         (["tune", "attention", "--shape", "B1,H2,S3", "--gpu", "H200"], 2, "lacks D"),
         (["tune", "attention", "--shape", "B1,H6,Hkv4,S3,D64", "--gpu", "H200"], 2, "not a multiple"),

@@ -5,7 +5,7 @@ import torch
 from op_samples import data
 
 import tilebook
-from tilebook.kernels.attention import pytorch
+from tilebook.kernels.attention import learned, pytorch
 from tilebook.layout import VECTOR
 
 SDPA = pytorch.scaled_dot_product_attention
@@ -51,3 +51,21 @@ def test_a_call_that_is_known_without_autocast_has_its_dtype_and_gaps_under_it(g
         torch.testing.assert_close(o, SDPA(q, k, v, mask))
     dtype, passed = given[-1]
     assert (dtype, passed.dtype, passed.stride(-2)) == (torch.bfloat16, torch.bfloat16, 16)
+
+
+def test_a_bias_that_learns_is_of_autocasts_dtype_in_calls_that_are_known_without_it(given, monkeypatch):
+    seen = []
+
+    def attention(q, k, v, bias, scale):
+        seen.append({q.dtype, k.dtype, v.dtype, bias.dtype})
+        return SDPA(q, k, v, bias, scale=scale)
+
+    monkeypatch.setattr(learned, "efficient", lambda *_: True)
+    monkeypatch.setattr(learned, "attention", attention)
+    q, k, v = qkv(16, torch.float32)
+    bias = torch.randn(1, 4, 6, 16, requires_grad=True)
+    for _ in range(3):
+        tilebook.attention(q, k, v, bias=bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tilebook.attention(q, k, v, bias=bias).dtype == torch.bfloat16
+    assert seen == [{torch.float32}] * 3 + [{torch.bfloat16}]

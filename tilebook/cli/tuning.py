@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         "tilebook tune --suite seeds", "tilebook tune attention --shape B8,H16,S2048,D128,causal --budget 5m"
     )
 )
-@click.argument("families", nargs=-1, metavar="[FAMILY]...")
+@click.argument("families", nargs=-1, metavar="[FAMILY|OP]...")
 @SUITES
 @click.option(
     "--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64,causal; repeatable."
@@ -139,7 +139,7 @@ def tune(
         raise UsageError("--rules goes with --recorded")
     if recorded is not None:
         if misses or families or suites or shapes or ray:
-            raise UsageError("--recorded goes with none of FAMILY, --misses, --suite, --shape and --ray")
+            raise UsageError("--recorded goes with no FAMILY or OP and none of --misses, --suite, --shape and --ray")
         problems, weights = _recorded(recorded, rules)
     elif misses:
         missed = _missed(families, suites, shapes, direction, gpu, registry)
@@ -220,10 +220,13 @@ def _ops(families: Sequence[str], direction: str) -> list[Op[Any]]:
     from tilebook import op as ops
 
     known = ops.families()
+    named = set(known).union(op.name for members in known.values() for op in members)
     for family in families:
-        if family not in known:
-            raise ops.UsageError(f"no kernel family {family!r}; there are {', '.join(sorted(known))}")
-    chosen = [op for name, members in known.items() if not families or name in families for op in members]
+        if family not in named:
+            there = f"the families are {', '.join(sorted(known))}"
+            raise ops.UsageError(f"no kernel family or op {family!r}; {there}")
+    every = [(name, op) for name, members in known.items() for op in members]
+    chosen = [op for name, op in every if not families or name in families or op.name in families]
     return [op for op in chosen if direction in ("both", op.direction)]
 
 
@@ -272,7 +275,7 @@ def _problems(
     chosen = _ops(families, direction)
     if shapes:
         if len(families) != 1:
-            raise ops.UsageError("--shape needs exactly one family, such as: tilebook tune attention --shape …")
+            raise ops.UsageError("--shape needs exactly one family or op, such as: tilebook tune attention --shape …")
         return list(dict.fromkeys((op, _bucket(op, shape, dtype)) for shape in shapes for op in chosen))
     named = ops.suites(chosen)
     found: list[tuple[Op[Any], Problem]] = []
