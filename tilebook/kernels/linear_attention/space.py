@@ -66,7 +66,8 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
     narrow = columns < 64 and (unaligned or _mapped(problem))
     if device.arch == "sm_90" and again and narrow and warps >= 4 and chunk >= 64:
         return "ptxas 12.8 loses track of where narrow tiles are that lie in each other's places"
-    if chunk < 32 and chunks > 1 and span == 1 and problem.normalized and problem.dtype == "bf16":
+    sums = problem.normalized and problem.dtype == "bf16" and not _backward(problem)
+    if sums and chunk < 32 and chunks > 1 and span == 1:
         return "sums of keys are rounded in front of every 16 tokens"
     if _whole(config) and (walk, state_v, state_warps) != (0, min(64, most), 4):
         return "one walk along all finds no states before"
