@@ -157,13 +157,13 @@ class Run:
             loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
 
     def _generated(self) -> torch.Tensor:
         lengths = {"min_new_tokens": self._tokens, "max_new_tokens": self._tokens}
         with torch.no_grad():
             found = self.model.generate(**self._batch, **lengths, do_sample=False, pad_token_id=0)
-        return found[:, self._batch["input_ids"].shape[1] :].float().mean()  # type: ignore[no-any-return]
+        return found[:, self._batch["input_ids"].shape[1] :].float().mean()
 
 
 def batch_of(case: Case, vocabulary: int, tiny: bool) -> Batch:

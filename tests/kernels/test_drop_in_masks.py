@@ -167,6 +167,16 @@ def test_what_autocast_would_cast_has_its_dtype_and_lies_in_vectors(pytorchs, ki
                 torch.testing.assert_close(found, right)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_mask_is_copied_once_a_call(pytorchs, monkeypatch, dropout):
+    copied = []
+    monkeypatch.setattr(drop_in, "in_vectors", lambda *given: copied.append(given) or pytorch.in_vectors(*given))
+    q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16), (32, 37, 37), strict=True))
+    for turn in range(3):
+        tilebook.scaled_dot_product_attention(q, k, v, attn_mask=_shown(32, 37), dropout_p=dropout)
+        assert len(copied) == turn + 1
+
+
 def test_tensors_that_lie_otherwise_are_copied_under_a_mask(pytorchs):
     q, k, v = _qkv()
     odd = torch.randn(2 * 4 * 32 * 16 + 1).bfloat16()[1:].view(2, 4, 32, 16)

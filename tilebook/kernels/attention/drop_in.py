@@ -76,15 +76,16 @@ def scaled_dot_product_attention(
     if overridden and in_place(scaled_dot_product_attention, given):
         more: Any = {"scale": scale, "enable_gqa": enable_gqa}
         return handle_torch_function(scaled_dot_product_attention, given, *given, dropout_p, is_causal, **more)  # type: ignore[no-any-return]
-    plain, loaded, of = type(query) is type(key) is type(value) is torch.Tensor, attn_mask, None
+    usual = type(query) is type(key) is type(value) is torch.Tensor and not dropout_p
+    usual = usual and (scale is None or (type(scale) is float and scale > 0))
+    loaded, of = attn_mask, None
     if attn_mask is not None:
-        plain = plain and not torch.compiler.is_compiling()
-        if plain and not _loads(attn_mask, key.shape[-2]):
+        usual = usual and not torch.compiler.is_compiling()
+        if usual and not _loads(attn_mask, key.shape[-2]):
             loaded = _loadable(attn_mask, query, key)
-            plain = loaded is not attn_mask
+            usual = loaded is not attn_mask
         of = attn_mask.shape, attn_mask.dtype
     tensors = (query, key, value) if loaded is None else (query, key, value, loaded)
-    usual = plain and not dropout_p and (scale is None or (type(scale) is float and scale > 0))
     known_as: Any = None
     if usual and not (query.is_nested or key.is_nested or value.is_nested):
         near = query.shape, is_causal, of
@@ -100,10 +101,10 @@ def scaled_dot_product_attention(
             _refuse(query, key, value, dropout_p)
             if type(scale) in (int, float):
                 query, scale = positive(query, scale)
-            attn_mask = _loadable(attn_mask, query, key)
+            loaded = _loadable(loaded, query, key)
             if dropout_p and all(placed(x) for x in (query, key, value)):
                 query, key, value = aligned(query), aligned(key), aligned(value)
-        return plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped)  # type: ignore[no-any-return]
+        return plain_sdpa(query, key, value, loaded, dropout_p, is_causal, scale=scale, **grouped)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attend  # the package imports this module
 
     lead, q, k, v, mask = query.shape[:-3], query, key, value, attn_mask
@@ -111,10 +112,11 @@ def scaled_dot_product_attention(
         q, k, v = (x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None] for x in (query, key, value))
         if mask is not None and mask.ndim > 3 and query.ndim > 4:
             mask = mask.expand(*lead, *mask.shape[-3:]).flatten(0, -4)
+        loaded = mask
 
     def theirs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         asked, factor = positive(q, scale)
-        return plain_sdpa(asked, k, v, _loadable(mask, q, k), 0.0, is_causal, scale=factor, **grouped)  # type: ignore[no-any-return]
+        return plain_sdpa(asked, k, v, _loadable(loaded, q, k), 0.0, is_causal, scale=factor, **grouped)  # type: ignore[no-any-return]
 
     o: torch.Tensor = attend(
         q, k, v, causal=is_causal, scale=scale, attn_mask=mask, usual=usual and mask is None, known_as=known_as,
