@@ -209,6 +209,28 @@ def test_any_number_of_axes_has_pytorchs_numbers(pytorchs, shape):
     assert len(pytorchs) == 1
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("lead", [(), (4,), (2, 3, 4)], ids=str)
+def test_beside_four_axes_of_the_query_a_mask_has_four(pytorchs, lead, axes):
+    """cuDNN refuses one axis, and of three takes the first for the batch."""
+    q = _qkv(*lead, 32, 16, dtype=torch.float32)
+    if axes > len(lead) + 2:
+        pytest.skip("more than there are")
+    mask = _shown(*(*lead, 32, 32)[-axes:])
+    found = tilebook.scaled_dot_product_attention(*q, attn_mask=mask)
+    torch.testing.assert_close(found, SDPA(*q, attn_mask=mask))
+    (asked, _, _, passed, *_), _ = pytorchs[-1]
+    assert asked.ndim == passed.ndim == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_of_booleans_autocast_makes_what_the_query_is_under_it(pytorchs, dtype):
+    q, mask = _qkv(2, 4, 36, 16, dtype=dtype), _shown(36, 36)
+    with torch.autocast("cpu", torch.bfloat16):
+        right = SDPA(*q, attn_mask=mask)
+        torch.testing.assert_close(tilebook.scaled_dot_product_attention(*q, attn_mask=mask), right)
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_a_scale_that_is_not_positive_is_followed(pytorchs, scale):
     q, mask = _qkv(dtype=torch.float32), MASKS["of each row"]()
