@@ -66,6 +66,28 @@ def test_its_gradients_are_right_and_rows_that_see_nothing_have_none(kernels, sh
     torch.testing.assert_close(found, torch.autograd.grad(expected, right, do))
 
 
+@pytest.mark.parametrize("efficient", [True, False])
+def test_numbers_of_an_expanded_bias_have_gradients_of_their_own(kernels, monkeypatch, efficient):
+    if not efficient:
+        monkeypatch.setattr(learned, "_chosen", lambda *args, **options: 3)
+    q, do = drawn(3, 2, 5, 8), drawn(3, 2, 5, 8)
+    bias = drawn(1, 2, 1, 5).expand(3, 2, 5, 5).detach().requires_grad_()
+    (found,) = torch.autograd.grad(sdpa(q, q, q, False, None, bias), bias, do)
+    right = bias.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(scores(q, q, right, None).softmax(-1) @ q, right, do)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_no_number_has_no_gradient_that_is_one(kernels):
+    q, bias = drawn(3, 2, 5, 8), drawn(3, 2, 5, 5)
+    bias[1, 0, 2, 0] = torch.nan
+    bias.requires_grad_()
+    v = q.clone().requires_grad_()
+    found, others = torch.autograd.grad(sdpa(q, q, v, False, None, bias), (bias, v), drawn(3, 2, 5, 8))
+    assert found[1, 0, 2].isnan().all()
+    assert others[1, 0].isnan().all()
+
+
 def test_what_is_only_looked_at_is_pytorchs_own_call(kernels, monkeypatch):
     q, bias = drawn(3, 2, 5, 8), drawn(1, 2, 5, 5).requires_grad_()
     with torch.no_grad():

@@ -364,13 +364,13 @@ def test_the_drop_in_takes_a_mask_beside_any_number_of_batch_dimensions(device, 
     if axes > len(lead) + 2:
         pytest.skip("more than there are")
     mask[..., 0] = True
-    for each in (mask, torch.where(mask, 0.5, -torch.inf).to(q.dtype)):
+    for given in (mask, torch.where(mask, 0.5, -torch.inf).to(q.dtype)):
 
-        def ours(q, k, v, each=each):
-            return tilebook.scaled_dot_product_attention(q, k, v, attn_mask=each)
+        def ours(q, k, v, given=given):
+            return tilebook.scaled_dot_product_attention(q, k, v, attn_mask=given)
 
-        def plain(q, k, v, each=each):
-            return SDPA(q, k, v, attn_mask=each)
+        def plain(q, k, v, given=given):
+            return SDPA(q, k, v, attn_mask=given)
 
         assert_same_outcome(ours, plain, (q, k, v))
 

@@ -42,7 +42,7 @@ class _Learned(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q, k, v, bias, o, lse, *seed = ctx.saved_tensors
-        known = torch.where(lse > -torch.inf, lse, torch.inf)
+        known = torch.where(lse == -torch.inf, torch.inf, lse)  # NaN stays NaN
         wanted = list(ctx.needs_input_grad[:4])
         found = _backward(do, q, k, v, bias, o, known, *seed, 0.0, wanted, False, scale=ctx.scale)
         return *(each if wants else None for each, wants in zip(found, wanted, strict=True)), None

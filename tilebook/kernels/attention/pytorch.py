@@ -54,7 +54,8 @@ def sdpa(
         o = scaled_dot_product_attention(q, k, v, _started(bias), is_causal=causal, scale=scale, **grouped)
         return o
     # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
-    seen = bias[tuple(slice(None if step else 1) for step in bias.stride())]  # where all see the same, one is looked at
+    # Where all see the same, one is looked at; but each number of what learns has a gradient of its own.
+    seen = bias if learns else bias[tuple(slice(None if step else 1) for step in bias.stride())]
     added, hidden = seen.to(q.dtype).log() if seen.dtype == torch.bool else seen.to(q.dtype), None
     if learns:
         whole = in_vectors(added, k.shape[2], q.dtype).expand(*q.shape[:3], k.shape[2])
