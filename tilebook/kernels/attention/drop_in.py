@@ -73,7 +73,7 @@ def scaled_dot_product_attention(
     """
     given = query, key, value, attn_mask
     overridden = has_torch_function(given)
-    if overridden and in_place(scaled_dot_product_attention, given):
+    if overridden and not _jagged(*given) and in_place(scaled_dot_product_attention, given):
         more: Any = {"scale": scale, "enable_gqa": enable_gqa}
         return handle_torch_function(scaled_dot_product_attention, given, *given, dropout_p, is_causal, **more)  # type: ignore[no-any-return]
     usual = type(query) is type(key) is type(value) is torch.Tensor and not dropout_p
@@ -135,6 +135,11 @@ def in_place(ours: Callable[..., Any], given: Sequence[Any]) -> bool:
     if torch.compiler.is_compiling() or getattr(torch.nn.functional, ours.__name__) is not ours:
         return False
     return all(each is None or isinstance(each, torch.Tensor) for each in given)
+
+
+def _jagged(*given: Any) -> bool:
+    """Is there a nested tensor among them? Those know PyTorch's function by its own name, and no other."""
+    return any(isinstance(each, torch.Tensor) and each.is_nested for each in given)
 
 
 def _fits(
