@@ -94,6 +94,7 @@ HARD = {
     "one column for all": lambda: _cut(32)[:, 2:3],
     "one number for all": lambda: _cut(32)[2:3, 2:3],
     "every second column": lambda: torch.randn(32, 64).bfloat16()[:, ::2],
+    "heads side by side": lambda: torch.randn(2, 32, 32, 4).bfloat16().permute(0, 3, 1, 2),
 }
 
 
@@ -109,7 +110,7 @@ def test_a_mask_that_cannot_be_loaded_is_copied(pytorchs, name):
         assert not any(n > 1 and step * 2 % VECTOR for n, step in zip(passed.shape[:-1], passed.stride(), strict=False))
 
 
-@pytest.mark.parametrize("kind", ["shown", "shown in vectors", "padded keys", "added"])
+@pytest.mark.parametrize("kind", ["shown", "shown in vectors", "padded keys", "added", "by heads"])
 def test_rows_of_any_length_are_padded_in_memory(pytorchs, kind):
     """Also booleans whose rows start at vectors: of these PyTorch makes numbers without a gap."""
     q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16), (32, 37, 37), strict=True))
@@ -118,12 +119,13 @@ def test_rows_of_any_length_are_padded_in_memory(pytorchs, kind):
         "shown in vectors": lambda: _shown(32, 48)[:, :37],
         "padded keys": lambda: _shown(2, 1, 1, 37).expand(2, 1, 32, 37),
         "added": lambda: torch.randn(32, 37).bfloat16(),
+        "by heads": lambda: torch.randn(2, 32, 37, 4).bfloat16().permute(0, 3, 1, 2),
     }[kind]()
     right = SDPA(q, k, v, attn_mask=mask)
     for _ in range(3):
         torch.testing.assert_close(tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask), right)
         passed = pytorchs[-1][0][3]
-        assert (passed.dtype, passed.shape[-1], passed.stride(-2)) == (torch.bfloat16, 37, 48)
+        assert (passed.dtype, passed.shape[-1], *passed.stride()[-2:]) == (torch.bfloat16, 37, 48, 1)
 
 
 @pytest.mark.parametrize("columns", [32, 37])

@@ -78,6 +78,16 @@ def test_numbers_of_an_expanded_bias_have_gradients_of_their_own(kernels, monkey
     torch.testing.assert_close(found, expected)
 
 
+def test_a_bias_that_lies_by_heads_is_laid_as_kernels_load_it(kernels):
+    q, do = drawn(3, 2, 5, 8), drawn(3, 2, 5, 8)
+    bias = drawn(3, 5, 5, 2).permute(0, 3, 1, 2).requires_grad_()
+    (found,) = torch.autograd.grad(sdpa(q, q, q, False, None, bias), bias, do)
+    assert kernels.calls[0].stride() == (160, 80, 16, 1)
+    right = bias.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(scores(q, q, right, None).softmax(-1) @ q, right, do)
+    torch.testing.assert_close(found, expected)
+
+
 def test_what_is_no_number_has_no_gradient_that_is_one(kernels):
     q, bias = drawn(3, 2, 5, 8), drawn(3, 2, 5, 5)
     bias[1, 0, 2, 0] = torch.nan
