@@ -50,6 +50,46 @@ def test_what_drops_in_training_is_left_in_eval_too(module):
     assert changed(copy.deepcopy(module).eval()) == changed(copy.deepcopy(module).train()) == []
 
 
+class OwnRMSNorm(nn.Module):
+    def __init__(self, axis=-1, noise=0.0, only=None):
+        super().__init__()
+        self.weight, self.eps, self.axis, self.noise = nn.Parameter(torch.rand(16)), 1e-6, axis, noise
+        self.register_buffer("calls", torch.zeros(()))
+        self.only = only
+
+    def forward(self, x):
+        if self.only is not None and self.training == self.only:
+            x = x + self.noise
+        if self.only is None and self.noise:
+            self.calls += 1
+        return self.weight * x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + self.eps)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("only", [False, True])
+def test_a_norm_that_does_otherwise_in_training_or_in_eval_is_left_in_both(training, only):
+    assert changed(OwnRMSNorm(noise=0.1, only=only).train(training)) == []
+    assert changed(OwnRMSNorm().train(training)) == ["tilebook.rms_norm"]
+
+
+class Tokens(Layers):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if x.ndim == 2 else y - y.mean(1, keepdim=True)
+
+
+def test_what_mixes_tokens_of_a_batch_is_left():
+    """Of a matrix alone nobody could tell."""
+    assert changed(OwnRMSNorm(axis=1)) == []
+    assert changed(Tokens()) == []
+
+
+def test_what_counts_its_calls_is_left_and_not_counted_further():
+    norm = OwnRMSNorm(noise=1.0)
+    assert changed(norm) == []
+    assert norm.calls == 0
+
+
 @pytest.mark.parametrize("limit", [7.0, 10.0, 100.0])
 def test_a_gate_that_clamps_is_left(limit):
     assert changed(Gate(lambda x: silu(x, limit))) == []

@@ -8,7 +8,6 @@ function is left as it is.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,15 +27,17 @@ from tilebook.kernels.mlp.pytorch import plain
 from tilebook.kernels.norms import rms_norm
 from tilebook.recurrence import recurrent
 from tilebook.rotation import rotary
-from tilebook.trial import Function, Left, alike, drawn, in_training, result, served
+from tilebook.trial import Function, Left, alike, called, drawn, result, served, standing
 
 _REPLICATE = "_replicate_for_data_parallel"
 _EPSILONS = "variance_epsilon", "eps", "epsilon"
-_ROWS, _WIDTH, _INNER, _OUT = 5, 8, 12, 6
+_WIDTH, _INNER, _OUT = 8, 12, 6
 _SIZES = 1.0, 1e4
 """Of the numbers that an MLP is tried on: some clamp what is large."""
 _SCALES = 3.0, 1e-3
 """Of the numbers that a norm is tried on: of the smaller ones its epsilon decides."""
+_TRIALS = (True, (5,), 0), (True, (2, 5), 1), (False, (2, 5), 0), (False, (5,), 1)
+"""Is it in training, the axes before the last, and which size the numbers are of: all that a module may tell apart."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,12 @@ def _norm(module: nn.Module) -> tuple[str, Function] | None:
         raise Left("not one weight and an epsilon")
     draw = drawn()
     trial = draw(len(weight)).to(weight)
-    other = copy.copy(module)  # the same, but for its weight
-    other.__dict__["_parameters"] = {"weight": trial}
-    xs = [((draw(_ROWS, len(weight)) + 0.5) * scale).to(weight) for scale in _SCALES]
-    theirs = [result(type(module).forward, other, x) for x in xs]
+    xs, theirs = [], []
+    for training, lead, scale in _TRIALS:
+        other = standing(module, {}, training)
+        other.__dict__["_parameters"] = {"weight": trial}
+        xs.append(((draw(*lead, len(weight)) + 0.5) * _SCALES[scale]).to(weight))
+        theirs.append(called(module, other, xs[-1]))
     for offset, what in ((0, "tilebook.rms_norm"), (1, "tilebook.rms_norm of 1 + weight")):
         if all(alike(found, rms_norm(x, _scale(trial, offset), eps)) for found, x in zip(theirs, xs, strict=True)):
             return what, partial(_norm_forward, module, offset, eps)
@@ -250,10 +253,12 @@ def _gate(module: nn.Module, layers: Mapping[str, nn.Linear]) -> tuple[str, Func
 
 
 def _tried(module: nn.Module, small: Mapping[str, nn.Module]) -> list[tuple[torch.Tensor, Any]]:
-    """Random numbers, and what the module in training makes of them with these layers, small and of fp32."""
-    draw = drawn()
-    xs = [draw(_ROWS, _WIDTH) * size for size in _SIZES]
-    return [(x, result(type(module).forward, in_training(module, small), x)) for x in xs]
+    """Random numbers, and what the module makes of them with these layers, small and of fp32."""
+    draw, found = drawn(), []
+    for training, lead, size in _TRIALS:
+        x = draw(*lead, _WIDTH) * _SIZES[size]
+        found.append((x, called(module, standing(module, small, training), x)))
+    return found
 
 
 def _tensors(layers: Mapping[str, Any], gate: str, up: str | None, down: str) -> tuple[Any, ...]:

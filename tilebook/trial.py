@@ -29,12 +29,23 @@ def drawn() -> Function:
     return partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
 
 
-def in_training(module: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """The same module in training, dropouts and all, but for these layers."""
+def standing(module: nn.Module, layers: Mapping[str, nn.Module], training: bool) -> nn.Module:
+    """The same module in training, dropouts and all, or not; but for these layers, and with buffers of its own."""
     other = copy.copy(module)
-    inner = {name: layers.get(name) or (each and in_training(each, {})) for name, each in module._modules.items()}
-    other.__dict__.update(training=True, _modules=inner)
+    children = module._modules.items()
+    inner = {name: layers.get(name) or (each and standing(each, {}, training)) for name, each in children}
+    buffers = {name: each if each is None else each.clone() for name, each in module._buffers.items()}
+    other.__dict__.update(training=training, _modules=inner, _buffers=buffers)
     return other
+
+
+def called(module: nn.Module, other: nn.Module, x: torch.Tensor) -> Any:
+    """What another module like this one gives. Raises Left where it does not take one tensor, or keeps some of it."""
+    found = result(type(module).forward, other, x)
+    for mine, its in zip(module.buffers(), other.buffers(), strict=False):
+        if not mine.is_meta and not torch.equal(mine, its):
+            raise Left("changes buffers of its own")
+    return found
 
 
 def result(function: Function, *args: Any) -> Any:
