@@ -66,6 +66,28 @@ def test_its_gradients_are_right_and_rows_that_see_nothing_have_none(kernels, sh
     torch.testing.assert_close(found, torch.autograd.grad(expected, right, do))
 
 
+@pytest.mark.parametrize("chosen", [learned._EFFICIENT, 3])
+def test_numbers_that_are_one_in_memory_have_each_its_own_gradient(kernels, monkeypatch, chosen):
+    monkeypatch.setattr(learned, "_chosen", lambda *args, **options: chosen)
+    q, k, v = drawn(3, 2, 5, 8), drawn(3, 2, 16, 8) / 2, drawn(3, 2, 16, 8) / 3
+    for bias in (drawn(1, 1, 5, 16).expand(3, 2, 5, 16), drawn(5, 1).expand(5, 16), drawn(2, 1, 16).expand(2, 5, 16)):
+        leaf, right = (bias.detach().requires_grad_() for _ in range(2))
+        expected = scores(q, k, right, None).softmax(-1) @ v
+        o = sdpa(q, k, v, False, None, leaf)
+        do = drawn(3, 2, 5, 8) / 5
+        torch.testing.assert_close(torch.autograd.grad(o, leaf, do), torch.autograd.grad(expected, right, do))
+
+
+def test_gradients_that_lie_anyhow_are_copied_for_the_kernels(kernels, monkeypatch):
+    q, bias = drawn(3, 2, 5, 8).requires_grad_(), drawn(1, 2, 5, 5).requires_grad_()
+    do = torch.empty(241, dtype=torch.float64)[1:].view(3, 2, 5, 8).copy_(drawn(3, 2, 5, 8))
+    assert do.data_ptr() % 16
+    given, backward = [], kernels.backward
+    monkeypatch.setattr(learned, "_backward", lambda x, *rest, **how: given.append(x) or backward(x, *rest, **how))
+    torch.autograd.grad(sdpa(q, q, q, False, None, bias), (q, bias), do)
+    assert given[0].data_ptr() % 16 == 0
+
+
 def test_what_is_only_looked_at_is_pytorchs_own_call(kernels, monkeypatch):
     q, bias = drawn(3, 2, 5, 8), drawn(1, 2, 5, 5).requires_grad_()
     with torch.no_grad():

