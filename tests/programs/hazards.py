@@ -270,7 +270,7 @@ def an_expanded_cotangent_after_a_dense_one():
             "unaligned": _moved(dense).detach(),
             "transposed": expanded.mT.contiguous().mT,
         }
-        if name in WHOLE:
+        if name in (*WHOLE, "drop_in_mask"):
             # PyTorch's own backward pass by cuDNN loads whole vectors without looking, and the process loses its GPU.
             del starts["unaligned"]
             # Up to PyTorch 2.11 it takes one graph for gradients of any strides. Right are those laid out as the
