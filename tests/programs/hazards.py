@@ -268,8 +268,9 @@ def an_expanded_cotangent_after_a_dense_one():
             "expanded": expanded,
             "strided": torch.stack([expanded] * 2, -1)[..., 0],
             "unaligned": _moved(dense).detach(),
-            "transposed": expanded.mT.contiguous().mT,
         }
+        if dense.ndim > 1:
+            starts["transposed"] = expanded.mT.contiguous().mT
         if name in (*WHOLE, "drop_in_mask"):
             # PyTorch's own backward pass by cuDNN loads whole vectors without looking, and the process loses its GPU.
             del starts["unaligned"]

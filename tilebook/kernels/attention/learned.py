@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tilebook.layout import aligned
 
@@ -63,10 +62,10 @@ class _Learned(torch.autograd.Function):
         return o  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        # Where autograd records this, PyTorch's op refuses to be differentiated, whatever it is that came.
         q, k, v, bias, o, lse, *seed = ctx.saved_tensors
-        known = torch.where(lse > -torch.inf, lse, torch.inf)
+        known = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)  # one kernel, which `where` is not
         wanted = list(ctx.needs_input_grad[:4])
         found = _backward(aligned(do), q, k, v, bias, o, known, *seed, 0.0, wanted, False, scale=ctx.scale)
         return *(each if wants else None for each, wants in zip(found, wanted, strict=True)), None

@@ -58,10 +58,18 @@ def sdpa(
     if learns:
         return _learnt(q, k, v, causal, scale, bias, seen)
     # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
-    added = seen.to(q.dtype).log() if seen.dtype == torch.bool else seen.to(q.dtype)
-    mask = in_vectors(added, k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
+    mask = in_vectors(_scores(seen, q.dtype), k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
     o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
     return o
+
+
+def _scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a mask or bias adds to the scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    if placed(mask):  # by one kernel
+        return torch.log(mask, out=torch.empty(mask.shape, dtype=dtype, device=mask.device))
+    return mask.to(dtype).log()
 
 
 def _learnt(
