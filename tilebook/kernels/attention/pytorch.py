@@ -9,11 +9,11 @@ import torch
 from tilebook.casting import autocast
 from tilebook.kernels.attention import eager, learned
 from tilebook.kernels.attention.form import Form
-from tilebook.layout import VECTOR
+from tilebook.layout import PIECE, VECTOR
 from tilebook.left import ORDINARY
 
-_COLUMNS = 16
-"""Of a mask's rows in memory: a multiple of 16 bytes in any dtype."""
+COLUMNS = 16
+"""To which the rows of a mask are filled up that has to be copied, and which a bias that learns must have."""
 
 # Bound here once: a program may put our drop-in in the place of PyTorch's function.
 scaled_dot_product_attention: Any = torch._C._nn.scaled_dot_product_attention
@@ -87,7 +87,7 @@ def _learnt(
     def added(shape: tuple[int, ...], hidden: torch.Tensor | None = None) -> torch.Tensor:
         def make() -> torch.Tensor:
             scores = seen.to(q.dtype) if hidden is None else seen.to(q.dtype).masked_fill(hidden, 0.0)
-            return in_vectors(scores, n_k, q.dtype).expand(shape)
+            return in_vectors(scores, n_k, q.dtype, COLUMNS).expand(shape)
 
         return make() if seen is bias else learned.loaded(bias, make)
 
@@ -105,12 +105,17 @@ def _learnt(
 
 def _lies_whole(mask: torch.Tensor, n_k: int) -> bool:
     """Does it lie as PyTorch's kernels load it, with a column for each key?"""
-    return mask.ndim > 0 and mask.shape[-1] == n_k and not n_k % _COLUMNS and mask.is_contiguous()
+    return mask.ndim > 0 and mask.shape[-1] == n_k and in_pieces(n_k, mask.dtype) and mask.is_contiguous()
 
 
 def _started(mask: torch.Tensor) -> torch.Tensor:
-    """A mask in one piece, which starts where kernels load whole vectors; a copy only where it does not."""
+    """A mask that lies whole, and starts where kernels load it; a copy only where it does not."""
     return mask.clone() if placed(mask) and mask.data_ptr() % VECTOR else mask
+
+
+def in_pieces(n_k: int, dtype: torch.dtype) -> bool:
+    """Does each of a mask's rows without gaps start where PyTorch's kernels load it? dtype: of the scores."""
+    return n_k * dtype.itemsize % PIECE == 0
 
 
 def placed(x: Any) -> bool:
@@ -120,16 +125,17 @@ def placed(x: Any) -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None and torch._C._has_storage(x)
 
 
-def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor:
-    """A mask or bias with all its columns, which starts, as each row does, where PyTorch's kernels load whole vectors.
+def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype, columns: int = 0) -> torch.Tensor:
+    """A mask or bias with all its columns, which starts, as each row does, where PyTorch's kernels load it.
 
-    dtype: of what is added to the scores, which PyTorch makes of booleans, row by row without a gap.
+    dtype: of what is added to the scores, which PyTorch makes of booleans, row by row without a gap. columns: what a
+    row's step is a multiple of, where that is more than its kernels for inference need.
     """
     if not mask.ndim or mask.shape[-1] != n_k:
         mask = mask.expand(*mask.shape[:-1], n_k)
-    short = -n_k % _COLUMNS
-    if not short:
+    if not n_k % columns if columns else in_pieces(n_k, dtype):
         return _started(mask.contiguous())
+    short = -n_k % COLUMNS
     if mask.dtype == torch.bool and placed(mask):
         whole = torch.zeros((*mask.shape[:-1], n_k + short), dtype=dtype, device=mask.device)
         torch.log(mask, out=whole[..., :n_k])
