@@ -298,6 +298,7 @@ class ForwardProblem(Problem):
             ("B2,H2,S70,D32,dbiashqk", "bf16"),
             ("B2,H4,Hkv2,S40,Sk100,D32,causal,dbiasbhqk", "fp16"),
             ("B2,H2,S70,D32,maskbk", "bf16"),
+            ("B2,H4,Hkv2,S70,D32,causal,maskbk", "bf16"),
             ("B2,H2,S40,Sk70,D64,maskqk", "fp16"),
             ("B1,H2,S100,D32,dropout", "bf16"),
             ("B1,H2,S70,D32,causal,window50x0,softcap,biasq,alibi,dropout", "bf16"),
