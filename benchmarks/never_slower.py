@@ -222,6 +222,8 @@ def _compared(run: Any, steps: dict[str, Any], sets: Any, rounds: int, quartiles
     else:
         best, medians = others[0], {}
     series = run({best: steps[best], "tilebook": steps["tilebook"], "again": steps[best]}, sets, rounds)
+    if not {best, "tilebook", "again"} <= set(series):
+        raise RuntimeError(f"of {best}, twice, and tilebook only {', '.join(series)} could be timed")
     return {
         "yardstick": best,
         "ms": {**medians, **{name: quartiles(series[name])[1] for name in (best, "tilebook")}},

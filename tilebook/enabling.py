@@ -48,6 +48,7 @@ _theirs: dict[str, Callable[..., Any]] = {
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SHAPES = (tuple, list, torch.Size)
+_COMPILER = "torch._inductor.compile_fx"
 _NO_ARGUMENT = 1 << 10
 
 
@@ -245,7 +246,10 @@ class _State:
                     setattr(F, name, ours)
                 elif not self.on and there is ours:  # who has wrapped ours since keeps the place
                     setattr(F, name, _theirs[name])
-        # Outside of the lock: it imports. A program that names it runs where ours are disabled, too.
+        # Outside of the lock: they import.
+        if self.on or _COMPILER in sys.modules:
+            after_import(_COMPILER, _compiler_is_there)
+        # A program that names it runs where ours are disabled, too.
         if whole or blocks > 0:
             after_import("transformers.modeling_utils", _transformers_is_there)
         elif whole is False:
@@ -265,6 +269,12 @@ def register_transformers() -> None:
     from tilebook.huggingface import register
 
     register()
+
+
+def _compiler_is_there() -> None:
+    from tilebook import graphs
+
+    graphs.watch(_state.on)
 
 
 def _transformers_is_there() -> None:

@@ -9,6 +9,9 @@ import torch
 VECTOR = 16
 """Bytes that kernels load at once: where tensors start, and what their steps are multiples of."""
 
+PIECE = 8
+"""Bytes of a mask's row that kernels load at once, where rows lie one after the other: what a row is a multiple of."""
+
 
 def rows(x: torch.Tensor) -> torch.Tensor:
     """A tensor whose last axis is contiguous, as kernels step through it; a copy only where it is not so."""

@@ -77,11 +77,12 @@ _compiled: dict[str, Any] = {}
 
 
 def _compiled_flex(form: str, device: str) -> Any:
-    """FlexAttention, compiled once per form; further shapes of a form recompile it as in a user's program."""
+    """FlexAttention compiled for each shape alone: a second one would make numbers of its form inputs on the host."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if form not in _compiled:
-        _compiled[form] = torch.compile(flex_attention) if device == "cuda" else flex_attention
+        torch._dynamo.config.recompile_limit = 256
+        _compiled[form] = torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
     return _compiled[form]
 
 

@@ -9,4 +9,5 @@ pytestmark = pytest.mark.gpu
 
 def test_known_answers_are_right():
     found = [each for each in findings() if each.about.startswith("known answer")]
-    assert [each.level for each in found] == ["ok"] * 4, found
+    assert len(found) > 4
+    assert {each.level for each in found} == {"ok"}, found

@@ -47,7 +47,8 @@ def test_errors_are_at_most_twice_those_of_the_same_in_pytorch(n, width, columns
     # Gates are exponents, which are rounded themselves.
     steps = torch.finfo(dtype).eps * (max(8, gates) if dtype == torch.float32 else 1)
     for name, mine, other, right in zip(NAMES, found, theirs, truth, strict=True):
-        size = max(rms(right), rms((truth[0] * above).sum(-1)) if name == "gates" else 0)
+        # Of one token all that q and k have to do with the result cancels.
+        size = max(rms(right), rms((truth[0] * above).sum(-1)) if name == "gates" or n == 1 else 0)
         assert rms(mine - right) <= 2 * rms(other - right) + steps * size + 1e-9, name
 
 

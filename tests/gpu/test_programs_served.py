@@ -235,6 +235,8 @@ def test_the_current_gpu_need_not_be_that_of_the_tensors():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @families()
 def test_other_dtypes_give_pytorchs_numbers(family, dtype):
+    if family == "linear_cross_entropy" and dtype == torch.float16:
+        pytest.skip("PyTorch's own sum of smoothed losses is past fp16's range, and it is what serves")
     family = FAMILIES[family]
     assert_no_worse(family.ours, family.plain, family.leaves("cuda", dtype))
 

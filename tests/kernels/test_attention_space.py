@@ -8,6 +8,7 @@ import torch
 from tilebook import device as devices
 from tilebook.kernels.attention.form import PLAIN
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
+from tilebook.kernels.attention.problem import written_window
 from tilebook.kernels.attention.triton.args import MADE, POINTERS, Tile
 from tilebook.launch import intercepted
 from tilebook.tuner.judge.verify import Case, verify
@@ -32,6 +33,36 @@ def loads(*inputs, config):
     with intercepted(lambda kernel, grid, args, meta: started.append(args)):
         attention_fwd.tunable(*inputs, config=config)
     return next(each.DESCRIPTORS.value for each in started[0] if isinstance(each, Tile))
+
+
+def test_pairs_are_those_that_are_seen():
+    generator = random.Random(0)
+    for _ in range(300):
+        n_q, n_k = generator.randint(1, 40), generator.randint(1, 40)
+        left, right = generator.randint(-1, 50), generator.randint(-1, 50)
+        corner = generator.choice(["top_left", "bottom_right"])
+        window = written_window(left, right)
+        problem = FORWARD(
+            1,
+            1,
+            1,
+            n_q,
+            n_k,
+            16,
+            window=window,
+            causal=not window and right == 0,
+            diagonal=corner if window else "top_left",
+        )
+        before, after = problem.limits
+        if before is None and after == 0:
+            continue  # counted as an area
+        rows, columns = torch.arange(n_q)[:, None], torch.arange(n_k)
+        seen = torch.ones(n_q, n_k, dtype=torch.bool)
+        if before is not None:
+            seen &= columns >= rows - before
+        if after is not None:
+            seen &= columns <= rows + after
+        assert problem.pairs == seen.sum(), (n_q, n_k, left, right)
 
 
 @pytest.mark.sampled(6)

@@ -110,6 +110,18 @@ def test_a_mask_that_cannot_be_loaded_is_copied(pytorchs, name):
         assert not any(n > 1 and step * 2 % VECTOR for n, step in zip(passed.shape[:-1], passed.stride(), strict=False))
 
 
+@pytest.mark.parametrize("kind", ["shown", "added"])
+@pytest.mark.parametrize(("columns", "copied"), [(36, False), (37, True), (38, True)])
+def test_rows_without_gaps_may_end_within_a_vector(pytorchs, kind, columns, copied):
+    """Of 14 × 14 windows, as image models have them, a row is 196 numbers: 24 and a half vectors."""
+    q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16), (32, columns, columns), strict=True))
+    mask = _shown(32, columns) if kind == "shown" else torch.randn(2, 4, 32, columns).bfloat16()
+    right = SDPA(q, k, v, attn_mask=mask)
+    for _ in range(3):
+        torch.testing.assert_close(tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask), right)
+        assert (pytorchs[-1][0][3] is not mask) == copied
+
+
 @pytest.mark.parametrize("kind", ["shown", "shown in vectors", "padded keys", "added", "by heads"])
 def test_rows_of_any_length_are_padded_in_memory(pytorchs, kind):
     """Also booleans whose rows start at vectors: of these PyTorch makes numbers without a gap."""
@@ -151,11 +163,11 @@ def test_a_call_whose_mask_is_copied_is_known_too_and_never_answered_with_the_ma
 @pytest.mark.parametrize("kind", ["shown", "added", "added in vectors"])
 def test_what_autocast_would_cast_has_its_dtype_and_lies_in_vectors(pytorchs, kind, dropout):
     """Its casts leave no gap. A call that is known without it is no other under it."""
-    q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16, dtype=torch.float32), (32, 36, 36), strict=True))
+    q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16, dtype=torch.float32), (32, 37, 37), strict=True))
     mask = {
-        "shown": lambda: _shown(32, 36),
-        "added": lambda: torch.randn(32, 36),
-        "added in vectors": lambda: torch.randn(32, 48)[:, :36],
+        "shown": lambda: _shown(32, 37),
+        "added": lambda: torch.randn(32, 37),
+        "added in vectors": lambda: torch.randn(32, 48)[:, :37],
     }[kind]()
     for _ in range(3):
         tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -164,7 +176,7 @@ def test_what_autocast_would_cast_has_its_dtype_and_lies_in_vectors(pytorchs, ki
         for _ in range(3):
             found = tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
             passed = pytorchs[-1][0][3]
-            assert (passed.dtype, passed.shape[-1], passed.stride(-2)) == (torch.bfloat16, 36, 48)
+            assert (passed.dtype, passed.shape[-1], passed.stride(-2)) == (torch.bfloat16, 37, 48)
             if not dropout:
                 torch.testing.assert_close(found, right)
 

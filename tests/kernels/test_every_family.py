@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tilebook
 from tilebook import device as devices
@@ -49,6 +50,17 @@ def test_default_config_is_right_on_inputs_with_outliers(op, problem):
         assert problem.dtype == "fp16"  # whose end products pass
         return
     verify(op.tunable, config, cases, repeats=0)
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+@pytest.mark.parametrize("op", OPS, ids=_id)
+def test_a_default_is_found_where_tensors_have_no_numbers(op, mode):
+    """As they have none while a program is traced or exported."""
+    for problem in op.problem.examples():
+        new = op.problem.parse(problem.label, problem.dtype)  # nothing is computed of it yet
+        with mode():
+            config = op.tunable.space.default(new, devices.find("H200"))
+        assert config == op.tunable.space.default(problem, devices.find("H200"))
 
 
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)

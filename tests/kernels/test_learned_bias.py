@@ -11,6 +11,18 @@ def scores(q, k, bias, scale):
     return q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) + bias
 
 
+class Refusing(torch.autograd.Function):
+    """What PyTorch's op of the gradients is to autograd: something that has none."""
+
+    @staticmethod
+    def forward(ctx, run, *tensors):
+        return run(*tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("derivative for the backward pass is not implemented")
+
+
 class Kernels:
     """What PyTorch's do, rows that see nothing included: 0, and NaN of the log-sum-exp that they left."""
 
@@ -24,10 +36,13 @@ class Kernels:
         return o, s.logsumexp(-1), torch.zeros(()), torch.zeros(())
 
     def backward(self, do, q, k, v, bias, o, lse, seed, offset, dropout, wanted, causal, *, scale):
-        p = (scores(q, k, bias, scale) - lse[..., None]).exp()
-        ds = p * (do @ v.mT - (do * o).sum(-1, True))
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        return ds @ k * factor, ds.mT @ q * factor, p.mT @ do, ds
+        def run(do, q, k, v, bias, o):
+            p = (scores(q, k, bias, scale) - lse[..., None]).exp()
+            ds = p * (do @ v.mT - (do * o).sum(-1, True))
+            factor = q.shape[-1] ** -0.5 if scale is None else scale
+            return ds @ k * factor, ds.mT @ q * factor, p.mT @ do, ds
+
+        return Refusing.apply(run, do, q, k, v, bias, o)
 
 
 @pytest.fixture
@@ -66,16 +81,26 @@ def test_its_gradients_are_right_and_rows_that_see_nothing_have_none(kernels, sh
     torch.testing.assert_close(found, torch.autograd.grad(expected, right, do))
 
 
-@pytest.mark.parametrize("efficient", [True, False])
-def test_numbers_of_an_expanded_bias_have_gradients_of_their_own(kernels, monkeypatch, efficient):
-    if not efficient:
-        monkeypatch.setattr(learned, "_chosen", lambda *args, **options: 3)
-    q, do = drawn(3, 2, 5, 8), drawn(3, 2, 5, 8)
-    bias = drawn(1, 2, 1, 5).expand(3, 2, 5, 5).detach().requires_grad_()
-    (found,) = torch.autograd.grad(sdpa(q, q, q, False, None, bias), bias, do)
-    right = bias.detach().requires_grad_()
-    (expected,) = torch.autograd.grad(scores(q, q, right, None).softmax(-1) @ q, right, do)
-    torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("chosen", [learned._EFFICIENT, 3])
+def test_numbers_that_are_one_in_memory_have_each_its_own_gradient(kernels, monkeypatch, chosen):
+    monkeypatch.setattr(learned, "_chosen", lambda *args, **options: chosen)
+    q, k, v = drawn(3, 2, 5, 8), drawn(3, 2, 16, 8) / 2, drawn(3, 2, 16, 8) / 3
+    for bias in (drawn(1, 1, 5, 16).expand(3, 2, 5, 16), drawn(5, 1).expand(5, 16), drawn(2, 1, 16).expand(2, 5, 16)):
+        leaf, right = (bias.detach().requires_grad_() for _ in range(2))
+        expected = scores(q, k, right, None).softmax(-1) @ v
+        o = sdpa(q, k, v, False, None, leaf)
+        do = drawn(3, 2, 5, 8) / 5
+        torch.testing.assert_close(torch.autograd.grad(o, leaf, do), torch.autograd.grad(expected, right, do))
+
+
+def test_gradients_that_lie_anyhow_are_copied_for_the_kernels(kernels, monkeypatch):
+    q, bias = drawn(3, 2, 5, 8).requires_grad_(), drawn(1, 2, 5, 5).requires_grad_()
+    do = torch.empty(241, dtype=torch.float64)[1:].view(3, 2, 5, 8).copy_(drawn(3, 2, 5, 8))
+    assert do.data_ptr() % 16
+    given, backward = [], kernels.backward
+    monkeypatch.setattr(learned, "_backward", lambda x, *rest, **how: given.append(x) or backward(x, *rest, **how))
+    torch.autograd.grad(sdpa(q, q, q, False, None, bias), (q, bias), do)
+    assert given[0].data_ptr() % 16 == 0
 
 
 def test_a_bias_that_lies_by_heads_is_laid_as_kernels_load_it(kernels):
@@ -110,9 +135,11 @@ def test_what_is_only_looked_at_is_pytorchs_own_call(kernels, monkeypatch):
     assert not kernels.calls
 
 
-def test_gradients_of_gradients_are_refused_as_pytorch_refuses_them(kernels):
+@pytest.mark.parametrize("loss", [lambda o: o.square().sum(), lambda o: o.sum()], ids=["square", "sum"])
+def test_gradients_of_gradients_are_refused_as_pytorch_refuses_them(kernels, loss):
+    """Also where what arrives is a constant: a gradient that looks like one would be left out of a penalty."""
     q, bias = drawn(3, 2, 5, 8).requires_grad_(), drawn(1, 2, 5, 5).requires_grad_()
-    o = sdpa(q, q, q, False, None, bias)
-    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dq.sum().backward()
+    for leaf in (q, bias):
+        (first,) = torch.autograd.grad(loss(sdpa(q, q, q, False, None, bias)), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="not implemented"):
+            first.sum().backward()

@@ -144,6 +144,23 @@ def test_gradients_can_be_differentiated_again(gated, activation, needs):
 
 
 @every_activation
+def test_a_gradient_of_some_tensors_has_gradients_of_all(gated, activation):
+    """As a penalty on the input's gradient has, which is asked for alone."""
+    given = leaves([True] * 5, 2, 3, 8)
+
+    def twice(y, asked):
+        dy = numbers(*y.shape, seed=9).requires_grad_()
+        first = torch.autograd.grad(y, [given[i] for i in asked], dy, create_graph=True)
+        total = sum(each.square().sum() for each in first)
+        return torch.autograd.grad(total, [*given, dy], allow_unused=True, materialize_grads=True)
+
+    for count in range(1, 6):
+        for asked in itertools.combinations(range(5), count):
+            found, expected = twice(run(gated, activation, given), asked), twice(plain(activation, *given), asked)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=lambda text, a=asked: f"{a}: {text}")
+
+
+@every_activation
 def test_second_derivatives_are_those_of_the_function(gated, activation):
     given = [
         x.double().requires_grad_() for x in [*layers(2, 4)[:1], numbers(5, 4), numbers(5), numbers(4, 5), numbers(4)]

@@ -224,14 +224,18 @@ def masks_of_few_numbers():
     ):
         right = plain_masked(q, k, v, mask.expand(5, 5))
         for _ in range(4):
-            for call in (
-                lambda m: tilebook.scaled_dot_product_attention(q, k, v, m),
-                lambda m: tilebook.attention(q, k, v, attn_mask=m),
-            ):
-                o = call(mask)
-                torch.testing.assert_close(o, right, rtol=0.03, atol=0.03)
-                torch.autograd.grad(o.sum(), (q, k, v))
+            if mask.ndim == 1:
+                with pytest.raises(IndexError):  # as PyTorch's own raises
+                    tilebook.scaled_dot_product_attention(q, k, v, mask)
+            else:
+                _right_and_trainable(tilebook.scaled_dot_product_attention(q, k, v, mask), right, (q, k, v))
+            _right_and_trainable(tilebook.attention(q, k, v, attn_mask=mask), right, (q, k, v))
     torch.cuda.synchronize()
+
+
+def _right_and_trainable(o, right, leaves):
+    torch.testing.assert_close(o, right, rtol=0.03, atol=0.03)
+    torch.autograd.grad(o.sum(), leaves)
 
 
 def misaligned_after_aligned():
@@ -264,9 +268,10 @@ def an_expanded_cotangent_after_a_dense_one():
             "expanded": expanded,
             "strided": torch.stack([expanded] * 2, -1)[..., 0],
             "unaligned": _moved(dense).detach(),
-            "transposed": expanded.mT.contiguous().mT,
         }
-        if name in WHOLE:
+        if dense.ndim > 1:
+            starts["transposed"] = expanded.mT.contiguous().mT
+        if name in (*WHOLE, "drop_in_mask"):
             # PyTorch's own backward pass by cuDNN loads whole vectors without looking, and the process loses its GPU.
             del starts["unaligned"]
             # Up to PyTorch 2.11 it takes one graph for gradients of any strides. Right are those laid out as the

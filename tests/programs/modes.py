@@ -296,7 +296,16 @@ def test_the_profiler_names_the_call(device, family):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         family.ours(*inputs)
     names = " ".join(event.key for event in profile.key_averages())
-    usual = {"mlp": "linear", "rms_norm": "norm", "layer_norm": "norm", "glu": "mul", "swiglu": "linear", "rope": "mul"}
+    usual = {
+        "cross_entropy": "log_softmax",
+        "linear_cross_entropy": "mm",
+        "mlp": "linear",
+        "rms_norm": "norm",
+        "layer_norm": "norm",
+        "glu": "mul",
+        "swiglu": "linear",
+        "rope": "mul",
+    }
     usual = usual.get(family.name, "attention")
     assert "tilebook" in names or usual in names or device == "cpu", names
 

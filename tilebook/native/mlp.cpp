@@ -101,7 +101,7 @@ struct Block : torch::autograd::Function<Block> {
     const Tensor rows = rows_of(dy);
     const bool first = ctx->needs_input_grad(kX) || ctx->needs_input_grad(kW1) || ctx->needs_input_grad(kB1);
     Tensor before = which == Activation::relu ? h : z, after = h;
-    if (twice && first) std::tie(before, after) = recorded(ctx, which, dy, x, w1, before);
+    if (twice) std::tie(before, after) = recorded(which, dy, x, w1, before, after);
     if (ctx->needs_input_grad(kW2)) found[kW2] = product(rows.t(), after, dtype(kW2), traced);
     if (ctx->needs_input_grad(kB2)) found[kB2] = summed(rows, dtype(kB2));
     if (!first) return found;
@@ -114,15 +114,17 @@ struct Block : torch::autograd::Function<Block> {
     return found;
   }
 
-  // z, or relu(z), and h, of the numbers they have, as functions of x, W1 and b1. What was not kept of these stands for
-  // its edge: its numbers are in nobody's gradient.
-  static std::tuple<Tensor, Tensor> recorded(AutogradContext* ctx, Activation which, const Tensor& dy, const Tensor& x,
-                                             const Tensor& w1, const Tensor& kept) {
+  // z, or relu(z), and h, of the numbers they have, as functions of x, W1 and b1, whichever of their gradients are asked
+  // for now. What was not kept of these stands for its edge: its numbers are in nobody's gradient.
+  static std::tuple<Tensor, Tensor> recorded(Activation which, const Tensor& dy, const Tensor& x, const Tensor& w1,
+                                             const Tensor& kept, const Tensor& h) {
     const auto node = torch::autograd::get_current_node();
+    const auto needed = [&](size_t index) { return node->next_edge(index).is_valid(); };
+    if (!needed(kX) && !needed(kW1) && !needed(kB1)) return {kept, h};
     const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros({1}, kept.options()).expand(sizes); };
     const auto standing = [&](size_t index, at::IntArrayRef sizes) {
       Tensor made = zeros(sizes).detach();
-      if (node->next_edge(index).is_valid()) torch::autograd::impl::set_gradient_edge(made, node->next_edge(index));
+      if (needed(index)) torch::autograd::impl::set_gradient_edge(made, node->next_edge(index));
       return made;
     };
     const int64_t inner = kept.size(1);
@@ -133,7 +135,7 @@ struct Block : torch::autograd::Function<Block> {
       const Tensor given = x.defined() ? x : standing(kX, sizes);
       sum = at::mm(rows_of(given), (w1.defined() ? w1 : standing(kW1, {inner, sizes.back()})).t());
     }
-    if (ctx->needs_input_grad(kB1)) sum = sum + standing(kB1, {inner});
+    if (needed(kB1)) sum = sum + standing(kB1, {inner});
     if (which == Activation::relu) return {kept, Known::apply(at::threshold_backward(sum, kept, 0), kept)};
     const Tensor z = Known::apply(sum, kept);
     return {z, activated(z, which)};

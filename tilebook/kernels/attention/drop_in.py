@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook.call import way
 from tilebook.casting import autocast, autocast_dtype
 from tilebook.dispatch import forced
-from tilebook.kernels.attention.pytorch import in_vectors, placed, positive
+from tilebook.kernels.attention.pytorch import in_pieces, in_vectors, placed, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import VECTOR, aligned
 from tilebook.left import ORDINARY, again, gated, recall
@@ -178,18 +178,19 @@ def _fits(
 
 
 def _loads(mask: torch.Tensor, n_k: int) -> bool:
-    """Has it all columns, and does each row start where PyTorch's kernels load whole vectors of it, without looking?
+    """Has it all columns, and does each row start where PyTorch's kernels load it, without looking?
 
     Of booleans PyTorch makes numbers first, row by row without a gap, and so it does of what autocast casts.
     """
     if type(mask) is not torch.Tensor or mask.is_nested or not mask.ndim or mask.shape[-1] != n_k:
         return False
-    if mask.stride(-1) != 1 or (n_k % VECTOR and autocast_dtype(mask) not in (None, mask.dtype)):
-        return False
-    if mask.dtype == torch.bool and n_k % VECTOR:
+    cast = mask.dtype == torch.bool or autocast_dtype(mask) not in (None, mask.dtype)
+    if mask.stride(-1) != 1 or (cast and not in_pieces(n_k, torch.bfloat16)):
         return False
     size = mask.element_size()
-    return not any(step * size % VECTOR for step in mask.stride()[:-1])
+    if not any(step * size % VECTOR for step in mask.stride()[:-1]):
+        return True
+    return in_pieces(n_k, mask.dtype) and mask.is_contiguous()
 
 
 def _loadable(mask: Any, query: Any, key: Any) -> Any:

@@ -59,6 +59,9 @@ def _check(tensors: Tensors, options: Any) -> None:
 def _forward(choice: Any, tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
     if choice is None:
         q, k, v, *extras = tensors
+        assert q is not None
+        if k is not None and not k.numel():  # kernels divide by the sum of what they have seen
+            return like(q).zero_(), torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32, device=q.device)
         tensors = (*(rows(x) for x in (q, k, v) if x is not None), *extras)
         choice = dispatch.lookup(registered()[0], arguments(tensors, options))
     return choice(*arguments(tensors, options))  # type: ignore[no-any-return]

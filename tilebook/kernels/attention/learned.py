@@ -7,10 +7,12 @@ bias would be to read and write it once more, and its gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from tilebook.layout import aligned
 
 _EFFICIENT = 2  # of `torch.nn.attention.SDPBackend`
 _forward: Any = torch.ops.aten._scaled_dot_product_efficient_attention.default
@@ -28,6 +30,27 @@ def efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Ten
     return same and _chosen(q, k, v, bias, 0.0, False, scale=scale) == _EFFICIENT  # type: ignore[no-any-return]
 
 
+class _Loaded(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, bias: torch.Tensor, make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+def loaded(bias: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `make` copies of a bias for kernels to load, with a gradient for each of its numbers.
+
+    Numbers that are one in memory have their own gradients all the same: autograd adds up those of what was expanded.
+    """
+    found: torch.Tensor = _Loaded.apply(bias, make)  # type: ignore[no-untyped-call]
+    return found
+
+
 class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -39,12 +62,12 @@ class _Learned(torch.autograd.Function):
         return o  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        # Where autograd records this, PyTorch's op refuses to be differentiated, whatever it is that came.
         q, k, v, bias, o, lse, *seed = ctx.saved_tensors
-        known = torch.where(lse == -torch.inf, torch.inf, lse)  # NaN stays NaN
+        known = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)  # one kernel, which `where` is not
         wanted = list(ctx.needs_input_grad[:4])
-        found = _backward(do, q, k, v, bias, o, known, *seed, 0.0, wanted, False, scale=ctx.scale)
+        found = _backward(aligned(do), q, k, v, bias, o, known, *seed, 0.0, wanted, False, scale=ctx.scale)
         return *(each if wants else None for each, wants in zip(found, wanted, strict=True)), None
 
 

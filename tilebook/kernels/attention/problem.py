@@ -40,6 +40,16 @@ def written_window(left: int, right: int) -> str:
     return f"window{sides}" if left >= 0 or right > 0 else ""
 
 
+def _clamped(start: int, count: int, most: int) -> int:
+    """The sum of `count` numbers from `start` on, each no less than 0 and no more than `most`."""
+
+    def below(end: int) -> int:
+        rising = min(max(end, 0), most)
+        return rising * (rising - 1) // 2 + max(end - most, 0) * most
+
+    return below(start + count) - below(start)
+
+
 @dataclass(frozen=True)
 class ForwardProblem(Problem):
     """q (B, H, Sq, D), k and v (B, Hkv, Sk, D), and what a `Form` says.
@@ -221,10 +231,8 @@ class ForwardProblem(Problem):
         if before is None and after == 0:
             square = min(self.seq_q, self.seq_k)
             return square * square / 2 + (self.seq_q - square) * self.seq_k
-        rows = torch.arange(self.seq_q)
-        first = torch.zeros_like(rows) if before is None else (rows - before).clamp(0, self.seq_k)
-        last = torch.full_like(rows, self.seq_k) if after is None else (rows + after + 1).clamp(0, self.seq_k)
-        return float((last - first).clamp(min=0).sum())
+        last = self.seq_q * self.seq_k if after is None else _clamped(after + 1, self.seq_q, self.seq_k)
+        return float(last - (0 if before is None else _clamped(-before, self.seq_q, self.seq_k)))
 
     @property
     def queries(self) -> int:
@@ -290,6 +298,7 @@ class ForwardProblem(Problem):
             ("B2,H2,S70,D32,dbiashqk", "bf16"),
             ("B2,H4,Hkv2,S40,Sk100,D32,causal,dbiasbhqk", "fp16"),
             ("B2,H2,S70,D32,maskbk", "bf16"),
+            ("B2,H4,Hkv2,S70,D32,causal,maskbk", "bf16"),
             ("B2,H2,S40,Sk70,D64,maskqk", "fp16"),
             ("B1,H2,S100,D32,dropout", "bf16"),
             ("B1,H2,S70,D32,causal,window50x0,softcap,biasq,alibi,dropout", "bf16"),

@@ -9,11 +9,11 @@ import torch
 from tilebook.casting import autocast
 from tilebook.kernels.attention import eager, learned
 from tilebook.kernels.attention.form import Form
-from tilebook.layout import VECTOR
+from tilebook.layout import PIECE, VECTOR
 from tilebook.left import ORDINARY
 
-_COLUMNS = 16
-"""Of a mask's rows in memory: a multiple of 16 bytes in any dtype."""
+COLUMNS = 16
+"""To which the rows of a mask are filled up that has to be copied, and which a bias that learns must have."""
 
 # Bound here once: a program may put our drop-in in the place of PyTorch's function.
 scaled_dot_product_attention: Any = torch._C._nn.scaled_dot_product_attention
@@ -53,30 +53,69 @@ def sdpa(
     if bias.dtype == q.dtype and not learns and _lies_whole(bias, k.shape[2]):
         o = scaled_dot_product_attention(q, k, v, _started(bias), is_causal=causal, scale=scale, **grouped)
         return o
-    # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
-    # Where all see the same, one is looked at; but each number of what learns has a gradient of its own.
-    seen = bias if learns else bias[tuple(slice(None if step else 1) for step in bias.stride())]
-    added, hidden = seen.to(q.dtype).log() if seen.dtype == torch.bool else seen.to(q.dtype), None
+    # Where all see the same, one is looked at.
+    seen = bias[tuple(slice(None if step else 1) for step in bias.stride())] if not learns or placed(bias) else bias
     if learns:
-        whole = in_vectors(added, k.shape[2], q.dtype).expand(*q.shape[:3], k.shape[2])
-        if not causal and learned.efficient(q, k, v, whole, scale):
-            return learned.attention(q, k, v, whole, scale)
-        # Its gradient would be NaN there: such rows see everything, and then count for nothing.
-        hidden = added.amax(-1, True) == -torch.inf
-        added = added.masked_fill(hidden, 0.0)
-    mask = in_vectors(added, k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
+        return _learnt(q, k, v, causal, scale, bias, seen)
+    # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
+    mask = in_vectors(_scores(seen, q.dtype), k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
     o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
-    return o if hidden is None else o.masked_fill(hidden, 0.0)
+    return o
+
+
+def _scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a mask or bias adds to the scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    if placed(mask):  # by one kernel
+        return torch.log(mask, out=torch.empty(mask.shape, dtype=dtype, device=mask.device))
+    return mask.to(dtype).log()
+
+
+def _learnt(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    bias: torch.Tensor,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """The same under a bias that has a gradient; seen: the bias, or as much of it as differs."""
+    n_k = k.shape[2]
+
+    def added(shape: tuple[int, ...], hidden: torch.Tensor | None = None) -> torch.Tensor:
+        def make() -> torch.Tensor:
+            scores = seen.to(q.dtype) if hidden is None else seen.to(q.dtype).masked_fill(hidden, 0.0)
+            return in_vectors(scores, n_k, q.dtype, COLUMNS).expand(shape)
+
+        return make() if seen is bias else learned.loaded(bias, make)
+
+    if not causal:
+        whole = added((*q.shape[:3], n_k))
+        if learned.efficient(q, k, v, whole, scale):
+            return learned.attention(q, k, v, whole, scale)
+    # Its gradient would be NaN there: such rows see everything, and then count for nothing.
+    hidden = seen.detach().amax(-1, True) == -torch.inf
+    grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    mask = added((*bias.shape[:-1], n_k), hidden)
+    o: torch.Tensor = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
+    return o.masked_fill(hidden, 0.0)
 
 
 def _lies_whole(mask: torch.Tensor, n_k: int) -> bool:
     """Does it lie as PyTorch's kernels load it, with a column for each key?"""
-    return mask.ndim > 0 and mask.shape[-1] == n_k and not n_k % _COLUMNS and mask.is_contiguous()
+    return mask.ndim > 0 and mask.shape[-1] == n_k and in_pieces(n_k, mask.dtype) and mask.is_contiguous()
 
 
 def _started(mask: torch.Tensor) -> torch.Tensor:
-    """A mask in one piece, which starts where kernels load whole vectors; a copy only where it does not."""
+    """A mask that lies whole, and starts where kernels load it; a copy only where it does not."""
     return mask.clone() if placed(mask) and mask.data_ptr() % VECTOR else mask
+
+
+def in_pieces(n_k: int, dtype: torch.dtype) -> bool:
+    """Does each of a mask's rows without gaps start where PyTorch's kernels load it? dtype: of the scores."""
+    return n_k * dtype.itemsize % PIECE == 0
 
 
 def placed(x: Any) -> bool:
@@ -86,16 +125,17 @@ def placed(x: Any) -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None and torch._C._has_storage(x)
 
 
-def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor:
-    """A mask or bias with all its columns, which starts, as each row does, where PyTorch's kernels load whole vectors.
+def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype, columns: int = 0) -> torch.Tensor:
+    """A mask or bias with all its columns, which starts, as each row does, where PyTorch's kernels load it.
 
-    dtype: of what is added to the scores, which PyTorch makes of booleans, row by row without a gap.
+    dtype: of what is added to the scores, which PyTorch makes of booleans, row by row without a gap. columns: what a
+    row's step is a multiple of, where that is more than its kernels for inference need.
     """
     if not mask.ndim or mask.shape[-1] != n_k:
         mask = mask.expand(*mask.shape[:-1], n_k)
-    short = -n_k % _COLUMNS
-    if not short:
+    if not n_k % columns if columns else in_pieces(n_k, dtype):
         return _started(mask.contiguous())
+    short = -n_k % COLUMNS
     if placed(mask) and not (mask.requires_grad and torch.is_grad_enabled()):
         added = dtype if mask.dtype == torch.bool else mask.dtype
         whole = torch.zeros((*mask.shape[:-1], n_k + short), dtype=added, device=mask.device)

@@ -83,6 +83,7 @@ def asked(
     if bias is not None:
         steps = (step if size > 1 else 0 for size, step in zip(bias.shape, bias.stride(), strict=True))
         scores = scores._replace(**dict(zip("bhmn", steps, strict=True)))
+        scores = scores._replace(m=scores.m or None)
         scores = scores._replace(mask=bias) if form.bias == "mask" else scores._replace(bias=bias)
     if slopes is not None:
         each = slopes.stride(0) if slopes.ndim == 2 and slopes.shape[0] > 1 else 0

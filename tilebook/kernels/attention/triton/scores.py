@@ -97,10 +97,16 @@ def within(rows, columns, before, after):
 
 @triton.jit
 def looked_up(table, row, column, rows, columns, n_q, n_k, marks):
-    """A tile of a bias or mask, 0 past the ends; `rows` and `columns` start at `row` and `column`."""
-    at = table + marks.base + row.to(tl.int64) * marks.m + column.to(tl.int64) * marks.n
-    inside = (rows < n_q) & (columns < n_k)
-    return tl.load(at + (rows - row) * marks.m + (columns - column) * marks.n, mask=inside, other=0)
+    """A tile of a bias or mask, 0 past the ends; `rows` and `columns` start at `row` and `column`.
+
+    Of one that is the same for all rows it is one row, which is loaded once.
+    """
+    at = table + marks.base + column.to(tl.int64) * marks.n + (columns - column) * marks.n
+    inside = columns < n_k
+    if marks.m is not None:
+        at += row.to(tl.int64) * marks.m + (rows - row) * marks.m
+        inside &= rows < n_q
+    return tl.load(at, mask=inside, other=0)
 
 
 @triton.jit

@@ -1,0 +1,139 @@
+"""Nodes of a graph whose numbers are known before the program runs: those that no input of it goes into.
+
+Graphs are of torch functions, as Dynamo hands them to a compiler: not functional, with fake tensors for examples.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+Constants = Mapping[Node, Callable[[], torch.Tensor]]
+"""Placeholders whose numbers are known, and what makes them."""
+
+_FUNCTIONS: set[Any] = {
+    operator.add, operator.sub, operator.mul, operator.mod, operator.floordiv, operator.neg, operator.getitem,
+    operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne, operator.and_, operator.or_,
+    operator.xor, operator.invert, torch.arange, torch.ones, torch.zeros, torch.full, torch.tril, torch.triu,
+    torch.where, torch.cat, torch.stack, torch.diff, torch.cumsum, torch.abs, torch.logical_and, torch.logical_or,
+    torch.logical_not, torch.ones_like, torch.zeros_like, torch.full_like, torch.le, torch.lt, torch.ge, torch.gt,
+    torch.eq, torch.ne, torch.add, torch.sub,
+}  # fmt: skip
+"""That only depend on what they are given, and change nothing."""
+
+_INPLACE: set[Any] = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.iand, operator.ior, operator.ixor,
+}  # fmt: skip
+"""That write to their first argument, whatever they are called."""
+
+_METHODS = {
+    "abs", "add", "bitwise_and", "bitwise_not", "bitwise_or", "bool", "clone", "contiguous", "cumsum", "diff", "eq",
+    "expand", "expand_as", "flatten", "float", "ge", "gt", "int", "le", "logical_and", "logical_not", "logical_or",
+    "long", "lt", "masked_fill", "ne", "new_full", "new_ones", "new_zeros", "permute", "repeat", "reshape", "squeeze",
+    "sub", "to", "transpose", "tril", "triu", "type", "unsqueeze", "view", "view_as", "where",
+}  # fmt: skip
+
+
+class Unknown(Exception):
+    """Numbers that are not known before the program runs."""
+
+
+def numbers(node: Node, given: Constants, known: dict[Node, Any] | None = None) -> Any:
+    """What a node computes, of nothing that the program is given. Raises Unknown."""
+    known = {} if known is None else known
+    if node in known:
+        return known[node]
+    if node in given:
+        found = given[node]()
+    elif pure(node):
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda each: numbers(each, given, known))
+        try:
+            if node.op == "call_method":
+                found = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                assert callable(node.target)
+                found = node.target(*args, **kwargs)
+        except Exception as broken:
+            raise Unknown from broken
+    else:
+        raise Unknown
+    known[node] = found
+    return found
+
+
+def pure(node: Node) -> bool:
+    """Does it depend on nothing but what it is given, and change nothing?"""
+    if node.op == "call_function":
+        return node.target in _FUNCTIONS and node.kwargs.get("out") is None
+    return node.op == "call_method" and node.target in _METHODS
+
+
+def _ancestors(node: Node, given: Constants) -> set[Node]:
+    """What a node's numbers are made of, itself included. Raises Unknown where that is an input."""
+    found, open_ = set[Node](), [node]
+    while open_:
+        each = open_.pop()
+        if each in found:
+            continue
+        if each not in given and not pure(each):
+            raise Unknown
+        found.add(each)
+        if each not in given:
+            open_.extend(each.all_input_nodes)
+    return found
+
+
+def written_to(mask: Node, given: Constants) -> bool:
+    """Might something in the graph write to what the mask is made of, by whatever name?"""
+    memory = {_memory(each) for each in _ancestors(mask, given)}
+    if None in memory:
+        return True
+    return any(_memory(each) in memory for node in mask.graph.nodes if _writes(node) for each in node.all_input_nodes)
+
+
+def _writes(node: Node) -> bool:
+    """Might it write to one of its arguments?"""
+    if pure(node):
+        return False
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    if node.op == "call_module":
+        return True
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    name = getattr(node.target, "__name__", "_")
+    inplace = {
+        operator.setitem,
+        operator.iadd,
+        operator.isub,
+        operator.imul,
+        operator.iand,
+        operator.ior,
+        operator.ixor,
+    }
+    return node.target in inplace or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__"))
+
+
+def _memory(node: Node) -> Any:
+    """What tells a tensor's memory from others' in this graph; None where there is no word of it."""
+    value = node.meta.get("example_value")
+    try:
+        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else ("no tensor", node)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def shape_of(node: Node) -> tuple[int, ...] | None:
+    """Of a node's tensor, where all of it is known."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or not all(type(n) is int for n in value.shape):
+        return None
+    return tuple(value.shape)

@@ -1,0 +1,263 @@
+"""Graphs that PyTorch's compiler is given: attention under a mask that is a constant is told what the mask shows.
+
+What is traced cannot look at the numbers of a tensor, and so a model whose sequences might be padded or packed makes a
+mask of all pairs, also where they are not, as transformers' models do. Attention with a mask takes about three times as
+long as causal attention, of heads that share keys it wants copies, and the mask is made and kept. In the graph all that
+the mask is made of can be seen: where it is no input of the program, its numbers are known before the program runs. A
+window, for which PyTorch has no kernel, is an op of ours where the GPU takes longer for it than the host for the op.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import operator
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tilebook.casting import autocast_dtype
+from tilebook.constant_nodes import Constants, Unknown, numbers, pure, shape_of, written_to
+from tilebook.kernels.attention.drop_in import TRACED
+from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
+
+_log = logging.getLogger("tilebook")
+
+COMPILER = "torch._inductor.compile_fx"
+"""The module with the function that Inductor's graphs go through, whatever the version of PyTorch."""
+
+_MOST = 1 << 31
+"""Numbers of a mask that are looked at, while the program is compiled; of larger ones nothing is known."""
+
+_WIDEST = 256
+"""Of heads that PyTorch's fused kernels take, and so share keys among."""
+
+_CHECKPOINT = "tag_activation_checkpoint"
+
+Shown = tuple[int, int]
+"""Row i sees columns i - left … i + right; -1 is without limit."""
+
+_ALL, _CAUSAL = (-1, -1), (-1, 0)
+
+
+def simplified(module: GraphModule, given: Constants | None = None) -> int:
+    """Replaces constant masks of a graph of torch functions, as Dynamo makes them, by what they show.
+
+    given: placeholders whose numbers are known. Returns how many calls of attention were changed.
+    """
+    changes = [
+        change
+        for node in module.graph.nodes
+        if node.op == "call_function" and node.target is scaled_dot_product_attention
+        if (change := _change(node, given or {})) is not None
+    ]
+    for change in changes:
+        change.make()
+    found = len(changes)
+    for node in module.graph.nodes:
+        inner = _checkpointed(module, node)
+        if inner is not None:
+            found += simplified(*inner)
+    if changes:
+        for node in reversed(module.graph.nodes):
+            if not node.users and pure(node):
+                module.graph.erase_node(node)
+        module.recompile()
+    return found
+
+
+@dataclass
+class _Change:
+    """A call of attention, and what it is to be: shown, with these arguments beside q, k and v."""
+
+    node: Node
+    tensors: tuple[Node, Node, Node]
+    shown: Shown
+    rest: dict[str, Any]
+
+    def make(self) -> None:
+        if self.shown in (_ALL, _CAUSAL):
+            self.node.args = self.tensors
+            self.node.kwargs = self.rest | {"is_causal": self.shown == _CAUSAL}
+            return
+        import tilebook.kernels.attention.entry  # noqa: F401  # which registers the op
+
+        graph, width, (left, right) = self.node.graph, shape_of(self.tensors[0])[-1], self.shown  # type: ignore[index]
+        scale = width**-0.5 if self.rest["scale"] is None else float(self.rest["scale"])
+        with graph.inserting_before(self.node):
+            options = scale, left, right, False, 0.0, 0.0, False, False
+            both = graph.call_function(_windowed(), (*self.tensors, None, None, None, *options))
+            o = graph.call_function(operator.getitem, (both, 0))
+        o.meta.update(self.node.meta)
+        self.node.replace_all_uses_with(o)
+        graph.erase_node(self.node)
+
+
+def _windowed() -> Any:
+    return torch.ops.tilebook.attention_fwd.default
+
+
+def _change(node: Node, given: Constants) -> _Change | None:
+    names = "query", "key", "value", "attn_mask", "dropout_p", "is_causal"
+    call: dict[str, Any] = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    call |= {**dict(zip(names, node.args)), **node.kwargs}  # noqa: B905
+    tensors = [each for name in names[:4] if isinstance(each := call.get(name), Node)]
+    if len(tensors) < 4 or call["is_causal"] is not False:
+        return None
+    q, k, v, mask = tensors
+    rows, columns = shape_of(q), shape_of(k)
+    if rows is None or columns is None or shape_of(v) is None:
+        return None
+    try:
+        shown = _shown(mask, given, rows[-2], columns[-2])
+    except Unknown:
+        return None
+    if shown is None or (shown not in (_ALL, _CAUSAL) and not _takes(q, k, v, call)):
+        return None
+    rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
+    shared = None if call["enable_gqa"] else _shared(q, k, v)
+    if shared is not None:
+        k, v = shared
+        rest["enable_gqa"] = True
+    return _Change(node, (q, k, v), shown, rest)
+
+
+def _takes(q: Node, k: Node, v: Node, call: dict[str, Any]) -> bool:
+    """Is attention in a window an op of ours, which is done long after the host has called it?"""
+    value, shape = q.meta["example_value"], shape_of(k)
+    if not _half(value) or shape is None or shape != shape_of(v) or call["dropout_p"] != 0 or len(value.shape) != 4:
+        return False
+    if not (call["scale"] is None or (type(call["scale"]) is float and call["scale"] > 0)):
+        return False
+    width = value.shape[-1]
+    fits = width == shape[-1] and width % 8 == 0 and 16 <= width <= _WIDEST and value.shape[1] % shape[1] == 0
+    return bool(fits and value.numel() * shape[-2] > TRACED[torch.is_grad_enabled()])
+
+
+def _half(value: torch.Tensor) -> bool:
+    """Will attention on a GPU have factors of 16 bits?"""
+    return value.is_cuda and (autocast_dtype(value) or value.dtype) in (torch.bfloat16, torch.float16)
+
+
+def _shown(mask: Node, given: Constants, n_q: int, n_k: int) -> Shown | None:
+    """What a constant mask shows, if that has such limits. Raises Unknown where it is none."""
+    shape = shape_of(mask)
+    if shape is None or math.prod(shape) > _MOST or written_to(mask, given):
+        raise Unknown
+    with torch.no_grad(), _disable_current_modes():
+        seen = numbers(mask, given)
+        if seen.dtype != torch.bool:
+            hidden = seen <= torch.finfo(seen.dtype).min
+            if bool(((seen != 0) & ~hidden).any()):
+                return None
+            seen = ~hidden
+        if bool(seen.all()):
+            return _ALL
+        if n_q != n_k or tuple(seen.shape[-2:]) != (n_q, n_k):
+            return None
+        # If it has limits, the last row tells the one to the left and the first row the other one.
+        one = seen[(0,) * (seen.ndim - 2)]
+        left, right = int(one[-1].sum()) - 1, int(one[0].sum()) - 1
+        place = torch.arange(n_k, device=seen.device)
+        band = (place >= place[:, None] - left) & (place <= place[:, None] + right)
+        if left < 0 or right < 0 or not bool((seen == band).all()):
+            return None
+        return left if left < n_k - 1 else -1, right if right < n_k - 1 else -1
+
+
+def _shared(q: Node, k: Node, v: Node) -> tuple[Node, Node] | None:
+    """Keys and values with a head for several of q's, where what attention is given are copies of these."""
+    value = q.meta["example_value"]
+    if not _half(value) or value.shape[-1] > _WIDEST:
+        return None  # only PyTorch's fused kernels share keys
+    found = _uncopied(k), _uncopied(v)
+    if found[0] is None or found[1] is None or shape_of(found[0]) != shape_of(found[1]) or shape_of(k) != shape_of(v):
+        return None
+    return found[0], found[1]
+
+
+def _uncopied(copies: Node) -> Node | None:
+    """x (B, Hkv, S, D), of copies (B, H, S, D) that are `x[:, :, None].expand(B, Hkv, n, S, D).reshape(B, H, S, D)`."""
+    if (copies.op, copies.target) != ("call_method", "reshape"):
+        return None
+    expanded = copies.args[0]
+    if not isinstance(expanded, Node) or (expanded.op, expanded.target) != ("call_method", "expand"):
+        return None
+    axis = expanded.args[0]
+    if not isinstance(axis, Node) or axis.target is not operator.getitem:
+        return None
+    x, index = axis.args
+    whole = slice(None)
+    if index not in ((whole, whole, None), (whole, whole, None, whole, whole)) or not isinstance(x, Node):
+        return None
+    made, of, between = shape_of(copies), shape_of(x), shape_of(expanded)
+    if made is None or of is None or between is None or not len(made) == len(of) == 4 or len(between) != 5:
+        return None
+    (batch, heads, *rest), (n, heads_kv, *its) = made, of
+    alike = rest == its and n == batch and heads_kv and heads % heads_kv == 0
+    return x if alike and between == (batch, heads_kv, heads // heads_kv, *rest) else None
+
+
+def _checkpointed(module: GraphModule, node: Node) -> tuple[GraphModule, Constants] | None:
+    """The graph that a node runs again in the backward pass, and what is known of its inputs."""
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != _CHECKPOINT or not node.args:
+        return None
+    body, *operands = node.args
+    if not isinstance(body, Node) or body.op != "get_attr" or len(body.users) != 1:
+        return None
+    inner = getattr(module, str(body.target), None)
+    if not isinstance(inner, GraphModule):
+        return None
+    places = [each for each in inner.graph.nodes if each.op == "placeholder"]
+    known = {}
+    for place, operand in zip(places, operands):  # noqa: B905
+        if isinstance(operand, Node):
+            with_numbers = _known(operand)
+            if with_numbers is not None:
+                known[place] = with_numbers
+    return inner, known
+
+
+def _known(node: Node) -> Callable[[], torch.Tensor] | None:
+    """Makes the numbers of a node, where they are known before the program runs."""
+    try:
+        if shape_of(node) is None or written_to(node, {}):
+            return None
+    except Unknown:
+        return None
+    return functools.partial(numbers, node, {})
+
+
+# In the compiler's way.
+
+
+def watch(on: bool) -> None:
+    """Has the graphs of programs simplified that Inductor compiles from now on, or no longer. It must be imported."""
+    compiler: Any = sys.modules[COMPILER]
+    theirs = getattr(compiler.compile_fx, "_tilebook", None)
+    if on and theirs is None:
+        compiler.compile_fx = _told(compiler.compile_fx)
+    elif not on and theirs is not None:
+        compiler.compile_fx = theirs
+
+
+def _told(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compile_fx)
+    def told(model_: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model_, GraphModule):
+            try:
+                found = simplified(model_)
+            except Exception as broken:  # the graph is compiled as it is
+                _log.debug("a graph was not looked through: %s: %s", type(broken).__name__, broken)
+            else:
+                _log.debug("calls of attention that run without a mask, which is a constant: %d", found)
+        return compile_fx(model_, *args, **kwargs)
+
+    told._tilebook = compile_fx  # type: ignore[attr-defined]
+    return told
