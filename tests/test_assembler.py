@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from tilebook import assembler, launch
+from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.dispatch.choice import Choice
 from tilebook.dispatch.settling import Probe
+from tilebook.dispatch.snapshot import Snapshot
 
 knobs = pytest.importorskip("triton.knobs")
 nvidia = knobs.nvidia
@@ -183,6 +185,78 @@ def test_what_nobody_has_verified_is_compiled_by_it_and_kept_apart(tools, monkey
     plain = ({"num_warps": 4}, usual)
     other = ({"num_warps": 4, "ptx_options": "-O3"}, nvidia.ptxas_blackwell.path)
     assert kernel.seen == [plain, other if hopper else plain, plain]
+
+
+@pytest.mark.parametrize("broken", ["not there", "no ptxas"])
+@pytest.mark.parametrize("how", ["environment", "knob"])
+def test_one_that_triton_passes_over_is_not_chosen(tools, tmp_path, monkeypatch, how, broken):
+    tools("12.8", "12.9")
+    path = tmp_path / "mine"
+    if broken == "no ptxas":
+        path.write_text("#!/bin/sh\necho hello\n")
+        path.chmod(0o755)
+    usual, newer = nvidia.ptxas.path, nvidia.ptxas_blackwell.path
+    with contextlib.ExitStack() as undo:
+        if how == "environment":
+            monkeypatch.setenv("TRITON_PTXAS_PATH", str(path))
+        else:
+            undo.callback(vars(nvidia).pop, "ptxas", None)
+            vars(nvidia)["ptxas"] = str(path)
+        assert taken() == usual
+        with assembler.newer():
+            assert taken() == newer
+
+
+@pytest.fixture
+def seen():
+    """A function that runs a choice made so, and whether it was unverified, call by call."""
+    op = ops.get("rms_norm_fwd")
+    found = []
+
+    class Noting(ops.Implementation):
+        def __call__(self, *args, config=None):
+            found.append(assembler._thread.unverified)
+            return args
+
+    ours = Noting(op, "triton", lambda *args, config: args, op.tunable.space)
+
+    def run(*how, **more):
+        Choice(ours, ops.Config({"ROWS": 1}), how[0], op.problem.examples()[0], None, "", *how[1:], **more)(
+            torch.zeros(1)
+        )
+        return found[-1]
+
+    return run
+
+
+def of(status="measured", **versions):
+    return SimpleNamespace(measured=status != "predicted", environment={**devices.environment(), **versions})
+
+
+def test_a_verdict_that_somebody_has_measured_with_this_compiler_has_verified_its_config(seen):
+    assert not seen("exact", of())
+    assert not seen("exact", of(torch="1.0", cuda="99"))
+    assert not seen("exact", of(status="default"))
+
+
+def test_what_was_predicted_or_measured_with_another_compiler_was_not_verified(seen):
+    assert seen("exact", of(status="predicted"))
+    assert seen("exact", of(triton="3.1.0"))
+    assert seen("exact", of(ptxas="11.0"))
+    assert seen("nearest", of())
+
+
+def test_tensors_that_lie_otherwise_than_those_of_a_verdict_are_another_code(seen):
+    assert seen("exact", of(), aligned=False)
+
+
+def test_what_another_process_has_chosen_is_verified_there_alone():
+    op, gpu = ops.get("rms_norm_fwd"), devices.find("H200")
+    problem = op.problem.examples()[0]
+    config = dict(op.tunable.space.default(problem, gpu))
+    told = Snapshot(gpu).told(op, problem, ("triton", config, "exact", op.tunable.digest))
+    assert told.source == "exact"
+    assert not told.verified
 
 
 @pytest.mark.parametrize("source", ["exact", "nearest", "default", "forced"])

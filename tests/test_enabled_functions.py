@@ -1,5 +1,8 @@
 """Norms, losses and attention in PyTorch's places take and refuse what PyTorch's do."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -228,3 +231,25 @@ def test_a_loss_known_to_be_pytorchs_is_its_function_with_the_same_arguments(mon
     for options in ({"label_smoothing": 0.1}, {"weight": torch.ones(4)}):
         with pytest.raises(TypeError):  # asked, and there is nobody to answer
             enabling.cross_entropy(x, target, **options)
+
+
+def test_nested_tensors_have_pytorchs_attention_in_its_place():
+    parts = [torch.randn(n, 4, 32) for n in (5, 17, 9)]
+    q = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True).transpose(1, 2)
+    right = F.scaled_dot_product_attention(q, q, q)
+    with tilebook.enabled():
+        found = F.scaled_dot_product_attention(q, q, q)
+    assert torch.equal(found.values(), right.values())
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "cross_entropy"])
+def test_a_module_that_holds_what_is_in_pytorchs_place_is_loaded_as_pytorchs(name):
+    plain = getattr(F, name)
+    with tilebook.enabled():
+        held = getattr(F, name)
+        assert held is not plain
+        written = pickle.dumps(held)
+        assert pickle.loads(written) == held
+        assert copy.deepcopy(held) == held
+    assert b"tilebook" not in written
+    assert pickle.loads(written) is plain

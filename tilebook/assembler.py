@@ -99,8 +99,18 @@ def _newer() -> Any:
     """The ptxas that Triton has for Blackwell, if its other is not sound; None where the user has chosen one."""
     from triton import knobs
 
-    chosen = "TRITON_PTXAS_PATH" in os.environ or "ptxas" in vars(knobs.nvidia)
-    return None if chosen else _shipped()
+    chosen = vars(knobs.nvidia).get("ptxas", os.environ.get("TRITON_PTXAS_PATH"))
+    return None if chosen is not None and _runs(chosen) else _shipped()
+
+
+def _runs(path: str) -> bool:
+    """Does Triton compile by this one? It passes over one that is not there, or that is no ptxas."""
+    from triton import knobs
+
+    try:
+        return knobs.NvidiaTool.from_path(path) is not None
+    except OSError:  # which is raised to whoever compiles
+        return True
 
 
 @functools.cache

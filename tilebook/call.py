@@ -333,6 +333,11 @@ def _rows(tensors: Tensors) -> Tensors:
     return tuple(None if x is None else rows(x) for x in tensors)
 
 
+def _no_view(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, but to autograd no view: into one that was made in a function of ours nobody could write."""
+    return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
+
+
 class _Direct(torch.autograd.Function):
     """The autograd function of every family, for the direct way."""
 
@@ -340,7 +345,8 @@ class _Direct(torch.autograd.Function):
     def forward(
         ctx: Any, entry: Entry, choice: Any, options: tuple[Any, ...], *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        outputs = entry.forward(choice, tensors, options)
+        made = entry.forward(choice, tensors, options)
+        outputs = *(_no_view(x) for x in made[: entry.results]), *made[entry.results :]
         ctx.save_for_backward(*entry.saved(tensors, outputs))
         ctx.call = entry, options
         ctx.mark_non_differentiable(*outputs[entry.results :])

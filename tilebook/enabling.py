@@ -7,6 +7,7 @@ own functions wherever no verdict has ours ahead.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 import types
@@ -85,7 +86,14 @@ class _Place:
     """Has functions as bound methods, which `torch.compile` traces into.
 
     It looks the functions of PyTorch's that it leaves in its graphs up by name when it is loaded, and would find ours.
+    What is pickled of them is PyTorch's names: a module that holds one is loaded where there is no tilebook, too.
     """
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return importlib.import_module, (F.__name__,)
+
+    def __deepcopy__(self, memo: Any) -> _Place:
+        return self
 
     def layer_norm(
         self,

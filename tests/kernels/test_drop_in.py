@@ -47,3 +47,28 @@ def test_drop_in_gives_pytorch_what_no_kernel_has():
             tilebook.scaled_dot_product_attention(q, k, v)
         with pytest.raises(RuntimeError, match="is_causal"):
             tilebook.scaled_dot_product_attention(q, k, v, torch.ones(20, 30, dtype=torch.bool), is_causal=True)
+
+
+def _call(*shape, mask=None, dtype=torch.float32, autocast=False, **more):
+    return (shape, dtype, mask), more, autocast
+
+
+REFUSED = {
+    "a mask of no axis": _call(2, 4, 8, 16, mask=torch.tensor(0.5)),
+    "groups without heads": _call(8, 16, enable_gqa=True),
+    "complex numbers": _call(2, 4, 8, 16, mask=torch.ones(8, 8, dtype=torch.bool), dtype=torch.complex64),
+    "a mask that autocast casts beside a query that it does not": _call(
+        2, 4, 8, 16, mask=torch.zeros(8, 8), dtype=torch.float64, autocast=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_pytorch_refuses_is_refused(name):
+    (shape, dtype, mask), more, autocast = REFUSED[name]
+    q = torch.randn(shape, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(Exception) as right:  # noqa: PT011
+            F.scaled_dot_product_attention(q, q, q, mask, **more)
+        with dispatch.use("torch"), pytest.raises(right.type):
+            tilebook.scaled_dot_product_attention(q, q, q, mask, **more)

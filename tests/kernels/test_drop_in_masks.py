@@ -94,6 +94,7 @@ HARD = {
     "one column for all": lambda: _cut(32)[:, 2:3],
     "one number for all": lambda: _cut(32)[2:3, 2:3],
     "every second column": lambda: torch.randn(32, 64).bfloat16()[:, ::2],
+    "heads side by side": lambda: torch.randn(2, 32, 32, 4).bfloat16().permute(0, 3, 1, 2),
 }
 
 
@@ -121,7 +122,7 @@ def test_rows_without_gaps_may_end_within_a_vector(pytorchs, kind, columns, copi
         assert (pytorchs[-1][0][3] is not mask) == copied
 
 
-@pytest.mark.parametrize("kind", ["shown", "shown in vectors", "padded keys", "added"])
+@pytest.mark.parametrize("kind", ["shown", "shown in vectors", "padded keys", "added", "by heads"])
 def test_rows_of_any_length_are_padded_in_memory(pytorchs, kind):
     """Also booleans whose rows start at vectors: of these PyTorch makes numbers without a gap."""
     q, k, v = (x[:, :, :n] for x, n in zip(_qkv(2, 4, 40, 16), (32, 37, 37), strict=True))
@@ -130,12 +131,13 @@ def test_rows_of_any_length_are_padded_in_memory(pytorchs, kind):
         "shown in vectors": lambda: _shown(32, 48)[:, :37],
         "padded keys": lambda: _shown(2, 1, 1, 37).expand(2, 1, 32, 37),
         "added": lambda: torch.randn(32, 37).bfloat16(),
+        "by heads": lambda: torch.randn(2, 32, 37, 4).bfloat16().permute(0, 3, 1, 2),
     }[kind]()
     right = SDPA(q, k, v, attn_mask=mask)
     for _ in range(3):
         torch.testing.assert_close(tilebook.scaled_dot_product_attention(q, k, v, attn_mask=mask), right)
         passed = pytorchs[-1][0][3]
-        assert (passed.dtype, passed.shape[-1], passed.stride(-2)) == (torch.bfloat16, 37, 48)
+        assert (passed.dtype, passed.shape[-1], *passed.stride()[-2:]) == (torch.bfloat16, 37, 48, 1)
 
 
 @pytest.mark.parametrize("columns", [32, 37])
@@ -219,6 +221,28 @@ def test_any_number_of_axes_has_pytorchs_numbers(pytorchs, shape):
     found = tilebook.scaled_dot_product_attention(*q, attn_mask=mask, scale=0.3)
     torch.testing.assert_close(found, SDPA(*q, attn_mask=mask, scale=0.3))
     assert len(pytorchs) == 1
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("lead", [(), (4,), (2, 3, 4)], ids=str)
+def test_beside_four_axes_of_the_query_a_mask_has_four(pytorchs, lead, axes):
+    """cuDNN refuses one axis, and of three takes the first for the batch."""
+    q = _qkv(*lead, 32, 16, dtype=torch.float32)
+    if axes > len(lead) + 2:
+        pytest.skip("more than there are")
+    mask = _shown(*(*lead, 32, 32)[-axes:])
+    found = tilebook.scaled_dot_product_attention(*q, attn_mask=mask)
+    torch.testing.assert_close(found, SDPA(*q, attn_mask=mask))
+    (asked, _, _, passed, *_), _ = pytorchs[-1]
+    assert asked.ndim == passed.ndim == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_of_booleans_autocast_makes_what_the_query_is_under_it(pytorchs, dtype):
+    q, mask = _qkv(2, 4, 36, 16, dtype=dtype), _shown(36, 36)
+    with torch.autocast("cpu", torch.bfloat16):
+        right = SDPA(*q, attn_mask=mask)
+        torch.testing.assert_close(tilebook.scaled_dot_product_attention(*q, attn_mask=mask), right)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])

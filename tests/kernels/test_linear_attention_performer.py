@@ -94,3 +94,21 @@ def test_hidden_keys_count_for_nothing(numbers):
 def test_16_bits_are_as_exact_as_they_can_be(dtype):
     tensors = [x.detach().to(dtype).requires_grad_() for x in drawn(60, width=32)]
     assert_near(gradients(attended, tensors), truth(tensors), 16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_graph_that_is_traced_draws_nothing(mode, causal):
+    """Features are the same at every call: in a graph they are numbers."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+
+    def call(*qkv):
+        return tilebook.linear_attention(*qkv, feature_map="performer", causal=causal)
+
+    traced = make_fx(call, tracing_mode=mode)(q, k, v)
+    for factor in (1.0, 0.7):
+        given = [x * factor for x in (q, k, v)]
+        for _ in range(2):
+            torch.testing.assert_close(traced(*given), call(*given))

@@ -222,3 +222,19 @@ def test_below_autograd_x_is_taken_as_it_lies_and_all_else_contiguous(monkeypatc
     for mine, theirs in zip(posed, standing.places, strict=True):
         if theirs is not None:
             assert (mine.data_ptr() == args[theirs].data_ptr()) is not (theirs == one or (theirs == at and not exact))
+
+
+@pytest.mark.parametrize("laid", ["a matrix", "three axes", "tokens of a convolution"])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("served", ["torch", "triton"])
+def test_what_is_given_may_be_written_into(served, name, laid):
+    """By PyTorch's kernels as behind hooks on what is saved, where a call is not left to its function as a whole."""
+    made = {"a matrix": torch.randn(6, 24), "three axes": torch.randn(3, 4, 24)}
+    shape, lay = LAID["tokens of a convolution"]
+    x = made.get(laid, lay(torch.randn(shape))).requires_grad_()
+    y = getattr(F, name)(x, x.shape[-1:])
+    (right,) = torch.autograd.grad((y + 1).square().sum(), x)
+    with dispatch.use(served):
+        found = getattr(tilebook, name)(x, None, **({"eps": torch.finfo(x.dtype).eps} if name == "rms_norm" else {}))
+    found.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x), (right,))

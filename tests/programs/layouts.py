@@ -354,6 +354,27 @@ def test_the_drop_in_takes_any_number_of_batch_dimensions(device, lead):
     assert_same_outcome(tilebook.scaled_dot_product_attention, SDPA, (q, k, v))
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 1, 3)])
+@pytest.mark.parametrize("columns", [33, 48])
+def test_the_drop_in_takes_a_mask_beside_any_number_of_batch_dimensions(device, lead, axes, columns):
+    q = torch.randn(*lead, 33, 32, device=device, dtype=usual(device)).requires_grad_()
+    k, v = (torch.randn(*lead, columns, 32, device=device, dtype=q.dtype).requires_grad_() for _ in range(2))
+    mask = torch.rand((*lead, 33, columns)[-axes:], device=device) < 0.7
+    if axes > len(lead) + 2:
+        pytest.skip("more than there are")
+    mask[..., 0] = True
+    for given in (mask, torch.where(mask, 0.5, -torch.inf).to(q.dtype)):
+
+        def ours(q, k, v, given=given):
+            return tilebook.scaled_dot_product_attention(q, k, v, attn_mask=given)
+
+        def plain(q, k, v, given=given):
+            return SDPA(q, k, v, attn_mask=given)
+
+        assert_same_outcome(ours, plain, (q, k, v))
+
+
 def test_batch_dimensions_that_broadcast_give_pytorchs_numbers(device):
     dtype = usual(device)
     q = torch.randn(2, 4, 33, 32, device=device, dtype=dtype).requires_grad_()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from tilebook import device as devices
 from tilebook.assembler import unverified
 from tilebook.device import Device
 from tilebook.op import Config, Implementation, Problem
@@ -21,6 +22,8 @@ Source = Literal["exact", "nearest", "default", "fallback", "forced"]
 # The first call may compile, and what is called once is not worth a plan.
 _RECORDED_CALL = 2
 
+_COMPILERS = ("triton", "ptxas")
+
 
 @dataclass(slots=True, eq=False)
 class Choice:
@@ -30,7 +33,8 @@ class Choice:
     where the spare did not; `instead` makes the spare. `native` says that PyTorch's own function would run the
     same here, so that the call may be left to it; `backward` is what the backward pass would run; `aligned` says that
     the tensors of its calls lie as kernels that load whole vectors want them, and `kept` that it serves calls to come.
-    `verified` says that this very config was found right on this very problem, as a verdict's is.
+    `verified` says that this very config was found right on this very problem, as that of a verdict is which was
+    measured with the compiler that is here; None leaves it to the verdict.
     `own` is our own kernel for the same problem, once somebody has asked for it. `probe` settles a problem that no
     verdict is on, in calls that it looks at (see `dispatch.probing`).
     """
@@ -52,11 +56,12 @@ class Choice:
     aligned: bool = True
     kept: bool = False
     probe: Any = None
-    verified: bool = False
+    verified: bool | None = None
 
     def __post_init__(self) -> None:
         forced = self.source == "forced"
-        self.verified = self.verified or self.source == "exact"
+        if self.verified is None:
+            self.verified = self.source == "exact" and (self.verdict is None or _compiled_here(self.verdict))
         op, name = self.implementation.op, self.implementation.name
         self.native = not forced and (self.gpu is None or op.native(name, self.problem, self.gpu))
 
@@ -144,13 +149,20 @@ class Choice:
         first = args[0]
         if self.config is None:
             return self.implementation(*args)
-        with nullcontext() if self.verified else unverified():
+        # What lies otherwise than the tensors it was verified with is other machine code.
+        with nullcontext() if self.verified and self.aligned else unverified():
             if first.is_cuda and torch.cuda.current_device() != first.get_device():
                 with torch.cuda.device(
                     first.device
                 ):  # Triton starts kernels on the current GPU, PyTorch on the tensor's
                     return self.implementation(*args, config=self.config)
             return self.implementation(*args, config=self.config)
+
+
+def _compiled_here(verdict: Any) -> bool:
+    """Was a verdict's config run, and as it is compiled here?"""
+    then, now = verdict.environment, devices.environment()
+    return bool(verdict.measured) and all(then.get(name, now[name]) == now[name] for name in _COMPILERS)
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -150,7 +150,7 @@ class Snapshot:
             runs = space.contains(config) and space.reject(problem, config, self.gpu) is None
         if not runs:
             return None
-        choice = Choice(implementation, config, cast(Source, source), problem, self.gpu)
+        choice = Choice(implementation, config, cast(Source, source), problem, self.gpu, verified=False)
         return choice if self.revocation(choice) is None else None
 
     def own(self, op: Op[Any], problem: Problem) -> Choice | None:

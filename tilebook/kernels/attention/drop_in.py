@@ -73,7 +73,7 @@ def scaled_dot_product_attention(
     """
     given = query, key, value, attn_mask
     overridden = has_torch_function(given)
-    if overridden and in_place(scaled_dot_product_attention, given):
+    if overridden and not _jagged(*given) and in_place(scaled_dot_product_attention, given):
         more: Any = {"scale": scale, "enable_gqa": enable_gqa}
         return handle_torch_function(scaled_dot_product_attention, given, *given, dropout_p, is_causal, **more)  # type: ignore[no-any-return]
     usual = type(query) is type(key) is type(value) is torch.Tensor and not dropout_p
@@ -112,6 +112,8 @@ def scaled_dot_product_attention(
         q, k, v = (x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None] for x in (query, key, value))
         if mask is not None and mask.ndim > 3 and query.ndim > 4:
             mask = mask.expand(*lead, *mask.shape[-3:]).flatten(0, -4)
+        elif mask is not None:  # cuDNN takes no other number of axes beside four of the query
+            mask = mask[(None,) * (4 - mask.ndim)]
         loaded = mask
 
     def theirs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -135,6 +137,11 @@ def in_place(ours: Callable[..., Any], given: Sequence[Any]) -> bool:
     return all(each is None or isinstance(each, torch.Tensor) for each in given)
 
 
+def _jagged(*given: Any) -> bool:
+    """Is there a nested tensor among them? Those know PyTorch's function by its own name, and no other."""
+    return any(isinstance(each, torch.Tensor) and each.is_nested for each in given)
+
+
 def _fits(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -153,13 +160,14 @@ def _fits(
         return False
     if way(query, key, value, optional=(mask,)) == "pytorch":
         return False
-    if not (2 <= query.ndim == key.ndim == value.ndim) or not (query.numel() and key.numel()):
+    if not (2 + enable_gqa <= query.ndim == key.ndim == value.ndim) or not (query.numel() and key.numel()):
         return False
     heads = query.ndim < 3 or query.shape[-3] == key.shape[-3] or (enable_gqa and query.shape[-3] % key.shape[-3] == 0)
     return (
         query.shape[:-3] == key.shape[:-3]
         and key.shape == value.shape
         and query.shape[-1] == key.shape[-1]
+        and query.is_floating_point()
         and query.dtype == key.dtype == value.dtype
         and query.device == key.device == value.device
         and heads
@@ -187,13 +195,13 @@ def _loads(mask: torch.Tensor, n_k: int) -> bool:
 
 def _loadable(mask: Any, query: Any, key: Any) -> Any:
     """The mask, copied where PyTorch's kernels on a GPU could not load it: of such they bring the GPU down."""
-    if not placed(mask) or not mask.numel():
+    if not placed(mask) or not mask.numel() or not mask.ndim:
         return mask
     n_k = key.shape[-2]
     if _loads(mask, n_k) and not mask.data_ptr() % VECTOR:
         return mask
     (mask,) = autocast(mask)
-    return in_vectors(mask, n_k, autocast_dtype(mask) or query.dtype)
+    return in_vectors(mask, n_k, _product_dtype(query))
 
 
 def _in_pieces(x: torch.Tensor) -> bool:
@@ -220,9 +228,15 @@ def _refuse(query: Any, key: Any, value: Any, dropout_p: float) -> None:
 
 def _takes(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
     """Does PyTorch take this mask beside this query?"""
-    known = mask.dtype in (torch.bool, torch.float32, query.dtype)
+    known = mask.ndim > 0 and _product_dtype(mask) in (torch.bool, torch.float32, _product_dtype(query))
     scores = (*query.shape[:-1], key.shape[-2])
     broadcasts = mask.ndim <= len(scores) and all(
         n in (1, m) for n, m in zip(mask.shape[::-1], scores[::-1], strict=False)
     )
     return known and broadcasts and mask.device == query.device
+
+
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What autocast, where it is on, makes of the tensor beside a product's factors."""
+    cast = x.is_floating_point() and x.dtype != torch.float64
+    return (autocast_dtype(x) if cast else None) or x.dtype

@@ -136,13 +136,19 @@ def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype, columns: int = 
     if not n_k % columns if columns else in_pieces(n_k, dtype):
         return _started(mask.contiguous())
     short = -n_k % COLUMNS
-    if mask.dtype == torch.bool and placed(mask):
-        whole = torch.zeros((*mask.shape[:-1], n_k + short), dtype=dtype, device=mask.device)
-        torch.log(mask, out=whole[..., :n_k])
-        return whole[..., :n_k]
+    if placed(mask) and not (mask.requires_grad and torch.is_grad_enabled()):
+        added = dtype if mask.dtype == torch.bool else mask.dtype
+        whole = torch.zeros((*mask.shape[:-1], n_k + short), dtype=added, device=mask.device)
+        found = whole[..., :n_k]
+        if mask.dtype == torch.bool:
+            torch.log(mask, out=found)
+        else:
+            found.copy_(mask)
+        return found
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    return torch.nn.functional.pad(mask, (0, short))[..., :n_k]
+    # Of what lies by channels padding would make what lies by channels.
+    return torch.nn.functional.pad(mask.contiguous(), (0, short))[..., :n_k]
 
 
 def nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook.casting import autocast_on
 from tilebook.kernels.bidirectional.form import FEATURES, SEED
@@ -52,9 +53,11 @@ def check_rows(q: torch.Tensor, k: torch.Tensor) -> None:
 
 def projection(width: int, features: int, seed: int) -> torch.Tensor:
     """(features, D) in fp64: rows of length √χ²(D), orthogonal in groups of D (Choromanski et al., 2021, §2.4)."""
-    draw = _projection.__wrapped__ if torch._C._len_torch_dispatch_stack() else _projection  # a mode's are its own
-    with constants():
-        return draw(int(width), features, seed)
+    watched = torch._C._len_torch_dispatch_stack()
+    with constants(), _disable_current_modes() if watched else nullcontext():
+        found = _projection(int(width), features, seed)
+    # To a mode it is what `torch.tensor` makes of numbers: a graph that is traced has them, and draws none itself.
+    return torch.ops.aten.lift_fresh_copy(found) if watched else found
 
 
 @contextmanager
