@@ -16,10 +16,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is lo
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # others would be processes, which load PyTorch
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # what the processor says is not tried by compiling for it
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
+import drawing
 import forked as forking
 import pytest
 import torch
@@ -36,6 +39,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--sample", action="store_true", help="without what is marked long, and of sampled tests a few cases"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--sample"):
+        drawing.sample()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """In a sample, tests for GPUs are not met where there is none: to skip thousands takes a minute of two cores."""
+    sample = config.getoption("--sample") and not torch.cuda.is_available()
+    return True if sample and collection_path == Path(__file__).with_name("gpu") else None
 
 
 def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from drawing import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -288,7 +289,7 @@ def combined(n_q, n_k, heads, width, table, axes, alibi, seed=0, **plain):
     agree(plain, shapes(n_q, n_k, *heads, width, batch=2), seed=seed, tolerance=1e-2)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(15), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(options)
 def test_any_combination_is_right(options):
     combined(**options)

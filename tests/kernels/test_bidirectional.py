@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from drawing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from summed_pairs import over_pairs
@@ -156,7 +157,7 @@ def test_numbers_of_a_mask_multiply_what_keys_count_for():
 
 
 @interpreted
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=examples(5), deadline=None)
 @given(
     rows=st.integers(1, 40), keys=st.integers(1, 40), width=st.integers(1, 40), columns=st.integers(1, 40),
     feature_map=st.sampled_from(NAMED), seed=st.integers(0, 9), turned=st.booleans(),

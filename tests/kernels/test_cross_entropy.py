@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from drawing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import TensorHandle
@@ -310,7 +311,7 @@ def test_a_target_that_is_no_class_is_not_read_and_has_nan(classes, label):
 
 
 @interpreted
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     rows=st.integers(1, 9), classes=st.integers(1, 1200), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
     smoothing=st.sampled_from([0.0, 0.1]), cut=st.integers(0, 17), reduction=st.sampled_from(["mean", "sum", "none"]),

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from drawing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,7 +104,7 @@ FORMS = [
 ]
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=examples(8), deadline=None, derandomize=True)
 @given(data=st.data())
 def test_kernels_and_reference_agree_with_the_definition_for_any_lengths(data):
     draw = data.draw
