@@ -122,6 +122,7 @@ def test_causal_masks_are_aligned_as_asked(causal, n_q, n_k):
     agree({"causal": causal}, shapes(n_q, n_k))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("causal", [False, True, "bottom_right"])
 @pytest.mark.parametrize("window", [(0, 0), (7, None), (None, 3), (5, 9), (-1, 0), (1000, 1000)])
 def test_windows_count_from_the_diagonal(causal, window):

@@ -105,6 +105,7 @@ def test_performers_features_have_room_whatever_the_lengths_of_rows(scale, walk)
     assert_near(found, exact(tensors, None, "performer", torch.ones(1, 1, 40, 16)), torch.bfloat16)
 
 
+@pytest.mark.sampled(2)
 @interpreted
 @pytest.mark.parametrize("feature_map", ["elu+1", "performer"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -85,6 +85,7 @@ def test_other_configs_are_right_too(each, config):
         verify(each.tunable, with_stages(each, config), [Case.make(each, problem, "cpu", 1)], repeats=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)
 def test_every_number_of_classes_has_a_default_and_a_space(gpu):
     for each in OPS:
@@ -118,6 +119,7 @@ def test_a_reference_of_many_rows_is_that_of_each(monkeypatch):
     torch.testing.assert_close(by_rows(lambda x: x.amax(1), x), x.amax(1))
 
 
+@pytest.mark.sampled(3)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", [None, *CONFIGS[:2]], ids=["default", "whole", "in pieces"])
@@ -132,6 +134,7 @@ def test_loss_and_gradient_are_right_at_any_width(classes, config, dtype):
     assert_near(found, gradient(exact, x, target), dtype)
 
 
+@pytest.mark.sampled(2)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -120,6 +120,7 @@ def test_the_least_that_is_moved_is_each_tensor_once(each):
     assert problem.cost().bytes == sum(x.numel() * x.itemsize for x in moved)
 
 
+@pytest.mark.sampled(3)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -85,6 +85,7 @@ def _with_gradients(do, q, k, v, *rest):
     return o.detach(), lse, *torch.autograd.grad(o, (q, k, v), do.double())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("problems", EXAMPLES[1::3], ids=lambda pair: pair[0].label)
 def test_packs_with_empty_sequences_are_right_with_other_configs(problems, configs):

@@ -10,7 +10,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "reliability"))
 mutants = importlib.import_module("mutants")
 
-QUICK = ("rms_norm", "--shape", "M64,N64", "--direction", "fwd", "--gpu", mutants.GPU, "--trials", "1", "--workers", "1")
+QUICK = (
+    "rms_norm",
+    "--shape",
+    "M64,N64",
+    "--direction",
+    "fwd",
+    "--gpu",
+    mutants.GPU,
+    "--trials",
+    "1",
+    "--workers",
+    "1",
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tunes for a GPU that is not here")
 
