@@ -4,6 +4,7 @@ Test processes side by side have a core each: with more threads than that, small
 A shell starts what it runs in the background deaf to Ctrl-C, and so would be the tests that send it.
 """
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -12,7 +13,11 @@ import subprocess
 import sys
 from collections import Counter
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process of tests that has ended is not taken apart first: with all that it has loaded, that takes seconds.
+    _worker = os.getpid()
+    atexit.register(lambda: os._exit(0) if os.getpid() == _worker else None)  # the first is the last to be called
+    # before anything that reads them is loaded
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # others would be processes, which load PyTorch

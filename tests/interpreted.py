@@ -22,6 +22,11 @@ def _follows(number: Any, dtype: str) -> bool:
     return type(number) is int and -(2**31) <= number < 2**31 and dtype in ("fp32", "fp64", "int32", "int64")
 
 
+def _alike(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    """Are these shapes of as many axes, each as long in both or of length one?"""
+    return len(left) == len(right) and all(x == y or 1 in (x, y) for x, y in zip(left, right, strict=True))
+
+
 @contextmanager
 def remembered() -> Iterator[None]:
     """What is the same for all tensors of a shape is shared by them; functions of the language are called at once."""
@@ -98,8 +103,8 @@ def remembered() -> Iterator[None]:
             return lhs, splat(rhs, one)
         if not one.is_block() and one.scalar.name in plain:
             return splat(lhs, other), rhs
-        left, right = (sizes.get(id(each.of_tensors), ()) for each in (one, other))
-        if len(left) != len(right) or any(x != y and x != 1 and y != 1 for x, y in zip(left, right, strict=True)):
+        left, right = sizes.get(id(one.of_tensors)), sizes.get(id(other.of_tensors))
+        if left is None or right is None or not _alike(left, right):
             return spread(self, lhs, rhs)
         whole = tuple(map(max, left, right))
         return stretched(lhs, left, whole), stretched(rhs, right, whole)
