@@ -16,11 +16,13 @@ setup: $(VENV)/ready
 # An editable install builds the registry that ships, tilebook/registry.db, from its text.
 # PyTorch first and pinned to a build that exists for the CPU alone: without a pin, pip brings gigabytes of CUDA along.
 # On a GPU machine where torch is installed already, use that: make VENV=… SYSTEM=--system-site-packages.
+# pip compiles modules one after the other, all there are. Here all cores do, and what hardly anybody imports waits.
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(SYSTEM) $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "torch==2.13.0"
-	$(BIN)/python -m pip install -q -e ".[dev,report]" $(if $(TRITON),"triton==$(TRITON)")
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q --no-compile "torch==2.13.0"
+	$(BIN)/python -m pip install -q --no-compile -e ".[dev,report]" $(if $(TRITON),"triton==$(TRITON)")
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib || true
 	touch $@
 
 tune: setup

@@ -4,6 +4,7 @@ Test processes side by side have a core each: with more threads than that, small
 A shell starts what it runs in the background deaf to Ctrl-C, and so would be the tests that send it.
 """
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -12,14 +13,21 @@ import subprocess
 import sys
 from collections import Counter
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before anything that reads them is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process of tests that has ended is not taken apart first: with all that it has loaded, that takes seconds.
+    _worker = os.getpid()
+    atexit.register(lambda: os._exit(0) if os.getpid() == _worker else None)  # the first is the last to be called
+    # before anything that reads them is loaded
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # others would be processes, which load PyTorch
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # what the processor says is not tried by compiling for it
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
+import drawing
 import forked as forking
 import pytest
 import torch
@@ -36,6 +44,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--sample", action="store_true", help="without what is marked long, and of sampled tests a few cases"
     )
+
+
+def _in_memory() -> None:
+    """Has tests' files in memory, where it has room for them: databases wait for a disk at each commit."""
+    place = Path("/dev/shm")
+    with suppress(OSError):
+        about = os.statvfs(place)
+        room = about.f_bavail * about.f_frsize > 2 << 30 and not about.f_flag & os.ST_NOEXEC
+        if room and os.access(place, os.W_OK):
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(place))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _in_memory()
+    if config.getoption("--sample"):
+        drawing.sample()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """In a sample, tests for GPUs are not met where there is none: to skip thousands takes a minute of two cores."""
+    sample = config.getoption("--sample") and not torch.cuda.is_available()
+    return True if sample and collection_path == Path(__file__).with_name("gpu") else None
 
 
 def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:

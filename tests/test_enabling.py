@@ -67,7 +67,7 @@ def test_the_environment_turns_it_on_at_the_end_of_import_torch(environment, exp
     assert "tilebook" not in complaints
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "first",
     ["import tilebook; tilebook.patch", "import tilebook.op", "import tilebook.enabling", "import tilebook.cli"],

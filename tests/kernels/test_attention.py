@@ -59,6 +59,7 @@ def test_forward_is_right_with_other_configs(axes, text):
     verify(attention_fwd.tunable, config, [Case.make(attention_fwd, problem, DEVICE, 1)], repeats=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("text", RAGGED)
 @pytest.mark.parametrize("axes", BACKWARD_CONFIGS.values(), ids=BACKWARD_CONFIGS)
 def test_backward_is_right_with_other_configs(axes, text):

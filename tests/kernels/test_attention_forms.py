@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from drawing import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -121,6 +122,7 @@ def test_causal_masks_are_aligned_as_asked(causal, n_q, n_k):
     agree({"causal": causal}, shapes(n_q, n_k))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("causal", [False, True, "bottom_right"])
 @pytest.mark.parametrize("window", [(0, 0), (7, None), (None, 3), (5, 9), (-1, 0), (1000, 1000)])
 def test_windows_count_from_the_diagonal(causal, window):
@@ -288,7 +290,7 @@ def combined(n_q, n_k, heads, width, table, axes, alibi, seed=0, **plain):
     agree(plain, shapes(n_q, n_k, *heads, width, batch=2), seed=seed, tolerance=1e-2)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(15), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(options)
 def test_any_combination_is_right(options):
     combined(**options)

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from drawing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from summed_pairs import over_pairs
@@ -104,6 +105,7 @@ def test_performers_features_have_room_whatever_the_lengths_of_rows(scale, walk)
     assert_near(found, exact(tensors, None, "performer", torch.ones(1, 1, 40, 16)), torch.bfloat16)
 
 
+@pytest.mark.sampled(2)
 @interpreted
 @pytest.mark.parametrize("feature_map", ["elu+1", "performer"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,7 +158,7 @@ def test_numbers_of_a_mask_multiply_what_keys_count_for():
 
 
 @interpreted
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=examples(5), deadline=None)
 @given(
     rows=st.integers(1, 40), keys=st.integers(1, 40), width=st.integers(1, 40), columns=st.integers(1, 40),
     feature_map=st.sampled_from(NAMED), seed=st.integers(0, 9), turned=st.booleans(),

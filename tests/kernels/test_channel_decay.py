@@ -128,6 +128,7 @@ def test_its_gradients_in_pytorch_are_those_of_differences():
     assert_near(made, torch.autograd.grad(plain(*tensors, scale=0.5)[0], tensors, do), 1e-12)
 
 
+@pytest.mark.sampled(2)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("decay", [None, -13.8, 0.0])

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from drawing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import TensorHandle
@@ -84,6 +85,7 @@ def test_other_configs_are_right_too(each, config):
         verify(each.tunable, with_stages(each, config), [Case.make(each, problem, "cpu", 1)], repeats=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)
 def test_every_number_of_classes_has_a_default_and_a_space(gpu):
     for each in OPS:
@@ -117,6 +119,7 @@ def test_a_reference_of_many_rows_is_that_of_each(monkeypatch):
     torch.testing.assert_close(by_rows(lambda x: x.amax(1), x), x.amax(1))
 
 
+@pytest.mark.sampled(3)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", [None, *CONFIGS[:2]], ids=["default", "whole", "in pieces"])
@@ -131,6 +134,7 @@ def test_loss_and_gradient_are_right_at_any_width(classes, config, dtype):
     assert_near(found, gradient(exact, x, target), dtype)
 
 
+@pytest.mark.sampled(2)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -310,7 +314,7 @@ def test_a_target_that_is_no_class_is_not_read_and_has_nan(classes, label):
 
 
 @interpreted
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     rows=st.integers(1, 9), classes=st.integers(1, 1200), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
     smoothing=st.sampled_from([0.0, 0.1]), cut=st.integers(0, 17), reduction=st.sampled_from(["mean", "sum", "none"]),

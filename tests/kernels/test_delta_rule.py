@@ -152,6 +152,7 @@ def test_widths_between_powers_of_two_are_right_by_slices_that_divide_them():
     assert_near(results(ruled, tensors, scale=0.1), truth(tensors, scale=0.1))
 
 
+@pytest.mark.sampled(2)
 @interpreted
 @pytest.mark.parametrize("decay", [0.0, -30.0, -math.inf])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])

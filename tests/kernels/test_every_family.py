@@ -28,7 +28,7 @@ def _id(value):
     return value.name if isinstance(value, ops.Op) else value.label if isinstance(value, Problem) else str(value)
 
 
-@pytest.mark.sampled(6, by="op")
+@pytest.mark.sampled(8, by="op")
 @interpreted
 @pytest.mark.parametrize(("op", "problem"), EXAMPLES, ids=_id)
 def test_default_config_is_right(op, problem):
@@ -63,6 +63,7 @@ def test_a_default_is_found_where_tensors_have_no_numbers(op, mode):
         assert config == op.tunable.space.default(problem, devices.find("H200"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("op", OPS, ids=_id)
 def test_default_config_is_feasible_on_every_gpu(op, gpu):
@@ -120,6 +121,7 @@ def test_every_public_function_is_offered_and_documented():
         assert "Raises:" in text, name
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("text", ["", "B1", "Q7", "B1,B2", "B0,H1,S1,D16", "M1,H1,I1,swish", "B1;H1"])
 @pytest.mark.parametrize("op", OPS, ids=_id)
 def test_malformed_shapes_are_usage_errors(op, text):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from drawing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,7 +133,7 @@ def test_kernels_and_their_gradients_err_at_most_twice_as_much_as_pytorch(shape,
 
 
 @interpreted
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     rows=st.integers(1, 9), width=st.integers(1, 1200), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
     activation=st.sampled_from(ACTIVATIONS), cut=st.integers(0, 17),

@@ -44,7 +44,7 @@ def cases():
                     yield pytest.param(op, problem, at, id=f"{op.name}-{problem.label}-{at}")
 
 
-@pytest.mark.sampled(8, by="op")
+@pytest.mark.sampled(16, by="op")
 @interpreted
 @pytest.mark.parametrize("laid", [spread, first_repeated, turned])
 @pytest.mark.parametrize(("op", "problem", "at"), list(cases()))

@@ -103,6 +103,18 @@ def test_gradients_that_lie_anyhow_are_copied_for_the_kernels(kernels, monkeypat
     assert given[0].data_ptr() % 16 == 0
 
 
+@pytest.mark.parametrize("efficient", [True, False])
+def test_numbers_of_an_expanded_bias_have_gradients_of_their_own(kernels, monkeypatch, efficient):
+    if not efficient:
+        monkeypatch.setattr(learned, "_chosen", lambda *args, **options: 3)
+    q, do = drawn(3, 2, 5, 8), drawn(3, 2, 5, 8)
+    bias = drawn(1, 2, 1, 5).expand(3, 2, 5, 5).detach().requires_grad_()
+    (found,) = torch.autograd.grad(sdpa(q, q, q, False, None, bias), bias, do)
+    right = bias.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(scores(q, q, right, None).softmax(-1) @ q, right, do)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_bias_that_lies_by_heads_is_laid_as_kernels_load_it(kernels):
     q, do = drawn(3, 2, 5, 8), drawn(3, 2, 5, 8)
     bias = drawn(3, 5, 5, 2).permute(0, 3, 1, 2).requires_grad_()

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from drawing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -244,7 +245,7 @@ def test_a_state_that_alone_is_used_has_gradients():
 
 
 @interpreted
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 @given(
     n=st.integers(1, 70), width=st.integers(1, 40), columns=st.integers(1, 40), dtype=st.sampled_from(DTYPES),
     decay=st.booleans(), state=st.booleans(), norm=st.booleans(), seed=st.integers(0, 99),

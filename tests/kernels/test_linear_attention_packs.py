@@ -58,6 +58,7 @@ def test_a_pack_is_its_sequences(function, dtype):
         torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.sampled(2)
 @interpreted
 @pytest.mark.parametrize("span", [0, 1])
 @pytest.mark.parametrize("function", [gated, normalized])

@@ -262,6 +262,7 @@ def traced(monkeypatch):
     flex._compiled.cache_clear()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("text", "dtype"), FLEX)
 def test_flex_attention_does_what_the_form_says(traced, text, dtype):
     problem = FORWARD.parse(text, dtype)

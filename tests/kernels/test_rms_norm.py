@@ -44,6 +44,7 @@ def test_other_configs_are_right_too(each, config):
         verify(each.tunable, config, [Case.make(each, problem, "cpu", 1)], repeats=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)
 def test_every_width_has_a_default_and_a_space(gpu):
     for each in OPS:

@@ -2,6 +2,7 @@ import contextlib
 
 import pytest
 import torch
+from drawing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,6 +120,7 @@ def test_the_least_that_is_moved_is_each_tensor_once(each):
     assert problem.cost().bytes == sum(x.numel() * x.itemsize for x in moved)
 
 
+@pytest.mark.sampled(3)
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -130,7 +132,7 @@ def test_kernels_and_their_gradients_err_at_most_twice_as_much_as_pytorch(angles
 
 
 @interpreted
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(
     batch=st.integers(1, 2), heads=st.integers(1, 5), heads_kv=st.integers(1, 5), seq=st.integers(1, 20),
     half=st.integers(1, 40), rest=st.integers(0, 20), dtype=st.sampled_from(DTYPES), interleaved=st.booleans(),

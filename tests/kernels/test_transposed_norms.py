@@ -72,6 +72,7 @@ def test_the_problem_of_a_call_says_how_x_lies():
         LAYER.problem.parse("M64,N24,transposed1", "fp32")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 @pytest.mark.parametrize("gpu", devices.CATALOGUE.values(), ids=lambda gpu: gpu.name)
 def test_every_width_has_a_default_and_a_space(op, gpu):

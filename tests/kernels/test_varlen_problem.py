@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from drawing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ def test_packs_of_one_bucket_are_one_problem():
     assert problem(9000, 1200, right=0) != problem(9000, 1200, right=0, bottom_right=True)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=True)
 @given(st.integers(0, 8), st.integers(0, 8), st.integers(0, 8), st.integers(0, 5))
 def test_made_lengths_are_as_the_problem_says(batch, total, longest, seed):
     longest = min(longest, total)

@@ -3,6 +3,7 @@ import ctypes
 import fcntl
 import hashlib
 import operator
+import os
 import shutil
 from pathlib import Path
 
@@ -26,18 +27,30 @@ REPLACE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 def folder(pytestconfig):
     """Where the extension is kept: built once for all test processes, and anew where it or how it is built changes."""
     how = hashlib.sha256(Path(native.__file__).with_name("build.py").read_bytes()).hexdigest()
-    return pytestconfig.cache.mkdir(f"native-{how[:16]}")
+    kind = "plain" if pytestconfig.getoption("--sample") else "native"
+    return pytestconfig.cache.mkdir(f"{kind}-{how[:16]}")
+
+
+def _plain(compiler, folder):
+    """A compiler that does as this one but leaves code as it is written, in two thirds of the time."""
+    script = folder / "plain"
+    script.write_text(f'#!/bin/sh\nexec "{compiler}" "$@" -O0\n')
+    script.chmod(0o700)
+    return str(script)
 
 
 @pytest.fixture(scope="session")
-def library(folder):
-    """The extension, compiled."""
+def library(folder, pytestconfig):
+    """The extension, compiled; in a sample, without its code being optimized."""
     from tilebook.native import build
 
-    if not shutil.which("g++") and not shutil.which("clang++"):
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
         pytest.skip("there is no C++ compiler")
     with pytest.MonkeyPatch.context() as patch, open(folder / "lock", "w") as lock:
         patch.setenv("TILEBOOK_NATIVE", str(folder))
+        if pytestconfig.getoption("--sample"):
+            patch.setenv("CXX", _plain(compiler, folder))
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert build.build() == place.built()
         return place.built()

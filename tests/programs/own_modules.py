@@ -250,7 +250,7 @@ MADE = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", MADE)
 def test_a_compiled_module_is_one_graph(device, name):
     torch._dynamo.reset()

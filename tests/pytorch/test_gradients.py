@@ -87,6 +87,7 @@ def test_hooks_may_give_back_what_was_saved_in_other_places(name, moved, impleme
     same(found, lambda: torch.autograd.grad(function(*args), args, dy), error, error)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jvp", "jacfwd of grad", "hessian"])
 @every_call

@@ -50,8 +50,14 @@ LAYOUTS = {
 @pytest.mark.filterwarnings("ignore")
 @each
 def test_opcheck(op, name):
-    checks = CHECKS if name in LAYOUTS else [*CHECKS, "test_aot_dispatch_dynamic"]
-    torch.library.opcheck(forward(op), sample(op, name), test_utils=checks)
+    torch.library.opcheck(forward(op), sample(op, name), test_utils=CHECKS)
+
+
+@pytest.mark.sampled(24)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in EACH if name not in LAYOUTS])
+def test_opcheck_of_what_is_traced_with_symbols(op, name):
+    torch.library.opcheck(forward(op), sample(op, name), test_utils="test_aot_dispatch_dynamic")
 
 
 def backward_of(op, name):
@@ -78,9 +84,18 @@ def backward_of(op, name):
 @pytest.mark.filterwarnings("ignore")
 @differentiable
 def test_opcheck_of_the_backward_op(op, name):
-    traced = name in (next(iter(SAMPLES[op])), "no rows", "bf16")  # nothing that others do could break a gradient of it
-    checks = [*CHECKS, "test_aot_dispatch_dynamic"] if traced else CHECKS
-    torch.library.opcheck(*backward_of(op, name), test_utils=checks)
+    torch.library.opcheck(*backward_of(op, name), test_utils=CHECKS)
+
+
+# Nothing that others do could break a gradient of these in a trace.
+ENOUGH = [(op, name) for op, name in DIFFERENTIABLE if name in (next(iter(SAMPLES[op])), "no rows", "bf16")]
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("op", "name"), ENOUGH)
+def test_opcheck_of_the_backward_op_traced_with_symbols(op, name):
+    torch.library.opcheck(*backward_of(op, name), test_utils="test_aot_dispatch_dynamic")
 
 
 @pytest.mark.sampled(6, by="op")
@@ -95,7 +110,7 @@ def test_backward_is_right_whatever_the_strides_of_what_was_kept(op, name):
                 torch.testing.assert_close(got, expected, **how)
 
 
-@pytest.mark.sampled(4, by="op")
+@pytest.mark.sampled(8, by="op")
 @each
 def test_outputs_lie_in_memory_as_fake_ones_do(op, name):
     args = sample(op, name)
@@ -185,6 +200,7 @@ def test_vmap_of_vmap():
     torch.testing.assert_close(found.flatten(0, 2), forward("attention_fwd")(*flat)[0])
 
 
+@pytest.mark.sampled(3)
 @differentiable
 def test_gradients_of_a_batch_of_directions(op, name):
     args = sample(op, name)

@@ -10,6 +10,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "reliability"))
 mutants = importlib.import_module("mutants")
 
+QUICK = (
+    "rms_norm",
+    "--shape",
+    "M64,N64",
+    "--direction",
+    "fwd",
+    "--gpu",
+    mutants.GPU,
+    "--trials",
+    "1",
+    "--workers",
+    "1",
+)
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tunes for a GPU that is not here")
 
 
@@ -19,8 +33,10 @@ def test_a_seed_makes_the_same_mutants_and_most_of_them_differ():
     assert len(set(first)) > 50
 
 
+@pytest.mark.usefixtures("forked")
 def test_no_changed_record_breaks_a_command_or_changes_what_serves(monkeypatch):
     monkeypatch.setattr(mutants, "LONGEST", 120.0)  # seconds are the program's to watch, on a machine of its own
+    monkeypatch.setattr(mutants, "TUNE", QUICK)
     outcome = mutants.run(50, seed=5, batch=50)
     assert outcome.faults == []
     assert outcome.mutants == 50

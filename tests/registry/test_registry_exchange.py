@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawing import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from registry_samples import (
@@ -231,7 +232,7 @@ REASONS = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(CLAIMS, min_size=2, max_size=4), st.lists(REASONS, max_size=3), st.randoms())
 def test_what_is_left_of_many_does_not_depend_on_the_order(
     tmp_path: Path, claims: Any, reasons: Any, dice: Any

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawing import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from registry_samples import (
@@ -200,7 +201,7 @@ junk = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from([a_trial(), a_verdict(), a_revocation()]), st.data())
 def test_a_field_of_junk_is_refused_or_kept_exactly(tmp_path_factory: Any, record: dict[str, Any], data: Any) -> None:
     field = data.draw(st.sampled_from(sorted(record)))

@@ -45,6 +45,7 @@ def budgeted(path, seconds, problems=SHAPES, gpus=1, weights=None, op=None, **co
     return states, registry, clock, runners
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seconds", [5, 20, 40, 120])
 @pytest.mark.parametrize(
     "costs",

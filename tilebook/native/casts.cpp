@@ -10,10 +10,15 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <ATen/ATen.h>
-#include <ATen/CachedTensorUtils.h>
-#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -31,6 +36,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "autocast.h"
 #include "shared.h"
 
 namespace casts {

@@ -7,12 +7,12 @@
 // afterwards that it has left the call to PyTorch, and until when that holds (`tilebook.left`). All of it is under the
 // GIL, so that a forked process has all of it too.
 
+#include "autocast.h"
 #include "forms.h"
 
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>

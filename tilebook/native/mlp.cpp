@@ -4,9 +4,9 @@
 // bits are the same. What is kept for the gradient is what the three would keep. A gradient that is to be differentiated
 // again is made of functions that autograd records.
 
+#include "autocast.h"
 #include "shared.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
@@ -135,7 +135,7 @@ struct Block : torch::autograd::Function<Block> {
       const Tensor given = x.defined() ? x : standing(kX, sizes);
       sum = at::mm(rows_of(given), (w1.defined() ? w1 : standing(kW1, {inner, sizes.back()})).t());
     }
-    if (needed(kB1)) sum = sum + standing(kB1, {inner});
+    if (needed(kB1)) sum = sum.add(standing(kB1, {inner}));
     if (which == Activation::relu) return {kept, Known::apply(at::threshold_backward(sum, kept, 0), kept)};
     const Tensor z = Known::apply(sum, kept);
     return {z, activated(z, which)};
