@@ -162,7 +162,7 @@ class Choice:
 def _compiled_here(verdict: Any) -> bool:
     """Was a verdict's config run, and as it is compiled here?"""
     then, now = verdict.environment, devices.environment()
-    return bool(verdict.measured) and all(then.get(name, now[name]) == now[name] for name in _COMPILERS)
+    return bool(verdict.measured) and all(then.get(name) in (None, now.get(name)) for name in _COMPILERS)
 
 
 def _capturing(tensor: torch.Tensor) -> bool:
