@@ -136,6 +136,26 @@ def test_where_lengths_differ_only_the_square_is_causal(rows):
     assert compiled(attend, *qkv(rows=rows)).changed == [int(rows == 12)]
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 12, 16), (2, 1, 12, 16), (4, 12, 16)], ids=str)
+def test_a_mask_that_makes_the_result_larger_stays(shape):
+    """Where PyTorch takes such a mask, the result without it would be another."""
+
+    def attend(q, k, v):
+        return SDPA(q, k, v, torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 4, 12, 12))
+
+    def told_otherwise(module, example_inputs):
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                node.meta["example_value"] = torch.empty(shape, device="meta")
+        changed.append(graphs.simplified(module))
+        return module.forward
+
+    changed = []
+    torch.compiler.reset()
+    torch.compile(attend, backend=told_otherwise)(*qkv())
+    assert changed == [0]
+
+
 def test_a_mask_that_is_an_input_or_made_of_one_stays():
     q, k, v = qkv()
     causal = torch.ones(12, 12, dtype=torch.bool).tril()

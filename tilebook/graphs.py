@@ -32,7 +32,7 @@ _log = logging.getLogger("tilebook")
 COMPILER = "torch._inductor.compile_fx"
 """The module with the function that Inductor's graphs go through, whatever the version of PyTorch."""
 
-_MOST = 1 << 31
+_MOST = 1 << 29
 """Numbers of a mask that are looked at, while the program is compiled; of larger ones nothing is known."""
 
 _WIDEST = 256
@@ -111,9 +111,12 @@ def _change(node: Node, given: Constants) -> _Change | None:
     if len(tensors) < 4 or call["is_causal"] is not False:
         return None
     q, k, v, mask = tensors
-    rows, columns = shape_of(q), shape_of(k)
-    if rows is None or columns is None or shape_of(v) is None:
+    rows, columns, shape = shape_of(q), shape_of(k), shape_of(mask)
+    if rows is None or columns is None or shape is None or shape_of(v) is None or rows[:-3] != columns[:-3]:
         return None
+    scores = (*rows[:-1], columns[-2])
+    if len(shape) > len(scores) or any(n not in (1, m) for n, m in zip(shape[::-1], scores[::-1])):  # noqa: B905
+        return None  # the mask makes more of the result than there is without it
     try:
         shown = _shown(mask, given, rows[-2], columns[-2])
     except Unknown:
