@@ -207,18 +207,22 @@ def test_one_that_triton_passes_over_is_not_chosen(tools, tmp_path, monkeypatch,
             assert taken() == newer
 
 
-@pytest.fixture
-def seen():
-    """A function that runs a choice made so, and whether it was unverified, call by call."""
-    op = ops.get("rms_norm_fwd")
-    found = []
+def noting(op, found):
+    """An implementation that notes whether it was called as an unverified one."""
 
     class Noting(ops.Implementation):
         def __call__(self, *args, config=None):
             found.append(assembler._thread.unverified)
             return args
 
-    ours = Noting(op, "triton", lambda *args, config: args, op.tunable.space)
+    return Noting(op, "triton", lambda *args, config: args, op.tunable.space)
+
+
+@pytest.fixture
+def seen():
+    """A function that runs a choice made so, and whether it was unverified, call by call."""
+    op, found = ops.get("rms_norm_fwd"), []
+    ours = noting(op, found)
 
     def run(*how, **more):
         Choice(ours, ops.Config({"ROWS": 1}), how[0], op.problem.examples()[0], None, "", *how[1:], **more)(
@@ -264,13 +268,7 @@ def test_only_a_verdict_on_the_problem_itself_has_verified_a_config(source):
     op = ops.get("rms_norm_fwd")
     problem = op.problem.examples()[0]
     seen = []
-
-    class Noting(ops.Implementation):
-        def __call__(self, *args, config=None):
-            seen.append(assembler._thread.unverified)
-            return args
-
-    ours = Noting(op, "triton", lambda *args, config: args, op.tunable.space)
+    ours = noting(op, seen)
     Choice(ours, ops.Config({"ROWS": 1}), source, problem)(torch.zeros(1))
     assert seen == [source != "exact"]
     assert not assembler._thread.unverified

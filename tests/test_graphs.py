@@ -247,6 +247,41 @@ def test_copies_of_shared_keys_are_not_made_where_kernels_share_them(monkeypatch
     assert [tuple(x.meta["example_value"].shape)[1] for x in call.args] == ([6, 2, 2] if half else [6, 6, 6])
 
 
+def test_copies_stay_where_what_was_copied_is_written_to(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    q, k, v = (torch.randn(2, heads, 12, 16).bfloat16() for heads in (6, 2, 2))
+
+    def attend(q, k, v):
+        k = k * 1
+        copies = k[:, :, None, :, :].expand(2, 2, 3, 12, 16).reshape(2, 6, 12, 16)
+        k.zero_()
+        values = v[:, :, None, :, :].expand(2, 2, 3, 12, 16).reshape(2, 6, 12, 16)
+        return SDPA(q, copies, values, places(12) <= places(12)[:, None])
+
+    seen = compiled(attend, q, k, v)
+    (call,) = [node for node in seen.graphs[0].nodes if node.target is graphs.scaled_dot_product_attention]
+    assert call.kwargs["is_causal"]
+    assert not call.kwargs["enable_gqa"]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_mask_that_layers_share_is_computed_once(monkeypatch, checkpointed):
+    found, plain = [], graphs.numbers
+    monkeypatch.setattr(graphs, "numbers", lambda node, given: found.append(node) or plain(node, given))
+
+    def attend(q, k, v):
+        mask = places(12) <= places(12)[:, None]
+        for _ in range(3):
+            if checkpointed:
+                q = torch.utils.checkpoint.checkpoint(lambda *x: SDPA(*x, attn_mask=mask), q, k, v, use_reentrant=False)
+            else:
+                q = SDPA(q, k, v, mask)
+        return q
+
+    assert compiled(attend, *(x.requires_grad_() for x in qkv())).changed == [3]
+    assert len(found) - len([node for node in found if node.op == "placeholder"]) == 1
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_models_of_transformers_without_padding_attend_causally(kind):
     transformers = pytest.importorskip("transformers")

@@ -31,5 +31,14 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(_cast(x, dtype) if isinstance(x, torch.Tensor) else x for x in tensors)
 
 
+def factor_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which autocast hands a tensor to a product: its own where autocast is off, or lets it be."""
+    return (autocast_dtype(x) if _is_cast(x) else None) or x.dtype
+
+
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+    return x.to(dtype) if _is_cast(x) else x
+
+
+def _is_cast(x: torch.Tensor) -> bool:
+    return x.is_floating_point() and x.dtype != torch.float64

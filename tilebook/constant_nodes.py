@@ -6,7 +6,7 @@ Graphs are of torch functions, as Dynamo hands them to a compiler: not functiona
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,11 +88,18 @@ def _ancestors(node: Node, given: Constants) -> set[Node]:
 
 
 def written_to(mask: Node, given: Constants) -> bool:
-    """Might something in the graph write to what the mask is made of, by whatever name?"""
-    memory = {_memory(each) for each in _ancestors(mask, given)}
+    """Might something in the graph write to what the mask is made of, by whatever name? Raises Unknown."""
+    return written(_ancestors(mask, given))
+
+
+def written(nodes: Iterable[Node]) -> bool:
+    """Might something in the graph write to the memory of these nodes?"""
+    nodes = list(nodes)
+    memory = {_memory(each) for each in nodes}
     if None in memory:
         return True
-    return any(_memory(each) in memory for node in mask.graph.nodes if _writes(node) for each in node.all_input_nodes)
+    graph = nodes[0].graph
+    return any(_memory(each) in memory for node in graph.nodes if _writes(node) for each in node.all_input_nodes)
 
 
 def _writes(node: Node) -> bool:
@@ -110,16 +117,7 @@ def _writes(node: Node) -> bool:
     if schema is not None:
         return bool(schema.is_mutable)
     name = getattr(node.target, "__name__", "_")
-    inplace = {
-        operator.setitem,
-        operator.iadd,
-        operator.isub,
-        operator.imul,
-        operator.iand,
-        operator.ior,
-        operator.ixor,
-    }
-    return node.target in inplace or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__"))
+    return node.target in _INPLACE or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__"))
 
 
 def _memory(node: Node) -> Any:

@@ -274,7 +274,7 @@ def register_transformers() -> None:
 def _compiler_is_there() -> None:
     from tilebook import graphs
 
-    graphs.watch(_state.on)
+    graphs.watch(sys.modules[_COMPILER], _state.on)
 
 
 def _transformers_is_there() -> None:

@@ -13,7 +13,6 @@ import functools
 import logging
 import math
 import operator
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +21,12 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tilebook.casting import autocast_dtype
-from tilebook.constant_nodes import Constants, Unknown, numbers, pure, shape_of, written_to
+from tilebook.casting import factor_dtype
+from tilebook.constant_nodes import Constants, Unknown, numbers, pure, shape_of, written, written_to
 from tilebook.kernels.attention.drop_in import TRACED
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
 
 _log = logging.getLogger("tilebook")
-
-COMPILER = "torch._inductor.compile_fx"
-"""The module with the function that Inductor's graphs go through, whatever the version of PyTorch."""
 
 _MOST = 1 << 29
 """Numbers of a mask that are looked at, while the program is compiled; of larger ones nothing is known."""
@@ -51,17 +47,20 @@ def simplified(module: GraphModule, given: Constants | None = None) -> int:
 
     given: placeholders whose numbers are known. Returns how many calls of attention were changed.
     """
+    # Layers have one mask: it is looked at once.
+    shown = functools.cache(functools.partial(_shown, given or {}))
     changes = [
         change
         for node in module.graph.nodes
         if node.op == "call_function" and node.target is scaled_dot_product_attention
-        if (change := _change(node, given or {})) is not None
+        if (change := _change(node, shown)) is not None
     ]
     for change in changes:
         change.make()
     found = len(changes)
+    maker = functools.cache(_maker)
     for node in module.graph.nodes:
-        inner = _checkpointed(module, node)
+        inner = _checkpointed(module, node, maker)
         if inner is not None:
             found += simplified(*inner)
     if changes:
@@ -103,7 +102,8 @@ def _windowed() -> Any:
     return torch.ops.tilebook.attention_fwd.default
 
 
-def _change(node: Node, given: Constants) -> _Change | None:
+def _change(node: Node, limits: Callable[[Node, int, int], Shown | None]) -> _Change | None:
+    """limits: `_shown` of a mask, rows and columns."""
     names = "query", "key", "value", "attn_mask", "dropout_p", "is_causal"
     call: dict[str, Any] = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
     call |= {**dict(zip(names, node.args)), **node.kwargs}  # noqa: B905
@@ -117,10 +117,7 @@ def _change(node: Node, given: Constants) -> _Change | None:
     scores = (*rows[:-1], columns[-2])
     if len(shape) > len(scores) or any(n not in (1, m) for n, m in zip(shape[::-1], scores[::-1])):  # noqa: B905
         return None  # the mask makes more of the result than there is without it
-    try:
-        shown = _shown(mask, given, rows[-2], columns[-2])
-    except Unknown:
-        return None
+    shown = limits(mask, rows[-2], columns[-2])
     if shown is None or (shown not in (_ALL, _CAUSAL) and not _takes(q, k, v, call)):
         return None
     rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
@@ -145,33 +142,41 @@ def _takes(q: Node, k: Node, v: Node, call: dict[str, Any]) -> bool:
 
 def _half(value: torch.Tensor) -> bool:
     """Will attention on a GPU have factors of 16 bits?"""
-    return value.is_cuda and (autocast_dtype(value) or value.dtype) in (torch.bfloat16, torch.float16)
+    return value.is_cuda and factor_dtype(value) in (torch.bfloat16, torch.float16)
 
 
-def _shown(mask: Node, given: Constants, n_q: int, n_k: int) -> Shown | None:
-    """What a constant mask shows, if that has such limits. Raises Unknown where it is none."""
+def _shown(given: Constants, mask: Node, n_q: int, n_k: int) -> Shown | None:
+    """What a constant mask shows, if that has such limits; None of what is no constant."""
     shape = shape_of(mask)
-    if shape is None or math.prod(shape) > _MOST or written_to(mask, given):
-        raise Unknown
-    with torch.no_grad(), _disable_current_modes():
-        seen = numbers(mask, given)
-        if seen.dtype != torch.bool:
-            hidden = seen <= torch.finfo(seen.dtype).min
-            if bool(((seen != 0) & ~hidden).any()):
-                return None
-            seen = ~hidden
-        if bool(seen.all()):
-            return _ALL
-        if n_q != n_k or tuple(seen.shape[-2:]) != (n_q, n_k):
+    if shape is None or math.prod(shape) > _MOST:
+        return None
+    try:
+        if written_to(mask, given):
             return None
-        # If it has limits, the last row tells the one to the left and the first row the other one.
-        one = seen[(0,) * (seen.ndim - 2)]
-        left, right = int(one[-1].sum()) - 1, int(one[0].sum()) - 1
-        place = torch.arange(n_k, device=seen.device)
-        band = (place >= place[:, None] - left) & (place <= place[:, None] + right)
-        if left < 0 or right < 0 or not bool((seen == band).all()):
+        with torch.no_grad(), _disable_current_modes():
+            return _limits(numbers(mask, given), n_q, n_k)
+    except Unknown:
+        return None
+
+
+def _limits(seen: torch.Tensor, n_q: int, n_k: int) -> Shown | None:
+    if seen.dtype != torch.bool:
+        hidden = seen <= torch.finfo(seen.dtype).min
+        if bool(((seen != 0) & ~hidden).any()):
             return None
-        return left if left < n_k - 1 else -1, right if right < n_k - 1 else -1
+        seen = ~hidden
+    if bool(seen.all()):
+        return _ALL
+    if n_q != n_k or tuple(seen.shape[-2:]) != (n_q, n_k):
+        return None
+    # If it has limits, the last row tells the one to the left and the first row the other one.
+    one = seen[(0,) * (seen.ndim - 2)]
+    left, right = int(one[-1].sum()) - 1, int(one[0].sum()) - 1
+    place = torch.arange(n_k, device=seen.device)
+    band = (place >= place[:, None] - left) & (place <= place[:, None] + right)
+    if left < 0 or right < 0 or not bool((seen == band).all()):
+        return None
+    return left if left < n_k - 1 else -1, right if right < n_k - 1 else -1
 
 
 def _shared(q: Node, k: Node, v: Node) -> tuple[Node, Node] | None:
@@ -179,10 +184,10 @@ def _shared(q: Node, k: Node, v: Node) -> tuple[Node, Node] | None:
     value = q.meta["example_value"]
     if not _half(value) or value.shape[-1] > _WIDEST:
         return None  # only PyTorch's fused kernels share keys
-    found = _uncopied(k), _uncopied(v)
-    if found[0] is None or found[1] is None or shape_of(found[0]) != shape_of(found[1]) or shape_of(k) != shape_of(v):
+    mine, its = _uncopied(k), _uncopied(v)
+    if mine is None or its is None or shape_of(mine) != shape_of(its) or shape_of(k) != shape_of(v):
         return None
-    return found[0], found[1]
+    return None if written((mine, its)) else (mine, its)  # what is written to may be another by then
 
 
 def _uncopied(copies: Node) -> Node | None:
@@ -207,8 +212,13 @@ def _uncopied(copies: Node) -> Node | None:
     return x if alike and between == (batch, heads_kv, heads // heads_kv, *rest) else None
 
 
-def _checkpointed(module: GraphModule, node: Node) -> tuple[GraphModule, Constants] | None:
-    """The graph that a node runs again in the backward pass, and what is known of its inputs."""
+Maker = Callable[[], torch.Tensor]
+
+
+def _checkpointed(
+    module: GraphModule, node: Node, maker: Callable[[Node], Maker | None]
+) -> tuple[GraphModule, Constants] | None:
+    """The graph that a node runs again in the backward pass, and what is known of its inputs. maker: `_maker`."""
     if node.op != "call_function" or getattr(node.target, "__name__", "") != _CHECKPOINT or not node.args:
         return None
     body, *operands = node.args
@@ -218,31 +228,28 @@ def _checkpointed(module: GraphModule, node: Node) -> tuple[GraphModule, Constan
     if not isinstance(inner, GraphModule):
         return None
     places = [each for each in inner.graph.nodes if each.op == "placeholder"]
-    known = {}
-    for place, operand in zip(places, operands):  # noqa: B905
-        if isinstance(operand, Node):
-            with_numbers = _known(operand)
-            if with_numbers is not None:
-                known[place] = with_numbers
-    return inner, known
+    made = {place: maker(each) for place, each in zip(places, operands) if isinstance(each, Node)}  # noqa: B905
+    return inner, {place: make for place, make in made.items() if make is not None}
 
 
-def _known(node: Node) -> Callable[[], torch.Tensor] | None:
-    """Makes the numbers of a node, where they are known before the program runs."""
+def _maker(node: Node) -> Maker | None:
+    """Makes the numbers of a node, once, where they are known before the program runs."""
     try:
         if shape_of(node) is None or written_to(node, {}):
             return None
     except Unknown:
         return None
-    return functools.partial(numbers, node, {})
+    return functools.cache(functools.partial(numbers, node, {}))
 
 
 # In the compiler's way.
 
 
-def watch(on: bool) -> None:
-    """Has the graphs of programs simplified that Inductor compiles from now on, or no longer. It must be imported."""
-    compiler: Any = sys.modules[COMPILER]
+def watch(compiler: Any, on: bool) -> None:
+    """Has the graphs of programs simplified that Inductor compiles from now on, or no longer.
+
+    compiler: the module with the function that its graphs go through, whatever the version of PyTorch.
+    """
     theirs = getattr(compiler.compile_fx, "_tilebook", None)
     if on and theirs is None:
         compiler.compile_fx = _told(compiler.compile_fx)

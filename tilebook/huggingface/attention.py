@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilebook.call import way
+from tilebook.casting import factor_dtype
 from tilebook.huggingface.masks import Lengths, Structure, capturing, noted
 from tilebook.kernels.attention import attention, scaled_dot_product_attention
 from tilebook.kernels.attention.check import Causal
@@ -154,8 +155,7 @@ def _structure(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor, va
 
 def _served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Have we kernels for windows, padded keys and packs of such tensors?"""
-    kind, width = query.device.type, query.shape[-1]
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    width, dtype = query.shape[-1], factor_dtype(query)
     if value.shape[-1] != width or width % 8 or not 16 <= width <= 256 or dtype not in (torch.bfloat16, torch.float16):
         return False
     return way(query, key, value) != "pytorch"

@@ -9,9 +9,9 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import way
-from tilebook.casting import autocast, autocast_dtype
+from tilebook.casting import autocast, factor_dtype
 from tilebook.dispatch import forced
-from tilebook.kernels.attention.pytorch import in_pieces, in_vectors, placed, positive
+from tilebook.kernels.attention.pytorch import in_pieces, in_vectors, lies_whole, placed, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import VECTOR, aligned
 from tilebook.left import ORDINARY, again, gated, recall
@@ -184,13 +184,13 @@ def _loads(mask: torch.Tensor, n_k: int) -> bool:
     """
     if type(mask) is not torch.Tensor or mask.is_nested or not mask.ndim or mask.shape[-1] != n_k:
         return False
-    cast = mask.dtype == torch.bool or autocast_dtype(mask) not in (None, mask.dtype)
+    cast = mask.dtype == torch.bool or factor_dtype(mask) != mask.dtype
     if mask.stride(-1) != 1 or (cast and not in_pieces(n_k, torch.bfloat16)):
         return False
     size = mask.element_size()
     if not any(step * size % VECTOR for step in mask.stride()[:-1]):
         return True
-    return in_pieces(n_k, mask.dtype) and mask.is_contiguous()
+    return lies_whole(mask, n_k)
 
 
 def _loadable(mask: Any, query: Any, key: Any) -> Any:
@@ -201,7 +201,7 @@ def _loadable(mask: Any, query: Any, key: Any) -> Any:
     if _loads(mask, n_k) and not mask.data_ptr() % VECTOR:
         return mask
     (mask,) = autocast(mask)
-    return in_vectors(mask, n_k, _product_dtype(query))
+    return in_vectors(mask, n_k, factor_dtype(query))
 
 
 def _in_pieces(x: torch.Tensor) -> bool:
@@ -228,15 +228,9 @@ def _refuse(query: Any, key: Any, value: Any, dropout_p: float) -> None:
 
 def _takes(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
     """Does PyTorch take this mask beside this query?"""
-    known = mask.ndim > 0 and _product_dtype(mask) in (torch.bool, torch.float32, _product_dtype(query))
+    known = mask.ndim > 0 and factor_dtype(mask) in (torch.bool, torch.float32, factor_dtype(query))
     scores = (*query.shape[:-1], key.shape[-2])
     broadcasts = mask.ndim <= len(scores) and all(
         n in (1, m) for n, m in zip(mask.shape[::-1], scores[::-1], strict=False)
     )
     return known and broadcasts and mask.device == query.device
-
-
-def _product_dtype(x: torch.Tensor) -> torch.dtype:
-    """What autocast, where it is on, makes of the tensor beside a product's factors."""
-    cast = x.is_floating_point() and x.dtype != torch.float64
-    return (autocast_dtype(x) if cast else None) or x.dtype

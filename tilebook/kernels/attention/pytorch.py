@@ -50,17 +50,20 @@ def sdpa(
         return o
     q, k, v = autocast(q, k, v)  # which would cast the mask too, and leave no gap in it
     learns = bias.requires_grad and torch.is_grad_enabled()
-    if bias.dtype == q.dtype and not learns and _lies_whole(bias, k.shape[2]):
+    if bias.dtype == q.dtype and not learns and lies_whole(bias, k.shape[2]):
         o = scaled_dot_product_attention(q, k, v, _started(bias), is_causal=causal, scale=scale, **grouped)
         return o
-    # Where all see the same, one is looked at.
-    seen = bias[tuple(slice(None if step else 1) for step in bias.stride())] if not learns or placed(bias) else bias
     if learns:
-        return _learnt(q, k, v, causal, scale, bias, seen)
+        return _learnt(q, k, v, causal, scale, bias)
     # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
-    mask = in_vectors(_scores(seen, q.dtype), k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
+    mask = in_vectors(_scores(_differing(bias), q.dtype), k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
     o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
     return o
+
+
+def _differing(bias: torch.Tensor) -> torch.Tensor:
+    """As much of a mask or bias as differs: where all see the same, one is looked at."""
+    return bias[tuple(slice(None if step else 1) for step in bias.stride())]
 
 
 def _scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -73,15 +76,10 @@ def _scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _learnt(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    bias: torch.Tensor,
-    seen: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None, bias: torch.Tensor
 ) -> torch.Tensor:
-    """The same under a bias that has a gradient; seen: the bias, or as much of it as differs."""
+    """The same under a bias that has a gradient, on a GPU."""
+    seen = _differing(bias) if placed(bias) else bias
     n_k = k.shape[2]
 
     def added(shape: tuple[int, ...], hidden: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,7 +101,7 @@ def _learnt(
     return o.masked_fill(hidden, 0.0)
 
 
-def _lies_whole(mask: torch.Tensor, n_k: int) -> bool:
+def lies_whole(mask: torch.Tensor, n_k: int) -> bool:
     """Does it lie as PyTorch's kernels load it, with a column for each key?"""
     return mask.ndim > 0 and mask.shape[-1] == n_k and in_pieces(n_k, mask.dtype) and mask.is_contiguous()
 
