@@ -74,6 +74,8 @@ def remembered() -> Iterator[None]:
         scope.set_attr(obj, name, called)
 
     def checked(self: Any, lhs: Any, rhs: Any, *rest: Any, **options: Any) -> Any:
+        if self.builder is not interpreter.interpreter_builder:
+            return check(self, lhs, rhs, *rest, **options)
         if type(lhs) is type(rhs) is core.tensor:
             one, other = lhs.type, rhs.type
             if one.scalar.name == other.scalar.name and one.scalar.name in plain:
@@ -95,7 +97,8 @@ def remembered() -> Iterator[None]:
 
     def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
         one, other = lhs.type, rhs.type
-        if one.of_tensors is None or other.of_tensors is None:
+        compiled = self.builder is not interpreter.interpreter_builder
+        if compiled or one.of_tensors is None or other.of_tensors is None:
             return spread(self, lhs, rhs)
         if one.of_tensors is other.of_tensors:
             return lhs, rhs

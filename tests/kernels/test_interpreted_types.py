@@ -10,6 +10,9 @@ from interpreted import remembered
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 TritonSemantic = pytest.importorskip("triton.language.semantic").TritonSemantic
+compiler = pytest.importorskip("triton.compiler")
+jit = pytest.importorskip("triton.runtime.jit")
+GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +99,17 @@ def test_operands_are_brought_together_as_triton_does_it(how):
             theirs = [_brought(pair, **how) for pair in pairs]
     assert [pair for pair, one, other in zip(pairs, ours, theirs, strict=True) if one != other] == []
     assert again == ours
+
+
+def _grown(x, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(x + i, tl.load(x + i) * 2.0 - 1)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_are_compiled_in_a_process_that_interprets_others(arch, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = jit.JITFunction(_grown)
+    source = compiler.ASTSource(kernel, {"x": "*fp32", "n": "constexpr"}, {(1,): 16})
+    made = compiler.compile(source, target=GPUTarget("cuda", arch, 32))
+    assert "st.global" in made.asm["ptx"]
