@@ -21,7 +21,8 @@ _FUNCTIONS: set[Any] = {
     operator.xor, operator.invert, torch.arange, torch.ones, torch.zeros, torch.full, torch.tril, torch.triu,
     torch.where, torch.cat, torch.stack, torch.diff, torch.cumsum, torch.abs, torch.logical_and, torch.logical_or,
     torch.logical_not, torch.ones_like, torch.zeros_like, torch.full_like, torch.le, torch.lt, torch.ge, torch.gt,
-    torch.eq, torch.ne, torch.add, torch.sub,
+    torch.eq, torch.ne, torch.add, torch.sub, torch.mul, torch.bitwise_and, torch.bitwise_or, torch.bitwise_not,
+    torch.logical_xor,
 }  # fmt: skip
 """That only depend on what they are given, and change nothing."""
 
@@ -34,7 +35,11 @@ _METHODS = {
     "abs", "add", "bitwise_and", "bitwise_not", "bitwise_or", "bool", "clone", "contiguous", "cumsum", "diff", "eq",
     "expand", "expand_as", "flatten", "float", "ge", "gt", "int", "le", "logical_and", "logical_not", "logical_or",
     "long", "lt", "masked_fill", "ne", "new_full", "new_ones", "new_zeros", "permute", "repeat", "reshape", "squeeze",
-    "sub", "to", "transpose", "tril", "triu", "type", "unsqueeze", "view", "view_as", "where",
+    "mul", "sub", "to", "transpose", "tril", "triu", "type", "unsqueeze", "view", "view_as", "where",
+    # Operators, as some versions of Dynamo write them.
+    "__add__", "__and__", "__eq__", "__floordiv__", "__ge__", "__getitem__", "__gt__", "__invert__", "__le__", "__lt__",
+    "__mod__", "__mul__", "__ne__", "__neg__", "__or__", "__radd__", "__rand__", "__rmul__", "__ror__", "__rsub__",
+    "__rxor__", "__sub__", "__xor__",
 }  # fmt: skip
 
 
@@ -108,7 +113,9 @@ def _writes(node: Node) -> bool:
         return False
     if node.op == "call_method":
         name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        if name.startswith("__"):
+            return name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
+        return name.endswith("_")
     if node.op == "call_module":
         return True
     if node.op != "call_function":
