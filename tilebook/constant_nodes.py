@@ -77,6 +77,30 @@ def pure(node: Node) -> bool:
     return node.op == "call_method" and node.target in _METHODS
 
 
+_BOTH: set[Any] = {operator.and_, torch.logical_and, torch.bitwise_and, "__and__", "logical_and", "bitwise_and"}
+
+_THE_SAME: set[Any] = {"to", "bool", "expand", "expand_as", "contiguous", "clone"}
+"""Methods after which booleans are the same ones, if they are booleans still."""
+
+
+def factors(mask: Node) -> tuple[list[Node], list[Node]]:
+    """The booleans that must all be True where a mask is, each broadcast to it; and the nodes between it and them."""
+    found, between, open_ = [], [], [mask]
+    while open_:
+        node = open_.pop()
+        value, inner = node.meta.get("example_value"), node.all_input_nodes
+        several = node.target in _BOTH and len(node.args) == len(inner) == 2
+        same = node.op == "call_method" and node.target in _THE_SAME
+        parts = inner if several else inner[:1] if same else []
+        booleans = all(getattr(each.meta.get("example_value"), "dtype", None) is torch.bool for each in (node, *parts))
+        if parts and booleans and isinstance(value, torch.Tensor):
+            between.append(node)
+            open_.extend(parts)
+        elif node not in found:
+            found.append(node)
+    return found, between
+
+
 def _ancestors(node: Node, given: Constants) -> set[Node]:
     """What a node's numbers are made of, itself included. Raises Unknown where that is an input."""
     found, open_ = set[Node](), [node]

@@ -5,6 +5,7 @@ mask of all pairs, also where they are not, as transformers' models do. Attentio
 long as causal attention, of heads that share keys it wants copies, and the mask is made and kept. In the graph all that
 the mask is made of can be seen: where it is no input of the program, its numbers are known before the program runs. A
 window, for which PyTorch has no kernel, is an op of ours where the GPU takes longer for it than the host for the op.
+So is a causal mask or a window beside padding, which may be an input and hides keys from all rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook.casting import factor_dtype
-from tilebook.constant_nodes import Constants, Unknown, numbers, pure, shape_of, written, written_to
+from tilebook.constant_nodes import Constants, Unknown, factors, numbers, pure, shape_of, written, written_to
 from tilebook.kernels.attention.drop_in import TRACED
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
 
@@ -36,10 +37,23 @@ _WIDEST = 256
 
 _CHECKPOINT = "tag_activation_checkpoint"
 
-Shown = tuple[int, int]
+Limits = tuple[int, int]
 """Row i sees columns i - left … i + right; -1 is without limit."""
 
 _ALL, _CAUSAL = (-1, -1), (-1, 0)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a mask shows: of the pairs within these limits those whose keys all of `keys` show, booleans (…, 1, Sk)."""
+
+    limits: Limits
+    keys: tuple[Node, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Is it a form that PyTorch has kernels for, without a mask?"""
+        return self.limits in (_ALL, _CAUSAL) and not self.keys
 
 
 def simplified(module: GraphModule, given: Constants | None = None) -> int:
@@ -81,21 +95,31 @@ class _Change:
     rest: dict[str, Any]
 
     def make(self) -> None:
-        if self.shown in (_ALL, _CAUSAL):
+        if self.shown.plain:
             self.node.args = self.tensors
-            self.node.kwargs = self.rest | {"is_causal": self.shown == _CAUSAL}
+            self.node.kwargs = self.rest | {"is_causal": self.shown.limits == _CAUSAL}
             return
         import tilebook.kernels.attention.entry  # noqa: F401  # which registers the op
 
-        graph, width, (left, right) = self.node.graph, shape_of(self.tensors[0])[-1], self.shown  # type: ignore[index]
+        graph, width, (left, right) = self.node.graph, shape_of(self.tensors[0])[-1], self.shown.limits  # type: ignore[index]
         scale = width**-0.5 if self.rest["scale"] is None else float(self.rest["scale"])
         with graph.inserting_before(self.node):
             options = scale, left, right, False, 0.0, 0.0, False, False
-            both = graph.call_function(_windowed(), (*self.tensors, None, None, None, *options))
+            both = graph.call_function(_windowed(), (*self.tensors, self._mask(), None, None, *options))
             o = graph.call_function(operator.getitem, (both, 0))
         o.meta.update(self.node.meta)
         self.node.replace_all_uses_with(o)
         graph.erase_node(self.node)
+
+    def _mask(self) -> Node | None:
+        """(B or 1, H or 1, 1, Sk or 1) booleans of the keys, where some may be hidden."""
+        masks, graph = [], self.node.graph
+        for keys in self.shown.keys:
+            missing = 4 - len(shape_of(keys) or ())
+            masks.append(graph.call_function(operator.getitem, (keys, (None,) * missing)) if missing else keys)
+        if not masks:
+            return None
+        return functools.reduce(lambda one, other: graph.call_function(operator.and_, (one, other)), masks)
 
 
 def _windowed() -> Any:
@@ -118,7 +142,7 @@ def _change(node: Node, limits: Callable[[Node, int, int], Shown | None]) -> _Ch
     if len(shape) > len(scores) or any(n not in (1, m) for n, m in zip(shape[::-1], scores[::-1])):  # noqa: B905
         return None  # the mask makes more of the result than there is without it
     shown = limits(mask, rows[-2], columns[-2])
-    if shown is None or (shown not in (_ALL, _CAUSAL) and not _takes(q, k, v, call)):
+    if shown is None or (not shown.plain and not _takes(q, k, v, call)):
         return None
     rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
     shared = None if call["enable_gqa"] else _shared(q, k, v)
@@ -146,20 +170,49 @@ def _half(value: torch.Tensor) -> bool:
 
 
 def _shown(given: Constants, mask: Node, n_q: int, n_k: int) -> Shown | None:
-    """What a constant mask shows, if that has such limits; None of what is no constant."""
+    """What a mask shows, if that has limits, of its keys or in all; None where neither is known."""
     shape = shape_of(mask)
     if shape is None or math.prod(shape) > _MOST:
         return None
     try:
-        if written_to(mask, given):
-            return None
+        if not written_to(mask, given):
+            with torch.no_grad(), _disable_current_modes():
+                limits = _limits(numbers(mask, given), n_q, n_k)
+            return None if limits is None else Shown(limits)
+    except Unknown:
+        return _shown_of_keys(given, mask, n_q, n_k)
+    return None
+
+
+def _shown_of_keys(given: Constants, mask: Node, n_q: int, n_k: int) -> Shown | None:
+    """Of a mask some of whose factors all rows have, and whose others are constant."""
+    parts, between = factors(mask)
+    constant, keys = [], []
+    for part in parts:
+        try:
+            if written_to(part, given):
+                return None
+            constant.append(part)
+        except Unknown:
+            shape = shape_of(part) or ()
+            if not 1 <= len(shape) <= 4 or (len(shape) > 1 and shape[-2] != 1):
+                return None
+            keys.append(part)
+    if written((*between, *keys)):
+        return None
+    seen = torch.ones(n_q, n_k, dtype=torch.bool)
+    try:
         with torch.no_grad(), _disable_current_modes():
-            return _limits(numbers(mask, given), n_q, n_k)
+            for part in constant:
+                found = numbers(part, given)
+                seen = seen.to(found.device) & found
+            limits = _limits(seen, n_q, n_k)
     except Unknown:
         return None
+    return None if limits is None or limits == _ALL else Shown(limits, tuple(keys))
 
 
-def _limits(seen: torch.Tensor, n_q: int, n_k: int) -> Shown | None:
+def _limits(seen: torch.Tensor, n_q: int, n_k: int) -> Limits | None:
     if seen.dtype != torch.bool:
         hidden = seen <= torch.finfo(seen.dtype).min
         if bool(((seen != 0) & ~hidden).any()):

@@ -1,0 +1,143 @@
+"""Graphs whose masks are constant but for padding: ours take the padded keys and the limits instead."""
+
+import operator
+
+import pytest
+import torch
+from test_graphs import SDPA, Methods, Seen, places, qkv
+
+from tilebook import graphs
+
+N = 12
+PADDING = torch.arange(N) < torch.tensor([[N], [7]])
+
+
+def causal():
+    return (places(N) <= places(N)[:, None])[None, None]
+
+
+def window():
+    return causal() & (places(N) > places(N)[:, None] - 4)
+
+
+def gathered(p):
+    return p[torch.arange(2)[:, None, None, None], places(N)[None, None, None, :]]
+
+
+TAKEN = {
+    "and": (lambda p: causal() & p[:, None, None], (-1, 0)),
+    "the other way round": (lambda p: p[:, None, None] & causal(), (-1, 0)),
+    "logical_and": (lambda p: torch.logical_and(causal(), p[:, None, None].bool()), (-1, 0)),
+    "a method": (lambda p: causal().logical_and(p[:, None, None]).to(p.device), (-1, 0)),
+    "of all heads": (lambda p: (causal() & p[:, None, None]).expand(2, 4, N, N), (-1, 0)),
+    "numbers first": (lambda p: causal() & (p.long()[:, None, None] != 0), (-1, 0)),
+    "a window": (lambda p: window() & p[:, None, None], (3, 0)),
+    "as transformers has it": (
+        lambda p: (torch.ones((), dtype=torch.bool) & causal() & gathered(p).to(p.device)).expand(2, -1, N, N),
+        (-1, 0),
+    ),
+    "twice": (lambda p: causal() & p[:, None, None] & p.flip(0)[:, None, None].expand(2, 1, 1, N), (-1, 0)),
+    "one for all": (lambda p: causal() & p[:1, None, None], (-1, 0)),
+    "of two axes": (lambda p: causal() & p[:1], (-1, 0)),
+    "of one axis": (lambda p: causal() & p[1], (-1, 0)),
+}
+LEFT = {
+    "no limits": lambda p: p[:, None, None].expand(2, 1, N, N),
+    "rows": lambda p: causal() & p[:, None, :, None],
+    "either": lambda p: causal() | p[:, None, None],
+    "not": lambda p: ~(causal() & p[:, None, None]),
+    "numbers": lambda p: torch.where(causal() & p[:, None, None], 0.0, -1e4),
+    "other limits": lambda p: (causal() & (places(N)[:, None] % 2 == 0)) & p[:, None, None],
+}
+
+
+def run(monkeypatch, mask, padding=PADDING, backend=Seen):
+    monkeypatch.setattr(graphs, "_takes", lambda q, k, v, call: True)
+    q, k, v = (x.requires_grad_() for x in qkv(N, N))
+
+    def attend(q, k, v, p):
+        return SDPA(q, k, v, attn_mask=mask(p))
+
+    seen = backend()
+    torch.compiler.reset()
+    made = torch.compile(attend, backend=seen, fullgraph=True)
+    for each in (padding, torch.ones_like(padding)):  # the second one is not compiled anew
+        found, expected = made(q, k, v, each), attend(q, k, v, each)
+        torch.testing.assert_close(found, expected)
+        do = torch.randn_like(expected)
+        for mine, right in zip(*(torch.autograd.grad(o, (q, k, v), do) for o in (found, expected)), strict=True):
+            torch.testing.assert_close(mine, right)
+    assert len(seen.changed) == 1
+    return seen
+
+
+@pytest.mark.parametrize("backend", [Seen, Methods])
+@pytest.mark.parametrize("mask", TAKEN)
+def test_padding_beside_limits_is_a_mask_of_keys(monkeypatch, mask, backend):
+    made, limits = TAKEN[mask]
+    seen = run(monkeypatch, made, backend=backend)
+    assert seen.changed == [1]
+    assert not seen.calls
+    (call,) = [node for node in seen.graphs[0].nodes if node.target is graphs._windowed()]
+    assert call.args[7:9] == limits
+    assert call.args[3] is not None
+
+
+@pytest.mark.parametrize("mask", LEFT)
+def test_other_masks_of_inputs_stay(monkeypatch, mask):
+    assert run(monkeypatch, LEFT[mask]).changed == [0]
+
+
+def _whole(p):
+    mask = causal() & p[:, None, None]
+    mask[:, :, 3, 1] = False
+    return mask
+
+
+def _part(p):
+    keys = p[:, None, None].clone()
+    mask = causal() & keys
+    keys.fill_(True)
+    return mask
+
+
+def _input_later(p):
+    keys = p[:, None, None]
+    mask = causal() & keys
+    p.logical_not_()
+    p.logical_not_()
+    return mask
+
+
+def _operator(p):
+    return operator.iand(causal() & p[:, None, None], torch.ones(N, N, dtype=torch.bool).triu(-3))
+
+
+@pytest.mark.parametrize("mask", [_whole, _part, _input_later, _operator])
+@pytest.mark.parametrize("backend", [Seen, Methods])
+def test_masks_that_are_written_to_stay(monkeypatch, mask, backend):
+    assert run(monkeypatch, mask, PADDING.clone(), backend).changed == [0]
+
+
+def test_where_our_kernels_do_not_serve_the_mask_stays(monkeypatch):
+    seen = Seen()
+    torch.compiler.reset()
+    torch.compile(lambda q, k, v, p: SDPA(q, k, v, causal() & p[:, None, None]), backend=seen)(*qkv(), PADDING)
+    assert seen.changed == [0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_padded_models_of_transformers(monkeypatch, kind):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        kind, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        vocab_size=50, sliding_window=8, use_cache=False,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ids, mask = torch.randint(50, (2, N)), PADDING.long()
+    monkeypatch.setattr(graphs, "_takes", lambda q, k, v, call: True)
+    seen = Seen()
+    torch.compiler.reset()
+    found = torch.compile(model, backend=seen)(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, model(input_ids=ids, attention_mask=mask).logits)
+    assert sum(seen.changed) == 2
