@@ -51,8 +51,8 @@ LEFT = {
 }
 
 
-def run(monkeypatch, mask, padding=PADDING, backend=Seen):
-    monkeypatch.setattr(graphs, "_takes", lambda q, k, v, call: True)
+def run(monkeypatch, mask, padding=PADDING, backend=Seen, ahead=False):
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: ahead or shown.limits != (-1, -1))
     q, k, v = (x.requires_grad_() for x in qkv(N, N))
 
     def attend(q, k, v, p):
@@ -86,6 +86,52 @@ def test_padding_beside_limits_is_a_mask_of_keys(monkeypatch, mask, backend):
 @pytest.mark.parametrize("mask", LEFT)
 def test_other_masks_of_inputs_stay(monkeypatch, mask):
     assert run(monkeypatch, LEFT[mask]).changed == [0]
+
+
+@pytest.mark.parametrize("mask", ["no limits", "of all heads", "unexpanded"])
+def test_padding_without_limits_is_ours_where_it_is_ahead(monkeypatch, mask):
+    made = {
+        **LEFT,
+        "unexpanded": lambda p: p[:, None, None],
+        "of all heads": lambda p: p[:, None, None].expand(2, 4, 1, N),
+    }
+    seen = run(monkeypatch, made[mask], ahead=True)
+    assert seen.changed == [1]
+    (call,) = [node for node in seen.graphs[0].nodes if node.target is graphs._windowed()]
+    assert call.args[7:9] == (-1, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pytorchs", [False, True])
+@pytest.mark.parametrize("mask", ["and", "no limits"])
+def test_who_serves_padding_is_asked_while_the_program_is_compiled(monkeypatch, mask, pytorchs, dtype):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(graphs, "TRACED", (0, 0))
+    monkeypatch.setattr(graphs, "left", lambda *of: asked.append(of) or pytorchs)
+    seen, (q, k, v) = [], (x.to(dtype) for x in qkv())
+    made = TAKEN[mask][0] if mask in TAKEN else LEFT[mask]
+
+    def looked_at(module, example_inputs):
+        seen.append(graphs.simplified(module))
+        return lambda *args: (args[0],)
+
+    torch.compiler.reset()
+    torch.compile(lambda q, k, v, p: SDPA(q, k, v, made(p)), backend=looked_at)(q, k, v, PADDING)
+    served = dtype == torch.bfloat16 and (mask == "and" or not pytorchs)
+    assert seen == [int(served)]
+    if mask == "no limits" and dtype == torch.bfloat16:
+        ((family, args, options, trained, _, bounded),) = asked
+        assert (family, args[3], args[4:], options[1:3]) == (
+            "attention",
+            ((2, 1, 1, N), torch.bool),
+            (None, None),
+            (-1, -1),
+        )
+        assert trained
+        assert not bounded
+    else:
+        assert not asked
 
 
 def _whole(p):
@@ -135,7 +181,7 @@ def test_padded_models_of_transformers(monkeypatch, kind):
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     ids, mask = torch.randint(50, (2, N)), PADDING.long()
-    monkeypatch.setattr(graphs, "_takes", lambda q, k, v, call: True)
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: True)
     seen = Seen()
     torch.compiler.reset()
     found = torch.compile(model, backend=seen)(input_ids=ids, attention_mask=mask).logits

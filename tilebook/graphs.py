@@ -26,6 +26,7 @@ from tilebook.casting import factor_dtype
 from tilebook.constant_nodes import Constants, Unknown, factors, numbers, pure, shape_of, written, written_to
 from tilebook.kernels.attention.drop_in import TRACED
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
+from tilebook.traced import left
 
 _log = logging.getLogger("tilebook")
 
@@ -142,7 +143,7 @@ def _change(node: Node, limits: Callable[[Node, int, int], Shown | None]) -> _Ch
     if len(shape) > len(scores) or any(n not in (1, m) for n, m in zip(shape[::-1], scores[::-1])):  # noqa: B905
         return None  # the mask makes more of the result than there is without it
     shown = limits(mask, rows[-2], columns[-2])
-    if shown is None or (not shown.plain and not _takes(q, k, v, call)):
+    if shown is None or (not shown.plain and not _takes((q, k, v), call, shown)):
         return None
     rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
     shared = None if call["enable_gqa"] else _shared(q, k, v)
@@ -152,16 +153,30 @@ def _change(node: Node, limits: Callable[[Node, int, int], Shown | None]) -> _Ch
     return _Change(node, (q, k, v), shown, rest)
 
 
-def _takes(q: Node, k: Node, v: Node, call: dict[str, Any]) -> bool:
-    """Is attention in a window an op of ours, which is done long after the host has called it?"""
+def _takes(tensors: tuple[Node, Node, Node], call: dict[str, Any], shown: Shown) -> bool:
+    """Is such attention an op of ours, which is done long after the host has called it?"""
+    q, k, v = tensors
     value, shape = q.meta["example_value"], shape_of(k)
     if not _half(value) or shape is None or shape != shape_of(v) or call["dropout_p"] != 0 or len(value.shape) != 4:
         return False
     if not (call["scale"] is None or (type(call["scale"]) is float and call["scale"] > 0)):
         return False
-    width = value.shape[-1]
+    width, trained = value.shape[-1], torch.is_grad_enabled()
     fits = width == shape[-1] and width % 8 == 0 and 16 <= width <= _WIDEST and value.shape[1] % shape[1] == 0
-    return bool(fits and value.numel() * shape[-2] > TRACED[torch.is_grad_enabled()])
+    bound = TRACED[trained] / (2 if shown.keys else 1)  # under a mask PyTorch's kernels take twice as long
+    if not fits or value.numel() * shape[-2] <= bound:
+        return False
+    return shown.limits != _ALL or not _pytorchs(value, shape, shown.keys, trained)
+
+
+def _pytorchs(q: torch.Tensor, shape: tuple[int, ...], keys: tuple[Node, ...], trained: bool) -> bool:
+    """Is attention under a mask of keys PyTorch's own to serve, which has kernels for it?"""
+    tables = [(1,) * (4 - len(found)) + found for each in keys if (found := shape_of(each)) is not None]
+    of = factor_dtype(q)
+    table = tuple(map(max, zip(*tables, strict=True)))
+    described = (tuple(q.shape), of), (shape, of), (shape, of), (table, torch.bool)
+    options = 1.0, *_ALL, False, 0.0, 0.0, False, False
+    return left("attention", (*described, None, None), options, trained, q.device, False)
 
 
 def _half(value: torch.Tensor) -> bool:
@@ -209,7 +224,7 @@ def _shown_of_keys(given: Constants, mask: Node, n_q: int, n_k: int) -> Shown | 
             limits = _limits(seen, n_q, n_k)
     except Unknown:
         return None
-    return None if limits is None or limits == _ALL else Shown(limits, tuple(keys))
+    return None if limits is None else Shown(limits, tuple(keys))
 
 
 def _limits(seen: torch.Tensor, n_q: int, n_k: int) -> Limits | None:
