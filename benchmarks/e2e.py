@@ -6,11 +6,11 @@
 
 Random weights, bf16 autocast over fp32 weights, AdamW fused, dropout as the configs have it, the loss of the model's
 own class. Padded batches have lengths between a quarter of the longest and all of it; mixed ones between 64 and the
-longest, as often in one octave as in another. *attention* is `attn_implementation="tilebook"`; *packed* gives that the
-sequences of a mixed batch in one row, without the padding. Where a model has no exact attention but the written-out
-one, as soft-caps have, plain PyTorch runs that. A step of generation is a prompt and so many tokens after it, of bf16
-weights, and a step of inference is one pass over a batch. Blocks of steps of all alternate in one process in a new random order each round; plain PyTorch takes part
-twice, and the ratio of the two is the noise.
+longest, as often in one octave as in another. *attention* is `attn_implementation="tilebook"`; *packed* gives that
+the sequences of a mixed batch in one row, without the padding. Where a model has no exact attention but the written-
+out one, as soft-caps have, plain PyTorch runs that. A step of generation is a prompt and so many tokens after it, of
+bf16 weights, and a step of inference is one pass over a batch. Blocks of steps of all alternate in one process in a
+new random order each round; plain PyTorch takes part twice, and the ratio of the two is the noise.
 """
 
 from __future__ import annotations
