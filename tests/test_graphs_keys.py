@@ -172,14 +172,54 @@ def test_where_our_kernels_do_not_serve_the_mask_stays(monkeypatch):
     assert seen.changed == [0]
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_is_checkpointed_is_given_the_keys(monkeypatch, layers):
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: True)
+
+    def attend(q, k, v, p):
+        mask = causal() & p[:, None, None]
+        for _ in range(layers):
+            q = torch.utils.checkpoint.checkpoint(lambda *x: SDPA(*x, attn_mask=mask), q, k, v, use_reentrant=False)
+        return q
+
+    seen, leaves = Seen(), [x.requires_grad_() for x in qkv()]
+    torch.compiler.reset()
+    found, expected = torch.compile(attend, backend=seen, fullgraph=True)(*leaves, PADDING), attend(*leaves, PADDING)
+    torch.testing.assert_close(found, expected)
+    do = torch.randn_like(expected)
+    for mine, right in zip(*(torch.autograd.grad(o, leaves, do) for o in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, right)
+    assert seen.changed == [layers]
+
+
+def test_what_is_checkpointed_and_writes_to_its_mask_is_left(monkeypatch):
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: True)
+
+    def layer(q, k, v, mask):
+        mask = mask.view(2, 1, N, N)
+        mask[:, :, 3, 1] = False
+        return SDPA(q, k, v, attn_mask=mask)
+
+    def attend(q, k, v, p):
+        return torch.utils.checkpoint.checkpoint(layer, q, k, v, causal() & p[:, None, None], use_reentrant=False)
+
+    seen, tensors = Seen(), qkv()
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(attend, backend=seen)(*tensors, PADDING), attend(*tensors, PADDING))
+    assert sum(seen.changed) == 0
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_padded_models_of_transformers(monkeypatch, kind):
+def test_padded_models_of_transformers(monkeypatch, kind, checkpointed):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(
         kind, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
         vocab_size=50, sliding_window=8, use_cache=False,
     )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    if checkpointed:
+        model.gradient_checkpointing_enable()
     ids, mask = torch.randint(50, (2, N)), PADDING.long()
     monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: True)
     seen = Seen()

@@ -75,9 +75,10 @@ def simplified(module: GraphModule, given: Constants | None = None) -> int:
     found = len(changes)
     maker = functools.cache(_maker)
     for node in module.graph.nodes:
-        inner = _checkpointed(module, node, maker)
+        inner = _checkpointed(module, node)
         if inner is not None:
-            found += simplified(*inner)
+            known = _known(node, inner, maker)
+            found += _by_keys(node, inner, shown, known) + simplified(inner, known)
     if changes:
         for node in reversed(module.graph.nodes):
             if not node.users and pure(node):
@@ -283,21 +284,66 @@ def _uncopied(copies: Node) -> Node | None:
 Maker = Callable[[], torch.Tensor]
 
 
-def _checkpointed(
-    module: GraphModule, node: Node, maker: Callable[[Node], Maker | None]
-) -> tuple[GraphModule, Constants] | None:
-    """The graph that a node runs again in the backward pass, and what is known of its inputs. maker: `_maker`."""
+def _checkpointed(module: GraphModule, node: Node) -> GraphModule | None:
+    """The graph that a node runs again in the backward pass, and no other node runs."""
     if node.op != "call_function" or getattr(node.target, "__name__", "") != _CHECKPOINT or not node.args:
         return None
-    body, *operands = node.args
+    body = node.args[0]
     if not isinstance(body, Node) or body.op != "get_attr" or len(body.users) != 1:
         return None
     inner = getattr(module, str(body.target), None)
-    if not isinstance(inner, GraphModule):
-        return None
+    return inner if isinstance(inner, GraphModule) else None
+
+
+def _operands(node: Node, inner: GraphModule) -> list[tuple[Node, Node]]:
+    """The tensors that such a node is given, each with its placeholder."""
     places = [each for each in inner.graph.nodes if each.op == "placeholder"]
-    made = {place: maker(each) for place, each in zip(places, operands) if isinstance(each, Node)}  # noqa: B905
-    return inner, {place: make for place, make in made.items() if make is not None}
+    return [(place, each) for place, each in zip(places, node.args[1:]) if isinstance(each, Node)]  # noqa: B905
+
+
+def _known(node: Node, inner: GraphModule, maker: Callable[[Node], Maker | None]) -> Constants:
+    """What is known of the inputs of what is checkpointed. maker: `_maker`."""
+    made = {place: maker(each) for place, each in _operands(node, inner)}
+    return {place: make for place, make in made.items() if make is not None}
+
+
+def _by_keys(
+    node: Node, inner: GraphModule, shown: Callable[[Node, int, int], Shown | None], constants: Constants
+) -> int:
+    """Changes what is checkpointed where its masks are limits and keys, and gives it those keys. shown: `_shown`."""
+    found, passed = 0, dict[Node, Node]()
+    for place, mask in _operands(node, inner):
+        sizes = (shape_of(mask) or ())[-2:]
+        if len(sizes) < 2 or place in constants or mask.meta["example_value"].dtype != torch.bool or written((place,)):
+            continue
+        seen = shown(mask, *sizes)
+        if seen is None or not seen.keys:
+            continue
+
+        def known(its: Node, *asked: int, place: Node = place, sizes: Any = sizes, seen: Shown = seen) -> Shown | None:
+            return seen if its is place and asked == sizes else None
+
+        calls = [each for each in place.users if each.target is scaled_dot_product_attention]
+        changes = [change for each in calls if (change := _change(each, known)) is not None]
+        for change in changes:
+            for keys in seen.keys:
+                passed[keys] = passed.get(keys) or _given(node, inner, keys)
+            change.shown = Shown(seen.limits, tuple(passed[keys] for keys in seen.keys))
+            change.make()
+        found += len(changes)
+    if found:
+        inner.recompile()
+    return found
+
+
+def _given(node: Node, inner: GraphModule, outer: Node) -> Node:
+    """A placeholder of what is checkpointed for one more node outside of it."""
+    *_, last = (each for each in inner.graph.nodes if each.op == "placeholder")
+    with inner.graph.inserting_after(last):
+        place = inner.graph.placeholder(f"{outer.name}_keys")
+    place.meta["example_value"] = outer.meta["example_value"]
+    node.args = (*node.args, outer)
+    return place
 
 
 def _maker(node: Node) -> Maker | None:
