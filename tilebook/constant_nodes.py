@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tilebook.sizes import Unknown, size
+
 Constants = Mapping[Node, Callable[[], torch.Tensor]]
 """Placeholders whose numbers are known, and what makes them."""
 
@@ -41,10 +43,6 @@ _METHODS = {
     "__mod__", "__mul__", "__ne__", "__neg__", "__or__", "__radd__", "__rand__", "__rmul__", "__ror__", "__rsub__",
     "__rxor__", "__sub__", "__xor__",
 }  # fmt: skip
-
-
-class Unknown(Exception):
-    """Numbers that are not known before the program runs."""
 
 
 def numbers(node: Node, given: Constants, known: dict[Node, Any] | None = None) -> Any:
@@ -101,7 +99,7 @@ def factors(mask: Node) -> tuple[list[Node], list[Node]]:
     return found, between
 
 
-def _ancestors(node: Node, given: Constants) -> set[Node]:
+def ancestors(node: Node, given: Constants) -> set[Node]:
     """What a node's numbers are made of, itself included. Raises Unknown where that is an input."""
     found, open_ = set[Node](), [node]
     while open_:
@@ -118,7 +116,7 @@ def _ancestors(node: Node, given: Constants) -> set[Node]:
 
 def written_to(mask: Node, given: Constants) -> bool:
     """Might something in the graph write to what the mask is made of, by whatever name? Raises Unknown."""
-    return written(_ancestors(mask, given))
+    return written(ancestors(mask, given))
 
 
 def written(nodes: Iterable[Node]) -> bool:
@@ -160,9 +158,7 @@ def _memory(node: Node) -> Any:
         return None
 
 
-def shape_of(node: Node) -> tuple[int, ...] | None:
-    """Of a node's tensor, where all of it is known."""
+def shape_of(node: Node) -> tuple[Any, ...] | None:
+    """Of a node's tensor: numbers, or expressions of symbols where they are not known yet; None of what is none."""
     value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or not all(type(n) is int for n in value.shape):
-        return None
-    return tuple(value.shape)
+    return tuple(map(size, value.shape)) if isinstance(value, torch.Tensor) else None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,41 +19,21 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook.casting import factor_dtype
-from tilebook.constant_nodes import Constants, Unknown, factors, numbers, pure, shape_of, written, written_to
+from tilebook.constant_nodes import Constants, numbers, pure, shape_of, written, written_to
 from tilebook.kernels.attention.drop_in import TRACED
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
+from tilebook.shown import ALL, CAUSAL, Shown, shown_by
+from tilebook.sizes import Unknown, hinted, trials
 from tilebook.traced import left
 
 _log = logging.getLogger("tilebook")
-
-_MOST = 1 << 29
-"""Numbers of a mask that are looked at, while the program is compiled; of larger ones nothing is known."""
 
 _WIDEST = 256
 """Of heads that PyTorch's fused kernels take, and so share keys among."""
 
 _CHECKPOINT = "tag_activation_checkpoint"
-
-Limits = tuple[int, int]
-"""Row i sees columns i - left … i + right; -1 is without limit."""
-
-_ALL, _CAUSAL = (-1, -1), (-1, 0)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What a mask shows: of the pairs within these limits those whose keys all of `keys` show, booleans (…, 1, Sk)."""
-
-    limits: Limits
-    keys: tuple[Node, ...] = ()
-
-    @property
-    def plain(self) -> bool:
-        """Is it a form that PyTorch has kernels for, without a mask?"""
-        return self.limits in (_ALL, _CAUSAL) and not self.keys
 
 
 def simplified(module: GraphModule, given: Constants | None = None) -> int:
@@ -63,7 +42,7 @@ def simplified(module: GraphModule, given: Constants | None = None) -> int:
     given: placeholders whose numbers are known. Returns how many calls of attention were changed.
     """
     # Layers have one mask: it is looked at once.
-    shown = functools.cache(functools.partial(_shown, given or {}))
+    shown = functools.cache(functools.partial(shown_by, given or {}, trials(module.graph)))
     changes = [
         change
         for node in module.graph.nodes
@@ -99,7 +78,7 @@ class _Change:
     def make(self) -> None:
         if self.shown.plain:
             self.node.args = self.tensors
-            self.node.kwargs = self.rest | {"is_causal": self.shown.limits == _CAUSAL}
+            self.node.kwargs = self.rest | {"is_causal": self.shown.limits == CAUSAL}
             return
         import tilebook.kernels.attention.entry  # noqa: F401  # which registers the op
 
@@ -129,7 +108,7 @@ def _windowed() -> Any:
 
 
 def _change(node: Node, limits: Callable[[Node, int, int], Shown | None]) -> _Change | None:
-    """limits: `_shown` of a mask, rows and columns."""
+    """limits: `shown_by` of a mask, rows and columns."""
     names = "query", "key", "value", "attn_mask", "dropout_p", "is_causal"
     call: dict[str, Any] = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
     call |= {**dict(zip(names, node.args)), **node.kwargs}  # noqa: B905
@@ -162,90 +141,31 @@ def _takes(tensors: tuple[Node, Node, Node], call: dict[str, Any], shown: Shown)
         return False
     if not (call["scale"] is None or (type(call["scale"]) is float and call["scale"] > 0)):
         return False
-    width, trained = value.shape[-1], torch.is_grad_enabled()
-    fits = width == shape[-1] and width % 8 == 0 and 16 <= width <= _WIDEST and value.shape[1] % shape[1] == 0
-    bound = TRACED[trained] / (2 if shown.keys else 1)  # under a mask PyTorch's kernels take twice as long
-    if not fits or value.numel() * shape[-2] <= bound:
+    heads, width, trained = value.shape[1], value.shape[-1], torch.is_grad_enabled()
+    if not all(type(n) is int for n in (heads, width, shape[1])):
         return False
-    return shown.limits != _ALL or not _pytorchs(value, shape, shown.keys, trained)
+    fits = width == shape[-1] and width % 8 == 0 and 16 <= width <= _WIDEST and heads % shape[1] == 0
+    bound = TRACED[trained] / (2 if shown.keys else 1)  # under a mask PyTorch's kernels take twice as long
+    if not fits or hinted((*value.shape, k.meta["example_value"].shape[-2])) <= bound:
+        return False
+    return shown.limits != ALL or not _pytorchs(value, shape, shown.keys, trained)
 
 
-def _pytorchs(q: torch.Tensor, shape: tuple[int, ...], keys: tuple[Node, ...], trained: bool) -> bool:
+def _pytorchs(q: torch.Tensor, shape: tuple[Any, ...], keys: tuple[Node, ...], trained: bool) -> bool:
     """Is attention under a mask of keys PyTorch's own to serve, which has kernels for it?"""
+    if not all(type(n) is int for n in (*q.shape, *shape)):
+        return True  # a graph for all sizes cannot be another for those with a verdict
     tables = [(1,) * (4 - len(found)) + found for each in keys if (found := shape_of(each)) is not None]
     of = factor_dtype(q)
     table = tuple(map(max, zip(*tables, strict=True)))
     described = (tuple(q.shape), of), (shape, of), (shape, of), (table, torch.bool)
-    options = 1.0, *_ALL, False, 0.0, 0.0, False, False
+    options = 1.0, *ALL, False, 0.0, 0.0, False, False
     return left("attention", (*described, None, None), options, trained, q.device, False)
 
 
 def _half(value: torch.Tensor) -> bool:
     """Will attention on a GPU have factors of 16 bits?"""
     return value.is_cuda and factor_dtype(value) in (torch.bfloat16, torch.float16)
-
-
-def _shown(given: Constants, mask: Node, n_q: int, n_k: int) -> Shown | None:
-    """What a mask shows, if that has limits, of its keys or in all; None where neither is known."""
-    shape = shape_of(mask)
-    if shape is None or math.prod(shape) > _MOST:
-        return None
-    try:
-        if not written_to(mask, given):
-            with torch.no_grad(), _disable_current_modes():
-                limits = _limits(numbers(mask, given), n_q, n_k)
-            return None if limits is None else Shown(limits)
-    except Unknown:
-        return _shown_of_keys(given, mask, n_q, n_k)
-    return None
-
-
-def _shown_of_keys(given: Constants, mask: Node, n_q: int, n_k: int) -> Shown | None:
-    """Of a mask some of whose factors all rows have, and whose others are constant."""
-    parts, between = factors(mask)
-    constant, keys = [], []
-    for part in parts:
-        try:
-            if written_to(part, given):
-                return None
-            constant.append(part)
-        except Unknown:
-            shape = shape_of(part) or ()
-            if not 1 <= len(shape) <= 4 or (len(shape) > 1 and shape[-2] != 1):
-                return None
-            keys.append(part)
-    if written((*between, *keys)):
-        return None
-    seen = torch.ones(n_q, n_k, dtype=torch.bool)
-    try:
-        with torch.no_grad(), _disable_current_modes():
-            for part in constant:
-                found = numbers(part, given)
-                seen = seen.to(found.device) & found
-            limits = _limits(seen, n_q, n_k)
-    except Unknown:
-        return None
-    return None if limits is None else Shown(limits, tuple(keys))
-
-
-def _limits(seen: torch.Tensor, n_q: int, n_k: int) -> Limits | None:
-    if seen.dtype != torch.bool:
-        hidden = seen <= torch.finfo(seen.dtype).min
-        if bool(((seen != 0) & ~hidden).any()):
-            return None
-        seen = ~hidden
-    if bool(seen.all()):
-        return _ALL
-    if n_q != n_k or tuple(seen.shape[-2:]) != (n_q, n_k):
-        return None
-    # If it has limits, the last row tells the one to the left and the first row the other one.
-    one = seen[(0,) * (seen.ndim - 2)]
-    left, right = int(one[-1].sum()) - 1, int(one[0].sum()) - 1
-    place = torch.arange(n_k, device=seen.device)
-    band = (place >= place[:, None] - left) & (place <= place[:, None] + right)
-    if left < 0 or right < 0 or not bool((seen == band).all()):
-        return None
-    return left if left < n_k - 1 else -1, right if right < n_k - 1 else -1
 
 
 def _shared(q: Node, k: Node, v: Node) -> tuple[Node, Node] | None:
@@ -310,14 +230,14 @@ def _known(node: Node, inner: GraphModule, maker: Callable[[Node], Maker | None]
 def _by_keys(
     node: Node, inner: GraphModule, shown: Callable[[Node, int, int], Shown | None], constants: Constants
 ) -> int:
-    """Changes what is checkpointed where its masks are limits and keys, and gives it those keys. shown: `_shown`."""
+    """Changes what is checkpointed where its masks are limits and keys, and gives it those keys. shown: `shown_by`."""
     found, passed = 0, dict[Node, Node]()
     for place, mask in _operands(node, inner):
         sizes = (shape_of(mask) or ())[-2:]
         if len(sizes) < 2 or place in constants or mask.meta["example_value"].dtype != torch.bool or written((place,)):
             continue
         seen = shown(mask, *sizes)
-        if seen is None or not seen.keys:
+        if seen is None:
             continue
 
         def known(its: Node, *asked: int, place: Node = place, sizes: Any = sizes, seen: Shown = seen) -> Shown | None:
