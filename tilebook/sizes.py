@@ -67,7 +67,7 @@ def trials(graph: Graph) -> list[Trial]:
     symbolic = {place: value.node for place, value in values.items() if isinstance(value, torch.SymInt)}
     now = {node.expr: node.hint for node in symbolic.values() if node.expr.is_symbol}
     symbols = {symbol for node in symbolic.values() for symbol in node.expr.free_symbols}
-    if symbols != {*now}:
+    if symbols != {*now} or None in now.values():
         return []
     several = [{symbol: n + 3 * i for i, symbol in enumerate(now)} for n in TRIED] if now else []
     return [

@@ -69,6 +69,26 @@ def test_numbers_and_gradients_are_those_with_the_mask(changed, mask, n, heads, 
     assert changed == [1]
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8)])
+def test_lengths_that_are_not_known_yet(changed, heads, padded):
+    run = torch.compile(attend, dynamic=True)
+    for n in (2048, 1000, 3001):
+        leaves = [
+            torch.randn(4, each, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for each in (heads[0], heads[1], heads[1])
+        ]
+        seen = places(n) < torch.tensor([[n], [n // 2], [n // 3], [n]], device="cuda")
+        mask = (lambda n, seen=seen: causal(n) & seen[:, None, None]) if padded else causal
+        found, right = run(*leaves, mask), attend(*leaves, mask)
+        do = torch.randn_like(right)
+        pairs = zip(*((o, *torch.autograd.grad(o, leaves, do)) for o in (found, right)), strict=True)
+        for got, expected in pairs:
+            limit = 0.02 * expected.float().abs().max().item()
+            torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=limit)
+    assert set(changed) == {1}
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("heads", [(16, 16), (16, 4)])
 @pytest.mark.parametrize(("limits", "n"), [(causal, 2048), (window, 4096)])
