@@ -111,7 +111,7 @@ def test_a_window_is_an_op_of_ours_where_that_is_faster(monkeypatch, window):
         return SDPA(q, k, v, mask(12), scale=0.3)
 
     assert compiled(attend, *qkv()).changed == [0]  # the CPU has no kernel of ours
-    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: call["scale"] == 0.3)
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, of, call, shown: call["scale"] == 0.3)
     seen = compiled(attend, *qkv())
     assert seen.changed == [1]
     assert not seen.calls

@@ -52,7 +52,7 @@ LEFT = {
 
 
 def run(monkeypatch, mask, padding=PADDING, backend=Seen, ahead=False):
-    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: ahead or shown.limits != (-1, -1))
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, of, call, shown: ahead or shown.limits != (-1, -1))
     q, k, v = (x.requires_grad_() for x in qkv(N, N))
 
     def attend(q, k, v, p):
@@ -174,7 +174,7 @@ def test_where_our_kernels_do_not_serve_the_mask_stays(monkeypatch):
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_what_is_checkpointed_is_given_the_keys(monkeypatch, layers):
-    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: True)
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, of, call, shown: True)
 
     def attend(q, k, v, p):
         mask = causal() & p[:, None, None]
@@ -193,7 +193,7 @@ def test_what_is_checkpointed_is_given_the_keys(monkeypatch, layers):
 
 
 def test_what_is_checkpointed_and_writes_to_its_mask_is_left(monkeypatch):
-    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: True)
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, of, call, shown: True)
 
     def layer(q, k, v, mask):
         mask = mask.view(2, 1, N, N)
@@ -221,7 +221,7 @@ def test_padded_models_of_transformers(monkeypatch, kind, checkpointed):
     if checkpointed:
         model.gradient_checkpointing_enable()
     ids, mask = torch.randint(50, (2, N)), PADDING.long()
-    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: True)
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, of, call, shown: True)
     seen = Seen()
     torch.compiler.reset()
     found = torch.compile(model, backend=seen)(input_ids=ids, attention_mask=mask).logits

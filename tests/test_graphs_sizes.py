@@ -69,7 +69,7 @@ def test_more_rows_than_columns_are_other_symbols():
 @pytest.mark.parametrize("batch", [2, 300])
 def test_padding_of_any_length_is_a_mask_of_keys(monkeypatch, batch):
     """A batch of 300 is a number that is written into the graph."""
-    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: True)
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, of, call, shown: True)
 
     def mask(q, k, v, p):
         n = q.shape[-2]
@@ -100,7 +100,7 @@ def test_models_of_transformers_for_any_length(monkeypatch, kind, padded, checkp
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
     if checkpointed:
         model.gradient_checkpointing_enable()
-    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: True)
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, of, call, shown: True)
     seen = Seen()
     torch.compiler.reset()
     made = torch.compile(model, backend=seen)

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
+from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
 from tilebook.sizes import Unknown, size
+
+CHECKPOINT = "tag_activation_checkpoint"
+"""The operator that runs a graph, and runs it again in the backward pass."""
 
 Constants = Mapping[Node, Callable[[], torch.Tensor]]
 """Placeholders whose numbers are known, and what makes them."""
@@ -27,11 +31,6 @@ _FUNCTIONS: set[Any] = {
     torch.logical_xor,
 }  # fmt: skip
 """That only depend on what they are given, and change nothing."""
-
-_INPLACE: set[Any] = {
-    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.iand, operator.ior, operator.ixor,
-}  # fmt: skip
-"""That write to their first argument, whatever they are called."""
 
 _METHODS = {
     "abs", "add", "bitwise_and", "bitwise_not", "bitwise_or", "bool", "clone", "contiguous", "cumsum", "diff", "eq",
@@ -120,33 +119,58 @@ def written_to(mask: Node, given: Constants) -> bool:
 
 
 def written(nodes: Iterable[Node]) -> bool:
-    """Might something in the graph write to the memory of these nodes?"""
+    """Might something in the graph write to the memory of these nodes? What is not known to only read might."""
     nodes = list(nodes)
     memory = {_memory(each) for each in nodes}
     if None in memory:
         return True
-    graph = nodes[0].graph
-    return any(_memory(each) in memory for node in graph.nodes if _writes(node) for each in node.all_input_nodes)
+    return any(
+        _memory(each) in memory and not _only_reads(node, each)
+        for node in nodes[0].graph.nodes
+        for each in node.all_input_nodes
+    )
 
 
-def _writes(node: Node) -> bool:
-    """Might it write to one of its arguments?"""
-    if pure(node):
-        return False
-    if node.op == "call_method":
-        name = str(node.target)
-        if name.startswith("__"):
-            return name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
-        return name.endswith("_")
-    if node.op == "call_module":
+_READERS: set[Any] = {
+    getattr, operator.mul, operator.truediv, operator.pow, operator.matmul, torch.matmul, torch.bmm, torch.einsum,
+    torch.addmm, torch.softmax, torch.sum, torch.mean, torch.rsqrt, torch.sqrt, torch.cos, torch.sin, torch.exp,
+    torch.tanh, torch.sigmoid, torch.neg, torch.split, torch.chunk, torch.layer_norm, torch.rms_norm,
+    torch._C._nn.linear, torch._C._nn.gelu, torch._C._nn.pad, torch.nn.functional.layer_norm,
+    torch.nn.functional.rms_norm, torch.nn.functional.softmax, scaled_dot_product_attention,
+}  # fmt: skip
+"""That only read, beside those that `pure` knows, unless they are told where to write."""
+
+_READING = {
+    "all", "amax", "amin", "any", "argmax", "bfloat16", "chunk", "cos", "dim", "double", "exp", "flip", "half", "item",
+    "matmul", "max", "mean", "min", "neg", "numel", "pow", "roll", "rsqrt", "sin", "size", "softmax", "split", "sqrt",
+    "stride", "sum", "tanh", "tolist", "type_as", "unbind", "unflatten",
+}  # fmt: skip
+
+
+def _only_reads(node: Node, given: Node) -> bool:
+    """Is it known to write nothing to this one of its arguments?"""
+    if pure(node) or node.op == "output":
         return True
-    if node.op != "call_function":
+    if node.op == "call_method":
+        return node.target in _READING
+    if node.op != "call_function" or node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
         return False
+    if node.target is torch.nn.functional.embedding:  # which may norm its weight
+        return len(node.args) < 4 or node.args[3] is None
     schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    name = getattr(node.target, "__name__", "_")
-    return node.target in _INPLACE or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__"))
+    return not schema.is_mutable if schema is not None else node.target in _READERS or _checkpointed(node, given)
+
+
+def _checkpointed(node: Node, given: Node) -> bool:
+    """Does it run a graph, and again in the backward pass, that writes nothing to what it is given there?"""
+    body = node.args[0] if node.args and getattr(node.target, "__name__", "") == CHECKPOINT else None
+    owner = node.graph.owning_module
+    inner = getattr(owner, str(body.target), None) if isinstance(body, Node) and body.op == "get_attr" else None
+    if not isinstance(inner, GraphModule):
+        return False
+    places = [each for each in inner.graph.nodes if each.op == "placeholder"]
+    mine = [place for place, each in zip(places, node.args[1:], strict=False) if each is given]
+    return bool(mine) and not written(mine)
 
 
 def _memory(node: Node) -> Any:

@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tilebook.casting import factor_dtype
-from tilebook.constant_nodes import Constants, numbers, pure, shape_of, written, written_to
+from tilebook.constant_nodes import CHECKPOINT, Constants, numbers, pure, shape_of, written, written_to
 from tilebook.kernels.attention.drop_in import TRACED
+from tilebook.kernels.attention.layout import like
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
 from tilebook.shown import ALL, CAUSAL, Shown, shown_by
-from tilebook.sizes import Unknown, hinted, trials
+from tilebook.sizes import Unknown, hinted, size, trials
 from tilebook.traced import left
 
 _log = logging.getLogger("tilebook")
@@ -33,81 +35,102 @@ _log = logging.getLogger("tilebook")
 _WIDEST = 256
 """Of heads that PyTorch's fused kernels take, and so share keys among."""
 
-_CHECKPOINT = "tag_activation_checkpoint"
-
 
 def simplified(module: GraphModule, given: Constants | None = None) -> int:
-    """Replaces constant masks of a graph of torch functions, as Dynamo makes them, by what they show.
+    """Replaces masks of a graph of torch functions, as Dynamo makes them, by what they show.
 
-    given: placeholders whose numbers are known. Returns how many calls of attention were changed.
+    given: placeholders whose numbers are known. Returns how many calls of attention were changed. All is looked at
+    before anything is changed.
     """
-    # Layers have one mask: it is looked at once.
-    shown = functools.cache(functools.partial(shown_by, given or {}, trials(module.graph)))
-    changes = [
-        change
-        for node in module.graph.nodes
-        if node.op == "call_function" and node.target is scaled_dot_product_attention
-        if (change := _change(node, shown)) is not None
-    ]
+    changes, replaced = list(_changes(module, given or {})), dict[Node, Node]()
     for change in changes:
-        change.make()
-    found = len(changes)
+        change.make(replaced)
+    for changed in {id(each.module): each.module for each in changes}.values():
+        for node in reversed(changed.graph.nodes):
+            if not node.users and pure(node):
+                changed.graph.erase_node(node)
+        changed.recompile()
+    return len(changes)
+
+
+def _changes(module: GraphModule, given: Constants) -> Iterator[_Change]:
+    """What can be changed in a graph, and in those that it runs again in the backward pass."""
+    if not _chosen_freely(module.graph):
+        return
+    # Layers have one mask: it is looked at once.
+    shown = functools.cache(functools.partial(shown_by, given, trials(module.graph)))
     maker = functools.cache(_maker)
     for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is scaled_dot_product_attention:
+            change = _change(module, node, shown)
+            if change is not None:
+                yield change
         inner = _checkpointed(module, node)
         if inner is not None:
             known = _known(node, inner, maker)
-            found += _by_keys(node, inner, shown, known) + simplified(inner, known)
-    if changes:
-        for node in reversed(module.graph.nodes):
-            if not node.users and pure(node):
-                module.graph.erase_node(node)
-        module.recompile()
-    return found
+            yield from _by_keys(node, inner, shown, known)
+            yield from _changes(inner, known)
+
+
+def _chosen_freely(graph: Graph) -> bool:
+    """May PyTorch choose kernels that share keys and know what is causal? Who has asked for others gets them."""
+    of: Any = torch.backends.cuda
+    chosen = any("sdpa_kernel" in getattr(node.target, "__name__", "") for node in graph.nodes)
+    return not chosen and bool(of.flash_sdp_enabled() or of.cudnn_sdp_enabled())
 
 
 @dataclass
 class _Change:
-    """A call of attention, and what it is to be: shown, with these arguments beside q, k and v."""
+    """A call of attention, and what it is to be: shown, with these arguments beside q, k and v.
 
+    passing: gives what is checkpointed a node from outside of it, of which `shown` has the keys.
+    """
+
+    module: GraphModule
     node: Node
     tensors: tuple[Node, Node, Node]
     shown: Shown
     rest: dict[str, Any]
+    passing: Callable[[Node], Node] | None = None
 
-    def make(self) -> None:
+    def make(self, replaced: dict[Node, Node]) -> None:
+        """replaced: results of calls that are no longer there, and what is in their place."""
+        tensors = tuple(replaced.get(each, each) for each in self.tensors)
         if self.shown.plain:
-            self.node.args = self.tensors
+            self.node.args = tensors
             self.node.kwargs = self.rest | {"is_causal": self.shown.limits == CAUSAL}
             return
         import tilebook.kernels.attention.entry  # noqa: F401  # which registers the op
 
         graph, width, (left, right) = self.node.graph, shape_of(self.tensors[0])[-1], self.shown.limits  # type: ignore[index]
         scale = width**-0.5 if self.rest["scale"] is None else float(self.rest["scale"])
+        keys = [self.passing(each) if self.passing is not None else each for each in self.shown.keys]
         with graph.inserting_before(self.node):
-            options = scale, left, right, False, 0.0, 0.0, False, False
-            both = graph.call_function(_windowed(), (*self.tensors, self._mask(), None, None, *options))
+            options = scale, left, right, False, 0.0, 0.0, False, torch.are_deterministic_algorithms_enabled()
+            both = graph.call_function(_windowed(), (*tensors, _mask(graph, keys), None, None, *options))
             o = graph.call_function(operator.getitem, (both, 0))
         o.meta.update(self.node.meta)
         self.node.replace_all_uses_with(o)
+        replaced[self.node] = o
         graph.erase_node(self.node)
 
-    def _mask(self) -> Node | None:
-        """(B or 1, H or 1, 1, Sk or 1) booleans of the keys, where some may be hidden."""
-        masks, graph = [], self.node.graph
-        for keys in self.shown.keys:
-            missing = 4 - len(shape_of(keys) or ())
-            masks.append(graph.call_function(operator.getitem, (keys, (None,) * missing)) if missing else keys)
-        if not masks:
-            return None
-        return functools.reduce(lambda one, other: graph.call_function(operator.and_, (one, other)), masks)
+
+def _mask(graph: Graph, keys: Sequence[Node]) -> Node | None:
+    """(B or 1, H or 1, 1, Sk or 1) booleans of the keys, where some may be hidden."""
+    masks = []
+    for each in keys:
+        missing = 4 - len(shape_of(each) or ())
+        masks.append(graph.call_function(operator.getitem, (each, (None,) * missing)) if missing else each)
+    if not masks:
+        return None
+    return functools.reduce(lambda one, other: graph.call_function(operator.and_, (one, other)), masks)
 
 
 def _windowed() -> Any:
     return torch.ops.tilebook.attention_fwd.default
 
 
-def _change(node: Node, limits: Callable[[Node, int, int], Shown | None]) -> _Change | None:
+def _change(module: GraphModule, node: Node, limits: Callable[[Node, Any, Any], Shown | None]) -> _Change | None:
     """limits: `shown_by` of a mask, rows and columns."""
     names = "query", "key", "value", "attn_mask", "dropout_p", "is_causal"
     call: dict[str, Any] = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -122,24 +145,55 @@ def _change(node: Node, limits: Callable[[Node, int, int], Shown | None]) -> _Ch
     scores = (*rows[:-1], columns[-2])
     if len(shape) > len(scores) or any(n not in (1, m) for n, m in zip(shape[::-1], scores[::-1])):  # noqa: B905
         return None  # the mask makes more of the result than there is without it
-    shown = limits(mask, rows[-2], columns[-2])
-    if shown is None or (not shown.plain and not _takes((q, k, v), call, shown)):
+    if not _positive(call["scale"]) or not _lies_alike(node, q):
+        return None
+    shown, of = limits(mask, rows[-2], columns[-2]), _factor(node, q)
+    if shown is None or (not shown.plain and not _takes((q, k, v), of, call, shown)):
         return None
     rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
-    shared = None if call["enable_gqa"] else _shared(q, k, v)
+    shared = None if call["enable_gqa"] or not _half(q, of) else _shared(q, k, v)
     if shared is not None:
         k, v = shared
         rest["enable_gqa"] = True
-    return _Change(node, (q, k, v), shown, rest)
+    return _Change(module, node, (q, k, v), shown, rest)
 
 
-def _takes(tensors: tuple[Node, Node, Node], call: dict[str, Any], shown: Shown) -> bool:
-    """Is such attention an op of ours, which is done long after the host has called it?"""
+def _positive(scale: Any) -> bool:
+    """Of others PyTorch's kernels make NaN under a causal mask, which they apply first."""
+    return scale is None or (type(scale) in (int, float) and 0 < scale < math.inf)
+
+
+def _lies_alike(node: Node, q: Node) -> bool:
+    """Does the result lie as that without the mask will? On a GPU another kernel may serve, and what follows was traced
+    with what this one gives."""
+    o, given = node.meta.get("example_value"), q.meta["example_value"]
+    if not isinstance(o, torch.Tensor) or not given.is_cuda:
+        return isinstance(o, torch.Tensor)
+    return o.shape == given.shape and tuple(map(size, o.stride())) == tuple(map(size, like(given).stride()))
+
+
+def _factor(node: Node, q: Node) -> torch.dtype:
+    """What attention will have factors of, within the program's own regions of autocast and outside of them."""
+    value, within, each = q.meta["example_value"], 0, node.prev
+    while each.op != "root":
+        name = getattr(each.target, "__name__", "")
+        within += name == "_exit_autocast"
+        if name == "_enter_autocast":
+            if not within:
+                device, dtype, on = (*each.args, None, None, True)[:3]
+                if device != value.device.type and not (device == "cuda" and value.is_cuda):
+                    return factor_dtype(value)
+                return (dtype or torch.get_autocast_dtype(device)) if on and value.is_floating_point() else value.dtype  # type: ignore[arg-type, return-value]
+            within -= 1
+        each = each.prev
+    return factor_dtype(value)
+
+
+def _takes(tensors: tuple[Node, Node, Node], of: torch.dtype, call: dict[str, Any], shown: Shown) -> bool:
+    """Is such attention an op of ours, which is done long after the host has called it? of: what its factors are."""
     q, k, v = tensors
     value, shape = q.meta["example_value"], shape_of(k)
-    if not _half(value) or shape is None or shape != shape_of(v) or call["dropout_p"] != 0 or len(value.shape) != 4:
-        return False
-    if not (call["scale"] is None or (type(call["scale"]) is float and call["scale"] > 0)):
+    if not _half(q, of) or shape is None or shape != shape_of(v) or call["dropout_p"] != 0 or len(value.shape) != 4:
         return False
     heads, width, trained = value.shape[1], value.shape[-1], torch.is_grad_enabled()
     if not all(type(n) is int for n in (heads, width, shape[1])):
@@ -148,35 +202,36 @@ def _takes(tensors: tuple[Node, Node, Node], call: dict[str, Any], shown: Shown)
     bound = TRACED[trained] / (2 if shown.keys else 1)  # under a mask PyTorch's kernels take twice as long
     if not fits or hinted((*value.shape, k.meta["example_value"].shape[-2])) <= bound:
         return False
-    return shown.limits != ALL or not _pytorchs(value, shape, shown.keys, trained)
+    return shown.limits != ALL or not _pytorchs(value, of, shape, shown.keys, trained)
 
 
-def _pytorchs(q: torch.Tensor, shape: tuple[Any, ...], keys: tuple[Node, ...], trained: bool) -> bool:
+def _pytorchs(q: torch.Tensor, of: torch.dtype, shape: tuple[Any, ...], keys: tuple[Node, ...], trained: bool) -> bool:
     """Is attention under a mask of keys PyTorch's own to serve, which has kernels for it?"""
     if not all(type(n) is int for n in (*q.shape, *shape)):
         return True  # a graph for all sizes cannot be another for those with a verdict
     tables = [(1,) * (4 - len(found)) + found for each in keys if (found := shape_of(each)) is not None]
-    of = factor_dtype(q)
     table = tuple(map(max, zip(*tables, strict=True)))
     described = (tuple(q.shape), of), (shape, of), (shape, of), (table, torch.bool)
     options = 1.0, *ALL, False, 0.0, 0.0, False, False
     return left("attention", (*described, None, None), options, trained, q.device, False)
 
 
-def _half(value: torch.Tensor) -> bool:
-    """Will attention on a GPU have factors of 16 bits?"""
-    return value.is_cuda and factor_dtype(value) in (torch.bfloat16, torch.float16)
+def _half(q: Node, of: torch.dtype) -> bool:
+    """Are these factors, of 16 bits on a GPU that has fused kernels for them?"""
+    value = q.meta["example_value"]
+    if not value.is_cuda or of not in (torch.bfloat16, torch.float16):
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(value.device) >= (8, 0)
 
 
 def _shared(q: Node, k: Node, v: Node) -> tuple[Node, Node] | None:
     """Keys and values with a head for several of q's, where what attention is given are copies of these."""
-    value = q.meta["example_value"]
-    if not _half(value) or value.shape[-1] > _WIDEST:
+    if q.meta["example_value"].shape[-1] > _WIDEST:
         return None  # only PyTorch's fused kernels share keys
     mine, its = _uncopied(k), _uncopied(v)
     if mine is None or its is None or shape_of(mine) != shape_of(its) or shape_of(k) != shape_of(v):
         return None
-    return None if written((mine, its)) else (mine, its)  # what is written to may be another by then
+    return None if written((mine, its, k, v)) else (mine, its)  # what is written to may be another by then
 
 
 def _uncopied(copies: Node) -> Node | None:
@@ -206,7 +261,7 @@ Maker = Callable[[], torch.Tensor]
 
 def _checkpointed(module: GraphModule, node: Node) -> GraphModule | None:
     """The graph that a node runs again in the backward pass, and no other node runs."""
-    if node.op != "call_function" or getattr(node.target, "__name__", "") != _CHECKPOINT or not node.args:
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != CHECKPOINT or not node.args:
         return None
     body = node.args[0]
     if not isinstance(body, Node) or body.op != "get_attr" or len(body.users) != 1:
@@ -228,10 +283,11 @@ def _known(node: Node, inner: GraphModule, maker: Callable[[Node], Maker | None]
 
 
 def _by_keys(
-    node: Node, inner: GraphModule, shown: Callable[[Node, int, int], Shown | None], constants: Constants
-) -> int:
-    """Changes what is checkpointed where its masks are limits and keys, and gives it those keys. shown: `shown_by`."""
-    found, passed = 0, dict[Node, Node]()
+    node: Node, inner: GraphModule, shown: Callable[[Node, Any, Any], Shown | None], constants: Constants
+) -> Iterator[_Change]:
+    """What can be changed in what is checkpointed where its masks are limits, and keys that it is given. shown: of
+    `shown_by`."""
+    passing = functools.cache(functools.partial(_given, node, inner))
     for place, mask in _operands(node, inner):
         sizes = (shape_of(mask) or ())[-2:]
         if len(sizes) < 2 or place in constants or mask.meta["example_value"].dtype != torch.bool or written((place,)):
@@ -240,20 +296,13 @@ def _by_keys(
         if seen is None:
             continue
 
-        def known(its: Node, *asked: int, place: Node = place, sizes: Any = sizes, seen: Shown = seen) -> Shown | None:
+        def known(its: Node, *asked: Any, place: Node = place, sizes: Any = sizes, seen: Shown = seen) -> Shown | None:
             return seen if its is place and asked == sizes else None
 
-        calls = [each for each in place.users if each.target is scaled_dot_product_attention]
-        changes = [change for each in calls if (change := _change(each, known)) is not None]
-        for change in changes:
-            for keys in seen.keys:
-                passed[keys] = passed.get(keys) or _given(node, inner, keys)
-            change.shown = Shown(seen.limits, tuple(passed[keys] for keys in seen.keys))
-            change.make()
-        found += len(changes)
-    if found:
-        inner.recompile()
-    return found
+        for each in place.users if _chosen_freely(inner.graph) else ():
+            if each.target is scaled_dot_product_attention and (change := _change(inner, each, known)) is not None:
+                change.passing = passing
+                yield change
 
 
 def _given(node: Node, inner: GraphModule, outer: Node) -> Node:

@@ -106,7 +106,8 @@ def _common(parts: list[Node], given: Constants, tried: Sequence[Trial], n_q: An
 
 def _limits(seen: torch.Tensor, n_q: int, n_k: int) -> Limits | None:
     if seen.dtype != torch.bool:
-        hidden = seen <= torch.finfo(seen.dtype).min
+        # No score is as large as the least number, but for fp16's.
+        hidden = seen <= (torch.finfo(seen.dtype).min if seen.dtype != torch.float16 else -math.inf)
         if bool(((seen != 0) & ~hidden).any()):
             return None
         seen = ~hidden
