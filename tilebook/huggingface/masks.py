@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,64 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilebook.kernels.attention.check import Causal
+from tilebook.kernels.attention.structure import Lengths, Note, Structure, capturing, notes
 
-NOTE = "_tilebook_structure"
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Sequences one after the other in a batch that is flattened to (B · S): where they end, and the longest."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-
-
-@dataclass
-class Structure:
-    """What a boolean mask (B, 1, Sq, Sk) shows, as `tilebook.attention` takes it.
-
-    causal, window: its arguments.
-    keys:    (B, 1, 1, Sk) booleans, False for padding; None without padding.
-    packs:   (B, S) numbers, the same for tokens of one sequence; None where each row of the batch is one.
-    version: of the mask's contents. It is another after a change in place.
-    """
-
-    causal: Causal
-    window: tuple[int, int] | None
-    keys: Tensor | None
-    packs: Tensor | None
-    version: int = 0
-    _lengths: Lengths | None = field(default=None, repr=False)
-
-    @property
-    def triangle_of_keys(self) -> bool:
-        """Is it a causal mask of padded keys, and nothing else?"""
-        return bool(self.causal) and self.keys is not None and self.window is None and self.packs is None
-
-    def lengths(self) -> Lengths:
-        """Those of the packs. The host waits for them, once for all layers."""
-        assert self.packs is not None
-        if self._lengths is None:
-            first = torch.ones_like(self.packs, dtype=torch.bool)
-            first[:, 1:] = self.packs.diff(dim=1) != 0
-            starts = first.flatten().nonzero().flatten().to(torch.int32)
-            ends = F.pad(starts, (0, 1), value=self.packs.numel())
-            longest = int(ends.diff().max())
-            self._lengths = Lengths(ends, ends, longest, longest)
-        return self._lengths
-
-
-def capturing(x: Tensor) -> bool:
-    """Is a graph being captured, so that nobody can look at a number?"""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+__all__ = ["Lengths", "Structure", "attention_mask", "capturing", "described", "note", "noted"]
 
 
 def noted(mask: Tensor) -> Structure | None:
-    """The note on a mask that nobody has changed since."""
-    found: Structure | None = getattr(mask, NOTE, None)
-    return found if found is not None and not mask.is_inference() and mask._version == found.version else None
+    """What the note on a mask says that nobody has changed since."""
+    found = notes.of(mask)
+    return None if found is None else found.structure(mask)
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -82,12 +32,35 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    if mask is not None and not args and not torch.compiler.is_compiling() and not mask.is_inference():
-        found = described(**kwargs)
-        if found is not None:
-            found.version = mask._version
-            setattr(mask, NOTE, found)
+    if mask is not None and not args and not torch.compiler.is_compiling():
+        found = note(mask, **kwargs)
+        if found is not None and found.settled() is None:
+            notes.drop(mask)
     return mask
+
+
+def note(mask: Tensor, **given: Any) -> Note | None:
+    """Notes the structure of a mask that transformers has made of these arguments, if it may have one that we know.
+
+    Nothing is computed yet.
+    """
+    parts = _parts(given.get("mask_function"))
+    made_of = [held for _, held in parts if isinstance(held, Tensor)]
+    if isinstance(given.get("attention_mask"), Tensor):
+        made_of.append(given["attention_mask"])
+    kinds = [kind for kind, _ in parts]
+    if "?" in kinds or mask.dtype != torch.bool or torch._C._get_tracing_state() is not None:
+        return None
+    if any(each.is_inference() for each in (mask, *made_of)):  # whoever wrote to one would leave no trace
+        return None
+    names = "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"
+    rest = {name: given[name] for name in names if name in given}
+    # transformers makes no mask where it has looked for padding and found none.
+    looked = bool(given.get("allow_is_causal_skip", True) or given.get("allow_is_bidirectional_skip"))
+    padded = looked and "left" not in kinds and "both" not in kinds and rest["q_length"] == rest["kv_length"]
+    made = Note(lambda: described(**rest, padded=padded), made_of, "packs" in kinds)
+    notes.put(mask, made)
+    return made
 
 
 def described(
@@ -97,9 +70,13 @@ def described(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
+    padded: bool = False,
     **_: Any,
 ) -> Structure | None:
-    """The structure of a mask, read off what it is made of; None where a part is unknown or has no such form."""
+    """The structure of a mask, read off what it is made of; None where a part is unknown or has no such form.
+
+    padded: is there known to be padding? Else the host waits to know.
+    """
     if not isinstance(q_offset, int) or (attention_mask is not None and attention_mask.ndim != 2):
         return None  # a static cache has its offset on the GPU
     parts = _parts(mask_function)
@@ -121,9 +98,9 @@ def described(
         return None
     keys = None
     if attention_mask is not None:
-        padded = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[1])))
-        keys = padded[:, kv_offset : kv_offset + kv_length].bool()[:, None, None]
-        keys = keys if capturing(keys) or not keys.all() else None
+        whole = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[1])))  # copied
+        keys = whole[:, kv_offset : kv_offset + kv_length].bool()[:, None, None]
+        keys = keys if padded or capturing(keys) or not keys.all() else None
     if packs is not None and (keys is not None or shift or packs.shape[1] != q_length or q_length != kv_length):
         return None
     return Structure(causal and corner, window, keys, packs)
@@ -169,11 +146,12 @@ def _understood() -> bool:
     """Do the parts of this version's mask functions hide what `described` takes them to hide?"""
     from transformers import masking_utils as theirs
 
-    rows, columns = torch.arange(7)[:, None], torch.arange(7)
-    numbers = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
+    cpu: Any = {"device": "cpu"}  # whatever a program has as its default
+    rows, columns = torch.arange(7, **cpu)[:, None], torch.arange(7, **cpu)
+    numbers = torch.tensor([[0, 0, 0, 1, 1, 2, 2]], **cpu)
     expected: list[tuple[Any, Tensor]] = [
         (theirs.causal_mask_function, columns <= rows),
-        (theirs.bidirectional_mask_function, torch.ones(7, 7, dtype=torch.bool)),
+        (theirs.bidirectional_mask_function, torch.ones(7, 7, dtype=torch.bool, **cpu)),
         (theirs.sliding_window_overlay(3), columns >= rows - 2),
         (theirs.sliding_window_bidirectional_overlay(3), (columns - rows).abs() <= 3),
         (theirs.packed_sequence_mask_function(numbers), numbers.mT == numbers),
@@ -182,7 +160,7 @@ def _understood() -> bool:
     expected.append((pair, expected[0][1] & expected[2][1]))
     remap: Any = getattr(theirs, "remap_positions_for_packed_sequence", None)
     if remap is not None:
-        positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1]])
+        positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1]], **cpu)
         expected.append((theirs.and_masks(remap(pair, positions), expected[4][0]), expected[5][1] & expected[4][1]))
-    first: Any = torch.zeros(1, 1, dtype=torch.long)
+    first: Any = torch.zeros(1, 1, dtype=torch.long, **cpu)
     return all(torch.equal(function(first, first, rows, columns).expand(7, 7), seen) for function, seen in expected)

@@ -108,6 +108,7 @@ class _Serving:
                     self._extension = loaded if loaded is not None and loaded.able() else None
                     if self._extension is not None:
                         self._extension.keys(torch.nn.Parameter, memo.key)
+                        self._extension.notes(*_notes())
                         dispatch.here.keyed_by(self._extension.key)
                 except Exception:  # one that was built for another machine, say
                     self._extension = None
@@ -200,6 +201,13 @@ def _placed(output: plans.Output, computed: Iterator[torch.Tensor], theirs: Sequ
     if plans.fits(given, output):
         return given.as_strided(output.shape, output.strides)
     return given.new_empty_strided(output.shape, output.strides).copy_(given)
+
+
+def _notes() -> tuple[dict[int, Any], Callable[..., Any], float]:
+    """What the extension is told of masks whose structure is noted."""
+    from tilebook.kernels.attention.drop_in import NOTES  # whose package imports this one
+
+    return NOTES
 
 
 def _loaded() -> Any:
