@@ -27,9 +27,6 @@ PACKED = 4.0
 """How many times `drop_in.BOUNDS` a call of packed sequences must be. The host waits for their lengths, once for all
 layers, while the GPU has nothing to do: that is worth it where one call alone takes the GPU longer."""
 
-_PACKED_WIDTHS = 32, 64, 128
-"""Head dimensions for which `attention_varlen` has kernels without a verdict; else it goes sequence by sequence."""
-
 _ANY = -1
 """In the place of a stream."""
 
@@ -188,7 +185,7 @@ def _serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Any, grouped: 
 def _fused() -> bool:
     """May a fused kernel serve? Who has asked for PyTorch's plain formula gets it."""
     of = torch.backends.cuda
-    return of.flash_sdp_enabled() or of.mem_efficient_sdp_enabled() or of.cudnn_sdp_enabled()
+    return bool(of.flash_sdp_enabled() or of.mem_efficient_sdp_enabled() or of.cudnn_sdp_enabled())
 
 
 def _attended(
@@ -204,7 +201,8 @@ def _attended(
             return None
         if causal:  # PyTorch's kernels for what is causal want as many columns as rows
             k, v = k[:, :, :rows], v[:, :, :rows]
-        return unmasked(q, k, v, None, 0.0, bool(causal), scale=scale, enable_gqa=grouped)
+        whole: Tensor = unmasked(q, k, v, None, 0.0, bool(causal), scale=scale, enable_gqa=grouped)
+        return whole
     known_as: Any = None
     if not forced():
         told = causal, found.window, found.keys is not None
@@ -222,9 +220,10 @@ def _attended(
 def _packed(q: Tensor, k: Tensor, v: Tensor, found: Structure, scale: Any) -> Tensor | None:
     """The result of `_serves` of packed sequences, (B, H, S, D) and (B, S, H, D) in memory."""
     from tilebook.kernels.varlen import attention_varlen  # made of this family
+    from tilebook.kernels.varlen.limits import WIDTHS
 
     batch, heads, n, width = q.shape
-    if width not in _PACKED_WIDTHS or k.shape[2] != n:
+    if width not in WIDTHS or k.shape[2] != n:  # PyTorch's functions would go sequence by sequence
         return None
     lengths = found.lengths()
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], width) for x in (q, k, v))
