@@ -152,7 +152,10 @@ OTHERS = {
 def test_a_mask_that_is_another_is_read(change, called):
     kept = noted()
     mask, tensors = OTHERS[change](kept), qkv()
-    right = step([x.float().detach().requires_grad_() for x in tensors], mask.float().log() if mask.dtype == torch.bool else mask.float())
+    right = step(
+        [x.float().detach().requires_grad_() for x in tensors],
+        mask.float().log() if mask.dtype == torch.bool else mask.float(),
+    )
     with dispatch.use("torch"):
         ours = step(tensors, mask, tilebook.scaled_dot_product_attention)
     assert not by_note(called)
@@ -248,7 +251,9 @@ def test_steps_that_are_computed_again_save_the_same(called):
 
         def layer(*given):
             return torch.utils.checkpoint.checkpoint(
-                lambda q, k, v: tilebook.scaled_dot_product_attention(q, k, v, mask), *given[:3], use_reentrant=reentrant
+                lambda q, k, v: tilebook.scaled_dot_product_attention(q, k, v, mask),
+                *given[:3],
+                use_reentrant=reentrant,
             )
 
         with dispatch.use("torch"):
