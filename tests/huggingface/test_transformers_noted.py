@@ -192,7 +192,8 @@ def test_a_function_of_somebody_else_keeps_its_place(monkeypatch):
     REGISTER["sdpa"] = THEIRS
     # Who has kept ours has theirs.
     with dispatch.use("torch"):
-        mask = ours(batch_size=1, q_length=4, kv_length=4, allow_is_causal_skip=False)
+        causal = {"mask_function": masking_utils.causal_mask_function, "allow_is_causal_skip": False}
+        mask = ours(batch_size=1, q_length=4, kv_length=4, **causal)
     assert torch.equal(mask[0, 0], torch.ones(4, 4, dtype=torch.bool).tril())
     assert structure.notes.of(mask) is None
 
@@ -211,7 +212,8 @@ def test_masks_are_made_in_compiled_programs_as_ever():
     def program(x):
         return masking_utils.create_causal_mask(config, x, keep, None) * 1
 
-    with tilebook.enabled():
+    with tilebook.enabled(), dispatch.use("torch"):
         compiled = torch.compile(program, backend="eager", fullgraph=True)
         assert torch.equal(compiled(torch.zeros(3, 32, 64)), program(torch.zeros(3, 32, 64)))
+        compiled(torch.zeros(3, 32, 64))
     assert not structure.notes.held

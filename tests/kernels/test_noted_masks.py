@@ -1,6 +1,7 @@
 """Masks with a note of what they show: who computes by the note, and where the mask counts after all."""
 
 import copy
+import functools
 import gc
 import io
 import threading
@@ -244,24 +245,20 @@ def test_heads_may_be_shared(called):
         torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=1e-2)
 
 
-def test_steps_that_are_computed_again_save_the_same(called):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_steps_that_are_computed_again_save_the_same(reentrant, called):
     tensors, mask = qkv(), noted()
-    for reentrant in (False, True):
-        called.clear()
 
-        def layer(*given):
-            return torch.utils.checkpoint.checkpoint(
-                lambda q, k, v: tilebook.scaled_dot_product_attention(q, k, v, mask),
-                *given[:3],
-                use_reentrant=reentrant,
-            )
+    def layer(q, k, v, _):
+        function = functools.partial(tilebook.scaled_dot_product_attention, attn_mask=mask)
+        return torch.utils.checkpoint.checkpoint(function, q, k, v, use_reentrant=reentrant)
 
-        with dispatch.use("torch"):
-            ours = step(tensors, None, layer)
-        assert len(by_note(called)) == 2
-        right = step([x.float().detach().requires_grad_() for x in tensors], mask)
-        for got, wanted in zip(ours, right, strict=True):
-            torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=1e-2)
+    with dispatch.use("torch"):
+        ours = step(tensors, None, layer)
+    assert len(by_note(called)) == 2
+    right = step([x.float().detach().requires_grad_() for x in tensors], mask)
+    for got, wanted in zip(ours, right, strict=True):
+        torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=1e-2)
 
 
 def test_threads_share_a_note(called):
