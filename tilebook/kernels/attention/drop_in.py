@@ -24,6 +24,8 @@ An H200 is done with so much in about 45 µs forward, and in about 100 µs forwa
 from Python costs the host as much, and more with gradients (benchmarks/host_cost.py).
 """
 
+_SMALL = min(BOUNDS)
+
 TRACED = float(1 << 32), float(1 << 34)
 """Likewise of compiled calls, whose op in Python costs the host 100 µs forward and more backward."""
 
@@ -85,7 +87,7 @@ def scaled_dot_product_attention(
     loaded, of = attn_mask, None
     if attn_mask is not None:
         usual = usual and not torch.compiler.is_compiling()
-        if usual and not is_causal and id(attn_mask) in notes.held:
+        if usual and not is_causal and id(attn_mask) in notes.held and _noted(query, key):
             ours: Any = scaled_dot_product_attention
             found = by_note(query, key, value, attn_mask, scale, enable_gqa, ours)
             if found is not None:
@@ -136,6 +138,11 @@ def scaled_dot_product_attention(
     return o if query.ndim == 4 else o.reshape(query.shape)
 
 
+def _noted(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Is a note on the mask of such a call to be looked at? Of most, which are small, it costs the least to say no."""
+    return not key.is_nested and (query.numel() * key.size(-2) > _SMALL or forced())
+
+
 def under_note(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None, grouped: bool
 ) -> torch.Tensor | None:
@@ -143,7 +150,7 @@ def under_note(
     return by_note(query, key, value, mask, scale, grouped, plain_sdpa)
 
 
-NOTES = notes.held, under_note, min(BOUNDS)
+NOTES = notes.held, under_note, _SMALL
 """Masks that have notes, by `id`; what answers for a call with one, and what q times keys must exceed for it."""
 
 
