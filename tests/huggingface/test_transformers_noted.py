@@ -205,6 +205,18 @@ def test_nothing_is_noted_of_an_older_version(monkeypatch):
     noting.turn(False)
 
 
+@pytest.mark.parametrize(("n", "expected"), [(256, False), (512, True)])
+def test_small_masks_are_not_noted(n, expected, monkeypatch):
+    config, x = copy.deepcopy(fresh("llama").config), torch.zeros(1, n, 64)
+    keep = torch.ones(1, n, dtype=torch.long)
+    keep[0, 0] = 0
+    with tilebook.enabled():
+        assert structure.notes.of(masking_utils.create_causal_mask(config, x, keep, None)) is None
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+        mask = masking_utils.create_causal_mask(config, x, keep, None)
+        assert (structure.notes.of(mask) is not None) == expected
+
+
 def test_masks_are_made_in_compiled_programs_as_ever():
     config = copy.deepcopy(fresh("llama").config)
     keep = given("llama", "padded")["attention_mask"]

@@ -15,6 +15,9 @@ from tilebook.kernels.attention.structure import Lengths, Note, Structure, captu
 
 __all__ = ["Lengths", "Structure", "attention_mask", "capturing", "described", "note", "noted"]
 
+_READ = "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"
+"""The arguments of a mask function that say what it shows."""
+
 
 def noted(mask: Tensor) -> Structure | None:
     """What the note on a mask says that nobody has changed since."""
@@ -44,17 +47,14 @@ def note(mask: Tensor, **given: Any) -> Note | None:
 
     Nothing is computed yet.
     """
-    parts = _parts(given.get("mask_function"))
-    made_of = [held for _, held in parts if isinstance(held, Tensor)]
-    if isinstance(given.get("attention_mask"), Tensor):
-        made_of.append(given["attention_mask"])
+    parts, keep = _parts(given.get("mask_function")), given.get("attention_mask")
     kinds = [kind for kind, _ in parts]
     if "?" in kinds or mask.dtype != torch.bool or torch._C._get_tracing_state() is not None:
         return None
+    made_of = [held for _, held in (*parts, ("keys", keep)) if isinstance(held, Tensor)]
     if any(each.is_inference() for each in (mask, *made_of)):  # whoever wrote to one would leave no trace
         return None
-    names = "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"
-    rest = {name: given[name] for name in names if name in given}
+    rest = {name: given[name] for name in _READ if name in given}
     # transformers makes no mask where it has looked for padding and found none.
     looked = bool(given.get("allow_is_causal_skip", True) or given.get("allow_is_bidirectional_skip"))
     padded = looked and "left" not in kinds and "both" not in kinds and rest["q_length"] == rest["kv_length"]
@@ -111,29 +111,40 @@ def _parts(function: Any) -> list[tuple[str, Any]]:
 
     Its functions are closures. Which one a part is, is told by its code; and unknown code is ("?", None).
     """
-    from transformers import masking_utils as theirs
-
-    if function is theirs.causal_mask_function:
-        return [("causal", None)]
-    if function is theirs.bidirectional_mask_function:
-        return [("all", None)]
     code: Any = getattr(function, "__code__", None)
+    kind = _kinds().get(id(code), "?")
+    if kind in ("causal", "all"):
+        return [(kind, None)]
     cells: Any = getattr(function, "__closure__", None) or ()
-    held = cells[0].cell_contents if len(cells) == 1 else None
-    if code is theirs.and_masks(theirs.causal_mask_function).__code__ and isinstance(held, tuple):
-        return [part for each in held for part in _parts(each)]
-    remap: Any = getattr(theirs, "remap_positions_for_packed_sequence", None)  # newer versions alone
-    if remap is not None and code is remap(theirs.causal_mask_function, None).__code__:
+    if kind == "positions":
         inner = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
         if isinstance(inner.get("position_ids"), Tensor) and callable(inner.get("mask_function")):
-            return [*_parts(inner["mask_function"]), ("positions", inner["position_ids"])]
-    if code is theirs.sliding_window_overlay(1).__code__ and type(held) is int:
-        return [("left", held)]
-    if code is theirs.sliding_window_bidirectional_overlay(1).__code__ and type(held) is int:
-        return [("both", held)]
-    if code is theirs.packed_sequence_mask_function(None).__code__ and isinstance(held, Tensor):
-        return [("packs", held)]
+            return [*_parts(inner["mask_function"]), (kind, inner["position_ids"])]
+    held = cells[0].cell_contents if len(cells) == 1 else None
+    if kind == "and" and isinstance(held, tuple):
+        return [part for each in held for part in _parts(each)]
+    if (kind in ("left", "both") and type(held) is int) or (kind == "packs" and isinstance(held, Tensor)):
+        return [(kind, held)]
     return [("?", None)]
+
+
+@functools.cache
+def _kinds() -> dict[int, str]:
+    """Kinds of parts, by the `id` of the code of transformers' functions, which live as long as the program."""
+    from transformers import masking_utils as theirs
+
+    found = {
+        "causal": theirs.causal_mask_function,
+        "all": theirs.bidirectional_mask_function,
+        "and": theirs.and_masks(theirs.causal_mask_function),
+        "left": theirs.sliding_window_overlay(1),
+        "both": theirs.sliding_window_bidirectional_overlay(1),
+        "packs": theirs.packed_sequence_mask_function(None),
+    }
+    remap: Any = getattr(theirs, "remap_positions_for_packed_sequence", None)  # newer versions alone
+    if remap is not None:
+        found["positions"] = remap(theirs.causal_mask_function, None)
+    return {id(function.__code__): kind for kind, function in found.items()}
 
 
 def _packs(positions: Tensor) -> Tensor:

@@ -13,8 +13,13 @@ from torch import Tensor
 from tilebook.dispatch import forced
 from tilebook.huggingface import OLDEST
 from tilebook.huggingface.masks import note
+from tilebook.kernels.attention.drop_in import BOUNDS
 
 NAME = "sdpa"
+FEW = min(BOUNDS) / (1 << 14)
+"""Pairs of rows and columns of which no model's heads, wide as they are, make a large call: a row of q has at most so
+many numbers."""
+
 _MODULE = "transformers.masking_utils"
 
 
@@ -49,11 +54,16 @@ class _Noting:
             mask: Tensor | None = theirs(*args, **kwargs)
             if mask is None or torch.compiler.is_compiling():  # a trace is to read nothing more
                 return mask
-            if self.on and not args and type(mask) is Tensor and (mask.is_cuda or forced()):
+            if self.on and not args and type(mask) is Tensor and _worth(mask):
                 note(mask, **kwargs)
             return mask
 
         return sdpa_mask
+
+
+def _worth(mask: Tensor) -> bool:
+    """May attention under this mask be large enough for its note to be looked at?"""
+    return (mask.is_cuda and mask.numel() > FEW) or forced()
 
 
 def _known() -> bool:
