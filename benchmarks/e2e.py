@@ -6,11 +6,11 @@
 
 Random weights, bf16 autocast over fp32 weights, AdamW fused, dropout as the configs have it, the loss of the model's
 own class. Padded batches have lengths between a quarter of the longest and all of it; mixed ones between 64 and the
-longest, as often in one octave as in another. *attention* is `attn_implementation="tilebook"`; *packed* gives that the
-sequences of a mixed batch in one row, without the padding. Where a model has no exact attention but the written-out
-one, as soft-caps have, plain PyTorch runs that. A step of generation is a prompt and so many tokens after it, of bf16
-weights. Blocks of steps of all alternate in one process in a new random order each round; plain PyTorch takes part
-twice, and the ratio of the two is the noise.
+longest, as often in one octave as in another. *attention* is `attn_implementation="tilebook"`; *packed* gives that
+the sequences of a mixed batch in one row, without the padding. Where a model has no exact attention but the written-
+out one, as soft-caps have, plain PyTorch runs that. A step of generation is a prompt and so many tokens after it, of
+bf16 weights, and a step of inference is one pass over a batch. Blocks of steps of all alternate in one process in a
+new random order each round; plain PyTorch takes part twice, and the ratio of the two is the noise.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Case:
     mixed: bool = False
     frames: int = 0
     generated: int = 0
+    inferred: bool = False
     attention: str = "sdpa"
     hows: tuple[str, ...] = ("patched", "loss head")
     tiny: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +108,10 @@ CASES = {
         "whisper", "AutoModelForSpeechSeq2Seq", _WHISPER, 16, 128, frames=3000, hows=("attention",),
         tiny=_SMALL_WHISPER,
     ),
+    "BERT-base 64 × 512, padded, inference": Case(
+        "bert", "AutoModelForSequenceClassification", {}, 64, 512, padded=True, labels=False, inferred=True,
+        hows=("attention",), tiny=_SMALL,
+    ),
     "Llama 1B, 256 after 8 × 1024": Case(
         "llama", _CAUSAL, _LLAMA, 8, 1024, generated=256, hows=("attention", "patched"), tiny=_SMALL_LLAMA
     ),
@@ -122,7 +127,8 @@ def made(case: Case, tiny: bool, device: str, attention: str = "sdpa", seed: int
     torch.manual_seed(seed)
     with torch.device(device):  # a host takes a minute for the weights of a large one
         model = getattr(transformers, case.head).from_config(config, attn_implementation=attention)
-    return model.to(device, torch.bfloat16).eval() if case.generated else model.to(device).train()
+    used = case.generated or case.inferred
+    return model.to(device, torch.bfloat16).eval() if used else model.to(device).train()
 
 
 class Run:
@@ -143,7 +149,7 @@ class Run:
         if how == "packed":
             self._batch = packed(self._batch)
         self._batch = {name: x.to(device) for name, x in self._batch.items()}
-        if not case.generated:
+        if not (case.generated or case.inferred):
             self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device == "cuda")
         self._tokens = 4 if tiny else case.generated
 
@@ -152,6 +158,9 @@ class Run:
         with tilebook.enabled() if self._on else nullcontext():
             if self._case.generated:
                 return self._generated()
+            if self._case.inferred:
+                with torch.no_grad():
+                    return self._called(**self._batch).logits.float().square().mean()  # type: ignore[no-any-return]
             with torch.autocast(self._device, torch.bfloat16):
                 loss = self._called(**self._batch).loss
             loss.backward()

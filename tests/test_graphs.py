@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from programs.processes import python
 
 import tilebook
-from tilebook import graphs
+from tilebook import graphs, shown
 
 SDPA = F.scaled_dot_product_attention
 
@@ -111,7 +111,7 @@ def test_a_window_is_an_op_of_ours_where_that_is_faster(monkeypatch, window):
         return SDPA(q, k, v, mask(12), scale=0.3)
 
     assert compiled(attend, *qkv()).changed == [0]  # the CPU has no kernel of ours
-    monkeypatch.setattr(graphs, "_takes", lambda q, k, v, call: call["scale"] == 0.3)
+    monkeypatch.setattr(graphs, "_takes", lambda tensors, call, shown: call["scale"] == 0.3)
     seen = compiled(attend, *qkv())
     assert seen.changed == [1]
     assert not seen.calls
@@ -226,15 +226,6 @@ def test_random_masks_stay():
     assert seen.changed == [0]
 
 
-def test_sizes_that_are_not_known_yet_leave_the_mask():
-    def attend(q, k, v):
-        n = q.shape[-2]
-        return SDPA(q, k, v, places(n) <= places(n)[:, None])
-
-    assert compiled(attend, *qkv(), dynamic=True).changed == [0]
-    assert compiled(attend, *qkv(), dynamic=False).changed == [1]
-
-
 def test_a_mask_is_known_within_what_is_checkpointed():
     def attend(q, k, v):
         mask = places(12) <= places(12)[:, None]
@@ -281,8 +272,9 @@ def test_copies_stay_where_what_was_copied_is_written_to(monkeypatch):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_mask_that_layers_share_is_computed_once(monkeypatch, checkpointed):
-    found, plain = [], graphs.numbers
-    monkeypatch.setattr(graphs, "numbers", lambda node, given: found.append(node) or plain(node, given))
+    found, plain = [], shown.numbers
+    for module in (graphs, shown):
+        monkeypatch.setattr(module, "numbers", lambda node, given: found.append(node) or plain(node, given))
 
     def attend(q, k, v):
         mask = places(12) <= places(12)[:, None]

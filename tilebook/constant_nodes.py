@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tilebook.sizes import Unknown, size
+
 Constants = Mapping[Node, Callable[[], torch.Tensor]]
 """Placeholders whose numbers are known, and what makes them."""
 
@@ -41,10 +43,6 @@ _METHODS = {
     "__mod__", "__mul__", "__ne__", "__neg__", "__or__", "__radd__", "__rand__", "__rmul__", "__ror__", "__rsub__",
     "__rxor__", "__sub__", "__xor__",
 }  # fmt: skip
-
-
-class Unknown(Exception):
-    """Numbers that are not known before the program runs."""
 
 
 def numbers(node: Node, given: Constants, known: dict[Node, Any] | None = None) -> Any:
@@ -77,7 +75,31 @@ def pure(node: Node) -> bool:
     return node.op == "call_method" and node.target in _METHODS
 
 
-def _ancestors(node: Node, given: Constants) -> set[Node]:
+_BOTH: set[Any] = {operator.and_, torch.logical_and, torch.bitwise_and, "__and__", "logical_and", "bitwise_and"}
+
+_THE_SAME: set[Any] = {"to", "bool", "expand", "expand_as", "contiguous", "clone"}
+"""Methods after which booleans are the same ones, if they are booleans still."""
+
+
+def factors(mask: Node) -> tuple[list[Node], list[Node]]:
+    """The booleans that must all be True where a mask is, each broadcast to it; and the nodes between it and them."""
+    found, between, open_ = [], [], [mask]
+    while open_:
+        node = open_.pop()
+        value, inner = node.meta.get("example_value"), node.all_input_nodes
+        several = node.target in _BOTH and len(node.args) == len(inner) == 2
+        same = node.op == "call_method" and node.target in _THE_SAME
+        parts = inner if several else inner[:1] if same else []
+        booleans = all(getattr(each.meta.get("example_value"), "dtype", None) is torch.bool for each in (node, *parts))
+        if parts and booleans and isinstance(value, torch.Tensor):
+            between.append(node)
+            open_.extend(parts)
+        elif node not in found:
+            found.append(node)
+    return found, between
+
+
+def ancestors(node: Node, given: Constants) -> set[Node]:
     """What a node's numbers are made of, itself included. Raises Unknown where that is an input."""
     found, open_ = set[Node](), [node]
     while open_:
@@ -94,7 +116,7 @@ def _ancestors(node: Node, given: Constants) -> set[Node]:
 
 def written_to(mask: Node, given: Constants) -> bool:
     """Might something in the graph write to what the mask is made of, by whatever name? Raises Unknown."""
-    return written(_ancestors(mask, given))
+    return written(ancestors(mask, given))
 
 
 def written(nodes: Iterable[Node]) -> bool:
@@ -136,9 +158,7 @@ def _memory(node: Node) -> Any:
         return None
 
 
-def shape_of(node: Node) -> tuple[int, ...] | None:
-    """Of a node's tensor, where all of it is known."""
+def shape_of(node: Node) -> tuple[Any, ...] | None:
+    """Of a node's tensor: numbers, or expressions of symbols where they are not known yet; None of what is none."""
     value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or not all(type(n) is int for n in value.shape):
-        return None
-    return tuple(value.shape)
+    return tuple(map(size, value.shape)) if isinstance(value, torch.Tensor) else None

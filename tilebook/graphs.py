@@ -5,13 +5,13 @@ mask of all pairs, also where they are not, as transformers' models do. Attentio
 long as causal attention, of heads that share keys it wants copies, and the mask is made and kept. In the graph all that
 the mask is made of can be seen: where it is no input of the program, its numbers are known before the program runs. A
 window, for which PyTorch has no kernel, is an op of ours where the GPU takes longer for it than the host for the op.
+So is a causal mask or a window beside padding, which may be an input and hides keys from all rows.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,27 +19,21 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook.casting import factor_dtype
-from tilebook.constant_nodes import Constants, Unknown, numbers, pure, shape_of, written, written_to
+from tilebook.constant_nodes import Constants, numbers, pure, shape_of, written, written_to
 from tilebook.kernels.attention.drop_in import TRACED
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
+from tilebook.shown import ALL, CAUSAL, Shown, shown_by
+from tilebook.sizes import Unknown, hinted, trials
+from tilebook.traced import left
 
 _log = logging.getLogger("tilebook")
-
-_MOST = 1 << 29
-"""Numbers of a mask that are looked at, while the program is compiled; of larger ones nothing is known."""
 
 _WIDEST = 256
 """Of heads that PyTorch's fused kernels take, and so share keys among."""
 
 _CHECKPOINT = "tag_activation_checkpoint"
-
-Shown = tuple[int, int]
-"""Row i sees columns i - left … i + right; -1 is without limit."""
-
-_ALL, _CAUSAL = (-1, -1), (-1, 0)
 
 
 def simplified(module: GraphModule, given: Constants | None = None) -> int:
@@ -48,7 +42,7 @@ def simplified(module: GraphModule, given: Constants | None = None) -> int:
     given: placeholders whose numbers are known. Returns how many calls of attention were changed.
     """
     # Layers have one mask: it is looked at once.
-    shown = functools.cache(functools.partial(_shown, given or {}))
+    shown = functools.cache(functools.partial(shown_by, given or {}, trials(module.graph)))
     changes = [
         change
         for node in module.graph.nodes
@@ -60,9 +54,10 @@ def simplified(module: GraphModule, given: Constants | None = None) -> int:
     found = len(changes)
     maker = functools.cache(_maker)
     for node in module.graph.nodes:
-        inner = _checkpointed(module, node, maker)
+        inner = _checkpointed(module, node)
         if inner is not None:
-            found += simplified(*inner)
+            known = _known(node, inner, maker)
+            found += _by_keys(node, inner, shown, known) + simplified(inner, known)
     if changes:
         for node in reversed(module.graph.nodes):
             if not node.users and pure(node):
@@ -81,21 +76,31 @@ class _Change:
     rest: dict[str, Any]
 
     def make(self) -> None:
-        if self.shown in (_ALL, _CAUSAL):
+        if self.shown.plain:
             self.node.args = self.tensors
-            self.node.kwargs = self.rest | {"is_causal": self.shown == _CAUSAL}
+            self.node.kwargs = self.rest | {"is_causal": self.shown.limits == CAUSAL}
             return
         import tilebook.kernels.attention.entry  # noqa: F401  # which registers the op
 
-        graph, width, (left, right) = self.node.graph, shape_of(self.tensors[0])[-1], self.shown  # type: ignore[index]
+        graph, width, (left, right) = self.node.graph, shape_of(self.tensors[0])[-1], self.shown.limits  # type: ignore[index]
         scale = width**-0.5 if self.rest["scale"] is None else float(self.rest["scale"])
         with graph.inserting_before(self.node):
             options = scale, left, right, False, 0.0, 0.0, False, False
-            both = graph.call_function(_windowed(), (*self.tensors, None, None, None, *options))
+            both = graph.call_function(_windowed(), (*self.tensors, self._mask(), None, None, *options))
             o = graph.call_function(operator.getitem, (both, 0))
         o.meta.update(self.node.meta)
         self.node.replace_all_uses_with(o)
         graph.erase_node(self.node)
+
+    def _mask(self) -> Node | None:
+        """(B or 1, H or 1, 1, Sk or 1) booleans of the keys, where some may be hidden."""
+        masks, graph = [], self.node.graph
+        for keys in self.shown.keys:
+            missing = 4 - len(shape_of(keys) or ())
+            masks.append(graph.call_function(operator.getitem, (keys, (None,) * missing)) if missing else keys)
+        if not masks:
+            return None
+        return functools.reduce(lambda one, other: graph.call_function(operator.and_, (one, other)), masks)
 
 
 def _windowed() -> Any:
@@ -103,7 +108,7 @@ def _windowed() -> Any:
 
 
 def _change(node: Node, limits: Callable[[Node, int, int], Shown | None]) -> _Change | None:
-    """limits: `_shown` of a mask, rows and columns."""
+    """limits: `shown_by` of a mask, rows and columns."""
     names = "query", "key", "value", "attn_mask", "dropout_p", "is_causal"
     call: dict[str, Any] = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
     call |= {**dict(zip(names, node.args)), **node.kwargs}  # noqa: B905
@@ -118,7 +123,7 @@ def _change(node: Node, limits: Callable[[Node, int, int], Shown | None]) -> _Ch
     if len(shape) > len(scores) or any(n not in (1, m) for n, m in zip(shape[::-1], scores[::-1])):  # noqa: B905
         return None  # the mask makes more of the result than there is without it
     shown = limits(mask, rows[-2], columns[-2])
-    if shown is None or (shown not in (_ALL, _CAUSAL) and not _takes(q, k, v, call)):
+    if shown is None or (not shown.plain and not _takes((q, k, v), call, shown)):
         return None
     rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
     shared = None if call["enable_gqa"] else _shared(q, k, v)
@@ -128,55 +133,39 @@ def _change(node: Node, limits: Callable[[Node, int, int], Shown | None]) -> _Ch
     return _Change(node, (q, k, v), shown, rest)
 
 
-def _takes(q: Node, k: Node, v: Node, call: dict[str, Any]) -> bool:
-    """Is attention in a window an op of ours, which is done long after the host has called it?"""
+def _takes(tensors: tuple[Node, Node, Node], call: dict[str, Any], shown: Shown) -> bool:
+    """Is such attention an op of ours, which is done long after the host has called it?"""
+    q, k, v = tensors
     value, shape = q.meta["example_value"], shape_of(k)
     if not _half(value) or shape is None or shape != shape_of(v) or call["dropout_p"] != 0 or len(value.shape) != 4:
         return False
     if not (call["scale"] is None or (type(call["scale"]) is float and call["scale"] > 0)):
         return False
-    width = value.shape[-1]
-    fits = width == shape[-1] and width % 8 == 0 and 16 <= width <= _WIDEST and value.shape[1] % shape[1] == 0
-    return bool(fits and value.numel() * shape[-2] > TRACED[torch.is_grad_enabled()])
+    heads, width, trained = value.shape[1], value.shape[-1], torch.is_grad_enabled()
+    if not all(type(n) is int for n in (heads, width, shape[1])):
+        return False
+    fits = width == shape[-1] and width % 8 == 0 and 16 <= width <= _WIDEST and heads % shape[1] == 0
+    bound = TRACED[trained] / (2 if shown.keys else 1)  # under a mask PyTorch's kernels take twice as long
+    if not fits or hinted((*value.shape, k.meta["example_value"].shape[-2])) <= bound:
+        return False
+    return shown.limits != ALL or not _pytorchs(value, shape, shown.keys, trained)
+
+
+def _pytorchs(q: torch.Tensor, shape: tuple[Any, ...], keys: tuple[Node, ...], trained: bool) -> bool:
+    """Is attention under a mask of keys PyTorch's own to serve, which has kernels for it?"""
+    if not all(type(n) is int for n in (*q.shape, *shape)):
+        return True  # a graph for all sizes cannot be another for those with a verdict
+    tables = [(1,) * (4 - len(found)) + found for each in keys if (found := shape_of(each)) is not None]
+    of = factor_dtype(q)
+    table = tuple(map(max, zip(*tables, strict=True)))
+    described = (tuple(q.shape), of), (shape, of), (shape, of), (table, torch.bool)
+    options = 1.0, *ALL, False, 0.0, 0.0, False, False
+    return left("attention", (*described, None, None), options, trained, q.device, False)
 
 
 def _half(value: torch.Tensor) -> bool:
     """Will attention on a GPU have factors of 16 bits?"""
     return value.is_cuda and factor_dtype(value) in (torch.bfloat16, torch.float16)
-
-
-def _shown(given: Constants, mask: Node, n_q: int, n_k: int) -> Shown | None:
-    """What a constant mask shows, if that has such limits; None of what is no constant."""
-    shape = shape_of(mask)
-    if shape is None or math.prod(shape) > _MOST:
-        return None
-    try:
-        if written_to(mask, given):
-            return None
-        with torch.no_grad(), _disable_current_modes():
-            return _limits(numbers(mask, given), n_q, n_k)
-    except Unknown:
-        return None
-
-
-def _limits(seen: torch.Tensor, n_q: int, n_k: int) -> Shown | None:
-    if seen.dtype != torch.bool:
-        hidden = seen <= torch.finfo(seen.dtype).min
-        if bool(((seen != 0) & ~hidden).any()):
-            return None
-        seen = ~hidden
-    if bool(seen.all()):
-        return _ALL
-    if n_q != n_k or tuple(seen.shape[-2:]) != (n_q, n_k):
-        return None
-    # If it has limits, the last row tells the one to the left and the first row the other one.
-    one = seen[(0,) * (seen.ndim - 2)]
-    left, right = int(one[-1].sum()) - 1, int(one[0].sum()) - 1
-    place = torch.arange(n_k, device=seen.device)
-    band = (place >= place[:, None] - left) & (place <= place[:, None] + right)
-    if left < 0 or right < 0 or not bool((seen == band).all()):
-        return None
-    return left if left < n_k - 1 else -1, right if right < n_k - 1 else -1
 
 
 def _shared(q: Node, k: Node, v: Node) -> tuple[Node, Node] | None:
@@ -215,21 +204,66 @@ def _uncopied(copies: Node) -> Node | None:
 Maker = Callable[[], torch.Tensor]
 
 
-def _checkpointed(
-    module: GraphModule, node: Node, maker: Callable[[Node], Maker | None]
-) -> tuple[GraphModule, Constants] | None:
-    """The graph that a node runs again in the backward pass, and what is known of its inputs. maker: `_maker`."""
+def _checkpointed(module: GraphModule, node: Node) -> GraphModule | None:
+    """The graph that a node runs again in the backward pass, and no other node runs."""
     if node.op != "call_function" or getattr(node.target, "__name__", "") != _CHECKPOINT or not node.args:
         return None
-    body, *operands = node.args
+    body = node.args[0]
     if not isinstance(body, Node) or body.op != "get_attr" or len(body.users) != 1:
         return None
     inner = getattr(module, str(body.target), None)
-    if not isinstance(inner, GraphModule):
-        return None
+    return inner if isinstance(inner, GraphModule) else None
+
+
+def _operands(node: Node, inner: GraphModule) -> list[tuple[Node, Node]]:
+    """The tensors that such a node is given, each with its placeholder."""
     places = [each for each in inner.graph.nodes if each.op == "placeholder"]
-    made = {place: maker(each) for place, each in zip(places, operands) if isinstance(each, Node)}  # noqa: B905
-    return inner, {place: make for place, make in made.items() if make is not None}
+    return [(place, each) for place, each in zip(places, node.args[1:]) if isinstance(each, Node)]  # noqa: B905
+
+
+def _known(node: Node, inner: GraphModule, maker: Callable[[Node], Maker | None]) -> Constants:
+    """What is known of the inputs of what is checkpointed. maker: `_maker`."""
+    made = {place: maker(each) for place, each in _operands(node, inner)}
+    return {place: make for place, make in made.items() if make is not None}
+
+
+def _by_keys(
+    node: Node, inner: GraphModule, shown: Callable[[Node, int, int], Shown | None], constants: Constants
+) -> int:
+    """Changes what is checkpointed where its masks are limits and keys, and gives it those keys. shown: `shown_by`."""
+    found, passed = 0, dict[Node, Node]()
+    for place, mask in _operands(node, inner):
+        sizes = (shape_of(mask) or ())[-2:]
+        if len(sizes) < 2 or place in constants or mask.meta["example_value"].dtype != torch.bool or written((place,)):
+            continue
+        seen = shown(mask, *sizes)
+        if seen is None:
+            continue
+
+        def known(its: Node, *asked: int, place: Node = place, sizes: Any = sizes, seen: Shown = seen) -> Shown | None:
+            return seen if its is place and asked == sizes else None
+
+        calls = [each for each in place.users if each.target is scaled_dot_product_attention]
+        changes = [change for each in calls if (change := _change(each, known)) is not None]
+        for change in changes:
+            for keys in seen.keys:
+                passed[keys] = passed.get(keys) or _given(node, inner, keys)
+            change.shown = Shown(seen.limits, tuple(passed[keys] for keys in seen.keys))
+            change.make()
+        found += len(changes)
+    if found:
+        inner.recompile()
+    return found
+
+
+def _given(node: Node, inner: GraphModule, outer: Node) -> Node:
+    """A placeholder of what is checkpointed for one more node outside of it."""
+    *_, last = (each for each in inner.graph.nodes if each.op == "placeholder")
+    with inner.graph.inserting_after(last):
+        place = inner.graph.placeholder(f"{outer.name}_keys")
+    place.meta["example_value"] = outer.meta["example_value"]
+    node.args = (*node.args, outer)
+    return place
 
 
 def _maker(node: Node) -> Maker | None:

@@ -155,10 +155,12 @@ def test_what_is_first_used_on_another_stream_is_cast_there():
 def test_memory_is_given_back_with_the_region():
     model, x = stack(1024)[:-1], numbers(8, 1024)
     with tilebook.enabled():
-        for _ in range(3):
+        left = []
+        for _ in range(4):
             before = torch.cuda.memory_allocated()
             with region():
                 y = model(x)
             del y
             gc.collect()
-            assert torch.cuda.memory_allocated() == before
+            left.append(torch.cuda.memory_allocated() - before)
+        assert left[1:] == [0, 0, 0]  # in the first, libraries may take what they keep

@@ -69,6 +69,49 @@ def test_numbers_and_gradients_are_those_with_the_mask(changed, mask, n, heads, 
     assert changed == [1]
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8)])
+def test_lengths_that_are_not_known_yet(changed, heads, padded):
+    run = torch.compile(attend, dynamic=True)
+    for n in (2048, 1000, 3001):
+        leaves = [
+            torch.randn(4, each, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for each in (heads[0], heads[1], heads[1])
+        ]
+        seen = places(n) < torch.tensor([[n], [n // 2], [n // 3], [n]], device="cuda")
+        mask = (lambda n, seen=seen: causal(n) & seen[:, None, None]) if padded else causal
+        found, right = run(*leaves, mask), attend(*leaves, mask)
+        do = torch.randn_like(right)
+        pairs = zip(*((o, *torch.autograd.grad(o, leaves, do)) for o in (found, right)), strict=True)
+        for got, expected in pairs:
+            limit = 0.02 * expected.float().abs().max().item()
+            torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=limit)
+    assert set(changed) == {1}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("heads", [(16, 16), (16, 4)])
+@pytest.mark.parametrize(("limits", "n"), [(causal, 2048), (window, 4096)])
+def test_padding_beside_limits_gives_the_numbers_of_the_mask(changed, limits, n, heads, autocast):
+    generator, dtype = torch.Generator("cuda").manual_seed(0), torch.float32 if autocast else torch.bfloat16
+    leaves = [
+        torch.randn(2, each, n, 64, device="cuda", generator=generator).to(dtype).requires_grad_()
+        for each in (heads[0], heads[1], heads[1])
+    ]
+    do = torch.randn(2, heads[0], n, 64, device="cuda", generator=generator)
+    padding = places(n) < torch.tensor([[n], [n // 2 + 5]], device="cuda")
+
+    def run(function):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            o = function(*leaves, lambda n: limits(n) & padding[:, None, None])
+        return [o, *torch.autograd.grad(o, leaves, do.to(o.dtype))]
+
+    for got, right in zip(run(torch.compile(attend)), run(attend), strict=True):
+        assert got.dtype == right.dtype
+        torch.testing.assert_close(got.float(), right.float(), rtol=0, atol=0.02 * right.float().abs().max().item())
+    assert changed == [1]
+
+
 def test_a_causal_mask_costs_a_compiled_program_neither_time_nor_memory(changed):
     q, k, v = (torch.randn(4, heads, 2048, 64, device="cuda", dtype=torch.bfloat16) for heads in (16, 4, 4))
     run = torch.compile(attend)

@@ -17,6 +17,7 @@ from programs.hf_models import CASES, MODELS, OWN, SOFT_CAPPED, inputs, made, pl
 import tilebook
 from tilebook import dispatch
 from tilebook.huggingface import attention
+from tilebook.huggingface.masks import Structure
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -63,7 +64,7 @@ def test_numbers_are_pytorchs_by_our_kernels_in_the_interpreter(name, kind, call
     with dispatch.use("triton"):
         ours = step(model, given)
     mask = called[0][1].get("attn_mask")
-    assert mask is None or mask.shape == (3, 1, 32 if name == "llama" else 1, 32)
+    assert mask is None or mask.shape == (3, 1, 1, 32)
     assert_as_near(ours, theirs, right, blur=4.0)
 
 
@@ -72,7 +73,7 @@ def test_numbers_are_pytorchs_by_our_kernels_in_the_interpreter(name, kind, call
     ("name", "kind", "expected"),
     [
         ("llama", "whole", {"causal": True, "attn_mask": None, "enable_gqa": True}),
-        ("llama", "padded", {"causal": False, "attn_mask": (3, 1, 32, 32)}),
+        ("llama", "padded", {"causal": "bottom_right", "attn_mask": (3, 1, 1, 32)}),
         ("mistral", "whole", {"causal": "bottom_right", "window": (7, -1), "attn_mask": None}),
         ("mistral", "padded", {"causal": "bottom_right", "window": (7, -1), "attn_mask": (3, 1, 1, 32)}),
         ("gemma2", "whole", {"causal": "bottom_right", "window": (7, -1), "attn_mask": None, "softcap": 50.0}),
@@ -86,7 +87,8 @@ def test_numbers_are_pytorchs_by_our_kernels_in_the_interpreter(name, kind, call
 def test_structure_reaches_our_functions_instead_of_a_mask(name, kind, expected, called):
     made(name, attention="tilebook")(**inputs(name, kind, "cpu"))
     function, options = called[0]
-    by_pytorchs_signature = kind != "packed" and "window" not in expected and "bias" not in expected
+    by_pytorchs_signature = kind == "whole" or not (expected["causal"] or "bias" in expected)
+    by_pytorchs_signature &= "window" not in expected
     usual = "scaled_dot_product_attention" if by_pytorchs_signature else "attention"
     assert function == ("attention_varlen" if kind == "packed" else usual)
     assert {key: _shape(options[key]) for key in expected} == expected
@@ -102,6 +104,16 @@ def test_structure_reaches_our_functions_instead_of_a_mask(name, kind, expected,
 
 def _shape(value):
     return tuple(value.shape) if isinstance(value, torch.Tensor) else value
+
+
+def test_small_triangles_of_keys_keep_their_mask(monkeypatch):
+    query = torch.randn(2, 4, 32, 16, dtype=torch.bfloat16)
+    keys = torch.ones(2, 1, 1, 32, dtype=torch.bool)
+    monkeypatch.setattr(attention, "way", lambda *_: "op")
+    for found, own in ((Structure(True, None, keys, None), False), (Structure(True, (7, -1), keys, None), True)):
+        assert attention._served(query, query, query, found) == own
+    monkeypatch.setattr(attention, "BOUNDS", (1.0, 1.0))
+    assert attention._served(query, query, query, Structure(True, None, keys, None))
 
 
 @pytest.mark.usefixtures("structured")

@@ -6,6 +6,7 @@ from spelled_out import drawn, reference, tril
 
 import tilebook
 from tilebook.huggingface import attention
+from tilebook.huggingface.masks import Structure
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -141,7 +142,7 @@ def test_a_layer_says_whether_it_is_causal_and_how_its_results_repeat(called):
 
 def test_structures_are_for_tensors_that_kernels_take(monkeypatch):
     def served(dtype=torch.bfloat16, **sizes):
-        return attention._served(*[x.to(dtype) for x in drawn(**sizes)])
+        return attention._served(*[x.to(dtype) for x in drawn(**sizes)], Structure(True, (7, -1), None, None))
 
     assert not served()  # on the CPU
     monkeypatch.setattr(attention, "way", lambda *_: "direct")

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from tilebook.call import way
 from tilebook.casting import factor_dtype
+from tilebook.dispatch import forced
 from tilebook.huggingface.masks import Lengths, Structure, capturing, noted
 from tilebook.kernels.attention import attention, scaled_dot_product_attention
 from tilebook.kernels.attention.check import Causal
+from tilebook.kernels.attention.drop_in import BOUNDS
 from tilebook.kernels.varlen import attention_varlen
 from tilebook.notes import Notes
 
@@ -91,8 +93,6 @@ def attention_forward(
     found = _structure(mask, causal, query, key, value)
     if found is not None and lengths is None and found.packs is not None:
         lengths = found.lengths()
-    if found is not None and lengths is None and not call.softcap and bias is None and found.triangle_of_keys:
-        found = None  # PyTorch's kernels for masks are faster than ours that skip half of the tiles
     if found is not None and lengths is None and s_aux is None:
         o = call(query, key, value, causal=found.causal, window=found.window, mask=found.keys, bias=bias)
     elif found is not None and lengths is not None and found.keys is None and call.packs(query, value, bias, s_aux):
@@ -152,11 +152,17 @@ def _structure(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor, va
     found = None if torch.compiler.is_compiling() else noted(mask)
     if found is None or mask.shape[-2:] != (query.shape[2], key.shape[2]):
         return None
-    return found if _served(query, key, value) else None
+    return found if _served(query, key, value, found) else None
 
 
-def _served(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Have we kernels for windows, padded keys and packs of such tensors?"""
+def _served(query: Tensor, key: Tensor, value: Tensor, found: Structure) -> bool:
+    """Have we kernels for windows, padded keys and packs of such tensors?
+
+    A triangle of padded keys PyTorch has with a mask: that is less for the host, and so for all where sizes are small.
+    """
+    triangle = found.causal and found.keys is not None and found.window is None and found.packs is None
+    if triangle and not forced() and query.numel() * key.shape[2] <= BOUNDS[torch.is_grad_enabled()]:
+        return False
     width, dtype = query.shape[-1], factor_dtype(query)
     if value.shape[-1] != width or width % 8 or not 16 <= width <= 256 or dtype not in (torch.bfloat16, torch.float16):
         return False

@@ -161,7 +161,8 @@ class ForwardProblem(Problem):
         if kind:
             bias = normal(self._bias_shape, source, device, self.torch_dtype)
             if kind == "mask":
-                bias = self._mask(bias, source, "q" in axes)
+                keys = "k" in axes and "q" not in axes
+                bias = self._padding(bias, source, seed) if keys else self._mask(bias, source, "q" in axes)
             tensors.append(bias)
         if self.alibi:
             tensors.append(self._slopes(q.device))
@@ -177,6 +178,20 @@ class ForwardProblem(Problem):
         mask = torch.rand(like.shape, generator=source, device=like.device) < _SHOWN
         if rows:
             mask[:, :, self.seq_q // 2] = False
+        return mask
+
+    def _padding(self, like: torch.Tensor, source: torch.Generator | None, seed: int) -> torch.Tensor:
+        """Of keys: sequences of a quarter to all of the length, then nothing; for odd seeds every third begins with the
+        nothing, and every third has gaps instead."""
+        if like.is_meta:
+            return torch.empty_like(like, dtype=torch.bool)
+        lead, n = like.shape[:-1], like.shape[-1]
+        lengths = (torch.rand((*lead, 1), generator=source, device=like.device) * 0.75 + 0.25) * n
+        mask = torch.arange(n, device=like.device) < lengths.ceil()
+        if seed % 2:
+            which = torch.arange(lead.numel(), device=like.device).view(*lead, 1) % 3
+            gaps = torch.rand(like.shape, generator=source, device=like.device) < _SHOWN
+            mask = torch.where(which == 0, mask, torch.where(which == 1, mask.flip(-1), gaps))
         return mask
 
     def _slopes(self, device: torch.device) -> torch.Tensor:

@@ -56,7 +56,7 @@ def sdpa(
     if learns:
         return _learnt(q, k, v, causal, scale, bias)
     # Of booleans cuDNN makes a mean where a row sees nothing; of scores of -inf all of PyTorch's kernels make 0.
-    mask = in_vectors(_scores(_differing(bias), q.dtype), k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
+    mask = in_vectors(scores(_differing(bias), q.dtype), k.shape[2], q.dtype).expand(*bias.shape[:-1], k.shape[2])
     o = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
     return o
 
@@ -66,7 +66,7 @@ def _differing(bias: torch.Tensor) -> torch.Tensor:
     return bias[tuple(slice(None if step else 1) for step in bias.stride())]
 
 
-def _scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What a mask or bias adds to the scores."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)

@@ -58,11 +58,6 @@ class Structure:
     packs: Tensor | None
     _lengths: Lengths | None = field(default=None, repr=False)
 
-    @property
-    def triangle_of_keys(self) -> bool:
-        """Is it a causal mask of padded keys, and nothing else?"""
-        return bool(self.causal) and self.keys is not None and self.window is None and self.packs is None
-
     def lengths(self) -> Lengths:
         """Those of the packs. The host waits for them, once for all layers."""
         assert self.packs is not None

@@ -10,7 +10,7 @@ from tilebook.device import Device
 from tilebook.kernels.attention.form import Form
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.problem import BackwardProblem, ForwardProblem
-from tilebook.kernels.attention.pytorch import in_vectors
+from tilebook.kernels.attention.pytorch import in_vectors, scores
 from tilebook.layout import VECTOR, aligned
 
 _aten = torch.ops.aten
@@ -38,36 +38,27 @@ def supports(problem: ForwardProblem | BackwardProblem) -> bool:
     )
 
 
-Dead = torch.Tensor | None
-
-
-def _table(q: torch.Tensor, k: torch.Tensor, form: Form, extras: tuple[torch.Tensor, ...]) -> tuple[Dead, Dead]:
-    """What is added to the scores, (B or 1, H or 1, Sq, Sk) in the dtype of q, and which rows see nothing.
-
-    In these nothing is added: of a row that is hidden altogether it makes NaN.
-    """
+def _table(q: torch.Tensor, k: torch.Tensor, form: Form, extras: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    """What is added to the scores, in the dtype of q and broadcastable to (B, H, Sq, Sk)."""
     if not form.bias:
-        return None, None
-    (bias,), (batch, heads, n_q, _), n_k = extras, q.shape, k.shape[2]
-    if form.bias == "mask":
-        table = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill_(~bias, -torch.inf)
-    elif bias.dtype != q.dtype:
+        return None
+    bias, n_k = extras[0], k.shape[2]
+    if form.bias != "mask" and bias.dtype != q.dtype:
         raise TypeError(f"cuDNN's attention takes biases of {q.dtype} here, not {bias.dtype}")
-    else:
-        table = bias
-    dead = table.amax(-1, True) == -torch.inf
-    table = in_vectors(table.masked_fill(dead, 0.0), n_k, q.dtype)
-    return table.expand(batch, heads, n_q, n_k), dead
+    return in_vectors(scores(bias, q.dtype), n_k, q.dtype)
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = aligned(q), aligned(k), aligned(v)
-    table, dead = _table(q, k, form, extras)
-    o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, table, True, 0.0, form.causal, False, scale=scale)
+    table = _table(q, k, form, extras)
+    bias = None if table is None else table.expand(*q.shape[:3], k.shape[2])
+    o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, form.causal, False, scale=scale)
     lse = lse.view(q.shape[:-1])
-    return (o, lse) if dead is None else (o.masked_fill(dead, 0.0), lse.masked_fill(dead[..., 0], -torch.inf))
+    if table is not None:  # rows that see nothing are 0, but their log-sum-exp is not told
+        lse = lse.masked_fill(table.amax(-1) == -torch.inf, -torch.inf)
+    return o, lse
 
 
 @functools.lru_cache(4096)
@@ -102,9 +93,10 @@ def backward(
     lengths = q.shape[2], k.shape[2]
     q, k, v = aligned(q), aligned(k), aligned(v)
     do, o = _as_made(do, q), _as_made(o, q)
-    table, dead = _table(q, k, form, extras)
-    if dead is not None:  # exp(-inf - inf) of their weights: no row that sees nothing has a part in a gradient
-        lse = lse.masked_fill(dead[..., 0], torch.inf)
+    table = _table(q, k, form, extras)
+    if table is not None:  # exp(-inf - inf) of their weights: no row that sees nothing has a part in a gradient
+        table = table.expand(*q.shape[:3], k.shape[2])
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     lse = lse.contiguous()[..., None]
     dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
         do,

@@ -57,8 +57,8 @@ class Stats(NamedTuple):
 class Scores(NamedTuple):
     """What is done to scores beside limits: a call's optional tensors, with their steps, and numbers; None is without.
 
-    mask, bias: steps b, h, m and n over batch, head, row and column, 0 where it is broadcast, of rows None. dbias:
-    (B, H, Sq, Sk).
+    mask, bias: steps b, h, m and n over batch, head, row and column, 0 where it is broadcast, of rows None, and None of
+    heads where a mask is the same for all of both. dbias: (B, H, Sq, Sk).
     """
 
     mask: Any = None

@@ -6,8 +6,16 @@ import triton
 import triton.language as tl
 
 from tilebook.kernels.attention.triton.args import UNSPECIALIZED, Marks, Matrix, Where
-from tilebook.kernels.attention.triton.scores import blocks_visited, looked_up, scored, survives, within
-from tilebook.kernels.attention.triton.tiles import LOG2E, load_tile, offset, rounded, store_tile
+from tilebook.kernels.attention.triton.scores import (
+    base_of,
+    blocks_visited,
+    keys_here,
+    looked_up,
+    scored,
+    survives,
+    within,
+)
+from tilebook.kernels.attention.triton.tiles import LOG2E, load_tile, rounded, store_tile
 from tilebook.kernels.attention.triton.where import my_columns
 
 
@@ -92,6 +100,14 @@ def attention_bwd_dkdv(
 
     # Blocks of rows: those of the band's edges and the ragged last one need masks; those between them do not.
     first, clear, ragged, end = blocks_visited(column, seen.n, before, after, rules, tile)
+    # A mask that all rows and heads have hides whole columns: they are computed, and then they are nothing.
+    KEYS: tl.constexpr = scores.mask is not None and scores.m is None and scores.h is None
+    if KEYS:
+        part = keys_here(column, mine, scores, tile)
+        if tl.max(part.to(tl.int32), 0) == 0:
+            clear = first
+            ragged = first
+            end = first
     n_masked = clear - first + end - ragged
     factor = scale if rules.SCORED else scale * LOG2E
     seed = None if scores.seed is None else tl.load(scores.seed)
@@ -99,7 +115,7 @@ def attention_bwd_dkdv(
         head = mine.head * group + member
         rows = Where(seen.batch, head, seen.n, seen.batch * (n_heads * group) + head)
         begin = rows.pair.to(tl.int64) * n_q if packs is None else rows.head.to(tl.int64) * n_q + rows.batch
-        base = None if scores.b is None else offset(rows.batch, head, scores.b, scores.h)
+        base = None if scores.b is None else base_of(rows.batch, head, scores)
         slope = (
             None
             if scores.slopes is None
@@ -108,7 +124,7 @@ def attention_bwd_dkdv(
         marks = Marks(
             before,
             after,
-            scores.mask,
+            None if KEYS else scores.mask,
             scores.bias,
             base,
             scores.m,
@@ -129,6 +145,8 @@ def attention_bwd_dkdv(
                 dk, dv, k_tile, v_tile, q, do, stats, rows, mine, begin, at, column, factor, marks, False, rules, tile
             )
 
+    if KEYS:
+        dk, dv = tl.where(part[:, None], dk, 0.0), tl.where(part[:, None], dv, 0.0)
     if scores.dropout is not None:
         dv = dv / (1.0 - scores.dropout)
     dk_out, dv_out = (

@@ -6,8 +6,17 @@ import triton
 import triton.language as tl
 
 from tilebook.kernels.attention.triton.args import MADE, UNSPECIALIZED, Marks, Matrix
-from tilebook.kernels.attention.triton.scores import columns_of_band, looked_up, numbered, scored, shown, survives
-from tilebook.kernels.attention.triton.tiles import LN2, LOG2E, load_tile, offset, rounded, store_tile
+from tilebook.kernels.attention.triton.scores import (
+    base_of,
+    columns_of_band,
+    columns_of_keys,
+    looked_up,
+    numbered,
+    scored,
+    shown,
+    survives,
+)
+from tilebook.kernels.attention.triton.tiles import LN2, LOG2E, load_tile, rounded, store_tile
 from tilebook.kernels.attention.triton.where import my_rows
 
 
@@ -41,7 +50,7 @@ def attend(acc, l_i, m_i, q, k, v, rows, seen, row, first, last, scale, marks, M
             s, _bent = scored(s, row, column, at_rows, at_columns, rows.n, seen.n, scale, marks)
         if MASKED:
             s = tl.where(shown(row, column, seen.n, marks, rules, tile), s, -float("inf"))
-        if marks.mask is not None:
+        if marks.mask is not None and (MASKED or marks.m is not None):
             at_rows, at_columns = numbered(row, column, tile)
             part = looked_up(marks.mask, row, column, at_rows, at_columns, rows.n, seen.n, marks)
             s = tl.where(part, s, -float("inf"))
@@ -122,7 +131,7 @@ def attention_fwd(
         first, clear, whole, last = columns_of_band(row, seen.n, before, after, tile)
     factor = scale if rules.SCORED else scale * LOG2E
     seed = None if scores.seed is None else tl.load(scores.seed)
-    base = None if scores.b is None else offset(rows.batch, rows.head, scores.b, scores.h)
+    base = None if scores.b is None else base_of(rows.batch, rows.head, scores)
     slope = (
         None
         if scores.slopes is None
@@ -131,7 +140,10 @@ def attention_fwd(
     marks = Marks(
         before, after, scores.mask, scores.bias, base, scores.m, scores.n, slope, scores.softcap, seed, scores.dropout
     )
-    if before is not None:
+    KEYS: tl.constexpr = scores.mask is not None and scores.m is None
+    if KEYS:
+        first, clear, whole, last = columns_of_keys(first, clear, whole, last, seen.n, marks, tile)
+    if before is not None or KEYS:
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q_tile, k, v, rows, seen, row, first, clear, factor, marks, True, rules, tile
         )

@@ -84,7 +84,11 @@ def asked(
         steps = (step if size > 1 else 0 for size, step in zip(bias.shape, bias.stride(), strict=True))
         scores = scores._replace(**dict(zip("bhmn", steps, strict=True)))
         scores = scores._replace(m=scores.m or None)
-        scores = scores._replace(mask=bias) if form.bias == "mask" else scores._replace(bias=bias)
+        if form.bias == "mask":
+            alike = scores.m is None and not scores.h
+            scores = scores._replace(mask=bias, h=None if alike else scores.h)
+        else:
+            scores = scores._replace(bias=bias)
     if slopes is not None:
         each = slopes.stride(0) if slopes.ndim == 2 and slopes.shape[0] > 1 else 0
         scores = scores._replace(slopes=slopes, slope_b=each, slope_h=slopes.stride(-1))

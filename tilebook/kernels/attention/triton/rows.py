@@ -6,8 +6,17 @@ import triton
 import triton.language as tl
 
 from tilebook.kernels.attention.triton.args import POINTERS, UNSPECIALIZED, Marks, Matrix
-from tilebook.kernels.attention.triton.scores import columns_of_band, looked_up, numbered, scored, shown, survives
-from tilebook.kernels.attention.triton.tiles import LOG2E, load_tile, offset, rounded, store_tile
+from tilebook.kernels.attention.triton.scores import (
+    base_of,
+    columns_of_band,
+    columns_of_keys,
+    looked_up,
+    numbered,
+    scored,
+    shown,
+    survives,
+)
+from tilebook.kernels.attention.triton.tiles import LOG2E, load_tile, rounded, store_tile
 from tilebook.kernels.attention.triton.where import my_rows
 
 
@@ -59,7 +68,7 @@ def row_loop(
         if MASKED:
             # Past the end exp2(0 - lse) may be infinite, and infinity times the zeros of k is not 0.
             p = tl.where(shown(row, column, seen.n, marks, rules, tile), p, 0.0)
-        if marks.mask is not None:
+        if marks.mask is not None and (MASKED or marks.m is not None):
             at_rows, at_columns = numbered(row, column, tile)
             p = tl.where(looked_up(marks.mask, row, column, at_rows, at_columns, rows.n, seen.n, marks), p, 0.0)
         if marks.seed is not None:
@@ -125,7 +134,7 @@ def attention_bwd_dq(
         first, clear, whole, last = columns_of_band(row, seen.n, before, after, tile)
     factor = scale if rules.SCORED else scale * LOG2E
     seed = None if scores.seed is None else tl.load(scores.seed)
-    base = None if scores.b is None else offset(rows.batch, rows.head, scores.b, scores.h)
+    base = None if scores.b is None else base_of(rows.batch, rows.head, scores)
     slope = (
         None
         if scores.slopes is None
@@ -134,13 +143,16 @@ def attention_bwd_dq(
     marks = Marks(
         before, after, scores.mask, scores.bias, base, scores.m, scores.n, slope, scores.softcap, seed, scores.dropout
     )
+    KEYS: tl.constexpr = scores.mask is not None and scores.m is None
+    if KEYS:
+        first, clear, whole, last = columns_of_keys(first, clear, whole, last, seen.n, marks, tile)
     # Without dropout one pass. With it o was divided before it was rounded: a row of one weight alone then has an error
     # in delta that ds does not forgive. A row's ds add up to 0, so a first pass finds what delta is short of.
     for exact in tl.static_range(1 if scores.seed is None else 0, 2):
         dq = tl.zeros([tile.BLOCK_M, tile.D], dtype=tl.float32)
         short = tl.zeros([tile.BLOCK_M], dtype=tl.float32)
         dbias = scores.dbias if exact else None
-        if before is not None:
+        if before is not None or KEYS:
             dq, short = row_loop(
                 dq, short, q_tile, do_tile, lse, delta, k, v, dbias, rows, seen, row, first, clear, factor, marks,
                 True, exact, rules, tile,

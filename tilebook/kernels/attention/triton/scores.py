@@ -8,10 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilebook.kernels.attention.triton.tiles import LOG2E
+from tilebook.kernels.attention.triton.tiles import LOG2E, offset
 
 # The fewest rounds of Philox that pass the usual tests of randomness (Salmon et al. 2011); FlashAttention's number too.
 PHILOX_ROUNDS = tl.constexpr(7)
+
+# Columns of a mask that a program looks at together.
+CHUNK = tl.constexpr(1024)
 
 
 @triton.jit
@@ -60,6 +63,37 @@ def columns_of_band(row, n_k, before, after, tile):
 
 
 @triton.jit
+def keys_seen(marks, n_k):
+    """The first column that takes part, the one behind the last, and how many do, of a mask that all rows have."""
+    first = tl.full([CHUNK], 0x7FFFFFFF, dtype=tl.int32)
+    last = tl.zeros([CHUNK], dtype=tl.int32)
+    count = tl.zeros([CHUNK], dtype=tl.int32)
+    for start in tl.range(0, n_k, CHUNK):
+        columns = start + tl.arange(0, CHUNK)
+        part = tl.load(marks.mask + marks.base + columns.to(tl.int64) * marks.n, mask=columns < n_k, other=0) != 0
+        first = tl.minimum(first, tl.where(part, columns, 0x7FFFFFFF))
+        last = tl.maximum(last, tl.where(part, columns + 1, 0))
+        count += part.to(tl.int32)
+    return tl.min(first, 0), tl.max(last, 0), tl.sum(count, 0)
+
+
+@triton.jit
+def columns_of_keys(first, clear, whole, last, n_k, marks, tile):
+    """What is left of [first, clear, whole, last) where all rows have one mask. Between the ends of what it shows
+    blocks need it only if it has gaps there; without any, those of its ends."""
+    start, end, count = keys_seen(marks, n_k)
+    last = tl.minimum(last, end)
+    first = tl.maximum(first, tl.minimum(start, n_k) // tile.BLOCK_N * tile.BLOCK_N)
+    past = tl.maximum(tl.cdiv(last, tile.BLOCK_N) * tile.BLOCK_N, first)
+    clear = tl.minimum(tl.maximum(clear, tl.cdiv(tl.minimum(start, n_k), tile.BLOCK_N) * tile.BLOCK_N), past)
+    whole = tl.maximum(tl.minimum(whole, end // tile.BLOCK_N * tile.BLOCK_N), clear)
+    if count < end - start:
+        clear = first
+        whole = first
+    return first, clear, whole, last
+
+
+@triton.jit
 def blocks_visited(column, n_q, before, after, rules, tile):
     """`rows_seen` by the columns of a block, in blocks of rows: [first, clear, ragged, end)."""
     end = tl.cdiv(n_q, tile.BLOCK_M)
@@ -93,6 +127,20 @@ def within(rows, columns, before, after):
     else:
         keep = (columns >= rows - before) & (columns <= rows + after)
     return keep
+
+
+@triton.jit
+def base_of(batch, head, scores):
+    """Of a head's bias or mask, in elements."""
+    return batch.to(tl.int64) * scores.b if scores.h is None else offset(batch, head, scores.b, scores.h)
+
+
+@triton.jit
+def keys_here(column, columns, scores, tile):
+    """Which columns of a block take part, of a mask that all rows and heads have."""
+    at = column + tl.arange(0, tile.BLOCK_N)
+    mask = scores.mask + base_of(columns.batch, columns.head, scores) + at.to(tl.int64) * scores.n
+    return tl.load(mask, mask=at < columns.n, other=0) != 0
 
 
 @triton.jit
