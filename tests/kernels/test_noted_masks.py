@@ -311,7 +311,6 @@ def gpu(monkeypatch, called):
 def _bounds(monkeypatch, forward, training):
     for module in (drop_in, package):
         monkeypatch.setattr(module, "BOUNDS", (forward, training))
-    monkeypatch.setattr(drop_in, "_SMALL", min(forward, training))
 
 
 SIZE = float(B * H * S * D * S)

@@ -25,7 +25,9 @@ class Told:
 
     def __init__(self, extension):
         self.notes, self.asked, self.answer = Notes(), [], lambda *call: 2 * self.right(*call)
-        self.tell = lambda bound: extension.notes(self.notes.held, self.answered, float(bound))
+        self.tell = lambda bound, training=0.0: extension.notes(
+            self.notes.held, self.answered, (float(bound), float(training))
+        )
         self.tell(0)
 
     def answered(self, *call):
@@ -44,7 +46,7 @@ class Told:
 @pytest.fixture
 def told(it):
     yield Told(it)
-    it.notes({}, print, 0.0)
+    it.notes({}, print, (0.0, 0.0))
 
 
 def test_a_call_under_a_noted_mask_is_answered_with_its_gradients(told):
@@ -73,7 +75,7 @@ OTHERS = {
     "dropout": lambda told: F.scaled_dot_product_attention(*qkv(), told.mask(), 0.5),
     "three axes": lambda told: F.scaled_dot_product_attention(*[x[0] for x in qkv()], told.mask()[0]),
     "a small call": lambda told: (
-        told.tell(B * H * S * D * S),
+        told.tell(0.0, B * H * S * D * S),
         F.scaled_dot_product_attention(*qkv(), told.mask()),
     ),
     "vmap": lambda told: torch.vmap(F.scaled_dot_product_attention)(
@@ -143,16 +145,16 @@ def test_a_gate_lets_a_noted_mask_through_to_python(gated, told):
     hit, found = gated.answered(function, *tensors, mask.clone())
     assert hit
     assert gated.looked_at(function, *tensors, mask)
-    told.tell(B * H * S * D * S)  # small ones are what they are without
+    told.tell(B * H * S * D * S, B * H * S * D * S)  # small ones are what they are without
     hit, other = gated.answered(function, *tensors, mask)
     assert hit
     assert torch.equal(found, other)
 
 
 def test_the_extension_is_told_of_the_notes_there_are():
-    held, answer, bound = drop_in.NOTES
+    held, answer, bounds = drop_in.NOTES
     assert held is drop_in.notes.held
-    assert bound == min(drop_in.BOUNDS)
+    assert bounds == drop_in.BOUNDS
     mask = torch.ones(B, 1, S, S, dtype=torch.bool)
     assert answer(*[x.half() for x in qkv()], mask, None, False) is None
     with dispatch.use("torch"):

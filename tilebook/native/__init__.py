@@ -203,7 +203,7 @@ def _placed(output: plans.Output, computed: Iterator[torch.Tensor], theirs: Sequ
     return given.new_empty_strided(output.shape, output.strides).copy_(given)
 
 
-def _notes() -> tuple[dict[int, Any], Callable[..., Any], float]:
+def _notes() -> tuple[dict[int, Any], Callable[..., Any], tuple[float, float]]:
     """What the extension is told of masks whose structure is noted."""
     from tilebook.kernels.attention.drop_in import NOTES  # whose package imports this one
 

@@ -8,19 +8,21 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <ATen/core/grad_mode.h>
+
 #include <atomic>
 
 namespace noting {
 namespace {
 
 std::atomic<bool> on{false};
-std::atomic<double> bound{0};                     // numbers of q times keys, up to which no note is looked at
+std::atomic<double> bounds[2];                    // q times keys up to which no note is looked at: without gradients, with
 PyObject *table = nullptr, *answering = nullptr;  // under the GIL
 
 // Is what such a call computes more than the bound?
 bool large(const at::Tensor& q, const at::Tensor& k) {
   const auto numbers = q.sym_numel().maybe_as_int(), keys = k.sym_size(-2).maybe_as_int();
-  return numbers && keys && static_cast<double>(*numbers) * static_cast<double>(*keys) > bound.load();
+  return numbers && keys && static_cast<double>(*numbers) * static_cast<double>(*keys) > bounds[at::GradMode::is_enabled()].load();
 }
 
 bool there(PyObject* mask) {
@@ -45,13 +47,14 @@ struct Held {
 
 PyObject* notes(PyObject*, PyObject* given) {
   PyObject *held, *function;
-  double most;
-  if (!PyArg_ParseTuple(given, "O!Od", &PyDict_Type, &held, &function, &most)) return nullptr;
+  double forward, training;
+  if (!PyArg_ParseTuple(given, "O!O(dd)", &PyDict_Type, &held, &function, &forward, &training)) return nullptr;
   Py_INCREF(held);
   Py_INCREF(function);
   Py_XSETREF(table, held);
   Py_XSETREF(answering, function);
-  bound = most;
+  bounds[0] = forward;
+  bounds[1] = training;
   Py_RETURN_NONE;
 }
 
@@ -94,5 +97,5 @@ at::Tensor by_note(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 }
 
 PyMethodDef note_methods[] = {
-    {"notes", noting::notes, METH_VARARGS, "(table of noted masks, answers for one, numbers of q times keys that are too few)"},
+    {"notes", noting::notes, METH_VARARGS, "(table of noted masks, answers for one, (numbers of q times keys that are too few, with gradients))"},
     {nullptr, nullptr, 0, nullptr}};

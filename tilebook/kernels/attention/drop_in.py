@@ -24,8 +24,6 @@ An H200 is done with so much in about 45 µs forward, and in about 100 µs forwa
 from Python costs the host as much, and more with gradients (benchmarks/host_cost.py).
 """
 
-_SMALL = min(BOUNDS)
-
 TRACED = float(1 << 32), float(1 << 34)
 """Likewise of compiled calls, whose op in Python costs the host 100 µs forward and more backward."""
 
@@ -140,7 +138,7 @@ def scaled_dot_product_attention(
 
 def _noted(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Is a note on the mask of such a call to be looked at? Of most, which are small, it costs the least to say no."""
-    return not key.is_nested and (query.numel() * key.size(-2) > _SMALL or forced())
+    return not key.is_nested and (query.numel() * key.size(-2) > BOUNDS[torch.is_grad_enabled()] or forced())
 
 
 def under_note(
@@ -150,7 +148,7 @@ def under_note(
     return by_note(query, key, value, mask, scale, grouped, plain_sdpa)
 
 
-NOTES = notes.held, under_note, _SMALL
+NOTES = notes.held, under_note, BOUNDS
 """Masks that have notes, by `id`; what answers for a call with one, and what q times keys must exceed for it."""
 
 

@@ -58,6 +58,12 @@ class Structure:
     packs: Tensor | None
     _lengths: Lengths | None = field(default=None, repr=False)
 
+    def of(self, q: Tensor) -> bool:
+        """May it be that of a mask for these queries, (B, H, Sq, D)?"""
+        if self.keys is not None and self.keys.shape[0] not in (1, q.shape[0]):
+            return False
+        return self.packs is None or self.packs.shape == (q.shape[0], q.shape[2])
+
     def lengths(self) -> Lengths:
         """Those of the packs. The host waits for them, once for all layers."""
         assert self.packs is not None
@@ -139,7 +145,7 @@ def by_note(
     if note is None or not (_large(query, key, value, note) and _serves(query, key, value, mask, scale, enable_gqa)):
         return None
     found = note.structure(query)
-    if found is None:
+    if found is None or not found.of(query):
         notes.drop(mask)
         return None
     if found.packs is not None:
