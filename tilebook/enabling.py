@@ -26,7 +26,7 @@ from tilebook.call import disabled
 from tilebook.dispatch import forced
 from tilebook.imported import after_import
 from tilebook.kernels.addition.standing import STANDINGS as _ADDITIONS
-from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
+from tilebook.kernels.attention.drop_in import NOTES, in_place, scaled_dot_product_attention
 from tilebook.kernels.attention.standing import STANDINGS as _ATTENTIONS
 from tilebook.kernels.bias.standing import STANDINGS as _BIASES
 from tilebook.kernels.convolution.standing import STANDINGS as _CONVOLUTIONS
@@ -231,7 +231,7 @@ class _State:
             self.blocks += blocks
             below = native.available()
             if below and self.on:
-                native.serve(_STANDINGS)
+                native.serve(_STANDINGS, NOTES)
             elif below:
                 native.stop()
             elif self.on and not self.begun:

@@ -14,8 +14,8 @@ import tilebook
 from tilebook import dispatch, enabling
 from tilebook.huggingface.sdpa import noting
 from tilebook.kernels import attention as package
-from tilebook.kernels import varlen
 from tilebook.kernels.attention import structure
+from tilebook.kernels.varlen import packs
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -55,7 +55,7 @@ def called(monkeypatch):
         monkeypatch.setattr(module, name, function)
 
     spy(package, "attend")
-    spy(varlen, "attention_varlen")
+    spy(packs, "attention_varlen")
     return found
 
 

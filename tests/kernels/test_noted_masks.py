@@ -15,9 +15,9 @@ import tilebook
 from tilebook import dispatch, left
 from tilebook.dispatch.choice import Choice
 from tilebook.kernels import attention as package
-from tilebook.kernels import varlen
 from tilebook.kernels.attention import drop_in, structure
 from tilebook.kernels.attention.structure import Note, Structure, notes
+from tilebook.kernels.varlen import packs
 from tilebook.notes import Notes
 
 SDPA = F.scaled_dot_product_attention
@@ -48,7 +48,7 @@ def noted(name="a triangle of padded keys", made_of=()):
     if found.packs is not None and found.causal:
         shown = shown & (COLUMNS <= ROWS)
     mask = shown.expand(B, 1, S, S).clone()
-    notes.put(mask, Note(lambda: copy.copy(found), made_of, found.packs is not None))
+    notes.put(mask, Note(lambda: copy.copy(found), made_of, None if found.packs is None else packs.attention_of_packs))
     return mask
 
 
@@ -81,7 +81,7 @@ def called(monkeypatch):
         monkeypatch.setattr(module, name, function)
 
     spy(package, "attend")
-    spy(varlen, "attention_varlen")
+    spy(packs, "attention_varlen")
     yield [] if found else found
     notes.held.clear()
 
@@ -328,7 +328,7 @@ SIZE = float(B * H * S * D * S)
 def test_small_calls_are_pytorchs(gpu, monkeypatch, called, name, bounds, expected):
     _bounds(monkeypatch, *bounds)
     mask = noted(name)
-    monkeypatch.setattr(varlen, "attention_varlen", lambda q, *_, **given: (called.append(("varlen", given)), q)[1])
+    monkeypatch.setattr(packs, "attention_varlen", lambda q, *_, **given: (called.append(("varlen", given)), q)[1])
     with torch.no_grad():
         for _ in range(4):
             tilebook.scaled_dot_product_attention(*qkv(), mask)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import tilebook
-from tilebook import dispatch
+from tilebook import dispatch, native
 from tilebook.kernels.attention import drop_in
 from tilebook.notes import Notes
 
@@ -151,7 +151,13 @@ def test_a_gate_lets_a_noted_mask_through_to_python(gated, told):
     assert torch.equal(found, other)
 
 
-def test_the_extension_is_told_of_the_notes_there_are():
+def test_the_extension_is_told_of_the_notes_there_are(monkeypatch):
+    told = []
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "serve", lambda standings, notes: told.append(notes))
+    monkeypatch.setattr(native, "stop", lambda: None)
+    with tilebook.enabled():
+        assert told == [drop_in.NOTES]
     held, answer, bounds = drop_in.NOTES
     assert held is drop_in.notes.held
     assert bounds == drop_in.BOUNDS

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tilebook.kernels.attention.check import Causal
 from tilebook.kernels.attention.structure import Lengths, Note, Structure, capturing, notes
+from tilebook.kernels.varlen.packs import attention_of_packs
 
 __all__ = ["Lengths", "Structure", "attention_mask", "capturing", "described", "note", "noted"]
 
@@ -58,7 +59,7 @@ def note(mask: Tensor, **given: Any) -> Note | None:
     # transformers makes no mask where it has looked for padding and found none.
     looked = bool(given.get("allow_is_causal_skip", True) or given.get("allow_is_bidirectional_skip"))
     padded = looked and "left" not in kinds and "both" not in kinds and rest["q_length"] == rest["kv_length"]
-    made = Note(lambda: described(**rest, padded=padded), made_of, "packs" in kinds)
+    made = Note(lambda: described(**rest, padded=padded), made_of, attention_of_packs if "packs" in kinds else None)
     notes.put(mask, made)
     return made
 

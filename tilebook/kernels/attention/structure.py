@@ -82,11 +82,15 @@ class Note:
 
     describe: gives the structure, None where there is none. It may start kernels, and wait for them.
     made_of:  the tensors that the mask was made of, which it reads.
-    packed:   are there packed sequences, whose lengths the host has to wait for?
+    packed:   attention of packed sequences, for whose lengths the host has to wait; None where there are none. Of q, k,
+              v, the structure and the scale it gives the result, or None where the mask is to serve.
     """
 
     def __init__(
-        self, describe: Callable[[], Structure | None], made_of: Iterable[Tensor] = (), packed: bool = False
+        self,
+        describe: Callable[[], Structure | None],
+        made_of: Iterable[Tensor] = (),
+        packed: Callable[..., Tensor | None] | None = None,
     ) -> None:
         self.packed = packed
         self._describe = describe
@@ -149,7 +153,7 @@ def by_note(
         notes.drop(mask)
         return None
     if found.packs is not None:
-        return _packed(query, key, value, found, scale) if found.keys is None else None
+        return note.packed(query, key, value, found, scale) if note.packed and found.keys is None else None
     return _attended(query, key, value, mask, found, scale, enable_gqa, unmasked)
 
 
@@ -216,20 +220,3 @@ def _attended(
         q, k, v, causal=causal, window=found.window, scale=scale, attn_mask=found.keys, known_as=known_as,
         theirs=lambda *_: None,  # type: ignore[arg-type, return-value]
     )  # fmt: skip
-
-
-def _packed(q: Tensor, k: Tensor, v: Tensor, found: Structure, scale: Any) -> Tensor | None:
-    """The result of `_serves` of packed sequences, (B, H, S, D) and (B, S, H, D) in memory."""
-    from tilebook.kernels.varlen import attention_varlen  # made of this family
-    from tilebook.kernels.varlen.limits import WIDTHS
-
-    batch, heads, n, width = q.shape
-    if width not in WIDTHS or k.shape[2] != n:  # PyTorch's functions would go sequence by sequence
-        return None
-    lengths = found.lengths()
-    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], width) for x in (q, k, v))
-    o = attention_varlen(
-        q, k, v, lengths.cu_seqlens_q, lengths.cu_seqlens_k, max_seqlen_q=lengths.max_seqlen_q,
-        max_seqlen_k=lengths.max_seqlen_k, causal=bool(found.causal), window=found.window, scale=scale,
-    )  # fmt: skip
-    return o.reshape(batch, n, heads, width).transpose(1, 2)
