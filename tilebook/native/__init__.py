@@ -118,7 +118,7 @@ class _Serving:
                 self._failed = self._extension is None
             return self._extension
 
-    def serve(self, standings: Sequence[Standing], notes: Noted | None) -> None:
+    def serve(self, standings: Sequence[Standing], notes: Noted | None = None) -> None:
         extension = self.extension()
         if notes is not None:
             extension.notes(*notes)
