@@ -17,8 +17,10 @@ from tilebook.imported import after_import
 ROOT = Path(__file__).parents[1]
 
 INTERFACE = """
+def sdpa_mask(*args, **kwargs):
+    return None
 class {name}:
-    known = {{}}
+    known = _global_mapping = {{"sdpa": sdpa_mask}}
     @classmethod
     def register(cls, key, value):
         cls.known[key] = value
@@ -134,8 +136,8 @@ for at in range(len(PROGRAMS)):
     try:
         exec(PROGRAMS[at][1])
         from transformers.modeling_utils import AttentionInterface as a
-        from transformers.masking_utils import AttentionMaskInterface as m
-        print("tilebook" in a.known and "tilebook" in m.known, flush=True)
+        from transformers.masking_utils import AttentionMaskInterface as m, sdpa_mask
+        print("tilebook" in a.known and "tilebook" in m.known, m.known["sdpa"] is not sdpa_mask, flush=True)
     except ImportError as error:
         print(error, flush=True)
     os._exit(0)
@@ -143,12 +145,15 @@ for at in range(len(PROGRAMS)):
 
 
 def test_transformers_gets_to_know_our_attention_or_is_refused_by_name(tmp_path):
+    """And whether notes are taken of its own masks."""
+    both = "import transformers.masking_utils, transformers.modeling_utils"
     cases = [
-        ("5.17.0", "tilebook.enable(); import transformers.modeling_utils", "True"),
-        ("5.17.0", "import transformers.modeling_utils; tilebook.enable()", "True"),
-        ("5.24.0.dev0", "tilebook.register_transformers()", "True"),
-        ("5.17.0", "import transformers.modeling_utils", "False"),
-        ("5.16.3", "tilebook.enable(); import transformers.modeling_utils", "False"),
+        ("5.17.0", "tilebook.enable(); import transformers.modeling_utils", "True True"),
+        ("5.17.0", f"{both}; tilebook.enable()", "True True"),
+        ("5.17.0", f"tilebook.enable(); tilebook.disable(); {both}", "True False"),
+        ("5.24.0.dev0", "tilebook.register_transformers()", "True False"),
+        ("5.17.0", "import transformers.modeling_utils", "False False"),
+        ("5.16.3", "tilebook.enable(); import transformers.modeling_utils", "False False"),
         (
             "4.57.1",
             "tilebook.register_transformers()",

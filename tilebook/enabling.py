@@ -26,7 +26,7 @@ from tilebook.call import disabled
 from tilebook.dispatch import forced
 from tilebook.imported import after_import
 from tilebook.kernels.addition.standing import STANDINGS as _ADDITIONS
-from tilebook.kernels.attention.drop_in import in_place, scaled_dot_product_attention
+from tilebook.kernels.attention.drop_in import NOTES, in_place, scaled_dot_product_attention
 from tilebook.kernels.attention.standing import STANDINGS as _ATTENTIONS
 from tilebook.kernels.bias.standing import STANDINGS as _BIASES
 from tilebook.kernels.convolution.standing import STANDINGS as _CONVOLUTIONS
@@ -49,6 +49,7 @@ _theirs: dict[str, Callable[..., Any]] = {
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SHAPES = (tuple, list, torch.Size)
 _COMPILER = "torch._inductor.compile_fx"
+_MASKS = "transformers.masking_utils"
 _NO_ARGUMENT = 1 << 10
 
 
@@ -230,7 +231,7 @@ class _State:
             self.blocks += blocks
             below = native.available()
             if below and self.on:
-                native.serve(_STANDINGS)
+                native.serve(_STANDINGS, NOTES)
             elif below:
                 native.stop()
             elif self.on and not self.begun:
@@ -249,6 +250,10 @@ class _State:
         # Outside of the lock: they import.
         if self.on or _COMPILER in sys.modules:
             after_import(_COMPILER, _compiler_is_there)
+        if self.on:
+            after_import(_MASKS, _masks_are_there)
+        elif "tilebook.huggingface.sdpa" in sys.modules:
+            _masks_are_there()
         # A program that names it runs where ours are disabled, too.
         if whole or blocks > 0:
             after_import("transformers.modeling_utils", _transformers_is_there)
@@ -282,6 +287,13 @@ def _transformers_is_there() -> None:
         register_transformers()
     finally:  # which takes newer ones than patching does
         _every_model()
+
+
+def _masks_are_there() -> None:
+    from tilebook.huggingface.sdpa import noting
+
+    with _state.lock:
+        noting.turn(_state.on)
 
 
 def _every_model() -> None:

@@ -17,7 +17,7 @@ tilebook.register_transformers()
 
 
 def _noted(mask):
-    return getattr(mask, masks.NOTE, None)
+    return masks.noted(mask)
 
 
 def _spelled_out(found, batch, n_q, n_k):

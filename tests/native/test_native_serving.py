@@ -106,6 +106,9 @@ class Extension:
     def start(self, answer):
         self.answer = answer
 
+    def notes(self, held, answer, bounds):
+        pass
+
     def stop(self):
         self.told.append("stop")
 

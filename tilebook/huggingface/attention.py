@@ -17,11 +17,14 @@ from tilebook.kernels.attention import attention, scaled_dot_product_attention
 from tilebook.kernels.attention.check import Causal
 from tilebook.kernels.attention.drop_in import BOUNDS
 from tilebook.kernels.varlen import attention_varlen
+from tilebook.notes import Notes
 
 NAME = "tilebook"
-_PACKS = "_tilebook_packs"
 _REFUSED = "indices", "block_indices", "sinks"
 """Keys that a model has picked for each row, and sinks of each row, by arguments that only some functions read."""
+
+_packs: Notes[tuple[Lengths | None]] = Notes()
+"""Of positions, which all layers share: the packed sequences that begin in them, None where there is but one."""
 
 
 def attention_forward(
@@ -127,16 +130,15 @@ def _restarted(positions: Any, mask: Tensor | None, query: Tensor, key: Tensor) 
         return None
     if mask is not None and ((found := noted(mask)) is None or found.keys is not None or found.packs is not None):
         return None
-    kept = getattr(positions, _PACKS, None)
-    if kept is None or kept[0] != positions._version:
+    kept = _packs.of(positions)
+    if kept is None:
         if capturing(positions):
             return None
         packs = (positions == positions.min()).cumsum(1)
         several = bool((packs[0, 0] == 1) & (packs[0, -1] > 1))
-        kept = positions._version, Structure(False, None, None, packs).lengths() if several else None
-        setattr(positions, _PACKS, kept)  # all layers have the same
-    lengths: Lengths | None = kept[1]
-    return lengths
+        kept = (Structure(False, None, None, packs).lengths() if several else None,)
+        _packs.put(positions, kept)
+    return kept[0]
 
 
 def _structure(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Structure | None:

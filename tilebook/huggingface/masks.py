@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,59 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilebook.kernels.attention.check import Causal
+from tilebook.kernels.attention.structure import Lengths, Note, Structure, capturing, notes
+from tilebook.kernels.varlen.packs import attention_of_packs
 
-NOTE = "_tilebook_structure"
+__all__ = ["Lengths", "Structure", "attention_mask", "capturing", "described", "note", "noted"]
 
-
-@dataclass(frozen=True)
-class Lengths:
-    """Sequences one after the other in a batch that is flattened to (B · S): where they end, and the longest."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-
-
-@dataclass
-class Structure:
-    """What a boolean mask (B, 1, Sq, Sk) shows, as `tilebook.attention` takes it.
-
-    causal, window: its arguments.
-    keys:    (B, 1, 1, Sk) booleans, False for padding; None without padding.
-    packs:   (B, S) numbers, the same for tokens of one sequence; None where each row of the batch is one.
-    version: of the mask's contents. It is another after a change in place.
-    """
-
-    causal: Causal
-    window: tuple[int, int] | None
-    keys: Tensor | None
-    packs: Tensor | None
-    version: int = 0
-    _lengths: Lengths | None = field(default=None, repr=False)
-
-    def lengths(self) -> Lengths:
-        """Those of the packs. The host waits for them, once for all layers."""
-        assert self.packs is not None
-        if self._lengths is None:
-            first = torch.ones_like(self.packs, dtype=torch.bool)
-            first[:, 1:] = self.packs.diff(dim=1) != 0
-            starts = first.flatten().nonzero().flatten().to(torch.int32)
-            ends = F.pad(starts, (0, 1), value=self.packs.numel())
-            longest = int(ends.diff().max())
-            self._lengths = Lengths(ends, ends, longest, longest)
-        return self._lengths
-
-
-def capturing(x: Tensor) -> bool:
-    """Is a graph being captured, so that nobody can look at a number?"""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+_READ = "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"
+"""The arguments of a mask function that say what it shows."""
 
 
 def noted(mask: Tensor) -> Structure | None:
-    """The note on a mask that nobody has changed since."""
-    found: Structure | None = getattr(mask, NOTE, None)
-    return found if found is not None and not mask.is_inference() and mask._version == found.version else None
+    """What the note on a mask says that nobody has changed since."""
+    found = notes.of(mask)
+    return None if found is None else found.structure(mask)
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -77,12 +36,32 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    if mask is not None and not args and not torch.compiler.is_compiling() and not mask.is_inference():
-        found = described(**kwargs)
-        if found is not None:
-            found.version = mask._version
-            setattr(mask, NOTE, found)
+    if mask is not None and not args and not torch.compiler.is_compiling():
+        found = note(mask, **kwargs)
+        if found is not None and found.settled() is None:
+            notes.drop(mask)
     return mask
+
+
+def note(mask: Tensor, **given: Any) -> Note | None:
+    """Notes the structure of a mask that transformers has made of these arguments, if it may have one that we know.
+
+    Nothing is computed yet.
+    """
+    parts, keep = _parts(given.get("mask_function")), given.get("attention_mask")
+    kinds = [kind for kind, _ in parts]
+    if "?" in kinds or mask.dtype != torch.bool or torch._C._get_tracing_state() is not None:
+        return None
+    made_of = [held for _, held in (*parts, ("keys", keep)) if isinstance(held, Tensor)]
+    if any(each.is_inference() for each in (mask, *made_of)):  # whoever wrote to one would leave no trace
+        return None
+    rest = {name: given[name] for name in _READ if name in given}
+    # transformers makes no mask where it has looked for padding and found none.
+    looked = bool(given.get("allow_is_causal_skip", True) or given.get("allow_is_bidirectional_skip"))
+    padded = looked and "left" not in kinds and "both" not in kinds and rest["q_length"] == rest["kv_length"]
+    made = Note(lambda: described(**rest, padded=padded), made_of, attention_of_packs if "packs" in kinds else None)
+    notes.put(mask, made)
+    return made
 
 
 def described(
@@ -92,9 +71,13 @@ def described(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
+    padded: bool = False,
     **_: Any,
 ) -> Structure | None:
-    """The structure of a mask, read off what it is made of; None where a part is unknown or has no such form."""
+    """The structure of a mask, read off what it is made of; None where a part is unknown or has no such form.
+
+    padded: is there known to be padding? Else the host waits to know.
+    """
     if not isinstance(q_offset, int) or (attention_mask is not None and attention_mask.ndim != 2):
         return None  # a static cache has its offset on the GPU
     parts = _parts(mask_function)
@@ -116,9 +99,9 @@ def described(
         return None
     keys = None
     if attention_mask is not None:
-        padded = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[1])))
-        keys = padded[:, kv_offset : kv_offset + kv_length].bool()[:, None, None]
-        keys = keys if capturing(keys) or not keys.all() else None
+        whole = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[1])))  # copied
+        keys = whole[:, kv_offset : kv_offset + kv_length].bool()[:, None, None]
+        keys = keys if padded or capturing(keys) or not keys.all() else None
     if packs is not None and (keys is not None or shift or packs.shape[1] != q_length or q_length != kv_length):
         return None
     return Structure(causal and corner, window, keys, packs)
@@ -129,29 +112,40 @@ def _parts(function: Any) -> list[tuple[str, Any]]:
 
     Its functions are closures. Which one a part is, is told by its code; and unknown code is ("?", None).
     """
-    from transformers import masking_utils as theirs
-
-    if function is theirs.causal_mask_function:
-        return [("causal", None)]
-    if function is theirs.bidirectional_mask_function:
-        return [("all", None)]
     code: Any = getattr(function, "__code__", None)
+    kind = _kinds().get(id(code), "?")
+    if kind in ("causal", "all"):
+        return [(kind, None)]
     cells: Any = getattr(function, "__closure__", None) or ()
-    held = cells[0].cell_contents if len(cells) == 1 else None
-    if code is theirs.and_masks(theirs.causal_mask_function).__code__ and isinstance(held, tuple):
-        return [part for each in held for part in _parts(each)]
-    remap: Any = getattr(theirs, "remap_positions_for_packed_sequence", None)  # newer versions alone
-    if remap is not None and code is remap(theirs.causal_mask_function, None).__code__:
+    if kind == "positions":
         inner = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
         if isinstance(inner.get("position_ids"), Tensor) and callable(inner.get("mask_function")):
-            return [*_parts(inner["mask_function"]), ("positions", inner["position_ids"])]
-    if code is theirs.sliding_window_overlay(1).__code__ and type(held) is int:
-        return [("left", held)]
-    if code is theirs.sliding_window_bidirectional_overlay(1).__code__ and type(held) is int:
-        return [("both", held)]
-    if code is theirs.packed_sequence_mask_function(None).__code__ and isinstance(held, Tensor):
-        return [("packs", held)]
+            return [*_parts(inner["mask_function"]), (kind, inner["position_ids"])]
+    held = cells[0].cell_contents if len(cells) == 1 else None
+    if kind == "and" and isinstance(held, tuple):
+        return [part for each in held for part in _parts(each)]
+    if (kind in ("left", "both") and type(held) is int) or (kind == "packs" and isinstance(held, Tensor)):
+        return [(kind, held)]
     return [("?", None)]
+
+
+@functools.cache
+def _kinds() -> dict[int, str]:
+    """Kinds of parts, by the `id` of the code of transformers' functions, which live as long as the program."""
+    from transformers import masking_utils as theirs
+
+    found = {
+        "causal": theirs.causal_mask_function,
+        "all": theirs.bidirectional_mask_function,
+        "and": theirs.and_masks(theirs.causal_mask_function),
+        "left": theirs.sliding_window_overlay(1),
+        "both": theirs.sliding_window_bidirectional_overlay(1),
+        "packs": theirs.packed_sequence_mask_function(None),
+    }
+    remap: Any = getattr(theirs, "remap_positions_for_packed_sequence", None)  # newer versions alone
+    if remap is not None:
+        found["positions"] = remap(theirs.causal_mask_function, None)
+    return {id(function.__code__): kind for kind, function in found.items()}
 
 
 def _packs(positions: Tensor) -> Tensor:
@@ -164,11 +158,12 @@ def _understood() -> bool:
     """Do the parts of this version's mask functions hide what `described` takes them to hide?"""
     from transformers import masking_utils as theirs
 
-    rows, columns = torch.arange(7)[:, None], torch.arange(7)
-    numbers = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
+    cpu: Any = {"device": "cpu"}  # whatever a program has as its default
+    rows, columns = torch.arange(7, **cpu)[:, None], torch.arange(7, **cpu)
+    numbers = torch.tensor([[0, 0, 0, 1, 1, 2, 2]], **cpu)
     expected: list[tuple[Any, Tensor]] = [
         (theirs.causal_mask_function, columns <= rows),
-        (theirs.bidirectional_mask_function, torch.ones(7, 7, dtype=torch.bool)),
+        (theirs.bidirectional_mask_function, torch.ones(7, 7, dtype=torch.bool, **cpu)),
         (theirs.sliding_window_overlay(3), columns >= rows - 2),
         (theirs.sliding_window_bidirectional_overlay(3), (columns - rows).abs() <= 3),
         (theirs.packed_sequence_mask_function(numbers), numbers.mT == numbers),
@@ -177,7 +172,7 @@ def _understood() -> bool:
     expected.append((pair, expected[0][1] & expected[2][1]))
     remap: Any = getattr(theirs, "remap_positions_for_packed_sequence", None)
     if remap is not None:
-        positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1]])
+        positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1]], **cpu)
         expected.append((theirs.and_masks(remap(pair, positions), expected[4][0]), expected[5][1] & expected[4][1]))
-    first: Any = torch.zeros(1, 1, dtype=torch.long)
+    first: Any = torch.zeros(1, 1, dtype=torch.long, **cpu)
     return all(torch.equal(function(first, first, rows, columns).expand(7, 7), seen) for function, seen in expected)

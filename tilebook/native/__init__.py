@@ -56,6 +56,10 @@ class Standing:
     rest: Callable[[Sequence[Any]], plans.Rest | None] = lambda args: None
 
 
+Noted = tuple[dict[int, Any], Callable[..., Any], tuple[float, float]]
+"""What is told of notes on masks, see `serve`."""
+
+
 class _Graphs:
     """Keeps what `torch.compile` traces while this is on apart from what it has traced without, in all its caches.
 
@@ -114,8 +118,10 @@ class _Serving:
                 self._failed = self._extension is None
             return self._extension
 
-    def serve(self, standings: Sequence[Standing]) -> None:
+    def serve(self, standings: Sequence[Standing], notes: Noted | None = None) -> None:
         extension = self.extension()
+        if notes is not None:
+            extension.notes(*notes)
         new = [each for each in standings if each.name not in self._standings]
         for each in new:
             self._standings[each.name] = each
@@ -224,9 +230,14 @@ def available() -> bool:
     return _serving.extension() is not None
 
 
-def serve(standings: Sequence[Standing]) -> None:
-    """Has these ops of PyTorch's served by dispatch's choices, in every thread, until `stop`."""
-    _serving.serve(standings)
+def serve(standings: Sequence[Standing], notes: Noted | None = None) -> None:
+    """Has these ops of PyTorch's served by dispatch's choices, in every thread, until `stop`.
+
+    notes: masks whose structure is known, by `id`; what answers for a call with one, given q, k, v, the mask, the scale
+           and whether heads are grouped: the result, or None; and how many numbers q times keys are too few for it,
+           without gradients and with them.
+    """
+    _serving.serve(standings, notes)
 
 
 def stop() -> None:

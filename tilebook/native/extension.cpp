@@ -15,3 +15,5 @@
 #include "gates.cpp"
 
 #include "keys.cpp"
+
+#include "notes.cpp"

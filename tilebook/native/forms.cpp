@@ -97,7 +97,8 @@ bool takes_drop_in(Call& call) {
   if (!flag(given[5], causal) || !flag(given[7], grouped) || !zero(given[4])) return false;
   call.told = causal | grouped << 1;
   if (!positive_or_none(given[6], call.scale)) return false;
-  return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && tensor_or_none(call, 3) && four_axes(call);
+  if (!tensor(call, 0) || !tensor(call, 1) || !tensor(call, 2) || !tensor_or_none(call, 3)) return false;
+  return four_axes(call) && !(call.objects[3] && noted(call.objects[3], call[0], call[1]));
 }
 
 std::pair<Tensor, Tensor> drop_in(const Call& call) {

@@ -1,5 +1,7 @@
 // Tensors that lie so that what comes next is fast. The numbers are the same.
 //
+// A mask whose structure is noted is not read where what it shows is faster (`notes.cpp`).
+//
 // A mask whose keys do not lie side by side sends PyTorch's attention to its slowest kernel, which writes all scores out.
 // Such a mask is laid out first; one that is the same for all keys of a row is none at all, but for rows without keys,
 // whose result is 0.
@@ -73,6 +75,10 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::opti
     return at::native::scaled_dot_product_attention(q, k, v, given, dropout, causal, scale, grouped);
   };
   if (!laying.load(std::memory_order_relaxed) || !mask || !mask->defined()) return plain(mask);
+  if (mask->dim() == 4 && q.dim() == 4 && k.dim() == 4 && dropout == 0 && !causal) {
+    Tensor found = by_note(q, k, v, *mask, scale, grouped);
+    if (found.defined()) return found;
+  }
   const bool strided = mask->layout() == at::kStrided && q.layout() == at::kStrided && mask->dim() >= 2 && q.dim() == 4;
   if (!strided || k.dim() != 4 || causal || mask->requires_grad() || !fused_allowed()) return plain(mask);
   const int64_t step = known(mask->sym_stride(-1)), keys = known(mask->sym_size(-1));

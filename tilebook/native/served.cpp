@@ -308,6 +308,7 @@ PyObject* install(PyObject*, PyObject* given) {
 
 PyObject* stop(PyObject*, PyObject*) {
   on = false;
+  notes_on(false);
   casts_on(false, false);
   layouts_on(false, served_device == static_cast<int>(c10::DeviceType::CPU));
   Py_RETURN_NONE;
@@ -321,6 +322,7 @@ PyObject* start(PyObject*, PyObject* given) {
   Py_INCREF(function);
   Py_XSETREF(resolver, function);
   on = true;
+  notes_on(true);
   const bool cpu = served_device == static_cast<int>(c10::DeviceType::CPU);
   casts_on(true, cpu);
   layouts_on(true, cpu);
@@ -420,7 +422,7 @@ extern "C" PyMODINIT_FUNC PyInit_tilebook_served() {
     if (met) on = false;
   });
   PyObject* made = PyModule_Create(&module);
-  for (PyMethodDef* more : {gate_methods, key_methods}) {
+  for (PyMethodDef* more : {gate_methods, key_methods, note_methods}) {
     if (made && PyModule_AddFunctions(made, more) != 0) Py_CLEAR(made);
   }
   return made;

@@ -8,6 +8,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <optional>
+
 // Is it nothing but its memory, on a device of this kind: of no subclass, no transform, no lazy negation?
 bool ordinary(const at::Tensor& tensor, c10::DeviceType kind);
 
@@ -43,6 +45,16 @@ enum class Activation : int64_t { gelu, gelu_tanh, relu };
 at::Tensor mlp(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
                const at::Tensor& b2, Activation activation);
 
-// Functions of the module: the gates', and what makes keys of calls.
+// Is there a note on what this mask shows, an object of Python's, and is a call with it large enough to look at it? Under
+// the GIL.
+bool noted(PyObject* mask, const at::Tensor& q, const at::Tensor& k);
+
+// Attention of (B, H, S, D) by the note on its mask; undefined where the mask itself is to serve.
+at::Tensor by_note(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask,
+                   std::optional<double> scale, bool grouped);
+void notes_on(bool now);
+
+// Functions of the module: the gates', what makes keys of calls, and what is told of notes.
 extern PyMethodDef gate_methods[];
 extern PyMethodDef key_methods[];
+extern PyMethodDef note_methods[];

@@ -13,6 +13,7 @@ from tilebook.casting import autocast, factor_dtype
 from tilebook.dispatch import forced
 from tilebook.kernels.attention.pytorch import in_pieces, in_vectors, lies_whole, placed, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
+from tilebook.kernels.attention.structure import by_note, notes
 from tilebook.layout import VECTOR, aligned
 from tilebook.left import ORDINARY, again, gated, recall
 
@@ -66,6 +67,9 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError, ValueError: what PyTorch does not take either.
 
+    A mask that transformers has made while tilebook was enabled is not read where its structure is known and the GPU
+    takes longer for the call than the host (`structure.by_note`): rows that see nothing are 0 then.
+
     What `tilebook.attention` has no kernel for (E ≠ Ev, batch dimensions to broadcast, nested tensors) is PyTorch's,
     and so is dropout, whose weights would not be the same ones. So is what overrides PyTorch's function: tensor
     subclasses, modes, `torch.nn.attention.bias.CausalBias`. Where this function is in the place of PyTorch's, they are
@@ -81,6 +85,11 @@ def scaled_dot_product_attention(
     loaded, of = attn_mask, None
     if attn_mask is not None:
         usual = usual and not torch.compiler.is_compiling()
+        if usual and not is_causal and id(attn_mask) in notes.held and _noted(query, key):
+            ours: Any = scaled_dot_product_attention
+            found = by_note(query, key, value, attn_mask, scale, enable_gqa, ours)
+            if found is not None:
+                return found
         if usual and not _loads(attn_mask, key.shape[-2]):
             loaded = _loadable(attn_mask, query, key)
             usual = loaded is not attn_mask
@@ -125,6 +134,22 @@ def scaled_dot_product_attention(
         theirs=None if mask is None else theirs,
     )  # fmt: skip
     return o if query.ndim == 4 else o.reshape(query.shape)
+
+
+def _noted(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Is a note on the mask of such a call to be looked at? Of most, which are small, it costs the least to say no."""
+    return not key.is_nested and (query.numel() * key.size(-2) > BOUNDS[torch.is_grad_enabled()] or forced())
+
+
+def under_note(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None, grouped: bool
+) -> torch.Tensor | None:
+    """`by_note`, asked by the extension, under whose eyes PyTorch's own function serves what needs no mask."""
+    return by_note(query, key, value, mask, scale, grouped, plain_sdpa)
+
+
+NOTES = notes.held, under_note, BOUNDS
+"""Masks that have notes, by `id`; what answers for a call with one, and what q times keys must exceed for it."""
 
 
 def in_place(ours: Callable[..., Any], given: Sequence[Any]) -> bool:

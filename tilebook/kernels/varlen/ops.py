@@ -13,6 +13,7 @@ from tilebook.kernels.attention.peers import torch as pytorch
 from tilebook.kernels.attention.triton import launch
 from tilebook.kernels.attention.triton.forward_space import supports
 from tilebook.kernels.varlen import eager, flash
+from tilebook.kernels.varlen.limits import WIDTHS
 from tilebook.kernels.varlen.problem import BackwardProblem, ForwardProblem
 from tilebook.kernels.varlen.space import SPACE, SPACE_BWD
 from tilebook.op import Config, define
@@ -68,8 +69,7 @@ def _supports(problem: ForwardProblem) -> bool:
 
 
 def _proven(problem: ForwardProblem) -> bool:
-    """Seen right on an H200 in any form: 16 bits, these widths."""
-    return problem.dtype in ("bf16", "fp16") and problem.head_dim in (32, 64, 128)
+    return problem.dtype in ("bf16", "fp16") and problem.head_dim in WIDTHS
 
 
 @attention_varlen_fwd.implementation("triton", space=SPACE, supports=_supports, proven=_proven)
