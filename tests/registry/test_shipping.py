@@ -13,7 +13,7 @@ import pytest
 from registry_samples import A100, H200, evidenced, predicted, problem, revocation, verdict
 
 import tilebook.registry
-from tilebook.registry import Layers, Registry, RegistryError, Verdict, serving, ship, shipped
+from tilebook.registry import Layers, Registry, RegistryError, Verdict, serving, ship, shipped, sources
 
 REPOSITORY = Path(tilebook.registry.__file__).parents[2]
 SPACE = {"axes": {"BLOCK_M": [64, 128]}, "digest": "ab", "feasible": ["0f", "3"]}
@@ -108,6 +108,21 @@ def test_a_checkout_builds_the_file_once_and_again_when_its_text_changes(place: 
         each.unlink()
     assert len(readings(place)[0][0]) == 1  # type: ignore[arg-type]
     assert place.stat().st_ino != built
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_ships_is_compared_and_merged_as_its_text_has_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    monkeypatch.setattr(sources, "SHIPPED", place)
+    assert len(sources.verdicts("shipped")[0]) == 2
+    for each in shipped.text_of(place).glob("*a100*/*"):
+        each.unlink()
+    (file,) = shipped.text_of(place).glob("*h200*/*.jsonl")
+    os.utime(file, ns=(1, 2**60))
+    if not there:
+        place.unlink()
+    assert len(sources.verdicts("shipped")[0]) == 1
 
 
 def test_what_cannot_be_built_is_read_from_its_text(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from tilebook.registry import lines
+from tilebook.registry import lines, shipped
 from tilebook.registry.difference import Told
 from tilebook.registry.filereader import FileReader, reader
 from tilebook.registry.layers import SHIPPED
@@ -19,9 +19,10 @@ LAYERS = ("user", "shipped")
 
 
 def place(name: str) -> str:
-    """The registry or file that is called so. Raises RegistryError."""
+    """The registry or file that is called so; of what ships, whose text may be newer, it is built. Raises
+    RegistryError."""
     if name == "shipped":
-        return str(SHIPPED)
+        return str(shipped.ready(SHIPPED) or SHIPPED)
     return str(user_folder() / "registry.db") if name == "user" else name
 
 
