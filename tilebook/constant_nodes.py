@@ -125,8 +125,9 @@ def written(nodes: Iterable[Node]) -> bool:
     if None in memory:
         return True
     return any(
-        _memory(each) in memory and not _only_reads(node, each)
+        _memory(each) in memory and not _harmless(node, each)
         for node in nodes[0].graph.nodes
+        if not _only_reads(node)
         for each in node.all_input_nodes
     )
 
@@ -147,8 +148,8 @@ _READING = {
 }  # fmt: skip
 
 
-def _only_reads(node: Node, given: Node) -> bool:
-    """Is it known to write nothing to this one of its arguments?"""
+def _only_reads(node: Node) -> bool:
+    """Is it known to write to none of its arguments?"""
     if pure(node) or node.op == "output":
         return True
     if node.op == "call_method":
@@ -158,10 +159,10 @@ def _only_reads(node: Node, given: Node) -> bool:
     if node.target is torch.nn.functional.embedding:  # which may norm its weight
         return len(node.args) < 4 or node.args[3] is None
     schema = getattr(node.target, "_schema", None)
-    return not schema.is_mutable if schema is not None else node.target in _READERS or _checkpointed(node, given)
+    return not schema.is_mutable if schema is not None else node.target in _READERS
 
 
-def _checkpointed(node: Node, given: Node) -> bool:
+def _harmless(node: Node, given: Node) -> bool:
     """Does it run a graph, and again in the backward pass, that writes nothing to what it is given there?"""
     body = node.args[0] if node.args and getattr(node.target, "__name__", "") == CHECKPOINT else None
     owner = node.graph.owning_module

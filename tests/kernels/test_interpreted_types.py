@@ -6,13 +6,11 @@ import math
 import numpy as np
 import pytest
 from interpreted import remembered
+from programs.processes import python
 
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 TritonSemantic = pytest.importorskip("triton.language.semantic").TritonSemantic
-compiler = pytest.importorskip("triton.compiler")
-jit = pytest.importorskip("triton.runtime.jit")
-GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
 
 @pytest.fixture(autouse=True)
@@ -101,15 +99,28 @@ def test_operands_are_brought_together_as_triton_does_it(how):
     assert again == ours
 
 
-def _grown(x, n: tl.constexpr):
+COMPILED = """
+import sys
+import triton, triton.language as tl
+from interpreted import remembered
+from programs.processes import python
+from triton.backends.compiler import GPUTarget
+
+def grown(x, n: tl.constexpr):
     i = tl.arange(0, n)
     tl.store(x + i, tl.load(x + i) * 2.0 - 1)
 
+grown.__module__ = "__main__"
+with remembered():
+    kernel = triton.runtime.jit.JITFunction(grown)
+    source = triton.compiler.ASTSource(kernel, {{"x": "*fp32", "n": "constexpr"}}, {{(1,): 16}})
+    print(triton.compiler.compile(source, target=GPUTarget("cuda", {arch}, 32)).asm["ptx"])
+"""
+
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_are_compiled_in_a_process_that_interprets_others(arch, tmp_path, monkeypatch):
+def test_kernels_are_compiled_beside_what_is_remembered(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = jit.JITFunction(_grown)
-    source = compiler.ASTSource(kernel, {"x": "*fp32", "n": "constexpr"}, {(1,): 16})
-    made = compiler.compile(source, target=GPUTarget("cuda", arch, 32))
-    assert "st.global" in made.asm["ptx"]
+    program = tmp_path / "program.py"
+    program.write_text(COMPILED.format(arch=arch))
+    assert "st.global" in python(f"import runpy; runpy.run_path({str(program)!r}, run_name='__main__')")

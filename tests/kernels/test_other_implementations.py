@@ -119,22 +119,26 @@ def test_pytorchs_own_call_is_made_of_the_kernels_that_it_picks(aten, monkeypatc
 
 @BOTH
 def test_masks_and_biases_reach_cudnn_as_it_wants_them(aten, monkeypatch, op):
-    """Without rows that see nothing, of which it makes NaN."""
+    """Numbers in the dtype of q. Of rows that see nothing it tells no log-sum-exp, and wants an infinite one."""
 
     class Aten(fake_efficient.Aten):
         @staticmethod
         def _scaled_dot_product_cudnn_attention(q, k, v, bias, lse, dropout, causal, debug, *, scale):
-            assert bias is None or (bias.amax(-1) > -torch.inf).all()
+            assert bias is None or bias.dtype == q.dtype
             o, lse, *rest = fake_efficient.Aten._scaled_dot_product_efficient_attention(
                 q, fake_efficient_heads(k, q), fake_efficient_heads(v, q), bias, lse, dropout, causal, scale=scale
             )
-            return o, lse[..., : q.shape[2], None], *rest
+            lse = lse[..., : q.shape[2], None]
+            if bias is not None:
+                lse = lse.masked_fill(bias.amax(-1, True) == -torch.inf, torch.nan)
+            return o, lse, *rest
 
         @staticmethod
         def _scaled_dot_product_cudnn_attention_backward(
             do, q, k, v, o, lse, seed, offset, bias, cum_q, cum_k, n_q, n_k, dropout, causal, *, scale
         ):
             group = q.shape[1] // k.shape[1]
+            assert not (lse == -torch.inf).any()
             padded = torch.nn.functional.pad(lse[..., 0], (0, -n_q % 32), value=torch.inf)
             o = o.transpose(1, 2).contiguous().transpose(1, 2)
             dq, dk, dv, _ = fake_efficient.Aten._scaled_dot_product_efficient_attention_backward(
