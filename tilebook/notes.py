@@ -13,15 +13,24 @@ import torch
 Note = TypeVar("Note")
 
 
+def state(x: torch.Tensor) -> tuple[int, int]:
+    """What is another after x has been written to, or been given other memory.
+
+    Not after writes through `x.data`, NumPy or DLPack, which PyTorch does not count either.
+    """
+    placed = type(x) is torch.Tensor and torch._C._has_storage(x)
+    return x._version, x.data_ptr() if placed else 0
+
+
 class Notes(Generic[Note]):
     """Notes of one kind, by tensor.
 
-    held: `id` of a tensor → (the tensor, its version when it was noted, the note). `native/notes.cpp` looks whether
+    held: `id` of a tensor → (the tensor, its `state` when it was noted, the note). `native/notes.cpp` looks whether
           there is one; only `of` tells whether it still holds.
     """
 
     def __init__(self) -> None:
-        self.held: dict[int, tuple[weakref.ref[torch.Tensor], int, Note]] = {}
+        self.held: dict[int, tuple[weakref.ref[torch.Tensor], tuple[int, int], Note]] = {}
 
     def put(self, x: torch.Tensor, note: Note) -> None:
         """Notes it, unless it is an inference tensor: nobody could tell whether that has been written to."""
@@ -34,14 +43,14 @@ class Notes(Generic[Note]):
             if found is not None and found[0] is there:
                 held.pop(key, None)
 
-        held[key] = weakref.ref(x, gone), x._version, note
+        held[key] = weakref.ref(x, gone), state(x), note
 
     def of(self, x: torch.Tensor) -> Note | None:
         """The note on a tensor that nobody has written to since; a view or a copy has none."""
         found = self.held.get(id(x))
         if found is None or found[0]() is not x:
             return None
-        return found[2] if not x.is_inference() and x._version == found[1] else None
+        return found[2] if not x.is_inference() and state(x) == found[1] else None
 
     def drop(self, x: torch.Tensor) -> None:
         """Takes its note away."""

@@ -12,6 +12,7 @@ from programs.hf_models import inputs, made, step
 
 import tilebook
 from tilebook import dispatch, enabling
+from tilebook.huggingface import sdpa
 from tilebook.huggingface.sdpa import noting
 from tilebook.kernels import attention as package
 from tilebook.kernels.attention import structure
@@ -212,6 +213,7 @@ def test_small_masks_are_not_noted(n, expected, monkeypatch):
     keep[0, 0] = 0
     with tilebook.enabled():
         assert structure.notes.of(masking_utils.create_causal_mask(config, x, keep, None)) is None
+        monkeypatch.setattr(sdpa, "capturing", lambda x: False)
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
         mask = masking_utils.create_causal_mask(config, x, keep, None)
         assert (structure.notes.of(mask) is not None) == expected

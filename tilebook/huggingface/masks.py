@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return mask
 
 
-def note(mask: Tensor, **given: Any) -> Note | None:
+def note(mask: Tensor, /, **given: Any) -> Note | None:
     """Notes the structure of a mask that transformers has made of these arguments, if it may have one that we know.
 
     Nothing is computed yet.
@@ -80,6 +81,8 @@ def described(
     """
     if not isinstance(q_offset, int) or (attention_mask is not None and attention_mask.ndim != 2):
         return None  # a static cache has its offset on the GPU
+    if q_offset < 0:  # rows before the first one
+        return None
     parts = _parts(mask_function)
     kinds = [kind for kind, _ in parts]
     if "?" in kinds or len(set(kinds)) < len(kinds) or not _understood():
@@ -88,10 +91,14 @@ def described(
     causal, packs, window = "causal" in of, of.get("packs"), None
     if "positions" in of and (packs is None or capturing(packs) or not torch.equal(packs, _packs(of["positions"]))):
         return None
+    if packs is not None and "positions" not in of and not _in_runs(packs):
+        return None
     if "left" in of:
         window = (of["left"] - 1, -1)
     elif "both" in of:
         window = (of["both"], of["both"])
+    if window is not None and (window[0] < 0 or {"left", "both"} <= {*of}):
+        return None
     # A kernel's diagonal ends in the last row and column or, if it is causal, starts in the first.
     shift = q_offset - kv_offset
     corner: Causal = "bottom_right" if shift == kv_length - q_length else "top_left"
@@ -112,13 +119,14 @@ def _parts(function: Any) -> list[tuple[str, Any]]:
 
     Its functions are closures. Which one a part is, is told by its code; and unknown code is ("?", None).
     """
-    code: Any = getattr(function, "__code__", None)
+    code = function.__code__ if type(function) is FunctionType else None
     kind = _kinds().get(id(code), "?")
     if kind in ("causal", "all"):
         return [(kind, None)]
     cells: Any = getattr(function, "__closure__", None) or ()
     if kind == "positions":
-        inner = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+        names = function.__code__.co_freevars
+        inner = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
         if isinstance(inner.get("position_ids"), Tensor) and callable(inner.get("mask_function")):
             return [*_parts(inner["mask_function"]), (kind, inner["position_ids"])]
     held = cells[0].cell_contents if len(cells) == 1 else None
@@ -146,6 +154,13 @@ def _kinds() -> dict[int, str]:
     if remap is not None:
         found["positions"] = remap(theirs.causal_mask_function, None)
     return {id(function.__code__): kind for kind, function in found.items()}
+
+
+def _in_runs(packs: Tensor) -> bool:
+    """Are the tokens of each pack beside each other? The host waits for it."""
+    if packs.is_floating_point() or packs.is_complex() or capturing(packs):
+        return False
+    return bool((packs[..., 1:] >= packs[..., :-1]).all())
 
 
 def _packs(positions: Tensor) -> Tensor:

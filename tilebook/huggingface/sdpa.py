@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tilebook.dispatch import forced
 from tilebook.huggingface import OLDEST
-from tilebook.huggingface.masks import note
+from tilebook.huggingface.masks import capturing, note
 from tilebook.kernels.attention.drop_in import BOUNDS
 
 NAME = "sdpa"
@@ -62,8 +62,11 @@ class _Noting:
 
 
 def _worth(mask: Tensor) -> bool:
-    """May attention under this mask be large enough for its note to be looked at?"""
-    return (mask.is_cuda and mask.numel() > FEW) or forced()
+    """May attention under this mask be large enough for its note to be looked at?
+
+    A mask that a graph makes has other numbers after each replay.
+    """
+    return (mask.is_cuda and mask.numel() > FEW and not capturing(mask)) or forced()
 
 
 def _known() -> bool:

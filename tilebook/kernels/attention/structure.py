@@ -19,7 +19,7 @@ from tilebook.casting import factor_dtype
 from tilebook.dispatch import forced
 from tilebook.kernels.attention.check import Causal
 from tilebook.left import ORDINARY, again, recall
-from tilebook.notes import Notes
+from tilebook.notes import Notes, state
 
 __all__ = ["PACKED", "Lengths", "Note", "Structure", "by_note", "capturing", "notes"]
 
@@ -68,12 +68,13 @@ class Structure:
         """Those of the packs. The host waits for them, once for all layers."""
         assert self.packs is not None
         if self._lengths is None:
-            first = torch.ones_like(self.packs, dtype=torch.bool)
-            first[:, 1:] = self.packs.diff(dim=1) != 0
-            starts = first.flatten().nonzero().flatten().to(torch.int32)
-            ends = F.pad(starts, (0, 1), value=self.packs.numel())
-            longest = int(ends.diff().max())
-            self._lengths = Lengths(ends, ends, longest, longest)
+            with torch.inference_mode(False), torch.no_grad():  # tensors of inference no graph could keep
+                first = torch.ones_like(self.packs, dtype=torch.bool)
+                first[:, 1:] = self.packs.diff(dim=1) != 0
+                starts = first.flatten().nonzero().flatten().to(torch.int32)
+                ends = F.pad(starts, (0, 1), value=self.packs.numel())
+                longest = int(ends.diff().max())
+                self._lengths = Lengths(ends, ends, longest, longest)
         return self._lengths
 
 
@@ -94,7 +95,7 @@ class Note:
     ) -> None:
         self.packed = packed
         self._describe = describe
-        self._made_of = [(x, x._version) for x in made_of]
+        self._made_of = [(x, state(x)) for x in made_of]
         self._found: dict[int, Structure | None] = {}
 
     def structure(self, x: Tensor) -> Structure | None:
@@ -113,8 +114,11 @@ class Note:
         return found
 
     def _looked(self) -> Structure | None:
-        if any(each._version != version for each, version in self._made_of):
+        if any(state(each) != before for each, before in self._made_of):
             return None
+        for each, _ in self._made_of:
+            if each.is_cuda:  # it may be gone before this stream has read it
+                each.record_stream(torch.cuda.current_stream(each.device))
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference no graph could keep
             return self._describe()
 
