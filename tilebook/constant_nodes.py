@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
 from tilebook.sizes import Unknown, size
 
-CHECKPOINT = "tag_activation_checkpoint"
+_CHECKPOINT = "tag_activation_checkpoint"
 """The operator that runs a graph, and runs it again in the backward pass."""
 
 Constants = Mapping[Node, Callable[[], torch.Tensor]]
@@ -162,15 +162,25 @@ def _only_reads(node: Node) -> bool:
     return not schema.is_mutable if schema is not None else node.target in _READERS
 
 
-def _harmless(node: Node, given: Node) -> bool:
-    """Does it run a graph, and again in the backward pass, that writes nothing to what it is given there?"""
-    body = node.args[0] if node.args and getattr(node.target, "__name__", "") == CHECKPOINT else None
-    owner = node.graph.owning_module
-    inner = getattr(owner, str(body.target), None) if isinstance(body, Node) and body.op == "get_attr" else None
-    if not isinstance(inner, GraphModule):
-        return False
+def checkpointed(node: Node) -> GraphModule | None:
+    """The graph that a node runs, and runs again in the backward pass."""
+    body = node.args[0] if node.args and getattr(node.target, "__name__", "") == _CHECKPOINT else None
+    if not isinstance(body, Node) or body.op != "get_attr":
+        return None
+    inner = getattr(node.graph.owning_module, str(body.target), None)
+    return inner if isinstance(inner, GraphModule) else None
+
+
+def operands(node: Node, inner: GraphModule) -> list[tuple[Node, Node]]:
+    """The nodes that what is checkpointed is given, each with its placeholder."""
     places = [each for each in inner.graph.nodes if each.op == "placeholder"]
-    mine = [place for place, each in zip(places, node.args[1:], strict=False) if each is given]
+    return [(place, each) for place, each in zip(places, node.args[1:]) if isinstance(each, Node)]  # noqa: B905
+
+
+def _harmless(node: Node, given: Node) -> bool:
+    """Is it what is checkpointed, and writes nothing to what it is given there?"""
+    inner = checkpointed(node)
+    mine = [place for place, each in operands(node, inner) if each is given] if inner is not None else []
     return bool(mine) and not written(mine)
 
 

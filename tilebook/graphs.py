@@ -22,7 +22,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tilebook.casting import factor_dtype
-from tilebook.constant_nodes import CHECKPOINT, Constants, numbers, pure, shape_of, written, written_to
+from tilebook.constant_nodes import Constants, checkpointed, numbers, operands, pure, shape_of, written, written_to
 from tilebook.kernels.attention.drop_in import TRACED
 from tilebook.kernels.attention.layout import like
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
@@ -36,13 +36,12 @@ _WIDEST = 256
 """Of heads that PyTorch's fused kernels take, and so share keys among."""
 
 
-def simplified(module: GraphModule, given: Constants | None = None) -> int:
+def simplified(module: GraphModule) -> int:
     """Replaces masks of a graph of torch functions, as Dynamo makes them, by what they show.
 
-    given: placeholders whose numbers are known. Returns how many calls of attention were changed. All is looked at
-    before anything is changed.
+    Returns how many calls of attention were changed. All is looked at before anything is changed.
     """
-    changes, replaced = list(_changes(module, given or {})), dict[Node, Node]()
+    changes, replaced = list(_changes(module, {})), dict[Node, Node]()
     for change in changes:
         change.make(replaced)
     for changed in {id(each.module): each.module for each in changes}.values():
@@ -54,7 +53,8 @@ def simplified(module: GraphModule, given: Constants | None = None) -> int:
 
 
 def _changes(module: GraphModule, given: Constants) -> Iterator[_Change]:
-    """What can be changed in a graph, and in those that it runs again in the backward pass."""
+    """What can be changed in a graph, and in those that it runs again in the backward pass. given: placeholders whose
+    numbers are known."""
     if not _chosen_freely(module.graph):
         return
     # Layers have one mask: it is looked at once.
@@ -65,8 +65,8 @@ def _changes(module: GraphModule, given: Constants) -> Iterator[_Change]:
             change = _change(module, node, shown)
             if change is not None:
                 yield change
-        inner = _checkpointed(module, node)
-        if inner is not None:
+        inner = checkpointed(node)
+        if inner is not None and len(node.args[0].users) == 1:  # no other node runs it
             known = _known(node, inner, maker)
             yield from _by_keys(node, inner, shown, known)
             yield from _changes(inner, known)
@@ -259,26 +259,9 @@ def _uncopied(copies: Node) -> Node | None:
 Maker = Callable[[], torch.Tensor]
 
 
-def _checkpointed(module: GraphModule, node: Node) -> GraphModule | None:
-    """The graph that a node runs again in the backward pass, and no other node runs."""
-    if node.op != "call_function" or getattr(node.target, "__name__", "") != CHECKPOINT or not node.args:
-        return None
-    body = node.args[0]
-    if not isinstance(body, Node) or body.op != "get_attr" or len(body.users) != 1:
-        return None
-    inner = getattr(module, str(body.target), None)
-    return inner if isinstance(inner, GraphModule) else None
-
-
-def _operands(node: Node, inner: GraphModule) -> list[tuple[Node, Node]]:
-    """The tensors that such a node is given, each with its placeholder."""
-    places = [each for each in inner.graph.nodes if each.op == "placeholder"]
-    return [(place, each) for place, each in zip(places, node.args[1:]) if isinstance(each, Node)]  # noqa: B905
-
-
 def _known(node: Node, inner: GraphModule, maker: Callable[[Node], Maker | None]) -> Constants:
     """What is known of the inputs of what is checkpointed. maker: `_maker`."""
-    made = {place: maker(each) for place, each in _operands(node, inner)}
+    made = {place: maker(each) for place, each in operands(node, inner)}
     return {place: make for place, make in made.items() if make is not None}
 
 
@@ -288,7 +271,7 @@ def _by_keys(
     """What can be changed in what is checkpointed where its masks are limits, and keys that it is given. shown: of
     `shown_by`."""
     passing = functools.cache(functools.partial(_given, node, inner))
-    for place, mask in _operands(node, inner):
+    for place, mask in operands(node, inner):
         sizes = (shape_of(mask) or ())[-2:]
         if len(sizes) < 2 or place in constants or mask.meta["example_value"].dtype != torch.bool or written((place,)):
             continue
