@@ -3,6 +3,7 @@
 import pytest
 
 from tilebook.huggingface import attention
+from tilebook.kernels.varlen import packs
 
 
 @pytest.fixture
@@ -16,16 +17,16 @@ def called(monkeypatch):
     """The options of each call of our functions, and the tensors by name."""
     calls = []
 
-    def spy(name, *names):
-        ours = getattr(attention, name)
+    def spy(module, name, *names):
+        ours = getattr(module, name)
 
         def function(*tensors, **options):
             calls.append((name, dict(zip(names, tensors, strict=True)) | options))
             return ours(*tensors, **options)
 
-        monkeypatch.setattr(attention, name, function)
+        monkeypatch.setattr(module, name, function)
 
-    spy("attention", "q", "k", "v")
-    spy("scaled_dot_product_attention", "q", "k", "v", "attn_mask", "dropout_p", "causal")
-    spy("attention_varlen", "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+    spy(attention, "attention", "q", "k", "v")
+    spy(attention, "scaled_dot_product_attention", "q", "k", "v", "attn_mask", "dropout_p", "causal")
+    spy(packs, "attention_varlen", "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
     return calls

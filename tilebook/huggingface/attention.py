@@ -16,7 +16,7 @@ from tilebook.huggingface.masks import Lengths, Structure, capturing, noted
 from tilebook.kernels.attention import attention, scaled_dot_product_attention
 from tilebook.kernels.attention.check import Causal
 from tilebook.kernels.attention.drop_in import BOUNDS
-from tilebook.kernels.varlen import attention_varlen
+from tilebook.kernels.varlen.packs import flattened
 from tilebook.notes import Notes
 
 NAME = "tilebook"
@@ -210,14 +210,9 @@ class _Call:
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor, structure: Structure, lengths: Lengths) -> Tensor:
         """The same of packed sequences, by their ends in the flattened batch."""
-        batch, heads, n_q, _ = q.shape
-        q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k, v))
-        o = attention_varlen(
-            q, k, v, lengths.cu_seqlens_q, lengths.cu_seqlens_k, max_seqlen_q=lengths.max_seqlen_q,
-            max_seqlen_k=lengths.max_seqlen_k, causal=bool(structure.causal), window=structure.window,
-            scale=self.scale, softcap=self.softcap, deterministic=self.deterministic,
-        )  # fmt: skip
-        return o.reshape(batch, n_q, heads, -1).transpose(1, 2)
+        return flattened(
+            q, k, v, structure, lengths, scale=self.scale, softcap=self.softcap, deterministic=self.deterministic
+        )
 
 
 def _blocks(query: Tensor, key: Tensor, lengths: Lengths, causal: bool) -> Tensor:
