@@ -119,12 +119,23 @@ def test_what_is_not_within_limits_is_refused_in_one_line(
         ("file:///none.jsonl", 1, "No such file"),
         ("http://127.0.0.1:1/x.jsonl", 1, "cannot be read: "),
         ("http://[nonsense/x.jsonl", 2, "is no URL"),
+        ("file:///x%00.jsonl", 2, "no file is called so"),
     ],
 )
 def test_other_urls_are_refused_in_one_line(fetch: Callable[..., Result], url: str, status: int, said: str) -> None:
     told = fetch(url, status=status).stderr
     assert said in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "1e305", "0", "-1"])
+def test_what_is_no_size_is_wrong_usage(fetch: Callable[..., Result], size: str) -> None:
+    assert "Invalid value for '--max-size'" in fetch("http://127.0.0.1:1/x", "--max-size", size, status=2).stderr
+
+
+@pytest.mark.parametrize("time", ["1e300", "9e9h"])
+def test_a_time_out_may_be_as_long_as_anybody_likes(fetch: Callable[..., Result], server: str, time: str) -> None:
+    assert "1 verdicts imported" in fetch(f"{server}/verdicts.jsonl", "--timeout", time).stderr
 
 
 def test_nobody_is_led_away_from_https() -> None:

@@ -138,6 +138,8 @@ DAMAGE = {
     "UPDATE verdict SET notes = '[' WHERE id = 1": "1 damaged verdicts",
     "UPDATE trial SET reason = 'another'": "4 damaged trials",
     "UPDATE miss SET calls = 99": "1 damaged problems asked for",
+    "UPDATE trial SET time_ms = 9e999": "4 damaged trials",
+    "UPDATE trial SET reason = x'00ff'": "4 damaged trials",
     "UPDATE finalist SET place = 3 WHERE id = 2": "1 damaged verdicts",
     "DELETE FROM environment": "refers to one of 'environment' that is not there",
     "DELETE FROM verdict WHERE id = 2": "refers to one of 'verdict' that is not there",
@@ -154,7 +156,11 @@ def test_what_is_damaged_is_found_and_set_aside(run: Run, mine: Path, statement:
     assert mine.read_bytes() == before
     assert "whole" in run("check", "--repair").stdout
     left(mine)
-    kept = [json.loads(line) for file in mine.parent.glob("*.damaged-*") for line in file.read_text().splitlines()]
+    kept = [
+        json.loads(line, parse_constant=pytest.fail)
+        for file in mine.parent.glob("*.damaged-*")
+        for line in file.read_text().splitlines()
+    ]
     assert all(each["table"] in ("verdict", "trial", "miss") for each in kept)
     assert bool(kept) == ("DELETE FROM verdict" not in statement)
     assert run("check").stdout.endswith("whole\n")

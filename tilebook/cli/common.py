@@ -6,6 +6,7 @@ import codecs
 import importlib
 import io
 import json
+import os
 import re
 import sys
 import warnings
@@ -33,6 +34,10 @@ DTYPE = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), hel
 FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
 
 
+_LONGEST_S = 3e9
+"""About a century, for which a system still waits."""
+
+
 class Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     """A duration above zero: 180s, 5m, 1h, or a number of seconds."""
 
@@ -47,7 +52,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             self.fail(f"{value!r} is not a duration such as 180s, 5m or 1h", param, ctx)
         if not 0 < seconds < float("inf"):
             self.fail(f"{value!r} is not a duration above zero", param, ctx)
-        return seconds
+        return min(seconds, _LONGEST_S)
 
 
 class Moment(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -158,7 +163,9 @@ class _Ascii(io.TextIOWrapper):
 
 
 def _printable(stream: Any) -> Any:
-    """The stream, or one in its place, on which whatever we print can be printed."""
+    """The stream, or one in its place, on which whatever we print can be printed; nowhere, where it is closed."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.reconfigure(errors="tilebook.plain")
@@ -216,7 +223,7 @@ class _Tidy(click.Group):
         from tilebook.errors import TilebookError, UsageError
 
         def told(message: Warning | str, *_: Any, **__: Any) -> None:
-            click.echo(f"tilebook: {one_line(message)}", err=True)
+            click.echo(f"tilebook: {one_line(message).removeprefix('tilebook: ')}", err=True)
 
         try:
             with warnings.catch_warnings():

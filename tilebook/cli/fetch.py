@@ -47,6 +47,8 @@ def _local(url: str) -> IO[bytes]:
     if parts.netloc not in ("", "localhost"):
         raise UsageError(f"{url}: a file of another machine cannot be read")
     path = Path(unquote(parts.path))
+    if "\0" in str(path):
+        raise UsageError(f"{url}: no file is called so")
     if path.exists() and not path.is_file():
         raise RegistryError(f"{url} is no file")
     return path.open("rb")

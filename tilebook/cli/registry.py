@@ -246,6 +246,19 @@ def _written(
     return gathered.write(stream), layers.problems
 
 
+class _Megabytes(click.FloatRange):
+    """A size above zero, of a number that is one."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, max=1e9, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if found != found:
+            self.fail(f"{value!r} is no size", param, ctx)
+        return found
+
+
 class _Source(click.Path):
     """A file that is there, -, or a URL."""
 
@@ -270,9 +283,7 @@ class _Source(click.Path):
     help="Serve its verdicts without verifying them here first, and honour its revocations"
     " (default: if it is signed by a key that you trust, see `tilebook keys`).",
 )
-@click.option(
-    "--max-size", type=click.FloatRange(min=0, min_open=True), default=256, show_default=True, help="Of a URL, MB."
-)
+@click.option("--max-size", type=_Megabytes(), default=256, show_default=True, help="Of a URL, MB.")
 @click.option("--timeout", type=Seconds(), metavar="TIME", default="60s", show_default=True, help="For a URL.")
 @REGISTRY
 def import_(file: str, trust: bool | None, max_size: float, timeout: float, registry: str | None) -> None:
