@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -84,8 +85,9 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resu
 def test_what_a_url_names_is_imported_and_not_trusted(
     fetch: Callable[..., Result], server: str, tmp_path: Path, way: str
 ) -> None:
-    (tmp_path / "a file.jsonl").write_text(TEXT)
-    assert "1 verdicts imported" in fetch(f"file://{tmp_path}/a%20file.jsonl" if way == "file" else server + way).stderr
+    (tmp_path / os.fsdecode(b"a file\xff.jsonl")).write_text(TEXT)
+    url = f"file://{tmp_path}/a%20file%ff.jsonl" if way == "file" else server + way
+    assert "1 verdicts imported" in fetch(url).stderr
     with Registry.open(tmp_path / "r.db") as registry:
         assert [(each.trusted, each.origin) for each in registry.verdicts()] == [(False, "imported")]
 

@@ -61,6 +61,12 @@ def test_what_a_strangers_tables_hold_is_shown_escaped_and_ends_nothing(run: Run
     run("remove", "--dtype", "bf16", "--yes")
 
 
+@pytest.mark.parametrize("command", ["remove", "prune", "show", "diff user user", "export -"])
+def test_what_is_no_name_of_an_op_is_wrong_usage(run: Run, mine: Path, command: str) -> None:
+    for name in ("\udcff", "a b", "\x1b[2J"):
+        assert "is no name of an op" in run(*command.split(), "--op", name, status=2).output
+
+
 def test_nothing_is_removed_unasked(run: Run, mine: Path) -> None:
     assert "Remove 4 verdicts and 4 trials" in run("remove", "--gpu", "H200", input="n\n", status=1).stderr
     assert "Aborted" in run("remove", "--gpu", "H200", input="", status=1).stderr

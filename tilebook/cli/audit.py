@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tilebook.cli.common import FORMAT, REGISTRY, Seconds, example, main
+from tilebook.cli.common import FORMAT, REGISTRY, Op, Seconds, example, main
 
 if TYPE_CHECKING:
     from tilebook.tuner.audit.run import Report
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--op", metavar="OP", help="Only verdicts of this op."),
+    click.option("--op", type=Op(), metavar="OP", help="Only verdicts of this op."),
     click.option("--gpu", "index", type=click.IntRange(min=0), help="The CUDA index of the GPU to use (default: 0)."),
     click.option(
         "--budget",

@@ -28,11 +28,26 @@ SUITES = click.option(
     multiple=True,
     help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
 )
-OP = click.option("--op", metavar="OP", help="Only this op.")
 GPU = click.option("--gpu", metavar="NAME", help="Only GPUs whose name has these words: H200, rtx 4090.")
 DTYPE = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Only problems of this dtype.")
 FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
 
+
+class Op(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """The name of an op that records may be of, be it here or not."""
+
+    name = "op"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from tilebook.registry import checks
+
+        try:
+            return checks.name(value, "it") if value else value
+        except ValueError:
+            self.fail(f"{checks.quoted(value)} is no name of an op", param, ctx)
+
+
+OP = click.option("--op", type=Op(), metavar="OP", help="Only this op.")
 
 _LONGEST_S = 3e9
 """About a century, for which a system still waits."""
