@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tilebook.errors import UsageError
 from tilebook.registry.records import Status, Trial
+from tilebook.registry.target import refuse_journal
 from tilebook.report.rows import label
 
 _MARK = "tilebook:sha256"
@@ -123,6 +124,7 @@ def _refuse_foreign(file: Path) -> bool:
         return False
     with contextlib.suppress(sqlite3.Error), contextlib.ExitStack() as cleanup:
         if file.is_file():  # SQLite would wait for what a pipe has
+            refuse_journal(file)
             found = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)
             cleanup.callback(found.close)
             found.execute("SELECT library_version FROM version_info, study_directions")
