@@ -76,7 +76,10 @@ def _late(url: str, seconds: float) -> RegistryError:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows where a server sends us, but not from https to http, and to nothing that is no web address."""
+    """Follows where a server sends us, but not from https to http, and to nothing that is no web address.
+
+    What a server says beside is not read: it may be without end.
+    """
 
     max_redirections = 5
 
@@ -86,6 +89,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         before, after = urlsplit(req.full_url).scheme.lower(), urlsplit(newurl).scheme.lower()
         if after not in ("http", "https") or (before == "https" and after == "http"):
             raise RegistryError(f"{req.full_url} leads to {newurl!a}, which is not followed")
+        fp.close()
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
