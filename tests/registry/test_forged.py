@@ -72,6 +72,7 @@ FORGED_BESIDE = {
     "a default of another time": ["UPDATE finalist SET is_default = 1 WHERE verdict_id = 1"],
     "a default of a prediction": ["UPDATE verdict SET default_time_ms = 1.0 WHERE id = 2"],
     "a flag that is none": ["UPDATE finalist SET is_default = 2 WHERE verdict_id = 1"],
+    "a finalist's speed-up that is none": ["UPDATE finalist SET speedup = 'fast' WHERE verdict_id = 1"],
     "a prediction of no time": ["UPDATE finalist SET predicted_ms = 0.0 WHERE verdict_id = 2"],
 }
 

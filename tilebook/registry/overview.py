@@ -22,7 +22,7 @@ from tilebook.registry.contents import Contents
 from tilebook.registry.notes import notes
 from tilebook.registry.reading import JOINS, condition_of
 from tilebook.registry.records import Device, Environment
-from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served
+from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS
 from tilebook.registry.sql import Sql
 from tilebook.registry.texts import Columns, Text, finalist_text, text_of
 from tilebook.registry.verdict import Speedup, Verdict, VerdictStatus, check_contest, slowness
@@ -164,7 +164,7 @@ def _overview(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Overvie
     status, ours, interval = (
         VerdictStatus(found.status),
         optional_number(default_ms, "default_time_ms"),
-        _interval(found),
+        _speedup(found.speedup, found.speedup_low, found.speedup_high),
     )
     check_contest(status, candidates, ours, interval)
     known = {tuple(each[2:4]) for each in finalists}
@@ -194,12 +194,12 @@ def _candidate(found: served.Finalist, row: Sequence[Any]) -> Candidate:
     predicted_ms, default = optional_number(row[6], "predicted_ms"), row[7]
     if predicted_ms == 0 or default not in (0, 1):
         raise ValueError("a prediction of no time, or a flag that is none")
+    _speedup(*row[8:11])
     return Candidate(found.implementation, found.config, found.time_ms, predicted_ms, bool(default))
 
 
-def _interval(found: Served) -> Speedup | None:
-    values = found.speedup, found.speedup_low, found.speedup_high
-    return None if values == (None, None, None) else Speedup(*values)  # type: ignore[arg-type]
+def _speedup(*values: Any) -> Speedup | None:
+    return None if values == (None, None, None) else Speedup(*values)
 
 
 @functools.lru_cache(256)
