@@ -6,6 +6,7 @@ import codecs
 import importlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -275,9 +276,25 @@ def main() -> None:
     """Finds the fastest correct way to run attention and MLPs on a GPU, keeps it, and serves it to model code."""
 
 
+def as_json(data: Any, indent: int | None = None) -> str:
+    """JSON for any reader: numbers that are not finite, which ratios of a stranger's numbers may be, are null."""
+    try:
+        return json.dumps(data, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def print_json(rows: Sequence[dict[str, Any]]) -> None:
     """A list with a row a line: to be read by `jq` and `grep` alike, however many there are."""
-    click.echo("[" + ",".join(f"\n{json.dumps(row)}" for row in rows) + ("\n]" if rows else "]"))
+    click.echo("[" + ",".join(f"\n{as_json(row)}" for row in rows) + ("\n]" if rows else "]"))
 
 
 def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False, nothing: str = "") -> None:

@@ -18,6 +18,7 @@ from tilebook.cli.common import (
     REGISTRY,
     SINCE,
     Seconds,
+    as_json,
     example,
     is_problem,
     known_op,
@@ -102,7 +103,7 @@ def explain(op: str, shape: str, dtype: str, gpu: str | None, registry: str | No
     else:
         found = ops.get(op)
         text, data = describe(found, found.problem.parse(shape, dtype), gpu, registry)
-    click.echo(json.dumps(data, indent=2) if format_ == "json" else text)
+    click.echo(as_json(data, indent=2) if format_ == "json" else text)
 
 
 @main.command(epilog=example("tilebook status --gpu H200"))
@@ -116,7 +117,7 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
     text, data = describe(gpu, registry)
     for problem in data["problems"]:
         click.echo(f"tilebook: {problem}", err=True)
-    click.echo(json.dumps(data, indent=2) if format_ == "json" else text)
+    click.echo(as_json(data, indent=2) if format_ == "json" else text)
 
 
 @main.command(
@@ -382,10 +383,10 @@ def revoke(
     elif op is not None:
         made = revoking.make(op, implementation, config, arch, triton, kernel, reason)
         new, rows = revoking.revoke(layers, made)
-        click.echo(json.dumps(rows, indent=2) if format_ == "json" else revoking.told(made, new, rows))
+        click.echo(as_json(rows, indent=2) if format_ == "json" else revoking.told(made, new, rows))
     else:
         rows = [revoking.row(layer, each) for layer, each in layers.revocations()]
         for problem in layers.problems:
             click.echo(f"tilebook: {problem}", err=True)
         text = "\n".join(map(revoking.line, rows)) or "no revocations"
-        click.echo(json.dumps(rows, indent=2) if format_ == "json" else text)
+        click.echo(as_json(rows, indent=2) if format_ == "json" else text)
