@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from tilebook.errors import RegistryError
+from tilebook.registry import held
 from tilebook.registry.checks import quoted
 from tilebook.registry.target import Locked, beside, refuse_journal, sniff
 
@@ -169,7 +170,8 @@ def _recovered(path: Path, folder: Path) -> Path:
         with contextlib.suppress(FileNotFoundError):
             if before[1] is not None:
                 shutil.copyfile(_journal(path), _journal(copy))
-            shutil.copyfile(path, copy)
+            with copy.open("wb") as file:
+                file.writelines(held.parts(path))
             if _state(path) == before:
                 break
         _journal(copy).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tilebook.errors import RegistryError
+from tilebook.registry import held
 from tilebook.registry.checks import quoted
 
 if TYPE_CHECKING:
@@ -91,8 +92,7 @@ def sniff(path: Path) -> Header | None:
                 raise RegistryError(f"cannot read registry {path}: {quoted(str(name.name))} is not a regular file")
         refuse_journal(path)
         logged = _size(log) > 0
-        with open(os.open(path, _READ), "rb") as file:
-            head = file.read(100)
+        head = held.read(path, 100)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -121,7 +121,7 @@ def refuse_journal(path: Path) -> None:
     """
     journal = beside(path, "-journal")
     try:
-        with open(os.open(journal, _READ), "rb") as file:
+        with open(os.open(journal, held.READ), "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - len(_MAGIC)))
             end = file.read(len(_MAGIC))
     except OSError:  # most often there is none; of one that cannot be read SQLite reads no name either
@@ -130,9 +130,6 @@ def refuse_journal(path: Path) -> None:
         raise RegistryError(
             f"cannot open registry {path}: {quoted(journal.name)} beside it is no registry's, and names another file"
         )
-
-
-_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 def _size(path: Path) -> int:
