@@ -48,7 +48,7 @@ _TEXTS = (
     "", " ", "x" * 5000, "[red]x[/red]", "[/]", "\x1b[2Jx", "a\nb", "\x00", "‮evil", "../../etc/passwd", "NVIDIA H200",
     "sm_90", "sm_9999", "2026-11-21T02:09:16.661038+00:00", "9999-12-31T23:59:59+00:00", "0001-01-01T00:00:00+00:00",
     "%s%n", "'; DROP TABLE verdict; --", "torch", "triton", "inductor", "predicted", "measured", "ok", "é́́́", "\ud800",
-    "1e999", "-1", "f" * 64, "0" * 64,
+    "1e999", "-1", "f" * 64, "0" * 64, ">=٣.٦",
 )  # fmt: skip
 _NUMBERS = (
     0, 1, -1, 2, 7, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63), 10**40, 0.0, -0.0, 1e-320, 1e-9, 0.5, 1e9, 1.7e308,
@@ -95,6 +95,12 @@ def originals() -> list[dict[str, Any]]:
     )
     found += [{"type": "trial", **each.content()} for each in (trial, failed)] * 4
     found += [{"type": "revocation", **revoked.portable()}] * 4
+    theirs: dict[str, Any] = {
+        "op": "their.module:their_kernel",
+        "problem": '{"dtype":"bf16,int32","key":{"M":64,"form":"causal"}}',
+    }
+    found += [{"type": "verdict", **replace(verdict, **theirs).portable()}] * 4
+    found += [{"type": "trial", **replace(trial, **theirs).content()}] * 2
     for each in found:
         each.pop("sha256", None)
         if each["type"] == "verdict":

@@ -12,7 +12,7 @@ import torch
 from recorded import recording
 
 from tilebook.foreign import record
-from tilebook.foreign.kernel import imported
+from tilebook.foreign.kernel import Kernel, Unfit, imported
 
 pytestmark = pytest.mark.usefixtures("forked_here")
 
@@ -54,6 +54,14 @@ def test_a_count_of_any_size_has_a_weight(content, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(made))
     (entry,) = record.read(tmp_path)
     assert all(each.weight > 0 for each in entry.problems.values())
+
+
+@pytest.mark.parametrize("value", ["\x1b[2J", "a\nb", "\ud800", 2**64, "x" * 2000])
+def test_a_key_that_no_record_may_hold_is_left_out_alone(value):
+    kernel = Kernel(others.scale_kernel)
+    with pytest.raises(Unfit, match="cannot be written down"):
+        kernel.problem([value])
+    assert record.problem(kernel.problem(["a b"]))
 
 
 def test_of_a_kernel_whose_configs_have_changed_the_last_record_counts(content, tmp_path):

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from command_samples import OP, Run, key, today
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from registry_samples import broken_trial, predicted, problem, revocation, signed, trial, verdict
+from registry_samples import broken_trial, miss, predicted, problem, revocation, signed, trial, verdict
 
 import tilebook.cli
 from tilebook.cli import main
@@ -25,6 +25,21 @@ from tilebook.cli.common import COMMANDS, Moment
 from tilebook.registry import Registry, Speedup, export
 from tilebook.registry.filereader import FileReader
 from tilebook.registry.gathering import merge
+
+
+def test_a_strangers_numbers_that_have_no_end_are_json_all_the_same(run: Run, tmp_path: Path) -> None:
+    with Registry.open(tmp_path / "mine.db", write=True) as registry:
+        registry.merge(verdicts=[today(time_ms=5e-324)])
+        registry.count_misses([miss(rows, 2**62, 1e308, problem=key(f"M{rows},N256")) for rows in (8, 16)])
+    with Registry.open(tmp_path / "theirs.db", write=True) as registry:
+        registry.merge(verdicts=[today(time_ms=1e308)])
+    run("export", tmp_path / "theirs.jsonl", "--registry", tmp_path / "theirs.db")
+    told = run("diff", tmp_path / "mine.db", tmp_path / "theirs.jsonl", "--format", "json").stdout
+    assert [each["ratio"] for each in json.loads(told, parse_constant=pytest.fail)] == [None]
+    status = ("status", "--gpu", "H200", "--registry", tmp_path / "mine.db")
+    asked = json.loads(run(*status, "--format", "json").stdout, parse_constant=pytest.fail)
+    assert (asked["asked_s"], [each["share"] for each in asked["asked"]]) == (None, [0.0, 0.0])
+    assert "nan" not in run(*status).stdout
 
 
 def test_a_time_is_a_date_or_how_long_ago() -> None:

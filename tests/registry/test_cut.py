@@ -17,7 +17,7 @@ from tilebook.registry.texts import VERDICT, Written, columns, values
 
 SHIPPED = sorted((Path(tilebook.__file__).parent / "shipped").glob("*/*.jsonl"))
 ODD = verdict(
-    problem=json.dumps({"note": 'a "quoted" \\ text, "op":"x" }] é\n'}, sort_keys=True, separators=(",", ":")),
+    problem=json.dumps({"note": 'a "quoted" \\ text, "op":"x" }] é'}, sort_keys=True, separators=(",", ":")),
     device=type(A100)('A "GPU" \\ of é', "sm_90", 7),
     notes={"text": 'ü,"op":"rms_norm_fwd","problem":"{}"', "list": [1, None, True, -2.5e-7, {"a": {}}]},
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +24,7 @@ from tilebook.registry import Registry
 
 OP = ops.get("rms_norm_fwd")
 TEXT = signed({"type": "verdict", **verdict(problem=OP.problem.parse("M64,N256", "bf16").key, config={}).portable()})
+SENT: list[int] = []  # bytes of what had no end
 OVER = threading.Event()  # lets go what a server holds back
 
 
@@ -34,15 +38,14 @@ class Server(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", self.path.removeprefix("/to/"))
             self.end_headers()
+            if "endless" in self.path:
+                self.endless()
             return
         self.send_response(200)
         if self.path == "/endless":  # of no length that it tells
             self.end_headers()
-            while not OVER.is_set():
-                try:
-                    self.wfile.write(b"x" * 65536)
-                except OSError:
-                    return
+            self.endless()
+            return
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.path == "/drip":
@@ -51,6 +54,15 @@ class Server(BaseHTTPRequestHandler):
             OVER.wait(60)
             return
         self.wfile.write(body[:20] if self.path == "/torn" else body)
+
+    def endless(self) -> None:
+        sent = 0
+        while not OVER.is_set():
+            try:
+                sent += self.wfile.write(b"x" * 65536)
+            except OSError:
+                break
+        SENT.append(sent)
 
     def log_message(self, *_: object) -> None: ...
 
@@ -84,8 +96,9 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resu
 def test_what_a_url_names_is_imported_and_not_trusted(
     fetch: Callable[..., Result], server: str, tmp_path: Path, way: str
 ) -> None:
-    (tmp_path / "a file.jsonl").write_text(TEXT)
-    assert "1 verdicts imported" in fetch(f"file://{tmp_path}/a%20file.jsonl" if way == "file" else server + way).stderr
+    (tmp_path / os.fsdecode(b"a file\xff.jsonl")).write_text(TEXT)
+    url = f"file://{tmp_path}/a%20file%ff.jsonl" if way == "file" else server + way
+    assert "1 verdicts imported" in fetch(url).stderr
     with Registry.open(tmp_path / "r.db") as registry:
         assert [(each.trusted, each.origin) for each in registry.verdicts()] == [(False, "imported")]
 
@@ -119,6 +132,7 @@ def test_what_is_not_within_limits_is_refused_in_one_line(
         ("file:///none.jsonl", 1, "No such file"),
         ("http://127.0.0.1:1/x.jsonl", 1, "cannot be read: "),
         ("http://[nonsense/x.jsonl", 2, "is no URL"),
+        ("file:///x%00.jsonl", 2, "no file is called so"),
     ],
 )
 def test_other_urls_are_refused_in_one_line(fetch: Callable[..., Result], url: str, status: int, said: str) -> None:
@@ -127,8 +141,28 @@ def test_other_urls_are_refused_in_one_line(fetch: Callable[..., Result], url: s
     assert told.count("\n") == 1
 
 
+def test_what_a_server_says_as_it_sends_us_on_is_not_read(fetch: Callable[..., Result], server: str) -> None:
+    SENT.clear()
+    assert "1 verdicts imported" in fetch(f"{server}/to//verdicts.jsonl?endless", "--timeout", "10").stderr
+    waited = time.monotonic() + 5
+    while not SENT and time.monotonic() < waited:
+        time.sleep(0.01)
+    assert SENT
+    assert SENT[0] < 16 << 20  # what is on its way
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "1e305", "0", "-1"])
+def test_what_is_no_size_is_wrong_usage(fetch: Callable[..., Result], size: str) -> None:
+    assert "Invalid value for '--max-size'" in fetch("http://127.0.0.1:1/x", "--max-size", size, status=2).stderr
+
+
+@pytest.mark.parametrize("time", ["1e300", "9e9h"])
+def test_a_time_out_may_be_as_long_as_anybody_likes(fetch: Callable[..., Result], server: str, time: str) -> None:
+    assert "1 verdicts imported" in fetch(f"{server}/verdicts.jsonl", "--timeout", time).stderr
+
+
 def test_nobody_is_led_away_from_https() -> None:
-    follow = lambda before, after: _Redirects().redirect_request(Request(before), None, 302, "", None, after)  # type: ignore[arg-type] # noqa: E731
+    follow = lambda before, after: _Redirects().redirect_request(Request(before), io.BytesIO(), 302, "", None, after)  # type: ignore[arg-type] # noqa: E731
     assert follow("http://a/x", "https://b/x") is not None
     with pytest.raises(RegistryError, match="not followed"):
         follow("https://a/x", "http://b/x")

@@ -49,6 +49,14 @@ def test_it_reads_what_the_registry_reads(filled: Path) -> None:
         assert reading.problems == []
 
 
+def test_rows_that_nobody_reads_to_the_end_may_outlive_their_reader(filled: Path) -> None:
+    with FileReader.open(filled) as reading:
+        half_read = [reading.each_trial(), reading.each_verdict(), reading.each_line()]
+        assert all(map(next, half_read))
+    for each in half_read:
+        each.close()  # type: ignore[attr-defined]
+
+
 DAMAGE = [
     "UPDATE verdict SET notes = '[' WHERE id = 1",
     "UPDATE verdict SET trusted = 0 WHERE id = 2",

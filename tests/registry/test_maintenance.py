@@ -61,6 +61,12 @@ def test_what_a_strangers_tables_hold_is_shown_escaped_and_ends_nothing(run: Run
     run("remove", "--dtype", "bf16", "--yes")
 
 
+@pytest.mark.parametrize("command", ["remove", "prune", "show", "diff user user", "export -"])
+def test_what_is_no_name_of_an_op_is_wrong_usage(run: Run, mine: Path, command: str) -> None:
+    for name in ("\udcff", "a b", "\x1b[2J"):
+        assert "is no name of an op" in run(*command.split(), "--op", name, status=2).output
+
+
 def test_nothing_is_removed_unasked(run: Run, mine: Path) -> None:
     assert "Remove 4 verdicts and 4 trials" in run("remove", "--gpu", "H200", input="n\n", status=1).stderr
     assert "Aborted" in run("remove", "--gpu", "H200", input="", status=1).stderr
@@ -138,6 +144,8 @@ DAMAGE = {
     "UPDATE verdict SET notes = '[' WHERE id = 1": "1 damaged verdicts",
     "UPDATE trial SET reason = 'another'": "4 damaged trials",
     "UPDATE miss SET calls = 99": "1 damaged problems asked for",
+    "UPDATE trial SET time_ms = 9e999": "4 damaged trials",
+    "UPDATE trial SET reason = x'00ff'": "4 damaged trials",
     "UPDATE finalist SET place = 3 WHERE id = 2": "1 damaged verdicts",
     "DELETE FROM environment": "refers to one of 'environment' that is not there",
     "DELETE FROM verdict WHERE id = 2": "refers to one of 'verdict' that is not there",
@@ -154,7 +162,11 @@ def test_what_is_damaged_is_found_and_set_aside(run: Run, mine: Path, statement:
     assert mine.read_bytes() == before
     assert "whole" in run("check", "--repair").stdout
     left(mine)
-    kept = [json.loads(line) for file in mine.parent.glob("*.damaged-*") for line in file.read_text().splitlines()]
+    kept = [
+        json.loads(line, parse_constant=pytest.fail)
+        for file in mine.parent.glob("*.damaged-*")
+        for line in file.read_text().splitlines()
+    ]
     assert all(each["table"] in ("verdict", "trial", "miss") for each in kept)
     assert bool(kept) == ("DELETE FROM verdict" not in statement)
     assert run("check").stdout.endswith("whole\n")

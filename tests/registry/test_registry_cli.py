@@ -313,11 +313,27 @@ def test_who_has_read_enough_hears_nothing_more(tmp_path: Path) -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("export - >&-", "tilebook: stdout is closed: nothing can be written to it\n"),
+        ("import - <&-", "tilebook: stdin is closed: there is nothing to read\n"),
+        ("show >&-", ""),
+        ("show --registry /none.db 2>&-", ""),
+    ],
+)
+def test_a_stream_that_is_closed_is_no_traceback(tmp_path: Path, command: str, said: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_DATA_HOME": str(tmp_path)}
+    line = f"exec {sys.executable} -m tilebook.cli {command}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment, check=False)
+    assert (done.stderr, done.returncode) == (said, int(command != "show >&-"))
+
+
 def test_what_is_no_text_is_refused(run: Run, home: Path) -> None:
     assert "UTF-8" in run("import", "-", input=io.BytesIO(b'{"\xff\xfe'), status=1).stderr
 
 
-@pytest.mark.parametrize("dtype", ["b\x1b[2Jf16", "", "[red]bf16", "x" * 99, 7, None])
+@pytest.mark.parametrize("dtype", ["", "[red]bf16", "x" * 99, 7, None])
 def test_a_problem_of_no_plain_dtype_is_left_out(run: Run, home: Path, dtype: object) -> None:
     key = canonical({**json.loads(PROBLEM.key), "dtype": dtype})
     (home / "odd.jsonl").write_text(signed({"type": "verdict", **measured(problem=key).portable()}), encoding="utf-8")

@@ -71,6 +71,14 @@ def test_what_is_read_is_what_the_layers_hold_for_this_gpu(home: Path) -> None:
     assert table.verdicts("unheard_of") == []
 
 
+@pytest.mark.parametrize("explicit", ["x://y", "sqlite://", "~nobody-is-called-so/x.db"])
+def test_what_is_no_address_of_a_registry_hides_no_layer(home: Path, explicit: str) -> None:
+    put(home / "package" / "registry.db", verdict(origin="shipped"))
+    table = read(explicit)
+    assert [each.layer for each in table.verdicts(OP)] == ["shipped"]
+    assert len(table.problems) == 1
+
+
 def test_sources_are_those_of_the_time_of_measuring(home: Path) -> None:
     put(home / "mine.db", verdict(sources={"second": "ef" * 32}, mode="eager"))
     (found,) = read().verdicts(OP)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -124,6 +125,19 @@ def test_folders_of_keys_are_ones_own(run: Run, settings: Path):
     finally:
         os.umask(before)
     assert [each.stat().st_mode & 0o777 for each in (settings, settings / "keys")] == [0o700, 0o700]
+
+
+def test_a_key_that_cannot_be_written_leaves_nothing_behind(run: Run, settings: Path):
+    pytest.importorskip("cryptography")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as on a disk that is full
+    try:
+        refused = run("keys", "make", status=1).output, run("keys", "trust", LINE, "--yes", status=1).output
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(re.fullmatch(r"tilebook: \S+ cannot be written: .+\n", each) for each in refused)
+    assert [each.name for each in settings.rglob("*") if each.is_file()] == []
+    run("keys", "make")
 
 
 def test_an_import_that_asks_for_no_key_ends_well(run: Run, signed: Path, settings: Path, tmp_path: Path):

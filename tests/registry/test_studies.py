@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -91,6 +92,20 @@ def test_studies_that_cannot_be_written_are_one_line(studies, run, tmp_path):
     told = run("export", studies, "--as", "optuna", "--registry", tmp_path / "mine.db", status=2).output
     assert "cannot be written" in told
     assert len(told.splitlines()) == 1
+
+
+def test_studies_that_find_no_room_leave_nothing_in_the_way(studies, run, tmp_path):
+    file, command = tmp_path / "full.db", ("--as", "optuna", "--registry", tmp_path / "mine.db")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as on a disk that is full
+    try:
+        told = run("export", file, *command, status=2).output
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written" in told
+    assert "sqlalche.me" not in told
+    assert not file.exists()
+    run("export", file, *command)
 
 
 @pytest.mark.parametrize("content", [None, b"hello", b"", "CREATE TABLE study_directions (id)"])

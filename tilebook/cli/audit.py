@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tilebook.cli.common import FORMAT, REGISTRY, Seconds, example, main
+from tilebook.cli.common import FORMAT, REGISTRY, Op, Seconds, as_json, example, main
 
 if TYPE_CHECKING:
     from tilebook.tuner.audit.run import Report
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--op", metavar="OP", help="Only verdicts of this op."),
+    click.option("--op", type=Op(), metavar="OP", help="Only verdicts of this op."),
     click.option("--gpu", "index", type=click.IntRange(min=0), help="The CUDA index of the GPU to use (default: 0)."),
     click.option(
         "--budget",
@@ -124,7 +123,7 @@ def _run(
         return
     report = auditing.look(by, here, op=name, registry=registry, budget_s=budget, seed=seed, watch=_tell)
     if format_ == "json":
-        click.echo(json.dumps(_data(report), indent=2))
+        click.echo(as_json(_data(report), indent=2))
     else:
         _table(report)
     if report.interrupted:
@@ -219,7 +218,7 @@ def _tell(finding: Finding, number: int, total: int) -> None:
 def _print_plan(found: Sequence[Subject], here: Bench, format_: str) -> None:
     rows = [_named(each) for each in found]
     if format_ == "json":
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(as_json(rows, indent=2))
         return
     for row in rows:
         click.echo(f"{row['op']} {row['problem']}: {row['winner']} ({row['layer']}; {', '.join(row['because'])})")

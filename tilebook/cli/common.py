@@ -6,6 +6,8 @@ import codecs
 import importlib
 import io
 import json
+import math
+import os
 import re
 import sys
 import warnings
@@ -27,10 +29,29 @@ SUITES = click.option(
     multiple=True,
     help="A named list of problems: quick, seeds, fa …; repeatable (default: quick).",
 )
-OP = click.option("--op", metavar="OP", help="Only this op.")
 GPU = click.option("--gpu", metavar="NAME", help="Only GPUs whose name has these words: H200, rtx 4090.")
 DTYPE = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Only problems of this dtype.")
 FORMAT = click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
+
+
+class Op(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """The name of an op that records may be of, be it here or not."""
+
+    name = "op"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from tilebook.registry import checks
+
+        try:
+            return checks.name(value, "it") if value else value
+        except ValueError:
+            self.fail(f"{checks.quoted(value)} is no name of an op", param, ctx)
+
+
+OP = click.option("--op", type=Op(), metavar="OP", help="Only this op.")
+
+_LONGEST_S = 3e9
+"""About a century, for which a system still waits."""
 
 
 class Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -47,7 +68,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             self.fail(f"{value!r} is not a duration such as 180s, 5m or 1h", param, ctx)
         if not 0 < seconds < float("inf"):
             self.fail(f"{value!r} is not a duration above zero", param, ctx)
-        return seconds
+        return min(seconds, _LONGEST_S)
 
 
 class Moment(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -158,7 +179,9 @@ class _Ascii(io.TextIOWrapper):
 
 
 def _printable(stream: Any) -> Any:
-    """The stream, or one in its place, on which whatever we print can be printed."""
+    """The stream, or one in its place, on which whatever we print can be printed; nowhere, where it is closed."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.reconfigure(errors="tilebook.plain")
@@ -216,7 +239,7 @@ class _Tidy(click.Group):
         from tilebook.errors import TilebookError, UsageError
 
         def told(message: Warning | str, *_: Any, **__: Any) -> None:
-            click.echo(f"tilebook: {one_line(message)}", err=True)
+            click.echo(f"tilebook: {one_line(message).removeprefix('tilebook: ')}", err=True)
 
         try:
             with warnings.catch_warnings():
@@ -253,9 +276,25 @@ def main() -> None:
     """Finds the fastest correct way to run attention and MLPs on a GPU, keeps it, and serves it to model code."""
 
 
+def as_json(data: Any, indent: int | None = None) -> str:
+    """JSON for any reader: numbers that are not finite, which ratios of a stranger's numbers may be, are null."""
+    try:
+        return json.dumps(data, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def print_json(rows: Sequence[dict[str, Any]]) -> None:
     """A list with a row a line: to be read by `jq` and `grep` alike, however many there are."""
-    click.echo("[" + ",".join(f"\n{json.dumps(row)}" for row in rows) + ("\n]" if rows else "]"))
+    click.echo("[" + ",".join(f"\n{as_json(row)}" for row in rows) + ("\n]" if rows else "]"))
 
 
 def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False, nothing: str = "") -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
-from tilebook.cli.common import FORMAT, REGISTRY, example, main
+from tilebook.cli.common import FORMAT, REGISTRY, as_json, example, main
 
 
 @main.command(epilog=example("tilebook doctor"))
@@ -21,6 +19,6 @@ def doctor(run: bool, registry: str | None, format_: str) -> None:
     from tilebook.report.doctor import data, findings, table
 
     found = findings(registry, run=run)
-    click.echo(json.dumps(data(found), indent=2) if format_ == "json" else table(found))
+    click.echo(as_json(data(found), indent=2) if format_ == "json" else table(found))
     if any(each.level == "fault" for each in found):
         raise SystemExit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import tempfile
 import threading
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import IO, Any, TextIO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from tilebook.errors import RegistryError, UsageError
 from tilebook.registry.checks import quoted
@@ -46,7 +47,10 @@ def _local(url: str) -> IO[bytes]:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
         raise UsageError(f"{url}: a file of another machine cannot be read")
-    path = Path(unquote(parts.path))
+    name = unquote_to_bytes(os.fsencode(parts.path))  # names of files are bytes, whatever the locale
+    if b"\0" in name:
+        raise UsageError(f"{url}: no file is called so")
+    path = Path(os.fsdecode(name))
     if path.exists() and not path.is_file():
         raise RegistryError(f"{url} is no file")
     return path.open("rb")
@@ -72,7 +76,10 @@ def _late(url: str, seconds: float) -> RegistryError:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows where a server sends us, but not from https to http, and to nothing that is no web address."""
+    """Follows where a server sends us, but not from https to http, and to nothing that is no web address.
+
+    What a server says beside is not read: it may be without end.
+    """
 
     max_redirections = 5
 
@@ -82,6 +89,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         before, after = urlsplit(req.full_url).scheme.lower(), urlsplit(newurl).scheme.lower()
         if after not in ("http", "https") or (before == "https" and after == "http"):
             raise RegistryError(f"{req.full_url} leads to {newurl!a}, which is not followed")
+        fp.close()
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

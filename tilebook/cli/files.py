@@ -25,6 +25,8 @@ def written(name: str) -> Iterator[TextIO]:
     Raises RegistryError where another file than an export is there, a registry above all.
     """
     if name in _STDOUT:
+        if sys.__stdout__ is None:
+            raise RegistryError("stdout is closed: nothing can be written to it")
         yield sys.stdout
         sys.stdout.flush()
         return
@@ -79,6 +81,8 @@ def opened(name: str, most_bytes: int, most_s: float) -> Iterator[TextIO]:
             yield stream
         return
     if name in _STDIN:
+        if sys.stdin is None:
+            raise RegistryError("stdin is closed: there is nothing to read")
         yield io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="\n")
         return
     with open(name, encoding="utf-8", newline="\n") as stream:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from tilebook.cli.common import REGISTRY, Seconds, example, main, unheard
+from tilebook.cli.common import REGISTRY, Seconds, as_json, example, main, unheard
 from tilebook.variables import ASKED, PROFILED
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def profile(
     elif tune and before is not None:
         click.echo("tilebook: nothing to tune: what can be has a verdict", err=True)
     if file is not None:
-        file.write(json.dumps(found, indent=2) + "\n")
+        file.write(as_json(found, indent=2) + "\n")
     raise SystemExit(status)
 
 

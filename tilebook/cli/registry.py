@@ -18,6 +18,7 @@ from tilebook.cli.common import (
     REGISTRY,
     SINCE,
     Seconds,
+    as_json,
     example,
     is_problem,
     known_op,
@@ -102,7 +103,7 @@ def explain(op: str, shape: str, dtype: str, gpu: str | None, registry: str | No
     else:
         found = ops.get(op)
         text, data = describe(found, found.problem.parse(shape, dtype), gpu, registry)
-    click.echo(json.dumps(data, indent=2) if format_ == "json" else text)
+    click.echo(as_json(data, indent=2) if format_ == "json" else text)
 
 
 @main.command(epilog=example("tilebook status --gpu H200"))
@@ -116,7 +117,7 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
     text, data = describe(gpu, registry)
     for problem in data["problems"]:
         click.echo(f"tilebook: {problem}", err=True)
-    click.echo(json.dumps(data, indent=2) if format_ == "json" else text)
+    click.echo(as_json(data, indent=2) if format_ == "json" else text)
 
 
 @main.command(
@@ -246,6 +247,19 @@ def _written(
     return gathered.write(stream), layers.problems
 
 
+class _Megabytes(click.FloatRange):
+    """A size above zero, of a number that is one."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, max=1e9, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if found != found:
+            self.fail(f"{value!r} is no size", param, ctx)
+        return found
+
+
 class _Source(click.Path):
     """A file that is there, -, or a URL."""
 
@@ -270,9 +284,7 @@ class _Source(click.Path):
     help="Serve its verdicts without verifying them here first, and honour its revocations"
     " (default: if it is signed by a key that you trust, see `tilebook keys`).",
 )
-@click.option(
-    "--max-size", type=click.FloatRange(min=0, min_open=True), default=256, show_default=True, help="Of a URL, MB."
-)
+@click.option("--max-size", type=_Megabytes(), default=256, show_default=True, help="Of a URL, MB.")
 @click.option("--timeout", type=Seconds(), metavar="TIME", default="60s", show_default=True, help="For a URL.")
 @REGISTRY
 def import_(file: str, trust: bool | None, max_size: float, timeout: float, registry: str | None) -> None:
@@ -371,10 +383,10 @@ def revoke(
     elif op is not None:
         made = revoking.make(op, implementation, config, arch, triton, kernel, reason)
         new, rows = revoking.revoke(layers, made)
-        click.echo(json.dumps(rows, indent=2) if format_ == "json" else revoking.told(made, new, rows))
+        click.echo(as_json(rows, indent=2) if format_ == "json" else revoking.told(made, new, rows))
     else:
         rows = [revoking.row(layer, each) for layer, each in layers.revocations()]
         for problem in layers.problems:
             click.echo(f"tilebook: {problem}", err=True)
         text = "\n".join(map(revoking.line, rows)) or "no revocations"
-        click.echo(json.dumps(rows, indent=2) if format_ == "json" else text)
+        click.echo(as_json(rows, indent=2) if format_ == "json" else text)

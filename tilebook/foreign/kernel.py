@@ -14,8 +14,9 @@ from typing import Any
 from tilebook import source
 from tilebook.errors import UsageError
 from tilebook.op import Config
-from tilebook.registry.checks import MAX_PROBLEM, canonical
+from tilebook.registry.checks import canonical
 from tilebook.registry.checks import config as checked
+from tilebook.registry.checks import problem as stored
 
 IMPLEMENTATION = "triton"
 
@@ -113,9 +114,10 @@ class Kernel:
             dtypes.insert(0, _SHORT.get(written, written.removeprefix("torch.")))
         names = self.tuner.keys if len(self.tuner.keys) == len(values) else [f"k{n}" for n in range(len(values))]
         text = canonical({"dtype": ",".join(dtypes), "key": dict(zip(names, map(_plain, values), strict=True))})
-        if len(text) > MAX_PROBLEM:
-            raise Unfit("its key is too long")
-        return text
+        try:
+            return stored(text)
+        except ValueError as wrong:
+            raise Unfit(f"its key cannot be written down: {wrong}") from None
 
 
 def op_name(module: str, name: str) -> str:

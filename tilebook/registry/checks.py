@@ -28,9 +28,10 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]{0,63}\Z")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 _CHOICE = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{8,64}\Z")
-_BOUND = re.compile(r"(>=|<=|==|>|<)(\d{1,9}(?:\.\d{1,9}){0,5})\Z")
-_RELEASE = re.compile(r"\d{1,9}(?:\.\d{1,9})*")
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00\Z")
+# Digits are those of ASCII: `int` reads all others too, so that one version would be written in many ways.
+_BOUND = re.compile(r"(>=|<=|==|>|<)(\d{1,9}(?:\.\d{1,9}){0,5})\Z", re.ASCII)
+_RELEASE = re.compile(r"\d{1,9}(?:\.\d{1,9})*", re.ASCII)
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00\Z", re.ASCII)
 # C0 and C1 controls, line separators, bidirectional overrides (they reorder what a terminal shows) and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LINE_BREAK = re.compile(r"[\n\t]")
@@ -290,7 +291,10 @@ def _are_plain(values: Collection[Any]) -> bool:
 
 
 def problem(value: object) -> str:
-    """The canonical JSON text of a problem; compared byte by byte, so any other spelling is refused."""
+    """The canonical JSON text of a problem; compared byte by byte, so any other spelling is refused.
+
+    What it says is shown to people, and so all its texts are lines that can be printed.
+    """
     if type(value) is not str or len(value) > MAX_PROBLEM:
         raise ValueError(f"problem is not a text of at most {MAX_PROBLEM} characters: {quoted(value)}")
     return _problem(value)
@@ -306,7 +310,17 @@ def _problem(value: str) -> str:
     if not same:
         raise ValueError(f"problem is not canonical JSON: {quoted(value)}")
     json_object(parsed, "problem")
+    if not _are_lines(parsed):
+        raise ValueError(f"problem holds a text that is no printable line: {quoted(value)}")
     return value
+
+
+def _are_lines(value: object) -> bool:
+    """Can all texts in a JSON value be printed, each on one line? Keys have been looked at."""
+    if isinstance(value, str):
+        return not (_UNPRINTABLE.search(value) or _LINE_BREAK.search(value))
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return all(map(_are_lines, inner))
 
 
 def utc(value: object, what: str) -> datetime:

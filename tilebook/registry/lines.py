@@ -247,7 +247,7 @@ def whole(number: int, line: str, version: int, origin: str, trusted: bool) -> R
         raise _malformed(number, "version 1 of the format has no revocations")
     try:
         return _decode(data, version, origin, trusted)
-    except (ValueError, TypeError, RecursionError) as error:
+    except DAMAGE as error:
         raise _malformed(number, str(error)) from error
 
 

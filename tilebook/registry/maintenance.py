@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 from tilebook.errors import RegistryError
 from tilebook.registry import merging, reading, sqlitefile
-from tilebook.registry.checks import DAMAGE, sources, time_text
+from tilebook.registry.checks import DAMAGE, quoted, sources, time_text
 from tilebook.registry.filewriter import WAIT_S
 from tilebook.registry.selection import Selection
 from tilebook.registry.sql import Sql
@@ -248,4 +249,8 @@ def _told(table: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
-    return time_text(value) if isinstance(value, datetime) else value if isinstance(value, int | float | str) else None
+    """A value as JSON has it: of what JSON has not, a number that is not finite or bytes, how Python writes it."""
+    if isinstance(value, datetime):
+        return time_text(value)
+    plain = isinstance(value, int | str | None) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else quoted(value)

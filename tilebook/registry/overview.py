@@ -22,10 +22,10 @@ from tilebook.registry.contents import Contents
 from tilebook.registry.notes import notes
 from tilebook.registry.reading import JOINS, condition_of
 from tilebook.registry.records import Device, Environment
-from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served
+from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS
 from tilebook.registry.sql import Sql
 from tilebook.registry.texts import Columns, Text, finalist_text, text_of
-from tilebook.registry.verdict import Speedup, Verdict, VerdictStatus
+from tilebook.registry.verdict import Speedup, Verdict, VerdictStatus, check_contest, slowness
 from tilebook.registry.wanted import ANY, Wanted
 
 
@@ -160,16 +160,26 @@ def _overview(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Overvie
     if found is None or text.sha256(columns[-2], bool(columns[-1])) != sha256:
         raise ValueError("a digest is wrong")
     told = json.loads(its_notes)
+    candidates = tuple(map(_candidate, found.finalists, finalists))
+    status, ours, interval = (
+        VerdictStatus(found.status),
+        optional_number(default_ms, "default_time_ms"),
+        _speedup(found.speedup, found.speedup_low, found.speedup_high),
+    )
+    check_contest(status, candidates, ours, interval)
+    known = {tuple(each[2:4]) for each in finalists}
+    if len(known) != len(finalists) or sorted(candidates[1:], key=slowness) != list(candidates[1:]):
+        raise ValueError("the finalists are not in their order, or one stands twice")
     return Overview(
         op=op,
         problem=problem,
         device=device,
         environment=_environment(columns[0]),
         kernel=found.kernel,
-        status=VerdictStatus(found.status),
-        finalists=tuple(map(_candidate, found.finalists, finalists)),
-        default_time_ms=optional_number(default_ms, "default_time_ms"),
-        interval=_interval(found),
+        status=status,
+        finalists=candidates,
+        default_time_ms=ours,
+        interval=interval,
         mode=found.mode,
         sources=found.sources,
         notes=notes({name: told[name] for name in NOTES if name in told}),
@@ -181,13 +191,15 @@ def _overview(row: Sequence[Any], finalists: Sequence[Sequence[Any]]) -> Overvie
 
 
 def _candidate(found: served.Finalist, row: Sequence[Any]) -> Candidate:
-    predicted_ms = optional_number(row[6], "predicted_ms")
-    return Candidate(found.implementation, found.config, found.time_ms, predicted_ms, bool(row[7]))
+    predicted_ms, default = optional_number(row[6], "predicted_ms"), row[7]
+    if predicted_ms == 0 or default not in (0, 1):
+        raise ValueError("a prediction of no time, or a flag that is none")
+    _speedup(*row[8:11])
+    return Candidate(found.implementation, found.config, found.time_ms, predicted_ms, bool(default))
 
 
-def _interval(found: Served) -> Speedup | None:
-    values = found.speedup, found.speedup_low, found.speedup_high
-    return None if values == (None, None, None) else Speedup(*values)  # type: ignore[arg-type]
+def _speedup(*values: Any) -> Speedup | None:
+    return None if values == (None, None, None) else Speedup(*values)
 
 
 @functools.lru_cache(256)

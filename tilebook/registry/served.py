@@ -12,7 +12,7 @@ from typing import Any
 from tilebook.registry import checks
 from tilebook.registry.checks import ConfigValue, canonical
 from tilebook.registry.records import Device
-from tilebook.registry.verdict import MODES, Verdict, VerdictStatus
+from tilebook.registry.verdict import MODES, Speedup, Verdict, VerdictStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,27 +144,34 @@ def from_columns(
         versions, kernel, status, mode, speedup, low, high, sources, origin, trusted = columns
         if mode not in MODES or trusted not in (0, 1) or not finalists:
             return None
+        status, contest = VerdictStatus(status), (speedup, low, high)
+        interval = None if contest == (None, None, None) else Speedup(speedup, low, high)
+        ranked = tuple(_finalist(*each) for each in finalists)
+        if {status is VerdictStatus.PREDICTED} != {interval is None, ranked[0].time_ms is None}:
+            return None
         return Served(
             op=op,
             problem=checks.problem(problem),
             kernel=checks.digest(kernel, "kernel"),
             sources=_sources(sources),
-            status=VerdictStatus(status).value,
+            status=status.value,
             mode=mode,
             trusted=bool(trusted),
             layer=layer,
             origin=checks.name(origin, "origin"),
             environment=_versions(versions),
-            speedup=checks.optional_number(speedup, "speedup"),
-            speedup_low=checks.optional_number(low, "speedup"),
-            speedup_high=checks.optional_number(high, "speedup"),
-            finalists=tuple(_finalist(*each) for each in finalists),
+            speedup=None if interval is None else interval.value,
+            speedup_low=None if interval is None else interval.low,
+            speedup_high=None if interval is None else interval.high,
+            finalists=ranked,
         )
     except checks.DAMAGE:
         return None
 
 
 def _finalist(implementation: Any, config: Any, time_ms: Any, code: Any) -> Finalist:
+    if time_ms == 0:
+        raise ValueError("a finalist took no time")
     return Finalist(
         checks.name(implementation, "implementation"),
         checks.config_of(config),

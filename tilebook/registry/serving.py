@@ -42,13 +42,13 @@ class Table:
 
     def __init__(self, layers: Sequence[tuple[str, str]], device: Device) -> None:
         self._device = device
+        self.problems: list[str] = []
         self._layers = [layer for name, target in layers if (layer := self._layer(name, target)) is not None]
         self._verdicts: dict[tuple[str, str], list[Served] | None] = {}  # None: the layer is large
         self._answers: dict[tuple[str, str, str, str], tuple[int, Answer]] = {}  # with how many near ones were wanted
         self._revocations: dict[str, list[Revocation]] = {}
         self._waiting: set[str] = set()  # names of layers that were locked when they were asked last
         self._unreachable: set[str] = set()
-        self.problems: list[str] = []
         self._read_revocations()
 
     @property

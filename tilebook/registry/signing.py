@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,11 +148,16 @@ def make(name: str) -> tuple[Path, Key]:
     for folder in (place.parent.parent, place.parent):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(text)
+        made = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise UsageError(f"there is a key {name} already: {place}") from None
-    place.with_name(f"{name}.pub").write_text(f"{key.line}\n", encoding="utf-8")
+    try:
+        with _named(place), open(made, "wb") as file:
+            file.write(text)
+        place.with_name(f"{name}.pub").write_text(f"{key.line}\n", encoding="utf-8")
+    except BaseException:  # half a key would be in the way of the next
+        place.unlink(missing_ok=True)
+        raise
     return place, key
 
 
@@ -263,11 +268,23 @@ def _write(file: Path, lines: list[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
+        with (
+            _named(file),
+            open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream,
+        ):
             stream.writelines(f"{line}\n" for line in lines)
         draft.replace(file)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Has errors of writing, which do not say where that was, name the file. Raises RegistryError."""
+    try:
+        yield
+    except OSError as error:
+        raise RegistryError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def _text(file: Path) -> str:

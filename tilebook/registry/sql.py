@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -49,7 +50,8 @@ class Sql:
             while found := cursor.fetchmany(1_000):
                 yield from found
         finally:
-            cursor.close()
+            with contextlib.suppress(sqlite3.ProgrammingError):  # whoever was interrupted has closed the database
+                cursor.close()
 
     def run(self, statement: str, values: Sequence[Any] = ()) -> int:
         """Returns how many rows it has changed."""

@@ -13,8 +13,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from tilebook.errors import RegistryError
+from tilebook.registry import held
 from tilebook.registry.checks import quoted
-from tilebook.registry.target import Locked, sniff
+from tilebook.registry.target import Locked, beside, refuse_journal, sniff
 
 # Checking took 10 ms for a file of 9 MB with 6,000 trials: about 1 ms per MB. A reader must not wait for a huge one.
 READER_CHECKS_BYTES = 16 << 20
@@ -37,6 +38,8 @@ _LONGEST_SQL = 10_000  # characters of one definition; the longest of ours has 1
 
 def connect(path: Path, mode: str, wait_s: float) -> sqlite3.Connection:
     """A connection that begins transactions by hand. `mode` is "ro", "rw" or "rwc" (may create the file)."""
+    if mode != "ro":  # who only reads rolls nothing back
+        refuse_journal(path)
     # sqlite3's own begin is deferred, and a deferred read that turns into a write fails at once, whatever the time-out.
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode={mode}", uri=True, timeout=wait_s, isolation_level=None, check_same_thread=False
@@ -134,12 +137,13 @@ def readable(path: Path) -> Iterator[Path]:
 
 
 def _journal(path: Path) -> Path:
-    return path.with_name(path.name + "-journal")
+    return beside(path, "-journal")
 
 
 def in_mid_write(path: Path) -> bool:
     """Is anything beside the file that a writer leaves there while it writes, or where it died?"""
-    return any(os.path.lexists(f"{path}{end}") for end in ("-journal", "-wal"))
+    real = os.path.realpath(path)
+    return os.path.lexists(f"{real}-journal") or os.path.lexists(f"{real}-wal")
 
 
 def _left_in_mid_write(path: Path) -> bool:
@@ -166,7 +170,8 @@ def _recovered(path: Path, folder: Path) -> Path:
         with contextlib.suppress(FileNotFoundError):
             if before[1] is not None:
                 shutil.copyfile(_journal(path), _journal(copy))
-            shutil.copyfile(path, copy)
+            with copy.open("wb") as file:
+                file.writelines(held.parts(path))
             if _state(path) == before:
                 break
         _journal(copy).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tilebook.errors import RegistryError
+from tilebook.registry import held
 from tilebook.registry.checks import quoted
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Header:
-    """What the first 100 bytes of a SQLite file say; None stands for a file that is missing or empty."""
+    """What the first 100 bytes of a SQLite file say; None stands for a file that is missing or empty.
+
+    wal: whether it is in WAL mode, or has a log of writes beside it as if it were.
+    """
 
     version: int
     wal: bool
@@ -82,11 +86,13 @@ def sniff(path: Path) -> Header | None:
     """Reads a SQLite file's header without SQLite. Raises RegistryError for what is not a tilebook registry."""
     try:
         # A FIFO would keep `open` waiting for somebody to write, and one in a journal's place SQLite itself.
-        for name in (path, *(path.with_name(path.name + end) for end in ("-journal", "-wal"))):
+        journal, log = beside(path, "-journal"), beside(path, "-wal")
+        for name in (path, journal, log):
             if _waits(name):
                 raise RegistryError(f"cannot read registry {path}: {quoted(str(name.name))} is not a regular file")
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
-            head = file.read(100)
+        refuse_journal(path)
+        logged = _size(log) > 0
+        head = held.read(path, 100)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -97,7 +103,40 @@ def sniff(path: Path) -> Header | None:
         raise RegistryError(f"foreign registry file {path}: it is not a SQLite database")
     if struct.unpack(">I", head[68:72]) != (APPLICATION_ID,):
         raise RegistryError(f"{path} is a SQLite database, but not a tilebook registry")
-    return Header(version=struct.unpack(">I", head[60:64])[0], wal=2 in head[18:20])
+    return Header(version=struct.unpack(">I", head[60:64])[0], wal=2 in head[18:20] or logged)
+
+
+def beside(path: Path, end: str) -> Path:
+    """A file that SQLite keeps beside another, "-journal" or "-wal": beside what a link leads to."""
+    return Path(os.path.realpath(path) + end)
+
+
+_MAGIC = bytes.fromhex("d9d505f920a163d7")
+
+
+def refuse_journal(path: Path) -> None:
+    """Raises RegistryError where the file's journal names another file, which SQLite would delete as it rolls back.
+
+    No registry's does: only a transaction over several databases has such a journal, and a stranger's files may.
+    """
+    journal = beside(path, "-journal")
+    try:
+        with open(os.open(journal, held.READ), "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - len(_MAGIC)))
+            end = file.read(len(_MAGIC))
+    except OSError:  # most often there is none; of one that cannot be read SQLite reads no name either
+        return
+    if end == _MAGIC:
+        raise RegistryError(
+            f"cannot open registry {path}: {quoted(journal.name)} beside it is no registry's, and names another file"
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _waits(path: Path) -> bool:

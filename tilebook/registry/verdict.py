@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from tilebook.registry import checks
 from tilebook.registry.checks import ConfigValue, Json, canonical
@@ -217,18 +217,7 @@ class Verdict:
         put(self, "sources", checks.sources(self.sources))
         put(self, "notes", notes(self.notes))
         put(self, "created_at", checks.utc(self.created_at, "created_at"))
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        """A measured verdict has its numbers, and a predicted one has none that a GPU would have to give."""
-        numbers = self.time_ms, self.default_time_ms, self.interval
-        if self.measured and not all(numbers):
-            raise ValueError(f"a verdict of status {self.status} lacks its times or its speed-up")
-        if not self.measured and any(each is not None for each in numbers):
-            raise ValueError("a prediction cannot have measured times")
-        for each in self.finalists:
-            if each.default and each.time_ms != self.default_time_ms:
-                raise ValueError(f"the default took {each.time_ms} ms, and {self.default_time_ms}")
+        check_contest(self.status, self.finalists, self.default_time_ms, self.interval)
 
     @property
     def winner(self) -> Finalist:
@@ -303,6 +292,41 @@ class Verdict:
         return digest_of(self.content())
 
 
+class Timed(Protocol):
+    """What of a finalist says how fast it is."""
+
+    @property
+    def time_ms(self) -> float | None: ...
+
+    @property
+    def predicted_ms(self) -> float | None: ...
+
+    @property
+    def default(self) -> bool: ...
+
+
+def check_contest(
+    status: VerdictStatus, finalists: Sequence[Timed], default_time_ms: float | None, interval: Speedup | None
+) -> None:
+    """Raises ValueError unless a measured verdict has its numbers, and a predicted one none that a GPU would give."""
+    numbers = finalists[0].time_ms, default_time_ms, interval
+    measured = status is not VerdictStatus.PREDICTED
+    if measured and not all(numbers):
+        raise ValueError(f"a verdict of status {status} lacks its times or its speed-up")
+    if not measured and any(each is not None for each in numbers):
+        raise ValueError("a prediction cannot have measured times")
+    if sum(each.default for each in finalists) > 1:
+        raise ValueError("there are two defaults")
+    for each in finalists:
+        if each.default and each.time_ms != default_time_ms:
+            raise ValueError(f"the default took {each.time_ms} ms, and {default_time_ms}")
+
+
+def slowness(finalist: Timed) -> float:
+    """What finalists are ranked by, all but the winner: those that never ran by what was predicted."""
+    return next((ms for ms in (finalist.time_ms, finalist.predicted_ms) if ms is not None), float("inf"))
+
+
 def _ranked(value: object) -> tuple[Finalist, ...]:
     """The winner as it is, the others fastest first; those that never ran by what was predicted."""
     if not isinstance(value, Sequence) or not 1 <= len(value) <= MOST_FINALISTS:
@@ -311,12 +335,6 @@ def _ranked(value: object) -> tuple[Finalist, ...]:
         _instance(each, Finalist, "a finalist")
     if len({each.key for each in value}) != len(value):
         raise ValueError("a finalist stands twice")
-    if sum(each.default for each in value) > 1:
-        raise ValueError("there are two defaults")
-
-    def slowness(each: Finalist) -> float:
-        return next((ms for ms in (each.time_ms, each.predicted_ms) if ms is not None), float("inf"))
-
     ranked = (value[0], *sorted(value[1:], key=slowness))
     if sum(each.most_characters for each in ranked) > checks.MAX_JSON and (
         len(canonical([each.content() for each in ranked])) > checks.MAX_JSON

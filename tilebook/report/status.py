@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def status(gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
         "retired": len(verdicts) - len(served),
         "not_trusted": sum(not each["trusted"] for each in verdicts),
         "asked_s": total_s,
-        "covered": covered_s / total_s if total_s else None,
+        "covered": _part(covered_s, total_s) if total_s else None,
         "asked": [_shown(each, total_s) for each in wanted],
         "problems": problems,
     }
@@ -124,11 +125,17 @@ def _shown(each: Asked, total_s: float) -> dict[str, Any]:
         "problem": label(each.miss.op, each.miss.problem),
         "calls": each.miss.calls,
         "time_ms": each.miss.time_ms,
-        "share": each.weight_s / total_s if total_s else 0.0,
+        "share": _part(each.weight_s, total_s),
         "covered": each.covered,
         "source": each.source,
         "runs": None if runs is None else {"implementation": runs.implementation, "config": dict(runs.config)},
     }
+
+
+def _part(seconds: float, total_s: float) -> float:
+    """What part of the whole it is; none of one that has no end, as a stranger's ledger may say."""
+    part = seconds / total_s if total_s else 0.0
+    return part if math.isfinite(part) else 0.0
 
 
 _MOST = 15  # problems in the text; the data has them all

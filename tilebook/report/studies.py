@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tilebook.errors import UsageError
 from tilebook.registry.records import Status, Trial
+from tilebook.registry.target import refuse_journal
 from tilebook.report.rows import label
 
 _MARK = "tilebook:sha256"
@@ -34,11 +35,13 @@ def write(file: Path, trials: Iterable[Trial]) -> tuple[int, int]:
     shows what has come. Raises UsageError where there is something else than a storage of Optuna's.
     """
     with _alone(file.parent):
-        _refuse_foreign(file)
+        there = _refuse_foreign(file)
         try:
             return _added(file, trials)
         except (RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError) as error:
-            raise UsageError(f"{file} cannot be written: {error}") from error
+            if not there:  # what was begun would be no storage of Optuna's
+                file.unlink(missing_ok=True)
+            raise UsageError(f"{file} cannot be written: {str(error).partition(chr(10))[0]}") from error
 
 
 def _added(file: Path, trials: Iterable[Trial]) -> tuple[int, int]:
@@ -115,13 +118,15 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
-def _refuse_foreign(file: Path) -> None:
+def _refuse_foreign(file: Path) -> bool:
+    """Is there a storage? Raises UsageError where something else is there."""
     if not file.exists():
-        return
+        return False
     with contextlib.suppress(sqlite3.Error), contextlib.ExitStack() as cleanup:
         if file.is_file():  # SQLite would wait for what a pipe has
+            refuse_journal(file)
             found = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)
             cleanup.callback(found.close)
             found.execute("SELECT library_version FROM version_info, study_directions")
-            return
+            return True
     raise UsageError(f"{file} is there and holds no studies of Optuna: it is left as it is")
