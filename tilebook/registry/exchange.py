@@ -6,14 +6,15 @@ in it is ever executed. Records come and go one by one, so that neither way asks
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tilebook.registry import lines
+from tilebook.registry import incoming, lines
 from tilebook.registry.checks import ConfigValue, config_of, quoted, sources
 from tilebook.registry.contents import Contents
 from tilebook.registry.merging import Choice, note
@@ -22,7 +23,6 @@ from tilebook.registry.searched import observed
 from tilebook.registry.selection import Selection
 from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
-from tilebook.registry.wanted import Wanted
 
 if TYPE_CHECKING:
     from tilebook.registry.filewriter import FileWriter
@@ -107,13 +107,12 @@ def gathered(
     """
     if sign is not None:
         selection = replace(selection, trusted=True)
-    wanted, everything = Wanted(op=selection.op, gpu=selection.gpu), selection.everything
-    return lines.gathered(
-        filter(selection.revocation, registry.revocations()),
-        (each.text for each in registry.each_line(wanted) if everything or selection.verdict(each)),
-        filter(selection.trial, registry.each_trial(Wanted(op=selection.op), in_order=True)) if trials else (),
-        sign,
-    )
+    revocations = filter(selection.revocation, registry.revocations())
+    with (
+        contextlib.closing(registry.each_text(selection)) as verdicts,
+        contextlib.closing(registry.each_trial_line(selection)) as tried,
+    ):
+        return lines.gathered(revocations, verdicts, tried if trials else (), sign)
 
 
 def load(
@@ -135,23 +134,25 @@ def load(
     slow. Conflicts of verdicts are resolved by evidence, see `import_rule`;
     revocations add up. `max_total` limits the characters read.
     """
-    source = lines.opened(stream, origin="imported", trusted=trust, max_total=max_total)
+    source = lines.opened(stream, origin="imported", trusted=trust, max_total=max_total, decode=incoming.decoded)
     report = ImportReport(trusted=source.trusted, signature=source.signature)
     trials = 0
 
-    def records() -> Iterator[Record]:
+    def records() -> Generator[Record, None, None]:
         nonlocal trials
         known = lru_cache(1_024)(is_problem)  # a problem has trials, and verdicts on several GPUs
-        for number, record in source.records:
-            if refusal := _refusal(record, allowed, known):
-                note(report.skipped, f"line {number}: {refusal}")
-                continue
-            if isinstance(record, Written):
-                report.accepted.add(record)
-            trials += isinstance(record, Trial)
-            yield record
+        with contextlib.closing(source.records):
+            for number, record in source.records:
+                if refusal := _refusal(record, allowed, known):
+                    note(report.skipped, f"line {number}: {refusal}")
+                    continue
+                if isinstance(record, Written):
+                    report.accepted.add(record)
+                trials += isinstance(record, Trial)
+                yield record
 
-    merged = registry.pour(records(), rule=import_rule, origin="imported")
+    with contextlib.closing(records()) as found:
+        merged = registry.pour(found, rule=import_rule, origin="imported")
     report.trials, report.verdicts, report.revocations = merged.trials, merged.verdicts, merged.revocations
     report.unchanged = merged.unchanged + trials - merged.trials
     report.skipped += merged.kept
