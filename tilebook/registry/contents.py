@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from tilebook.registry import legacy, outgoing, reading
+from tilebook.registry import legacy, reading
 from tilebook.registry.columns import all_revocations, lost_revocation, revocation_in
 from tilebook.registry.damage import Damage
-from tilebook.registry.lines import TrialLine
 from tilebook.registry.quick import Line
 from tilebook.registry.records import Device, Miss, Revocation, Trial
-from tilebook.registry.selection import Selection
 from tilebook.registry.sql import Sql
 from tilebook.registry.texts import Written
 from tilebook.registry.verdict import Verdict
 from tilebook.registry.wanted import ANY, Wanted
+
+if TYPE_CHECKING:
+    from tilebook.registry.lines import TrialLine
+    from tilebook.registry.selection import Selection
 
 _T = TypeVar("_T")
 
@@ -103,10 +105,14 @@ class Contents(Damage):
             wanted = Wanted(op=selection.op, gpu=selection.gpu)
             yield from (each.text for each in self.each_line(wanted) if selection.verdict(each))
         else:
+            from tilebook.registry import outgoing
+
             yield from self._intact(lambda sql: outgoing.verdicts(sql, selection))
 
     def each_trial_line(self, selection: Selection) -> Generator[TrialLine, None, None]:
         """The lines of the trials that are selected, by op, problem and time."""
+        from tilebook.registry import outgoing
+
         yield from self._intact(lambda sql: outgoing.trials(sql, selection))
 
     def empty(self) -> bool:

@@ -1,8 +1,8 @@
 """The lines of an export, read of a SQLite file in several processes where there are many.
 
 The parent holds its lock all the while, so that nobody can change the file, asks for ids in the order of the export,
-and writes. Other processes read the rows of so many of them, each on a connection of its own, and none where the file at
-the place is not the one that the parent reads.
+and writes. Other processes read the rows of so many of them, each on a connection of its own, and none where the file
+at the place is not the one that the parent reads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tilebook.registry.wanted import Wanted
 ALONE = 8_000
 """Records that are read by one process: a second or two."""
 
-_BATCH = 128  # ids
+_BATCH = 64  # ids
 _WAIT_S = 0.2  # for a lock: a writer that waits for the parent to end lets nobody else begin
 
 Batch = tuple[list[Any], int]

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from tilebook.registry.workers import framed, version, whole, widen
 
-MOST_DATA = 96 << 20
+MOST_DATA = 64 << 20
 """Bytes that the process may have for its own: where a stranger's file asks for more, the chunk is not done here."""
 
 _LOOK_MS = 1_000  # a parent's pipes may outlive it, in a process that it has forked

@@ -13,7 +13,6 @@ import math
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -93,7 +92,7 @@ class _Team:
             for _ in range(count()):
                 self.workers.append(_Worker())
                 self.workers[-1].give(first)
-        except (OSError, ValueError, subprocess.SubprocessError):
+        except (OSError, ValueError, EOFError):
             self.close()
         except BaseException:
             self.close()
@@ -133,6 +132,8 @@ class _Worker:
     """One process, and what it has said so far."""
 
     def __init__(self) -> None:
+        import subprocess  # which a few hundred records have no need of
+
         root = str(Path(__file__).parents[2])
         # Isolated, without the packages of a site: it needs the standard library and this package.
         command = [sys.executable, "-I", "-S", "-B", "-c", _BEGINNING, root, str(os.getpid())]
