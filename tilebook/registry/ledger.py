@@ -15,7 +15,7 @@ from tilebook.registry.sql import Sql
 from tilebook.registry.tally import tally
 from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Locked, Target, sniff
 
-WAIT_S = 0.1
+WAIT_S = 0.06
 """How long a program that ends may wait for another that writes."""
 
 # More than this is not checked as a whole first: a program's end must not wait for that either.

@@ -104,10 +104,10 @@ def _patiently(attempt: Callable[[], object], wait_s: float) -> None:
             waited = time.monotonic() - began
             if error.sqlite_errorname != "SQLITE_BUSY" or waited >= wait_s:
                 raise
-            time.sleep(min(_LEAST_SLEEP_S + waited / 4, _MOST_SLEEP_S, wait_s - waited))
+            time.sleep(min(_LEAST_SLEEP_S + waited / 8, _MOST_SLEEP_S, wait_s - waited))
 
 
-_LEAST_SLEEP_S, _MOST_SLEEP_S = 0.0005, 0.004
+_LEAST_SLEEP_S, _MOST_SLEEP_S = 0.0003, 0.003
 _UNOWNED = ("SQLITE_READONLY_ROLLBACK", "SQLITE_READONLY_RECOVERY", "SQLITE_CANTOPEN")
 
 
