@@ -23,7 +23,7 @@ from tilebook.registry.wanted import Wanted
 ALONE = 8_000
 """Records that are read by one process: a second or two."""
 
-_BATCH = 64  # ids
+_BATCH = 64  # ids that another process gets at once; of these it has two
 _WAIT_S = 0.2  # for a lock: a writer that waits for the parent to end lets nobody else begin
 
 Batch = tuple[list[Any], int]
@@ -50,17 +50,17 @@ def _read(
     job: str, sql: Sql, ids: Iterator[int], selection: Selection, read: Callable[[Sql, list[int], Selection], Batch]
 ) -> Iterator[Batch]:
     first = list(itertools.islice(ids, ALONE))
-    rest = _batches(itertools.chain(first, ids))
+    every = itertools.chain(first, ids)
     if sql.file is None or len(first) < ALONE or not workers.count():
-        yield from (read(sql, batch, selection) for batch in rest)
+        yield from (read(sql, batch, selection) for batch in _batches(every, reading.BATCH))
         return
     path, *file = sql.file
-    for batch, found in workers.mapped(job, (str(path), file, _told(selection)), rest):
+    for batch, found in workers.mapped(job, (str(path), file, _told(selection)), _batches(every, _BATCH)):
         yield read(sql, batch, selection) if found is None else found
 
 
-def _batches(ids: Iterator[int]) -> Iterator[list[int]]:
-    while batch := list(itertools.islice(ids, _BATCH)):
+def _batches(ids: Iterator[int], most: int) -> Iterator[list[int]]:
+    while batch := list(itertools.islice(ids, most)):
         yield batch
 
 
