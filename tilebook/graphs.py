@@ -336,7 +336,7 @@ def _told(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
             except Exception as broken:  # the graph is compiled as it is
                 _log.debug("a graph was not looked through: %s: %s", type(broken).__name__, broken)
             else:
-                _log.debug("calls of attention that run without a mask, which is a constant: %d", found)
+                _log.debug("calls of attention that do not read their masks: %d", found)
         return compile_fx(model_, *args, **kwargs)
 
     told._tilebook = compile_fx  # type: ignore[attr-defined]
