@@ -191,6 +191,7 @@ def test_where_anything_is_unusual_the_function_is_called(gated, name):
     assert gated.answered(tilebook.attention, *given)[0]
 
 
+@pytest.mark.skipif(not hasattr(torch._C, "_skip_one_hop_torch_function"), reason="of newer versions of PyTorch")
 def test_a_call_past_one_mode_is_looked_at(gated):
     given = rows(1)
     gated.known(tilebook.rms_norm, *given)

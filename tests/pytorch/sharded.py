@@ -120,6 +120,9 @@ CASES = {
     "losses by rows": (losses, [(4, 8)], [B], B),
 }
 
+if torch.__version__ < "2.12":  # which cannot multiply what is sharded by heads by a matrix
+    del CASES["features in order, by heads"]
+
 
 # Where somebody has to send something first.
 SENT = {
