@@ -3,7 +3,10 @@
     python benchmarks/reliability/scale.py [--verdicts 1000000] [--gpus 10] [--finalists 4] [--samples 0] [--again]
 
 Every figure comes from a fresh process: seconds of the clock and of the CPU (on a machine that does other work they
-differ), the peak of its memory, and how much more that is than before it began. No GPU needed.
+differ), the peak of its memory, and how much more that is than before it began. Where several processes work, as they
+do in a long import or export on more than one core, CPU time is of all of them, and `together_mb` is the most that all
+had at once, by what is resident of each; `processes` says how many they were. With --cores 1 there is one. No GPU
+needed.
 The verdicts are on all ops that ship, on problems that differ; the first GPU is an H200. With --samples 30 and
 --finalists 9 a verdict is about as large as those that ship, with the defaults it is a fifth of that.
 """
@@ -16,6 +19,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from here import environment
+from memory import Family, peak_mb
 
 OPS = (
     ("attention_fwd", "attention"),
@@ -185,7 +190,7 @@ def importing(registry: str, file: str) -> dict[str, Any]:
 
     allowed = inventory.axes()
     spent = Spent()
-    with open(file) as stream, Registry.open(registry, write=True) as target:
+    with open(file, newline="\n") as stream, Registry.open(registry, write=True) as target:
         report = load(target, stream, allowed=allowed, trust=True, is_problem=is_problem)
     assert not report.skipped, report.skipped[:3]
     return spent.on(report.verdicts + report.unchanged)
@@ -305,22 +310,23 @@ def spread(times: list[float]) -> dict[str, float]:
 
 
 class Spent:
-    """Seconds and memory since it was made."""
+    """Seconds and memory since it was made, of this process and of those that it has started and that have ended."""
 
     def __init__(self) -> None:
-        self._mb, self._clock, self._cpu = peak_mb(), time.perf_counter(), time.process_time()
+        self._family = Family()
+        self._mb, self._clock, self._cpu = peak_mb(), time.perf_counter(), cpu_seconds()
 
     def on(self, records: int) -> dict[str, Any]:
-        seconds, cpu = time.perf_counter() - self._clock, time.process_time() - self._cpu
+        seconds, cpu = time.perf_counter() - self._clock, cpu_seconds() - self._cpu
         rates = {"per_second": round(records / seconds), "per_cpu_second": round(records / cpu)}
         spent = {"records": records, "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
-        return {**spent, **rates, "peak_mb": round(peak_mb(), 1), "more_mb": round(peak_mb() - self._mb, 1)}
+        more = {"peak_mb": round(peak_mb(), 1), "more_mb": round(peak_mb() - self._mb, 1)}
+        return {**spent, **rates, **more, **self._family.most()}
 
 
-def peak_mb() -> float:
-    """Of this process alone; what `resource` says begins with the parent's."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(row.split()[1] for row in status if row.startswith("VmHWM"))) / 1024
+def cpu_seconds() -> float:
+    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -374,11 +380,15 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--again", action="store_true", help="import the export and export that, to compare the bytes")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--cores", type=int, help="how many of those that are here (default: all)")
     options = parser.parse_args()
     around = environment()
+    if options.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     with tempfile.TemporaryDirectory(prefix="tb-scale-") as folder:
         found = measured(Path(folder), options)
     given = {name: getattr(options, name) for name in ("verdicts", "gpus", "finalists", "samples")}
+    given["cores"] = options.cores or len(os.sched_getaffinity(0))
     report = {"benchmark": "registry scale", "environment": around, "registry": given, "results": found}
     print(json.dumps(report, indent=1))
     if options.json:

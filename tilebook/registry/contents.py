@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tilebook.registry import legacy, reading
 from tilebook.registry.columns import all_revocations, lost_revocation, revocation_in
@@ -15,6 +15,10 @@ from tilebook.registry.sql import Sql
 from tilebook.registry.texts import Written
 from tilebook.registry.verdict import Verdict
 from tilebook.registry.wanted import ANY, Wanted
+
+if TYPE_CHECKING:
+    from tilebook.registry.lines import TrialLine
+    from tilebook.registry.selection import Selection
 
 _T = TypeVar("_T")
 
@@ -91,9 +95,25 @@ class Contents(Damage):
         else:
             yield from self._intact(lambda sql: reading.lines(sql, wanted))
 
-    def each_trial(self, wanted: Wanted = ANY, *, origin: str | None = None, in_order: bool = False) -> Iterator[Trial]:
-        """The trials that are wanted, oldest first. in_order: by op, problem and time."""
-        yield from self._intact(lambda sql: reading.trials(sql, wanted, origin, in_order))
+    def each_trial(self, wanted: Wanted = ANY, *, origin: str | None = None) -> Iterator[Trial]:
+        """The trials that are wanted, oldest first."""
+        yield from self._intact(lambda sql: reading.trials(sql, wanted, origin))
+
+    def each_text(self, selection: Selection) -> Generator[str, None, None]:
+        """The lines of the verdicts that are selected, as `each_line` has them."""
+        if self.schema < 3:
+            wanted = Wanted(op=selection.op, gpu=selection.gpu)
+            yield from (each.text for each in self.each_line(wanted) if selection.verdict(each))
+        else:
+            from tilebook.registry import outgoing
+
+            yield from self._intact(lambda sql: outgoing.verdicts(sql, selection))
+
+    def each_trial_line(self, selection: Selection) -> Generator[TrialLine, None, None]:
+        """The lines of the trials that are selected, by op, problem and time."""
+        from tilebook.registry import outgoing
+
+        yield from self._intact(lambda sql: outgoing.trials(sql, selection))
 
     def empty(self) -> bool:
         """Has it neither verdicts nor trials nor revocations?"""

@@ -6,15 +6,16 @@ in it is ever executed. Records come and go one by one, so that neither way asks
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tilebook.registry import lines
-from tilebook.registry.checks import ConfigValue, config_of, quoted, sources
+from tilebook.registry import incoming, lines
+from tilebook.registry.checks import canonical, config_of, quoted, sources
 from tilebook.registry.contents import Contents
 from tilebook.registry.merging import Choice, note
 from tilebook.registry.records import Revocation, Trial
@@ -22,7 +23,6 @@ from tilebook.registry.searched import observed
 from tilebook.registry.selection import Selection
 from tilebook.registry.texts import Record, Written
 from tilebook.registry.verdict import Verdict
-from tilebook.registry.wanted import Wanted
 
 if TYPE_CHECKING:
     from tilebook.registry.filewriter import FileWriter
@@ -107,13 +107,12 @@ def gathered(
     """
     if sign is not None:
         selection = replace(selection, trusted=True)
-    wanted, everything = Wanted(op=selection.op, gpu=selection.gpu), selection.everything
-    return lines.gathered(
-        filter(selection.revocation, registry.revocations()),
-        (each.text for each in registry.each_line(wanted) if everything or selection.verdict(each)),
-        filter(selection.trial, registry.each_trial(Wanted(op=selection.op), in_order=True)) if trials else (),
-        sign,
-    )
+    revocations = filter(selection.revocation, registry.revocations())
+    with (
+        contextlib.closing(registry.each_text(selection)) as verdicts,
+        contextlib.closing(registry.each_trial_line(selection)) as tried,
+    ):
+        return lines.gathered(revocations, verdicts, tried if trials else (), sign)
 
 
 def load(
@@ -135,23 +134,25 @@ def load(
     slow. Conflicts of verdicts are resolved by evidence, see `import_rule`;
     revocations add up. `max_total` limits the characters read.
     """
-    source = lines.opened(stream, origin="imported", trusted=trust, max_total=max_total)
+    source = lines.opened(stream, origin="imported", trusted=trust, max_total=max_total, decode=incoming.decoded)
     report = ImportReport(trusted=source.trusted, signature=source.signature)
     trials = 0
 
-    def records() -> Iterator[Record]:
+    def records() -> Generator[Record, None, None]:
         nonlocal trials
-        known = lru_cache(1_024)(is_problem)  # a problem has trials, and verdicts on several GPUs
-        for number, record in source.records:
-            if refusal := _refusal(record, allowed, known):
-                note(report.skipped, f"line {number}: {refusal}")
-                continue
-            if isinstance(record, Written):
-                report.accepted.add(record)
-            trials += isinstance(record, Trial)
-            yield record
+        limits = None if allowed is None else _Limits(allowed, is_problem)
+        with contextlib.closing(source.records):
+            for number, record in source.records:
+                if limits is not None and (refusal := limits.refusal(record)):
+                    note(report.skipped, f"line {number}: {refusal}")
+                    continue
+                if isinstance(record, Written):
+                    report.accepted.add(record)
+                trials += isinstance(record, Trial)
+                yield record
 
-    merged = registry.pour(records(), rule=import_rule, origin="imported")
+    with contextlib.closing(records()) as found:
+        merged = registry.pour(found, rule=import_rule, origin="imported")
     report.trials, report.verdicts, report.revocations = merged.trials, merged.verdicts, merged.revocations
     report.unchanged = merged.unchanged + trials - merged.trials
     report.skipped += merged.kept
@@ -196,28 +197,33 @@ _REASONS = (
 )
 
 
-def _refusal(record: Record, allowed: Allowed | None, is_problem: Callable[[str, str], bool]) -> str:
-    if allowed is None:
-        return ""
-    told = record.told if isinstance(record, Written) else record
-    if told.op not in allowed and ":" not in told.op:  # of somebody else's kernel only what it has itself ever runs
-        return f"unknown op {told.op}"
-    if not isinstance(told, Revocation) and not is_problem(told.op, told.problem):
-        return f"{told.op} has no problem {quoted(told.problem)}"
-    # A verdict's finalists are what dispatch falls back on, so their configs are held to the same list.
-    axes = allowed.get(told.op, {})
-    for implementation, config in _candidates(record):
-        known = axes.get(implementation)
-        if known is not None and not config.keys() <= known:
-            unknown = quoted(sorted(config.keys() - known))
-            return f"{told.op} has no config key {unknown} for {implementation}"
-    return ""
+class _Limits:
+    """What records may be about, and their configs have."""
 
+    def __init__(self, allowed: Allowed, is_problem: Callable[[str, str], bool]) -> None:
+        self._allowed = allowed
+        self._is_problem = lru_cache(1_024)(is_problem)  # a problem has trials, and verdicts on several GPUs
+        self._known = lru_cache(1_024)(self._unknown)  # and thousands of finalists are of a few configs
 
-def _candidates(record: Record) -> list[tuple[str, Mapping[str, ConfigValue]]]:
-    if isinstance(record, Written):
-        return [(each[0], config_of(each[1])) for each in record.finalists]
-    return [(record.implementation, record.config)]
+    def refusal(self, record: Record) -> str:
+        """Why a record is skipped; "" where it is not."""
+        told = record.told if isinstance(record, Written) else record
+        op = told.op
+        if op not in self._allowed and ":" not in op:  # of somebody else's kernel only what it has itself ever runs
+            return f"unknown op {op}"
+        if not isinstance(told, Revocation) and not self._is_problem(op, told.problem):
+            return f"{op} has no problem {quoted(told.problem)}"
+        # A verdict's finalists are what dispatch falls back on, so their configs are held to the same list.
+        if isinstance(record, Written):
+            return next(filter(None, (self._known(op, each[0], each[1]) for each in record.finalists)), "")
+        config = record.texts[0] if isinstance(record, Trial) else canonical(record.config)
+        return self._known(op, record.implementation, config)
+
+    def _unknown(self, op: str, implementation: str, config: str) -> str:
+        keys, known = config_of(config).keys(), self._allowed.get(op, {}).get(implementation)
+        if known is None or keys <= known:
+            return ""
+        return f"{op} has no config key {quoted(sorted(keys - known))} for {implementation}"
 
 
 @lru_cache(1_024)  # a few texts, which every verdict repeats

@@ -43,15 +43,12 @@ class FileReader(Contents):
         """Raises RegistryError as `Registry.open` does."""
         with sqlitefile.explained(path), ExitStack() as opening:
             place = opening.enter_context(sqlitefile.readable(path))
-            connection = sqlitefile.connect(place, "ro", wait_s)
+            before = sqlitefile.identity(place)
+            connection, schema = connected(place, path, wait_s)
             opening.callback(connection.close)
-            sqlitefile.begin(connection)
-            sqlitefile.refuse_foreign_schema(connection, path)
-            schema = sqlitefile.check_version(connection, path, OLDEST_READABLE, SCHEMA_VERSION)
-            if not sqlitefile.tables_of(schema) <= sqlitefile.tables(connection):
-                raise RegistryError(f"registry {path} is corrupt: its tables are not those of a tilebook registry")
             damage = sqlitefile.damage(connection, place)
             reading = cls(path, connection, schema, opening.pop_all())
+            reading._sql.file = sqlitefile.same(place, before)
         if damage:
             reading.note(f"the file is damaged ({damage}); rows may be missing")
         return reading
@@ -85,6 +82,21 @@ class FileReader(Contents):
             f"row {number} of {quoted(table)} refers to one of {quoted(other)} that is not there"
             for table, number, other, _ in lost
         ]
+
+
+def connected(place: Path, path: Path, wait_s: float) -> tuple[sqlite3.Connection, int]:
+    """A connection that reads one state of the file at a place, and the file's schema. path: the registry's, for
+    people. What SQLite raises comes as it is."""
+    with ExitStack() as opening:
+        connection = sqlitefile.connect(place, "ro", wait_s)
+        opening.callback(connection.close)
+        sqlitefile.begin(connection)
+        sqlitefile.refuse_foreign_schema(connection, path)
+        schema = sqlitefile.check_version(connection, path, OLDEST_READABLE, SCHEMA_VERSION)
+        if not sqlitefile.tables_of(schema) <= sqlitefile.tables(connection):
+            raise RegistryError(f"registry {path} is corrupt: its tables are not those of a tilebook registry")
+        opening.pop_all()
+    return connection, schema
 
 
 def reader(target: str) -> FileReader | Registry:

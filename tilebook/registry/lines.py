@@ -17,14 +17,14 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from tilebook.errors import RegistryError
 from tilebook.registry import legacy
-from tilebook.registry.checks import DAMAGE, Json, canonical, quoted
+from tilebook.registry.checks import DAMAGE, Json, canonical, quoted, time_text
 from tilebook.registry.codec import revocation_from, trial_from, trial_like, verdict_from
 from tilebook.registry.cut import cut
 from tilebook.registry.records import Revocation, Trial
@@ -48,7 +48,7 @@ def written(
     """The lines of a file, its header first. The same records give the same lines, in whatever order they come."""
     revoked = _revoked(revocations)
     found = [Written(each).line for each in sorted(verdicts, key=lambda each: each.place)]
-    tried = list(_trial_lines(sorted(trials, key=_when)))
+    tried = list(in_order(map(trial_line, sorted(trials, key=_when))))
     lines = [*(line for _, line in revoked), *found, *tried]
     whole = hashlib.sha256()
     for line in lines:
@@ -74,7 +74,7 @@ class Gathered:
 
 
 def gathered(
-    revocations: Iterable[Revocation], verdicts: Iterable[str], trials: Iterable[Trial], sign: Sign | None = None
+    revocations: Iterable[Revocation], verdicts: Iterable[str], trials: Iterable[TrialLine], sign: Sign | None = None
 ) -> Gathered:
     """The file that `written` gives, of more records than fit into memory. sign: by whom.
 
@@ -96,7 +96,7 @@ def gathered(
         for version, line in _revoked(revocations):
             body.writelines(counted([line], version))
         body.writelines(counted(verdicts, _FINALISTS))
-        body.writelines(counted(_trial_lines(trials), 1))
+        body.writelines(counted(in_order(trials), 1))
         body.seek(0)
         return Gathered(_header(max(versions), count, whole.hexdigest(), sign), body, count)
     except BaseException as error:
@@ -138,16 +138,21 @@ def _when(trial: Trial) -> tuple[str, str, datetime]:
     return trial.op, trial.problem, trial.created_at
 
 
-def _trial_lines(trials: Iterable[Trial]) -> Iterator[str]:
-    """Their lines; those of one moment are sorted among themselves."""
-    for _, together in itertools.groupby(trials, key=_when):
-        yield from sorted(map(_trial_line, together))
+TrialLine = tuple[str, str, str, str]
+"""A trial's op, problem and time, and its line."""
 
 
-def _trial_line(trial: Trial) -> str:
+def in_order(trials: Iterable[TrialLine]) -> Iterator[str]:
+    """The lines of trials; those of one moment are sorted among themselves."""
+    for _, together in itertools.groupby(trials, key=lambda each: each[:3]):
+        yield from sorted(line for *_, line in together)
+
+
+def trial_line(trial: Trial) -> TrialLine:
     """As `_line`, of the text that is there: the digest stands before the last but one of its fields."""
     head, status, tail = trial.text.rpartition(',"status":')
-    return f'{head},"sha256":"{trial.sha256}"{status}{tail[:-1]},"type":"trial"}}\n'
+    line = f'{head},"sha256":"{trial.sha256}"{status}{tail[:-1]},"type":"trial"}}\n'
+    return trial.op, trial.problem, time_text(trial.created_at), line
 
 
 def is_header(line: bytes) -> bool:
@@ -165,7 +170,7 @@ class Source:
 
     signature: Signature | None
     trusted: bool
-    records: Iterator[tuple[int, Record]]
+    records: Decoded
 
 
 def read(
@@ -175,21 +180,49 @@ def read(
     return opened(stream, origin=origin, trusted=trusted, max_total=max_total).records
 
 
-def opened(stream: TextIO, *, origin: str, trusted: bool | None, max_total: int | None = None) -> Source:
+Line = tuple[int, str]
+"""A line of a file, the end of it with it, after its number."""
+
+
+class Kind(NamedTuple):
+    """What the lines of a file have in common: its version, and the origin and the trust that its records get."""
+
+    version: int
+    origin: str
+    trusted: bool
+
+
+Decoded = Generator[tuple[int, Record], None, None]
+"""Records with the numbers of their lines."""
+
+
+def decoded(lines: Iterator[Line], promised: int, kind: Kind) -> Decoded:
+    """The record of each line with its number. promised: how many lines there are, as the file says."""
+    return ((number, record(number, line, kind)) for number, line in lines)
+
+
+def opened(
+    stream: TextIO,
+    *,
+    origin: str,
+    trusted: bool | None,
+    max_total: int | None = None,
+    decode: Callable[[Iterator[Line], int, Kind], Decoded] = decoded,
+) -> Source:
     """A file with its records and the numbers of their lines; verdicts and revocations get this origin and trust.
 
     trusted: None where that is for the signature to say, see `signing`. A file may have any length, a line may not;
-    max_total: characters after which a file is refused after all. Raises RegistryError, of a signature that is wrong
-    too; what the header promises is known to be true only when the last line has been read.
+    max_total: characters after which a file is refused after all. decode: a way to what `decoded` does. Raises
+    RegistryError, of a signature that is wrong too; what the header promises is known to be true only when the last
+    line has been read.
     """
     left = math.inf if max_total is None else max_total
     head = _head(_read_line(stream, 1, left))
     signature = _checked(head, needed=trusted is None)
     if trusted is None:
         trusted = signature is not None and signature.trusted is not None
-    version = head["version"]
-    records = ((number, _record(number, line, version, origin, trusted)) for number, line in _lines(stream, head, left))
-    return Source(signature, trusted, records)
+    kind = Kind(head["version"], origin, trusted)
+    return Source(signature, trusted, decode(_lines(stream, head, left), head["records"], kind))
 
 
 def signature_of(text: str) -> Signature | None:
@@ -220,13 +253,14 @@ def _signature(head: Mapping[str, Any]) -> Signature | None:
         raise _malformed(1, str(error)) from error
 
 
-def _record(number: int, line: str, version: int, origin: str, trusted: bool) -> Record:
+def record(number: int, line: str, kind: Kind) -> Record:
+    """The record of a line. Raises RegistryError."""
     plain: Record | None = None
     if line.endswith('"type":"trial"}\n'):
         plain = _plain_trial(line)
-    elif version >= _FINALISTS:
-        plain = cut(line, origin, trusted)
-    return plain or whole(number, line, version, origin, trusted)
+    elif kind.version >= _FINALISTS:
+        plain = cut(line, kind.origin, kind.trusted)
+    return plain or whole(number, line, *kind)
 
 
 def _plain_trial(line: str) -> Trial | None:
@@ -235,13 +269,13 @@ def _plain_trial(line: str) -> Trial | None:
         told = json.loads(line)
         del told["type"], told["sha256"]
         trial = trial_like(told)
-        return trial if _trial_line(trial) == line else None
+        return trial if trial_line(trial)[-1] == line else None
     except DAMAGE:
         return None
 
 
 def whole(number: int, line: str, version: int, origin: str, trusted: bool) -> Record:
-    """The record that every field of a line makes, or what is wrong with it; `_record` has shorter ways to the same."""
+    """The record that every field of a line makes, or what is wrong with it; `record` has shorter ways to the same."""
     data = _parse(number, line)
     if version == 1 and data.get("type") == "revocation":
         raise _malformed(number, "version 1 of the format has no revocations")

@@ -150,8 +150,7 @@ class _Tables:
             *told, created_at = values(each)
             names = names or ["id", *key, *VERDICT]
             rows.append((number, *key.values(), *told, self._sql.time_of(created_at)))
-            for place, finalist in enumerate(each.finalists):
-                finalists.append((number, place, *finalist))
+            finalists += [(number, place, *finalist) for place, finalist in enumerate(each.finalists)]
             if each.told.trusted:
                 position = position_columns(each.told.problem).values()
                 positions.append((number, key["device_id"], key["kernel_id"], *position))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -61,16 +61,34 @@ def lines(sql: Sql, wanted: Wanted) -> Iterator[tuple[int, Line | None]]:
     return _batches(sql, wanted, line_of)
 
 
-def trials(
-    sql: Sql, wanted: Wanted, origin: str | None = None, in_order: bool = False
-) -> Iterator[tuple[int, Trial | None]]:
-    """Likewise, as they were recorded. in_order: by op, problem and time."""
+def lines_of(sql: Sql, batch: Sequence[int]) -> Iterator[tuple[int, Line | None]]:
+    """The lines of the verdicts of these rows, in this order."""
+    return _in_order(batch, _by_id(sql, batch, line_of))
+
+
+def trials(sql: Sql, wanted: Wanted, origin: str | None = None) -> Iterator[tuple[int, Trial | None]]:
+    """Likewise, as they were recorded."""
     if (condition := condition_of(sql, wanted, "t", origin)) is None:
         return
     where, values = condition
-    order = f"p.op{sql.by_bytes}, p.key{sql.by_bytes}, t.created_at" if in_order else "t.id"
-    for number, *row in sql.each(f"{_TRIALS} {where} ORDER BY {order}", values):
+    for number, *row in sql.each(f"{_TRIALS} {where} ORDER BY t.id", values):
         yield number, _or_none(_trial, row)
+
+
+def trial_ids(sql: Sql, wanted: Wanted) -> Iterator[int]:
+    """The ids of the trials that are wanted, by op, problem and time."""
+    if (condition := condition_of(sql, wanted, "t")) is None:
+        return
+    where, values = condition
+    order = f"p.op{sql.by_bytes}, p.key{sql.by_bytes}, t.created_at"
+    statement = f"SELECT t.id FROM trial AS t {JOINS.format('t')} {where} ORDER BY {order}"
+    yield from (int(number) for (number,) in sql.each(statement, values))
+
+
+def trials_of(sql: Sql, batch: Sequence[int]) -> Iterator[tuple[int, Trial | None]]:
+    """The trials of these rows, in this order."""
+    rows = sql.among(f"{_TRIALS} WHERE t.id IN", batch)
+    return _in_order(batch, {number: _or_none(_trial, row) for number, *row in rows})
 
 
 def misses(sql: Sql, wanted: Wanted) -> Iterator[tuple[int, Miss | None]]:
@@ -112,8 +130,8 @@ def known(sql: Sql, wanted: Mapping[int, str]) -> dict[int, Written | Same | Non
     return _by_id(sql, wanted, read)
 
 
-def _by_id(sql: Sql, ids: Iterable[int], read: Callable[[Row, list[Row]], _T]) -> dict[int, _T]:
-    numbers = list(ids)
+def _by_id(sql: Sql, of: Iterable[int], read: Callable[[Row, list[Row]], _T]) -> dict[int, _T]:
+    numbers = list(of)
     finalists: dict[int, list[Row]] = {}
     for row in sql.among(_FINALISTS, numbers):
         finalists.setdefault(row[0], []).append(row)
@@ -121,13 +139,17 @@ def _by_id(sql: Sql, ids: Iterable[int], read: Callable[[Row, list[Row]], _T]) -
 
 
 def _batches(sql: Sql, wanted: Wanted, read: Callable[[Row, list[Row]], _T | None]) -> Iterator[tuple[int, _T | None]]:
-    ids = _ids(sql, wanted)
-    while batch := list(itertools.islice(ids, BATCH)):
-        found = _by_id(sql, batch, read)
-        yield from ((number, found[number]) for number in batch if number in found)
+    every = ids(sql, wanted)
+    while batch := list(itertools.islice(every, BATCH)):
+        yield from _in_order(batch, _by_id(sql, batch, read))
 
 
-def _ids(sql: Sql, wanted: Wanted) -> Iterator[int]:
+def _in_order(batch: Iterable[int], found: Mapping[int, _T]) -> Iterator[tuple[int, _T]]:
+    return ((number, found[number]) for number in batch if number in found)
+
+
+def ids(sql: Sql, wanted: Wanted) -> Iterator[int]:
+    """The ids of the verdicts that are wanted, in the order of their keys."""
     if (condition := condition_of(sql, wanted, "v")) is None:
         return
     where, values = condition

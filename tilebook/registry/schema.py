@@ -8,6 +8,7 @@ from collections.abc import Collection
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from importlib import resources
+from pathlib import Path
 
 from sqlalchemy import Connection, Engine, inspect, text
 
@@ -40,10 +41,12 @@ def check(found: int | None, target: Target, oldest: int | None = None) -> None:
 
 @dataclass(frozen=True)
 class Found:
-    """What a reader found: the schema's version, and what is damaged of a SQLite file's structure, "" for nothing."""
+    """What a reader found: the schema's version, what is damaged of a SQLite file's structure, "" for nothing, and
+    where the file is that is read: a copy, where a process died in mid-write."""
 
     version: int
     damage: str = ""
+    place: Path | None = None
 
 
 def open_reader(target: Target, cleanup: ExitStack, wait_s: float | None = None) -> tuple[Engine, Found]:
@@ -65,7 +68,7 @@ def open_reader(target: Target, cleanup: ExitStack, wait_s: float | None = None)
         found = sqlitefile.check_version(raw, target.path, OLDEST_READABLE, SCHEMA_VERSION)
         _check_tables(sqlitefile.tables(raw), target, found)
         damage = sqlitefile.damage(raw, place, backend.READER_CHECKS_BYTES)
-    return make_engine(replace(target, path=place), write=False, wait_s=wait_s), Found(found, damage)
+    return make_engine(replace(target, path=place), write=False, wait_s=wait_s), Found(found, damage, place)
 
 
 def open_writer(target: Target, wait_s: float | None = None, upgrade: bool = True) -> Engine:

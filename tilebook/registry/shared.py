@@ -36,10 +36,14 @@ class Shared:
         return self._ids["problem", op, key]
 
     def device(self, device: Device) -> int:
-        return self._id("device", device.content())
+        place = "device", device.text
+        if place not in self._ids:
+            self._ids[place] = self._id("device", device.content())
+        return self._ids[place]
 
     def kernel(self, op: str, digest: str) -> int:
-        return self._id("kernel", {"op": op, "digest": digest})
+        known = self._ids.get(("kernel", op, digest))
+        return self._id("kernel", {"op": op, "digest": digest}) if known is None else known
 
     def environment(self, environment: Environment) -> int:
         place = "environment", environment.digest

@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tilebook.registry.checks import parse_time, time_text
@@ -14,18 +15,24 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 Row = Sequence[Any]
+File = tuple[Path, int, int]
+"""A place, and the device and the number of the file that is there."""
 
 _PART = 500  # databases limit the parameters of a statement
 
 
 class Sql:
-    """A driver's connection; a statement's parameters are written `?`. The driver's errors come as they are."""
+    """A driver's connection; a statement's parameters are written `?`. The driver's errors come as they are.
+
+    file: what is read, where that is a file whose place others may read too.
+    """
 
     def __init__(self, connection: Any) -> None:
         self._sqlite = isinstance(connection, sqlite3.Connection)
         self._raw = connection
         self._cursor = connection.cursor()
         self._last: dict[str, int] = {}
+        self.file: File | None = None
 
     @classmethod
     def of(cls, connection: Connection) -> Self:

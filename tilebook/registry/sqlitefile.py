@@ -136,6 +136,23 @@ def readable(path: Path) -> Iterator[Path]:
         yield _recovered(path, Path(folder))
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells the file at a place from another that comes there; None where there is none.
+
+    It is not opened: to close it would give up all locks that this process has on it.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def same(path: Path, before: tuple[int, int] | None) -> tuple[Path, int, int] | None:
+    """The file at a place, by what was there before it was opened; None where another is there now."""
+    return None if before is None or identity(path) != before else (path, *before)
+
+
 def _journal(path: Path) -> Path:
     return beside(path, "-journal")
 

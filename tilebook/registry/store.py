@@ -13,7 +13,7 @@ from typing import Self
 from sqlalchemy import Connection, Engine
 
 from tilebook.errors import RegistryError
-from tilebook.registry import backend, schema, shipped
+from tilebook.registry import backend, schema, shipped, sqlitefile
 from tilebook.registry.backend import explained
 from tilebook.registry.contents import Contents
 from tilebook.registry.lookup import Execute
@@ -81,6 +81,7 @@ class Registry(Contents):
         self._patient = writable and wait_s is None and target.path is None
         self._cleanup = weakref.finalize(self, (cleanup or ExitStack()).close)
         self.schema = SCHEMA_VERSION if found is None else found.version
+        self._place = target.path if found is None else found.place
         if found is not None and found.damage:
             self.note(f"the file is damaged ({found.damage}); rows may be missing")
 
@@ -176,8 +177,11 @@ class Registry(Contents):
 
     @contextmanager
     def reading(self) -> Iterator[Sql]:
+        before = None if self._place is None else sqlitefile.identity(self._place)
         with self._connected() as connection:
-            yield Sql.of(connection)
+            sql = Sql.of(connection)
+            sql.file = None if self._place is None else sqlitefile.same(self._place, before)
+            yield sql
 
     @contextmanager
     def transaction(self) -> Iterator[Sql]:

@@ -140,20 +140,37 @@ class Written:
     A verdict that was never made, since its columns say all that is wanted, is made where it is asked for.
     """
 
-    __slots__ = ("__weakref__", "_verdict", "finalists", "text", "told")
+    __slots__ = ("__weakref__", "_digests", "_text", "_verdict", "finalists", "told")
 
     def __init__(self, verdict: Verdict) -> None:
         self._verdict: Verdict | None = verdict
         self.told = _told(verdict)
         self.finalists: Sequence[Sequence[Any]] = [_finalist(each) for each in verdict.finalists]
-        self.text = text_of(self.told, map(finalist_text, self.finalists))
+        self._text: Text | None = text_of(self.told, map(finalist_text, self.finalists))
+        self._digests: tuple[str, str] | None = None
 
     @classmethod
-    def of(cls, told: Columns, finalists: Sequence[Sequence[Any]], text: Text) -> Written:
-        """Of columns that have been looked at as a verdict would look at them, see `quick.whole`."""
+    def of(
+        cls,
+        told: Columns,
+        finalists: Sequence[Sequence[Any]],
+        text: Text | None = None,
+        digests: tuple[str, str] | None = None,
+    ) -> Written:
+        """Of columns that have been looked at as a verdict would look at them, see `quick.whole`.
+
+        text, digests (`sha256` and `served`): where they are known already.
+        """
         self = cls.__new__(cls)
-        self._verdict, self.told, self.finalists, self.text = None, told, finalists, text
+        self._verdict, self.told, self.finalists, self._text, self._digests = None, told, finalists, text, digests
         return self
+
+    @property
+    def text(self) -> Text:
+        """All that it says."""
+        if self._text is None:
+            self._text = text_of(self.told, map(finalist_text, self.finalists))
+        return self._text
 
     @property
     def verdict(self) -> Verdict:
@@ -175,7 +192,7 @@ class Written:
     @property
     def sha256(self) -> str:
         """`Verdict.sha256`."""
-        return self.text.sha256(self.told.origin, self.told.trusted)
+        return self._digests[0] if self._digests else self.text.sha256(self.told.origin, self.told.trusted)
 
     @property
     def line(self) -> str:
@@ -185,7 +202,7 @@ class Written:
     @property
     def served(self) -> str:
         """See `served.digest`."""
-        return served_of(self.told, self.finalists)
+        return self._digests[1] if self._digests else served_of(self.told, self.finalists)
 
 
 Record = Trial | Written | Revocation
