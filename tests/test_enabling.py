@@ -56,7 +56,7 @@ print(torch.nn.functional.layer_norm.__module__, "tilebook.enabling" in sys.modu
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"TILEBOOK": "0"}, "torch.nn.functional False"),
+        ({"TILEBOOK": "off"}, "torch.nn.functional False"),
         ({"TILEBOOK": "1"}, "tilebook.enabling True"),
         ({"TILEBOOK": "1", "TILEBOOK_DISABLE": "1"}, "torch.nn.functional True"),
     ],
@@ -65,6 +65,17 @@ def test_the_environment_turns_it_on_at_the_end_of_import_torch(environment, exp
     seen, complaints = program(SEEN, **environment)
     assert seen == expected
     assert "tilebook" not in complaints
+
+
+def test_an_environment_that_asks_for_what_there_is_not_is_told_so():
+    seen, complaints = program(SEEN, TILEBOOK="patched")
+    assert seen == "torch.nn.functional False"
+    assert "tilebook: not turned on: ValueError: TILEBOOK is 1 or patch, or 0, not 'patched'" in complaints
+
+
+def test_who_asks_what_runs_is_told_that_it_is_on():
+    _, complaints = program(SEEN, TILEBOOK="1", TILEBOOK_LOG="debug")
+    assert "tilebook: on, in the places of scaled_dot_product_attention, layer_norm, rms_norm" in complaints
 
 
 @pytest.mark.sampled(5)

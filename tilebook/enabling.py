@@ -40,6 +40,7 @@ from tilebook.kernels.norms import rms_norm as our_rms_norm
 from tilebook.kernels.norms.standing import STANDINGS as _NORMS
 from tilebook.kernels.pooling.standing import STANDINGS as _POOLINGS
 from tilebook.left import ORDINARY
+from tilebook.logs import log
 
 _theirs: dict[str, Callable[..., Any]] = {
     name: getattr(F, name) for name in ("scaled_dot_product_attention", "layer_norm", "rms_norm", "cross_entropy")
@@ -346,6 +347,9 @@ def enable(*, patch: bool = False) -> None:
     of information, by the logger "tilebook".
     """
     _state.change(whole=True, patch=patch)
+    here = status()
+    if here.enabled:
+        log.debug("on, in the places of %s, for tensors on a GPU", ", ".join((*here.replaced, *here.served)))
 
 
 def disable() -> None:
