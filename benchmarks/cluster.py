@@ -1,7 +1,7 @@
 """How much sooner two GPUs of a Ray cluster are done than one: a suite's problems on each, from empty compile caches.
 
     python benchmarks/cluster.py --out benchmarks/results/nvidia-h200/cluster.json [--suite models] [--problems 20]
-        [--trials 24] [--workers N] [--alone] [--gpu NAME]
+        [--ops NAME …] [--trials 24] [--workers N] [--alone] [--gpu NAME]
 
 Each run has a registry, a compile cache and a cluster node of its own, and as many compilers a GPU (by default half of
 the cores, less one). The problems are spread evenly over the suite. JSON: for each run its seconds from call to return,
@@ -29,6 +29,7 @@ from ray_nodes import ray_nodes
 
 from tilebook import device as devices
 from tilebook import op as ops
+from tilebook.device import Device
 from tilebook.op import Op, Problem
 from tilebook.tuner.cluster.cluster import tune_cluster
 from tilebook.tuner.progress import ProblemState, Run
@@ -64,9 +65,10 @@ class Timeline:
         print(text, file=sys.stderr)
 
 
-def spread(suite: str, count: int) -> Problems:
-    """So many of a suite's problems, evenly over it."""
-    found = list(dict.fromkeys(ops.suites(ops.ops().values())[suite]))
+def spread(suite: str, count: int, gpu: Device, names: Sequence[str]) -> Problems:
+    """So many of a suite's problems on these ops that our kernels run, evenly over it."""
+    of_suite = dict.fromkeys(ops.suites(ops.ops().values())[suite])
+    found = [(op, each) for op, each in of_suite if op.name in (names or [op.name]) and op.tunable.can_run(each, gpu)]
     if len(found) < count:
         raise SystemExit(f"the suite {suite} has {len(found)} problems, not {count}")
     return [found[place * len(found) // count] for place in range(count)]
@@ -105,13 +107,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--suite", default="models")
+    parser.add_argument("--ops", nargs="*", default=(), help="of the suite only the problems on these")
     parser.add_argument("--problems", type=int, default=20)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2 - 1))
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--gpu")
     given = parser.parse_args()
-    problems = spread(given.suite, given.problems)
+    device = devices.current() if given.gpu is None else devices.find(given.gpu)
+    problems = spread(given.suite, given.problems, device, given.ops)
     options = {"gpu": given.gpu, "trials": given.trials, "workers": given.workers}
     runs = {"one": on_cluster(problems, 1, options), "two": on_cluster(problems, 2, options)}
     if given.alone:
@@ -128,7 +132,6 @@ def main() -> None:
         "tuning_speedup": round(runs["one"]["tuning_s"] / runs["two"]["tuning_s"], 3),
         "runs": runs,
     }
-    device = devices.current() if given.gpu is None else devices.find(given.gpu)
     save(given.out, "cluster", device.name, **figures)
     print(f"{given.problems} problems: one {runs['one']['seconds']} s, two {runs['two']['seconds']} s")
     print(f"{figures['speedup']}x, {figures['tuning_speedup']}x between the first begin and the last end")

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from revision import revision
 
 from tilebook import device as devices
 from tilebook import op as ops
@@ -26,22 +26,13 @@ from tilebook.tuner.judge.measure import Bench, interleave
 from tilebook.tuner.judge.stats import median, speedup
 
 
-def commit() -> str:
-    """What is measured: the commit noted beside a tree that travelled without its history, else the checkout's."""
-    noted = Path("COMMIT")
-    if noted.exists():
-        return noted.read_text().strip()
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def save(out: Path, benchmark: str, device: str, **figures: Any) -> None:
     """Writes a benchmark's figures as JSON, with where, on what and when they were taken."""
     document = {
         "benchmark": benchmark,
         "device": device,
         "environment": dict(devices.environment()),
-        "commit": commit(),
+        "commit": revision(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **figures,
     }

@@ -218,7 +218,7 @@ def measured(
     runs: dict[str, Run] = {how: Run(case, how, device, tiny, compiled=compiled) for how in hows}
     few = bool(case.generated)  # a step of which is hundreds of calls alike
     first = {how: [float(run.step()) for _ in range(1 if few else 4)] for how, run in runs.items()}
-    steps, found = alternated(runs, rounds, device, 2 if few else SETTLED_STEPS // 4)
+    steps, found = alternated(runs, rounds, device, 1 if few else SETTLED_STEPS // 4)
     return {"first_losses": first, "steps_a_block": steps, **found}
 
 

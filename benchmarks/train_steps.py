@@ -187,10 +187,10 @@ def alternated(runs: dict[str, Any], rounds: int, device: str, settled: int) -> 
 
     ms a step, the most memory, and by round the ratio of plain PyTorch to each: its quartiles.
     """
-    for run in runs.values():
-        block(run, 3 if device == "cpu" else settled, device)
-    estimate = max(block(run, 3, device)[0] for run in runs.values())
-    steps, order = max(2, math.ceil(BLOCK_MS / estimate)), random.Random(0)
+    estimate = max(block(run, 3 if device == "cpu" else settled, device)[0] for run in runs.values())
+    if estimate < BLOCK_MS:  # else a step is as good as a block, and they are few
+        estimate = max(block(run, 3, device)[0] for run in runs.values())
+    steps, order = max(2 if estimate < BLOCK_MS else 1, math.ceil(BLOCK_MS / estimate)), random.Random(0)
     if device == "cpu":
         steps = 2
     timed: dict[str, list[tuple[float, float]]] = {name: [] for name in (*runs, "again")}

@@ -87,6 +87,34 @@ def test_padding_of_any_length_is_a_mask_of_keys(monkeypatch, batch):
     assert seen.changed == [1, 1]
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_lengths_of_different_inputs_are_taken_for_the_same(monkeypatch, heads):
+    """Keys and values of two inputs have lengths of two symbols."""
+    monkeypatch.setattr(graphs, "_half", lambda q, of: True)
+    monkeypatch.setattr(graphs, "TRACED", (0.0, 0.0))
+
+    def attend(q, k, v, padding):
+        limits = places(q.shape[-2]) <= places(q.shape[-2])[:, None]
+        copies = heads[0] // heads[1]
+        if copies > 1:
+            shape = k.shape[0], heads[0], -1, 16
+            k, v = (x[:, :, None].expand(-1, -1, copies, -1, -1).reshape(shape) for x in (k, v))
+        return SDPA(q, k, v, limits & padding[:, None, None])
+
+    seen = Seen()
+    torch.compiler.reset()
+    made = torch.compile(attend, backend=seen, fullgraph=True)
+    for n in (12, 40, 23):
+        tensors = [torch.randn(2, each, n, 16) for each in (heads[0], heads[1], heads[1])]
+        padding = places(n) < torch.tensor([[n], [5]])
+        torch.testing.assert_close(made(*tensors, padding), attend(*tensors, padding))
+    assert seen.changed == [1, 1]
+    q, k, v = tensors
+    for function in (attend, made):
+        with pytest.raises((RuntimeError, ValueError)):
+            function(q, k, v[:, :, 1:], padding)
+
+
 @pytest.mark.parametrize(
     ("kind", "padded", "checkpointed"),
     [("llama", False, True), ("llama", True, False), ("llama", True, True), ("mistral", True, False)],

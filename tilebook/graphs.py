@@ -27,7 +27,7 @@ from tilebook.kernels.attention.drop_in import TRACED
 from tilebook.kernels.attention.layout import like
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
 from tilebook.shown import ALL, CAUSAL, Shown, shown_by
-from tilebook.sizes import Unknown, hinted, size, trials
+from tilebook.sizes import Unknown, alike, hinted, size, trials
 from tilebook.traced import left
 
 _log = logging.getLogger("tilebook")
@@ -193,7 +193,9 @@ def _takes(tensors: tuple[Node, Node, Node], of: torch.dtype, call: dict[str, An
     """Is such attention an op of ours, which is done long after the host has called it? of: what its factors are."""
     q, k, v = tensors
     value, shape = q.meta["example_value"], shape_of(k)
-    if not _half(q, of) or shape is None or shape != shape_of(v) or call["dropout_p"] != 0 or len(value.shape) != 4:
+    if not _half(q, of) or shape is None or call["dropout_p"] != 0 or len(value.shape) != 4:
+        return False
+    if not alike(k.meta["example_value"], v.meta["example_value"]):  # which the op makes sure of
         return False
     heads, width, trained = value.shape[1], value.shape[-1], torch.is_grad_enabled()
     if not all(type(n) is int for n in (heads, width, shape[1])):
@@ -229,7 +231,9 @@ def _shared(q: Node, k: Node, v: Node) -> tuple[Node, Node] | None:
     if q.meta["example_value"].shape[-1] > _WIDEST:
         return None  # only PyTorch's fused kernels share keys
     mine, its = _uncopied(k), _uncopied(v)
-    if mine is None or its is None or shape_of(mine) != shape_of(its) or shape_of(k) != shape_of(v):
+    if mine is None or its is None:
+        return None
+    if not all(alike(one.meta["example_value"], other.meta["example_value"]) for one, other in ((mine, its), (k, v))):
         return None
     return None if written((mine, its, k, v)) else (mine, its)  # what is written to may be another by then
 
@@ -332,7 +336,7 @@ def _told(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
             except Exception as broken:  # the graph is compiled as it is
                 _log.debug("a graph was not looked through: %s: %s", type(broken).__name__, broken)
             else:
-                _log.debug("calls of attention that run without a mask, which is a constant: %d", found)
+                _log.debug("calls of attention that do not read their masks: %d", found)
         return compile_fx(model_, *args, **kwargs)
 
     told._tilebook = compile_fx  # type: ignore[attr-defined]

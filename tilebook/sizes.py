@@ -61,6 +61,15 @@ def hinted(sizes: Iterable[Any]) -> float:
     return math.prod(n if type(n) is int else n.node.hint for n in sizes)
 
 
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Have these the same sizes? Those of different inputs, which are different symbols, where they are equal now."""
+    pairs: list[tuple[Any, Any]] = list(zip(one.shape, other.shape, strict=False))
+    return len(one.shape) == len(other.shape) and all(
+        size(n) == size(m) or (type(n) is not int and type(m) is not int and n.node.hint == m.node.hint is not None)
+        for n, m in pairs
+    )
+
+
 def trials(graph: Graph) -> list[Trial]:
     """The sizes that a graph has now, and others that it may have; none where sizes are made of more than is told."""
     values = {each: each.meta.get("example_value") for each in graph.nodes if each.op == "placeholder"}

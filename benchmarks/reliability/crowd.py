@@ -2,17 +2,19 @@
 
     python benchmarks/reliability/crowd.py [--writers 4] [--readers 16] [--minutes 10] [--out FILE]
 
-A writer stores a batch of trials and a verdict, again and again, as a tuning run does. A reader asks what dispatch
-asks: the table of one GPU, and one problem's verdict, from the file, as a fresh process would. Now and then it ends as
-a program ends, with misses to store. Printed: errors, the times of reads, how long the ends of programs were held up,
-and whether all that writers had stored is there. A read's time has three parts: what it computes, what it waits for a
-processor (`queued`, of Linux alone: with fewer processors than processes that is most), and what it sleeps, for a lock
-or the disk. `slowest_percent_ms` has the mean of each over the slowest hundredth of the reads. No GPU needed.
+A writer stores a batch of trials and a verdict, again and again, as a tuning run does. A reader is one program after
+another: it *starts*, which opens the layers and reads what dispatch wants of them, looks up one new problem after
+another (a *read*), and *ends*, with misses to store. Printed: errors, the times of all three, and whether all that
+writers had stored is there. A read's time has three parts: what it computes, what it waits for a processor (`queued`,
+of Linux alone: with fewer processors than processes that is most), and what it sleeps, for a lock or the disk.
+`slowest_percent_ms` has the mean of each over the slowest hundredth of the reads. No GPU needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import multiprocessing
 import os
 import random
@@ -27,13 +29,32 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "registry"))
 from here import tell
 from registry_samples import H200, KERNEL, problem, trial, verdict
 
-from tilebook.registry import Miss, Registry, serving
+from tilebook.registry import Miss, Registry, canonical, serving
 from tilebook.registry.lookup import Question
 
 BATCH = 16
 PARTS = ("cpu", "queued", "asleep")
-ENDS = 50
-"""After so many reads a reader ends as a program does."""
+LOOKUPS = 50
+"""Of a program; ten milliseconds lie between two."""
+
+FARTHEST = 4.0
+"""From a problem, of one whose verdict is asked for in its place."""
+
+FIRST = 200
+"""Verdicts that are there before anybody reads or writes: more than dispatch reads as a whole."""
+
+
+def _some_problem(draw: random.Random) -> str:
+    return canonical({"rows": 8 * draw.randrange(1, 4000), "width": 1024, "dtype": "bf16"})
+
+
+def _asked(problem: str) -> Question:
+    """As dispatch asks: the verdict on a problem, or else the four nearest."""
+
+    def distance(other: str) -> float:
+        return abs(math.log2(json.loads(other)["rows"] / json.loads(problem)["rows"]))
+
+    return Question("rms_norm_fwd", KERNEL, problem, most=4, distance=distance, reach=FARTHEST)
 
 
 def _write(path: str, number: int, seconds: float, start: Any, results: Any) -> None:
@@ -41,12 +62,11 @@ def _write(path: str, number: int, seconds: float, start: Any, results: Any) -> 
     start.wait()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        trials = [trial(draw.randrange(1 << 30)) for _ in range(BATCH)]
-        key = problem(8 * draw.randrange(1, 4000))
+        trials = [trial(1 + number * 10**7 + stored + place) for place in range(BATCH)]
         started = time.monotonic()
         try:
             with Registry.open(path, write=True) as registry:
-                registry.record(trials, verdict(problem=key))
+                registry.record(trials, verdict(problem=_some_problem(draw)))
             stored += BATCH
         except Exception as error:
             errors.append(f"write: {type(error).__name__}: {error}")
@@ -57,30 +77,30 @@ def _write(path: str, number: int, seconds: float, start: Any, results: Any) -> 
 def _read(path: str, number: int, seconds: float, start: Any, results: Any) -> None:
     from tilebook.dispatch.misses import store_misses
 
-    reads, ends, errors, locked = [], [], [], 0
-    asked = Question("rms_norm_fwd", KERNEL, problem(), most=4)
-    missed = [Miss("rms_norm_fwd", problem(number), H200, 3, 0.5)]
+    starts, reads, ends, errors, locked = [], [], [], [], 0
+    missed, draw = [Miss("rms_norm_fwd", problem(number), H200, 3, 0.5)], random.Random(100 + number)
     start.wait()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        before = _spent()
-        try:
-            table = serving.read(H200.name, H200.arch, H200.sm_count, path)
-            large = table.large("rms_norm_fwd")
-            found = table.find(asked) if large else table.verdicts("rms_norm_fwd")
-            waited = [each for each in table.problems if "locked by another process" in each]
-            locked += bool(waited or not found)
-            errors += [f"read: {each}" for each in table.problems if each not in waited]
-        except Exception as error:
-            errors.append(f"read: {type(error).__name__}: {error}")
-        clock, cpu, queued = (now - then for now, then in zip(_spent(), before, strict=True))
-        reads.append({"read": clock, "cpu": cpu, "queued": queued, "asleep": max(0.0, clock - cpu - queued)})
-        if len(reads) % ENDS == 0:
-            started = time.monotonic()
-            store_misses(missed)
-            ends.append(time.monotonic() - started)
-        time.sleep(0.01)
-    results.put({"reads": reads, "ends": ends, "errors": errors, "locked": locked})
+        began = time.monotonic()
+        table = serving.read(H200.name, H200.arch, H200.sm_count, path)
+        table.small("rms_norm_fwd")
+        starts.append(time.monotonic() - began)
+        for _ in range(LOOKUPS):
+            asked, before = _asked(_some_problem(draw)), _spent()
+            found = table.find(asked)
+            clock, cpu, queued = (now - then for now, then in zip(_spent(), before, strict=True))
+            reads.append({"read": clock, "cpu": cpu, "queued": queued, "asleep": max(0.0, clock - cpu - queued)})
+            waited = table.locked
+            locked += waited
+            if not waited and found.exact is None and not found.near:
+                errors.append("read: nothing was found")
+            time.sleep(0.01)
+        errors += [f"read: {each}" for each in table.problems if "locked by another process" not in each]
+        began = time.monotonic()
+        store_misses(missed)
+        ends.append(time.monotonic() - began)
+    results.put({"starts": starts, "reads": reads, "ends": ends, "errors": errors, "locked": locked})
 
 
 def _spent() -> tuple[float, float, float]:
@@ -102,6 +122,8 @@ def run(writers: int, readers: int, seconds: float) -> dict[str, Any]:
         os.environ |= {"TILEBOOK_REGISTRY": path, "XDG_DATA_HOME": folder}
         with Registry.open(path, write=True) as registry:
             registry.record([trial(0)], verdict())
+            draw = random.Random(0)
+            registry.merge((), [verdict(problem=_some_problem(draw)) for _ in range(FIRST)], ())
         context = multiprocessing.get_context("spawn")
         results, start = context.Queue(), context.Barrier(writers + readers)
         jobs = [(_write, n) for n in range(writers)] + [(_read, n) for n in range(readers)]
@@ -115,7 +137,7 @@ def run(writers: int, readers: int, seconds: float) -> dict[str, Any]:
             there, damaged = len(registry.trials()), list(registry.problems)
     reads = sorted((read for each in found for read in each.get("reads", ())), key=lambda read: read["read"])
     slowest = reads[len(reads) - len(reads) // 100 - 1 :]
-    ends = sorted(s for each in found for s in each.get("ends", ()))
+    starts, ends = (sorted(s for each in found for s in each.get(name, ())) for name in ("starts", "ends"))
     stored = sum(each.get("stored", 0) for each in found) + 1
     return {
         "writers": writers, "readers": readers, "seconds": seconds, "cpus": os.cpu_count(),
@@ -125,7 +147,7 @@ def run(writers: int, readers: int, seconds: float) -> dict[str, Any]:
         **{f"read_{part}_ms": _figures(sorted(each[part] for each in reads)) for part in PARTS},
         "slowest_percent_ms": {part: _mean_ms([each[part] for each in slowest]) for part in ("read", *PARTS)},
         "reads_locked_out": sum(each.get("locked", 0) for each in found),
-        "ends": len(ends), "end_ms": _figures(ends),
+        "starts": len(starts), "start_ms": _figures(starts), "ends": len(ends), "end_ms": _figures(ends),
         "longest_write_s": max(each.get("longest_write_s", 0.0) for each in found),
     }  # fmt: skip
 

@@ -6,19 +6,22 @@ import json
 import os
 import platform
 import sqlite3
-import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from revision import revision
 
 
 def environment() -> dict[str, Any]:
     """Commit, versions and machine."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     model = next(
         (row.split(":")[1].strip() for row in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in row), ""
     )
     return {
-        "commit": commit.stdout.strip(),
+        "commit": revision(),
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
         "system": f"{platform.system()} {platform.machine()}",

@@ -214,6 +214,7 @@ class Attempt:
         self.honest = folder / "honest.db"
         os.environ |= {"XDG_DATA_HOME": str(folder / "data"), "HOME": str(folder), "COLUMNS": "200"}
         os.environ["TILEBOOK_REGISTRY"] = str(self.honest)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two tunes are to store the same, and so must not measure
         self.command("tune", *TUNE, "--registry", self.honest)
         self.expected_choices, self.expected_verdicts = self.choices(), self.own_verdicts(self.honest)
         self._warm_up()

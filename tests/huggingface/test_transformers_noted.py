@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ from tilebook.kernels.varlen import packs
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from transformers import masking_utils  # noqa: E402
+from transformers import masking_utils, modeling_utils  # noqa: E402
+from transformers.integrations import sdpa_attention  # noqa: E402
 
 THEIRS = masking_utils.sdpa_mask
 REGISTER = masking_utils.AttentionMaskInterface._global_mapping
+ATTENTION = modeling_utils.AttentionInterface._global_mapping
 WIDE = {
     "llama": {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
     "mistral": {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -37,6 +40,7 @@ def _as_it_was():
     yield
     enabling._state.change(whole=False, blocks=-enabling._state.blocks)
     assert REGISTER["sdpa"] is THEIRS
+    assert ATTENTION["sdpa"] is sdpa_attention.sdpa_attention_forward
 
 
 @pytest.fixture
@@ -112,6 +116,43 @@ def test_our_kernels_compute_it_in_the_interpreter(name, kind, called):
         ours = step(model, given(name, kind))
     assert called == [CASES[name, kind]]
     assert_as_near(ours, theirs, right, blur=4.0)
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """How often keys or values that heads share were copied for each of them."""
+    found, theirs = [], sdpa_attention.repeat_kv
+
+    def repeat_kv(x, groups):
+        found.append(groups)
+        return theirs(x, groups)
+
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", repeat_kv)
+    return found
+
+
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[0] in ("llama", "mistral")])
+def test_keys_that_heads_share_are_not_copied_where_the_note_serves(name, kind, called, copied):
+    model = copy.deepcopy(fresh(name)).bfloat16()
+    step(model, given(name, kind))
+    assert copied == [2, 2]
+    with tilebook.enabled(), dispatch.use("torch"):
+        step(model, given(name, kind))
+    assert (called, copied) == ([CASES[name, kind]], [2, 2])
+
+
+@pytest.mark.parametrize(
+    ("more", "copies"), [({}, []), ({"dropout": 0.5}, [2, 2]), ({"position_bias": torch.zeros(1, 1, 32, 32)}, [2, 2])]
+)
+def test_they_are_copied_where_it_does_not(more, copies, copied):
+    layer = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    q, k, v = (torch.randn(1, heads, 32, 16, dtype=torch.bfloat16) for heads in (2, 1, 1))
+    causal = {"mask_function": masking_utils.causal_mask_function, "allow_is_causal_skip": False}
+    with tilebook.enabled(), dispatch.use("torch"):
+        mask = REGISTER["sdpa"](batch_size=1, q_length=32, kv_length=32, **causal)
+        o, _ = ATTENTION["sdpa"](layer, q, k, v, mask, **more)
+    assert o.shape == (1, 32, 2, 16)
+    assert copied == copies
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

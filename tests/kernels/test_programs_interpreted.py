@@ -3,7 +3,6 @@
 import pytest
 import torch
 from programs.layouts import (  # noqa: F401
-    test_a_bias_cut_out_of_a_larger_one_has_pytorchs_gradient,
     test_a_weight_with_a_stride_gives_pytorchs_numbers,
     test_attention_of_nothing_is_what_pytorch_makes_of_it,
     test_biases_with_a_stride_give_pytorchs_numbers,
@@ -16,6 +15,7 @@ from programs.layouts import (  # noqa: F401
     test_slopes_with_a_stride_are_followed,
     test_the_drop_in_on_nothing_is_what_pytorch_makes_of_it,
 )
+from programs.masks import test_a_bias_cut_out_of_a_larger_one_has_pytorchs_gradient  # noqa: F401
 from programs.on_cpu import interpreted as device  # noqa: F401
 from programs.options import (  # noqa: F401
     test_a_scale_that_requires_a_gradient_has_it_or_is_refused,

@@ -6,13 +6,14 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from registry_samples import H200, KERNEL, execute, problem, verdict
 
-from tilebook.registry import Registry
+from tilebook.registry import Registry, readers
 from tilebook.registry.lookup import Question
 from tilebook.registry.readers import File
 from tilebook.registry.target import Locked
@@ -155,3 +156,84 @@ def test_what_is_raised_in_a_reading_ends_its_connection(path: Path, opened: Ope
         raise KeyboardInterrupt
     assert (opened.made, opened.closed) == (1, 1)
     assert ask(layer) is not None
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file is small enough to be looked at as a whole."""
+    monkeypatch.setattr(readers, "CHECKED_BYTES", 0)
+
+
+def test_a_large_file_that_a_writer_changes_is_not_opened_again(path: Path, opened: Opened, large: None) -> None:
+    layer = File("explicit", path, 0.2)
+    assert ask(layer, 256) is None
+    for rows in (256, 384):
+        with Registry.open(path, write=True) as registry:
+            registry.record(verdict=verdict(problem=problem(rows)))
+        made = opened.made
+        assert ask(layer, rows) is not None
+        assert opened.made == made
+
+
+def test_nor_is_one_to_which_somebody_is_writing(path: Path, opened: Opened, large: None) -> None:
+    layer = File("explicit", path, 0.2)
+    assert ask(layer) is not None
+    other = sqlite3.connect(path, timeout=0, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("DELETE FROM verdict")
+    assert path.with_name(path.name + "-journal").exists()
+    made = opened.made
+    assert ask(layer) is not None
+    assert opened.made == made
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "told"),
+    [
+        ("CREATE VIEW v AS SELECT 1", "corrupt"),
+        ("PRAGMA user_version=99", "newer"),
+        ("PRAGMA journal_mode=WAL", "WAL mode"),
+        ("PRAGMA application_id=7", "not a tilebook registry"),
+    ],
+)
+def test_a_large_file_whose_schema_changes_is_looked_at_again(
+    path: Path, opened: Opened, large: None, statement: str, told: str
+) -> None:
+    layer = File("explicit", path, 0.2)
+    assert ask(layer) is not None
+    execute(path, statement)
+    with pytest.raises(Exception, match=told):
+        ask(layer)
+
+
+def test_a_lock_on_a_large_file_is_waited_for_once(path: Path, opened: Opened, large: None) -> None:
+    layer = File("explicit", path, 0.2)
+    assert ask(layer) is not None
+    other = sqlite3.connect(path, timeout=0, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    made, began = opened.made, time.monotonic()
+    with pytest.raises(Locked):
+        ask(layer)
+    assert (opened.made, time.monotonic() - began < 0.4) == (made, True)
+    other.close()
+    assert ask(layer) is not None
+
+
+def test_a_writer_looks_every_few_milliseconds_whether_another_is_done(
+    path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = sqlite3.connect(path, timeout=0, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 5:
+            other.execute("ROLLBACK")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with Registry.open(path, write=True) as registry:
+        registry.record(verdict=verdict(problem=problem(256)))
+    assert (len(waits), max(waits) <= 0.004) == (5, True)
+    other.close()

@@ -25,6 +25,8 @@ class Nodes:
     def __init__(self, folder: str) -> None:
         from ray.cluster_utils import Cluster
 
+        # Where Ray writes the newest cluster's address, whatever folder it is given, and which only `ray start` makes.
+        Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray").mkdir(exist_ok=True)
         self._options = {"include_dashboard": False, "object_store_memory": 80 << 20, "temp_dir": folder}
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, **self._options})
         self._nodes: dict[str, Any] = {}

@@ -1,4 +1,5 @@
-"""Masks of transformers' models that keep `attn_implementation="sdpa"`, with notes while tilebook is enabled."""
+"""Models of transformers that keep `attn_implementation="sdpa"`: their masks have notes while tilebook is enabled, and
+keys that heads share are not copied for each of them where the note serves, as transformers does under any mask."""
 
 from __future__ import annotations
 
@@ -8,46 +9,64 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tilebook.dispatch import forced
 from tilebook.huggingface import OLDEST
 from tilebook.huggingface.masks import capturing, note
 from tilebook.kernels.attention.drop_in import BOUNDS
+from tilebook.kernels.attention.structure import by_note, notes
 
 NAME = "sdpa"
 FEW = min(BOUNDS) / (1 << 14)
 """Pairs of rows and columns of which no model's heads, wide as they are, make a large call: a row of q has at most so
 many numbers."""
 
-_MODULE = "transformers.masking_utils"
+_Function = Callable[..., Any]
 
 
-class _Noting:
-    """Our mask function in the place of transformers' own, in the register that its models look it up in."""
+class _Place:
+    """Where models look a function of transformers up by NAME: a register, and the function that is there by itself."""
 
-    def __init__(self) -> None:
-        self.on = False
-        self._ours: dict[int, Callable[..., Any]] = {}  # by the id of theirs, which they keep
+    def __init__(self, module: str, register: str, theirs: str, ours: Callable[[_Function], _Function]) -> None:
+        self._module, self._register, self._theirs = module, register, theirs
+        self._around = ours
+        self._ours: dict[int, _Function] = {}  # by the id of theirs, which they keep
 
     def turn(self, on: bool) -> None:
         """Puts ours there or takes it out. A function that somebody else has put there keeps its place."""
-        self.on = on
-        module: Any = sys.modules.get(_MODULE)
-        register: Any = getattr(getattr(module, "AttentionMaskInterface", None), "_global_mapping", {})
-        theirs, there = getattr(module, "sdpa_mask", None), register.get(NAME)
+        module: Any = sys.modules.get(self._module)
+        register: Any = getattr(getattr(module, self._register, None), "_global_mapping", {})
+        theirs, there = getattr(module, self._theirs, None), register.get(NAME)
         if theirs is None or there is None:
             return
         ours = self._ours.get(id(theirs))
         if on and there is theirs and _known():
             if ours is None:
-                ours = self._ours[id(theirs)] = self._noting(theirs)
+                ours = self._ours[id(theirs)] = self._around(theirs)
             register[NAME] = ours
         elif not on and ours is not None and there is ours:
             register[NAME] = theirs
 
-    def _noting(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
-        """Their function, with a note on what it gives. Who has kept ours has theirs while tilebook is off."""
+
+class _Noting:
+    """Our functions in the places of transformers' own. Who has kept ours has theirs while tilebook is off."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self._places = (
+            _Place("transformers.masking_utils", "AttentionMaskInterface", "sdpa_mask", self._noting),
+            _Place("transformers.modeling_utils", "AttentionInterface", "sdpa_attention_forward", self._sharing),
+        )
+
+    def turn(self, on: bool) -> None:
+        self.on = on
+        for each in self._places:
+            each.turn(on)
+
+    def _noting(self, theirs: _Function) -> _Function:
+        """Their function, with a note on what it gives."""
 
         @functools.wraps(theirs)
         def sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -59,6 +78,32 @@ class _Noting:
             return mask
 
         return sdpa_mask
+
+    def _sharing(self, theirs: _Function) -> _Function:
+        """Their attention function, which is not asked where a note serves heads that share keys."""
+
+        @functools.wraps(theirs)
+        def sdpa_attention_forward(
+            module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            if self.on and not args and id(attention_mask) in notes.held and not torch.compiler.is_compiling():
+                found = _shared(query, key, value, attention_mask, **kwargs)
+                if found is not None:
+                    return found.transpose(1, 2).contiguous(), None
+            return theirs(module, query, key, value, attention_mask, *args, **kwargs)
+
+        return sdpa_attention_forward
+
+
+def _shared(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0, scaling: Any = None, **more: Any
+) -> Tensor | None:
+    """Attention by the note on the mask, (B, H, Sq, D), where heads share keys; None where it is not to serve."""
+    if type(query) is not Tensor or type(key) is not Tensor or key.ndim != 4 or key.shape[1] == query.shape[1]:
+        return None
+    if dropout or more.get("position_bias") is not None or more.get("output_attentions"):
+        return None
+    return by_note(query, key, value, mask, scaling, True, F.scaled_dot_product_attention)
 
 
 def _worth(mask: Tensor) -> bool:

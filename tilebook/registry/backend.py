@@ -43,10 +43,10 @@ def make_engine(target: Target, *, write: bool, create: bool = False, wait_s: fl
 
         @event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:
+            raw: Any = connection.connection.dbapi_connection
             if write:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                sqlitefile.begin_writing(raw, WRITER_WAIT_S if wait_s is None else wait_s)
             else:
-                raw: Any = connection.connection.dbapi_connection
                 sqlitefile.begin(raw)
 
         return engine

@@ -46,7 +46,7 @@ class FileWriter:
         with sqlitefile.explained(path):
             unlock(path, wait_s)
             with closing(sqlitefile.connect(path, "rwc", wait_s)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
+                sqlitefile.begin_writing(connection, wait_s)
                 ready = prepared(connection, path)
                 connection.execute("COMMIT" if ready else "ROLLBACK")
         return cls(path, wait_s) if ready else None
@@ -60,7 +60,7 @@ class FileWriter:
     def transaction(self) -> Iterator[Sql]:
         """One transaction, which what is raised in it undoes."""
         with sqlitefile.explained(self._path), closing(sqlitefile.connect(self._path, "rw", self._wait_s)) as found:
-            found.execute("BEGIN IMMEDIATE")
+            sqlitefile.begin_writing(found, self._wait_s)
             # A newer tilebook may have upgraded the schema since this one opened it.
             sqlitefile.check_version(found, self._path, SCHEMA_VERSION, SCHEMA_VERSION)
             yield Sql(found)

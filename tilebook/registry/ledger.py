@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from tilebook.registry.sql import Sql
 from tilebook.registry.tally import tally
 from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Locked, Target, sniff
 
-WAIT_S = 0.1
+WAIT_S = 0.06
 """How long a program that ends may wait for another that writes."""
 
 # More than this is not checked as a whole first: a program's end must not wait for that either.
-_CHECKED_BYTES = 64 << 20
+_CHECKED_BYTES = 4 << 20
 
 
 def count(misses: Iterable[Miss], wait_s: float = WAIT_S) -> bool:
@@ -60,16 +59,14 @@ def _add_to_database(target: str, misses: Iterable[Miss], wait_s: float) -> None
 
 def add(path: Path, misses: Iterable[Miss], wait_s: float) -> None:
     """As `Registry.count_misses`, of a SQLite file that has a schema. Raises RegistryError; Locked after `wait_s`."""
-    header, until = sniff(path), time.monotonic() + wait_s
+    header = sniff(path)
     if header is None or header.wal:
         raise RegistryError(f"there is no registry to write to at {path}")
     with sqlitefile.explained(path), contextlib.closing(sqlitefile.connect(path, "rw", wait_s)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
+        sqlitefile.begin_writing(connection, wait_s)
         sqlitefile.refuse_foreign_schema(connection, path)
         sqlitefile.check_version(connection, path, OLDEST_READABLE, SCHEMA_VERSION)
         if found := sqlitefile.damage(connection, path, _CHECKED_BYTES):
             raise RegistryError(f"registry {path} is corrupt: {found}")
         tally(Sql(connection), misses)
-        # What is left of the wait is for readers to leave; they are brief.
-        connection.execute(f"PRAGMA busy_timeout={max(20, int(1e3 * (until - time.monotonic())))}")
         connection.execute("COMMIT")

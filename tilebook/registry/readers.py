@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from tilebook.errors import RegistryError
 from tilebook.registry import legacy, lookup, sqlitefile
 from tilebook.registry.columns import all_revocations, lost_revocation, revocation_in
 from tilebook.registry.layers import Text
 from tilebook.registry.lookup import Answer, Execute, Question
 from tilebook.registry.records import Device, Revocation
 from tilebook.registry.served import Served, of
-from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Target
+from tilebook.registry.target import OLDEST_READABLE, SCHEMA_VERSION, Target, sniff
 
 if TYPE_CHECKING:
     from tilebook.registry.store import Registry
@@ -130,10 +131,14 @@ State = tuple[int, int, int]
 
 
 class _Kept(NamedTuple):
-    """A connection between two readings. It holds no lock, and is its own process's."""
+    """A connection between two readings. It holds no lock, and is its own process's.
+
+    versions: of the schema that it has read, see `_versions`.
+    """
 
     connection: sqlite3.Connection
     state: State
+    versions: tuple[int, int]
     process: int
 
 
@@ -144,8 +149,11 @@ _inherited: list[_Kept] = []
 class File:
     """A layer in a SQLite file.
 
-    Its connection stays open for the next reading, since to open one takes as long as the whole of most answers; of a
-    file that has changed, or has a journal beside it, a new one is made with all the care that a stranger's file needs.
+    Its connection stays open for the next reading, since to open one takes as long as the whole of most answers, and
+    while somebody tunes the file changes many times a second. What was made sure of is what the connection has read:
+    the schema, which SQLite reads again only where its number is another. A new connection is made, with all the care
+    that a stranger's file needs, where that is so, where another file is in its place, where its journal is nobody's,
+    and of a changed file that is small enough to be looked at as a whole.
     """
 
     def __init__(self, name: str, path: Path, wait_s: float) -> None:
@@ -205,15 +213,15 @@ class File:
                 connection = sqlitefile.connect(place, "ro", 0.0)
                 try:
                     sqlitefile.begin(connection, self.wait_s)
-                    state = self._examine(connection, place)
+                    found = _Kept(connection, self._examine(connection, place), _versions(connection), os.getpid())
                 except BaseException:
                     connection.close()
                     raise
-                with self._keeping(_Kept(connection, state, os.getpid()), place == self._path):
+                with self._keeping(found, place == self._path):
                     yield _execute(connection)
 
     def _begun(self) -> _Kept | None:
-        """The connection of the last reading, with the next one begun, where the file is as it was then."""
+        """The connection of the last reading, with the next one begun, where what was made sure of still holds."""
         try:
             kept = self._kept.pop()
         except IndexError:
@@ -221,14 +229,30 @@ class File:
         if kept.process != os.getpid():
             _inherited.append(kept)
             return None
+        again = None
         try:
-            if _state(self._path) == kept.state and not sqlitefile.in_mid_write(self._path):
-                sqlitefile.begin(kept.connection)
-                return kept
-        except (OSError, sqlite3.Error):
+            again = self._again(kept)
+        except sqlite3.Error as error:
+            if error.sqlite_errorname == "SQLITE_BUSY":
+                raise
+        except (OSError, RegistryError):
             pass  # whatever it is, the long way says it
-        kept.connection.close()
-        return None
+        finally:
+            if again is None:
+                kept.connection.close()
+        return again
+
+    def _again(self, kept: _Kept) -> _Kept | None:
+        state = _state(self._path)
+        changed = state != kept.state
+        if changed and (state[0] != kept.state[0] or state[2] <= CHECKED_BYTES):
+            return None
+        if changed or sqlitefile.in_mid_write(self._path):
+            header = sniff(self._path)
+            if header is None or header.wal:
+                return None
+        sqlitefile.begin(kept.connection, self.wait_s)
+        return kept._replace(state=state) if _versions(kept.connection) == kept.versions else None
 
     @contextmanager
     def _keeping(self, kept: _Kept, keep: bool = True) -> Iterator[None]:
@@ -262,6 +286,13 @@ class File:
 def _state(path: Path) -> State:
     found = os.stat(path)
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _versions(connection: sqlite3.Connection) -> tuple[int, int]:
+    """SQLite's number of the schema, which every change of it raises, and ours."""
+    ((number,),) = connection.execute("PRAGMA schema_version")
+    ((ours,),) = connection.execute("PRAGMA user_version")
+    return number, ours
 
 
 def _execute(connection: sqlite3.Connection) -> Execute:

@@ -7,7 +7,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -62,24 +62,52 @@ def begin(connection: sqlite3.Connection, wait_s: float = 0.0) -> None:
     SQLite takes a journal for one that nobody owns where its writer ends between two looks at it, and a reader may not
     roll it back. At the next look it is gone; of one that stays `readable` gives a copy.
     """
-    began, unowned = time.monotonic(), 0
+    unowned = 0
     while True:
-        connection.execute("BEGIN")
         try:
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            _patiently(partial(_begun, connection), wait_s)
             return
         except sqlite3.OperationalError as error:
-            connection.execute("ROLLBACK")
-            waited = time.monotonic() - began
-            if error.sqlite_errorname == "SQLITE_BUSY" and waited < wait_s:
-                time.sleep(min(_LEAST_SLEEP_S + waited / 4, _MOST_SLEEP_S, wait_s - waited))
-                continue
             unowned += 1
             if unowned > 2 or error.sqlite_errorname not in _UNOWNED:
                 raise
 
 
-_LEAST_SLEEP_S, _MOST_SLEEP_S = 0.0005, 0.004
+def _begun(connection: sqlite3.Connection) -> None:
+    connection.execute("BEGIN")
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def begin_writing(connection: sqlite3.Connection, wait_s: float) -> None:
+    """Begins to write as soon as nobody else does. What is left of the wait is for readers to leave, who are brief.
+
+    SQLite's own waiting favours whoever has just come: of four that write without pause one had to wait for 13 seconds.
+    """
+    until = time.monotonic() + wait_s
+    connection.execute("PRAGMA busy_timeout=0")
+    _patiently(lambda: connection.execute("BEGIN IMMEDIATE"), wait_s)
+    connection.execute(f"PRAGMA busy_timeout={max(20, int(1e3 * (until - time.monotonic())))}")
+
+
+def _patiently(attempt: Callable[[], object], wait_s: float) -> None:
+    """Tries again, every few milliseconds, while another process has the lock."""
+    began = time.monotonic()
+    while True:
+        try:
+            attempt()
+            return
+        except sqlite3.OperationalError as error:
+            waited = time.monotonic() - began
+            if error.sqlite_errorname != "SQLITE_BUSY" or waited >= wait_s:
+                raise
+            time.sleep(min(_LEAST_SLEEP_S + waited / 8, _MOST_SLEEP_S, wait_s - waited))
+
+
+_LEAST_SLEEP_S, _MOST_SLEEP_S = 0.0003, 0.003
 _UNOWNED = ("SQLITE_READONLY_ROLLBACK", "SQLITE_READONLY_RECOVERY", "SQLITE_CANTOPEN")
 
 
