@@ -110,6 +110,8 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "this example runs a Triton kernel: it wants a GPU, and PyTorch sees none here\n")
     a, b = (torch.randn(options.size, options.size, device=options.device, dtype=torch.float16) for _ in range(2))
     c = matmul(a, b)
     print(f"{matmul_kernel.best_config}; largest error {(c - a @ b).abs().max().item():.3g}")

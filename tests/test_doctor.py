@@ -60,7 +60,7 @@ def turned(monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "text"),
     [
-        ({"TILEBOOK": "please"}, "none of 1, true, yes, on"),
+        ({"TILEBOOK": "please"}, "none of 1, true, yes, on, patch"),
         ({"TILEBOOK": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "TORCH_DEVICE_BACKEND_AUTOLOAD=0"),
     ],
 )
@@ -68,6 +68,12 @@ def test_it_says_why_tilebook_is_not_on(turned, environment, text):
     found = turned(**environment)
     assert found.level == "fault"
     assert text in found.text
+
+
+@pytest.mark.parametrize("asked", ["0", "off", "no", "False"])
+def test_to_ask_that_it_be_off_is_no_fault(turned, asked):
+    found = turned(TILEBOOK=asked)
+    assert (found.level, found.text[:3]) == ("ok", "off")
 
 
 def test_it_says_that_tilebook_is_on_or_disabled(turned, monkeypatch):

@@ -24,7 +24,17 @@ def written():
                     yield page.name, shlex.split(command)[1:]
 
 
-COMMANDS = list(written())
+def helped(group=main, above=()):
+    """Each line of a help's examples, with the name of the command that has it."""
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
+        for line in re.findall(r"^  (tilebook .+?)(?: [|<] .*)?$", command.epilog, re.MULTILINE):
+            yield " ".join((*above, name, "--help")), shlex.split(line)[1:]
+        if hasattr(command, "commands"):
+            yield from helped(command, (*above, name))
+
+
+COMMANDS = [*written(), *helped()]
 
 
 def test_there_are_some():
@@ -34,7 +44,7 @@ def test_there_are_some():
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda x: x if isinstance(x, str) else " ".join(x))
 def test_a_command_of_the_documentation_is_one(page, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for file in ("verdicts.jsonl", "FILE.jsonl"):
+    for file in ("verdicts.jsonl", "FILE.jsonl", "spaces.json"):
         Path(file).touch()
     name, *rest = words
     command = main.get_command(None, name)
@@ -46,6 +56,22 @@ def test_a_command_of_the_documentation_is_one(page, words, tmp_path, monkeypatc
         if name == "tune" and (given["suites"] or given["shapes"]):
             chosen = given["families"], given["suites"], given["shapes"], given["dtype"], given["direction"]
             assert _problems(*chosen)
+        if name == "sweep":
+            assert _problems([given["what"]], given["suites"], given["shapes"], given["dtype"], given["direction"])
+
+
+def test_the_readme_counts_the_verdicts_that_ship():
+    files = (ROOT / "tilebook" / "shipped").glob("*/*.jsonl")
+    there = sum(len(each.read_text().splitlines()) - 1 for each in files)
+    told = re.findall(r"(\d+) verdicts that ship", (ROOT / "README.md").read_text())
+    assert set(map(int, told)) == {there}
+
+
+def test_a_suite_that_a_family_lacks_is_not_among_those_that_are_named():
+    with pytest.raises(UsageError, match=r"no suite 'quick' of rms_norm; there are [^q]+: name one with --suite"):
+        _problems(["rms_norm"], [], [], "bf16", "both")
+    with pytest.raises(UsageError, match=r"no suite 'seed' \(did you mean seeds\?\); there are biases, "):
+        _problems([], ["seed"], [], "bf16", "both")
 
 
 def test_an_op_is_tuned_by_its_name_and_others_of_its_family_are_not():

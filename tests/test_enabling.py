@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def program(text, **environment):
 
 SEEN = """
 import sys
+import warnings
 import torch
 print(torch.nn.functional.layer_norm.__module__, "tilebook.enabling" in sys.modules)
 """
@@ -56,7 +58,7 @@ print(torch.nn.functional.layer_norm.__module__, "tilebook.enabling" in sys.modu
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"TILEBOOK": "0"}, "torch.nn.functional False"),
+        ({"TILEBOOK": "off"}, "torch.nn.functional False"),
         ({"TILEBOOK": "1"}, "tilebook.enabling True"),
         ({"TILEBOOK": "1", "TILEBOOK_DISABLE": "1"}, "torch.nn.functional True"),
     ],
@@ -65,6 +67,17 @@ def test_the_environment_turns_it_on_at_the_end_of_import_torch(environment, exp
     seen, complaints = program(SEEN, **environment)
     assert seen == expected
     assert "tilebook" not in complaints
+
+
+def test_an_environment_that_asks_for_what_there_is_not_is_told_so():
+    seen, complaints = program(SEEN, TILEBOOK="patched")
+    assert seen == "torch.nn.functional False"
+    assert "tilebook: not turned on: ValueError: TILEBOOK is 1 or patch, or 0, not 'patched'" in complaints
+
+
+def test_who_asks_what_runs_is_told_that_it_is_on():
+    _, complaints = program(SEEN, TILEBOOK="1", TILEBOOK_LOG="debug")
+    assert "tilebook: on, in the places of scaled_dot_product_attention, layer_norm, rms_norm" in complaints
 
 
 @pytest.mark.sampled(5)
@@ -362,6 +375,62 @@ def test_a_models_numbers_are_pytorchs(how):
                 torch.testing.assert_close(got, wanted)
     for got, wanted in zip(step(called, x), right, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_a_script_that_is_traced_warns_of_nothing_more_than_pytorchs():
+    q, shows = torch.randn(2, 4, 8, 16), torch.ones(8, 8, dtype=torch.bool).tril()
+    calls = {
+        "booleans": lambda q: F.scaled_dot_product_attention(q, q, q, shows),
+        "numbers": lambda q: F.scaled_dot_product_attention(q, q, q, shows.float(), scale=0.3),
+        "one column": lambda q: F.scaled_dot_product_attention(q, q, q, shows[:, :1]),
+        "causal": lambda q: F.scaled_dot_product_attention(q[0], q[0], q[0], is_causal=True),
+        "layer_norm": lambda q: F.layer_norm(q, q.shape[-1:]),
+        "rms_norm": lambda q: F.rms_norm(q, q.shape[-1:]),
+        "cross_entropy": lambda q: F.cross_entropy(q[0, 0], torch.zeros(8, dtype=torch.long)),
+    }
+    with warnings.catch_warnings(), tilebook.enabled():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        for name, call in calls.items():
+            torch.testing.assert_close(torch.jit.trace(call, q)(q), call(q), msg=name)
+
+
+def test_what_the_compiler_has_given_up_calls_functions_that_are_not_compiled_by_themselves():
+    norms, compiled = nn.Sequential(nn.LayerNorm(16), nn.RMSNorm(16)), []
+
+    def given_up(q, mask):
+        for _ in range(2):
+            q = F.scaled_dot_product_attention(q, q, q, mask)
+            torch._dynamo.graph_break()  # which the compiler does not take within a loop
+            q = norms(q) + F.cross_entropy(q.flatten(0, 1), torch.zeros(q.shape[0] * q.shape[1], dtype=torch.long))
+        return q
+
+    def backend(module, example_inputs):
+        compiled.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    program = torch.compile(given_up, backend=backend, dynamic=False)
+    with tilebook.enabled(), torch.no_grad():
+        for n in (3, 4, 5):
+            args = torch.randn(2, n, 16), torch.ones(n, n, dtype=torch.bool).tril()
+            torch.testing.assert_close(program(*args), given_up(*args))
+    assert not compiled
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "scaled_dot_product_attention", "cross_entropy"])
+def test_a_function_that_a_program_compiles_by_itself_is_compiled(name):
+    x, compiled = torch.randn(5, 16), []
+    args = {"scaled_dot_product_attention": (x, x, x), "cross_entropy": (x, torch.arange(5))}.get(name, (x, (16,)))
+
+    def backend(module, example_inputs):
+        compiled.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    with tilebook.enabled():
+        found = torch.compile(getattr(F, name), backend=backend, fullgraph=True)(*args)
+    torch.testing.assert_close(found, getattr(F, name)(*args))
+    assert len(compiled) == 1
 
 
 def test_programs_are_scripted_traced_and_exported_with_it_on():

@@ -256,3 +256,17 @@ def test_models_of_transformers_are_changed(name):
 
 def test_every_activation_of_the_mlp_is_tried():
     assert set(patching.ACTIVATIONS) == {"gelu", "gelu_tanh", "relu"}
+
+
+def test_a_report_of_nothing_says_whose_the_model_is():
+    text = str(tilebook.patch(nn.TransformerEncoderLayer(8, 2)))
+    assert text.startswith("changed: nothing, as nothing here is written out; PyTorch's own norms")
+    assert text.endswith("\nleft: nothing")
+    some = str(patching.Report({}, {"norm": "computes something else than RMSNorm"}))
+    assert some == "changed: nothing\nleft:\n  computes something else than RMSNorm: 1, norm …"
+
+
+@pytest.mark.parametrize("given", ["gpt2", nn.TransformerEncoderLayer, None])
+def test_what_is_no_model_is_refused(given):
+    with pytest.raises(TypeError, match=r"patch takes a model, a torch\.nn\.Module, not "):
+        tilebook.patch(given)

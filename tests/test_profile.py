@@ -111,7 +111,9 @@ def test_a_program_that_never_loads_torch_is_told_apart(run):
 def test_a_program_without_calls_is_told_so(run, tmp_path):
     found = run("import torch; raise SystemExit(5)", "--json", str(tmp_path / "o"), "--tune")
     assert (found.returncode, found.out) == (5, "")
-    assert found.err == "tilebook: the program made no call on a GPU that dispatch sees\n"
+    assert found.err == (
+        "tilebook: the program called nothing on a GPU that tilebook has kernels for, and PyTorch sees no GPU here\n"
+    )
     assert json.loads((tmp_path / "o").read_text()) == {}
 
 

@@ -26,7 +26,7 @@ def load() -> None:
         register_flash_attention_impl("tilebook", register_fn=_activate)
     except Exception:  # an older PyTorch has no such register
         pass
-    if os.environ.get(TRITON, "").strip() or os.environ.get(PROFILED, "") or value(ASKED) in ("yes", _PATCH):
+    if os.environ.get(TRITON, "").strip() or os.environ.get(PROFILED, "") or value(ASKED):
         _guarded("not turned on", _asked)
 
 
@@ -43,8 +43,8 @@ def _asked() -> None:
     if os.environ.get(PROFILED, ""):
         _guarded("not profiled", _profile)
     asked = value(ASKED)
-    if asked in ("yes", _PATCH):
-        _guarded("not turned on", lambda: _enable(asked == _PATCH))
+    if asked:
+        _guarded("not turned on", lambda: _enable(asked))
 
 
 def _guarded(what: str, action: Callable[[], None]) -> None:
@@ -57,10 +57,12 @@ def _guarded(what: str, action: Callable[[], None]) -> None:
         warnings.warn(f"tilebook: {what}: {type(broken).__name__}: {broken}", RuntimeWarning, stacklevel=3)
 
 
-def _enable(patch: bool) -> None:
+def _enable(asked: str) -> None:
+    if asked not in ("yes", _PATCH):
+        raise ValueError(f"{ASKED} is 1 or {_PATCH}, or 0, not {asked!r}")
     from tilebook.enabling import enable
 
-    enable(patch=patch)
+    enable(patch=asked == _PATCH)
 
 
 def _others() -> None:

@@ -9,7 +9,8 @@ gradients, without the dispatcher's cost.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,6 +65,18 @@ def way(*tensors: torch.Tensor, optional: Sequence[torch.Tensor | None] = ()) ->
     # A profiler shows ops by name.
     usual = ordinary and not torch._C._len_torch_dispatch_stack() and not _profiler._is_profiler_enabled
     return "direct" if usual else "op"
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """What is made inside is a constant of a script that is being traced, where it would be made in every run; sizes
+    are numbers inside, and no tensors, of a branch on which a trace warns."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 def untraceable(route: Way, *tensors: torch.Tensor) -> Way:

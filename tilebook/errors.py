@@ -5,6 +5,8 @@ A call of model code raises what PyTorch raises for it: ValueError, TypeError, O
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "CompilerError",
     "GpuLost",
@@ -13,6 +15,7 @@ __all__ = [
     "TilebookError",
     "TuningError",
     "UsageError",
+    "meant",
     "one_line",
 ]
 
@@ -21,6 +24,16 @@ def one_line(text: object) -> str:
     """A text for people on one line. Of what is longer than two, a child's last words say, the first and the last."""
     lines = [" ".join(line.split()) for line in str(text).splitlines() if line.strip()]
     return " ".join(lines) if len(lines) <= 2 else f"{lines[0]} … {lines[-1]}"
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What a name that there is not may have been written for: " (did you mean a or b?)", or nothing."""
+    import difflib
+
+    every = sorted(known)
+    longer = [each for each in every if each.startswith(f"{name}_")]
+    found = (longer or difflib.get_close_matches(name, every, n=3, cutoff=0.7))[:3]
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 class TilebookError(Exception):

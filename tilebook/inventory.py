@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tilebook import bounds
-from tilebook.errors import UsageError
+from tilebook.errors import UsageError, meant
 from tilebook.foreign.names import Anybodys, is_foreign
 from tilebook.problem import Problem
 
@@ -142,7 +142,7 @@ def get(name: str) -> Known:
     if name in known:
         return known[name]
     if any(isinstance(each, Entry) for each in known.values()):
-        raise UsageError(f"no op {name!r}; there are {', '.join(sorted(known))}")
+        raise UsageError(f"no op {name!r}{meant(name, known)}; there are {', '.join(sorted(known))}")
     from tilebook import op
 
     return op.get(name)  # says which there are, and why others are not

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
+from tilebook.errors import meant
 from tilebook.inputs import *  # noqa: F403 (a kernel family has its whole vocabulary from here)
 from tilebook.problem import *  # noqa: F403
 from tilebook.problem import Cost, Problem, UsageError
@@ -348,7 +349,7 @@ def get(name: str) -> Op[Any]:
     try:
         return ops()[name]
     except KeyError:
-        known = f"no op {name!r}; there are {', '.join(sorted(ops()))}"
+        known = f"no op {name!r}{meant(name, ops())}; there are {', '.join(sorted(ops()))}"
         raise UsageError("; ".join([known, *_load_families()])) from None
 
 

@@ -32,6 +32,7 @@ from tilebook.trial import Function, Left, alike, called, drawn, result, served,
 _REPLICATE = "_replicate_for_data_parallel"
 _EPSILONS = "variance_epsilon", "eps", "epsilon"
 _WIDTH, _INNER, _OUT = 8, 12, 6
+_NONE = "as nothing here is written out; PyTorch's own norms, attention and losses are tilebook.enable()'s"
 _SIZES = 1.0, 1e4
 """Of the numbers that an MLP is tried on: some clamp what is large."""
 _SCALES = 3.0, 1e-3
@@ -65,7 +66,9 @@ class Report:
                 grouped.setdefault(what, []).append(name)
             return [f"  {what}: {len(names)}, {names[0] or 'the model itself'} …" for what, names in grouped.items()]
 
-        return "\n".join(["changed:", *lines(self.changed), "left:", *lines(self.left)])
+        none = "changed: nothing" if self.left else f"changed: nothing, {_NONE}"
+        changed = ["changed:", *lines(self.changed)] if self.changed else [none]
+        return "\n".join([*changed, *(["left:", *lines(self.left)] if self.left else ["left: nothing"])])
 
 
 def patch(model: nn.Module, *, loss_head: bool = False) -> Report:
@@ -84,7 +87,11 @@ def patch(model: nn.Module, *, loss_head: bool = False) -> Report:
     With loss_head a language model of transformers that is called with `labels=` while it trains makes its loss by
     `tilebook.linear_cross_entropy`, and never has its logits: `logits` of what it returns is None then, as it is with
     Liger-Kernel. In `eval()`, under `torch.no_grad()`, without labels and with `logits_to_keep=` it is as it was.
+
+    Raises TypeError for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch takes a model, a torch.nn.Module, not {model!r}")
     changed, left, ours = dict[str, str](), dict[str, str](), list[tuple[nn.Module, str, Function]]()
     for name, module in model.named_modules():
         try:

@@ -54,7 +54,8 @@ def tune(
             calls()
         recording.write()
         if not recording.entries():
-            reasons = "; ".join(recording.left_out) or "it called none"
+            none = "it called none (tilebook's own functions are tuned by the command `tilebook tune`)"
+            reasons = "; ".join(recording.left_out) or none
             raise UsageError(f"no autotuned kernel that can be tuned was called: {reasons}")
         file = folder / "rules.json"
         file.write_text(json.dumps(rules or {}), encoding="utf-8")

@@ -21,6 +21,6 @@ TRITON = "TILEBOOK_TRITON"
 
 
 def value(name: str) -> str:
-    """What a variable says, in small letters; "yes" for all that means no more than that."""
+    """What a variable says, in small letters; "yes" for all that means no more than that, "" for what means no."""
     told = os.environ.get(name, "").strip().lower()
-    return "yes" if told in ("1", "true", "yes", "on") else told
+    return "yes" if told in ("1", "true", "yes", "on") else "" if told in ("0", "false", "no", "off") else told

@@ -78,6 +78,13 @@ def test_loss_and_gradients_are_the_same_without_logits(name):
     assert not any({"forward", "_loss_function"} & set(each.__dict__) for each in model.modules())
 
 
+def test_whoever_looks_for_the_loss_has_transformers_say_nothing(monkeypatch):
+    said = []
+    monkeypatch.setattr(transformers.modeling_utils.logger, "warning_once", said.append)
+    tilebook.patch(made(), loss_head=True)
+    assert not said
+
+
 def test_it_is_asked_for():
     model = made()
     assert "" not in tilebook.patch(model).changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -104,8 +105,8 @@ def test_beside_a_log_of_writes_readers_make_no_file_and_a_writer_takes_it_away(
     log.write_bytes(content)
     before = sorted(os.listdir(path.parent))
     for opened in (Registry.open, FileReader.open):
-        with pytest.raises(RegistryError, match="WAL") if content else opened(path):
-            opened(path)
+        with pytest.raises(RegistryError, match="WAL") if content else contextlib.nullcontext(), opened(path):
+            pass
     serving.read(H200.name, H200.arch, H200.sm_count, str(path)).verdicts("rms_norm_fwd")
     assert sorted(os.listdir(path.parent)) == before
     with Registry.open(path, write=True) as registry:

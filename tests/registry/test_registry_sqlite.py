@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 from registry_samples import A100, H200, execute, fill, miss, predicted, problem, revocation, trial, verdict
 
 import tilebook.registry
-from tilebook.registry import Registry, RegistryError, serving, ship, sqlitefile
+from tilebook.registry import Registry, RegistryError, held, serving, ship, sqlitefile
 from tilebook.registry.backend import connect_sqlite
 from tilebook.registry.target import sniff
 
@@ -315,15 +314,15 @@ def test_a_journal_that_is_gone_when_it_is_looked_at_hides_no_registry(
 def test_a_journal_that_is_gone_when_it_is_copied_is_tried_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Registry.open(path, write=True) as registry:
         registry.record([trial()])
-    copyfile, calls = shutil.copyfile, []
+    parts, calls = held.parts, []
 
-    def copied(source: Path, target: Path) -> None:
+    def read(source: Path) -> Iterator[bytes]:
         calls.append(source)
         if len(calls) == 1:
             raise FileNotFoundError(source)
-        copyfile(source, target)
+        return parts(source)
 
-    monkeypatch.setattr(shutil, "copyfile", copied)
+    monkeypatch.setattr(held, "parts", read)
     folder = path.parent / "copies"
     folder.mkdir()
     assert sqlitefile._recovered(path, folder).read_bytes() == path.read_bytes()

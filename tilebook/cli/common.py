@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from tilebook.errors import one_line
+from tilebook.errors import meant, one_line
 
 REGISTRY = click.option(
     "--registry", metavar="PATH", help="Registry file or SQLAlchemy URL (default: $TILEBOOK_REGISTRY, else the user's)."
@@ -195,6 +195,10 @@ _EXTRA = {"alembic": "tune", "optuna": "tune", "rich": "tune", "cryptography": "
 """Packages without which models run but some commands do not, and the extras that bring them."""
 
 
+_SENTENCE = 1000
+"""Letters that a command has in the list of all: what click cuts off by itself after 45 fills two lines instead."""
+
+
 _NEEDED = ("sqlalchemy", "torch", "triton")
 """Packages that are missing only where a wheel was installed without what it needs."""
 
@@ -217,11 +221,28 @@ COMMANDS = {
 _HOME = {command: module for module, commands in COMMANDS.items() for command in commands}
 
 
-class _Tidy(click.Group):
+class _Told(click.Group):
+    """A group that has each command's first sentence as a whole in its help, and what may have been meant by others."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0]
+        if self.get_command(ctx, name) is None and name.isidentifier():
+            ctx.fail(f"No such command {name!r}{meant(name, self.list_commands(ctx))}.")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, each.get_short_help_str(_SENTENCE)) for name, each in found if each is not None])
+
+
+class _Tidy(_Told):
     """A group whose expected errors are one line on stderr, without a traceback. It prints on any terminal.
 
     A command's module is imported when the command is asked for.
     """
+
+    group_class = _Told
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_HOME)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from tilebook import machine
 from tilebook.cli.common import REGISTRY, Seconds, as_json, example, main, unheard
 from tilebook.variables import ASKED, PROFILED
 
@@ -106,7 +107,8 @@ def _nothing(written: Sequence[dict[str, Any]]) -> str:
         return f"what was noted is lost: {failed[0]}"
     if silent:
         return f"no call was noted: {silent} of {len(written)} processes were killed, or left by os._exit or exec"
-    return "the program made no call on a GPU that dispatch sees"
+    none = "" if machine.present() else ", and PyTorch sees no GPU here"
+    return f"the program called nothing on a GPU that tilebook has kernels for{none}"
 
 
 def _wait(command: Sequence[str], environment: dict[str, str]) -> int:

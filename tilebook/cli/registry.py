@@ -216,7 +216,8 @@ def _as_optuna(layers: Layers, selection: Selection, file: Path) -> None:
     for problem in layers.problems:
         click.echo(f"tilebook: {problem}", err=True)
     studies, new = write(file, found)
-    click.echo(f"{new} new trials in {studies} studies written to {file}", err=True)
+    some = f"{new} new trial{'s' if new != 1 else ''} in {studies} stud{'ies' if studies != 1 else 'y'}"
+    click.echo(f"{some} written to {file}", err=True)
 
 
 def _any_record(target: str) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from tilebook.cli.common import FORMAT, REGISTRY, SUITES, Seconds, example, main, print_rows
+from tilebook.errors import meant
 
 if TYPE_CHECKING:
     from tilebook.op import Op, Problem
@@ -224,7 +225,7 @@ def _ops(families: Sequence[str], direction: str) -> list[Op[Any]]:
     for family in families:
         if family not in named:
             there = f"the families are {', '.join(sorted(known))}"
-            raise ops.UsageError(f"no kernel family or op {family!r}; {there}")
+            raise ops.UsageError(f"no kernel family or op {family!r}{meant(family, named)}; {there}")
     every = [(name, op) for name, members in known.items() for op in members]
     chosen = [op for name, op in every if not families or name in families or op.name in families]
     return [op for op in chosen if direction in ("both", op.direction)]
@@ -281,13 +282,20 @@ def _problems(
     found: list[tuple[Op[Any], Problem]] = []
     for name in suites or ["quick"]:
         if name not in named:
-            everywhere = sorted(ops.suites(ops.ops().values()))
-            raise ops.UsageError(f"no suite {name!r} here; there are {', '.join(everywhere)}")
+            raise ops.UsageError(_no_suite(name, families, named))
         found += named[name]
     return list(dict.fromkeys(found))
 
 
-@main.command(epilog=example("tilebook sweep rms_norm --suite quick --out sweeps"))
+def _no_suite(name: str, families: Sequence[str], named: Iterable[str]) -> str:
+    """What to name instead: of what was chosen, where that has suites at all."""
+    of = f" of {', '.join(families)}" if families else ""
+    if there := sorted(named):
+        return f"no suite {name!r}{of}{meant(name, there)}; there are {', '.join(there)}: name one with --suite"
+    return f"there is no suite{of}: name a problem with --shape"
+
+
+@main.command(epilog=example("tilebook sweep rms_norm --suite norms --out sweeps"))
 @click.argument("what", metavar="FAMILY|OP")
 @SUITES
 @click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="A problem such as B8,H6,S196,D64; repeatable.")

@@ -108,9 +108,9 @@ class Head:
 
 def candidate(module: Any) -> nn.Module | None:
     """The last layer of a language model of transformers; None for any other module."""
-    if not hasattr(module, "loss_function") or not hasattr(module, "base_model") or module.base_model is module:
-        return None
     if not type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return None  # first: of a base model its loss is a warning
+    if not hasattr(module, "loss_function") or not hasattr(module, "base_model") or module.base_model is module:
         return None
     return module.get_output_embeddings()  # type: ignore[no-any-return]
 

@@ -73,5 +73,5 @@ def target(gpu: str | None) -> Device:
     if devices.present() and (named is None or devices.is_here(named, devices.current())):
         return devices.current()
     if named is None:
-        raise UsageError("there is no GPU here: name one with --gpu")
+        raise UsageError("there is no GPU here: name a model, as in --gpu H200")
     return named

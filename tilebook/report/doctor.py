@@ -109,10 +109,10 @@ def _flash() -> Iterator[Finding]:
 
 def _turned_on() -> Iterator[Finding]:
     from tilebook import call, enabling
-    from tilebook.variables import ASKED
+    from tilebook.variables import ASKED, value
 
     named = {each.name for each in metadata.entry_points(group="torch.backends")}
-    asked = os.environ.get(ASKED, "")
+    asked = os.environ.get(ASKED, "") if value(ASKED) else ""
     status = enabling.status()
     if call.disabled():
         yield Finding("note", "TILEBOOK_DISABLE", "is set: everything is PyTorch's")
@@ -127,7 +127,7 @@ def _turned_on() -> Iterator[Finding]:
     elif os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
         yield Finding("fault", "TILEBOOK", f"{asked}, but TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps PyTorch from it")
     else:
-        yield Finding("fault", "TILEBOOK", f"{asked} is none of 1, true, yes, on, or it failed with a warning")
+        yield Finding("fault", "TILEBOOK", f"{asked} is none of 1, true, yes, on, patch, or it failed with a warning")
 
 
 def _extension() -> Iterator[Finding]:

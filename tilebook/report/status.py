@@ -91,7 +91,7 @@ def status(gpu: str | None, registry: str | None) -> tuple[str, dict[str, Any]]:
     """
     identity = machine.target(gpu)
     if identity is None:
-        raise UsageError("there is no GPU here: name one with --gpu")
+        raise UsageError("there is no GPU here: name a model, as in --gpu H200")
     device, layers = store.Device(*identity), store.Layers.default(registry)
     found, revocations = layers.overviews(device=device)
     problems = list(layers.problems)

@@ -32,7 +32,7 @@ def _target(gpu: str | None, gpus: str | None) -> tuple[devices.Device, list[int
         if gpus is not None:
             raise UsageError("--gpus: there is no GPU here")
         if named is None:
-            raise UsageError("there is no GPU here: name a model with --gpu to compile and rank for it")
+            raise UsageError("there is no GPU here: name a model, as in --gpu H200, to compile and rank for it")
         return named, []
     chosen = indices(gpus, torch.cuda.device_count())
     found = [devices.current(index) for index in chosen]

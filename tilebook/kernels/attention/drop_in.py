@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from tilebook.call import way
+from tilebook.call import untraced, way
 from tilebook.casting import autocast, factor_dtype
 from tilebook.dispatch import forced
 from tilebook.kernels.attention.pytorch import in_pieces, in_vectors, lies_whole, placed, positive
@@ -90,7 +90,7 @@ def scaled_dot_product_attention(
             found = by_note(query, key, value, attn_mask, scale, enable_gqa, ours)
             if found is not None:
                 return found
-        if usual and not _loads(attn_mask, key.shape[-2]):
+        if usual and not _looked(lambda: _loads(attn_mask, key.shape[-2])):
             loaded = _loadable(attn_mask, query, key)
             usual = loaded is not attn_mask
         of = attn_mask.shape, attn_mask.dtype
@@ -220,13 +220,20 @@ def _loads(mask: torch.Tensor, n_k: int) -> bool:
 
 def _loadable(mask: Any, query: Any, key: Any) -> Any:
     """The mask, copied where PyTorch's kernels on a GPU could not load it: of such they bring the GPU down."""
-    if not placed(mask) or not mask.numel() or not mask.ndim:
+    if not placed(mask) or not mask.ndim or _looked(lambda: not mask.numel()):
         return mask
-    n_k = key.shape[-2]
-    if _loads(mask, n_k) and not mask.data_ptr() % VECTOR:
+    if _looked(lambda: _loads(mask, key.shape[-2])) and not mask.data_ptr() % VECTOR:
         return mask
     (mask,) = autocast(mask)
-    return in_vectors(mask, n_k, factor_dtype(query))
+    return in_vectors(mask, key.shape[-2], factor_dtype(query))
+
+
+def _looked(at: Callable[[], bool]) -> bool:
+    """What is asked of sizes, also while a script is traced."""
+    if torch._C._get_tracing_state() is None:
+        return at()
+    with untraced():
+        return at()
 
 
 def _in_pieces(x: torch.Tensor) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tilebook.call import untraced
 from tilebook.casting import autocast_on
 from tilebook.kernels.bidirectional.form import FEATURES, SEED
 
@@ -54,21 +55,10 @@ def check_rows(q: torch.Tensor, k: torch.Tensor) -> None:
 def projection(width: int, features: int, seed: int) -> torch.Tensor:
     """(features, D) in fp64: rows of length √χ²(D), orthogonal in groups of D (Choromanski et al., 2021, §2.4)."""
     watched = torch._C._len_torch_dispatch_stack()
-    with constants(), _disable_current_modes() if watched else nullcontext():
+    with untraced(), _disable_current_modes() if watched else nullcontext():
         found = _projection(int(width), features, seed)
     # To a mode it is what `torch.tensor` makes of numbers: a graph that is traced has them, and draws none itself.
     return torch.ops.aten.lift_fresh_copy(found) if watched else found
-
-
-@contextmanager
-def constants() -> Iterator[None]:
-    """What is made inside is a constant of a script that is being traced, where it would be drawn in every run."""
-    tracing = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=64)
@@ -110,7 +100,7 @@ def directions(
         return _directions(width, features, seed, scale, dtype, device)
     key = int(width), features, seed, scale, dtype, device
     if (kept := _kept.get(key)) is None:
-        with constants(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+        with untraced(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
             kept = _kept[key] = _directions(*key)
         kept._dynamo_static_indices = {0, 1, 2}  # type: ignore[attr-defined]  # as `torch._dynamo.mark_static` has it
     return kept
