@@ -394,29 +394,6 @@ def test_a_script_that_is_traced_warns_of_nothing_more_than_pytorchs():
             torch.testing.assert_close(torch.jit.trace(call, q)(q), call(q), msg=name)
 
 
-def test_what_the_compiler_has_given_up_calls_functions_that_are_not_compiled_by_themselves():
-    norms, compiled = nn.Sequential(nn.LayerNorm(16), nn.RMSNorm(16)), []
-
-    def given_up(q, mask):
-        for _ in range(2):
-            q = F.scaled_dot_product_attention(q, q, q, mask)
-            torch._dynamo.graph_break()  # which the compiler does not take within a loop
-            q = norms(q) + F.cross_entropy(q.flatten(0, 1), torch.zeros(q.shape[0] * q.shape[1], dtype=torch.long))
-        return q
-
-    def backend(module, example_inputs):
-        compiled.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    program = torch.compile(given_up, backend=backend, dynamic=False)
-    with tilebook.enabled(), torch.no_grad():
-        for n in (3, 4, 5):
-            args = torch.randn(2, n, 16), torch.ones(n, n, dtype=torch.bool).tril()
-            torch.testing.assert_close(program(*args), given_up(*args))
-    assert not compiled
-
-
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "scaled_dot_product_attention", "cross_entropy"])
 def test_a_function_that_a_program_compiles_by_itself_is_compiled(name):
     x, compiled = torch.randn(5, 16), []

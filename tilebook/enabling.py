@@ -50,7 +50,6 @@ _theirs: dict[str, Callable[..., Any]] = {
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SHAPES = (tuple, list, torch.Size)
 _COMPILER = "torch._inductor.compile_fx"
-_RULES = "torch._dynamo.trace_rules"
 _MASKS = "transformers.masking_utils"
 _NO_ARGUMENT = 1 << 10
 
@@ -253,7 +252,6 @@ class _State:
         if self.on or _COMPILER in sys.modules:
             after_import(_COMPILER, _compiler_is_there)
         if self.on:
-            after_import(_RULES, _no_frames)
             after_import(_MASKS, _masks_are_there)
         elif "tilebook.huggingface.sdpa" in sys.modules:
             _masks_are_there()
@@ -277,21 +275,6 @@ def register_transformers() -> None:
     from tilebook.huggingface import register
 
     register()
-
-
-def _no_frames() -> None:
-    """Has Dynamo compile none of our functions by themselves, as it compiles none of PyTorch's: where it has given up a
-    program's function it would compile what that calls, for each of its sizes anew. Where it compiles what calls ours,
-    it traces into them as ever."""
-    rules: Any = sys.modules[_RULES]
-    files = {getattr(ours, "__func__", ours).__code__.co_filename.replace("\\", "/") for ours in _ours.values()}
-    try:
-        files -= {*rules.SKIP_DIRS}
-        rules.get_mod_inlinelist().update(files)  # before they are skipped, which without this no trace would survive
-        rules.SKIP_DIRS.extend(files)
-        rules._recompile_re()
-    except (AttributeError, TypeError):  # another version of PyTorch, where they are compiled
-        pass
 
 
 def _compiler_is_there() -> None:
