@@ -3,12 +3,10 @@
     python benchmarks/reliability/scale.py [--verdicts 1000000] [--gpus 10] [--finalists 4] [--samples 0] [--again]
 
 Every figure comes from a fresh process: seconds of the clock and of the CPU (on a machine that does other work they
-differ), the peak of its memory, and how much more that is than before it began. Where several processes work, as they
-do in a long import or export on more than one core, CPU time is of all of them, and `together_mb` is the most that all
-had at once, by what is resident of each; `processes` says how many they were. With --cores 1 there is one. No GPU
-needed.
-The verdicts are on all ops that ship, on problems that differ; the first GPU is an H200. With --samples 30 and
---finalists 9 a verdict is about as large as those that ship, with the defaults it is a fifth of that.
+differ), the peak of its memory, and how much more that is than before it began. Where several processes work, as in a
+long import or export on more than one core (--cores 1: one), CPU time is of all, and `together_mb` the most that all
+had resident at once. The verdicts are on all ops that ship, on problems that differ; the first GPU is an H200. With
+--samples 30 and --finalists 9 a verdict is about as large as those that ship, by default a fifth of that. No GPU needed.
 """
 
 from __future__ import annotations

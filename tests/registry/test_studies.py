@@ -58,9 +58,7 @@ def test_more_is_added_to_what_is_there(studies, run, tmp_path):
     with Registry.open(mine, write=True) as registry:
         registry.record([tried(number=20, config={"BLOCK_M": 4096, "num_warps": 4, "use_tma": False})])
     only = ("--op", "rms_norm_fwd", "--gpu", "h200")
-    assert run("export", studies, "--as", "optuna", *only, "--registry", mine).output.startswith(
-        "1 new trial in 1 stu"
-    )
+    assert run("export", studies, "--as", "optuna", *only, "--registry", mine).output.startswith("1 new trial in 1 stu")
     with Registry.open(mine, write=True) as registry:
         registry.record([trial(21, op="mlp_up_fwd", config={"order": "column-major"})])
     told = run("export", studies, "--as", "optuna", "--registry", mine, status=2).output
