@@ -6,7 +6,7 @@ Every figure comes from a fresh process: seconds of the clock and of the CPU (on
 differ), the peak of its memory, and how much more that is than before it began. Where several processes work, as in a
 long import or export on more than one core (--cores 1: one), CPU time is of all, and `together_mb` the most that all
 had resident at once. The verdicts are on all ops that ship, on problems that differ; the first GPU is an H200. With
---samples 30 and --finalists 9 a verdict is about as large as those that ship, by default a fifth of that. No GPU needed.
+--samples 30 and --finalists 9 a verdict is about as large as those that ship, else a fifth of that. No GPU needed.
 """
 
 from __future__ import annotations
@@ -379,8 +379,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="import the export and export that, to compare the bytes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cores", type=int, help="how many of those that are here (default: all)")
-    options = parser.parse_args()
-    around = environment()
+    options, around = parser.parse_args(), environment()
     if options.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     with tempfile.TemporaryDirectory(prefix="tb-scale-") as folder:
