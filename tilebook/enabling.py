@@ -51,6 +51,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SHAPES = (tuple, list, torch.Size)
 _COMPILER = "torch._inductor.compile_fx"
 _MASKS = "transformers.masking_utils"
+_MODELS = "transformers.modeling_utils"
 _NO_ARGUMENT = 1 << 10
 
 
@@ -252,12 +253,13 @@ class _State:
         if self.on or _COMPILER in sys.modules:
             after_import(_COMPILER, _compiler_is_there)
         if self.on:
-            after_import(_MASKS, _masks_are_there)
+            for each in (_MASKS, _MODELS):  # each has a register, and models may import either first
+                after_import(each, _masks_are_there)
         elif "tilebook.huggingface.sdpa" in sys.modules:
             _masks_are_there()
         # A program that names it runs where ours are disabled, too.
         if whole or blocks > 0:
-            after_import("transformers.modeling_utils", _transformers_is_there)
+            after_import(_MODELS, _transformers_is_there)
         elif whole is False:
             _every_model()
 

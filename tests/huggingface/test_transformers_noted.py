@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -197,7 +198,27 @@ def test_a_mask_that_a_model_writes_to_is_read(called):
     assert_as_near(ours, theirs, [x.double() for x in theirs], blur=4.0)
 
 
-# In transformers' register
+# In transformers' registers
+
+BEFORE = """
+import tilebook
+tilebook.enable()
+from transformers import {first}
+from transformers import masking_utils, modeling_utils
+for register in (masking_utils.AttentionMaskInterface, modeling_utils.AttentionInterface):
+    print(register._global_mapping["sdpa"].__code__.co_filename)
+tilebook.disable()
+print(masking_utils.AttentionMaskInterface._global_mapping["sdpa"] is masking_utils.sdpa_mask)
+print(modeling_utils.AttentionInterface._global_mapping["sdpa"] is modeling_utils.sdpa_attention_forward)
+"""
+
+
+@pytest.mark.parametrize("first", ["masking_utils", "modeling_utils", "LlamaForCausalLM"])
+def test_a_program_that_turns_it_on_before_it_imports_transformers_has_both_functions(first):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BEFORE.format(first=first)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == [sdpa.__file__, sdpa.__file__, "True", "True"], done.stderr
 
 
 def test_their_function_is_back_when_all_have_turned_it_off():
