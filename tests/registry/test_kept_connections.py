@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from registry_samples import H200, KERNEL, execute, problem, verdict
 
-from tilebook.registry import Registry, readers
+from tilebook.registry import Registry, readers, sqlitefile
 from tilebook.registry.lookup import Question
 from tilebook.registry.readers import File
 from tilebook.registry.target import Locked
@@ -237,3 +237,23 @@ def test_a_writer_looks_every_few_milliseconds_whether_another_is_done(
         registry.record(verdict=verdict(problem=problem(256)))
     assert (len(waits), max(waits) <= 0.004) == (5, True)
     other.close()
+
+
+def test_a_wait_for_a_lock_does_not_begin_anew_where_a_journal_seemed_to_be_nobodys() -> None:
+    began = time.monotonic()
+
+    class Odd:
+        """Busy for a while, then once with a journal that nobody owns, and so on."""
+
+        busy_until = began + 0.15
+
+        def execute(self, statement: str) -> Odd:
+            error = sqlite3.OperationalError()
+            busy = time.monotonic() < self.busy_until
+            error.sqlite_errorname = "SQLITE_BUSY" if busy else "SQLITE_CANTOPEN"
+            self.busy_until += 0.0 if busy else 0.15
+            raise error
+
+    with pytest.raises(sqlite3.OperationalError):
+        sqlitefile.begin(Odd(), 0.2)  # type: ignore[arg-type]
+    assert time.monotonic() - began < 0.28

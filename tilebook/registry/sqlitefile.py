@@ -65,10 +65,10 @@ def begin(connection: sqlite3.Connection, wait_s: float = 0.0) -> None:
     SQLite takes a journal for one that nobody owns where its writer ends between two looks at it, and a reader may not
     roll it back. At the next look it is gone; of one that stays `readable` gives a copy.
     """
-    unowned = 0
+    until, unowned = time.monotonic() + wait_s, 0
     while True:
         try:
-            _patiently(partial(_begun, connection), wait_s)
+            _patiently(partial(_begun, connection), until)
             return
         except sqlite3.OperationalError as error:
             unowned += 1
@@ -92,22 +92,22 @@ def begin_writing(connection: sqlite3.Connection, wait_s: float) -> None:
     """
     until = time.monotonic() + wait_s
     connection.execute("PRAGMA busy_timeout=0")
-    _patiently(lambda: connection.execute("BEGIN IMMEDIATE"), wait_s)
+    _patiently(lambda: connection.execute("BEGIN IMMEDIATE"), until)
     connection.execute(f"PRAGMA busy_timeout={max(20, int(1e3 * (until - time.monotonic())))}")
 
 
-def _patiently(attempt: Callable[[], object], wait_s: float) -> None:
-    """Tries again, every few milliseconds, while another process has the lock."""
+def _patiently(attempt: Callable[[], object], until: float) -> None:
+    """Tries again, every few milliseconds, while another process has the lock; `until`: of the monotonic clock."""
     began = time.monotonic()
     while True:
         try:
             attempt()
             return
         except sqlite3.OperationalError as error:
-            waited = time.monotonic() - began
-            if error.sqlite_errorname != "SQLITE_BUSY" or waited >= wait_s:
+            now = time.monotonic()
+            if error.sqlite_errorname != "SQLITE_BUSY" or now >= until:
                 raise
-            time.sleep(min(_LEAST_SLEEP_S + waited / 8, _MOST_SLEEP_S, wait_s - waited))
+            time.sleep(min(_LEAST_SLEEP_S + (now - began) / 8, _MOST_SLEEP_S, until - now))
 
 
 _LEAST_SLEEP_S, _MOST_SLEEP_S = 0.0003, 0.003
