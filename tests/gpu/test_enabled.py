@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs.compare import assert_as_near
+from programs.hf_compiled import compiled
 from programs.hf_models import CASES, MODELS, OWN, inputs, made, plain, step, truth
 from torch import nn
 
@@ -49,6 +50,13 @@ def test_numbers_under_our_attention_function_are_pytorchs(name, kind, served):
             for _ in range(3):
                 ours = step(model, given)
         assert_as_near(ours, theirs, right, f"{dtype}", blur=4.0)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_compiled_models_have_no_more_graphs_than_without_tilebook(name, kind):
+    plain = compiled(name, kind, "cuda")
+    with tilebook.enabled():
+        assert compiled(name, kind, "cuda") == plain
 
 
 @pytest.mark.parametrize("called", ["enabled", "attn_implementation"])
