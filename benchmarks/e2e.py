@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from compare import arguments, save
-from train_steps import OWN_GRAPHS, SETTLED_STEPS, alternated
+from train_steps import OWN_GRAPHS, SETTLED_STEPS, Inside, alternated
 
 import tilebook
 from tilebook import device as devices
@@ -132,19 +132,23 @@ def made(case: Case, tiny: bool, device: str, attention: str = "sdpa", seed: int
 
 
 class Run:
-    """One model at work. how: "pytorch", "tilebook", "attention", "packed", "patched" or "loss head"."""
+    """One model at work. how: "pytorch", "tilebook", "attention", "packed", "patched" or "loss head".
+
+    inside: what its steps are to be in.
+    """
 
     def __init__(
         self, case: Case, how: str, device: str, tiny: bool, attention: str = "", compiled: bool = False
     ) -> None:
-        self._on, self._device, self._case = how != "pytorch", device, case
+        on, self._device, self._case = how != "pytorch", device, case
+        self.inside: Inside = tilebook.enabled if on else nullcontext
         if how in ("attention", "packed"):
             tilebook.register_transformers()
             attention = "tilebook"
         self.model = made(case, tiny, device, attention or case.attention)
         if how in ("patched", "loss head"):
             tilebook.patch(self.model, loss_head=how == "loss head")
-        self._called = torch.compile(self.model, options=OWN_GRAPHS if self._on else None) if compiled else self.model
+        self._called = torch.compile(self.model, options=OWN_GRAPHS if on else None) if compiled else self.model
         self._batch = batch_of(case, self.model.config.vocab_size, tiny)
         if how == "packed":
             self._batch = packed(self._batch)
@@ -155,15 +159,14 @@ class Run:
 
     def step(self) -> torch.Tensor:
         """One step; its loss, or of generation the mean of what was generated."""
-        with tilebook.enabled() if self._on else nullcontext():
-            if self._case.generated:
-                return self._generated()
-            if self._case.inferred:
-                with torch.no_grad():
-                    return self._called(**self._batch).logits.float().square().mean()  # type: ignore[no-any-return]
-            with torch.autocast(self._device, torch.bfloat16):
-                loss = self._called(**self._batch).loss
-            loss.backward()
+        if self._case.generated:
+            return self._generated()
+        if self._case.inferred:
+            with torch.no_grad():
+                return self._called(**self._batch).logits.float().square().mean()  # type: ignore[no-any-return]
+        with torch.autocast(self._device, torch.bfloat16):
+            loss = self._called(**self._batch).loss
+        loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
@@ -217,7 +220,10 @@ def measured(
 ) -> dict[str, Any]:
     runs: dict[str, Run] = {how: Run(case, how, device, tiny, compiled=compiled) for how in hows}
     few = bool(case.generated)  # a step of which is hundreds of calls alike
-    first = {how: [float(run.step()) for _ in range(1 if few else 4)] for how, run in runs.items()}
+    first = {}
+    for how, run in runs.items():
+        with run.inside():
+            first[how] = [float(run.step()) for _ in range(1 if few else 4)]
     steps, found = alternated(runs, rounds, device, 1 if few else SETTLED_STEPS // 4)
     return {"first_losses": first, "steps_a_block": steps, **found}
 

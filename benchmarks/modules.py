@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from compare import arguments, save
 from torch import nn
-from train_steps import SETTLED_STEPS, alternated
+from train_steps import SETTLED_STEPS, Inside, alternated
 
 import tilebook
 from tilebook import device as devices
@@ -38,7 +38,8 @@ class Run:
 
     def __init__(self, how: str, shape: tuple[int, ...], given: argparse.Namespace, **mode: Any) -> None:
         batch, tokens, width, heads = shape
-        self._on, self._mode, self._device = how == "TILEBOOK=1", mode, given.device
+        self._mode, self._device = mode, given.device
+        self.inside: Inside = tilebook.enabled if how == "TILEBOOK=1" else nullcontext
         layer = (tilebook.nn if how == "tilebook.nn" else nn).TransformerEncoderLayer
         torch.manual_seed(0)
         dtype = torch.float32 if mode["autocast"] else torch.bfloat16
@@ -52,7 +53,7 @@ class Run:
 
     def step(self) -> None:
         cast = torch.autocast(self._device, torch.bfloat16, enabled=self._mode["autocast"])
-        with tilebook.enabled() if self._on else nullcontext(), torch.set_grad_enabled(self._mode["train"]):
+        with torch.set_grad_enabled(self._mode["train"]):
             with cast:
                 loss = self._model(self._x).float().square().mean()
             if self._optimizer is not None:

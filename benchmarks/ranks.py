@@ -63,7 +63,7 @@ class Trained:
         config = AutoConfig.for_model("llama", **(TINY if given.tiny else LLAMA))
         with torch.device(given.device):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
-        self._on = (lambda: tilebook.enabled()) if ours else nullcontext
+        self.inside = tilebook.enabled if ours else nullcontext
         self._cast: Any = nullcontext
         if how == "ddp":
             self.model: Any = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -81,10 +81,9 @@ class Trained:
 
     def step(self) -> None:
         ids = torch.randint(3, self._vocabulary, self._size, generator=self._source).to(self._device)
-        with self._on():
-            with self._cast():
-                loss = self.model(input_ids=ids, labels=ids).loss
-            loss.backward()
+        with self._cast():
+            loss = self.model(input_ids=ids, labels=ids).loss
+        loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.losses.append(loss.detach())
@@ -97,12 +96,13 @@ def training(rank: int, how: str, given: argparse.Namespace) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in runs}
 
     def block(name: str, steps: int) -> float:
-        wait()
-        began = time.perf_counter()
-        for _ in range(steps):
-            runs[name].step()
-        wait()
-        return 1e3 * (time.perf_counter() - began) / steps
+        with runs[name].inside():
+            wait()
+            began = time.perf_counter()
+            for _ in range(steps):
+                runs[name].step()
+            wait()
+            return 1e3 * (time.perf_counter() - began) / steps
 
     for name in runs:
         block(name, 2 if given.tiny else SETTLED)

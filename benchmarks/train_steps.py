@@ -21,7 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ import tilebook
 from tilebook import device as devices
 
 Make = Callable[[Sizes, Functions], nn.Module]
+Inside = Callable[[], AbstractContextManager[Any]]
 
 CASES: dict[str, tuple[tuple[Make, ...], Sizes]] = {
     "ViT-B/16 × 64": ((timm_vit, ViT), Sizes(12, 768, 12, 3072, 197, 64)),
@@ -78,14 +79,14 @@ OWN_GRAPHS: dict[str, Any] = {"max_autotune": False}
 
 
 class Run:
-    """One model in training."""
+    """One model in training. inside: what its steps are to be in; a program enters it once, not at each step."""
 
     def __init__(
         self, model: nn.Module, use: Functions, sizes: Sizes, device: str, compiled: bool, on: bool = False
     ) -> None:
-        self._inside = tilebook.enabled if on else nullcontext
+        self.inside: Inside = tilebook.enabled if on else nullcontext
         if isinstance(model, Foreign) and use is not PYTORCH:
-            self._inside = functools.partial(attention_by, use)
+            self.inside = functools.partial(attention_by, use)
         self.model, self._device = model.to(device).train(), device
         self._head_in_model = isinstance(model, Llama) and use.head_loss is not None
         self._called = torch.compile(self.model, options=OWN_GRAPHS if on else None) if compiled else self.model
@@ -94,17 +95,15 @@ class Run:
 
     def step(self) -> torch.Tensor:
         """One step; the loss, which nobody waits for."""
-        with self._inside():
-            loss = self._loss()
-            loss.backward()
+        loss = self._loss()
+        loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def forward(self) -> torch.Tensor:
         """The loss, recorded for gradients that nobody asks for."""
-        with self._inside():
-            return self._loss()
+        return self._loss()
 
     def _loss(self) -> torch.Tensor:
         given, wanted = self._batches[self._next % _BATCHES]
@@ -162,13 +161,21 @@ def synchronize(device: str) -> None:
 
 def losses(runs: dict[str, Run]) -> dict[str, Any]:
     """The first losses of both, which compile what is to be compiled, and how far they part, by the largest of them."""
-    found = {name: [float(run.step()) for _ in range(COMPARED_STEPS)] for name, run in runs.items()}
+    found = {}
+    for name, run in runs.items():
+        with run.inside():
+            found[name] = [float(run.step()) for _ in range(COMPARED_STEPS)]
     apart = max(abs(a - b) for a, b in zip(found["pytorch"], found["tilebook"], strict=True)) / max(found["pytorch"])
     return {"losses": found, "apart": apart, "agree": apart <= LOSS_TOLERANCE}
 
 
-def block(run: Run, steps: int, device: str) -> tuple[float, float]:
+def block(run: Any, steps: int, device: str) -> tuple[float, float]:
     """(ms a step, the most bytes allocated beyond what lay there before)."""
+    with run.inside():
+        return _block(run, steps, device)
+
+
+def _block(run: Any, steps: int, device: str) -> tuple[float, float]:
     resting = 0
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

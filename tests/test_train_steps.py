@@ -93,6 +93,12 @@ def e2e(monkeypatch):
     return importlib.import_module("e2e")
 
 
+def first_loss(e2e, case, how):
+    run = e2e.Run(case, how, "cpu", tiny=True)
+    with run.inside():
+        return run.step()
+
+
 def test_a_mixed_batch_in_one_row_is_the_batch_without_its_padding(e2e):
     case = e2e.CASES["Llama 1B 4 × 64 … 4096"]
     batch = e2e.batch_of(case, 128256, False)
@@ -101,7 +107,7 @@ def test_a_mixed_batch_in_one_row_is_the_batch_without_its_padding(e2e):
     assert lengths.max() == 4096
     assert row["input_ids"].shape == row["position_ids"].shape == (1, lengths.sum())
     assert row["position_ids"][0, lengths[0]] == 0
-    losses = {how: e2e.Run(case, how, "cpu", tiny=True).step() for how in ("pytorch", "attention", "packed")}
+    losses = {how: first_loss(e2e, case, how) for how in ("pytorch", "attention", "packed")}
     torch.testing.assert_close(losses["packed"], losses["pytorch"], rtol=1e-3, atol=0)
     torch.testing.assert_close(losses["attention"], losses["pytorch"], rtol=1e-3, atol=0)
 
@@ -109,5 +115,5 @@ def test_a_mixed_batch_in_one_row_is_the_batch_without_its_padding(e2e):
 @pytest.mark.parametrize("name", ["Gemma-2-like 2 × 4096", "Whisper-small 16 × 128", "Llama 1B, 256 after 8 × 1024"])
 def test_tilebooks_attention_gives_what_plain_pytorch_runs(e2e, name):
     case = e2e.CASES[name]
-    theirs, ours = (e2e.Run(case, how, "cpu", tiny=True).step() for how in ("pytorch", "attention"))
+    theirs, ours = (first_loss(e2e, case, how) for how in ("pytorch", "attention"))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)

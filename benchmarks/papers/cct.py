@@ -44,7 +44,7 @@ class Forward:
     """The forward passes of a model in training."""
 
     def __init__(self, run: Run) -> None:
-        self.step = run.forward
+        self.step, self.inside = run.forward, run.inside
 
 
 def speed(shape: Shape, rounds: int, device: str) -> dict[str, Any]:
