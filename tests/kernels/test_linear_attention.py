@@ -85,7 +85,7 @@ def error(mine, truth):
 
 
 ROUNDED = torch.finfo(torch.float32).eps
-"""Terms of about one, rounded in fp32, whose sum may be nothing: so are gradients of q and k of one token, normalized."""
+"""Terms of about one, rounded in fp32, whose sum may be nothing: so are gradients of q and k of one token alone."""
 
 
 def assert_as_good(found, plain, truth):
