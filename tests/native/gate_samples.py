@@ -1,5 +1,7 @@
 """Calls of the public functions that have gates, and what PyTorch calls them."""
 
+import operator
+
 import torch
 import torch.nn.functional as F
 
@@ -25,11 +27,29 @@ def rows(vectors, addends=1, **how):
 
 
 LABELS = torch.tensor([1, 7, -100])
+SEEN = torch.arange(8) < torch.tensor([3, 0])[:, None, None, None]
 MASK = torch.zeros(4, 8).masked_fill(torch.ones(4, 8).triu(1).bool(), -torch.inf)
+
+
+def biased(q, k, v, bias):
+    return operator.call(tilebook.attention, q, k, v, bias=bias)  # as Python calls it from 3.12 on
+
+
+def masked(q, k, v, mask):
+    return operator.call(tilebook.attention, q, k, v, attn_mask=mask)
+
 
 CALLS = {
     "attention": (tilebook.attention, heads, {}),
     "attention, causal, grouped": (tilebook.attention, lambda **how: heads(1, **how), {"causal": True, "scale": 0.3}),
+    "attention, bias": (biased, lambda **how: [*heads(keys=8, **how), numbers(1, 2, 4, 8, seed=3, **how)], {}),
+    "attention, one bias for all": (
+        biased,
+        lambda **how: [*heads(keys=8, **how), numbers(1, 1, 1, 8, seed=3, **how).expand(2, 2, 4, 8)],
+        {},
+    ),
+    "attention, mask": (masked, lambda **how: [*heads(1, keys=8, **how), SEEN], {}),
+    "attention, one mask for all": (masked, lambda **how: [*heads(keys=8, **how), SEEN.expand(2, 2, 4, 8)], {}),
     "drop-in": (tilebook.scaled_dot_product_attention, heads, {"is_causal": True}),
     "drop-in, mask": (tilebook.scaled_dot_product_attention, lambda **how: [*heads(keys=8, **how), MASK.to(**how)], {}),
     "decode": (tilebook.attention_decode, lambda **how: heads(1, 1, 6, **how), {}),
@@ -51,11 +71,17 @@ CALLS = {
 }
 """Name → function, its tensors, its options."""
 
+FUNCTIONS = [each for each in dict.fromkeys(call[0] for call in CALLS.values()) if each not in (biased, masked)]
+
 PLAIN = {
     "attention": F.scaled_dot_product_attention,
     "attention, causal, grouped": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=0.3, enable_gqa=True
     ),
+    "attention, bias": F.scaled_dot_product_attention,
+    "attention, one bias for all": F.scaled_dot_product_attention,
+    "attention, mask": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
+    "attention, one mask for all": F.scaled_dot_product_attention,
     "drop-in": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     "drop-in, mask": F.scaled_dot_product_attention,
     "decode": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=8**-0.5, enable_gqa=True),

@@ -16,7 +16,8 @@ import tilebook
 from tilebook import dispatch
 
 every_call = pytest.mark.parametrize("name", CALLS)
-TRAINS = [name for name in CALLS if name != "decode"]
+BIASED = [name for name in CALLS if name.startswith("attention, ") and "bias" in name]
+TRAINS = [name for name in CALLS if name != "decode" and name not in BIASED]
 
 
 def graded(run, tensors):
@@ -57,6 +58,39 @@ def test_gradients_are_pytorchs(gated, name, dtype):
     found = graded(run, make(dtype=dtype))
     assert sum(calls for _, calls in gated.extension.gates_counted()) == 1
     same(found, graded(PLAIN[name], make(dtype=dtype)))
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_gradients_beside_a_bias_are_pytorchs_and_one_that_learns_is_looked_at(gated, name):
+    function, make, _ = CALLS[name]
+    *given, bias = make()
+    for _ in range(3):
+        graded(lambda *qkv: gated(function, *qkv, bias), given)
+    gated.here._tell("counted")
+    found = graded(lambda *qkv: gated(function, *qkv, bias), given)
+    assert sum(calls for _, calls in gated.extension.gates_counted()) == 1
+    same(found, graded(lambda *qkv: PLAIN[name](*qkv, bias), given))
+    for _ in range(3):
+        assert not gated.answered(function, *given, bias.clone().requires_grad_())[0]
+
+
+@pytest.mark.parametrize("booleans", [False, True])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda mask: mask[..., ::2].repeat_interleave(2, -1).mT.contiguous().mT,  # by columns
+        lambda mask: mask.expand(2, 2, 4, 8).clone()[..., :6],  # fewer columns than keys
+        lambda mask: mask[0],  # another number of axes
+        lambda mask: mask.double(),
+        lambda mask: torch.cat((mask, mask), -1)[..., :8],  # rows with gaps
+    ],
+)
+def test_masks_that_do_not_lie_as_pytorchs_kernels_load_them_are_pythons(gated, changed, booleans):
+    q, k, v = heads(keys=8)
+    mask = numbers(1, 1, 4, 8, seed=5)
+    mask = changed(mask > 0 if booleans else mask)
+    for _ in range(4):
+        assert gated.looked_at(tilebook.attention, q, k, v, attn_mask=mask)
 
 
 @every_call

@@ -2,9 +2,12 @@
 
 #include "forms.h"
 
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/layer_norm.h>
+#include <ATen/ops/log.h>
 #include <ATen/ops/rms_norm.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -76,19 +79,62 @@ bool four_axes(const Call& call) {
   return call[0].dim() == 4 && call[1].dim() == 4 && call[2].dim() == 4;
 }
 
+constexpr int64_t kCausal = 1, kMasked = 2;
+constexpr int64_t kPiece = 8;  // bytes: of so many each row of a mask has some, as PyTorch's kernels load it
+
+// Does a mask or bias lie as they load it, but for being broadcast, with a column for each key? Of booleans that is what is
+// made of them.
+bool lies_whole(const Tensor& mask, const Tensor& q, int64_t columns) {
+  if (mask.dim() != 4 || mask.size(3) != columns || columns * q.element_size() % kPiece) return false;
+  int64_t step = 1;
+  for (int64_t axis = 3; axis >= 0; --axis) {
+    const int64_t size = mask.stride(axis) ? mask.size(axis) : 1;
+    if (size != 1 && mask.stride(axis) != step) return false;
+    step *= size;
+  }
+  return mask.stride(3) == 1;
+}
+
+// Is a mask or bias beside q, k and v one that does not learn, and that is loaded as it lies? No numbers in booleans' place.
+bool takes_mask(const Call& call, bool booleans) {
+  const auto &q = call[0], &mask = call[3];
+  if (mask.requires_grad() || at::autocast::is_autocast_enabled(q.device().type())) return false;
+  if (mask.scalar_type() != q.scalar_type() && !(booleans && mask.scalar_type() == at::kBool)) return false;
+  return lies_whole(mask, q, call[1].size(2));
+}
+
+// What it adds to the scores, where all see the same as one. Of booleans cuDNN makes a mean where a row sees nothing.
+Tensor added(const Tensor& mask, const Tensor& q) {
+  Tensor seen = mask;
+  for (int64_t axis = 0; axis < 3; ++axis) {
+    if (!mask.stride(axis) && mask.size(axis) > 1) seen = seen.narrow(axis, 0, 1);
+  }
+  if (mask.scalar_type() == at::kBool && !q.is_cpu()) {
+    Tensor scores = at::empty(seen.sizes(), q.options());
+    at::log_out(scores, seen);
+    seen = scores;
+  }
+  return seen.sizes() == mask.sizes() ? seen : seen.expand(mask.sizes());
+}
+
 bool takes_attention(Call& call) {
   const auto* given = call.given;  // q, k, v, causal, scale, window, softcap, slopes, bias, mask, dropout, lse, …
   bool causal;
   if (!flag(given[3], causal) || !positive_or_none(given[4], call.scale)) return false;
-  if (given[5] != Py_None || !zero(given[6]) || given[7] != Py_None || given[8] != Py_None) return false;
-  if (given[9] != Py_None || !zero(given[10]) || given[11] != Py_False || given[12] != Py_False) return false;
-  if (given[13] != Py_None) return false;
-  call.told = causal;
-  return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && four_axes(call);
+  if (given[5] != Py_None || !zero(given[6]) || given[7] != Py_None) return false;
+  if (!zero(given[10]) || given[11] != Py_False || given[12] != Py_False || given[13] != Py_None) return false;
+  if (!tensor(call, 0) || !tensor(call, 1) || !tensor(call, 2) || !four_axes(call)) return false;
+  call.told = causal ? kCausal : 0;
+  const bool biased = given[8] != Py_None, masked = given[9] != Py_None;
+  if (!biased && !masked) return true;
+  if ((biased && masked) || causal || !tensor(call, masked ? 9 : 8)) return false;
+  call.told |= kMasked;
+  return takes_mask(call, masked);
 }
 
 std::pair<Tensor, Tensor> attention(const Call& call) {
-  return {sdpa(call, {}, call.told, call.scale, call[0].size(1) != call[1].size(1)), {}};
+  const auto mask = call.told & kMasked ? std::optional<Tensor>(added(call[3], call[0])) : std::nullopt;
+  return {sdpa(call, mask, call.told & kCausal, call.scale, call[0].size(1) != call[1].size(1)), {}};
 }
 
 bool takes_drop_in(Call& call) {
