@@ -3,7 +3,8 @@
     python benchmarks/foreign_fla.py --out benchmarks/results/nvidia-h200/foreign_fla.json [--budget 240] [--ranks 2]
     python benchmarks/foreign_fla.py --only simple_gla --budget 60 --out /tmp/tried.json       # a first look
 
-A training step is forward and backward of each op at B8 H16 S2048 D64 in bf16, and of GLA on a pack of ragged lengths.
+A training step is forward and backward of each op at B8 H16 S2048 D64 in bf16, and of GLA on a pack of ragged lengths;
+forward alone where fla refuses its backward pass, as with Triton 3.4 to 3.7.0 on Hopper (`forward_only` in the JSON).
 Every program is a process of its own, and all have one compile cache, which is empty at first: *plain*, whose
 autotuners search; *again*, the same once more, as every later process of a user; *recorded*; then `tilebook tune
 --recorded`; then *served*, in turns with *again*. JSON: seconds of the first step, milliseconds of a steady one, the
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from compare import save
 
 from tilebook import device as devices
@@ -53,13 +55,22 @@ def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 def stepping(function: Callable[..., Any], tensors: list[torch.Tensor], **options: Any) -> Step:
-    """Forward and backward."""
+    """Forward, and backward if gradients are recorded."""
     do = torch.randn_like(tensors[2])
 
     def step() -> None:
-        torch.autograd.grad(function(*tensors, **options)[0], tensors, do)
+        o = function(*tensors, **options)[0]
+        if o.requires_grad:
+            torch.autograd.grad(o, tensors, do)
 
     return step
+
+
+def forward_only() -> tuple[str, ...]:
+    """The ops whose backward pass fla refuses here."""
+    found = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    return ("simple_gla", "gated_delta_rule") if hopper and (3, 4, 0) <= found < (3, 7, 1) else ()
 
 
 def steps(only: list[str]) -> dict[str, Step]:
@@ -94,13 +105,14 @@ def steps(only: list[str]) -> dict[str, Step]:
 
 def program(only: list[str]) -> None:
     """What `process` starts: some steps, and what they took, as JSON."""
-    ops = steps(only)
+    ops, alone = steps(only), forward_only()
     torch.cuda.synchronize()
     took: dict[str, list[float]] = {name: [] for name in ops}
     for _ in range(1 + STEPS):
         for name, step in ops.items():
             began = time.perf_counter()
-            step()
+            with torch.set_grad_enabled(name not in alone):
+                step()
             torch.cuda.synchronize()
             took[name].append(time.perf_counter() - began)
     steady = {name: 1e3 * statistics.median(times[STEPS // 3 :]) for name, times in took.items()}
@@ -199,7 +211,7 @@ def main() -> None:
         parser.error("--out is needed")
     with tempfile.TemporaryDirectory() as folder:
         found = measured(given, Path(folder))
-    save(given.out, "fla-core", devices.current().name, budget_s=given.budget, **found)
+    save(given.out, "fla-core", devices.current().name, budget_s=given.budget, forward_only=forward_only(), **found)
     print(json.dumps(found["ratios"]))
 
 

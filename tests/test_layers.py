@@ -146,3 +146,14 @@ def test_kernels_know_neither_tuner_nor_registry():
     known = {other for name, others in rooms().items() if inside(name, "tilebook.kernels") for other in others}
     above = ("tilebook.tuner", "tilebook.registry", "tilebook.report", "tilebook.cli")
     assert not [name for name in known if inside(name, *above)]
+
+
+def test_functions_of_kernels_have_no_more_than_twenty_parameters():
+    many = {}
+    for file in sorted((PACKAGE / "kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+                if count > 20:
+                    many[f"{file.name}:{node.name}"] = count
+    assert many == {}

@@ -283,6 +283,8 @@ class Problem:
     @classmethod
     @functools.cache
     def _counted(cls) -> tuple[tuple[str, bool], ...]:
-        """The fields that a distance is made of, and whether a near value of them will do."""
+        """The fields that a distance is made of, and whether a near value of them will do; first those for which none
+        will, of which most problems have one."""
         fields = [field for field in cls._fields() if not field.metadata.get("demand")]
-        return tuple((each.name, "letter" in each.metadata and each.name not in cls.EXACT) for each in fields)
+        counted = [(each.name, "letter" in each.metadata and each.name not in cls.EXACT) for each in fields]
+        return tuple(sorted(counted, key=lambda each: each[1]))

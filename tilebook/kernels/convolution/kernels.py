@@ -38,13 +38,20 @@ def lay_kernel(
 @triton.jit(do_not_specialize=["positions", "rows"])
 def weight_kernel(
     dy, x, parts, positions, rows, channels, outputs,
-    MADE_H: tl.constexpr, MADE_W: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    MADE: tl.constexpr, LAID: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_O: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
-    """parts (splits, O, taps · C) = dyᵀ · x over `rows` positions each; dy (positions, O), x (B, HIGH, WIDE, C)."""
-    taps: tl.constexpr = KERNEL_H * KERNEL_W
+    """parts (splits, O, taps · C) = dyᵀ · x over `rows` positions each; dy (positions, O), x (B, *LAID, C).
+
+    MADE, LAID, KERNEL, STRIDE: heights and widths.
+    """
+    MADE_H: tl.constexpr = MADE[0]
+    MADE_W: tl.constexpr = MADE[1]
+    HIGH: tl.constexpr = LAID[0]
+    WIDE: tl.constexpr = LAID[1]
+    KERNEL_W: tl.constexpr = KERNEL[1]
+    taps: tl.constexpr = KERNEL[0] * KERNEL_W
     across, deep = tl.cdiv(outputs, BLOCK_O), tl.cdiv(channels, BLOCK_C)
     tiles = across * deep * tl.cdiv(taps, TAPS)
     split, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -59,7 +66,7 @@ def weight_kernel(
     for k0 in range(first, tl.minimum(first + rows, positions), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         image, place = k // (MADE_H * MADE_W), k % (MADE_H * MADE_W)
-        base = ((image * HIGH + place // MADE_W * STRIDE_H) * WIDE + place % MADE_W * STRIDE_W) * channels
+        base = ((image * HIGH + place // MADE_W * STRIDE[0]) * WIDE + place % MADE_W * STRIDE[1]) * channels
         left_mask = (k < positions)[:, None]
         right_mask = left_mask
         if not EVEN_O:

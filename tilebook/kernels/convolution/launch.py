@@ -36,9 +36,9 @@ def weight(dy: torch.Tensor, x: torch.Tensor, form: str, *, config: Config) -> t
     tiles = triton.cdiv(outputs, block_o) * triton.cdiv(inputs, block_c) * triton.cdiv(taps, config.number("TAPS"))
     launch(
         weight_kernel, (tiles * splits,), gradients, images, parts, positions, rows, inputs, outputs,
-        MADE_H=made[0], MADE_W=made[1], HIGH=images.shape[1], WIDE=images.shape[2], KERNEL_H=kernel[0],
-        KERNEL_W=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1], BLOCK_O=block_o, BLOCK_C=block_c,
-        TAPS=config.number("TAPS"), BLOCK_K=block_k, EVEN_O=outputs % block_o == 0, EVEN_C=inputs % block_c == 0,
+        MADE=tuple(made), LAID=tuple(images.shape[1:3]), KERNEL=kernel, STRIDE=stride,
+        BLOCK_O=block_o, BLOCK_C=block_c, TAPS=config.number("TAPS"), BLOCK_K=block_k,
+        EVEN_O=outputs % block_o == 0, EVEN_C=inputs % block_c == 0,
         num_warps=config.number("num_warps"), num_stages=config.number("num_stages"),
     )  # fmt: skip
     dw = x.new_empty(outputs, inputs, *kernel)

@@ -35,6 +35,14 @@ class States(NamedTuple):
     v: Any
 
 
+class Gradients(NamedTuple):
+    """Rows of the gradients of q, k and v."""
+
+    q: Any
+    k: Any
+    v: Any
+
+
 class Tile(NamedTuple):
     """Constants. D, V: the widths; WIDE, BLOCK_V: the power of two above D, columns of v that a program takes.
 
@@ -317,9 +325,7 @@ def backward_kernel(
     rests,
     states,
     grads,
-    dq,
-    dk,
-    dv,
+    made,
     dg,
     g_b,
     g_h,
@@ -332,9 +338,9 @@ def backward_kernel(
 ):
     """Gradients of one chunk, of the state in front of it and the gradient of the one behind it.
 
-    weight: of z in each row's gradient, where NORM. DECAYED: dg is wanted. With P_ij = do_i · v_j times what q_i · k_j
-    counts for, dg_t is the sum of all that passes from before t to t or after it: of P over j < t ≤ i, of tokens and
-    states likewise.
+    made: dq, dk and dv. weight: of z in each row's gradient, where NORM. DECAYED: dg is wanted. With P_ij = do_i · v_j
+    times what q_i · k_j counts for, dg_t is the sum of all that passes from before t to t or after it: of P over
+    j < t ≤ i, of tokens and states likewise.
     """
     pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
     head, batch, token = pair % heads, pair // heads, chunk * tile.CHUNK
@@ -364,7 +370,7 @@ def backward_kernel(
         outward += dot(values, tl.trans(gradient[0]), tile) * gradient[1]
         onward = dot(keys, gradient[0], tile) * (behind * gradient[1])[:, None]
         onward += dot(s, above, tile)
-        put(dv, onward, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        put(made.v, onward, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
     if tile.NORM:
         some = tl.load(weight + pair.to(tl.int64) * n + token + r, mask=r < n - token, other=0.0)
         z, dz = _load_z(states, batch, head, chunk, tile), _load_z(grads, batch, head, chunk, tile)
@@ -382,8 +388,8 @@ def backward_kernel(
     outward += dot(ds, queries, tile)
     if tile.MAP != "none":
         outward = pulled_back(keys, outward, tile, False)
-    put(dk, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    put(made.k, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
     inter += dot(tl.trans(keys), ds, tile)
     if tile.MAP != "none":
         inter = pulled_back(tl.trans(queries), inter, tile, True)
-    put(dq, tl.trans(inter), batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    put(made.q, tl.trans(inter), batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)

@@ -13,6 +13,7 @@ from tilebook.arch import since_blackwell
 from tilebook.kernels.attention.layout import addressable, like
 from tilebook.kernels.bidirectional.tiles import Rows
 from tilebook.kernels.linear_attention.kernels import (
+    Gradients,
     States,
     Tile,
     backward_kernel,
@@ -169,7 +170,7 @@ def linear_attention_bwd(
     grads = call.states(q, do, weight, scale, _given(dstate), end, 1, walk, reverse=True)
     launch(
         backward_kernel, (call.batch * call.heads, call.chunks), _rows(do), _rows(q), _rows(k), _rows(v), weight,
-        call.g, call.rests, states, grads, _rows(dq), _rows(dk), _rows(dv), dg, *call.sizes, scale,
+        call.g, call.rests, states, grads, Gradients(_rows(dq), _rows(dk), _rows(dv)), dg, *call.sizes, scale,
         call.tile(config.number("BLOCK_V")), DECAYED=decayed,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

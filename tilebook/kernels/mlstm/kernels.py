@@ -124,9 +124,7 @@ def back_kernel(
     log_input,
     states,
     grads,
-    dq,
-    dk,
-    dv,
+    made,
     dg,
     dlog_input,
     g_b,
@@ -139,8 +137,8 @@ def back_kernel(
 ):
     """Gradients of one chunk, of the state in front of it and the gradient of the one behind it.
 
-    weight: the gradient of each row's sum of weights. As in linear attention's kernel, pairs stand as [j, i], and what
-    dq is added up in as [D, i].
+    made: dq, dk and dv. weight: the gradient of each row's sum of weights. As in linear attention's kernel, pairs stand
+    as [j, i], and what dq is added up in as [D, i].
     """
     pair, chunk, r = tl.program_id(0), tl.program_id(1), tl.arange(0, tile.CHUNK)
     head, batch, token = pair % heads, pair // heads, chunk * tile.CHUNK
@@ -167,7 +165,7 @@ def back_kernel(
         outward += dot(values, tl.trans(gradient[0]), tile) * gradient[1]
         onward = dot(keys, gradient[0], tile) * (behind * gradient[1])[:, None]
         onward += dot(s, above, tile)
-        put(dv, onward, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
+        put(made.v, onward, batch, head, token, n, column, tile.CHUNK, tile.V, tile.BLOCK_V)
     some = tl.load(weight + at, mask=inside, other=0.0)
     z, dz = _load_z(states, batch, head, chunk, tile), _load_z(grads, batch, head, chunk, tile)
     a += some[None, :]
@@ -183,6 +181,6 @@ def back_kernel(
     tl.store(dg + at, found, mask=inside)
     ds = (a * (_weights(c, written, tile, True) * scale)).to(keys.dtype)
     outward += dot(ds, queries, tile)
-    put(dk, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    put(made.k, outward, batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
     inter += dot(tl.trans(keys), ds, tile)
-    put(dq, tl.trans(inter), batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)
+    put(made.q, tl.trans(inter), batch, head, token, n, 0, tile.CHUNK, tile.D, tile.WIDE)

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from tilebook.kernels.attention.layout import addressable, like
+from tilebook.kernels.linear_attention.kernels import Gradients
 from tilebook.kernels.linear_attention.launch import _NOWHERE, _SUMMED, _Call, _given, _rows
 from tilebook.kernels.linear_attention.layout import new_state
 from tilebook.kernels.linear_attention.space import walks
@@ -57,13 +58,14 @@ def mlstm_bwd(
     _sum_decays(call, log_input)
     dq, dk, dv = like(q), like(k), like(v)
     dg, dlog_input = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    made = Gradients(_rows(dq), _rows(dk), _rows(dv))
     dinit = new_state(q, v, True) if state is not None else torch.empty(0, dtype=torch.float32, device=q.device)
     walk, end = walks(call.chunks, config)[1], _NOWHERE if state is None else _given(dinit)
     states = call.states(k, v, None, 1.0, _given(state), _NOWHERE, 1, walk)
     grads = call.states(q, do, weight, scale, _given(dstate), end, 1, walk, reverse=True)
     launch(
         back_kernel, (call.batch * call.heads, call.chunks), _rows(do), _rows(q), _rows(k), _rows(v), weight, call.g,
-        call.rests, log_input, states, grads, _rows(dq), _rows(dk), _rows(dv), dg, dlog_input, *call.sizes, scale,
+        call.rests, log_input, states, grads, made, dg, dlog_input, *call.sizes, scale,
         call.tile(config.number("BLOCK_V")), num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return dq, dk, dv, dg, dlog_input, dinit
