@@ -40,12 +40,33 @@ def layers(*rows):
 
 LABELS = torch.arange(16)
 
+if torch.cuda.is_available():
+    BIAS = drawn(1, 2, 64, 64, seed=3)
+    SEEN = (torch.arange(64, device="cuda") < 40)[None, None, None].expand(1, 2, 64, 64)
+    ROWS = torch.rand(1, 1, 64, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(4)) < 0.5
+    ROWS[:, :, 3:7] = False
+
 CALLS = {
     "attention": (tilebook.attention, F.scaled_dot_product_attention, heads()),
     "attention, causal, grouped": (
         partial(tilebook.attention, causal=True),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         heads(1),
+    ),
+    "attention, bias": (
+        lambda q, k, v: tilebook.attention(q, k, v, bias=BIAS),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, BIAS),
+        heads(),
+    ),
+    "attention, mask": (
+        lambda q, k, v: tilebook.attention(q, k, v, attn_mask=SEEN),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, SEEN.to(q.dtype).log().expand(1, 1, 64, 64)),
+        heads(),
+    ),
+    "attention, mask, rows that see nothing": (
+        lambda q, k, v: tilebook.attention(q, k, v, attn_mask=ROWS),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, ROWS.to(q.dtype).log()),
+        heads(),
     ),
     "rms norm": (tilebook.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), [drawn(16, 1024), drawn(1024)]),
     "layer norm": (
