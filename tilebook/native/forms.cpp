@@ -98,7 +98,9 @@ bool lies_whole(const Tensor& mask, const Tensor& q, int64_t columns) {
 // Is a mask or bias beside q, k and v one that does not learn, and that is loaded as it lies? No numbers in booleans' place.
 bool takes_mask(const Call& call, bool booleans) {
   const auto &q = call[0], &mask = call[3];
-  if (mask.requires_grad() || at::autocast::is_autocast_enabled(q.device().type())) return false;
+  const auto device = q.device().type();
+  const bool cast = at::autocast::is_autocast_enabled(device) && at::autocast::get_autocast_dtype(device) != q.scalar_type();
+  if (mask.requires_grad() || cast) return false;
   if (mask.scalar_type() != q.scalar_type() && !(booleans && mask.scalar_type() == at::kBool)) return false;
   return lies_whole(mask, q, call[1].size(2));
 }
