@@ -49,9 +49,9 @@ def library(folder, pytestconfig):
         pytest.skip("there is no C++ compiler")
     with pytest.MonkeyPatch.context() as patch, open(folder / "lock", "w") as lock:
         patch.setenv("TILEBOOK_NATIVE", str(folder))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nobody writes a script that another process runs
         if pytestconfig.getoption("--sample"):
             patch.setenv("CXX", _plain(compiler, folder))
-        fcntl.flock(lock, fcntl.LOCK_EX)
         assert build.build() == place.built()
         return place.built()
 

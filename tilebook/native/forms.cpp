@@ -1,8 +1,8 @@
 // How calls of public functions are read, and made by PyTorch's own.
 
+#include "autocast.h"
 #include "forms.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
