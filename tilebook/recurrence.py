@@ -96,9 +96,19 @@ def _ruled(
 
 
 def _same_rule(theirs: Function) -> bool:
-    """Does it compute on random numbers what ours does? Of kernels of others what they stand for is asked."""
-    draw, theirs = drawn(), inspect.unwrap(theirs)
-    q, k, v = draw(2, _ROWS, 2, _WIDTH), draw(2, _ROWS, 2, _WIDTH), draw(2, _ROWS, 4, _COLUMNS)
+    """Does it compute on random numbers what ours does? Of kernels of others what they stand for is asked.
+
+    Heads of q and k may be fewer than those of v: repeated by the function, or, before transformers 5.18, by layers
+    whose function then takes as many of all.
+    """
+    theirs = inspect.unwrap(theirs)
+    return _agrees(theirs, 4) is True and _agrees(theirs, 2) is not False
+
+
+def _agrees(theirs: Function, heads: int) -> bool | None:
+    """Does it compute what ours does of so many heads of q and k beside four of v? None where it does not take them."""
+    draw = drawn()
+    q, k, v = draw(2, _ROWS, heads, _WIDTH), draw(2, _ROWS, heads, _WIDTH), draw(2, _ROWS, 4, _COLUMNS)
     given = {"g": -draw(2, _ROWS, 4).square(), "beta": draw(2, _ROWS, 4).sigmoid(), "output_final_state": True}
     for normalize, state in ((True, draw(2, 4, _WIDTH, _COLUMNS)), (False, None)):
         how = given | {"initial_state": state, "use_qk_l2norm_in_kernel": normalize}
@@ -106,7 +116,7 @@ def _same_rule(theirs: Function) -> bool:
         try:
             found = result(partial(theirs, **how), q, keys, v)
         except Left:
-            return False
+            return None
         right = result(partial(_ruled, **how), q, keys, v)
         if not (isinstance(found, tuple) and len(found) == 2 and all(map(alike, found, right))):
             return False

@@ -84,6 +84,22 @@ def test_without_a_verdict_the_kernels_of_others_are_left_where_they_are_install
         assert not recurrence._takes(rows, rows, rows, cu_seqlens=ends, output_final_state=True, **options)
 
 
+def test_a_function_whose_layers_repeat_keys_for_it_has_the_same_rule():
+    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+
+    def older(query, key, value, **options):
+        if key.shape[2] != value.shape[2]:
+            raise RuntimeError("as many heads of all")
+        return theirs.torch_chunk_gated_delta_rule(query, key, value, **options)
+
+    def wrong(query, key, value, **options):
+        o, state = theirs.torch_chunk_gated_delta_rule(query, key, value, **options)
+        return (o, state) if key.shape[2] == value.shape[2] else (2 * o, state)
+
+    assert recurrence._same_rule(older)
+    assert not recurrence._same_rule(wrong)
+
+
 def test_another_rule_is_left(monkeypatch):
     model = made()
     modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
