@@ -21,6 +21,8 @@ WINDOW = r"window(\d{1,9})?x(\d{1,9})?"
 
 _BIAS = r"(mask|bias|dbias)(b?h?q?k?)"
 
+_PADDED, _HALVES = form(bias="mask"), ("bf16", "fp16")
+
 # What inputs are made with; no verdict depends on it.
 _SOFTCAP, _DROPOUT, _SHOWN = 3.0, 0.2, 0.8
 
@@ -60,6 +62,7 @@ class ForwardProblem(Problem):
     """
 
     EXACT: ClassVar[frozenset[str]] = frozenset({"head_dim"})
+    TRANSFER: ClassVar[float] = 0.75
     GRADIENTS: ClassVar[bool] = False
 
     batch: int = size("B")
@@ -270,6 +273,19 @@ class ForwardProblem(Problem):
 
     def check(self) -> None:
         bounds.attention(self)
+
+    def like(self, measured: Problem) -> bool:
+        """Under masks of keys alone, which PyTorch's kernels read and skip nothing by: about as long sequences, which
+        are at least half as many blocks (benchmarks/held_out.py)."""
+        if type(measured) is not type(self) or not (self.bias == measured.bias == "maskbk"):
+            return False
+        pair: tuple[ForwardProblem, ForwardProblem] = self, measured
+        if any(each.form != _PADDED or each.heads != each.heads_kv or each.seq_q != each.seq_k for each in pair):
+            return False
+        if self.head_dim != measured.head_dim or any(each.dtype not in _HALVES for each in pair):
+            return False
+        longer, more = self.seq_q / measured.seq_q, self.queries / measured.queries
+        return 0.25 <= longer <= 4 and 0.5 <= more <= 16
 
     def neighbours(self) -> Sequence[Self]:
         group = self.heads // self.heads_kv
