@@ -126,15 +126,16 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and problem.dtype != "fp32"
     hopper = device.capability == 90 and descriptors and usual(problem) and problem.width <= 128
     heads = 4 if hopper and problem.causal and problem.width > 64 and min(pairs.values()) >= 4 else 1
-    rest = {"HEADS": heads, "DESCRIPTORS": int(descriptors)}
+    padded = device.capability == 90 and problem.keys_alone and problem.width <= 64 and problem.dtype != "fp32"
+    rest = {"HEADS": heads, "DESCRIPTORS": int(descriptors and not padded)}
 
     def shapes(axis: str) -> list[tuple[int, int, int, int]]:
         """Held, swept, warps, stages."""
         if problem.exact:  # operands live in registers too
             return [(32, 32, 8, 1)]
         small = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1)]
-        padded = problem.head_dim != problem.width and not asynchronous(device)
-        if padded or problem.dtype == "fp32":  # masks along the head dimension, and wide numbers, take registers too
+        filled = problem.head_dim != problem.width and not asynchronous(device)
+        if filled or problem.dtype == "fp32":  # masks along the head dimension, and wide numbers, take registers too
             first = 3 if problem.dtype == "fp32" and problem.width > 64 else 2
             small = [] if device.backend == "hip" else small[first:]
         elif device.backend == "hip" or device.capability >= 100:
@@ -144,6 +145,8 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
             return [*small, (32, 32, 4, 2), (32, 32, 4, 1)]
         if device.capability >= 100:
             return small
+        if padded:  # many programs, each of which skips what no row of its sequence sees
+            return [(64, 32, 4, 3), *small]
         if hopper:  # several programs an SM, as in the forward
             narrow = problem.width <= 64
             return [(64, 128 if narrow else 64, 4, 2) if axis == "1" else (128, 64 if narrow else 32, 4, 3), *small]

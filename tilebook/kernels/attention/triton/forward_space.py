@@ -104,6 +104,10 @@ def _default(problem: ForwardProblem, device: Device) -> Config:
         shape = (64, 64, 4, 3) if problem.causal else (64, 128, 4, 2 if width <= 64 else 1)
         first = Config(dict(zip(axes, shape, strict=True)) | rest)
         configs[:0] = [first.replace(HEADS=4), first] if problem.causal else [first]
+    if (
+        device.capability == 90 and problem.keys_alone and width <= 64 and problem.dtype != "fp32"
+    ):  # many programs, which skip what is hidden
+        configs.insert(0, Config(dict(zip(axes, (64, 32, 4, 4), strict=True)) | rest | {"DESCRIPTORS": 0}))
     return next((each for each in configs if _reject(problem, each, device) is None), configs[-1])
 
 
