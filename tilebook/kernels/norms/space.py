@@ -70,8 +70,15 @@ def _default_fwd(problem: Norm, device: Device) -> Config:
 
 
 def _default_bwd(problem: Norm, device: Device) -> Config:
-    config = Config({**_default_fwd(problem, device), "PER_SM": 1 if problem.width > 4096 else 2})
-    # Half as many columns, twice as often, for what does not fit.
+    """Of rows up to 2048 wide 4096 elements at a time, of those up to 4096 one; wider ones, and rows that are side by
+    side, as in the forward pass. What is wider than fits is read by halves."""
+    forward, width = _default_fwd(problem, device), triton.next_power_of_2(problem.width)
+    config = Config({**forward, "PER_SM": 1 if problem.width > 4096 else 2})
+    if not problem.beside and width <= 4096:
+        narrow = width <= 2048
+        rows = min(4096 // max(width, 64), triton.next_power_of_2(problem.rows)) if narrow else 1
+        tiled = config.replace(ROWS=max(1, rows), num_warps=4, PER_SM=2 if narrow else 4)
+        config = tiled if _reject_bwd(problem, tiled, device) is None else config
     half = {"BLOCK": config.number("BLOCK") // 2, "num_warps": max(1, config.number("num_warps") // 2)}
     return config if _reject_bwd(problem, config, device) is None else config.replace(**half)
 
