@@ -25,7 +25,12 @@ def recording(folder):
 
 
 class OneProcess(GpuRunner):
-    """Starts none that is not needed: what fresh ones and spares are for has tests of its own."""
+    """Starts none that is not needed: what fresh ones and spares are for has tests of its own. Its process interprets
+    from the start, so that it may begin as a copy of one that has loaded Triton so."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._child._env["TRITON_INTERPRET"] = "1"
 
     def confirm(self, candidates, rounds, seed, *, fresh=False):
         return super().confirm(candidates, rounds, seed)
