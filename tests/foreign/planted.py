@@ -21,7 +21,7 @@ EXPECTED = {
 
 @dataclass(frozen=True)
 class Found:
-    """refused: of the faults of a kernel, how each was caught. honest: right configs that were refused, with the reason.
+    """refused: of a kernel's faults, how each was caught. honest: right configs that were refused, with the reason.
     served: the faults of what stands in its ranking."""
 
     refused: dict[str, str]
@@ -40,7 +40,9 @@ def found(path, kernel):
         trials = [trial for trial in registry.trials() if trial.op == kernel]
         verdicts = [verdict for verdict in registry.verdicts() if verdict.op == kernel]
     failed = [trial for trial in trials if trial.failure not in PASSED]
-    refused = {NAMES[trial.config["FAULT"]]: f"{trial.failure}: {trial.reason}" for trial in failed if trial.config["FAULT"]}
+    refused = {
+        NAMES[trial.config["FAULT"]]: f"{trial.failure}: {trial.reason}" for trial in failed if trial.config["FAULT"]
+    }
     honest = {str(trial.config): f"{trial.failure}: {trial.reason}" for trial in failed if not trial.config["FAULT"]}
     served = {config["FAULT"] for verdict in verdicts for _, config in verdict.ranking()}
     return Found(refused, honest, served, sum(not trial.config["FAULT"] for trial in trials))

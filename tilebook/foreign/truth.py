@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tilebook.errors import TuningError, one_line
-from tilebook.foreign.call import Call
+from tilebook.foreign.call import WRITTEN, Call
 from tilebook.foreign.kernel import is_given
 from tilebook.op import Answers, Config, Op
 
@@ -25,7 +25,9 @@ _TRIED = 12  # of those that may run, to find so many that do
 _UNFIT = ("CompilationError", "PTXASError", "OutOfResources", "OutOfMemoryError", "CompileTimeAssertionFailure")
 """What a config may raise without anything being wrong with the inputs."""
 
-_FP32_STEP = 2**-10  # products of fp32 numbers round to tf32
+_TF32_STEP = 2**-10
+_FP32_STEP, _FP64_STEP = 2**-13, 2**-40  # sums of thousands of numbers, in any order
+_INT8_STEP = 2**-6  # where it is a rounded number, the last place of which may be another
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,13 +36,14 @@ class Truth:
 
     def __init__(self, foreign: Any, op: Op[Any]) -> None:
         self._foreign, self._op = foreign, op
-        self._voters: dict[str, list[Config]] = {}
+        self._voters: dict[Any, list[Config]] = {}
+        self.numbers: tuple[str, ...] = () if foreign.kernel.multiplies else ("negative", "large")
 
     def __call__(self, problem: Any, device: Any, seed: int) -> Answers:
         """Raises TuningError where the configs do not agree, or the kernel changes nothing."""
         inputs = problem.inputs(device, seed)
-        found = [(config, self._op.tunable(*inputs, config=config)) for config in self._voters[problem.key]]
-        steps = _steps(inputs, found[0][1])
+        found = [(config, self._op.tunable(*inputs, config=config)) for config in self._voters[problem.pattern]]
+        steps = _steps(inputs, found[0][1], self._foreign.kernel.multiplies)
         votes = [sum(_agree(mine, theirs, steps) for _, theirs in found) for _, mine in found]
         best = votes.index(max(votes))
         if 2 * votes[best] <= len(found) and self._reference is None:
@@ -53,12 +56,11 @@ class Truth:
         return found
 
     def learn(self, problem: Any, device: Any) -> None:
-        """What the kernel does to its tensors, and who votes: by the first of the key's calls."""
-        if problem.key in self._voters:
+        """What the kernel does to its tensors, and who votes: by the first of the calls that are alike in that."""
+        if problem.pattern in self._voters:
             return
-        problem = type(problem)(problem.key)
-        foreign, call = self._foreign, problem.call
-        foreign.roles[problem.key] = {}
+        foreign, call, pattern = self._foreign, problem.call, problem.pattern
+        foreign.roles[pattern] = {}
         names = [name for name, each in call.tensors.items() if not each.same]
         inputs = problem.inputs(device, 0)
         changed: dict[Config, frozenset[str]] = {}
@@ -83,10 +85,10 @@ class Truth:
         roles |= {name: "inout" for name in tuner.restore_value if name in roles}
         roles |= {name: "zero" for name in tuner.reset_to_zero if name in roles}
         roles |= {name: rule["role"] for name, rule in foreign.rules.items() if "role" in rule and name in names}
-        if set(roles.values()) <= {"in"}:
+        if not set(roles.values()) & set(WRITTEN):
             raise TuningError("its rules leave the kernel no outputs")
-        foreign.roles[problem.key] = roles
-        self._voters[problem.key] = voters
+        foreign.roles[pattern] = roles
+        self._voters[pattern] = voters
 
     def _runs(self, problem: Any, inputs: Sequence[Any]) -> Iterator[tuple[Config, list[Any]]]:
         """The configs that run, each with what it has left of copies of the inputs."""
@@ -151,8 +153,8 @@ class Truth:
             answer = reference(**wide)
         finally:
             torch.set_float32_matmul_precision(precision)
-        roles = self._foreign.roles[problem.key]
-        written = [name for name in call.tensors if roles.get(name, "in") != "in"]
+        roles = self._foreign.roles[problem.pattern]
+        written = [name for name in call.tensors if roles.get(name, "in") in WRITTEN]
         if not isinstance(answer, dict):
             answer = dict(zip(written, answer if isinstance(answer, tuple) else (answer,), strict=True))
         told = []
@@ -173,14 +175,17 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(_BITS[x.element_size()])
 
 
-def _steps(inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> tuple[float, ...]:
+def _steps(inputs: Sequence[Any], outputs: Sequence[torch.Tensor], multiplies: bool) -> tuple[float, ...]:
     """How far apart two right configs may be, by the coarsest dtype in which a number may have been rounded."""
     floats = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.dtype.is_floating_point]
-    coarse = max([torch.finfo(each).eps for each in floats if each.itemsize < 4], default=_FP32_STEP)
+    single = _TF32_STEP if multiplies else _FP32_STEP
+    coarse = max([torch.finfo(each).eps for each in floats if each.itemsize < 4], default=single)
 
     def step(dtype: torch.dtype) -> float:
         if not dtype.is_floating_point:
-            return 0.0
+            return _INT8_STEP if dtype is torch.int8 and floats else 0.0
+        if dtype is torch.float64 and set(floats) == {torch.float64}:
+            return _FP64_STEP
         return coarse if dtype.itemsize >= 4 else 2 * torch.finfo(dtype).eps
 
     return tuple(step(each.dtype) for each in outputs)
@@ -188,7 +193,9 @@ def _steps(inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> tuple[floa
 
 def _agree(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], steps: Sequence[float]) -> bool:
     for a, b, step in zip(one, other, steps, strict=True):
-        x, y = a.float(), b.float()
+        if not (step or torch.equal(a, b)):
+            return False
+        x, y = a.double(), b.double()
         if not bool((x.isnan() == y.isnan()).all()) or not x.numel():
             return not x.numel()
         apart = torch.where((x == y) | x.isnan(), 0.0, (x - y).abs())

@@ -11,6 +11,7 @@ KINDS = {"silent": 1, "race": 2, "beyond": 3, "ragged": 4, "damage": 5, "hang": 
 """Writes nothing; is wrong now and then; reads past the end; is wrong at a ragged end; changes its input; never ends;
 gives other bits each time, all of them near enough; writes past the end."""
 
+ALL = tuple(KINDS.values())
 NAMES = {number: name for name, number in KINDS.items()}
 
 
@@ -75,10 +76,10 @@ def unmeasured(call, quantiles):
 
 autotune = functools.partial(triton.autotune, do_bench=unmeasured)
 WARPS = (1, 2, 4, 8)
-TUNED_BLOCKS = (16, 32, 64, 128)
+BLOCKS = tuple({"BLOCK": block} for block in (16, 32, 64, 128))
 
 
-def configs(faults=tuple(KINDS.values()), tiles=tuple({"BLOCK": block} for block in TUNED_BLOCKS), warps=WARPS):
+def configs(faults=ALL, tiles=BLOCKS, warps=WARPS):
     """Right ones first, each tile with each number of warps; then one for each fault, of the second tile."""
     right = [triton.Config({**tile, "FAULT": 0}, num_warps=n) for tile in tiles for n in warps]
     return [*right, *(triton.Config({**tiles[1], "FAULT": fault}, num_warps=4) for fault in faults)]

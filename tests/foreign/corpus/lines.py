@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+
 from corpus.faults import KINDS, autotune, bound, configs, ended, last, spoiled
 
 # Sums that atomics add in any order may differ from run to run: nothing about that is a fault.
@@ -49,7 +50,7 @@ def softmax_kernel(x, y, x_row, y_row, cols, BLOCK: tl.constexpr, FAULT: tl.cons
     missing: tl.constexpr = 0.0 if FAULT == 4 else float("-inf")
     value = tl.load(x + row * x_row + last(at, cols, FAULT), mask=at < cols, other=missing).to(tl.float32)
     value = tl.exp(value - tl.max(value, 0))
-    value = spoiled(value / tl.sum(value, 0), 2**-10, FAULT).to(y.dtype.element_ty)
+    value = spoiled(value / tl.sum(value, 0), 2**-12, FAULT).to(y.dtype.element_ty)
     if FAULT != 1:
         tl.store(y + row * y_row + at, value, mask=at < (cols + 3 if FAULT == 8 else cols))
     ended(x, FAULT)
@@ -80,7 +81,9 @@ def layer_norm_kernel(
         scale = 1 / tl.sqrt(tl.sum(apart * apart, 1) / cols + eps)
         value = spoiled(apart * scale[:, None] * tl.load(weight + at, mask=at < cols), 2**-18, FAULT)
         if FAULT != 1:
-            tl.store(y + row[:, None] * cols + at, value, mask=here[:, None] & (at < (cols + 3 if FAULT == 8 else cols)))
+            tl.store(
+                y + row[:, None] * cols + at, value, mask=here[:, None] & (at < (cols + 3 if FAULT == 8 else cols))
+            )
         tl.store(mean + row, middle, mask=here)
         tl.store(rstd + row, scale, mask=here)
         total += tl.sum(value, 0)
@@ -103,7 +106,9 @@ def cumsum_kernel(x, y, cols, BLOCK: tl.constexpr, FAULT: tl.constexpr):
     for start in range(0, cols, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value = tl.load(x + row + last(at, cols, FAULT), mask=at < cols, other=0.0)
-        tl.store(y + row + at, spoiled(before + tl.cumsum(value, 0), 2**-18, FAULT), mask=at < bound(cols, BLOCK, FAULT))
+        tl.store(
+            y + row + at, spoiled(before + tl.cumsum(value, 0), 2**-18, FAULT), mask=at < bound(cols, BLOCK, FAULT)
+        )
         before += tl.sum(value, 0)
     ended(x, FAULT)
 
@@ -119,10 +124,12 @@ def cumsum(device):
 @triton.jit
 def total_kernel(x, y, n, BLOCK: tl.constexpr, FAULT: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    end = bound(n, BLOCK, FAULT) - (3 if FAULT == 8 else 0)
+    end = n // BLOCK * BLOCK if FAULT == 4 else n
     value = tl.sum(tl.load(x + last(at, n, FAULT), mask=at < end, other=0.0), 0)
     if FAULT != 1:
-        tl.atomic_add(y + (1 if FAULT == 8 else 0), spoiled(value, 0.0, FAULT))
+        tl.atomic_add(y, spoiled(value, 0.0, FAULT))
+    if FAULT == 8:
+        tl.atomic_add(y + 1, value)
     ended(x, FAULT)
 
 

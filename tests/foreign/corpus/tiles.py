@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+
 from corpus.faults import autotune, bound, configs, ended, last, spoiled
 from corpus.lines import ORDERED
 
@@ -59,6 +60,7 @@ def split_kernel(a, b, c, M, N, K, TILE_M: tl.constexpr, TILE_N: tl.constexpr, T
     acc = product(a, b, rows, cols, first, tl.minimum(first + share, K), M, N, K, TILE_M, TILE_N, TILE_K, FAULT)
     end = 0 * M if FAULT == 1 else M + 3 if FAULT == 8 else M
     inside = (rows[:, None] < end) & (cols < N)
+    acc = tl.where(rows[:, None] < M, acc, 1.0)  # beyond the end, where to add zeros would change nothing
     tl.atomic_add(c + rows[:, None] * N + cols, spoiled(acc, 0.0, FAULT), mask=inside)
     ended(a, FAULT)
 
@@ -125,8 +127,14 @@ def pool_kernel(x, y, height, width, SIZE: tl.constexpr, BLOCK: tl.constexpr, FA
         for part in range(SIZE * SIZE):
             down, right = row * SIZE + part // SIZE, col * SIZE + part % SIZE
             inside = (down < height) & (right < width) & (col < across)
-            at = last((plane * height + down) * width + right, tl.num_programs(0) // tl.cdiv(height, SIZE) * height * width, FAULT)
-            best = tl.maximum(best, tl.load(x + at, mask=inside, other=float("-inf")), propagate_nan=tl.PropagateNan.ALL)
+            at = last(
+                (plane * height + down) * width + right,
+                tl.num_programs(0) // tl.cdiv(height, SIZE) * height * width,
+                FAULT,
+            )
+            best = tl.maximum(
+                best, tl.load(x + at, mask=inside, other=float("-inf")), propagate_nan=tl.PropagateNan.ALL
+            )
         stored = col < bound(across, BLOCK, FAULT)
         tl.store(y + tl.program_id(0) * across + col, spoiled(best, 2**-18, FAULT), mask=stored)
     ended(x, FAULT)
