@@ -342,9 +342,9 @@ def test_what_nobody_writes_is_the_same_beside_any_poison(dtype, kind):
 
 def test_what_is_added_outside_is_seen():
     def adds(x, *, config):
-        y = torch.empty_like(x)
-        torch.as_strided(y, (1,), (1,), y.storage_offset() + y.numel()).add_(0.5)
-        return y.copy_(x.float() * 3)
+        sums = torch.empty(8, device=x.device)
+        torch.as_strided(sums, (1,), (1,), sums.storage_offset() + 8).add_(0.5)
+        return x * 3
 
     with pytest.raises(Wrong, match="outside"):
         _verify(adds)
