@@ -15,7 +15,7 @@ PASSED = (None, "slow", "duplicate_binary")
 EXPECTED = {
     "silent": ("max error", "are no numbers"), "race": ("max error", "different bits"), "beyond": ("max error",),
     "ragged": ("max error",), "damage": ("changed its input", "max error"), "hang": ("no result within",),
-    "shaky": ("different bits",), "outside": ("outside its tensors", "max error"),
+    "shaky": ("different bits", "max error"), "outside": ("outside its tensors", "max error"),
 }  # fmt: skip
 
 

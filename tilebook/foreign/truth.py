@@ -43,7 +43,7 @@ class Truth:
         """Raises TuningError where the configs do not agree, or the kernel changes nothing."""
         inputs = problem.inputs(device, seed)
         found = [(config, self._op.tunable(*inputs, config=config)) for config in self._voters[problem.pattern]]
-        steps = _steps(inputs, found[0][1], self._foreign.kernel.multiplies)
+        steps = _steps(inputs, found[0][1], self._foreign.kernel.multiplies or self._reference is not None)
         votes = [sum(_agree(mine, theirs, steps) for _, theirs in found) for _, mine in found]
         best = votes.index(max(votes))
         if 2 * votes[best] <= len(found) and self._reference is None:
@@ -175,16 +175,18 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(_BITS[x.element_size()])
 
 
-def _steps(inputs: Sequence[Any], outputs: Sequence[torch.Tensor], multiplies: bool) -> tuple[float, ...]:
-    """How far apart two right configs may be, by the coarsest dtype in which a number may have been rounded."""
+def _steps(inputs: Sequence[Any], outputs: Sequence[torch.Tensor], rough: bool) -> tuple[float, ...]:
+    """How far apart two right configs may be, by the coarsest dtype in which a number may have been rounded.
+
+    rough: where products round to tf32, or a reference need not compute to the last digit."""
     floats = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.dtype.is_floating_point]
-    single = _TF32_STEP if multiplies else _FP32_STEP
+    single = _TF32_STEP if rough else _FP32_STEP
     coarse = max([torch.finfo(each).eps for each in floats if each.itemsize < 4], default=single)
 
     def step(dtype: torch.dtype) -> float:
         if not dtype.is_floating_point:
             return _INT8_STEP if dtype is torch.int8 and floats else 0.0
-        if dtype is torch.float64 and set(floats) == {torch.float64}:
+        if dtype is torch.float64 and set(floats) == {torch.float64} and not rough:
             return _FP64_STEP
         return coarse if dtype.itemsize >= 4 else 2 * torch.finfo(dtype).eps
 
