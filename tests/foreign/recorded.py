@@ -39,10 +39,10 @@ class OneProcess(GpuRunner):
         pass
 
 
-def tune(folder, registry, rules=None, attempt_s=60.0):
+def tune(folder, registry, rules=None, **limits):
     """The states of the record's problems."""
     layers = Layers([("explicit", str(registry))])
-    runner = OneProcess(0, limits=Limits(attempt_s=attempt_s), worker="interpreted_worker")
+    runner = OneProcess(0, limits=Limits(**{"attempt_s": 60.0, **limits}), worker="interpreted_worker")
     with offered(folder, rules) as offer, layers.writer() as writer:
         run = Run(len(offer.problems), True)
         known = Known(writer, layers, GPU, ENVIRONMENT, "graph")

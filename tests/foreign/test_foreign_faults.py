@@ -128,3 +128,15 @@ def test_rules_that_nobody_understands_are_refused(text, tmp_path):
 
 def test_nothing_else_failed(tuned):
     assert {kernel for kernel, error in tuned.errors.items() if error} == {"half_are_wrong"}
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(("kernel", "fault"), [("ends_second", 7), ("hangs_second", others.HANG)])
+def test_a_config_that_ends_its_process_has_no_vote_and_the_rest_is_tuned(kernel, fault, tmp_path, forked):
+    with recording(tmp_path / "record"):
+        others.doubled(getattr(others, kernel), torch.randn(100))
+    states = tune(tmp_path / "record", tmp_path / "registry.db", attempt_s=3.0, prepare_s=6.0)
+    tuned = Tuned(states, tmp_path / "registry.db")
+    assert tuned.errors == {kernel: ""}
+    assert (64, 0) in tuned.served(kernel) <= {(16, 0), (32, 0), (64, 0)}
+    assert tuned.refused(kernel)[fault][0] in ("run_timeout", "run_error", "worker_died")

@@ -1,14 +1,19 @@
 """What is right, where the only word for it is the kernel's own: what most of its configs agree on.
 
 The first configs that run vote. A tensor that most of them change is an output; one of them alone has damaged it. An
-output whose old contents show in the new ones is read too, and begins with numbers instead of poison.
+output whose old contents show in the new ones is read too, and begins with numbers instead of poison. A config in whose
+run a process has ended, or was ended, has no vote in the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +21,7 @@ import torch
 from tilebook.errors import TuningError, one_line
 from tilebook.foreign.call import WRITTEN, Call
 from tilebook.foreign.kernel import is_given
+from tilebook.foreign.ops import RECORDED
 from tilebook.op import Answers, Config, Op
 
 VOTERS = 3
@@ -100,13 +106,20 @@ class Truth:
             listed = [tunable.space.default(problem, None)]  # type: ignore[arg-type]
         for config in listed:
             mine = [_copy(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+            note = _Note(self._op.name, problem, config)
+            if note.left():
+                broken = f"{config} ends its process, or hangs"
+                continue
             try:
                 tunable(*mine, config=config)
+                _wait(mine)
             except Exception as error:
                 if not any(kind.__name__ in _UNFIT for kind in type(error).__mro__):
-                    raise
+                    raise  # and the note stays, for this process is of no more use
                 broken = f"{config}: {one_line(error)}"
+                note.remove()
                 continue
+            note.remove()
             ran = True
             yield config, mine
         if not ran:
@@ -165,6 +178,35 @@ class Truth:
                 whole.as_strided(each.shape, each.stride).copy_(answer[name])
             told.append(whole)
         return tuple(told)
+
+
+class _Note:
+    """Says to the processes of a tune that a config is being run for the first time: one that hangs, or ends its
+    process, would do so in the next, too."""
+
+    def __init__(self, op: str, problem: Any, config: Config) -> None:
+        name = hashlib.sha256("\n".join((op, *map(str, problem.pattern), config.key)).encode()).hexdigest()
+        folder = os.environ.get(RECORDED)
+        self._file = None if folder is None else Path(folder) / f"{name}.trying"
+
+    def left(self) -> bool:
+        """Has a process written it that is there no longer? Else this one does."""
+        if self._file is None:
+            return False
+        with contextlib.suppress(OSError, ValueError):
+            return not Path("/proc", str(int(self._file.read_text()))).exists()
+        self._file.write_text(str(os.getpid()))
+        return False
+
+    def remove(self) -> None:
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+def _wait(tensors: Sequence[Any]) -> None:
+    """Until a GPU has run what it was given: only then it says what was wrong with that."""
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in tensors):
+        torch.cuda.synchronize()
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
