@@ -77,6 +77,10 @@ class Runner(Protocol):
         """Ends the processes, from any thread; a request under way fails, and none is started again."""
 
 
+class _Broken(TuningError):
+    """The process hung, died, or met what nobody has foreseen: another may do better."""
+
+
 class GpuRunner:
     """Drives the processes of one GPU: one that measures, and a spare that has imported everything and waits.
 
@@ -188,7 +192,7 @@ class GpuRunner:
         for left in reversed(range(self._again + 1)):
             try:
                 return self._prepare()
-            except TuningError:
+            except _Broken:
                 if self._closed or not left:
                     raise
 
@@ -207,7 +211,8 @@ class GpuRunner:
             )
             if "error" in reply:
                 self._child.close()
-                raise TuningError(_text(reply))
+                foreseen = reply["error"]["type"] in ("TuningError", "NoYardstick", "UsageError")
+                raise (TuningError if foreseen else _Broken)(_text(reply))
             self._prepared = True
 
     def _take_over(self) -> None:
@@ -232,9 +237,9 @@ class GpuRunner:
         try:
             reply = self._child.request(message, limit_s)
         except ChildTimedOut:
-            raise TuningError(f"no answer to {message['do']!r} within {limit_s:.0f} s") from None
+            raise _Broken(f"no answer to {message['do']!r} within {limit_s:.0f} s") from None
         except ChildDied as died:
-            raise TuningError(f"the worker died: {died}") from None
+            raise _Broken(f"the worker died: {died}") from None
         assert isinstance(reply, dict)
         return reply
 
