@@ -1,4 +1,4 @@
-"""Makes the records in `records/`: python tests/foreign/make_records.py. Wants fla-core; no GPU.
+"""Makes the records in `records/`: PYTHONPATH=.venv/beside python tests/foreign/make_records.py. No GPU needed.
 
 Programs run as ever, on tensors of the CPU, but no kernel is started: what is noted is what it would have been called
 with. The records name no folder of the machine that they were made on.

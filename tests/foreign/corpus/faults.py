@@ -2,6 +2,7 @@
 
 import functools
 import random
+import time
 
 import triton
 import triton.language as tl
@@ -25,7 +26,19 @@ def _clock():
     return (globaltimer() // 64 % 2).to(tl.float32)
 
 
-noise = _dice if triton.knobs.runtime.interpret else _clock
+def _rest():
+    """What hangs need not keep a processor busy."""
+    time.sleep(0.02)
+    return 0.0
+
+
+@triton.jit
+def _nothing():
+    return 0.0
+
+
+INTERPRETED = triton.knobs.runtime.interpret
+noise, pause = (_dice, _rest) if INTERPRETED else (_clock, _nothing)
 
 
 @triton.jit
@@ -66,7 +79,7 @@ def ended(x, FAULT: tl.constexpr):
     if FAULT == 6:
         seen = tl.load(x).to(tl.float32)
         while seen < 1e30:
-            seen = tl.load(x, volatile=True).to(tl.float32)
+            seen = tl.load(x, volatile=True).to(tl.float32) + pause()
 
 
 def unmeasured(call, quantiles):
