@@ -44,3 +44,10 @@ def test_integers_that_are_no_rounded_numbers_are_exact():
 def test_who_has_a_reference_that_is_not_exact_to_the_last_digit_is_not_refused(rough, allowed):
     x = torch.randn(300)
     assert truth._steps([x], [x], rough) == (allowed,)
+
+
+def test_a_sum_that_nearly_cancels_is_not_refused_and_one_that_cannot_is_judged_sharply():
+    x, total = torch.randn(1000), torch.zeros(1)
+    assert truth._steps([x], [total], rough=False) == (2**-7,)
+    assert truth._steps([-x.abs()], [total], rough=False) == (2**-13,)
+    assert truth._steps([x], [x], rough=False) == (2**-13,)
