@@ -9,6 +9,9 @@ GPU ?= NVIDIA H200
 # What ships was measured with this Triton, and machine code belongs to a version.
 SHIPPED_TRITON = 3.6.0
 
+# What some tests look at and no other may find: models of transformers are others where it is installed.
+BESIDE = fla-core==0.6.0 einops
+
 .PHONY: tune test test-whole test-cluster lint inventory recheck setup clean
 
 setup: $(VENV)/ready
@@ -22,6 +25,7 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q --no-compile "torch==2.13.0"
 	$(BIN)/python -m pip install -q --no-compile -e ".[dev,report]" $(if $(TRITON),"triton==$(TRITON)")
+	$(BIN)/python -m pip install -q --no-compile --no-deps --target $(VENV)/beside $(BESIDE)
 	$(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib || true
 	touch $@
 

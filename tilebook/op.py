@@ -156,7 +156,11 @@ class Answers:
 
 
 class Answering(Protocol):
-    """What says what is right where no reference does. Both raise TuningError where nothing is to be said."""
+    """What says what is right where no reference does. Both raise TuningError where nothing is to be said.
+
+    numbers: kinds of unusual inputs, beside outliers, on which candidates are judged."""
+
+    numbers: tuple[str, ...]
 
     def learn(self, problem: Any, device: Any) -> None:
         """Finds out once what has to be known of a problem before it is judged."""

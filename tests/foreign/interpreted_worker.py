@@ -41,7 +41,7 @@ class Interpreted(worker.Server):
 
     def _call(self, message: Any) -> Any:
         config = message["config"]
-        self.clock.time_ms = 0.1 if config.get("FAULT") else 1.0 / config.get("BLOCK", config.get("TILE_M", 1))
+        self.clock.time_ms = 1e-4 if config.get("FAULT") else 1.0 / config.get("BLOCK", config.get("TILE_M", 1))
         return super()._call(message)
 
 

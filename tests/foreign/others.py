@@ -155,3 +155,21 @@ def pick(x, index):
     y = torch.empty(index.shape, dtype=x.dtype, device=x.device)
     pick_kernel[lambda meta: (triton.cdiv(index.numel(), meta["BLOCK"]),)](x, index, y, index.numel())
     return y
+
+
+@triton.jit
+def ending_kernel(x, y, n, BLOCK: tl.constexpr, FAULT: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at, mask=at < n) * 2, mask=at < n)
+    if FAULT == 7:
+        tl.store(y + (1 << 44), 0.0)
+
+
+hangs_second = autotune(configs(blocks=(16,)) + configs(HANG, blocks=(32, 64))[::-1], key=["n"])(ending_kernel)
+ends_second = autotune(configs(blocks=(16,)) + configs(7, blocks=(32, 64))[::-1], key=["n"])(ending_kernel)
+
+
+def doubled(kernel, x):
+    y = torch.empty_like(x)
+    kernel[lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)](x, y, x.numel())
+    return y

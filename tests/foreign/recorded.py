@@ -25,7 +25,12 @@ def recording(folder):
 
 
 class OneProcess(GpuRunner):
-    """Starts none that is not needed: what fresh ones and spares are for has tests of its own."""
+    """Starts none that is not needed: what fresh ones and spares are for has tests of its own. Its process interprets
+    from the start, so that it may begin as a copy of one that has loaded Triton so."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._child._env["TRITON_INTERPRET"] = "1"
 
     def confirm(self, candidates, rounds, seed, *, fresh=False):
         return super().confirm(candidates, rounds, seed)
@@ -34,10 +39,10 @@ class OneProcess(GpuRunner):
         pass
 
 
-def tune(folder, registry, rules=None, attempt_s=60.0):
+def tune(folder, registry, rules=None, **limits):
     """The states of the record's problems."""
     layers = Layers([("explicit", str(registry))])
-    runner = OneProcess(0, limits=Limits(attempt_s=attempt_s), worker="interpreted_worker")
+    runner = OneProcess(0, limits=Limits(**{"attempt_s": 60.0, **limits}), worker="interpreted_worker")
     with offered(folder, rules) as offer, layers.writer() as writer:
         run = Run(len(offer.problems), True)
         known = Known(writer, layers, GPU, ENVIRONMENT, "graph")

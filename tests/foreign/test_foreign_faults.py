@@ -128,3 +128,26 @@ def test_rules_that_nobody_understands_are_refused(text, tmp_path):
 
 def test_nothing_else_failed(tuned):
     assert {kernel for kernel, error in tuned.errors.items() if error} == {"half_are_wrong"}
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(("kernel", "fault"), [("ends_second", 7), ("hangs_second", others.HANG)])
+def test_a_config_that_ends_its_process_has_no_vote_and_the_rest_is_tuned(kernel, fault, tmp_path, forked):
+    with recording(tmp_path / "record"):
+        others.doubled(getattr(others, kernel), torch.randn(100))
+    states = tune(tmp_path / "record", tmp_path / "registry.db", attempt_s=3.0, prepare_s=6.0)
+    tuned = Tuned(states, tmp_path / "registry.db")
+    assert tuned.errors == {kernel: ""}
+    assert (64, 0) in tuned.served(kernel) <= {(16, 0), (32, 0), (64, 0)}
+    assert tuned.refused(kernel)[fault][0] in ("run_timeout", "run_error", "worker_died")
+
+
+def test_integers_without_a_rule_are_told_of(tmp_path):
+    with recording(tmp_path / "record"):
+        others.pick(torch.randn(40), torch.arange(40))
+        others.doubled(others.ends_second, torch.randn(100))
+    with offered(tmp_path / "record") as offer:
+        assert "others:pick_kernel (index); --rules says more" in offer.warning()
+    (tmp_path / "rules.json").write_text(json.dumps({"others:*": {"index": {"below": 40}}}))
+    with offered(tmp_path / "record", tmp_path / "rules.json") as offer:
+        assert offer.warning() == ""

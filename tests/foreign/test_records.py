@@ -133,3 +133,27 @@ def test_a_program_that_ends_where_it_is_imported_is_left_out(tmp_path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(record.UsageError, match="ends_at_import:kernel cannot be imported: SystemExit: 2"):
         imported("ends_at_import", "kernel")
+
+
+def test_calls_that_differ_in_the_kind_of_a_number_or_in_which_tensors_are_one_are_recorded(tmp_path):
+    x, y = torch.randn(2, 100)
+    with recording(tmp_path):
+        for factor in (3.0, 4.5, 1.0, 0.0, -1.0):  # the second is of the first's kind, the last are too many
+            others.scaled(others.scale_kernel, x, factor)
+        grid = lambda meta: (100 // meta["BLOCK"] + 1,)  # noqa: E731
+        others.scale_kernel[grid](y, y, 100, 3.0)
+    (entry,) = record.read(tmp_path)
+    (problem,) = entry.problems.values()
+    told = [(call.values["factor"], call.aliases) for call in problem.calls]
+    assert told == [(3.0, ()), (1.0, ()), (0.0, ()), (3.0, (("y", "x"),))]
+    again = record.Recorded.of(problem.content())
+    assert [call.content() for call in again.calls] == [call.content() for call in problem.calls]
+
+
+def test_a_key_has_so_many_calls_of_other_shapes_and_no_more(tmp_path):
+    with recording(tmp_path):
+        for rows in range(40, 50):
+            others.columns(torch.randn(rows, 2))
+    (entry,) = record.read(tmp_path)
+    (problem,) = entry.problems.values()
+    assert [call.values["rows"] for call in problem.calls] == [40, 41, 42, 43]

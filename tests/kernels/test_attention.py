@@ -120,7 +120,8 @@ def test_factors_are_rounded_to_the_nearest_tf32():
 def test_backward_with_dropout_forgives_what_was_rounded_in_rows_of_one_weight(seed):
     problem = BACKWARD.parse("B1,H2,S100,D32,dropout", "bf16")
     config = attention_bwd.tunable.space.default(problem, H200)
-    verify(attention_bwd.tunable, config, [Case.make(attention_bwd, problem, DEVICE, seed, outliers=True)], repeats=0)
+    case = Case.make(attention_bwd, problem, DEVICE, seed, numbers="outliers")
+    verify(attention_bwd.tunable, config, [case], repeats=0)
 
 
 @pytest.mark.parametrize("descriptors", [0, 1])

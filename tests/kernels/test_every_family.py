@@ -45,7 +45,7 @@ def test_default_config_is_right_on_inputs_with_outliers(op, problem):
         pytest.skip("exponents of outliers are hundreds: what is right to 1e-5 hangs on the order of sums")
     config = op.tunable.space.default(problem, devices.find("H200"))
     try:
-        cases = [Case.make(op, problem, "cpu", 3, outliers=True)]
+        cases = [Case.make(op, problem, "cpu", 3, numbers="outliers")]
     except NoYardstick:
         assert problem.dtype == "fp16"  # whose end products pass
         return

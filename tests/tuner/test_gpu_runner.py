@@ -12,7 +12,7 @@ from tilebook.tuner.process.runner import Candidate, GpuRunner, Limits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are killed by group")
 
-OP = SimpleNamespace(name="toy", implementations={})
+OP = SimpleNamespace(answers=None, name="toy", implementations={})
 GOOD, OTHER, CRASH, POISON = Candidate("good"), Candidate("other"), Candidate("crash"), Candidate("poison")
 
 
@@ -122,7 +122,7 @@ def test_what_nobody_could_compile_ahead_has_more_time():
     implementations = {"slow": SimpleNamespace(external="some-package"), "as slow": SimpleNamespace(external="")}
     made = GpuRunner(3, limits=Limits(attempt_s=0.4, confirm_s=0.4, external_s=20), worker="pair_worker")
     try:
-        made.prepare(SimpleNamespace(name="toy", implementations=implementations), problem())
+        made.prepare(SimpleNamespace(answers=None, name="toy", implementations=implementations), problem())
         assert made.attempt(Candidate("slow"), None).failure is None
         assert made.confirm([GOOD, Candidate("slow")], 3, 0)[1].failure is None
         assert made.attempt(Candidate("as slow"), None).failure is Failure.RUN_TIMEOUT

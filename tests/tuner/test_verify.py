@@ -7,12 +7,11 @@ import torch
 from toy import Scaling, make_op
 
 from tilebook.op import Config
+from tilebook.tuner.judge.poison import GUARD, HIGH, LOW, Poisoned, bits, written
 from tilebook.tuner.judge.verify import (
-    GUARD,
     Case,
     NotRepeatable,
     NoYardstick,
-    Poisoned,
     Wrong,
     error,
     final_cases,
@@ -257,7 +256,7 @@ def test_where_pytorch_overflows_there_is_no_case():
     op.implementation("torch")(lambda x: (x * 3) / (x.abs() < 20))
     assert len(trial_cases(op, PROBLEM, "cpu")) == 4
     with pytest.raises(NoYardstick):
-        Case.make(op, PROBLEM, "cpu", 0, outliers=True)
+        Case.make(op, PROBLEM, "cpu", 0, numbers="outliers")
 
 
 @pytest.mark.parametrize(("off", "right"), [(1e-6, True), (1e-3, False)])
@@ -303,3 +302,69 @@ def test_error_counts_nan_as_infinite_unless_the_truth_has_it():
     assert error(nan, torch.tensor([1.0, 1.0])).max == float("inf")
     assert error(nan, nan).max == 0.0
     assert error(torch.tensor([1.5]), torch.tensor([1.0])).rms == pytest.approx(0.5)
+
+
+def test_what_loses_a_nan_is_seen_beside_large_numbers():
+    def largest(x, *, config):
+        y = torch.empty_like(x)
+        return y.copy_(torch.fmax(y.float(), x.float() * 3))  # what the output held before is mixed in
+
+    with pytest.raises(NotRepeatable):
+        _verify(largest)
+
+
+def test_a_read_past_the_end_that_loses_a_nan_is_seen():
+    def beyond(x, *, config):
+        whole = torch.as_strided(x, (x.numel() + 1,), (1,))
+        return (
+            torch.fmin(whole[1:], whole[:-1]).where(torch.arange(x.numel()) >= x.numel() - 1, whole[:-1]) * 3
+        ).view_as(x)
+
+    with pytest.raises((NotRepeatable, Wrong)):
+        _verify(beyond, repeats=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int8, torch.bool])
+@pytest.mark.parametrize("kind", [HIGH, LOW])
+def test_what_nobody_writes_is_the_same_beside_any_poison(dtype, kind):
+    found = []
+    for guard in (Poisoned(), Poisoned(kind)):
+        with guard:
+            made = torch.empty(6, dtype=dtype)
+        made[:3] = 1
+        guard.settle([made])
+        assert guard.guards_intact()
+        found.append(bits(made).clone())
+    assert torch.equal(*found)
+    if dtype is not torch.bool:
+        assert written(made).tolist() == [True] * 3 + [False] * 3
+
+
+def test_what_is_added_outside_is_seen():
+    def adds(x, *, config):
+        sums = torch.empty(8, device=x.device)
+        torch.as_strided(sums, (1,), (1,), sums.storage_offset() + 8).add_(0.5)
+        return x * 3
+
+    with pytest.raises(Wrong, match="outside"):
+        _verify(adds)
+
+
+def test_a_write_far_outside_is_seen():
+    def far(x, *, config):
+        y = torch.empty_like(x)
+        torch.as_strided(y, (1,), (1,), y.storage_offset() + y.numel() + 30_000)[:] = 0.0
+        return y.copy_(x.float() * 3)
+
+    with pytest.raises(Wrong, match="outside"):
+        _verify(far)
+
+
+def test_large_integers_and_fp64_are_compared_to_their_last_digit():
+    large = torch.tensor([1 << 30, (1 << 30) + 1], dtype=torch.int32)
+    assert error(large, large).max == 0.0
+    assert error(large, large.flip(0)).max == 1.0
+    huge = torch.tensor([(1 << 60) + 1])
+    assert error(huge, huge - 1).max == 1.0
+    one = torch.ones(2, dtype=torch.float64)
+    assert error(one, one + 1e-12).max == pytest.approx(1e-12, rel=1e-3)

@@ -195,6 +195,8 @@ def _recorded(place: str, rules: Path | None) -> tuple[list[tuple[Op[Any], Probl
     offer = click.get_current_context().with_resource(offered(Path(place) if place else folder(), rules))
     for line in offer.left_out:
         click.echo(f"tilebook: left out: {line}", err=True)
+    if warning := offer.warning():
+        click.echo(f"tilebook: {warning}", err=True)
     if not offer.problems:
         raise UsageError("none of the recorded kernels can be tuned")
     return offer.problems, offer.weights

@@ -16,8 +16,11 @@ from tilebook.op import generator
 
 Rule = Mapping[str, Any]
 
-ROLES = ("in", "out", "inout", "zero")
-"""What a kernel does to a tensor: reads it, writes it, both, or adds to zeros."""
+ROLES = ("in", "out", "inout", "zero", "scratch")
+"""What a kernel does to a tensor: reads it, writes it, both, adds to zeros, or leaves in it what nobody wants."""
+
+WRITTEN = ("out", "inout", "zero")
+"""The roles of what a kernel is called for."""
 
 _DISTRIBUTIONS = ("normal", "uniform", "fill", "below", "cumulative", "step", "values")
 _MOST_ELEMENTS = 1 << 40
@@ -77,11 +80,14 @@ class Tensor:
         kind = next((each for each in _DISTRIBUTIONS if each in rule), None)
         how: Any = None if kind is None else rule[kind]
         whole, count = tuple(shape), math.prod(shape)
+        digits = torch.float64 if self.torch_dtype is torch.float64 else torch.float32
         match kind:
             case "normal":
-                return torch.randn(whole, generator=source, device=device).mul_(how)
+                return torch.randn(whole, generator=source, device=device, dtype=digits).mul_(how)
             case "uniform":
-                return torch.rand(whole, generator=source, device=device).mul_(how[1] - how[0]).add_(how[0])
+                return (
+                    torch.rand(whole, generator=source, device=device, dtype=digits).mul_(how[1] - how[0]).add_(how[0])
+                )
             case "fill":
                 return torch.full(whole, how, device=device)
             case "below":
@@ -95,7 +101,7 @@ class Tensor:
             case "step":
                 return torch.arange(count, device=device).reshape(whole).mul_(how)
         if self.torch_dtype.is_floating_point or self.torch_dtype.is_complex:
-            return torch.randn(whole, generator=source, device=device)
+            return torch.randn(whole, generator=source, device=device, dtype=digits)
         return integers(2 if self.torch_dtype is torch.bool else 1)
 
 
@@ -152,8 +158,18 @@ class Call:
     @property
     def shapes(self) -> tuple[Any, ...]:
         """What tells two calls of one key apart."""
-        tensors = tuple((name, each.shape, each.stride) for name, each in self.tensors.items())
+        tensors = tuple((name, each.shape, each.stride, each.same) for name, each in self.tensors.items())
         return (*tensors, *self.descriptors.items())
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """What kinds of numbers its other arguments are: kernels, and Triton, may do something else for each."""
+        return tuple((name, _kind(value)) for name, value in self.values.items())
+
+    @property
+    def aliases(self) -> tuple[tuple[str, str], ...]:
+        """The arguments that are the same tensor as another."""
+        return tuple((name, each.same) for name, each in self.tensors.items() if each.same)
 
     def inputs(self, device: torch.device | str, seed: int, rules: Mapping[str, Rule]) -> tuple[torch.Tensor, ...]:
         source = generator(device, seed)
@@ -191,6 +207,13 @@ class Call:
             for name, (shape, strides, block, *how) in content.get("descriptors", {}).items()
         }
         return cls(tensors, dict(content["values"]), tuple(grids), held)
+
+
+def _kind(value: Any) -> Any:
+    """Of a number its sign, whether it is 0 or 1, and of an integer whether 16 divides it; of what is none, itself."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return repr(value)
+    return value > 0, value == 0, value == 1, isinstance(value, int) and value % 16 == 0
 
 
 def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:

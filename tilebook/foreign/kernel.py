@@ -22,6 +22,7 @@ IMPLEMENTATION = "triton"
 
 _OPTIONS = {"num_warps": 4, "num_stages": 3, "num_ctas": 1, "maxnreg": 0}
 _ALWAYS = ("num_warps", "num_stages")
+_PRODUCTS = ("dot", "mma", "asm", "extern")  # the last two may be anything
 _MOST_NAME = 64  # characters of an op's name in a registry
 
 
@@ -64,6 +65,11 @@ class Kernel:
     def atomic(self) -> bool:
         """May its sums be added in any order, so that two runs differ?"""
         return any("atomic_" in text for text in self.texts.values())
+
+    @property
+    def multiplies(self) -> bool:
+        """May it multiply matrices, whose numbers a GPU rounds to fewer digits?"""
+        return any(word in text for text in self.texts.values() for word in _PRODUCTS)
 
     def config(self, config: Any) -> Config:
         """A `triton.Config` as registries have it. Raises Unfit."""

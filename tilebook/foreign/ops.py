@@ -23,7 +23,7 @@ import torch
 from tilebook.device import Device
 from tilebook.errors import UsageError
 from tilebook.foreign import record
-from tilebook.foreign.call import Call, Rule, decoded, heuristic
+from tilebook.foreign.call import WRITTEN, Call, Rule, decoded, heuristic
 from tilebook.foreign.given import Given
 from tilebook.foreign.kernel import IMPLEMENTATION, Kernel, found, imported, is_given, op_name
 from tilebook.foreign.names import Key
@@ -56,6 +56,11 @@ class Called(Key):
         if self.recorded is None or not self.recorded.calls:
             raise UsageError(f"no call of {self.OF.kernel.op} {self.label} was recorded")
         return self.recorded.calls[self.place]
+
+    @property
+    def pattern(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """What a kernel does to its tensors is alike in all calls of a key whose tensors are the same ones."""
+        return self.key, self.call.aliases
 
     @property
     def label(self) -> str:
@@ -91,7 +96,8 @@ class Listed(Space):
 class Foreign:
     """A kernel, what was recorded of it, and what it does to its tensors as far as that is known.
 
-    roles: by key, what the kernel does to each tensor. They are learned where it first runs: see `truth`.
+    roles: by key and by which tensors are the same, what the kernel does to each. They are learned where it first runs:
+    see `truth`.
     """
 
     def __init__(self, kernel: Kernel, entry: Entry | None = None, rules: Mapping[str, Rule] | None = None) -> None:
@@ -99,7 +105,7 @@ class Foreign:
         self.problems: Mapping[str, Recorded] = {} if entry is None else entry.problems
         listed = tuple(kernel.configs) if entry is None else entry.configs
         self.places = {config: n for n, config in enumerate(listed)}
-        self.roles: dict[str, Mapping[str, str]] = {}
+        self.roles: dict[tuple[str, Any], Mapping[str, str]] = {}
 
     def op(self) -> Op[Called]:
         from tilebook.foreign.truth import Truth
@@ -148,13 +154,13 @@ class Foreign:
         """One launch on copies of what the kernel writes; returns these, in the order of its arguments."""
         *tensors, problem = args
         call: Call = problem.call
-        roles = self.roles.get(problem.key, {})
+        roles = self.roles.get(problem.pattern, {})
         own = [name for name, each in call.tensors.items() if not each.same]
         placed = [_placed(x, roles.get(name, "in")) for name, x in zip(own, tensors, strict=True)]
         given = self.arguments(call, placed)
         given |= {name: each.of(given[name]) for name, each in call.descriptors.items()}
         self._launch(call, given, config)
-        return tuple(x for name, x in zip(own, placed, strict=True) if roles.get(name, "in") != "in")
+        return tuple(x for name, x in zip(own, placed, strict=True) if roles.get(name, "in") in WRITTEN)
 
     def arguments(self, call: Call, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
         """A call's arguments by name, of the tensors as `Call.inputs` makes them; for a descriptor, its tensor."""
@@ -196,7 +202,7 @@ def _placed(x: torch.Tensor, role: str) -> torch.Tensor:
     made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     if role == "zero":
         made.zero_()
-    return made.copy_(x) if role == "inout" else made
+    return made.copy_(x) if role in ("inout", "scratch") else made
 
 
 def _ordered(values: set[Any]) -> tuple[Any, ...]:

@@ -23,8 +23,9 @@ from tilebook.registry.checks import problem
 from tilebook.registry.target import user_folder
 
 VERSION = 1
-MOST_KERNELS, MOST_PROBLEMS, MOST_CALLS = 512, 64, 4
-"""Kernels of a program, keys of a kernel, and different calls of a key that a record has."""
+MOST_KERNELS, MOST_PROBLEMS, MOST_CALLS, MOST_KINDS = 512, 64, 4, 2
+"""Kernels of a program, keys of a kernel, and calls of a key with other shapes that a record has; and how many more,
+whose numbers alone are of another kind."""
 
 _LOOKED_AT = 64  # calls of a key are compared with those before
 _MOST_BYTES = 64 << 20  # of a file
@@ -49,6 +50,22 @@ class Recorded:
         """Bytes moved by all calls: what there is to gain."""
         return float(self.count * max((each.bytes for each in self.calls), default=0))
 
+    @property
+    def full(self) -> bool:
+        return len(self.calls) == MOST_CALLS + MOST_KINDS
+
+    def add(self, call: Call) -> bool:
+        """Takes a call that is like none before, as long as there is room for its like; says whether it did."""
+        shapes = {each.shapes for each in self.calls}
+        more = len(self.calls) - len(shapes)
+        if call.shapes not in shapes:
+            wanted = len(shapes) < MOST_CALLS
+        else:
+            wanted = more < MOST_KINDS and call.kinds not in {each.kinds for each in self.calls}
+        if wanted:
+            self.calls.append(call)
+        return wanted
+
     def content(self) -> dict[str, Any]:
         return {
             "key": self.key,
@@ -61,9 +78,11 @@ class Recorded:
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Recorded:
         ran = None if content["ran"] is None else Config(content["ran"])
-        calls = [Call.of(each) for each in content["calls"]][:MOST_CALLS]
         key, count = Key.from_key(problem(content["key"])).key, min(int(content["count"]), 1 << 60)
-        return cls(key, calls, count, ran, {Config(each) for each in content["failed"]})
+        made = cls(key, [], count, ran, {Config(each) for each in content["failed"]})
+        for each in content["calls"][: 2 * (MOST_CALLS + MOST_KINDS)]:
+            made.add(Call.of(each))
+        return made
 
 
 @dataclass
@@ -107,7 +126,7 @@ class Recording:
             if found is None:
                 return
             found.count += 1
-            if found.count <= _LOOKED_AT and len(found.calls) < MOST_CALLS:
+            if found.count <= _LOOKED_AT and not found.full:
                 self._look(self._kernel(tuner)[0], found, args, kwargs)  # type: ignore[index]
         except Exception as broken:
             reason = str(broken) if isinstance(broken, Unfit) else f"{type(broken).__name__}: {broken}"[:200]
@@ -140,9 +159,8 @@ class Recording:
 
     def _look(self, kernel: Kernel, found: Recorded, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         call = noted(kernel, args, kwargs)
-        if call.shapes in {each.shapes for each in found.calls}:
+        if not found.add(call):
             return
-        found.calls.append(call)
         best = getattr(kernel.tuner, "best_config", None)
         with contextlib.suppress(Unfit):
             found.ran = None if best is None else kernel.config(best)
@@ -237,8 +255,8 @@ def read(place: Path) -> list[Entry]:
 
 
 def _add(known: Recorded, other: Recorded) -> None:
-    shapes = {each.shapes for each in known.calls}
-    known.calls = [*known.calls, *(each for each in other.calls if each.shapes not in shapes)][:MOST_CALLS]
+    for call in other.calls:
+        known.add(call)
     known.count += other.count
     known.ran = known.ran or other.ran
     known.failed |= other.failed

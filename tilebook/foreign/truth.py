@@ -1,21 +1,27 @@
 """What is right, where the only word for it is the kernel's own: what most of its configs agree on.
 
 The first configs that run vote. A tensor that most of them change is an output; one of them alone has damaged it. An
-output whose old contents show in the new ones is read too, and begins with numbers instead of poison.
+output whose old contents show in the new ones is read too, and begins with numbers instead of poison. A config in whose
+run a process has ended, or was ended, has no vote in the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tilebook.errors import TuningError, one_line
-from tilebook.foreign.call import Call
+from tilebook.foreign.call import WRITTEN, Call
 from tilebook.foreign.kernel import is_given
+from tilebook.foreign.ops import RECORDED
 from tilebook.op import Answers, Config, Op
 
 VOTERS = 3
@@ -25,7 +31,10 @@ _TRIED = 12  # of those that may run, to find so many that do
 _UNFIT = ("CompilationError", "PTXASError", "OutOfResources", "OutOfMemoryError", "CompileTimeAssertionFailure")
 """What a config may raise without anything being wrong with the inputs."""
 
-_FP32_STEP = 2**-10  # products of fp32 numbers round to tf32
+_TF32_STEP = 2**-10
+_FP32_STEP, _FP64_STEP = 2**-13, 2**-40  # sums of thousands of numbers, in any order
+_FEW, _LUCK = 8, 2**-7  # numbers of an output that may nearly cancel, and how far apart they are then
+_INT8_STEP = 2**-6  # where it is a rounded number, the last place of which may be another
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,13 +43,14 @@ class Truth:
 
     def __init__(self, foreign: Any, op: Op[Any]) -> None:
         self._foreign, self._op = foreign, op
-        self._voters: dict[str, list[Config]] = {}
+        self._voters: dict[Any, list[Config]] = {}
+        self.numbers: tuple[str, ...] = () if foreign.kernel.multiplies else ("negative", "large")
 
     def __call__(self, problem: Any, device: Any, seed: int) -> Answers:
         """Raises TuningError where the configs do not agree, or the kernel changes nothing."""
         inputs = problem.inputs(device, seed)
-        found = [(config, self._op.tunable(*inputs, config=config)) for config in self._voters[problem.key]]
-        steps = _steps(inputs, found[0][1])
+        found = [(config, self._op.tunable(*inputs, config=config)) for config in self._voters[problem.pattern]]
+        steps = _steps(inputs, found[0][1], self._foreign.kernel.multiplies or self._reference is not None)
         votes = [sum(_agree(mine, theirs, steps) for _, theirs in found) for _, mine in found]
         best = votes.index(max(votes))
         if 2 * votes[best] <= len(found) and self._reference is None:
@@ -53,12 +63,11 @@ class Truth:
         return found
 
     def learn(self, problem: Any, device: Any) -> None:
-        """What the kernel does to its tensors, and who votes: by the first of the key's calls."""
-        if problem.key in self._voters:
+        """What the kernel does to its tensors, and who votes: by the first of the calls that are alike in that."""
+        if problem.pattern in self._voters:
             return
-        problem = type(problem)(problem.key)
-        foreign, call = self._foreign, problem.call
-        foreign.roles[problem.key] = {}
+        foreign, call, pattern = self._foreign, problem.call, problem.pattern
+        foreign.roles[pattern] = {}
         names = [name for name, each in call.tensors.items() if not each.same]
         inputs = problem.inputs(device, 0)
         changed: dict[Config, frozenset[str]] = {}
@@ -83,10 +92,10 @@ class Truth:
         roles |= {name: "inout" for name in tuner.restore_value if name in roles}
         roles |= {name: "zero" for name in tuner.reset_to_zero if name in roles}
         roles |= {name: rule["role"] for name, rule in foreign.rules.items() if "role" in rule and name in names}
-        if set(roles.values()) <= {"in"}:
+        if not set(roles.values()) & set(WRITTEN):
             raise TuningError("its rules leave the kernel no outputs")
-        foreign.roles[problem.key] = roles
-        self._voters[problem.key] = voters
+        foreign.roles[pattern] = roles
+        self._voters[pattern] = voters
 
     def _runs(self, problem: Any, inputs: Sequence[Any]) -> Iterator[tuple[Config, list[Any]]]:
         """The configs that run, each with what it has left of copies of the inputs."""
@@ -98,13 +107,20 @@ class Truth:
             listed = [tunable.space.default(problem, None)]  # type: ignore[arg-type]
         for config in listed:
             mine = [_copy(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+            note = _Note(self._op.name, problem, config)
+            if note.left():
+                broken = f"{config} ends its process, or hangs"
+                continue
             try:
                 tunable(*mine, config=config)
+                _wait(mine)
             except Exception as error:
                 if not any(kind.__name__ in _UNFIT for kind in type(error).__mro__):
-                    raise
+                    raise  # and the note stays, for this process is of no more use
                 broken = f"{config}: {one_line(error)}"
+                note.remove()
                 continue
+            note.remove()
             ran = True
             yield config, mine
         if not ran:
@@ -151,8 +167,8 @@ class Truth:
             answer = reference(**wide)
         finally:
             torch.set_float32_matmul_precision(precision)
-        roles = self._foreign.roles[problem.key]
-        written = [name for name in call.tensors if roles.get(name, "in") != "in"]
+        roles = self._foreign.roles[problem.pattern]
+        written = [name for name in call.tensors if roles.get(name, "in") in WRITTEN]
         if not isinstance(answer, dict):
             answer = dict(zip(written, answer if isinstance(answer, tuple) else (answer,), strict=True))
         told = []
@@ -165,6 +181,35 @@ class Truth:
         return tuple(told)
 
 
+class _Note:
+    """Says to the processes of a tune that a config is being run for the first time: one that hangs, or ends its
+    process, would do so in the next, too."""
+
+    def __init__(self, op: str, problem: Any, config: Config) -> None:
+        name = hashlib.sha256("\n".join((op, *map(str, problem.pattern), config.key)).encode()).hexdigest()
+        folder = os.environ.get(RECORDED)
+        self._file = None if folder is None else Path(folder) / f"{name}.trying"
+
+    def left(self) -> bool:
+        """Has a process written it that is there no longer? Else this one does."""
+        if self._file is None:
+            return False
+        with contextlib.suppress(OSError, ValueError):
+            return not Path("/proc", str(int(self._file.read_text()))).exists()
+        self._file.write_text(str(os.getpid()))
+        return False
+
+    def remove(self) -> None:
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+def _wait(tensors: Sequence[Any]) -> None:
+    """Until a GPU has run what it was given: only then it says what was wrong with that."""
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in tensors):
+        torch.cuda.synchronize()
+
+
 def _copy(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
@@ -173,22 +218,40 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(_BITS[x.element_size()])
 
 
-def _steps(inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> tuple[float, ...]:
-    """How far apart two right configs may be, by the coarsest dtype in which a number may have been rounded."""
+def _steps(inputs: Sequence[Any], outputs: Sequence[torch.Tensor], rough: bool) -> tuple[float, ...]:
+    """How far apart two right configs may be, by the coarsest dtype in which a number may have been rounded.
+
+    rough: where products round to tf32, or a reference need not compute to the last digit."""
     floats = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.dtype.is_floating_point]
-    coarse = max([torch.finfo(each).eps for each in floats if each.itemsize < 4], default=_FP32_STEP)
+    single = _TF32_STEP if rough else _FP32_STEP
+    mixed = min(map(torch.Tensor.numel, outputs)) <= _FEW and any(map(_mixed, inputs))
+    coarse = max([torch.finfo(each).eps for each in floats if each.itemsize < 4], default=single)
 
     def step(dtype: torch.dtype) -> float:
         if not dtype.is_floating_point:
-            return 0.0
+            return _INT8_STEP if dtype is torch.int8 and floats else 0.0
+        if dtype is torch.float64 and set(floats) == {torch.float64} and not rough:
+            return _FP64_STEP
         return coarse if dtype.itemsize >= 4 else 2 * torch.finfo(dtype).eps
 
-    return tuple(step(each.dtype) for each in outputs)
+    return tuple(
+        max(step(each.dtype), _LUCK if mixed and each.numel() <= _FEW and each.dtype.is_floating_point else 0.0)
+        for each in outputs
+    )
+
+
+def _mixed(x: Any) -> bool:
+    """Are its numbers of both signs, so that a sum of them may be nothing?"""
+    if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
+        return False
+    return bool((x.float() < 0).any() & (x.float() > 0).any())
 
 
 def _agree(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], steps: Sequence[float]) -> bool:
     for a, b, step in zip(one, other, steps, strict=True):
-        x, y = a.float(), b.float()
+        if not (step or torch.equal(a, b)):
+            return False
+        x, y = a.double(), b.double()
         if not bool((x.isnan() == y.isnan()).all()) or not x.numel():
             return not x.numel()
         apart = torch.where((x == y) | x.isnan(), 0.0, (x - y).abs())

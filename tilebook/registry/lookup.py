@@ -55,25 +55,26 @@ class Answer:
 _MOST_TIES = 16
 _MOST_DAMAGED = 16
 
+# SQLite takes tables that are joined by CROSS in this order. In another, and it knows no better, it goes through all
+# verdicts for a device, whatever their ops: with a million for what the first look-up of every op would wait.
+_OF = """
+FROM kernel AS k CROSS JOIN device AS d CROSS JOIN verdict AS v
+"""
+_WHERE = "WHERE k.op = ? AND d.name = ? AND d.arch = ? AND d.sm_count = ? AND v.device_id = d.id AND v.kernel_id = k.id"
+
 # A row whose environment or problem is gone must be counted as damaged rather than vanish.
 _VERDICTS = f"""
 SELECT v.id, v.served, p.op, p.key, {COLUMNS}
-FROM device AS d JOIN kernel AS k ON k.op = ? JOIN verdict AS v ON v.device_id = d.id AND v.kernel_id = k.id
-LEFT JOIN problem AS p ON p.id = v.problem_id LEFT JOIN environment AS e ON e.id = v.environment_id
-WHERE d.name = ? AND d.arch = ? AND d.sm_count = ?
+{_OF} LEFT JOIN problem AS p ON p.id = v.problem_id LEFT JOIN environment AS e ON e.id = v.environment_id {_WHERE}
 """
 _FINALISTS = f"""
 SELECT f.verdict_id, f.place, {FINALIST_COLUMNS}
-FROM device AS d JOIN kernel AS k ON k.op = ? JOIN verdict AS v ON v.device_id = d.id AND v.kernel_id = k.id
-JOIN finalist AS f ON f.verdict_id = v.id
-WHERE d.name = ? AND d.arch = ? AND d.sm_count = ?
+{_OF} CROSS JOIN finalist AS f {_WHERE} AND f.verdict_id = v.id
 ORDER BY f.verdict_id, f.place
 """
-_HELD = """
+_HELD = f"""
 SELECT count(*) FROM (
-    SELECT 1 FROM device AS d JOIN kernel AS k ON k.op = ?
-    JOIN verdict AS v ON v.device_id = d.id AND v.kernel_id = k.id
-    WHERE d.name = ? AND d.arch = ? AND d.sm_count = ? LIMIT ?
+    SELECT 1 {_OF} {_WHERE} LIMIT ?
 ) AS found
 """
 _IDS = """

@@ -1,18 +1,17 @@
 """Is a candidate right? Judged before it is timed, against the fp32 truth, with PyTorch's same-dtype error as the rule.
 
 The candidate runs on inputs that lie between guard bands, with outputs and scratch poisoned; it must leave inputs and
-guard bands as they were, write every element, repeat bit for bit, and err at most `FACTOR` times as much as PyTorch. It
-does so on several seeds, on the neighbours of its problem and on inputs with outliers; a finalist does it again on
-inputs that nothing in the run has seen.
+guard bands as they were, write every element, repeat bit for bit beside other poison, and err at most `FACTOR` times as
+much as PyTorch. It does so on several seeds, on the neighbours of its problem and on inputs with outliers; a finalist
+does it again on inputs that nothing in the run has seen.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -21,12 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from tilebook.errors import TuningError
 from tilebook.op import Answers, Config, Implementation, Op, Problem
+from tilebook.tuner.judge.poison import INPUT, KINDS, NAN, PLAIN, Poisoned, bits, written
 
 FACTOR = 2.0
 """A candidate may err this many times as much as PyTorch's implementation in the same dtype."""
-
-GUARD = 2048
-"""Elements before and after every tensor, at least, that must come back untouched; keeps the tensor's alignment."""
 
 SEEDS = (0, 1)
 """Every candidate is judged on the tuned problem with these; neighbours and finalists have seeds of their own."""
@@ -37,10 +34,15 @@ FINAL_REPEATS = 50
 OUTLIER, OUTLIER_EVERY = 32.0, 61
 """Every so-manieth input is this many times as large: attention's scores then pass the end of fp32's `exp`."""
 
+LARGE = 128.0
+"""So many times as large are the inputs of somebody else's kernel that multiplies nothing: past the end of `exp`."""
+
 # Statistics kept in fp32 beside 16-bit results (log-sum-exp, rstd): 1e-5 of them moves a result by far less than its
 # rounding, whatever error PyTorch's own path happens to have in them.
 _STATISTIC_FLOOR = 1e-5
 _TF32_STEP = 2**-10
+
+_LONG = {torch.float64, torch.int32, torch.int64}  # have numbers that fp32 has not
 
 _FEW = 8
 """Numbers of an fp32 output up to which PyTorch may be exact by luck, in a mean or a sum that nearly cancels."""
@@ -74,8 +76,12 @@ class NoYardstick(TuningError):
 
 def error(output: torch.Tensor, truth: torch.Tensor) -> Error:
     """The error of an output against its truth; NaN or infinity anywhere gives infinity unless the truth has it too."""
-    difference = (output.float() - truth.float()).abs()
-    same = (output.float() == truth.float()) | (output.isnan() & truth.isnan())
+    nan = output.isnan() & truth.isnan()
+    if output.dtype in _LONG and output.dtype == truth.dtype:
+        same, difference = (output == truth) | nan, (output.double() - truth.double()).abs()
+        difference = difference if output.dtype.is_floating_point else difference.clamp(min=1.0)
+    else:
+        same, difference = (output.float() == truth.float()) | nan, (output.float() - truth.float()).abs()
     difference = torch.where(same, 0.0, difference)
     if difference.numel() == 0:
         return Error(0.0, 0.0)
@@ -116,85 +122,25 @@ def _rounded(inputs: Sequence[Any]) -> float:
     return torch.finfo(torch.float32).eps * first.float().square().mean().sqrt().item()
 
 
-class Outliers(TorchFunctionMode):
-    """Inside it `torch.randn`, which problems make their inputs of, has a heavy tail."""
+class Unusual(TorchFunctionMode):
+    """Inside it `torch.randn`, which problems make their inputs of, has a heavy tail ("outliers"), no positive number
+    ("negative": what is padded with zeros then has another largest), or large ones alone ("large")."""
+
+    def __init__(self, numbers: str) -> None:
+        super().__init__()
+        self._numbers = numbers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         if func is torch.randn:
-            made.view(-1)[::OUTLIER_EVERY] *= OUTLIER
+            match self._numbers:
+                case "outliers":
+                    made.view(-1)[::OUTLIER_EVERY] *= OUTLIER
+                case "negative":
+                    made.abs_().neg_()
+                case "large":
+                    made.mul_(LARGE)
         return made
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_INPUT, _SCRATCH = 0x15, 0x2A  # told apart, so that copying one guard band into another is seen
-
-
-@functools.cache
-def _poison(dtype: torch.dtype, mark: int) -> int:
-    """The bits of a NaN that no arithmetic makes, where the dtype has more than one; else of a number."""
-    if not dtype.is_floating_point:
-        return 1 if dtype is torch.bool else mark
-    nan = int(torch.full((), float("nan"), dtype=dtype).view(_BITS[dtype.itemsize]).item())
-    return nan | mark if dtype.itemsize > 1 else nan
-
-
-class Poisoned(TorchFunctionMode):
-    """Inside it, `torch.empty` and its kin return poison between guard bands; `torch.zeros` … get bands alone."""
-
-    _EMPTY = frozenset(
-        {
-            torch.empty,
-            torch.empty_like,
-            torch.empty_permuted,
-            torch.empty_strided,
-            torch.Tensor.new_empty,
-            torch.Tensor.new_empty_strided,
-        }
-    )
-    _FILLED = frozenset(
-        {
-            torch.full,
-            torch.full_like,
-            torch.ones,
-            torch.ones_like,
-            torch.zeros,
-            torch.zeros_like,
-            torch.Tensor.new_full,
-            torch.Tensor.new_ones,
-            torch.Tensor.new_zeros,
-        }
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bands: list[tuple[torch.Tensor, int]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        filled = func in self._FILLED
-        if not (filled or func in self._EMPTY) or made.device.type == "meta" or "out" in (kwargs or {}):
-            return made
-        return self.place(made, made if filled else None)
-
-    def place(self, like: torch.Tensor, values: torch.Tensor | None = None, mark: int = _SCRATCH) -> torch.Tensor:
-        """A tensor of the same shape and strides between guard bands, poisoned or holding `values`."""
-        extent = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
-        extent = extent if like.numel() else 0
-        # A write to any column of the row after the last must land in the band.
-        rows = 2 * like.stride(-2) if like.ndim > 1 else 0
-        guard = max(1, -(-rows // GUARD)) * GUARD
-        poison = _poison(like.dtype, mark)
-        buffer = torch.full((extent + 2 * guard,), poison, dtype=_BITS[like.dtype.itemsize], device=like.device)
-        placed = buffer.view(like.dtype).as_strided(like.shape, like.stride(), guard)
-        if values is not None:
-            placed.copy_(values)
-        self._bands += [(buffer[:guard], poison), (buffer[-guard:], poison)]
-        return placed
-
-    def guards_intact(self) -> bool:
-        touched = [(band != poison).any() for band, poison in self._bands]
-        return not torch.stack(touched).any() if touched else True
 
 
 @dataclass
@@ -210,14 +156,15 @@ class Case:
     yardstick: tuple[Error, ...]
 
     @classmethod
-    def make(cls, op: Op[Any], problem: Problem, device: torch.device | str, seed: int, outliers: bool = False) -> Self:
-        """Raises NoYardstick where PyTorch's answer overflows, TuningError where nothing says what is right."""
-        label = f"{problem.label} (seed {seed}{', with outliers' if outliers else ''})"
+    def make(cls, op: Op[Any], problem: Problem, device: torch.device | str, seed: int, numbers: str = "") -> Self:
+        """numbers: what is unusual about them, see `Unusual`. Raises NoYardstick where PyTorch's answer overflows,
+        TuningError where nothing says what is right."""
+        label = f"{problem.label} (seed {seed}{', ' if numbers else ''}{numbers})"
         if op.answers is not None:
             op.answers.learn(problem, device)
-            with Outliers() if outliers else nullcontext(), Poisoned(), torch.no_grad():
-                return cls._answered(problem, label, op.answers(problem, device, seed))
-        with Outliers() if outliers else nullcontext():
+            with Unusual(numbers), Poisoned(), torch.no_grad():
+                return cls._answered(problem, label, op.answers(problem, device, seed), numbers in op.answers.numbers)
+        with Unusual(numbers):
             inputs = problem.inputs(device, seed)
         truth = truths(op, inputs)
         plain = op.implementations["torch"](*inputs)
@@ -238,14 +185,15 @@ class Case:
         return cls(problem, label, inputs, truth, dtypes, tuple(allowed), yardstick)
 
     @classmethod
-    def _answered(cls, problem: Problem, label: str, answers: Answers) -> Self:
-        """Of what configs agree on: no error of PyTorch's is the yardstick, but rounding."""
+    def _answered(cls, problem: Problem, label: str, answers: Answers, strict: bool) -> Self:
+        """Of what configs agree on: no error of PyTorch's is the yardstick, but rounding. strict: where the inputs are
+        such that a kernel may overflow, one that does is not judged by it."""
         allowed = []
         for output, steps in zip(answers.outputs, answers.steps, strict=True):
             number = output.float().isfinite()
             finite = torch.where(number, output.float(), 0.0)
-            written = output.view(_BITS[output.dtype.itemsize]) != _poison(output.dtype, _SCRATCH)
-            if int((written & ~number).sum()) > int(written.sum()) // 2:
+            told = written(output)
+            if int((told & ~number).sum()) > (0 if strict else int(told.sum()) // 2):
                 raise TuningError(f"most of the results of {label} are no numbers; rules may be wanted for its inputs")
             largest = finite.abs().max().item() if finite.numel() else 0.0
             rms = finite.square().mean(dtype=torch.float64).sqrt().item() if finite.numel() else 0.0
@@ -299,28 +247,31 @@ def trial_cases(op: Op[Any], problem: Problem, device: torch.device | str) -> li
     near = problem.neighbours()
     cases = [Case.make(op, problem, device, seed) for seed in SEEDS]
     cases += [Case.make(op, each, device, max(SEEDS) + 1) for each in near]
-    return cases + _with_outliers(op, near[0] if near else problem, device, max(SEEDS) + 2)
+    return cases + _unusual(op, near[0] if near else problem, device, max(SEEDS) + 2)
 
 
 def final_cases(op: Op[Any], problem: Problem, device: torch.device | str, seed: int) -> list[Case]:
     """The same on numbers that no candidate has met in this run, whose seed is `seed`; outliers at full size."""
     fresh = random.Random(f"finals {seed}")
     cases = [Case.make(op, each, device, fresh.randrange(1000, 1 << 30)) for each in (problem, *problem.neighbours())]
-    return cases + _with_outliers(op, problem, device, fresh.randrange(1000, 1 << 30))
+    return cases + _unusual(op, problem, device, fresh.randrange(1000, 1 << 30))
 
 
-def _with_outliers(op: Op[Any], problem: Problem, device: torch.device | str, seed: int) -> list[Case]:
-    """None where PyTorch cannot do it either, or a kernel's own configs do not agree on it."""
-    try:
-        return [Case.make(op, problem, device, seed, outliers=True)]
-    except TuningError:
-        return []
+def _unusual(op: Op[Any], problem: Problem, device: torch.device | str, seed: int) -> list[Case]:
+    """Without those that PyTorch cannot do either, or on which a kernel's own configs do not agree."""
+    found = []
+    for numbers in ("outliers", *(op.answers.numbers if op.answers else ())):
+        with suppress(TuningError):
+            found.append(Case.make(op, problem, device, seed, numbers))
+    return found
 
 
-def run_guarded(implementation: Implementation, config: Config | None, case: Case) -> tuple[torch.Tensor, ...]:
+def run_guarded(
+    implementation: Implementation, config: Config | None, case: Case, kind: int = NAN
+) -> tuple[torch.Tensor, ...]:
     """One poisoned run. Raises Wrong where the candidate changed an input or wrote outside its tensors."""
-    guard = Poisoned()
-    inputs = tuple(guard.place(a, a, _INPUT) if isinstance(a, torch.Tensor) else a for a in case.inputs)
+    guard = Poisoned(kind)
+    inputs = tuple(guard.place(a, a, INPUT) if isinstance(a, torch.Tensor) else a for a in case.inputs)
     with guard, torch.no_grad():
         outputs = implementation(*inputs, config=config)
     for index, (now, before) in enumerate(zip(inputs, case.inputs, strict=True)):
@@ -328,12 +279,12 @@ def run_guarded(implementation: Implementation, config: Config | None, case: Cas
             raise Wrong(f"changed its input {index} on {case.label}")
     if not guard.guards_intact():
         raise Wrong(f"wrote outside its tensors on {case.label}")
+    guard.settle(outputs)
     return outputs
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    bits = _BITS[one.element_size()]
-    return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
+    return torch.equal(bits(one.contiguous()), bits(other.contiguous()))
 
 
 def verify(
@@ -341,18 +292,21 @@ def verify(
 ) -> tuple[tuple[Error, ...], ...]:
     """Runs the candidate on every case, `repeats` more times on the first. Returns the errors, raises Wrong."""
     found, first = [], None
-    for case in cases:
-        outputs = run_guarded(implementation, config, case)
+    for place, case in enumerate(cases):
+        outputs = run_guarded(implementation, config, case, PLAIN if place == 1 else NAN)
         found.append(case.judge(outputs))
         first = first or outputs
-    for _ in range(repeats if first else 0):
-        _repeat(implementation, config, cases[0], first or ())
+    for turn in range(repeats if first else 0):
+        _repeat(implementation, config, cases[0], first or (), KINDS[turn % len(KINDS)])
     return tuple(found)
 
 
-def _repeat(implementation: Implementation, config: Config | None, case: Case, first: tuple[torch.Tensor, ...]) -> None:
-    """Once more, in memory of its own: the same bits, or as right where other bits are declared."""
-    again = run_guarded(implementation, config, case)
+def _repeat(
+    implementation: Implementation, config: Config | None, case: Case, first: tuple[torch.Tensor, ...], kind: int
+) -> None:
+    """Once more, in memory of its own and beside another poison: the same bits, or as right where other bits are
+    declared. What reads past the end, or what nobody wrote, may not see a NaN, but then sees a large number."""
+    again = run_guarded(implementation, config, case, kind)
     if any(a.numel() and a.data_ptr() == b.data_ptr() for a, b in zip(first, again, strict=True)):
         raise Wrong(f"returned the memory of an earlier result on {case.label}")
     if not implementation.deterministic:

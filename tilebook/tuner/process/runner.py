@@ -13,6 +13,10 @@ from tilebook.tuner.judge.measure import Mode
 from tilebook.tuner.judge.stats import median
 from tilebook.tuner.process.child import Child, ChildDied, ChildError, ChildTimedOut
 
+AGAIN = 2
+"""So many times more is a problem prepared of somebody else's kernel: its own configs say what is right, and one that
+hangs, or ends the process, is not asked again."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -73,6 +77,10 @@ class Runner(Protocol):
         """Ends the processes, from any thread; a request under way fails, and none is started again."""
 
 
+class _Broken(TuningError):
+    """The process hung, died, or met what nobody has foreseen: another may do better."""
+
+
 class GpuRunner:
     """Drives the processes of one GPU: one that measures, and a spare that has imported everything and waits.
 
@@ -95,6 +103,7 @@ class GpuRunner:
         )
         self._current: tuple[str, str] | None = None
         self._external: frozenset[str] = frozenset()
+        self._again = 0
         self._prepared = self._closed = False
 
     def start(self) -> None:
@@ -104,6 +113,7 @@ class GpuRunner:
     def prepare(self, op: Op[Any], problem: Problem) -> None:
         self._current, self._prepared = (op.name, problem.key), False
         self._external = frozenset(name for name, each in op.implementations.items() if each.external)
+        self._again = AGAIN if op.answers is not None else 0
         self._ensure()
         self._start_spare()
 
@@ -179,6 +189,14 @@ class GpuRunner:
 
     def _ensure(self) -> None:
         """Makes the measuring process alive and prepared; the spare takes over from one that is gone."""
+        for left in reversed(range(self._again + 1)):
+            try:
+                return self._prepare()
+            except _Broken:
+                if self._closed or not left:
+                    raise
+
+    def _prepare(self) -> None:
         self._take_over()
         if not self._prepared and self._current is not None:
             reply = self._ask(
@@ -193,7 +211,8 @@ class GpuRunner:
             )
             if "error" in reply:
                 self._child.close()
-                raise TuningError(_text(reply))
+                foreseen = reply["error"]["type"] in ("TuningError", "NoYardstick", "UsageError")
+                raise (TuningError if foreseen else _Broken)(_text(reply))
             self._prepared = True
 
     def _take_over(self) -> None:
@@ -218,9 +237,9 @@ class GpuRunner:
         try:
             reply = self._child.request(message, limit_s)
         except ChildTimedOut:
-            raise TuningError(f"no answer to {message['do']!r} within {limit_s:.0f} s") from None
+            raise _Broken(f"no answer to {message['do']!r} within {limit_s:.0f} s") from None
         except ChildDied as died:
-            raise TuningError(f"the worker died: {died}") from None
+            raise _Broken(f"the worker died: {died}") from None
         assert isinstance(reply, dict)
         return reply
 
