@@ -12,6 +12,7 @@ from programs.hf_models import (
     MODELS,
     OWN,
     SEQ2SEQ,
+    TIMES,
     assert_near,
     generated,
     inputs,
@@ -68,10 +69,10 @@ def test_numbers_are_pytorchs(name, kind, size, called, by):
         if by == "ours" and dtype == torch.float32:
             continue  # those the interpreter runs, and they compile for long
         model = copy.deepcopy(fresh(name, size)).to("cuda", dtype)
-        theirs = step(model, given)
+        theirs = step(model, given, TIMES[size])
         with on_tilebook(model, called), served(by):
             for _ in range(3):
-                ours = step(model, given)
+                ours = step(model, given, TIMES[size])
         assert_near(ours, theirs, right(name, kind, "cuda", size), f"{dtype}")
 
 

@@ -13,6 +13,7 @@ from programs.hf_models import (
     DECODERS,
     SEQ2SEQ,
     SIZES_OF_ONE_LAYER,
+    TIMES,
     assert_near,
     generated,
     inputs,
@@ -44,10 +45,10 @@ def test_numbers_are_pytorchs(name, kind, size):
     given, right = inputs(name, kind, "cpu", size), truth(name, kind, "cpu", size)
     for dtype in (torch.float32, torch.bfloat16):
         model = copy.deepcopy(fresh(name, size)).to(dtype)
-        theirs = step(model, given)
+        theirs = step(model, given, TIMES[size])
         for way in ways(name):
             with on(model, *way):
-                assert_near(step(model, given), theirs, right, f"{way} {dtype}")
+                assert_near(step(model, given, TIMES[size]), theirs, right, f"{way} {dtype}")
 
 
 @pytest.mark.sampled(14)
@@ -59,10 +60,10 @@ def test_numbers_are_pytorchs_by_our_kernels_in_the_interpreter(name, kind, dtyp
     given, model = inputs(name, kind, "cpu"), made(name, attention=plain(name), **SIZES_OF_ONE_LAYER[name])
     right = truth(name, kind, "cpu", **SIZES_OF_ONE_LAYER[name])
     model = model.to(dtype)
-    theirs = step(model, given)
+    theirs = step(model, given, TIMES["tiny"])
     for called in {called for called, _ in ways(name)}:
         with on_tilebook(model, called), dispatch.use("triton"):
-            ours = step(model, given)
+            ours = step(model, given, TIMES["tiny"])
         assert_near(ours, theirs, right, called)
 
 
@@ -80,17 +81,17 @@ WRONG = {
 @pytest.mark.parametrize(("name", "kind"), WRONG)
 def test_a_mask_that_is_wrong_somewhere_is_too_far(name, kind, dtype, monkeypatch):
     model, given, right = copy.deepcopy(fresh(name)).to(dtype), inputs(name, kind, "cpu"), truth(name, kind, "cpu")
-    theirs, found = step(model, given), attention.noted
+    theirs, found = step(model, given, TIMES["tiny"]), attention.noted
 
     def wrong(mask):
         of = {key: getattr(found(mask), key) for key in ("causal", "window", "keys", "packs")}
         return Structure(**of | WRONG[name, kind])
 
     with on(model, "implementation", True):
-        assert_near(step(model, given), theirs, right, "")
+        assert_near(step(model, given, TIMES["tiny"]), theirs, right, "")
         monkeypatch.setattr(attention, "noted", wrong)
         with pytest.raises(AssertionError, match="error"):
-            assert_near(step(model, given), theirs, right, "")
+            assert_near(step(model, given, TIMES["tiny"]), theirs, right, "")
 
 
 def test_a_soft_cap_that_is_left_out_is_too_far():
@@ -99,12 +100,12 @@ def test_a_soft_cap_that_is_left_out_is_too_far():
         inputs("gemma2", "whole", "cpu"),
         truth("gemma2", "whole", "cpu"),
     )
-    theirs = step(model, given)
+    theirs = step(model, given, TIMES["tiny"])
     with on_tilebook(model, "implementation"):
-        assert_near(step(model, given), theirs, right, "")
+        assert_near(step(model, given, TIMES["tiny"]), theirs, right, "")
         model.layers[1].self_attn.attn_logit_softcapping = None
         with pytest.raises(AssertionError, match="error"):
-            assert_near(step(model, given), theirs, right, "")
+            assert_near(step(model, given, TIMES["tiny"]), theirs, right, "")
 
 
 @pytest.mark.sampled(8)

@@ -129,7 +129,12 @@ LEFT_OUT = {
 
 
 def assert_same(call, model, name=""):
-    right = call(copy.deepcopy(model))
+    try:
+        right = call(copy.deepcopy(model))
+    except RuntimeError as refused:
+        if transformers.__version__.startswith("5.17.") and name == "mistral" and call is assisted:
+            pytest.skip(f"this version of transformers: {refused}")
+        raise
     largest = max(each.abs().max().item() for each in right)
     for way in ways(name):
         here = copy.deepcopy(model)
@@ -150,8 +155,6 @@ def assert_same(call, model, name=""):
 def test_decoders_give_pytorchs_numbers(name, call):
     if (name, call) in LEFT_OUT:
         pytest.skip(LEFT_OUT[name, call])
-    if name == "mistral" and "helper" in call and transformers.__version__ < "5.20":
-        pytest.skip("this version of transformers makes a mask of other sizes")
     assert_same(OF_DECODERS[call], language_model(name, plain(name)), name)
 
 
