@@ -72,6 +72,28 @@ def assert_as_near(ours, plain, truth, what="", blur=1.0):
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+def _size(x):
+    """The root of its mean square."""
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def assert_no_further(ours, plain, truth, what=""):
+    """A value and its gradients are at most twice as far from the truth as PyTorch's: in the root of the mean square.
+
+    That of a tensor is much the same whatever the order in which its numbers were added up, so nothing is allowed to a
+    value beside it. Gradients may cancel to less than the rounding of what they are made of, and there PyTorch may be
+    exact by luck: half a rounding step is allowed to them, at their own size or at a quarter of the largest one's.
+    """
+    assert len(ours) == len(plain) == len(truth), what
+    largest = max(map(_size, truth[1:]), default=0.0)
+    for i, (got, theirs, right) in enumerate(zip(ours, plain, truth, strict=True)):
+        name = f"{what} {f'gradient {i}' if i else 'value'}".strip()
+        assert (got.shape, got.dtype, got.device) == (theirs.shape, theirs.dtype, theirs.device), name
+        step = 0.5 * torch.finfo(got.dtype).eps * max(_size(right), 0.25 * largest) if i else 0.0
+        error, allowed = _size(got - right), 2 * _size(theirs - right) + step
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
 def some_calls(inputs):
     """Enough calls for plans to begin, which they do on the third of a GPU."""
     return 4 if inputs[0].is_cuda else 1

@@ -5,7 +5,7 @@ from torch._dynamo.utils import counters
 
 from programs.hf_models import inputs, made
 
-LEFT = ("bart",)
+LEFT = "bart", "whisper"
 """Models whose layers Dynamo leaves in the middle, where functions of ours are graphs of their own."""
 
 
@@ -16,7 +16,8 @@ def compiled(name, kind, device, steps=3):
     model = made(name).to(device, torch.bfloat16)
     called = torch.compile(model, backend="eager")
     given = inputs(name, kind, device)
-    given = {key: x.to(model.dtype) if key == "pixel_values" else x for key, x in given.items()}
+    features = [key for key in ("pixel_values", "input_features") if key in given]
+    given |= {key: given[key].to(model.dtype) for key in features}
     for _ in range(steps):
         fresh = {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in given.items()}
         called(**fresh)[0].float().square().mean().backward()
