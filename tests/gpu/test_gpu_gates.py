@@ -60,7 +60,7 @@ CALLS = {
     ),
     "attention, mask": (
         lambda q, k, v: tilebook.attention(q, k, v, attn_mask=SEEN),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, SEEN.to(q.dtype).log().expand(1, 1, 64, 64)),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, SEEN[:, :1, :1].to(q.dtype).log().expand(1, 2, 64, 64)),
         heads(),
     ),
     "attention, mask, rows that see nothing": (
