@@ -210,7 +210,9 @@ class Snapshot:
             return
         found = []
         for verdict, other in self.verdicts(op):
-            theirs = self._theirs(op, verdict, other) if problem.like(other) else None
+            if not problem.like(other):
+                continue
+            theirs = self._theirs(op, verdict, other)
             ours = [each.time_ms for each in verdict.finalists if each.time_ms and op.digest_of(each.implementation)]
             if theirs and ours:
                 found.append((problem.apart(other), verdict.problem, theirs / min(ours), theirs, verdict))
