@@ -23,6 +23,7 @@ def compiled(name, kind, device, steps=3):
         called(**fresh)[0].float().square().mean().backward()
     frames = counters["frames"]
     counts = (counters["stats"]["unique_graphs"], frames["total"], frames["ok"]) if name not in LEFT else ()
-    found = sorted(counters["graph_break"]), *counts
+    reasons = sorted({each.partition("\n")[0] for each in counters["graph_break"]})  # what follows tells where
+    found = reasons, *counts
     torch._dynamo.reset()
     return found
