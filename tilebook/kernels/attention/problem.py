@@ -280,15 +280,13 @@ class ForwardProblem(Problem):
         bounds.attention(self)
 
     def like(self, measured: Problem) -> bool:
-        """Under masks of keys alone, which PyTorch's kernels read and skip nothing by: about as long sequences, which
-        are at least half as many blocks (benchmarks/held_out.py)."""
-        if type(measured) is not type(self) or not (self.keys_alone and measured.keys_alone):
+        """Under masks of keys alone, by which PyTorch's kernels skip nothing: about as long, and half as many blocks."""
+        if not isinstance(measured, type(self)) or self.head_dim != measured.head_dim:
             return False
-        pair: tuple[ForwardProblem, ForwardProblem] = self, measured
-        if any(each.heads != each.heads_kv or each.seq_q != each.seq_k or each.dtype not in _HALVES for each in pair):
-            return False
-        if self.head_dim != measured.head_dim:
-            return False
+        for each in (self, measured):
+            square = each.heads == each.heads_kv and each.seq_q == each.seq_k
+            if not (each.keys_alone and square and each.dtype in _HALVES):
+                return False
         longer, more = self.seq_q / measured.seq_q, self.queries / measured.queries
         return 0.25 <= longer <= 4 and 0.5 <= more <= 16
 
