@@ -280,7 +280,7 @@ class ForwardProblem(Problem):
         bounds.attention(self)
 
     def like(self, measured: Problem) -> bool:
-        """Under masks of keys alone, by which PyTorch's kernels skip nothing: about as long, and half as many blocks."""
+        """Under masks of keys alone, by which PyTorch's kernels skip nothing: about as long, half as many blocks."""
         if not isinstance(measured, type(self)) or self.head_dim != measured.head_dim:
             return False
         for each in (self, measured):
