@@ -143,8 +143,12 @@ def test_keys_that_heads_share_are_not_copied_where_the_note_serves(name, kind, 
 
 
 @pytest.mark.parametrize(
-    ("more", "copies"), [({}, []), ({"dropout": 0.5}, [2, 2]), ({"position_bias": torch.zeros(1, 1, 32, 32)}, [2, 2])]
-)
+    ("more", "copies"),
+    [
+        ({}, []), ({"mask": None}, []), ({"dropout": 0.5}, [2, 2]),
+        ({"position_bias": torch.zeros(1, 1, 32, 32)}, [2, 2]),
+    ],
+)  # fmt: skip
 def test_they_are_copied_where_it_does_not(more, copies, copied):
     layer = SimpleNamespace(num_key_value_groups=2, is_causal=True)
     q, k, v = (torch.randn(1, heads, 32, 16, dtype=torch.bfloat16) for heads in (2, 1, 1))
@@ -154,6 +158,19 @@ def test_they_are_copied_where_it_does_not(more, copies, copied):
         o, _ = ATTENTION["sdpa"](layer, q, k, v, mask, **more)
     assert o.shape == (1, 32, 2, 16)
     assert copied == copies
+
+
+def test_what_their_function_refuses_is_refused():
+    def theirs(module, query, key, value, attention_mask, softcap=None, **more):  # as of transformers 5.24
+        assert softcap is None, "no softcap"
+        return query.transpose(1, 2), None
+
+    q, k, v = (torch.randn(1, heads, 32, 16, dtype=torch.bfloat16) for heads in (2, 1, 1))
+    causal = {"mask_function": masking_utils.causal_mask_function, "allow_is_causal_skip": False}
+    with tilebook.enabled(), dispatch.use("torch"):
+        mask = REGISTER["sdpa"](batch_size=1, q_length=32, kv_length=32, **causal)
+        with pytest.raises(AssertionError, match="softcap"):
+            noting._sharing(theirs)(None, q, k, v, mask, softcap=30.0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

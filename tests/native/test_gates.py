@@ -375,3 +375,19 @@ def test_decoding_of_several_rows_is_looked_at(gated):
     given = heads(1, 2, 6)
     gated.known(tilebook.attention_decode, *given)
     assert not gated.answered(tilebook.attention_decode, *given)[0]
+
+
+@pytest.mark.parametrize("how", ["meta", "nested mask", "nested", "sparse mask"])
+def test_tensors_without_sizes_or_memory_are_left_to_the_function(gated, how):
+    q, k, v = heads(keys=8)
+    mask = numbers(1, 1, 4, 8, seed=5)
+    gated.known(tilebook.attention, q, k, v, attn_mask=mask)
+    if how == "meta":
+        q, k, v, mask = (x.to("meta") for x in (q, k, v, mask))
+    elif how == "nested":
+        q, k, v = (torch.nested.nested_tensor([x[0], x[1][:, :2]]) for x in (q, k, v))
+    else:
+        mask = mask.to_sparse() if how == "sparse mask" else torch.nested.nested_tensor(list(mask.expand(2, 1, 4, 8)))
+    assert all(gated.looked_at(tilebook.attention, q, k, v, attn_mask=mask) for _ in range(2))
+    for each in (tilebook.attention_decode, tilebook.scaled_dot_product_attention):
+        assert gated.looked_at(each, q, k, v)

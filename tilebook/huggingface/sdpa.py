@@ -23,6 +23,9 @@ FEW = min(BOUNDS) / (1 << 14)
 """Pairs of rows and columns of which no model's heads, wide as they are, make a large call: a row of q has at most so
 many numbers."""
 
+_THEIRS = "position_bias", "softcap"
+"""What their attention function takes, or refuses, and a note knows nothing of."""
+
 _Function = Callable[..., Any]
 
 
@@ -97,12 +100,12 @@ class _Noting:
 
 
 def _shared(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0, scaling: Any = None, **more: Any
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, /, dropout: float = 0.0, scaling: Any = None, **more: Any
 ) -> Tensor | None:
     """Attention by the note on the mask, (B, H, Sq, D), where heads share keys; None where it is not to serve."""
     if type(query) is not Tensor or type(key) is not Tensor or key.ndim != 4 or key.shape[1] == query.shape[1]:
         return None
-    if dropout or more.get("position_bias") is not None or more.get("output_attentions"):
+    if dropout or more.get("output_attentions") or any(more.get(each) is not None for each in _THEIRS):
         return None
     return by_note(query, key, value, mask, scaling, True, F.scaled_dot_product_attention)
 

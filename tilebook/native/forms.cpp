@@ -24,11 +24,15 @@ namespace {
 
 using at::Tensor;
 
+// A tensor that is nothing but its memory: others may not have sizes or strides, and would throw where they are asked.
 bool tensor(Call& call, int index) {
   PyObject* given = call.given[index];
   if (reinterpret_cast<PyObject*>(Py_TYPE(given)) != THPVariableClass && Py_TYPE(given) != parameter_type) return false;
+  const Tensor& there = THPVariable_Unpack(given);
+  const auto kind = served_kind();
+  if (there.device().type() != kind || !ordinary(there, kind)) return false;
   call.objects[call.count] = given;
-  call.tensors[call.count++] = THPVariable_Unpack(given);
+  call.tensors[call.count++] = there;
   return true;
 }
 

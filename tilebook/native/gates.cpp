@@ -147,11 +147,11 @@ bool unusual(const c10::impl::LocalDispatchKeySet& here) {
 bool described(Call& call, const Form* form, Key& key) {
   const auto here = c10::impl::tls_local_dispatch_key_set();
   if (unusual(here)) return false;
-  const auto kind = served_kind();
   key.add(reinterpret_cast<int64_t>(form));
   key.add(call.told);
   key.add(static_cast<int64_t>(here.included_.raw_repr()));
   key.add(static_cast<int64_t>(here.excluded_.raw_repr()));
+  const auto kind = served_kind();
   key.add(at::autocast::is_autocast_enabled(kind) ? static_cast<int64_t>(at::autocast::get_autocast_dtype(kind)) : -1);
   bool wanted = false;
   const Tensor* first = nullptr;
@@ -161,7 +161,7 @@ bool described(Call& call, const Form* form, Key& key) {
       key.add(-1);
       continue;
     }
-    if (each.device().type() != kind || !ordinary(each, kind) || each.dim() > kMostAxes) return false;
+    if (each.dim() > kMostAxes) return false;
     if (!first) {
       first = &each;
       key.add(each.device().index());
