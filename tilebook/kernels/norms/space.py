@@ -70,8 +70,8 @@ def _default_fwd(problem: Norm, device: Device) -> Config:
 
 
 def _default_bwd(problem: Norm, device: Device) -> Config:
-    """Of rows 256 to 2048 wide 4096 elements at a time, of those up to 4096 one; others, and rows that are side by side,
-    as in the forward pass. What is wider than fits is read by halves."""
+    """Of rows 256 to 2048 wide 4096 elements at a time, of those up to 4096 one; others, and rows that are side by
+    side, as in the forward pass. What is wider than fits is read by halves."""
     forward, width = _default_fwd(problem, device), triton.next_power_of_2(problem.width)
     config = Config({**forward, "PER_SM": 1 if problem.width > 4096 else 2})
     if not problem.beside and width <= 4096:
