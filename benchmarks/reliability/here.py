@@ -36,4 +36,5 @@ def tell(report: dict[str, Any], file: Path | None) -> None:
     text = json.dumps({"environment": environment(), **report}, indent=1)
     print(text)
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n")

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from here import environment
+from here import environment, tell
 from memory import Family, peak_mb
 
 OPS = (
@@ -387,10 +387,7 @@ def main() -> None:
     given = {name: getattr(options, name) for name in ("verdicts", "gpus", "finalists", "samples")}
     given["cores"] = options.cores or len(os.sched_getaffinity(0))
     report = {"benchmark": "registry scale", "environment": around, "registry": given, "results": found}
-    print(json.dumps(report, indent=1))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    tell(report, options.json)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import scale
-from here import environment
+from here import environment, tell
 
 CONFIGS = [{"BLOCK": 32 << n, "num_stages": stages, "num_warps": 4} for n in range(4) for stages in (2, 3)]
 ASKED = 500  # of a kernel's keys, with a verdict and without
@@ -162,10 +162,7 @@ def main() -> None:
         found = measured(Path(folder), options)
     given = {each: getattr(options, each) for each in ("others", "kernels", "ours")}
     report = {"benchmark": "verdicts of others", "environment": around, "registry": given, "results": found}
-    print(json.dumps(report, indent=1))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    tell(report, options.json)
 
 
 if __name__ == "__main__":

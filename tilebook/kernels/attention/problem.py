@@ -237,8 +237,8 @@ class ForwardProblem(Problem):
 
     @property
     def keys_alone(self) -> bool:
-        """Is there a mask of the keys of each sequence, and nothing else that hides or changes scores?"""
-        return self.bias == "maskbk" and self.form == _PADDED
+        """Is there a mask of the keys of each sequence, and nothing else that hides or changes scores, in 16 bits?"""
+        return self.bias == "maskbk" and self.form == _PADDED and self.dtype in _HALVES
 
     @property
     def limits(self) -> tuple[int | None, int | None]:
@@ -284,8 +284,7 @@ class ForwardProblem(Problem):
         if not isinstance(measured, type(self)) or self.head_dim != measured.head_dim:
             return False
         for each in (self, measured):
-            square = each.heads == each.heads_kv and each.seq_q == each.seq_k
-            if not (each.keys_alone and square and each.dtype in _HALVES):
+            if not each.keys_alone or each.heads != each.heads_kv or each.seq_q != each.seq_k:
                 return False
         longer, more = self.seq_q / measured.seq_q, self.queries / measured.queries
         return 0.25 <= longer <= 4 and 0.5 <= more <= 16

@@ -8,7 +8,7 @@ import triton
 
 from tilebook.device import Device
 from tilebook.kernels.attention.problem import BackwardProblem
-from tilebook.kernels.attention.triton.forward_space import usual
+from tilebook.kernels.attention.triton.forward_space import skipping, usual
 from tilebook.launch import HOST_DESCRIPTORS_S
 from tilebook.occupancy import asynchronous, crowded, oversized, pointless, rows_and_tiles, too_large
 from tilebook.op import Config, Cost, Space
@@ -126,16 +126,16 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
     descriptors = device.capability >= 90 and problem.floor_s(device) >= HOST_DESCRIPTORS_S and problem.dtype != "fp32"
     hopper = device.capability == 90 and descriptors and usual(problem) and problem.width <= 128
     heads = 4 if hopper and problem.causal and problem.width > 64 and min(pairs.values()) >= 4 else 1
-    padded = device.capability == 90 and problem.keys_alone and problem.width <= 64 and problem.dtype != "fp32"
-    rest = {"HEADS": heads, "DESCRIPTORS": int(descriptors and not padded)}
+    small_tiles = skipping(problem, device)
+    rest = {"HEADS": heads, "DESCRIPTORS": int(descriptors and not small_tiles)}
 
     def shapes(axis: str) -> list[tuple[int, int, int, int]]:
         """Held, swept, warps, stages."""
         if problem.exact:  # operands live in registers too
             return [(32, 32, 8, 1)]
         small = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1)]
-        filled = problem.head_dim != problem.width and not asynchronous(device)
-        if filled or problem.dtype == "fp32":  # masks along the head dimension, and wide numbers, take registers too
+        padded = problem.head_dim != problem.width and not asynchronous(device)
+        if padded or problem.dtype == "fp32":  # masks along the head dimension, and wide numbers, take registers too
             first = 3 if problem.dtype == "fp32" and problem.width > 64 else 2
             small = [] if device.backend == "hip" else small[first:]
         elif device.backend == "hip" or device.capability >= 100:
@@ -145,7 +145,7 @@ def _default(problem: BackwardProblem, device: Device) -> Config:
             return [*small, (32, 32, 4, 2), (32, 32, 4, 1)]
         if device.capability >= 100:
             return small
-        if padded:  # many programs, each of which skips what no row of its sequence sees
+        if small_tiles:
             return [(64, 32, 4, 3), *small]
         if hopper:  # several programs an SM, as in the forward
             narrow = problem.width <= 64

@@ -21,6 +21,11 @@ def usual(problem: ForwardProblem) -> bool:
     return problem.form.plain and problem.dtype in ("bf16", "fp16") and problem.head_dim == problem.width
 
 
+def skipping(problem: ForwardProblem, device: Device) -> bool:
+    """Do many small programs do better, each of which skips what no row of its sequence sees? As seen on an H200."""
+    return device.capability == 90 and problem.keys_alone and problem.width <= 64
+
+
 def proven(problem: ForwardProblem) -> bool:
     """Seen right on an H200, and not where PyTorch may be faster: it has kernels for padded widths, biases and fp32."""
     return usual(problem) or (problem.dtype in ("bf16", "fp16") and problem.form.composed)
@@ -104,9 +109,7 @@ def _default(problem: ForwardProblem, device: Device) -> Config:
         shape = (64, 64, 4, 3) if problem.causal else (64, 128, 4, 2 if width <= 64 else 1)
         first = Config(dict(zip(axes, shape, strict=True)) | rest)
         configs[:0] = [first.replace(HEADS=4), first] if problem.causal else [first]
-    if (
-        device.capability == 90 and problem.keys_alone and width <= 64 and problem.dtype != "fp32"
-    ):  # many programs, which skip what is hidden
+    if skipping(problem, device):
         configs.insert(0, Config(dict(zip(axes, (64, 32, 4, 4), strict=True)) | rest | {"DESCRIPTORS": 0}))
     return next((each for each in configs if _reject(problem, each, device) is None), configs[-1])
 
