@@ -280,6 +280,11 @@ class Problem:
             total += abs(math.log2(mine / theirs))
         return total
 
+    @property
+    def kin(self) -> tuple[Any, ...]:
+        """What is the same in all problems that are at a finite distance."""
+        return type(self), *(getattr(self, name) for name, near in self._counted() if not near)
+
     @classmethod
     @functools.cache
     def _counted(cls) -> tuple[tuple[str, bool], ...]:

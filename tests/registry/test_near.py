@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import math
 import random
@@ -59,11 +60,12 @@ class Index:
         return [(spot, number) for _, spot, number in self.entries[start:end]]
 
 
-def near(index: Index, key: str, most: int, reach: float = 8.0) -> list[tuple[float, str]]:
+def near(index: Index, key: str, most: int, reach: float = 8.0, said: int | None = None) -> list[tuple[float, str]]:
+    """So many, of a search that was told that it would be asked for `said`."""
     place = place_of(key)
     index.form = place.form
-    found = nearest(place, frozenset({"width"}), reach, index, lambda other: distance(key, other))
-    return [each[:2] for each, _ in zip(found, range(most), strict=False)]
+    found = nearest(place, frozenset({"width"}), reach, index, lambda other: distance(key, other), said or most)
+    return [each[:2] for each in itertools.islice(found, most)]
 
 
 def shapes(dice: random.Random, many: int) -> list[str]:
@@ -84,7 +86,18 @@ def test_the_nearest_are_those_that_looking_at_each_finds(seed: int) -> None:
     index = Index(keys)
     for key in shapes(dice, 40):
         found = sorted((far, other) for other in keys if (far := distance(key, other)) <= 8.0)
-        assert near(index, key, 5) == found[:5]
+        assert near(index, key, 5) == near(index, key, 5, said=1) == found[:5]
+        assert near(index, key, 1) == found[:1]
+
+
+def test_of_those_that_are_as_near_as_the_nearest_all_come_at_once() -> None:
+    keys = [sized(batch=4 << n, rows=4 << 3 - n, width=64) for n in range(4)] + [sized(batch=64, rows=64, width=64)]
+    index = Index(keys)
+    key = sized(batch=4, rows=4, width=64)
+    assert near(index, key, 4, said=1) == [(3.0, each) for each in sorted(keys[:4])]
+    index.opened = index.asked = 0
+    assert near(index, key, 1) == [(3.0, min(keys[:4]))]
+    assert (index.opened, index.asked) == (1, 4)
 
 
 def test_of_many_problems_few_are_looked_at() -> None:

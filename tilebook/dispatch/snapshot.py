@@ -54,6 +54,7 @@ class Snapshot:
     def __init__(self, gpu: Device, explicit: str | None = None) -> None:
         self.gpu = gpu
         self._verdicts: dict[str, list[tuple[Served, Problem]]] = {}
+        self._kin: dict[str, dict[tuple[Any, ...], list[tuple[Served, Problem]]]] = {}
         self._warned: set[str] = set()
         self._observed: dict[tuple[str, str], Served] = {}
         try:
@@ -77,7 +78,9 @@ class Snapshot:
                         kept.append((verdict, op.problem.from_key(verdict.problem)))
                     except (TypeError, ValueError):
                         continue
-            self._verdicts[op.name] = kept
+            self._verdicts[op.name], self._kin[op.name] = kept, {}
+            for verdict, problem in kept:
+                self._kin[op.name].setdefault(problem.kin, []).append((verdict, problem))
             self._denied = self._deny()  # a layer that was locked may have told its revocations only now
             self._warn()
         return self._verdicts[op.name]
@@ -240,9 +243,11 @@ class Snapshot:
 
         most: how many near ones to ask of a large registry at once; more are asked for when these have been looked at.
         """
-        known, observed = self.verdicts(op), self._observed.get((op.name, problem.key))
+        observed = self._observed.get((op.name, problem.key))
         if observed is not None:
             return [observed], iter(())
+        self.verdicts(op)
+        known = self._kin[op.name].get(problem.kin, [])
         if not self._table.large(op.name):
             near = (verdict for _, _, verdict in _by_distance(problem, known))
             return [verdict for verdict, _ in known if verdict.problem == problem.key], near

@@ -153,7 +153,7 @@ def some(execute: Execute, layer: str, device: Device, op: str, kernel: str, mos
 def _nearest(execute: Execute, ids: Sequence[int], question: Question) -> Iterator[Near]:
     place = place_of(question.problem)
     index = _Positions(execute, [*ids, place.form])
-    found = nearest(place, question.exact, question.reach, index, question.distance)
+    found = nearest(place, question.exact, question.reach, index, question.distance, question.most)
     return (each for each in found if each.problem != question.problem)
 
 

@@ -85,30 +85,21 @@ class Near(NamedTuple):
 
 
 def nearest(
-    place: Place, exact: frozenset[str], reach: float, index: Index, distance: Callable[[str], float]
+    place: Place, exact: frozenset[str], reach: float, index: Index, distance: Callable[[str], float], most: int
 ) -> Iterator[Near]:
     """The problems within reach of a place, nearest first; of two as near, by their text.
 
     exact: dimensions that must be the same. distance: of a problem, never below the sum of its dimensions' differences.
-    Where so many cubes have been opened that looking for a nearer one costs more than it gains, those serve that were
-    seen by then, in the same order.
+    most: how many will be taken, mostly. With one, what is farther than the first that was met is looked for only when
+    more are taken. Where so many cubes have been opened that looking for a nearer one costs more than it gains, those
+    serve that were seen by then, in the same order.
     """
-    search = _Search(place, exact, reach, index)
-    waiting = search.opened("", 0)
-    heapq.heapify(waiting)
-    left = MOST_CUBES - 1
-    while waiting:
-        bound, kind, what, number = heapq.heappop(waiting)
-        if kind == _KNOWN:
-            yield Near(bound, what, bool(waiting) and waiting[0][0] <= bound)
-        elif kind == _ROW:
-            problem = index.problem(number)
-            if (found := distance(problem)) <= reach:
-                heapq.heappush(waiting, (found, _KNOWN, problem, number))
-        elif left:
-            left -= 1
-            for each in search.nearest_part(number):
-                heapq.heappush(waiting, each)
+    told: set[str] = set()
+    for narrowing in (True, False) if most == 1 else (False,):
+        for each in _Search(place, exact, reach, index, distance, narrowing).found():
+            if each.problem not in told:
+                told.add(each.problem)
+                yield each
 
 
 _PARTS, _ROW, _KNOWN = range(3)  # of what is as near, first what may hide something nearer
@@ -118,56 +109,98 @@ _SLACK = 1e-9
 
 
 class _Search:
-    def __init__(self, place: Place, exact: frozenset[str], reach: float, index: Index) -> None:
+    """narrowing: only what is no farther than the first problem that is looked at is found."""
+
+    def __init__(
+        self,
+        place: Place,
+        exact: frozenset[str],
+        reach: float,
+        index: Index,
+        distance: Callable[[str], float],
+        narrowing: bool,
+    ) -> None:
         mine = [min(STEPS * each, float(_LANE)) for each in place.point]
         self._mine = list(zip(mine, [name in exact for name in place.names], strict=True))
-        self._reach = STEPS * (reach + _SLACK)
-        self._index = index
+        self._digits = list(zip(self._mine, _DIGITS, strict=False))
+        self._reach = reach
+        self._index, self._distance = index, distance
+        self._narrowing = self._first = narrowing
+        self._waiting: list[_Waiting] = []
         self._parts: list[tuple[str, list[tuple[float, int, int]]]] = []  # divided cubes and what of them is left
 
-    def opened(self, cube: str, corner: int) -> list[_Waiting]:
-        """What is in a cube, with a lower bound of its distance: rows, or its parts together.
+    def found(self) -> Iterator[Near]:
+        waiting = self._waiting
+        self._open("", 0)
+        left = MOST_CUBES - 1
+        while waiting:
+            bound, kind, what, number = heapq.heappop(waiting)
+            if bound > self._reach:
+                return  # found before a nearer one was
+            if kind == _KNOWN:
+                yield Near(bound, what, bool(waiting) and waiting[0][0] <= bound)
+            elif kind == _ROW:
+                self._look_at(number)
+            elif left:
+                left -= 1
+                cube, parts = self._parts[number]
+                _, symbol, corner = parts.pop()
+                self._wait_for(number)
+                self._open(cube + _SYMBOLS[symbol], corner)
+
+    def _look_at(self, number: int) -> None:
+        problem = self._index.problem(number)
+        if (found := self._distance(problem)) <= self._reach:
+            heapq.heappush(self._waiting, (found, _KNOWN, problem, number))
+            if self._narrowing:
+                self._reach = found
+
+    def _wait_for(self, number: int) -> None:
+        """Until the nearest part of a divided cube that has not been opened may be the nearest of all."""
+        if parts := self._parts[number][1]:
+            heapq.heappush(self._waiting, (parts[-1][0] / STEPS - _SLACK, _PARTS, "", number))
+
+    def _open(self, cube: str, corner: int) -> None:
+        """Has what is in a cube wait, with a lower bound of its distance: rows, or its parts together.
 
         corner: in steps of the cube's own size, LEVELS bits for each dimension.
         """
         end = cube + "g"  # sorts after every hex digit
         if (span := self._index.span(cube, end, LEAF)) is None:
-            return []
+            return
         first, last, more = span
         shared = _shared(first, last)
         if more and shared < 2 * LEVELS:  # else all of them lie on one spot
             parts = self._divided(shared, _within(corner, last[len(cube) : shared]))
             self._parts.append((last[:shared], sorted(parts, reverse=True)))
-            return self._left(len(self._parts) - 1)
+            self._wait_for(len(self._parts) - 1)
+            return
         found = self._index.rows(cube, end, MOST_ALIKE)
-        bounds = ((self._bound(_within(corner, spot[len(cube) :])), number) for spot, number in found)
-        return [(bound, _ROW, "", number) for bound, number in bounds if bound is not None]
+        bounds = ((self._bound(spot), number) for spot, number in found)
+        rows = [(bound, _ROW, "", number) for bound, number in bounds if bound is not None]
+        if rows and self._narrowing and self._first:
+            self._first = False
+            rows.sort(reverse=True)
+            self._look_at(rows.pop()[3])
+        for row in rows:
+            if row[0] <= self._reach:
+                heapq.heappush(self._waiting, row)
 
-    def nearest_part(self, number: int) -> list[_Waiting]:
-        """What is in the nearest part of a divided cube that has not been opened, and what is left of the cube."""
-        cube, parts = self._parts[number]
-        _, symbol, corner = parts.pop()
-        return self._left(number) + self.opened(cube + _SYMBOLS[symbol], corner)
-
-    def _left(self, number: int) -> list[_Waiting]:
-        parts = self._parts[number][1]
-        return [(parts[-1][0] / STEPS - _SLACK, _PARTS, "", number)] if parts else []
-
-    def _bound(self, spot: int) -> float | None:
-        total = 0.0
-        for mine, exact in self._mine:
-            low = spot & _LANE
-            spot >>= LEVELS
+    def _bound(self, spot: str) -> float | None:
+        """The least distance of a row's problem; None where that is out of reach."""
+        total, reach, symbols = 0.0, STEPS * (self._reach + _SLACK), bytes.fromhex(spot)
+        for (mine, exact), digits in self._digits:
+            low = int(symbols.translate(digits), 2)
             if (off := low - mine if mine < low else mine - low - 1) > 0:
                 total += off
-                if exact or total > self._reach:
+                if exact or total > reach:
                     return None
         return total / STEPS - _SLACK
 
     def _divided(self, length: int, corner: int) -> list[tuple[float, int, int]]:
         """The parts of a cube whose spot has this length that reach into where the search reaches: their distances,
         symbols and corners."""
-        size = 1 << LEVELS - 1 - length // 2
+        size, reach = 1 << LEVELS - 1 - length // 2, STEPS * (self._reach + _SLACK)
         parts = [(0.0, 0, 0)]
         for axis, (mine, exact) in enumerate(self._mine):
             sides = []
@@ -181,19 +214,20 @@ class _Search:
                 (far + off, symbol | bit, inner | step)
                 for far, symbol, inner in parts
                 for off, bit, step in sides
-                if far + off <= self._reach
+                if far + off <= reach
             ]
         return parts
 
 
 _SYMBOLS = [f"{symbol:02x}" for symbol in range(256)]
+_DIGITS = [bytes(48 + (symbol >> axis & 1) for symbol in range(256)) for axis in range(MOST_DIMENSIONS)]
 _SPREAD = [sum((symbol >> axis & 1) << LEVELS * axis for axis in range(MOST_DIMENSIONS)) for symbol in range(256)]
 
 
 def _shared(one: str, other: str) -> int:
     """How long the symbols are that both begin with."""
-    pairs = zip(range(0, 2 * LEVELS, 2), range(2, 2 * LEVELS + 2, 2), strict=True)
-    return next((start for start, end in pairs if one[start:end] != other[start:end]), 2 * LEVELS)
+    apart = (int(one, 16) ^ int(other, 16)).bit_length()
+    return 2 * (LEVELS - (apart + 7) // 8)
 
 
 def _within(corner: int, symbols: str) -> int:

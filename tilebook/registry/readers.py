@@ -296,7 +296,8 @@ def _versions(connection: sqlite3.Connection) -> tuple[int, int]:
 
 
 def _execute(connection: sqlite3.Connection) -> Execute:
-    return lambda statement, values: connection.execute(statement, values).fetchall()
+    execute = connection.cursor().execute
+    return lambda statement, values: execute(statement, values).fetchall()
 
 
 def _old_verdicts(execute: Execute, layer: str, op: str, device: Device) -> Iterator[Served | None]:
