@@ -15,6 +15,8 @@ from typing import Any
 
 from torch._compile import _disable_dynamo
 
+from tilebook.frames import as_it_is
+
 TURN = 6
 """Steps of a turn."""
 
@@ -82,6 +84,7 @@ class Pace:
     def __init__(self) -> None:
         self._steps = _trial.joined()
 
+    @as_it_is
     def host_bound(self) -> bool:
         """Is a call made now PyTorch's?"""
         steps = self._steps

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tilebook.casting import autocast
+from tilebook.frames import as_it_is
 
 if TYPE_CHECKING:
     from tilebook.call import Entry, Tensors
@@ -45,12 +46,12 @@ def register(entry: Entry) -> tuple[Any, Any]:
         given = (*entry.directions, *entry.inputs, *(entry.outputs[which] for which in entry.kept))
         torch.library.register_vmap(f"tilebook::{backward}", _batched(entry, backward, given), lib=_library)
         torch.library.register_autograd(
-            f"tilebook::{forward}", _gradients(entry), setup_context=_keep(entry), lib=_library
+            f"tilebook::{forward}", as_it_is(_gradients(entry)), setup_context=as_it_is(_keep(entry)), lib=_library
         )
-        torch.library.register_autograd(f"tilebook::{backward}", _only_once(backward), lib=_library)
+        torch.library.register_autograd(f"tilebook::{backward}", as_it_is(_only_once(backward)), lib=_library)
     if entry.casts:
         for kind in ("cpu", "cuda"):
-            _library.impl(forward, _cast(entry, kind), f"Autocast{kind.upper()}")
+            _library.impl(forward, as_it_is(_cast(entry, kind)), f"Autocast{kind.upper()}")
     if entry.flops is not None:
         _count(entry)
     _unsharded.append(entry)
@@ -72,7 +73,7 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for backend in _BACKENDS:
-        _library.impl(name, run, backend)
+        _library.impl(name, as_it_is(run), backend)
     torch.library.register_fake(f"tilebook::{name}", fake, lib=_library)
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from tilebook.dispatch.choice import Choice
+from tilebook.frames import as_it_is
 from tilebook.op import Op
 
 Key = tuple[Any, ...]
 
 
+@as_it_is
 def key(op: Op[Any], args: Sequence[Any]) -> Key:
     """All that a choice and its plan depend on: whose call, and what every argument is like and where it lies."""
     parts: list[Any] = [op]

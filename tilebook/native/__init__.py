@@ -22,6 +22,7 @@ from torch.compiler import config
 
 from tilebook import dispatch
 from tilebook.dispatch import memo
+from tilebook.frames import as_it_is
 from tilebook.native import plans
 from tilebook.native.build import begin
 from tilebook.native.place import NAME, built
@@ -147,6 +148,7 @@ class _Serving:
             self._extension.ask(dispatch.forced())
             self._extension.clear()
 
+    @as_it_is
     def answer(self, name: str, args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
         """(outputs of this call or None, who serves such calls, their choice): see `served.cpp`."""
         try:

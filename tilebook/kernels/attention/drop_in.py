@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tilebook.call import untraced, way
 from tilebook.casting import autocast, factor_dtype
 from tilebook.dispatch import forced
+from tilebook.frames import as_it_is
 from tilebook.kernels.attention.pytorch import in_pieces, in_vectors, lies_whole, placed, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.kernels.attention.structure import by_note, notes
@@ -141,6 +142,7 @@ def _noted(query: torch.Tensor, key: torch.Tensor) -> bool:
     return not key.is_nested and (query.numel() * key.size(-2) > BOUNDS[torch.is_grad_enabled()] or forced())
 
 
+@as_it_is
 def under_note(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None, grouped: bool
 ) -> torch.Tensor | None:
