@@ -7,6 +7,7 @@ from test_attention_forms import DEVICE, tensors
 
 import tilebook
 from tilebook import dispatch
+from tilebook.kernels.attention import drop_in
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,22 @@ def test_drop_in_gives_pytorch_what_no_kernel_has():
             tilebook.scaled_dot_product_attention(q, k, v)
         with pytest.raises(RuntimeError, match="is_causal"):
             tilebook.scaled_dot_product_attention(q, k, v, torch.ones(20, 30, dtype=torch.bool), is_causal=True)
+
+
+@pytest.mark.parametrize("warns", [False, True])
+def test_programs_that_are_to_be_warned_of_what_does_not_repeat_get_pytorchs(warns, monkeypatch):
+    """Ours repeat their bits, so that nobody would be warned."""
+    called = []
+    plain = drop_in.plain_sdpa
+    monkeypatch.setattr(drop_in, "plain_sdpa", lambda *args, **options: called.append(1) or plain(*args, **options))
+    q, k, v = tensors(*[(1, 2, 16, 16)] * 3, dtype=torch.float32)
+    torch.use_deterministic_algorithms(True, warn_only=warns)
+    try:
+        with dispatch.use("triton"):
+            tilebook.scaled_dot_product_attention(q, k, v)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert bool(called) is warns
 
 
 def _call(*shape, mask=None, dtype=torch.float32, autocast=False, **more):

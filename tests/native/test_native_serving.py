@@ -179,6 +179,15 @@ def test_what_dispatch_leaves_to_pytorch_is_left(serving, monkeypatch, kept, dec
     assert choice.calls == 0
 
 
+def test_programs_that_are_to_be_warned_are_pytorchs(serving, monkeypatch):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert _answer(serving, monkeypatch, Choice()) == (None, False, None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert _answer(serving, monkeypatch, Choice())[0] is not None
+
+
 def test_calls_that_are_probed_run_what_the_choice_says_and_nothing_is_decided(serving, monkeypatch):
     for pytorchs in (True, False):
         choice = Choice(native=pytorchs)

@@ -82,7 +82,8 @@ bool described(const void* op, const c10::IValue* args, size_t count) {
   const auto kind = served_kind();
   key.clear();
   key.push_back(reinterpret_cast<int64_t>(op));
-  key.push_back(at::globalContext().deterministicAlgorithms());
+  const auto& context = at::globalContext();
+  key.push_back(2 * context.deterministicAlgorithmsWarnOnly() + context.deterministicAlgorithms());
   bool any = false;
   int device = 0;
   for (size_t i = 0; i < count; ++i) {

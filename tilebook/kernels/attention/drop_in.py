@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from tilebook.call import untraced, way
 from tilebook.casting import autocast, factor_dtype
+from tilebook.determinism import only_warns
 from tilebook.dispatch import forced
 from tilebook.frames import as_it_is
 from tilebook.kernels.attention.pytorch import in_pieces, in_vectors, lies_whole, placed, positive
@@ -106,7 +107,7 @@ def scaled_dot_product_attention(
             if recall(*known_as[:2], *tensors):
                 return plain_sdpa(query, key, value, loaded, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
     grouped: Any = {"enable_gqa": enable_gqa} if enable_gqa else {}
-    if overridden or dropout_p or not _fits(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+    if overridden or dropout_p or only_warns() or not _fits(query, key, value, attn_mask, is_causal, scale, enable_gqa):
         if not overridden:
             _refuse(query, key, value, dropout_p)
             if type(scale) in (int, float):
