@@ -3,6 +3,7 @@
 `python -m programs.isolated MODULE FUNCTION '{"argument": "value"}'`, with tests/ on the path.
 """
 
+import faulthandler
 import functools
 import importlib
 import json
@@ -61,6 +62,7 @@ def each(names, body):
 
 
 def main():
+    faulthandler.enable()  # which function an abort came from
     module, function, arguments = sys.argv[1:]
     body = getattr(importlib.import_module(module), function)
     try:
