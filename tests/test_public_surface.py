@@ -27,7 +27,7 @@ def test_the_package_offers_what_its_families_export():
     modules = {
         f"kernels.{family}": importlib.import_module(f"tilebook.kernels.{family}").__all__ for family in families
     }
-    modules["enabling"] = ["disable", "enable", "enabled", "register_transformers", "status"]
+    modules["enabling"] = ["disable", "enable", "enabled", "register_kernels", "register_transformers", "status"]
     modules["dispatch.probing"] = ["probe"]
     modules["foreign.autotune"], modules["scripted"] = ["autotune"], ["tune"]
     modules["foreign.spaces"] = ["give_space"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilebook import nn as nn
     from tilebook.dispatch.probing import probe
-    from tilebook.enabling import disable, enable, enabled, register_transformers, status
+    from tilebook.enabling import disable, enable, enabled, register_kernels, register_transformers, status
     from tilebook.foreign.autotune import autotune
     from tilebook.foreign.spaces import give_space
     from tilebook.kernels.attention import attention, scaled_dot_product_attention
@@ -62,6 +62,7 @@ __all__ = [
     "patch",
     "patched",
     "probe",
+    "register_kernels",
     "register_transformers",
     "rms_norm",
     "scaled_dot_product_attention",
@@ -100,6 +101,7 @@ _MODULE = {
     "patch": "patching",
     "patched": "patching",
     "probe": "dispatch.probing",
+    "register_kernels": "enabling",
     "register_transformers": "enabling",
     "rms_norm": "kernels.norms",
     "scaled_dot_product_attention": "kernels.attention",

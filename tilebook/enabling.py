@@ -279,6 +279,22 @@ def register_transformers() -> None:
     register()
 
 
+def register_kernels() -> None:
+    """Makes tilebook's layers known to Hugging Face's `kernels`, for CUDA; calling it twice is calling it once.
+
+    Afterwards `kernels.kernelize(model, mode=…)`, and transformers' `from_pretrained(..., use_kernels=True)` and
+    `model.set_use_kernels(True)`, have modules whose classes declare the layers RMSNorm, SwiGLUMLP, GeGLUMLP or
+    rotary_pos_emb call tilebook's functions, in training, in inference and compiled. A module is tried when it is first
+    called, as by `patch`, and one that computes something else calls what its class has written. Nothing is fetched.
+
+    Raises:
+        ImportError: there is no `kernels`.
+    """
+    from tilebook.huggingface.layers import register
+
+    register()
+
+
 def _compiler_is_there() -> None:
     from tilebook import graphs
 

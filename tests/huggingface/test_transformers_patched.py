@@ -67,14 +67,16 @@ def test_numbers_are_as_near_as_pytorchs_by_our_kernels_in_the_interpreter(name,
 
 def test_another_model_of_the_family_is_left_alone():
     (_, model), (family, other) = (model_of("llama") for _ in range(2))
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    before = modeling.apply_rotary_pos_emb
     with tilebook.patched(model), pytest.MonkeyPatch.context() as patch:
         patch.setattr("tilebook.rotation.apply_rope", None)
         patch.setattr("tilebook.patching.swiglu", None)
         other(**inputs(family, "whole", "cpu"))
         with pytest.raises(TypeError):
             model(**inputs(family, "whole", "cpu"))
-    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
-    assert modeling.apply_rotary_pos_emb.__module__ == modeling.__name__
+        assert modeling.apply_rotary_pos_emb is before
+    assert modeling.apply_rotary_pos_emb is before
 
 
 def test_patched_models_generate_the_same_tokens():
