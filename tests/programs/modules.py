@@ -214,6 +214,35 @@ def test_a_vision_transformer_of_timm_trains_the_same(device):
     _trains_the_same(model, torch.randn(2, 3, 64, 64), device)
 
 
+class _Flux(torch.nn.Module):
+    """A diffusion transformer of two blocks on an image of 4 × 4 and a text of 6 tokens."""
+
+    def __init__(self):
+        super().__init__()
+        diffusers = pytest.importorskip("diffusers")
+        self.model = diffusers.FluxTransformer2DModel(
+            patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+        )  # fmt: skip
+
+    def forward(self, x):
+        made = x.new_ones
+        return self.model(
+            hidden_states=x, encoder_hidden_states=made(len(x), 6, 32), pooled_projections=made(len(x), 32),
+            timestep=made(len(x)), img_ids=made(16, 3), txt_ids=made(6, 3), return_dict=False,
+        )[0]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", [None, "native"])
+def test_a_diffusion_transformer_of_diffusers_trains_the_same(device, backend):
+    torch.manual_seed(0)
+    model = _Flux()
+    if backend is not None:
+        model.model.set_attention_backend(backend)
+    _trains_the_same(model, torch.randn(2, 16, 4), device)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_accelerate_trains_a_module_that_calls_us(device):
     accelerate = pytest.importorskip("accelerate")
