@@ -290,7 +290,7 @@ def register_kernels() -> None:
     Raises:
         ImportError: there is no `kernels`.
     """
-    from tilebook.huggingface.layers import register
+    from tilebook.kernel_layers import register
 
     register()
 

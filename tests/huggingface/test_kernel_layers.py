@@ -14,7 +14,7 @@ kernels = pytest.importorskip("kernels")
 
 import tilebook  # noqa: E402
 from tilebook import dispatch, patching, rotation  # noqa: E402
-from tilebook.huggingface.layers import mapping  # noqa: E402
+from tilebook.kernel_layers import mapping  # noqa: E402
 
 TESTS = Path(__file__).parents[1]
 
@@ -177,7 +177,7 @@ from transformers.utils.import_utils import is_kernels_available
 if not is_kernels_available():
     raise SystemExit(77)
 from tilebook import dispatch
-from tilebook.huggingface import layers
+from tilebook import kernel_layers as layers
 from transformers.integrations.hub_kernels import get_kernel_mapping_transformers
 layers.mapping = lambda device="cpu", real=layers.mapping: real(device)
 tilebook.register_kernels()
