@@ -39,6 +39,7 @@ from tilebook.kernels.norms import pytorchs
 from tilebook.kernels.norms import rms_norm as our_rms_norm
 from tilebook.kernels.norms.standing import STANDINGS as _NORMS
 from tilebook.kernels.pooling.standing import STANDINGS as _POOLINGS
+from tilebook.kernels.varlen.standing import STANDINGS as _PACKS
 from tilebook.left import ORDINARY
 from tilebook.logs import log
 
@@ -178,7 +179,7 @@ _ours: dict[str, Callable[..., Any]] = {
 _BELOW = frozenset({"scaled_dot_product_attention", "layer_norm", "rms_norm"})
 """Of these the ops are served instead, where the extension is there."""
 
-_STANDINGS = (*_ATTENTIONS, *_NORMS, *_CONVOLUTIONS, *_BIASES, *_ADDITIONS, *_POOLINGS)
+_STANDINGS = (*_ATTENTIONS, *_NORMS, *_CONVOLUTIONS, *_BIASES, *_ADDITIONS, *_POOLINGS, *_PACKS)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Packed sequences on the GPU that is here: random packs, cross-talk, configs, graphs, and PyTorch's own kernel."""
 
+import contextlib
 import itertools
 import random
 
@@ -8,7 +9,7 @@ import torch
 
 import tilebook
 from tilebook import device as devices
-from tilebook import dispatch
+from tilebook import dispatch, native
 from tilebook.kernels.attention.form import form
 from tilebook.kernels.varlen.ops import attention_varlen_bwd, attention_varlen_fwd
 from tilebook.kernels.varlen.problem import ForwardProblem
@@ -32,6 +33,42 @@ PROBLEMS = [
 
 def _ends(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (100, 0)], ids=str)
+@pytest.mark.parametrize("by", ["verdict", "ours"])
+def test_pytorchs_own_function_is_ours_where_that_is_asked_for(window, by):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    if not native.available():
+        pytest.skip("the extension is not built")
+    lengths = [700, 1, 64, 1300]
+    ends, most = _ends(lengths), max(lengths)
+    q, do = (_random(sum(lengths), 8, 64, seed=n) for n in (0, 1))
+    k, v = (_random(sum(lengths), 4 if by == "ours" else 8, 64, seed=n) for n in (2, 3))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def found():
+        keys = [x.repeat_interleave(8 // x.shape[1], 1) for x in inputs[1:]]
+        o = varlen.varlen_attn(inputs[0], *keys, ends, ends, most, most, window_size=window)
+        return [o, *torch.autograd.grad(o, inputs, do)]
+
+    def kernels():
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            found()
+            torch.cuda.synchronize()
+        return {each.key for each in profile.key_averages() if "attention" in each.key or "flash" in each.key}
+
+    right, theirs = found(), kernels()
+    with tilebook.enabled(), dispatch.use("triton") if by == "ours" else contextlib.nullcontext():
+        for _ in range(4):
+            for got, wanted in zip(found(), right, strict=True):
+                assert (got.shape, got.stride(), got.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+                torch.testing.assert_close(got, wanted, rtol=0.03, atol=0.03 * wanted.abs().max().item())
+        ours = kernels()
+    assert any(each.startswith("attention_fwd") for each in ours) == (by == "ours"), ours
+    if by == "verdict" and not any(each.startswith("attention_") for each in ours):
+        assert ours == theirs
 
 
 def _random(*shape, dtype=torch.bfloat16, seed=0):

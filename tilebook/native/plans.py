@@ -73,6 +73,12 @@ def contiguous(shape: Sequence[int]) -> Ours:
     return Ours(tuple(shape), _steps(shape))
 
 
+def like(x: torch.Tensor) -> Ours:
+    """Laid out as PyTorch lays out what is like this: dense, in its order of axes."""
+    meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return Ours(tuple(x.shape), torch.empty_like(meta).stride())
+
+
 def fits(given: torch.Tensor, wanted: Ours) -> bool:
     """Does a tensor of ours lie as PyTorch's would, or can be seen so?"""
     return _fits(given.shape, given.stride(), wanted)

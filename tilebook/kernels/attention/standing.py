@@ -16,7 +16,7 @@ from tilebook.kernels.attention.form import form
 from tilebook.kernels.attention.native import cudnn_first
 from tilebook.layout import rows
 from tilebook.native import Standing
-from tilebook.native.plans import Empty, Ours, Output, contiguous
+from tilebook.native.plans import Empty, Output, contiguous, like
 
 
 def _own(q: torch.Tensor, cudnn: bool) -> bool:
@@ -58,25 +58,19 @@ def _backward(cudnn: bool, args: Sequence[Any]) -> tuple[Any, ...] | None:
     return None if found is None else (rows(do), *found)
 
 
-def _like(x: torch.Tensor) -> Ours:
-    """Laid out as PyTorch lays out what is like this: dense, in its order of axes."""
-    meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-    return Ours(tuple(x.shape), torch.empty_like(meta).stride())
-
-
 def _made(cudnn: bool, args: Sequence[Any]) -> list[Output]:
     """(output, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, two tensors of a dropout's seed, debug_attn_mask)"""
     q, k = args[:2]
     lengths = q.shape[2], k.shape[2]
     if cudnn:
         seed, wanted = Empty((), torch.int64), args[4]
-        return [_like(q), contiguous((*q.shape[:3], 1)) if wanted else None, None, None, *lengths, seed, seed, None]
+        return [like(q), contiguous((*q.shape[:3], 1)) if wanted else None, None, None, *lengths, seed, seed, None]
     seeds = Empty((2,), torch.uint64), Empty((), torch.uint64)
-    return [_like(q), contiguous(q.shape[:3]), None, None, *lengths, *seeds, Empty((0,), q.dtype)]
+    return [like(q), contiguous(q.shape[:3]), None, None, *lengths, *seeds, Empty((0,), q.dtype)]
 
 
 def _gradients(args: Sequence[Any]) -> list[Output]:
-    return [_like(each) for each in args[1:4]]
+    return [like(each) for each in args[1:4]]
 
 
 def _long(pairs: float, first: int, args: Sequence[Any]) -> bool:
