@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -176,6 +177,16 @@ def test_what_has_no_plan_after_a_few_calls_is_pytorchs(serving, monkeypatch):
 def test_what_dispatch_leaves_to_pytorch_is_left(serving, monkeypatch, kept, decision):
     choice = Choice(native=True, kept=kept)
     assert _answer(serving, monkeypatch, choice) == (None, decision, choice)
+    assert choice.calls == 0
+
+
+def test_what_may_not_serve_in_this_place_is_pytorchs(serving, monkeypatch):
+    name = "aten::native_layer_norm"
+    serving._standings[name] = replace(serving._standings[name], serves=lambda choice: False)
+    choice = Choice()
+    for probed in (False, True):
+        choice.open = choice.probed = probed
+        assert _answer(serving, monkeypatch, choice) == (None, None if probed else False, choice)
     assert choice.calls == 0
 
 

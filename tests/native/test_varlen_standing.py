@@ -15,12 +15,6 @@ FORWARD, BACKWARD = STANDINGS
 LENGTHS = 5, 0, 12, 7
 
 
-@pytest.fixture
-def ours(monkeypatch):
-    """Whatever verdicts say."""
-    monkeypatch.setattr(standing, "_ours", lambda choice: True)
-
-
 def _asked(forward, backward):
     """Are they ours?"""
     return [FORWARD.posed(forward) is not None, BACKWARD.posed(backward) is not None]
@@ -73,7 +67,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ours_is_the_op_it_stands_for(ours, case):
+def test_ours_is_the_op_it_stands_for(case):
     forward, backward, (o, lse, grads) = _arguments(**CASES[case])
     for it, args, wanted in ((FORWARD, forward, (o, lse)), (BACKWARD, backward, grads)):
         posed, outputs = it.posed(args), it.outputs(args)
@@ -111,7 +105,7 @@ def test_outputs_are_those_of_pytorchs_schema():
     assert len(BACKWARD.outputs(backward)) == len(schema.returns) == 3
 
 
-def test_what_ours_does_not_do_is_pytorchs(ours):
+def test_what_ours_does_not_do_is_pytorchs():
     forward, backward, _ = _arguments()
     assert _asked(forward, backward) == [True, True]
 
@@ -142,7 +136,7 @@ def test_what_ours_does_not_do_is_pytorchs(ours):
         torch.use_deterministic_algorithms(False)
 
 
-def test_who_has_put_another_kernel_there_gets_it(ours, monkeypatch):
+def test_who_has_put_another_kernel_there_gets_it(monkeypatch):
     for name, served in (("FA4", False), ("tilebook", True), (None, True)):
         monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda name=name: name, raising=False)
         assert _asked(*_arguments()[:2]) == [served] * 2
@@ -171,17 +165,18 @@ FASTER, SLOWER, UNKNOWN = _choice(1.0, 1.5), _choice(1.0, 0.9), _choice(None, No
     ],
 )
 def test_ours_serve_where_they_were_measured_as_faster_both_ways(monkeypatch, forward, backward, served):
-    op = standing.registered()[0]
-    monkeypatch.setattr(dispatch, "lookup", lambda asked, args: forward if asked is op else backward)
     monkeypatch.setattr(dispatch, "backward_of", lambda choice: backward)
-    assert _asked(*_arguments()[:2]) == [served, backward is FASTER]
+    assert FORWARD.serves(forward) is served
+    assert BACKWARD.serves(backward) is (backward is FASTER)
 
 
-def test_packs_that_are_asked_for_by_name_run_ours():
-    forward, backward, _ = _arguments()
-    assert FORWARD.posed(forward) is None
+def test_packs_that_are_asked_for_by_name_run_ours(monkeypatch):
+    monkeypatch.setattr(dispatch, "backward_of", lambda choice: UNKNOWN)
+    assert not FORWARD.serves(UNKNOWN)
     with dispatch.use("triton"):
-        assert _asked(forward, backward) == [True, True]
+        assert FORWARD.serves(UNKNOWN)
+        assert BACKWARD.serves(UNKNOWN)
+        assert not BACKWARD.serves(_choice(None, None, native=True))
 
 
 def test_calls_as_long_as_attentions_are_worth_asking_about_each_time():

@@ -47,6 +47,7 @@ class Standing:
     outputs: arguments of PyTorch's op → its outputs (see `plans.Output`).
     long:   arguments of PyTorch's op → does the GPU take longer for the call than the host for asking who serves it?
     rest:   arguments of PyTorch's op → what of the call ours does not do, which PyTorch's own kernel is asked for.
+    serves: may what dispatch has chosen serve in this place at all?
     """
 
     name: str
@@ -56,6 +57,7 @@ class Standing:
     outputs: Callable[[Sequence[Any]], Sequence[plans.Output]]
     long: Callable[[Sequence[Any]], bool] = lambda args: False
     rest: Callable[[Sequence[Any]], plans.Rest | None] = lambda args: None
+    serves: Callable[[Any], bool] = lambda choice: True
 
 
 Noted = tuple[dict[int, Any], Callable[..., Any], tuple[float, float]]
@@ -177,7 +179,7 @@ class _Serving:
                 return None, None, None
         choice = dispatch.lookup(standing.op(), given)
         probed = choice.probed
-        if choice.native and not probed:
+        if (choice.native and not probed) or not standing.serves(choice):
             return None, (False if choice.kept and not choice.open else None), choice
         computed = choice(*given)
         outputs, rest = standing.outputs(args), standing.rest(args)

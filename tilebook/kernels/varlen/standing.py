@@ -71,15 +71,15 @@ def _ours(choice: Any) -> bool:
     return bool(not choice.native and (dispatch.forced() or ahead(choice, _THEIRS)))
 
 
+def _ours_both_ways(choice: Any) -> bool:
+    return _ours(choice) and _ours(dispatch.backward_of(choice))
+
+
 def _forward(args: Sequence[Any]) -> tuple[Any, ...] | None:
     *packed, max_q, max_k, dropout, causal, debug, scale, left, right = args[:13]
     if dropout or debug or any(each is not None for each in args[13:]):
         return None
-    posed = _posed(packed, (max_q, max_k), (), causal, scale, (left, right))
-    if posed is None:
-        return None
-    choice = dispatch.lookup(_op(0), posed)
-    return posed if _ours(choice) and _ours(dispatch.backward_of(choice)) else None
+    return _posed(packed, (max_q, max_k), (), causal, scale, (left, right))
 
 
 def _backward(args: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -90,8 +90,7 @@ def _backward(args: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     kept = rows(o), lse.contiguous()
     found = _posed((q, k, v, cu_q, cu_k), (max_q, max_k), kept, causal, scale, (left, right))
-    posed = None if found is None else (rows(do), *found)
-    return posed if posed is not None and _ours(dispatch.lookup(_op(1), posed)) else None
+    return None if found is None else (rows(do), *found)
 
 
 def _made(args: Sequence[Any]) -> list[Output]:
@@ -113,11 +112,12 @@ def _long(pairs: float, first: int, ends: int, args: Sequence[Any]) -> bool:
 _NAME = "aten::_flash_attention"
 STANDINGS = (
     Standing(
-        f"{_NAME}_forward", partial(_op, 0), _forward, (*range(5), *[None] * 4), _made, partial(_long, BOUNDS[0], 0, 3)
+        f"{_NAME}_forward", partial(_op, 0), _forward, (*range(5), *[None] * 4), _made,
+        partial(_long, BOUNDS[0], 0, 3), serves=_ours_both_ways,
     ),
     Standing(
         f"{_NAME}_backward", partial(_op, 1), _backward, (*range(8), *[None] * 4), _gradients,
-        partial(_long, BOUNDS[1], 1, 6),
+        partial(_long, BOUNDS[1], 1, 6), serves=_ours,
     ),
 )  # fmt: skip
 """In PyTorch's own order: (query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
