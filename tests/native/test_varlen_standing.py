@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from tilebook import dispatch
-from tilebook.kernels.varlen import standing
 from tilebook.kernels.varlen.standing import STANDINGS
 from tilebook.native import plans
 
