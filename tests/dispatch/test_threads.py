@@ -59,3 +59,21 @@ def test_who_forgets_what_was_read_takes_it_from_nobody(choose, monkeypatch):
 
     monkeypatch.setattr(Problem, "kin", property(kin))
     assert snapshot.choose(OP, NEAR).config == COMPOSED_OTHER
+
+
+class Forgotten(dict):
+    """Another thread forgets all between two looks."""
+
+    def __contains__(self, key):
+        found = super().__contains__(key)
+        self.clear()
+        return found
+
+
+def test_what_a_large_layer_has_answered_may_be_forgotten_at_any_time(choose, monkeypatch):
+    monkeypatch.setattr(serving, "WHOLE", 1)
+    choose(composed(), composed(problem=NEAR))
+    snapshot = Snapshot(GPU)
+    snapshot._table._answers = Forgotten()
+    for _ in range(2):
+        assert snapshot.choose(OP, COMPOSED).source == "exact"

@@ -121,8 +121,8 @@ class Table:
     def _answer(self, layer: Reader, question: Question) -> Answer:
         """What a large layer says; what it says is remembered, and of the nearest ones what it says of them alone."""
         about = layer.name, question.op, question.kernel, question.problem
-        if about in self._answers:
-            most, known = self._answers[about]
+        if (told := self._answers.get(about)) is not None:
+            most, known = told
             if most >= question.most or (known.exact is not None and known.exact.trusted):
                 return known
         found = self._ask(layer, lambda: layer.answer(question, self._device), Answer())
