@@ -260,9 +260,8 @@ class Snapshot:
         if not self._table.large(op.name):
             near = (verdict for _, _, verdict in _by_distance(problem, known))
             return [verdict for verdict, _ in known if verdict.problem == problem.key], near
-        question = Question(
-            op.name, op.digest, problem.key, most, partial(_distance, op, problem), FARTHEST, op.problem.EXACT
-        )
+        measure, kind = partial(_distance, op, problem), op.problem
+        question = Question(op.name, op.digest, problem.key, most, measure, FARTHEST, kind.EXACT, kind.HALVED)
         answer = self._table.find(question)
         self._warn()
         exact = [answer.exact] if answer.exact is not None and answer.exact.trusted else []
@@ -274,13 +273,12 @@ class Snapshot:
         """The near ones of all layers; those of small ones give way to what a large one has on the same problem."""
         seen = {problem.key}
         small = _by_distance(problem, known)
-        for most in (question.most, _MORE):
-            near = answer.near if most == question.most else self._table.find(replace(question, most=most)).near
-            large = [(distance, not each.measured, each) for distance, each in near]
-            # There may be others in the large ones behind the last, nearer than what is left of the small ones.
-            last = math.inf if most == _MORE or len(large) < most else large[-1][0] if large else 0.0
+        for more in (False, True):
+            told = self._table.find(replace(question, most=_MORE, beside=True)) if more else answer
+            large = [(distance, not each.measured, each) for distance, each in told.near]
             for distance, _, verdict in sorted([*small, *large], key=_order):
-                if verdict.problem in seen or distance > last:
+                # Farther away there may be others in a large one, nearer than what is here of the rest.
+                if verdict.problem in seen or (distance > told.complete and not more):
                     continue
                 seen.add(verdict.problem)
                 best = self._table.find(question.about(verdict.problem)).exact
