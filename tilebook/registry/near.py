@@ -136,9 +136,10 @@ class _Search:
         self, place: Place, bounds: Bounds, index: Index, distance: Callable[[str], float], narrowing: bool
     ) -> None:
         mine = [min(STEPS * each, float(_LANE)) for each in place.point]
-        counts = [(name in bounds.exact, 0.5 if name in bounds.halved else 1.0) for name in place.names]
-        self._mine = list(zip(mine, counts, strict=True))
-        self._digits = list(zip(self._mine, _DIGITS, strict=False))
+        exact = [name in bounds.exact for name in place.names]
+        weights = [0.5 if name in bounds.halved else 1.0 for name in place.names]
+        self._mine = list(zip(mine, exact, weights, strict=True))
+        self._digits = list(zip(mine, exact, weights, _DIGITS, strict=False))
         self._reach = bounds.reach
         self._index, self._distance = index, distance
         self._narrowing = self._first = narrowing
@@ -211,7 +212,7 @@ class _Search:
             return None
         if len(symbols) != LEVELS:
             return None
-        for (mine, (exact, weight)), digits in self._digits:
+        for mine, exact, weight, digits in self._digits:
             low = int(symbols.translate(digits), 2)
             if (off := low - mine if mine < low else mine - low - 1) > 0:
                 total += weight * off
@@ -224,7 +225,7 @@ class _Search:
         symbols and corners."""
         size, reach = 1 << LEVELS - 1 - length // 2, STEPS * (self._reach + _SLACK)
         parts = [(0.0, 0, 0)]
-        for axis, (mine, (exact, weight)) in enumerate(self._mine):
+        for axis, (mine, exact, weight) in enumerate(self._mine):
             sides = []
             for bit in (0, 1):
                 step = (corner >> LEVELS * axis & _LANE) << 1 | bit
