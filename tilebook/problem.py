@@ -110,6 +110,9 @@ class Problem:
     EXACT: ClassVar[frozenset[str]] = frozenset()
     """Dimensions for which a near value will not do (a head dimension, say)."""
 
+    HALVED: ClassVar[frozenset[str]] = frozenset()
+    """Dimensions of whose difference `distance` may count no more than half: of all others it counts all."""
+
     TRANSFER: ClassVar[float] = 0.0
     """How much of a config's measured lead over PyTorch's kernel is left at least on a problem that is `like` the
     measured one (benchmarks/transfer.py); 0 where nobody knows."""

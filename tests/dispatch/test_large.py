@@ -1,15 +1,28 @@
 """Of a registry that holds much on an op, what bears on a problem is read alone, and the same serves."""
 
+import itertools
 import random
 import sqlite3
 import warnings
 
 import pytest
 import torch
-from dispatch_samples import COMPOSED, COMPOSED_DEFAULT, COMPOSED_OTHER, GPU, OP, composed, revocation, verdict
+from dispatch_samples import (
+    COMPOSED,
+    COMPOSED_DEFAULT,
+    COMPOSED_OTHER,
+    GPU,
+    OP,
+    composed,
+    config_after,
+    revocation,
+    verdict,
+)
 
+from tilebook import op as ops
 from tilebook.dispatch import Dispatch, Snapshot
 from tilebook.registry import Registry, serving, sqlitefile
+from tilebook.registry.near import place_of
 
 PROBLEM = OP.problem
 NEAR = PROBLEM.parse("B4,H16,S3000,D64,causal,window128x0", "bf16")
@@ -64,6 +77,28 @@ def test_what_serves_is_the_same_however_much_there_is(gpu, monkeypatch, tmp_pat
     assert {source for source, *_ in answers[0]} >= {"exact", "nearest", "fallback"}
 
 
+def test_all_that_may_serve_comes_in_the_same_order_however_much_there_is(gpu, monkeypatch, tmp_path):
+    dice = random.Random(2)
+    monkeypatch.setattr("tilebook.registry.layers.SHIPPED", tmp_path / "shipped.db")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    for place in (gpu, tmp_path / "tilebook" / "registry.db", tmp_path / "shipped.db"):
+        with Registry.open(place, write=True) as registry:
+            made = [each for each in problems(dice, 70) if not OP.fused(each)]
+            registry.merge(
+                verdicts=[verdict(problem=each, config=OP.tunable.space.default(each, GPU)) for each in made]
+            )
+    asked = [each for each in problems(dice, 80) if not OP.fused(each)]
+    answers = []
+    for whole in (1_000, 20):
+        monkeypatch.setattr(serving, "WHOLE", whole)
+        here = Snapshot(GPU)
+        answers.append([list(map(told, itertools.islice(here.candidates(OP, each), 8))) for each in asked])
+        assert here._table.large(OP.name) is (whole == 20)
+    for each, one, other in zip(asked, *answers, strict=True):
+        assert one == other, each
+    assert {found[0][0] for found in answers[0]} == {"exact", "nearest"}
+
+
 def others(many):
     """Verdicts far from everything."""
     return [composed(problem=PROBLEM.parse(f"B1,H1,S{n + 1},D256,causal,window1x0", "bf16")) for n in range(many)]
@@ -80,6 +115,68 @@ def test_where_the_nearest_is_revoked_the_next_serves(choose, large):
     asked = PROBLEM.parse("B4,H16,S3100,D64,causal,window128x0", "bf16")
     choice = choose(nearest, composed(), *others(4), problem=asked, revocations=[revocation(COMPOSED_DEFAULT)])
     assert (choice.source, choice.config) == ("nearest", COMPOSED_OTHER)
+
+
+def test_where_the_verdict_itself_is_revoked_the_nearest_serves(choose, large):
+    config = config_after(COMPOSED, COMPOSED_DEFAULT, COMPOSED_OTHER)
+    nearest = composed(problem=NEAR, config=config)
+    choice = choose(composed(), nearest, *others(4), revocations=[revocation(COMPOSED_OTHER)], problem=COMPOSED)
+    assert (choice.source, choice.config) == ("nearest", config)
+
+
+def decoding(choose, shape, *shapes):
+    """The label of the verdict that serves decoding of a shape where there are verdicts on others, and two far away."""
+    op = ops.get("attention_decode")
+
+    def posed(text):
+        return op.problem.parse(text, "bf16")
+
+    problems = [posed(each) for each in (*shapes, "B1,H1,S1,Sk64,D256", "B1,H1,S2,Sk64,D256")]
+    configs = [op.tunable.space.default(each, GPU) for each in problems]
+    made = [
+        verdict(op=op.name, kernel=op.digest, problem=each, config=config)
+        for each, config in zip(problems, configs, strict=True)
+    ]
+    served = choose(*made, problem=posed(shape), op=op).verdict
+    return served and op.problem.from_key(served.problem).label
+
+
+def test_a_cache_that_is_longer_is_as_near_as_it_is_among_few(choose, large):
+    """Without a window its length and the window's are one dimension."""
+    longer, wider = "B4,H16,S1,Sk512,D128,capped", "B64,H16,S1,Sk4096,D128,capped"
+    assert decoding(choose, "B4,H16,S1,Sk4096,D128,capped", longer, wider) == longer
+
+
+def test_a_cache_serves_one_that_is_32_times_as_long(choose, large):
+    shorter = "B4,H16,S1,Sk512,D128,capped"
+    assert decoding(choose, "B4,H16,S1,Sk16384,D128,capped", shorter) == shorter
+
+
+@pytest.mark.parametrize("name", ops.ops())
+def test_no_distance_is_less_than_a_search_for_the_nearest_takes_it_to_be(name):
+    kind = ops.get(name).problem
+    known = [*kind.examples(), *(each for suite in kind.suites().values() for each in suite)]
+    for one, other in itertools.combinations(random.Random(3).sample(known, min(len(known), 60)), 2):
+        mine, theirs = place_of(one.key), place_of(other.key)
+        if mine.form == theirs.form:
+            apart = zip(mine.names, mine.point, theirs.point, strict=True)
+            least = sum((0.5 if name in kind.HALVED else 1.0) * abs(here - there) for name, here, there in apart)
+            assert least <= one.distance(other) + 1e-9
+
+
+def test_what_is_no_place_hides_nothing_that_has_one(choose, large):
+    choose(composed(problem=NEAR), *others(4))
+    asked = PROBLEM.parse("B4,H16,S3100,D64,causal,window128x0", "bf16")
+    for spot in ("", "5", "-1", "1_0", "zz", "f~", "FF" * 14, "0" * 27, "0" * 27 + "x", "0" * 60, "f" * 60):
+        with sqlite3.connect(choose.path) as database:
+            database.execute("DELETE FROM verdict WHERE id > 5")
+            database.execute("DELETE FROM position WHERE verdict_id > 5")
+            rows = "SELECT 100 + s.verdict_id, s.device_id, s.kernel_id, s.form, ? FROM position AS s"
+            near = "JOIN verdict AS v ON v.id = s.verdict_id JOIN problem AS p ON p.id = v.problem_id WHERE p.key = ?"
+            database.execute(f"INSERT INTO position {rows} {near}", [spot, NEAR.key])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert Snapshot(GPU).choose(OP, asked).source == "nearest", spot
 
 
 def test_what_is_not_trusted_serves_nobody_and_is_in_nobodys_way(choose, large):

@@ -54,6 +54,22 @@ def test_the_exact_verdict_is_the_answer_else_the_nearest(registry: Registry) ->
     assert ask(registry, question(256, kernel="cd" * 8)) == (None, [])
 
 
+def test_the_nearest_are_told_beside_the_verdict_itself_where_they_are_wanted(registry: Registry) -> None:
+    registry.merge(verdicts=[verdict(problem=problem(rows)) for rows in (64, 256, 4096)])
+    assert ask(registry, question(256, 2)) == (256, [])
+    assert ask(registry, question(256, 2, beside=True)) == (256, [64, 4096])
+    assert ask(registry, question(256, 0, beside=True)) == (256, [])
+
+
+def test_an_answer_says_up_to_which_distance_it_is_complete(registry: Registry) -> None:
+    registry.merge(verdicts=[verdict(problem=problem(rows)) for rows in (64, 128, 512, 4096)])
+    with registry.asking() as execute:
+        told = [lookup.answer(execute, "explicit", H200, question(256, most, beside=True)) for most in range(6)]
+    assert [len(each.near) for each in told] == [0, 2, 2, 3, 4, 4]
+    assert [each.complete for each in told] == [0.0, 1.0, 1.0, 2.0, 4.0, math.inf]
+    assert lookup.Answer().complete == math.inf
+
+
 def test_what_serves_no_more_has_no_position(registry: Registry) -> None:
     registry.record(verdict=verdict())
     assert ask(registry, question(100)) == (None, [128])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tilebook.registry import canonical
-from tilebook.registry.near import LEAF, LEVELS, MOST_CUBES, nearest, place_of
+from tilebook.registry.near import LEAF, LEVELS, MOST_CUBES, Bounds, nearest, place_of
 
 
 def sized(**sizes: Any) -> str:
@@ -64,7 +64,8 @@ def near(index: Index, key: str, most: int, reach: float = 8.0, said: int | None
     """So many, of a search that was told that it would be asked for `said`."""
     place = place_of(key)
     index.form = place.form
-    found = nearest(place, frozenset({"width"}), reach, index, lambda other: distance(key, other), said or most)
+    bounds = Bounds(frozenset({"width"}), frozenset(), reach)
+    found = nearest(place, bounds, index, lambda other: distance(key, other), said or most)
     return [each[:2] for each in itertools.islice(found, most)]
 
 

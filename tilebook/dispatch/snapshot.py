@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from tilebook import device as devices
 from tilebook.device import Device
@@ -43,6 +43,13 @@ _FIRST, _MORE = 1, 32
 """How many verdicts on near problems are asked of a large registry: the nearest serves nearly always."""
 
 
+class _Read(NamedTuple):
+    """The verdicts of small layers on an op, and the same by the `kin` of their problems."""
+
+    verdicts: list[tuple[Served, Problem]]
+    kin: dict[tuple[Any, ...], list[tuple[Served, Problem]]]
+
+
 class Snapshot:
     """The verdicts for one GPU model, read op by op and kept in memory, and the revocations, read at once.
 
@@ -53,8 +60,7 @@ class Snapshot:
 
     def __init__(self, gpu: Device, explicit: str | None = None) -> None:
         self.gpu = gpu
-        self._verdicts: dict[str, list[tuple[Served, Problem]]] = {}
-        self._kin: dict[str, dict[tuple[Any, ...], list[tuple[Served, Problem]]]] = {}
+        self._read: dict[str, _Read] = {}
         self._warned: set[str] = set()
         self._observed: dict[tuple[str, str], Served] = {}
         try:
@@ -70,20 +76,24 @@ class Snapshot:
 
         Without those of large registries.
         """
-        if op.name not in self._verdicts:
-            kept = []
+        return self._known(op).verdicts
+
+    def _known(self, op: Op[Any]) -> _Read:
+        """What has been read on an op. Other threads may ask for it, or forget it, at the same time."""
+        if (read := self._read.get(op.name)) is None:
+            read = _Read([], {})
             for verdict in self._table.small(op.name):
                 if verdict.trusted and stands(verdict, op.digest):
                     try:
-                        kept.append((verdict, op.problem.from_key(verdict.problem)))
+                        known = verdict, op.problem.from_key(verdict.problem)
                     except (TypeError, ValueError):
                         continue
-            self._verdicts[op.name], self._kin[op.name] = kept, {}
-            for verdict, problem in kept:
-                self._kin[op.name].setdefault(problem.kin, []).append((verdict, problem))
+                    read.verdicts.append(known)
+                    read.kin.setdefault(known[1].kin, []).append(known)
+            self._read[op.name] = read
             self._denied = self._deny()  # a layer that was locked may have told its revocations only now
             self._warn()
-        return self._verdicts[op.name]
+        return read
 
     def observe(self, verdict: Served) -> None:
         """Has a verdict that this program has come to itself served from now on."""
@@ -129,7 +139,7 @@ class Snapshot:
     def choose(self, op: Op[Any], problem: Problem) -> Choice:
         """The exact verdict's winner; PyTorch's own where it has a kernel for this; else the nearest, the default."""
         if self._table.locked:
-            self._verdicts.clear()
+            self._read.clear()
         return next(choice for choice in self.candidates(op, problem) if self.revocation(choice) is None)
 
     def default(self, op: Op[Any], problem: Problem) -> Choice:
@@ -246,14 +256,12 @@ class Snapshot:
         observed = self._observed.get((op.name, problem.key))
         if observed is not None:
             return [observed], iter(())
-        self.verdicts(op)
-        known = self._kin[op.name].get(problem.kin, [])
+        known = self._known(op).kin.get(problem.kin, [])
         if not self._table.large(op.name):
             near = (verdict for _, _, verdict in _by_distance(problem, known))
             return [verdict for verdict, _ in known if verdict.problem == problem.key], near
-        question = Question(
-            op.name, op.digest, problem.key, most, partial(_distance, op, problem), FARTHEST, op.problem.EXACT
-        )
+        measure, kind = partial(_distance, op, problem), op.problem
+        question = Question(op.name, op.digest, problem.key, most, measure, FARTHEST, kind.EXACT, kind.HALVED)
         answer = self._table.find(question)
         self._warn()
         exact = [answer.exact] if answer.exact is not None and answer.exact.trusted else []
@@ -265,13 +273,12 @@ class Snapshot:
         """The near ones of all layers; those of small ones give way to what a large one has on the same problem."""
         seen = {problem.key}
         small = _by_distance(problem, known)
-        for most in (question.most, _MORE):
-            near = answer.near if most == question.most else self._table.find(replace(question, most=most)).near
-            large = [(distance, not each.measured, each) for distance, each in near]
-            # There may be others in the large ones behind the last, nearer than what is left of the small ones.
-            last = math.inf if most == _MORE or len(large) < most else large[-1][0] if large else 0.0
+        for more in (False, True):
+            told = self._table.find(replace(question, most=_MORE, beside=True)) if more else answer
+            large = [(distance, not each.measured, each) for distance, each in told.near]
             for distance, _, verdict in sorted([*small, *large], key=_order):
-                if verdict.problem in seen or distance > last:
+                # Farther away there may be others in a large one, nearer than what is here of the rest.
+                if verdict.problem in seen or (distance > told.complete and not more):
                     continue
                 seen.add(verdict.problem)
                 best = self._table.find(question.about(verdict.problem)).exact

@@ -6,11 +6,12 @@ the verdict on one problem, and the nearest where it is much: see `near`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tilebook.registry.near import Near, nearest, place_of
+from tilebook.registry.near import SPOT, Bounds, Near, is_spot, nearest, place_of
 from tilebook.registry.records import Device
 from tilebook.registry.served import COLUMNS, FINALIST_COLUMNS, Served, from_columns
 
@@ -27,6 +28,8 @@ class Question:
               that are as near as the last are told too.
     distance: to another problem; infinite where its verdict cannot serve. reach: from where on none does.
     exact:    names of dimensions in which one that serves must be the same.
+    halved:   names of dimensions of whose difference a distance may count no more than half.
+    beside:   whether to tell of the nearest even where there is a verdict on this that may be served.
     """
 
     op: str
@@ -36,6 +39,12 @@ class Question:
     distance: Callable[[str], float] = field(default=lambda problem: float("inf"))
     reach: float = 0.0
     exact: frozenset[str] = frozenset()
+    halved: frozenset[str] = frozenset()
+    beside: bool = False
+
+    def asks_near(self, exact: Served | None) -> bool:
+        """Is it about the nearest too, where this is the verdict on the problem?"""
+        return self.most > 0 and (self.beside or exact is None or not exact.trusted)
 
     def about(self, problem: str) -> Question:
         """The same about another problem, and about no other beside."""
@@ -45,11 +54,13 @@ class Question:
 @dataclass(frozen=True)
 class Answer:
     """exact: the verdict on the problem itself. near: the nearest that may be served and their distances, nearest
-    first, where that one may not. damaged: how many rows were met that cannot be read."""
+    first, where that one may not. damaged: how many rows were met that cannot be read. complete: up to which distance
+    all are told that there are."""
 
     exact: Served | None = None
     near: tuple[tuple[float, Served], ...] = ()
     damaged: int = 0
+    complete: float = math.inf
 
 
 _MOST_TIES = 16
@@ -126,11 +137,13 @@ def answer(execute: Execute, layer: str, device: Device, question: Question) -> 
         return Answer()
     own = _verdict(execute, layer, device, ids[0], question.op, question.problem)
     exact, damaged = (own, 0) if isinstance(own, Served) else (None, int(own is False))
-    if not question.most or (exact is not None and exact.trusted):
-        return Answer(exact, damaged=damaged)
+    if not question.asks_near(exact):
+        return Answer(exact, damaged=damaged, complete=0.0)
     near: list[tuple[float, Served]] = []
+    complete = math.inf
     for each in _nearest(execute, ids[0], question):
         if len(near) >= question.most and each.distance > near[-1][0]:
+            complete = near[-1][0]
             break
         other = _verdict(execute, layer, device, ids[0], question.op, each.problem)
         if other is False and (damaged := damaged + 1) > _MOST_DAMAGED:
@@ -138,8 +151,9 @@ def answer(execute: Execute, layer: str, device: Device, question: Question) -> 
         if isinstance(other, Served) and other.trusted:
             near.append((each.distance, other))
             if len(near) >= question.most + (_MOST_TIES if each.tied else 0):
+                complete = each.distance
                 break
-    return Answer(exact, tuple(near), damaged)
+    return Answer(exact, tuple(near), damaged, complete)
 
 
 def some(execute: Execute, layer: str, device: Device, op: str, kernel: str, most: int) -> list[Served]:
@@ -153,7 +167,8 @@ def some(execute: Execute, layer: str, device: Device, op: str, kernel: str, mos
 def _nearest(execute: Execute, ids: Sequence[int], question: Question) -> Iterator[Near]:
     place = place_of(question.problem)
     index = _Positions(execute, [*ids, place.form])
-    found = nearest(place, question.exact, question.reach, index, question.distance, question.most)
+    bounds = Bounds(question.exact, question.halved, question.reach)
+    found = nearest(place, bounds, index, question.distance, question.most)
     return (each for each in found if each.problem != question.problem)
 
 
@@ -166,7 +181,11 @@ class _Positions:
 
     def span(self, low: str, high: str, most: int) -> tuple[str, str, bool] | None:
         ((first, last, beyond),) = self.execute(_SPAN, [*[*self.key, low, high] * 3, most])
-        return None if first is None else (first, last, beyond is not None)
+        if first is None:
+            return None
+        # What is damaged may stand before or behind all others: then they are anywhere in the range.
+        first = first if is_spot(first) else low.ljust(SPOT, "0")
+        return first, last if is_spot(last) else low.ljust(SPOT, "f"), beyond is not None
 
     def rows(self, low: str, high: str, most: int) -> Sequence[tuple[str, int]]:
         return self.execute(_POSITIONS, [*self.key, low, high, most])  # type: ignore[return-value]

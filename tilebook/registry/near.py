@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 from tilebook.registry.checks import Json, canonical
 
@@ -26,6 +26,9 @@ MOST_DIMENSIONS = 8  # the first by name; a distance over fewer is a lower bound
 LEAF = 64  # a cube of no more rows is read instead of divided
 MOST_ALIKE = 256  # of those on one spot are looked at
 MOST_CUBES = 48  # are opened in a search
+
+SPOT = 2 * LEVELS
+"""Characters of a spot."""
 
 _LANE = (1 << LEVELS) - 1
 _HALF = LEVELS // 2
@@ -40,7 +43,7 @@ class Index(Protocol):
         """The first and the last spot of a range, and whether there are more than `most`; None where there is none."""
 
     def rows(self, low: str, high: str, most: int) -> Sequence[tuple[str, int]]:
-        """(spot, number) of so many in a range."""
+        """(spot, number) of so many in a range; of a damaged row a text that is no spot."""
 
     def problem(self, number: int) -> str:
         """The problem that has this number; "" where there is none."""
@@ -61,7 +64,15 @@ class Place:
         for axis, each in enumerate(self.point):
             step = min(int(STEPS * each), _LANE)
             spot |= (_APART[step >> _HALF] << 8 * _HALF | _APART[step & (1 << _HALF) - 1]) << axis
-        return f"{spot:0{2 * LEVELS}x}"
+        return f"{spot:0{SPOT}x}"
+
+
+def is_spot(value: object) -> TypeGuard[str]:
+    """Is it what `Place.spot` may be? A registry may be a stranger's, or damaged."""
+    return isinstance(value, str) and len(value) == SPOT and _HEX.issuperset(value)
+
+
+_HEX = frozenset("0123456789abcdef")
 
 
 def place_of(problem: str) -> Place:
@@ -84,19 +95,29 @@ class Near(NamedTuple):
     tied: bool
 
 
-def nearest(
-    place: Place, exact: frozenset[str], reach: float, index: Index, distance: Callable[[str], float], most: int
-) -> Iterator[Near]:
+class Bounds(NamedTuple):
+    """What is known of a distance before it is asked for.
+
+    exact:  dimensions that must be the same. halved: those of whose difference it may count no more than half.
+    reach:  the greatest that is wanted.
+    """
+
+    exact: frozenset[str]
+    halved: frozenset[str]
+    reach: float
+
+
+def nearest(place: Place, bounds: Bounds, index: Index, distance: Callable[[str], float], most: int) -> Iterator[Near]:
     """The problems within reach of a place, nearest first; of two as near, by their text.
 
-    exact: dimensions that must be the same. distance: of a problem, never below the sum of its dimensions' differences.
+    distance: of a problem, never below the sum of its dimensions' differences, halved where they are.
     most: how many will be taken, mostly. With one, what is farther than the first that was met is looked for only when
     more are taken. Where so many cubes have been opened that looking for a nearer one costs more than it gains, those
     serve that were seen by then, in the same order.
     """
     told: set[str] = set()
     for narrowing in (True, False) if most == 1 else (False,):
-        for each in _Search(place, exact, reach, index, distance, narrowing).found():
+        for each in _Search(place, bounds, index, distance, narrowing).found():
             if each.problem not in told:
                 told.add(each.problem)
                 yield each
@@ -112,18 +133,14 @@ class _Search:
     """narrowing: only what is no farther than the first problem that is looked at is found."""
 
     def __init__(
-        self,
-        place: Place,
-        exact: frozenset[str],
-        reach: float,
-        index: Index,
-        distance: Callable[[str], float],
-        narrowing: bool,
+        self, place: Place, bounds: Bounds, index: Index, distance: Callable[[str], float], narrowing: bool
     ) -> None:
         mine = [min(STEPS * each, float(_LANE)) for each in place.point]
-        self._mine = list(zip(mine, [name in exact for name in place.names], strict=True))
-        self._digits = list(zip(self._mine, _DIGITS, strict=False))
-        self._reach = reach
+        exact = [name in bounds.exact for name in place.names]
+        weights = [0.5 if name in bounds.halved else 1.0 for name in place.names]
+        self._mine = list(zip(mine, exact, weights, strict=True))
+        self._digits = list(zip(mine, exact, weights, _DIGITS, strict=False))
+        self._reach = bounds.reach
         self._index, self._distance = index, distance
         self._narrowing = self._first = narrowing
         self._waiting: list[_Waiting] = []
@@ -170,7 +187,7 @@ class _Search:
             return
         first, last, more = span
         shared = _shared(first, last)
-        if more and shared < 2 * LEVELS:  # else all of them lie on one spot
+        if more and shared < SPOT:  # else all of them lie on one spot
             parts = self._divided(shared, _within(corner, last[len(cube) : shared]))
             self._parts.append((last[:shared], sorted(parts, reverse=True)))
             self._wait_for(len(self._parts) - 1)
@@ -187,12 +204,18 @@ class _Search:
                 heapq.heappush(self._waiting, row)
 
     def _bound(self, spot: str) -> float | None:
-        """The least distance of a row's problem; None where that is out of reach."""
-        total, reach, symbols = 0.0, STEPS * (self._reach + _SLACK), bytes.fromhex(spot)
-        for (mine, exact), digits in self._digits:
+        """The least distance of a row's problem; None where that is out of reach, or the row is damaged."""
+        total, reach = 0.0, STEPS * (self._reach + _SLACK)
+        try:
+            symbols = bytes.fromhex(spot)
+        except ValueError:
+            return None
+        if len(symbols) != LEVELS:
+            return None
+        for mine, exact, weight, digits in self._digits:
             low = int(symbols.translate(digits), 2)
             if (off := low - mine if mine < low else mine - low - 1) > 0:
-                total += off
+                total += weight * off
                 if exact or total > reach:
                     return None
         return total / STEPS - _SLACK
@@ -202,14 +225,14 @@ class _Search:
         symbols and corners."""
         size, reach = 1 << LEVELS - 1 - length // 2, STEPS * (self._reach + _SLACK)
         parts = [(0.0, 0, 0)]
-        for axis, (mine, exact) in enumerate(self._mine):
+        for axis, (mine, exact, weight) in enumerate(self._mine):
             sides = []
             for bit in (0, 1):
                 step = (corner >> LEVELS * axis & _LANE) << 1 | bit
                 low = step * size
                 off = low - mine if mine < low else max(mine - low - size, 0.0)
                 if not (exact and off):
-                    sides.append((off, bit << axis, step << LEVELS * axis))
+                    sides.append((weight * off, bit << axis, step << LEVELS * axis))
             parts = [
                 (far + off, symbol | bit, inner | step)
                 for far, symbol, inner in parts

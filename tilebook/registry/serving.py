@@ -6,6 +6,8 @@ notes behind a verdict stay on the disk. SQLAlchemy is imported for a layer on P
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -82,12 +84,14 @@ class Table:
         layers = self._held(question.op)
         exact = self._exact(question, layers)
         near: dict[str, tuple[float, Served]] = {}
-        if question.most and not (exact is not None and exact.trusted):
-            for layer, held in layers:
-                for distance, each in self._answer(layer, question).near if held is None else ():
-                    if each.problem not in near and (best := self._exact(question.about(each.problem), layers)):
-                        near[each.problem] = distance, best
-        return Answer(exact, tuple(sorted(near.values(), key=lambda each: (each[0], not each[1].measured))))
+        asked = [layer for layer, held in layers if held is None] if question.asks_near(exact) else []
+        answers = [self._answer(layer, question) for layer in asked]
+        for distance, each in itertools.chain.from_iterable(answer.near for answer in answers):
+            if each.problem not in near and (best := self._exact(question.about(each.problem), layers)):
+                near[each.problem] = distance, best
+        complete = min((answer.complete for answer in answers), default=math.inf if question.asks_near(exact) else 0.0)
+        in_order = sorted(near.values(), key=lambda each: (each[0], not each[1].measured))
+        return Answer(exact, tuple(in_order), complete=complete)
 
     def some(self, op: str, kernel: str) -> list[Served]:
         """Verdicts on the op that may be served: of each large layer as many as another layer holds at most."""
@@ -121,16 +125,16 @@ class Table:
     def _answer(self, layer: Reader, question: Question) -> Answer:
         """What a large layer says; what it says is remembered, and of the nearest ones what it says of them alone."""
         about = layer.name, question.op, question.kernel, question.problem
-        if about in self._answers:
-            most, known = self._answers[about]
-            if most >= question.most or (known.exact is not None and known.exact.trusted):
+        if (told := self._answers.get(about)) is not None:
+            most, known = told
+            if most >= question.most or not question.asks_near(known.exact):
                 return known
         found = self._ask(layer, lambda: layer.answer(question, self._device), Answer())
         if found is None:
             return Answer()
         if len(self._answers) > MOST_REMEMBERED:
             self._answers.clear()
-        self._answers[about] = question.most, found
+        self._answers[about] = question.most if question.asks_near(found.exact) else 0, found
         for _, each in found.near:
             self._answers.setdefault((*about[:3], each.problem), (0, Answer(each)))
         return found

@@ -29,6 +29,7 @@ class DecodeProblem(Problem):
     """
 
     EXACT: ClassVar[frozenset[str]] = frozenset({"head_dim"})
+    HALVED: ClassVar[frozenset[str]] = frozenset({"seq_k", "window"})  # where there is no window they are one
 
     batch: int = size("B")
     heads: int = size("H")
