@@ -184,7 +184,7 @@ int allowed(const Kind& kind, const Call& call) {
   if (kind.bounded && captured(call[0].device())) return 0;
   if (!kind.pace) return 1;
   static PyObject* const name = PyUnicode_InternFromString("host_bound");
-  PyObject* const answer = PyObject_CallMethodNoArgs(kind.pace, name);
+  PyObject* const answer = staying([&] { return PyObject_CallMethodNoArgs(kind.pace, name); });
   if (!answer) return -1;
   const int theirs = PyObject_IsTrue(answer);
   Py_DECREF(answer);
@@ -193,7 +193,9 @@ int allowed(const Kind& kind, const Call& call) {
 
 struct NoGil {
   PyThreadState* state = PyEval_SaveThread();
-  ~NoGil() { PyEval_RestoreThread(state); }
+  ~NoGil() {
+    staying([this] { PyEval_RestoreThread(state); });
+  }
 };
 
 PyObject* served(const Form& form, const Call& call) {
@@ -232,7 +234,7 @@ bool bound(const Gate& gate, PyObject* const* args, Py_ssize_t count, PyObject* 
 }
 
 PyObject* passed(const Gate& gate, PyObject* callable, PyObject* const* args, size_t flags, PyObject* names) {
-  const auto usually = [&] { return gate.usual(callable, args, flags, names); };
+  const auto usually = [&] { return staying([&] { return gate.usual(callable, args, flags, names); }); };
   const auto* function = reinterpret_cast<PyFunctionObject*>(callable);
   if (!open_now || asks || function != gate.function || function->func_code != gate.code) return usually();
   if (function->func_defaults != gate.defaults || function->func_kwdefaults != gate.keyword_defaults) return usually();
