@@ -28,15 +28,16 @@ def going(name):
 
 
 def answered():
-    x, weight = torch.randn(1000, 1024), torch.randn(1024)
+    def cross_entropy(
+        input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, softcap=0.0, z_loss=0.0
+    ):
+        it.settle(True, False, None, (input, target))
 
-    def rms_norm(x, weight=None, eps=1e-6):
-        it.settle(True, False, None, (x, weight))
-
-    it.gate(rms_norm, "rms_norm")
+    it.gate(cross_entropy, "cross_entropy")
+    logits, labels, kept = torch.randn(4000, 256), torch.zeros(4000, dtype=torch.long), []
     at_it.append("answered")
-    while True:
-        operator.call(rms_norm, x, weight)
+    while True:  # to let go of a tensor is PyTorch's own
+        kept.append(operator.call(cross_entropy, logits, labels))
 
 
 def looked_at():
