@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tilebook import dispatch, torch_ops
+from tilebook.frames import as_it_is
 from tilebook.layout import rows
 from tilebook.left import ORDINARY, keep, known, unsettled
 
@@ -355,6 +356,7 @@ class _Direct(torch.autograd.Function):
     """The autograd function of every family, for the direct way."""
 
     @staticmethod
+    @as_it_is
     def forward(
         ctx: Any, entry: Entry, choice: Any, options: tuple[Any, ...], *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
@@ -367,6 +369,7 @@ class _Direct(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @as_it_is
     def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[Any, ...]:
         entry, options = ctx.call
         needs, dys = ctx.needs_input_grad[3:], dys[: entry.results]

@@ -1,4 +1,4 @@
-"""Functions of ours that PyTorch's C++ calls in the place of a kernel, and Dynamo is to run as they are."""
+"""Functions of ours that PyTorch calls by itself, as kernels, gradients and hooks, and Dynamo is to run as they are."""
 
 from __future__ import annotations
 

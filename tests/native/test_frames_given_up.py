@@ -1,4 +1,4 @@
-"""Where Dynamo gives up a frame, it looks at each function that is called from there: at none that is a kernel's."""
+"""Where Dynamo gives up a frame, it looks at each function that is called from there: at none that PyTorch calls."""
 
 from collections import Counter
 from functools import partial
@@ -10,8 +10,11 @@ import torch._dynamo
 from test_native_serving import Choice, _answer, serving  # noqa: F401
 
 import tilebook
-from tilebook.kernels.attention import drop_in
+from tilebook import dispatch
+from tilebook.kernels.attention import drop_in, learned
+from tilebook.kernels.glu.entry import GLU
 from tilebook.pace import Pace
+from tilebook.profiling.watching import Watching
 
 PACKAGE = str(Path(tilebook.__file__).parent)
 
@@ -65,6 +68,41 @@ def test_an_ops_functions(looked_at, kind):
         op, last = partial(_trained if kind == "backward" else torch.ops.tilebook.rms_norm_fwd, x, weight), 1e-6
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         assert looked_at(op, last) == []
+
+
+def _graphs():
+    """What makes a graph of each function of autograd that is ours, as they are called on a GPU."""
+    x, gate, bias = (torch.randn(4, 8, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 1, 8, 8, requires_grad=True) for _ in range(3))
+    learnt = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    yield lambda _: GLU.direct(None, (x, gate), ("silu",))[0]
+    yield lambda _: learned.loaded(bias, bias.clone)
+    yield lambda _: learned.attention(q, k, v, learnt, None)
+
+
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_functions_of_autograd(looked_at, monkeypatch, kind, index):
+    monkeypatch.setattr(learned, "_forward", lambda q, k, v, *_, **__: (q + k + v, q.sum(-1), q, q))
+    monkeypatch.setattr(learned, "_backward", lambda do, q, k, v, bias, *_, **__: (do, do, do, do))
+    make = list(_graphs())[index]
+    made = make(None)
+    found = looked_at(make if kind == "forward" else lambda _: made.sum().backward(retain_graph=True))
+    assert not {"forward", "backward"} & set(found)
+
+
+def test_what_a_profile_puts_around(looked_at, tmp_path, monkeypatch):
+    watching, told = Watching(tmp_path, None, None), []
+    monkeypatch.setattr(
+        watching, "notes", type("Notes", (), {"times": lambda *_: True, "note": lambda *given: told.append(given)})
+    )
+    answer = watching._answer(lambda *_: (None, None, None))
+    assert looked_at(partial(answer, None, "aten::relu"), ()) == []
+    monkeypatch.setattr(dispatch, "backward_of", lambda _: None)
+    monkeypatch.setattr("tilebook.profiling.watching.key_of", lambda _: None)
+    y = torch.randn(3, requires_grad=True).exp()
+    watching._follow(Choice(), (y,), 0, None)
+    assert looked_at(lambda _: y.sum().backward(retain_graph=True)) == []
 
 
 def test_what_the_extension_asks(looked_at, serving, monkeypatch):  # noqa: F811

@@ -1,6 +1,7 @@
 """Calls that are known to be PyTorch's, answered without Python: the same numbers, and only where all is usual."""
 
 import contextlib
+import cProfile
 import sys
 from functools import partial
 
@@ -151,6 +152,24 @@ def tracing(what):
 
 
 @contextlib.contextmanager
+def monitoring(code=None):
+    """Events of all code, or of this one, are asked for, as profiles of Python's and debuggers do."""
+    if not hasattr(sys, "monitoring"):
+        pytest.skip("from Python 3.12 on")
+    tools = sys.monitoring
+    started = tools.events.PY_START
+    tools.use_tool_id(4, "a test")
+    try:
+        tools.set_local_events(4, code, started) if code else tools.set_events(4, started)
+        yield
+    finally:
+        tools.set_events(4, 0)
+        if code:
+            tools.set_local_events(4, code, 0)
+        tools.free_tool_id(4)
+
+
+@contextlib.contextmanager
 def compiling(name="_is_compiling_flag"):
     before = getattr(torch.compiler, name)
     setattr(torch.compiler, name, True)
@@ -209,6 +228,9 @@ UNUSUAL = {
     "a profiler": lambda: torch.autograd.profiler.profile(),
     "a debugger": partial(tracing, sys.settrace),
     "a profile of Python's": partial(tracing, sys.setprofile),
+    "Python's profiler": cProfile.Profile,
+    "a monitor": monitoring,
+    "a monitor of the function": lambda: monitoring(tilebook.attention.__code__),
     "a trace by the compiler": compiling,
     "frames of the compiler": frames,
     "a forced implementation": lambda: dispatch.here.use("torch"),

@@ -8,7 +8,8 @@ import threading
 
 import pytest
 import torch
-from gate_samples import CALLS, FUNCTIONS, PLAIN, numbers, rows
+from gate_samples import CALLS, FUNCTIONS, PLAIN, heads, numbers, rows
+from torch.nn.functional import scaled_dot_product_attention
 
 import tilebook
 from tilebook import dispatch, left
@@ -104,6 +105,26 @@ def test_a_function_that_was_changed_is_called(gated):
     finally:
         tilebook.rms_norm.__code__, tilebook.rms_norm.__defaults__ = code, defaults
     assert gated.answered(tilebook.rms_norm, x, weight)[0]
+
+
+def test_defaults_that_were_changed_where_they_are_hold(gated):
+    given, defaults = heads(), tilebook.attention.__kwdefaults__
+    before = dict(defaults)
+    gated.known(tilebook.attention, *given)
+    try:
+        defaults["causal"] = True
+        hit, found = gated.answered(tilebook.attention, *given)
+        assert not hit
+        same(found, scaled_dot_product_attention(*given, is_causal=True))
+        defaults["causal"] = False
+        assert gated.answered(tilebook.attention, *given)[0]
+        del defaults["causal"]
+        with pytest.raises(TypeError, match="causal"):
+            gated(tilebook.attention, *given)
+    finally:
+        defaults.clear()
+        defaults.update(before)
+    assert gated.answered(tilebook.attention, *given)[0]
 
 
 def test_only_a_function_of_the_forms_arguments_gets_a_gate(gated):

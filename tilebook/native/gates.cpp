@@ -9,12 +9,10 @@
 
 #include "autocast.h"
 #include "forms.h"
+#include "watched.h"
 
-#include <ATen/Context.h>
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -64,8 +62,6 @@ struct Hash {
   }
 };
 
-PyObject *compiler_names = nullptr, *compiling_name = nullptr;  // of torch.compiler
-
 // ---- What is known
 
 // Calls of one kind that are PyTorch's.
@@ -113,34 +109,23 @@ struct Gate {
   const Form* form;
   int count, positional;
   std::array<PyObject*, kMostArguments> standard;  // what is not given, or null where something must be
+  std::array<PyObject*, 2 * kMostArguments> by_keyword;  // names and defaults, as the function's dictionary has them
 };
 
 std::array<Gate, kMostGates> gates;
 size_t made_gates = 0;
 
-// Does anybody look at Python's frames, or trace what runs?
-bool watched() {
-  const PyThreadState* thread = PyThreadState_Get();
-  if (thread->c_tracefunc || thread->c_profilefunc) return true;
-  if (_PyInterpreterState_GetEvalFrameFunc(PyInterpreterState_Get()) != _PyEval_EvalFrameDefault) return true;
-  return PyDict_GetItemWithError(compiler_names, compiling_name) != Py_False;
-}
-
-// Is the next call one that no override is to see? Only newer PyTorchs have such a state.
-template <class State>
-bool skips_next() {
-  if constexpr (requires { State::peek_skip_next(); }) return State::peek_skip_next();
-  return false;
-}
-
-// Is a mode, a transform, a trace or a profile under way, which is to see the function itself or each of its calls?
-bool unusual(const c10::impl::LocalDispatchKeySet& here) {
-  static const DispatchKeySet included({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView});
-  static const DispatchKeySet excluded = c10::default_excluded_set | c10::autograd_dispatch_keyset;
-  if (here.included_.raw_repr() & ~included.raw_repr() || here.excluded_.raw_repr() & ~excluded.raw_repr()) return true;
-  if (at::impl::torch_function_mode_enabled() || skips_next<at::impl::PythonTorchFunctionTLS>()) return true;
-  if (at::globalContext().deterministicAlgorithms()) return true;
-  return at::hasThreadLocalCallbacks() || at::hasGlobalCallbacks();
+// Are the defaults in the function's dictionary those that it had? It can be changed where it is.
+bool same_defaults(const Gate& gate) {
+  if (!gate.keyword_defaults) return true;
+  size_t next = 0;
+  Py_ssize_t at = 0;
+  PyObject *name, *value;
+  while (PyDict_Next(gate.keyword_defaults, &at, &name, &value)) {
+    if (next == gate.by_keyword.size() || gate.by_keyword[next] != name || gate.by_keyword[next + 1] != value) return false;
+    next += 2;
+  }
+  return next == gate.by_keyword.size() || !gate.by_keyword[next];
 }
 
 // Writes all that decides whose such a call is into `key`. False for one that Python is to look at.
@@ -184,7 +169,7 @@ int allowed(const Kind& kind, const Call& call) {
   if (kind.bounded && captured(call[0].device())) return 0;
   if (!kind.pace) return 1;
   static PyObject* const name = PyUnicode_InternFromString("host_bound");
-  PyObject* const answer = PyObject_CallMethodNoArgs(kind.pace, name);
+  PyObject* const answer = staying([&] { return PyObject_CallMethodNoArgs(kind.pace, name); });
   if (!answer) return -1;
   const int theirs = PyObject_IsTrue(answer);
   Py_DECREF(answer);
@@ -193,7 +178,9 @@ int allowed(const Kind& kind, const Call& call) {
 
 struct NoGil {
   PyThreadState* state = PyEval_SaveThread();
-  ~NoGil() { PyEval_RestoreThread(state); }
+  ~NoGil() {
+    staying([this] { PyEval_RestoreThread(state); });
+  }
 };
 
 PyObject* served(const Form& form, const Call& call) {
@@ -232,12 +219,13 @@ bool bound(const Gate& gate, PyObject* const* args, Py_ssize_t count, PyObject* 
 }
 
 PyObject* passed(const Gate& gate, PyObject* callable, PyObject* const* args, size_t flags, PyObject* names) {
-  const auto usually = [&] { return gate.usual(callable, args, flags, names); };
+  const auto usually = [&] { return staying([&] { return gate.usual(callable, args, flags, names); }); };
   const auto* function = reinterpret_cast<PyFunctionObject*>(callable);
   if (!open_now || asks || function != gate.function || function->func_code != gate.code) return usually();
   if (function->func_defaults != gate.defaults || function->func_kwdefaults != gate.keyword_defaults) return usually();
   PyObject* given[kMostArguments];
-  if (!bound(gate, args, PyVectorcall_NARGS(flags), names, given) || watched()) return usually();
+  if (!same_defaults(gate) || !bound(gate, args, PyVectorcall_NARGS(flags), names, given)) return usually();
+  if (watched(reinterpret_cast<const PyCodeObject*>(gate.code))) return usually();
   Call call(given);
   Key key;
   if (!gate.form->takes(call) || !described(call, gate.form, key)) return usually();
@@ -323,7 +311,15 @@ PyObject* gate(PyObject*, PyObject* given) {
   for (int i = made.positional; made.keyword_defaults && i < made.count; ++i) {
     made.standard[i] = PyDict_GetItemWithError(made.keyword_defaults, PyTuple_GET_ITEM(made.names, i));
   }
+  Py_ssize_t at = 0;
+  size_t next = 0;
+  PyObject *word, *value;
+  while (made.keyword_defaults && next < made.by_keyword.size() && PyDict_Next(made.keyword_defaults, &at, &word, &value)) {
+    made.by_keyword[next++] = word;
+    made.by_keyword[next++] = value;
+  }
   for (PyObject* each : made.standard) Py_XINCREF(each);
+  for (PyObject* each : made.by_keyword) Py_XINCREF(each);
   for (PyObject* each : {reinterpret_cast<PyObject*>(function), made.code, made.defaults, made.keyword_defaults}) Py_XINCREF(each);
   gates[made_gates] = made;
   set_entry(function, kEntries[made_gates++]);
@@ -335,9 +331,7 @@ PyObject* open(PyObject*, PyObject* given) {
   if (!PyArg_ParseTuple(given, "O!O!", &PyModule_Type, &compiler, &PyType_Type, &parameter)) return nullptr;
   Py_INCREF(parameter);
   Py_XSETREF(parameter_type, reinterpret_cast<PyTypeObject*>(parameter));
-  Py_INCREF(PyModule_GetDict(compiler));
-  Py_XSETREF(compiler_names, PyModule_GetDict(compiler));
-  if (!compiling_name) compiling_name = PyUnicode_InternFromString("_is_compiling_flag");
+  watch(compiler);
   open_now = true;
   Py_RETURN_NONE;
 }

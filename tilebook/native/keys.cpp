@@ -45,7 +45,9 @@ PyObject* key(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const bool plain =
         reinterpret_cast<PyObject*>(Py_TYPE(each)) == THPVariableClass || Py_TYPE(each) == parameter_type;
     if (!plain) {
-      if (THPVariable_Check(each)) return PyObject_CallFunctionObjArgs(by_python, given[0], given[1], nullptr);
+      if (THPVariable_Check(each)) {
+        return staying([&] { return PyObject_CallFunctionObjArgs(by_python, given[0], given[1], nullptr); });
+      }
       numbers.push_back(kOther);
       others.push_back(each);
       continue;

@@ -34,11 +34,6 @@ bool there(PyObject* mask) {
   return found > 0;
 }
 
-struct Gil {
-  PyGILState_STATE state = PyGILState_Ensure();
-  ~Gil() { PyGILState_Release(state); }
-};
-
 struct Held {
   PyObject* const object;
   explicit Held(PyObject* object) : object(object) {}
@@ -72,8 +67,10 @@ at::Tensor asked(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, 
   const Held first(THPVariable_Wrap(q)), second(THPVariable_Wrap(k)), third(THPVariable_Wrap(v));
   const Held factor(scale ? PyFloat_FromDouble(*scale) : Py_NewRef(Py_None));
   PyObject* const flag = grouped ? Py_True : Py_False;
-  const Held answer(PyObject_CallFunctionObjArgs(answering, first.object, second.object, third.object, of.object,
-                                                 factor.object, flag, nullptr));
+  const Held answer(staying([&] {
+    return PyObject_CallFunctionObjArgs(answering, first.object, second.object, third.object, of.object, factor.object,
+                                        flag, nullptr);
+  }));
   if (!answer.object) {
     python_error raised;
     raised.persist();

@@ -18,6 +18,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -140,11 +141,6 @@ std::shared_ptr<Kind> found() {
 
 // ---- Python
 
-struct Gil {
-  PyGILState_STATE state = PyGILState_Ensure();
-  ~Gil() { PyGILState_Release(state); }
-};
-
 PyObject* wrapped(const c10::IValue& value) {
   if (value.isTensor() && value.toTensor().defined()) return THPVariable_Wrap(value.toTensor());
   if (value.isDouble()) return PyFloat_FromDouble(value.toDouble());
@@ -183,7 +179,8 @@ void release_tokens() {
       it = tokens.erase(it);
     }
   }
-  for (PyObject* token : free) Py_DECREF(token);  // whose end may run Python, which may come here again
+  // Whose end may run Python, which may come here again.
+  staying([&] { std::for_each(free.begin(), free.end(), Py_DecRef); });
 }
 
 // Makes room for another kind. Under the GIL.
@@ -219,7 +216,9 @@ bool asked(const c10::FunctionSchema& schema, Stack* stack, size_t count, bool k
   for (size_t i = 0; i < count; ++i) PyTuple_SET_ITEM(args.held, i, wrapped((*stack)[first + i]));
   const auto call = [&] {
     const Asking now;
-    return PyObject_CallFunction(resolver, "s#O", name.data(), static_cast<Py_ssize_t>(name.size()), args.held);
+    return staying([&] {
+      return PyObject_CallFunction(resolver, "s#O", name.data(), static_cast<Py_ssize_t>(name.size()), args.held);
+    });
   };
   const Object answer(call());
   if (!answer && !PyErr_ExceptionMatches(PyExc_Exception)) {  // Ctrl-C, or the end of the program

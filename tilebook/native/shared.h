@@ -8,7 +8,34 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <unistd.h>
+
+#include <cxxabi.h>
 #include <optional>
+
+// Runs what may come for Python's lock. Before 3.14 an interpreter that ends takes a thread that comes for it away, by
+// `pthread_exit`: on its way out through C++ that would touch objects of Python's without the lock, and end the process
+// where nothing may be thrown. Such a thread stays here, as from 3.14 on it does in Python.
+template <class Run>
+decltype(auto) staying(const Run& run) {
+#ifdef __GLIBCXX__
+  try {
+    return run();
+  } catch (const abi::__forced_unwind&) {
+    for (;;) pause();
+  }
+#else
+  return run();
+#endif
+}
+
+// Holds Python's lock.
+struct Gil {
+  PyGILState_STATE state = staying([] { return PyGILState_Ensure(); });
+  ~Gil() {
+    staying([this] { PyGILState_Release(state); });
+  }
+};
 
 // Is it nothing but its memory, on a device of this kind: of no subclass, no transform, no lazy negation?
 bool ordinary(const at::Tensor& tensor, c10::DeviceType kind);

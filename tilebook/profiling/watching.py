@@ -23,6 +23,7 @@ import tilebook
 from tilebook import dispatch, left, native
 from tilebook.call import Entry
 from tilebook.dispatch.choice import Choice
+from tilebook.frames import as_it_is
 from tilebook.native import gates
 from tilebook.profiling.notes import Notes, key_of, stamp
 
@@ -161,11 +162,13 @@ class Watching:
             return
         nodes, started = list(_nodes(root, since)), list[Any]()
 
+        @as_it_is
         def begin(*_: Any) -> None:
             started.clear()
             if self.notes.times() and (device is None or not torch.cuda.is_current_stream_capturing()):
                 started.append(stamp(device))
 
+        @as_it_is
         def end(*_: Any) -> None:
             if started:
                 self.notes.note(backward, started.pop(), device, key_of(choice))
@@ -177,6 +180,7 @@ class Watching:
     def _answer(self, original: Any) -> Callable[..., Any]:
         """PyTorch's kernel, for a call that C++ would leave to it, in Python, where it can be timed."""
 
+        @as_it_is
         def answer(serving: Any, name: str, args: tuple[Any, ...]) -> Any:
             found = outputs, decision, choice = original(serving, name, args)
             if choice is None or outputs is not None:

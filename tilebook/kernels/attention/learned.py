@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tilebook.frames import as_it_is
 from tilebook.layout import aligned
 
 _EFFICIENT = 2  # of `torch.nn.attention.SDPBackend`
@@ -32,12 +33,14 @@ def efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Ten
 
 class _Loaded(torch.autograd.Function):
     @staticmethod
+    @as_it_is
     def forward(  # type: ignore[override]
         ctx: Any, bias: torch.Tensor, make: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         return make()
 
     @staticmethod
+    @as_it_is
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return gradient, None
 
@@ -53,6 +56,7 @@ def loaded(bias: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor
 
 class _Learned(torch.autograd.Function):
     @staticmethod
+    @as_it_is
     def forward(  # type: ignore[override]
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
@@ -62,6 +66,7 @@ class _Learned(torch.autograd.Function):
         return o  # type: ignore[no-any-return]
 
     @staticmethod
+    @as_it_is
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         # Where autograd records this, PyTorch's op refuses to be differentiated, whatever it is that came.
         q, k, v, bias, o, lse, *seed = ctx.saved_tensors
