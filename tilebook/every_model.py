@@ -9,10 +9,10 @@ import warnings
 import weakref
 from typing import Any
 
-import torch
 from torch import nn
 
 from tilebook.patching import Report, patch
+from tilebook.trial import undisturbed
 
 _log = logging.getLogger("tilebook")
 
@@ -68,8 +68,8 @@ every_model = EveryModel()
 
 
 def _first_call(model: nn.Module, args: Any) -> None:
-    """Stands before a model's first call. What is traced runs as it is, and is told of again."""
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+    """Stands before a model's first call. What is traced and the like runs as it is, and is told of again."""
+    if undisturbed():
         every_model.called(model)
 
 

@@ -7,7 +7,6 @@ calls a function of ours, or what its class has written.
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from tilebook.patching import patch
 from tilebook.rotation import rotation
-from tilebook.trial import Function, served
+from tilebook.trial import Function, served, undisturbed
 
 
 class Repository:
@@ -58,18 +57,25 @@ class _Rotation(nn.Module):
 
 
 def _settled(module: nn.Module) -> Function:
-    """What a module calls from now on; while it is traced before that is known, what its class has written."""
-    if torch.compiler.is_compiling() or not all(map(served, module.parameters())):
+    """What a module calls from now on; while it cannot be tried, what its class has written."""
+    if not undisturbed() or not all(map(served, module.parameters())):
         return partial(type(module).forward, module)
     module.__dict__.pop("forward", None)
     patch(module)
     return module.forward
 
 
-@functools.cache
+_rotations: dict[Any, Function | None] = {}
+
+
 def _rotation(function: Any) -> Function | None:
-    """Our rotation in the place of a function, of which `kernels` makes a class without state."""
-    return rotation(partial(function.forward, function()))
+    """Our rotation in the place of a function, of which `kernels` makes a class without state; None where it computes
+    something else, and while it cannot be tried."""
+    if function not in _rotations:
+        if not undisturbed():
+            return None
+        _rotations[function] = rotation(partial(function.forward, function()))
+    return _rotations[function]
 
 
 _LAYERS = {

@@ -24,6 +24,19 @@ def served(x: Any) -> bool:
     return bool(x.is_cuda or forced())
 
 
+def undisturbed() -> bool:
+    """Can a module be tried now? Not while a program is traced, transformed, watched by a mode, or captured."""
+    state: Any = torch._C
+    cuda: Any = torch.cuda
+    return not (
+        torch.compiler.is_compiling()
+        or state._get_tracing_state() is not None
+        or state._len_torch_dispatch_stack()
+        or state._functorch.peek_interpreter_stack() is not None
+        or (cuda.is_initialized() and cuda.is_current_stream_capturing())
+    )
+
+
 def drawn() -> Function:
     """Draws random numbers of a shape, in fp32 on the CPU, whatever a program's defaults are."""
     return partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")

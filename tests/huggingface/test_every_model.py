@@ -106,6 +106,22 @@ def test_copies_and_stored_models_are_patched_too(tmp_path):
         assert (changed(each), waiting(each)) == (9, 0)
 
 
+def test_a_first_call_that_is_captured_or_transformed_is_the_models_own(monkeypatch):
+    tilebook.enable(patch=True)
+    model = llama()
+    with monkeypatch.context() as patch:
+        for name in ("is_initialized", "is_current_stream_capturing"):
+            patch.setattr(torch.cuda, name, lambda: True)
+        step(model)
+    assert changed(model) == 0 < waiting(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C._functorch, "peek_interpreter_stack", lambda: "one of them")
+        step(model)
+    assert changed(model) == 0 < waiting(model)
+    step(model)
+    assert (changed(model), waiting(model)) == (9, 0)
+
+
 def test_what_is_compiled_runs_as_it_is():
     tilebook.enable(patch=True)
     model = llama()

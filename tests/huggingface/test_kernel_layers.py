@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 kernels = pytest.importorskip("kernels")
+if not hasattr(kernels, "kernelize"):  # the tests of ours are in a folder of that name
+    pytest.skip("kernels is not installed", allow_module_level=True)
 
 import tilebook  # noqa: E402
 from tilebook import dispatch, patching, rotation  # noqa: E402
@@ -148,6 +151,57 @@ def test_rotations_are_ours_where_they_are_the_same(called, function, ours):
             assert torch.equal(found[0], flat[0])
     finally:
         function.__dict__.pop("forward", None)
+
+
+FIRST = {
+    "vmap": lambda call, *xs: torch.vmap(call)(*(x[None] for x in xs)),
+    "traced": lambda call, *xs: torch.jit.trace(lambda *xs: call(*xs), xs, check_trace=False)(*xs),
+    "fake": lambda call, *xs: _fake(call, *xs),
+    "captured": lambda call, *xs: _captured(call, *xs),
+}
+
+
+def _fake(call, *xs):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return call(*(torch.empty_like(x) for x in xs))
+
+
+def _captured(call, *xs):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("is_initialized", "is_current_stream_capturing"):
+            patch.setattr(torch.cuda, name, lambda: True)
+        return call(*xs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", FIRST)
+def test_a_first_call_in_which_nothing_can_be_tried_is_the_modules_own(called, first):
+    model, x = LlamaRMSNorm().requires_grad_(False), torch.randn(3, 16)
+    right = model(x)
+    kernelized(model)
+    found = FIRST[first](model, x)
+    assert called == []
+    assert found.numel() == right.numel()
+    assert first == "fake" or torch.equal(found.view_as(right), right)
+    torch.testing.assert_close(model(x), right, rtol=1e-4, atol=1e-5)
+    assert called == ["rms_norm"] * len(called) != []
+
+    @named("rotary_pos_emb")
+    def rotate(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return q * cos + _half(q) * sin, k * cos + _half(k) * sin
+
+    holder = nn.Module()
+    holder.rotate = rotate
+    given = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), *[torch.randn(1, 5, 4).repeat(1, 1, 2)] * 2
+    right = rotate(*given)
+    kernelized(holder)
+    called.clear()
+    FIRST[first](holder.rotate, *given)
+    assert called == []
+    for one, other in zip(holder.rotate(*given), right, strict=True):
+        torch.testing.assert_close(one, other)
+    assert called == ["apply_rope"]
 
 
 def test_compiled_modules_have_no_break_before_and_after_the_first_call():
