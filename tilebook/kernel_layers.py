@@ -96,11 +96,12 @@ def register() -> None:
     """`tilebook.register_kernels`, which says what it is for. Raises ImportError."""
     from kernels import register_kernel_mapping
 
-    register_kernel_mapping(mapping())
+    ours = mapping()
+    register_kernel_mapping(ours)
     try:
         from transformers.integrations.hub_kernels import get_kernel_mapping_transformers
     except ImportError:  # there is none, or one that this release of `kernels` is not for
         return
     theirs = get_kernel_mapping_transformers()  # which `use_kernels=True` registers once more
-    for name, devices in mapping().items():
+    for name, devices in ours.items():
         theirs.setdefault(name, {}).update(devices)

@@ -138,8 +138,7 @@ class _Search:
         mine = [min(STEPS * each, float(_LANE)) for each in place.point]
         exact = [name in bounds.exact for name in place.names]
         weights = [0.5 if name in bounds.halved else 1.0 for name in place.names]
-        self._mine = list(zip(mine, exact, weights, strict=True))
-        self._digits = list(zip(mine, exact, weights, _DIGITS, strict=False))
+        self._axes = list(zip(mine, exact, weights, _DIGITS, strict=False))
         self._reach = bounds.reach
         self._index, self._distance = index, distance
         self._narrowing = self._first = narrowing
@@ -195,7 +194,7 @@ class _Search:
         found = self._index.rows(cube, end, MOST_ALIKE)
         bounds = ((self._bound(spot), number) for spot, number in found)
         rows = [(bound, _ROW, "", number) for bound, number in bounds if bound is not None]
-        if rows and self._narrowing and self._first:
+        if rows and self._first:
             self._first = False
             rows.sort(reverse=True)
             self._look_at(rows.pop()[3])
@@ -212,7 +211,7 @@ class _Search:
             return None
         if len(symbols) != LEVELS:
             return None
-        for mine, exact, weight, digits in self._digits:
+        for mine, exact, weight, digits in self._axes:
             low = int(symbols.translate(digits), 2)
             if (off := low - mine if mine < low else mine - low - 1) > 0:
                 total += weight * off
@@ -225,7 +224,7 @@ class _Search:
         symbols and corners."""
         size, reach = 1 << LEVELS - 1 - length // 2, STEPS * (self._reach + _SLACK)
         parts = [(0.0, 0, 0)]
-        for axis, (mine, exact, weight) in enumerate(self._mine):
+        for axis, (mine, exact, weight, _) in enumerate(self._axes):
             sides = []
             for bit in (0, 1):
                 step = (corner >> LEVELS * axis & _LANE) << 1 | bit

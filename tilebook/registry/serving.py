@@ -84,12 +84,13 @@ class Table:
         layers = self._held(question.op)
         exact = self._exact(question, layers)
         near: dict[str, tuple[float, Served]] = {}
-        asked = [layer for layer, held in layers if held is None] if question.asks_near(exact) else []
+        asks = question.asks_near(exact)
+        asked = [layer for layer, held in layers if asks and held is None]
         answers = [self._answer(layer, question) for layer in asked]
         for distance, each in itertools.chain.from_iterable(answer.near for answer in answers):
             if each.problem not in near and (best := self._exact(question.about(each.problem), layers)):
                 near[each.problem] = distance, best
-        complete = min((answer.complete for answer in answers), default=math.inf if question.asks_near(exact) else 0.0)
+        complete = min((answer.complete for answer in answers), default=math.inf if asks else 0.0)
         in_order = sorted(near.values(), key=lambda each: (each[0], not each[1].measured))
         return Answer(exact, tuple(in_order), complete=complete)
 
