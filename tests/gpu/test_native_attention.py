@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tilebook
-from tilebook import native
+from tilebook import dispatch, native
 
 pytestmark = pytest.mark.gpu
 sdpa = F.scaled_dot_product_attention
@@ -136,6 +136,17 @@ def test_graphs_compiled_models_checkpoints_and_inference(below):
         near([o.detach()])
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
             near([sdpa(*[x.float() for x in leaves])])
+
+
+def test_of_tokens_that_are_generated_nobody_is_asked(below):
+    q = _drawn(2, 8, 1, 64)
+    for length in range(300, 316):
+        k, v = _drawn(2, 2, length, 64, seed=1), _drawn(2, 2, length, 64, seed=2)
+        with tilebook.enabled(), torch.no_grad():
+            before = dispatch.here.kinds
+            found = sdpa(q, k, v, enable_gqa=True)
+            assert dispatch.here.kinds == before
+        assert torch.equal(found, sdpa(q, k, v, enable_gqa=True))
 
 
 def test_deterministic_programs_have_the_same_bits(below):

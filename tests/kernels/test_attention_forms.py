@@ -4,6 +4,7 @@ Kernels run in Triton's interpreter where there is no GPU. Verification against 
 bands, is that of the examples in test_every_family.py; here the public functions are held to a formula of their own.
 """
 
+import itertools
 import math
 import random
 
@@ -206,6 +207,35 @@ def test_pytorchs_path_has_right_gradients_in_rows_of_the_most_negative_number()
     torch.testing.assert_close(o.double(), truth, rtol=1e-4, atol=1e-5)
     for mine, other in zip(found, right, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+
+
+_FOLDED = list(itertools.product((1, 2), (1, 4), (False, True), (False, True), ("mask", "bias", "dbias")))
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(9, 9), (7, 12), (12, 7)])
+def test_a_causal_mask_and_another_are_one_to_pytorch(n_q, n_k, monkeypatch):
+    def never(*given):
+        raise AssertionError("a matrix of all pairs is composed")
+
+    monkeypatch.setattr(eager, "composed", never)
+    for batch, heads, rows, columns, kind in _FOLDED:
+        shape = batch, heads, n_q if rows else 1, n_k if columns else 1
+        q, k, v, do, bias = tensors((2, 4, n_q, 8), *[(2, 2, n_k, 8)] * 2, (2, 4, n_q, 8), shape, dtype=torch.float32)
+        leaves = [q, k, v] if kind != "dbias" else [q, k, v, bias]
+        options = {"attn_mask": bias > 0} if kind == "mask" else {"bias": bias}
+        for each in leaves:
+            each.requires_grad_()
+        o = tilebook.attention(q, k, v, **options, causal=True)
+        truth, lse = formula(q, k, v, **options, causal=True)
+        right = truth, *torch.autograd.grad(truth, leaves, do)
+        for got, want in zip((o, *torch.autograd.grad(o, leaves, do)), right, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        its, extra = form(right=0, bias=kind), (bias > 0 if kind == "mask" else bias)
+        with torch.no_grad():
+            o, found = FORWARD.implementations["torch"](q, k, v, its, 8**-0.5, extra)
+            grads = BACKWARD.implementations["torch"](do, q, k, v, o, found, its, 8**-0.5, extra)
+        for got, want in zip((o, found, *grads), (truth, lse, *right[1:]), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tf32", [False, True])

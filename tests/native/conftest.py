@@ -12,7 +12,7 @@ import torch
 
 import tilebook
 from tilebook import device as devices
-from tilebook import dispatch, left, native
+from tilebook import dispatch, enabling, left, native
 from tilebook.dispatch import Choice, Dispatch
 from tilebook.native import gates, place
 
@@ -73,6 +73,7 @@ class Served:
 
 
 _loaded, _installed = [], set()
+_OF_ROWS = {each.name for each in enabling._STANDINGS if each.of_rows}
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def extension(library, folder, monkeypatch):
             _loaded.append(native._loaded())
         (it,) = _loaded
         for name in sorted(set(ops) - _installed):
-            it.install(name)
+            it.install(name, name in _OF_ROWS)
             _installed.add(name)
         callbacks = LAUNCH(machine.launch), REPLACE(getattr(machine, "replace", lambda place, address: 1))
         it.pretend(*[ctypes.cast(each, ctypes.c_void_p).value for each in callbacks])

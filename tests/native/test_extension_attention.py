@@ -107,6 +107,18 @@ def test_gradients_are_of_the_op_behind_it(served):
     assert (name, args[11:13], args[6].dtype) == (OPS[1], (5, 7), torch.int64)
 
 
+def test_of_one_row_nobody_is_asked(served):
+    served.answers[NAME] = _computed
+    row, keys = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 5, 8)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError):  # PyTorch's own, which no CPU has
+            _call(row, keys, keys)
+    assert not served.asked
+    served.extension.ask(True)  # as where a kernel is forced
+    _call(row, keys, keys)
+    assert [name for name, _ in served.asked] == [NAME]
+
+
 def test_other_strides_are_another_kind(served):
     served.answers[NAME] = _computed
     _call(*[_drawn() for _ in range(3)])

@@ -101,7 +101,7 @@ class Extension:
     def __init__(self):
         self.told, self.answer, self.calls = [], None, []
 
-    def install(self, name):
+    def install(self, name, of_rows=False):
         self.told.append(name)
 
     def start(self, answer):

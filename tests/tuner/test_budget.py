@@ -117,6 +117,17 @@ def test_an_implementation_that_there_is_no_time_for_is_left_out_and_named(path)
     assert all(names == ["flex"] for names in later)
 
 
+def test_what_another_function_of_pytorchs_runs_is_measured_however_short_the_time(path):
+    op = flexible()
+    op.captured = "flex"
+    _, registry, _, _ = budgeted(path, 70.0, flex=12.0, problems=SHAPES[:4], op=op)
+    verdicts = registry.verdicts()
+    assert verdicts
+    for verdict in verdicts:
+        assert "flex" in {each.implementation for each in verdict.finalists}
+        assert "flex" not in verdict.notes["unmeasured"]
+
+
 def test_a_verdict_that_the_budget_cut_short_goes_on_in_a_later_run(path):
     one = SHAPES[:1]
     states, registry, _, (first,) = budgeted(path, 16.0, problems=one, attempt=0.5)

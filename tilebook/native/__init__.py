@@ -48,6 +48,7 @@ class Standing:
     long:   arguments of PyTorch's op → does the GPU take longer for the call than the host for asking who serves it?
     rest:   arguments of PyTorch's op → what of the call ours does not do, which PyTorch's own kernel is asked for.
     serves: may what dispatch has chosen serve in this place at all?
+    of_rows: are calls whose first tensor (B, H, S, D) has one row PyTorch's, without being asked about?
     """
 
     name: str
@@ -58,6 +59,7 @@ class Standing:
     long: Callable[[Sequence[Any]], bool] = lambda args: False
     rest: Callable[[Sequence[Any]], plans.Rest | None] = lambda args: None
     serves: Callable[[Any], bool] = lambda choice: True
+    of_rows: bool = False
 
 
 Noted = tuple[dict[int, Any], Callable[..., Any], tuple[float, float]]
@@ -129,7 +131,7 @@ class _Serving:
         new = [each for each in standings if each.name not in self._standings]
         for each in new:
             self._standings[each.name] = each
-            extension.install(each.name)
+            extension.install(each.name, each.of_rows)
         extension.start(self.answer)
         if new:
             resolve_anew(each.name for each in new)

@@ -290,14 +290,31 @@ void serve(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
   op.redispatchBoxed(ks & below, stack);
 }
 
+// Attention of one row each is decoding, whose keys are one more at every call: none is like another.
+void serve_of_rows(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
+  static const DispatchKeySet below(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
+  const auto& first = (*stack)[stack->size() - op.schema().arguments().size()];
+  const bool asked_of_all = always_ask.load(std::memory_order_relaxed);
+  if (!asked_of_all && first.isTensor() && first.toTensor().defined()) {
+    const at::Tensor& tensor = first.toTensor();
+    if (tensor.dim() == 4 && ordinary(tensor, served_kind()) && tensor.size(2) == 1) {
+      op.redispatchBoxed(ks & below, stack);
+      return;
+    }
+  }
+  serve(op, ks, stack);
+}
+
 PyObject* install(PyObject*, PyObject* given) {
   const char* name;
-  if (!PyArg_ParseTuple(given, "s", &name)) return nullptr;
+  int of_rows = 0;
+  if (!PyArg_ParseTuple(given, "s|p", &name, &of_rows)) return nullptr;
   try {
     const std::string space(name, std::string(name).find("::"));
     auto library = std::make_unique<torch::Library>(torch::Library::IMPL, space, DispatchKey::BackendSelect,
                                                     "tilebook/native", __LINE__);
-    library->impl(name, torch::CppFunction::makeFromBoxedFunction<&serve>());
+    library->impl(name, of_rows ? torch::CppFunction::makeFromBoxedFunction<&serve_of_rows>()
+                                : torch::CppFunction::makeFromBoxedFunction<&serve>());
     installed.push_back(std::move(library));
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
@@ -374,7 +391,7 @@ PyObject* pretend(PyObject*, PyObject* given) {
 }
 
 PyMethodDef methods[] = {
-    {"install", install, METH_VARARGS, "Serves this op, named with its namespace."},
+    {"install", install, METH_VARARGS, "Serves this op, named with its namespace; if true, not where its first tensor has one row."},
     {"able", able, METH_NOARGS, "Can launches be started here?"},
     {"start", start, METH_VARARGS, "Serves; answers are this function's."},
     {"stop", stop, METH_NOARGS, "Serves none any more."},

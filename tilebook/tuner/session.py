@@ -278,28 +278,30 @@ class Session:
         return sorted(feasible, key=lambda config: floor_s(work(problem, config)))
 
     def _others(self, op: Op[Any], problem: Problem) -> list[Candidate]:
-        """Every implementation without a space that can run the problem: PyTorch's own choice first, then, where there
-        is a budget, those that take least time to measure."""
+        """Every implementation without a space that can run the problem: PyTorch's own choice first and what it has for
+        graphs, then, where there is a budget, those that take least time to measure."""
         running = [
             Candidate(name)
             for name, each in op.implementations.items()
             if each.space is None and not self._known.revoked(each, {}) and each.can_run(problem, self._gpu)
         ]
 
-        def order(candidate: Candidate) -> tuple[bool, float]:
+        def order(candidate: Candidate) -> tuple[bool, bool, float]:
             budget, name = self._run.budget, candidate.implementation
-            return name != "torch", budget.expected(op.name, f"measure {name}") if budget.limited else 0.0
+            expected = budget.expected(op.name, f"measure {name}") if budget.limited else 0.0
+            return name != "torch", name != op.captured, expected
 
         return sorted(running, key=order)
 
     def _measure(self, tuning: Tuning, runner: Runner, others: Iterable[Candidate], turn: Turn) -> None:
-        """Verifies and times these, PyTorch's own choice always, the rest where there is time for them.
+        """Verifies and times these, PyTorch's own choices always, the rest where there is time for them.
 
         Some compile at their first call, for seconds in which no candidate is measured.
         """
         for candidate in others:
             part = f"measure {candidate.implementation}"
-            if candidate.implementation != "torch" and not turn.affords(turn.expected(part) + turn.finish()):
+            own = candidate.implementation in ("torch", tuning.op.captured)
+            if not own and not turn.affords(turn.expected(part) + turn.finish()):
                 tuning.unmeasured.append(candidate.implementation)
                 continue
             tuning.phase(f"measuring {candidate}")

@@ -50,8 +50,15 @@ class Form:
 
     @property
     def composed(self) -> bool:
-        """Must PyTorch compose it, by way of the whole matrix of scores? Its own dropout drops other weights."""
+        """Must PyTorch compose it, by way of a matrix of all pairs? Its own dropout drops other weights."""
         return bool(banded(self) or self.softcap or self.alibi or self.dropout or (self.causal and self.bias))
+
+    @property
+    def folded(self) -> bool:
+        """Is it a causal mask and another or a bias, which PyTorch's kernels take as one?"""
+        return bool(self.causal and self.bias) and not (
+            banded(self) or self.softcap or self.alibi or self.dropout or self.deterministic
+        )
 
 
 @functools.cache

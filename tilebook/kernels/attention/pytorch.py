@@ -149,6 +149,12 @@ def in_vectors(mask: torch.Tensor, n_k: int, dtype: torch.dtype, columns: int = 
     return torch.nn.functional.pad(mask.contiguous(), (0, short))[..., :n_k]
 
 
+def causally(mask: torch.Tensor, n_q: int, n_k: int) -> torch.Tensor:
+    """A mask or bias, (…, Sq, Sk), that hides also what a causal mask does, which is aligned top-left."""
+    pairs = torch.ones(n_q, n_k, dtype=torch.bool, device=mask.device)
+    return mask & pairs.tril() if mask.dtype == torch.bool else mask.masked_fill(pairs.triu(1), -torch.inf)
+
+
 def nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The result where there is no row, or nothing to see: zeros, with zeros for gradients."""
     unseen = k.flatten()[:0].sum() + v.flatten()[:0].sum()
@@ -163,6 +169,8 @@ def plain(tensors: tuple[Any, ...], options: tuple[Form, float | None]) -> torch
     given = [x for x in extras if x is not None]
     # PyTorch's rule for a batch of calls does not know masks that all share.
     batched = len(given) > 0 and torch._C._functorch.peek_interpreter_stack() is not None
+    if form.folded and not batched:
+        return sdpa(q, k, v, False, scale, causally(given[0], q.shape[2], k.shape[2]))
     if not form.composed and not batched:
         return sdpa(q, k, v, form.causal, scale, *given)
     factor = q.shape[-1] ** -0.5 if scale is None else scale

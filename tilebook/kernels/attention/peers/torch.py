@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend
 from tilebook.call import tf32_allowed
 from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import Form
+from tilebook.kernels.attention.form import form as made
 from tilebook.kernels.attention.ops import attention_bwd, attention_fwd
 from tilebook.kernels.attention.peers import cudnn, efficient
 from tilebook.kernels.attention.peers.heads import repeat_heads, sum_heads
-from tilebook.kernels.attention.pytorch import in_vectors, sdpa
+from tilebook.kernels.attention.pytorch import causally, in_vectors, sdpa
 from tilebook.layout import aligned
 from tilebook.torch_ops import recording
 
@@ -31,6 +32,16 @@ def _backend(
     grouped, bias = q.shape[1] != k.shape[1], mask[0] if mask else None
     found = torch._fused_sdp_choice(q, k, v, bias, 0.0, form.causal, scale=scale, enable_gqa=grouped)
     return SDPBackend(found)
+
+
+def _folded(
+    q: torch.Tensor, k: torch.Tensor, form: Form, extras: tuple[torch.Tensor, ...]
+) -> tuple[Form, tuple[torch.Tensor, ...]]:
+    """The form and its extra tensors with one mask or bias for two, where its gradient is that of the one given."""
+    shape = q.shape[2], k.shape[2]
+    if not form.folded or (form.bias == "dbias" and extras[0].shape[2:] != shape):
+        return form, extras
+    return made(bias=form.bias, tf32=form.tf32), (causally(extras[0], *shape),)
 
 
 def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor) -> Any:
@@ -63,6 +74,7 @@ def _precision(form: Form) -> Iterator[None]:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    form, extras = _folded(q, k, form, extras)
     peer = _masked(q, k, v, form, scale, *extras)
     if peer is not None:
         return peer.forward(q, k, v, form, scale, *extras)  # type: ignore[no-any-return]
@@ -97,6 +109,7 @@ def backward(
     scale: float,
     *extras: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
+    form, extras = _folded(q, k, form, extras)
     peer = _masked(q, k, v, form, scale, *extras)
     if peer is not None:
         return peer.backward(do, q, k, v, o, lse, form, scale, *extras)  # type: ignore[no-any-return]
