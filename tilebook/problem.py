@@ -118,7 +118,10 @@ class Problem:
     measured one (benchmarks/transfer.py); 0 where nobody knows."""
 
     def like(self, measured: Problem) -> bool:
-        """Is what was measured of a config on the other problem worth something here, see `TRANSFER`?"""
+        """Is what was measured of a config on the other problem worth something here, see `TRANSFER`?
+
+        What is like any problem is like itself.
+        """
         return False
 
     @functools.cached_property

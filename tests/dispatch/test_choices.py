@@ -22,6 +22,7 @@ from dispatch_samples import (
 )
 
 from tilebook import device as devices
+from tilebook import op as ops
 from tilebook.dispatch import snapshot
 from tilebook.kernels.attention.peers import flash4
 from tilebook.op import Config
@@ -48,6 +49,22 @@ def test_a_prediction_serves_what_pytorch_composes(choose):
 def test_where_pytorch_has_a_kernel_a_neighbours_verdict_is_no_evidence(choose):
     choice = choose(verdict(), problem=OP.problem.parse("B4,H16,S2049,D64", "bf16"))
     assert (choice.source, choice.implementation.name, choice.native) == ("fallback", "torch", True)
+
+
+def test_where_pytorch_has_a_kernel_nobody_looks_for_neighbours(choose, monkeypatch):
+    looked = []
+    monkeypatch.setattr(snapshot, "_by_distance", lambda *given: looked.append(given) or [])
+    assert choose(verdict(), problem=OP.problem.parse("B4,H16,S2049,D64", "bf16")).source == "fallback"
+    assert not looked
+    choose(composed(), problem=NEAR)
+    assert looked
+
+
+def test_what_is_like_any_problem_is_like_itself():
+    for op in map(ops.get, ops.ops()):
+        posed = list({problem: None for suite in op.problem.suites().values() for problem in suite})[:60]
+        alike = [a for a in posed if any(a.like(b) for b in posed)]
+        assert all(a.like(a) for a in alike), op.name
 
 
 def test_where_pytorch_has_a_kernel_a_prediction_is_no_evidence(choose):

@@ -219,7 +219,7 @@ class Snapshot:
 
         Far enough is what leaves a lead here when as much of it is lost as was ever seen to be, see `Problem.TRANSFER`.
         """
-        if not problem.TRANSFER:
+        if not problem.TRANSFER or not problem.like(problem):
             return
         found = []
         for verdict, other in self.verdicts(op):
@@ -258,8 +258,7 @@ class Snapshot:
             return [observed], iter(())
         known = self._known(op).kin.get(problem.kin, [])
         if not self._table.large(op.name):
-            near = (verdict for _, _, verdict in _by_distance(problem, known))
-            return [verdict for verdict, _ in known if verdict.problem == problem.key], near
+            return [verdict for verdict, _ in known if verdict.problem == problem.key], _nearest(problem, known)
         measure, kind = partial(_distance, op, problem), op.problem
         question = Question(op.name, op.digest, problem.key, most, measure, FARTHEST, kind.EXACT, kind.HALVED)
         answer = self._table.find(question)
@@ -364,6 +363,12 @@ def _times(verdict: Served) -> dict[str, float]:
         if each.time_ms is not None:
             found[each.implementation] = min(each.time_ms, found.get(each.implementation, math.inf))
     return found
+
+
+def _nearest(problem: Problem, known: Sequence[tuple[Served, Problem]]) -> Iterator[Served]:
+    """The verdicts of `_by_distance`, which are only looked for when the first is asked for."""
+    for _, _, verdict in _by_distance(problem, known):
+        yield verdict
 
 
 def _by_distance(problem: Problem, known: Sequence[tuple[Served, Problem]]) -> list[tuple[float, bool, Served]]:
