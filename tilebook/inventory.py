@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -22,14 +20,10 @@ from tilebook import bounds
 from tilebook.errors import UsageError, meant
 from tilebook.foreign.names import Anybodys, is_foreign
 from tilebook.problem import Problem
+from tilebook.stated import FILE, made_from, stated
 
 if TYPE_CHECKING:
     from tilebook.op import Op
-
-FILE = Path(__file__).with_name("inventory.json")
-
-# What an op's entry is made of; the rest of the package may change without changing one.
-_MADE_FROM = ("op.py", "problem.py", "source.py", "inventory.py", "kernels")
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,7 @@ def of(op: Op[Any]) -> Entry:
         op.name,
         op.family,
         op.tunable.name,
-        {each.name: each.digest for each in op.implementations.values()},
+        {each.name: each.digested() for each in op.implementations.values()},
         _axes(op),
         tuple(_field(each) for each in dataclasses.fields(op.problem)),
     )
@@ -180,11 +174,8 @@ def _field(field: dataclasses.Field[Any]) -> tuple[str, str, Mapping[str, Any]]:
 def read(file: Path = FILE) -> Mapping[str, Entry] | None:
     """What the file has; None where there is none, or it was made from other files than those that are here."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["made_from"] != _digest():
-            return None
-        return {name: _entry(name, each) for name, each in found["ops"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {name: _entry(name, each) for name, each in found.items()} if (found := stated(file)) else None
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -205,28 +196,8 @@ def write(file: Path = FILE) -> None:
     """Makes the file of the families that are here."""
     entries = {name: each.content() for name, each in sorted(installed().items())}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(each, sort_keys=True)}" for name, each in entries.items())
-    text = f'{{"made_from": {json.dumps(_digest())}, "ops": {{\n{lines}\n}}}}\n'
+    text = f'{{"made_from": {json.dumps(made_from())}, "ops": {{\n{lines}\n}}}}\n'
     file.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _digest() -> str:
-    whole = hashlib.sha256()
-    for name in sorted(name for each in _MADE_FROM for name in _files(each)):
-        whole.update(f"{name}\n".encode())
-        with open(f"{FILE.parent}/{name}", "rb") as file:
-            whole.update(file.read().replace(b"\r\n", b"\n"))
-    return whole.hexdigest()
-
-
-def _files(name: str) -> Iterator[str]:
-    """A file of the package, or those with source below a folder of it."""
-    if name.endswith(".py"):
-        yield name
-        return
-    with os.scandir(FILE.parent / name) as entries:
-        for each in entries:
-            if each.name.endswith(".py") or each.is_dir():
-                yield from _files(f"{name}/{each.name}")
 
 
 if __name__ == "__main__":

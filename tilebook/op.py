@@ -21,7 +21,8 @@ from tilebook.errors import meant
 from tilebook.inputs import *  # noqa: F403 (a kernel family has its whole vocabulary from here)
 from tilebook.problem import *  # noqa: F403
 from tilebook.problem import Cost, Problem, UsageError
-from tilebook.source import digest
+from tilebook.source import KERNELS, digest
+from tilebook.stated import source
 
 if TYPE_CHECKING:
     from tilebook.device import Device
@@ -193,6 +194,11 @@ class Implementation:
 
         Comments, docstrings, layout and the space do not count: a verdict outlives them.
         """
+        known = source(self.op.name, self.name) if self.function.__module__.startswith(f"{KERNELS}.") else None
+        return self.digested() if known is None else known
+
+    def digested(self) -> str:
+        """The digest, of the source as it is: `digest` where nothing is stated of these files."""
         ours = self.space is not None and not self.external
         return hashlib.sha256(digest(self.function).encode()).hexdigest() if ours else ""
 
