@@ -152,6 +152,24 @@ def test_biases_broadcast_and_have_gradients(shape):
     agree({"bias": bias}, shapes(40, 50, heads=4, heads_kv=2, batch=2), tolerance=8e-3)
 
 
+_CUTS = {
+    "whole": lambda whole: whole[..., :56],
+    "begun within a vector": lambda whole: whole[..., 4:60],
+    "by columns": lambda whole: whole[..., :40, :56].mT,
+    "every other": lambda whole: whole[..., ::2][..., :56],
+    "of one head": lambda whole: whole[:, :1, :, :56],
+    "of odd rows": lambda whole: whole.flatten(2)[..., : 40 * 127].unflatten(2, (40, 127))[..., :56],
+}
+
+
+@pytest.mark.parametrize("cut", _CUTS)
+def test_rows_of_whole_vectors_are_loaded_as_such_wherever_they_lie(cut):
+    (whole,) = tensors((2, 4, 56, 128), dtype=torch.float16)
+    table = _CUTS[cut](whole)[:, :, :40]
+    agree({"bias": table}, shapes(40, table.shape[-1], heads=4, heads_kv=2, batch=2), tolerance=8e-3)
+    agree({"attn_mask": table > -0.3}, shapes(40, table.shape[-1], heads=4, heads_kv=2, batch=2))
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 1, 50), (1, 4, 40, 50), (40, 50)])
 def test_boolean_masks_broadcast(shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6

@@ -1,6 +1,7 @@
 """Forms of attention compile with their default config, all of them for Hopper and some for others, really."""
 
 import pytest
+from programs.processes import python
 
 from tilebook import device as devices
 from tilebook import op as ops
@@ -37,3 +38,33 @@ def test_default_configs_of_every_form_compile(name):
                 pending.append((problem, pool.submit(op.name, "triton", problem.key, config)))
         failed = [(p.label, c.failure, c.reason) for p, f in pending if (c := f.result()).failure is not None]
     assert not failed
+
+
+SCALARS = """
+import re, sys
+import torch
+from tilebook import device as devices
+from tilebook import op as ops
+from tilebook.launch import intercepted
+from tilebook.tuner.process import compiler
+
+gpu = devices.find("H200")
+compiler._pose_as(gpu)
+for name in ("attention_fwd", "attention_bwd"):
+    for label in ("B2,H4,S128,D64,biashqk", "B2,H4,S128,D64,maskhqk", "B2,H4,S129,D64,biashqk"):
+        op = ops.get(name)
+        problem = op.problem.parse(label, "bf16")
+        texts = []
+        with devices.posing_as(gpu), torch.no_grad(), intercepted(
+            lambda kernel, grid, args, meta: texts.append(kernel.warmup(*args, grid=grid, **meta).asm["ptx"])
+        ):
+            op.tunable(*problem.inputs("meta", 0), config=op.tunable.space.default(problem, gpu))
+        print(sum(len(re.findall(r"ld\\.global\\.(?:b16|b8|u8)\\b", each)) for each in texts))
+"""
+
+
+def test_rows_of_whole_vectors_are_not_loaded_number_by_number(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = [int(line) for line in python(SCALARS).split()]
+    assert found[:2] == found[3:5] == [0, 0]
+    assert min(found[2], found[5]) > 0

@@ -16,6 +16,9 @@ POINTERS, DESCRIBED, PACKED, MADE = (tl.constexpr(kind) for kind in range(4))
 """How tiles are loaded (`Tile.DESCRIPTORS`): by pointers, by tensor descriptors that the host made, by such of packed
 sequences, or by such as each program makes for itself."""
 
+VECTOR = tl.constexpr(8)
+"""Numbers of a bias or mask that are loaded together."""
+
 UNSPECIALIZED = ["n_outer", "n_heads", "group", "n_q", "n_k", "before", "after"]
 """Arguments of every kernel of which one binary serves all values."""
 
@@ -58,7 +61,8 @@ class Scores(NamedTuple):
     """What is done to scores beside limits: a call's optional tensors, with their steps, and numbers; None is without.
 
     mask, bias: steps b, h, m and n over batch, head, row and column, 0 where it is broadcast, of rows None, and None of
-    heads where a mask is the same for all of both. dbias: (B, H, Sq, Sk).
+    heads where a mask is the same for all of both. vectors: 1 where columns lie side by side and their number is a
+    multiple of VECTOR, as are the other steps. dbias: (B, H, Sq, Sk).
     """
 
     mask: Any = None
@@ -67,6 +71,7 @@ class Scores(NamedTuple):
     h: Any = None
     m: Any = None
     n: Any = None
+    vectors: Any = None
     slopes: Any = None
     slope_b: Any = None
     slope_h: Any = None
@@ -86,6 +91,7 @@ class Marks(NamedTuple):
     base: Any
     m: Any
     n: Any
+    vectors: Any
     slope: Any
     softcap: Any
     seed: Any

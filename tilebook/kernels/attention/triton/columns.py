@@ -129,6 +129,7 @@ def attention_bwd_dkdv(
             base,
             scores.m,
             scores.n,
+            scores.vectors,
             slope,
             scores.softcap,
             seed,

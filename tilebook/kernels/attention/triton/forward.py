@@ -138,7 +138,18 @@ def attention_fwd(
         else tl.load(scores.slopes + rows.batch * scores.slope_b + rows.head * scores.slope_h)
     )
     marks = Marks(
-        before, after, scores.mask, scores.bias, base, scores.m, scores.n, slope, scores.softcap, seed, scores.dropout
+        before,
+        after,
+        scores.mask,
+        scores.bias,
+        base,
+        scores.m,
+        scores.n,
+        scores.vectors,
+        slope,
+        scores.softcap,
+        seed,
+        scores.dropout,
     )
     KEYS: tl.constexpr = scores.mask is not None and scores.m is None
     if KEYS:

@@ -22,6 +22,7 @@ from tilebook.kernels.attention.triton.args import (
     MADE,
     PACKED,
     POINTERS,
+    VECTOR,
     Packs,
     Rules,
     Scores,
@@ -84,6 +85,8 @@ def asked(
         steps = (step if size > 1 else 0 for size, step in zip(bias.shape, bias.stride(), strict=True))
         scores = scores._replace(**dict(zip("bhmn", steps, strict=True)))
         scores = scores._replace(m=scores.m or None)
+        if scores.m and scores.n == 1 and not any(x % VECTOR.value for x in (k.shape[2], scores.b, scores.h, scores.m)):
+            scores = scores._replace(vectors=1)
         if form.bias == "mask":
             alike = scores.m is None and not scores.h
             scores = scores._replace(mask=bias, h=None if alike else scores.h)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tilebook.kernels.attention.triton.args import VECTOR
 from tilebook.kernels.attention.triton.tiles import LOG2E, offset
 
 # The fewest rounds of Philox that pass the usual tests of randomness (Salmon et al. 2011); FlashAttention's number too.
@@ -147,12 +148,16 @@ def keys_here(column, columns, scores, tile):
 def looked_up(table, row, column, rows, columns, n_q, n_k, marks):
     """A tile of a bias or mask, 0 past the ends; `rows` and `columns` start at `row` and `column`.
 
-    Of one that is the same for all rows it is one row, which is loaded once.
+    Of one that is the same for all rows it is one row, which is loaded once. Of rows that are whole vectors a vector is
+    inside as a whole, or the compiler would load number by number.
     """
-    at = table + marks.base + column.to(tl.int64) * marks.n + (columns - column) * marks.n
-    inside = columns < n_k
-    if marks.m is not None:
-        at += row.to(tl.int64) * marks.m + (rows - row) * marks.m
+    base, step, edge = marks.base, marks.m, columns
+    if marks.vectors is not None:
+        base, step, edge = tl.multiple_of(base, VECTOR), tl.multiple_of(step, VECTOR), columns // VECTOR * VECTOR
+    at = table + base + column.to(tl.int64) * marks.n + (columns - column) * marks.n
+    inside = edge < n_k
+    if step is not None:
+        at += row.to(tl.int64) * step + (rows - row) * step
         inside &= rows < n_q
     return tl.load(at, mask=inside, other=0)
 
