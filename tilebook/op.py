@@ -175,7 +175,8 @@ class Implementation:
 
     `proven` says for which problems it has been seen right on a GPU; the rest it serves only where a verdict covers
     them, since the tuner has verified it there. `external` names the package that its kernels are from, if they are
-    not ours: it compiles them itself, at their first call, and its version says what they are.
+    not ours: it compiles them itself, at their first call, and its version says what they are. `timed` is what a
+    program's own call runs, where that is less than the op's outputs take; it is timed in the function's place.
     """
 
     op: Op[Any]
@@ -187,6 +188,7 @@ class Implementation:
     deterministic: bool = True
     proven: Callable[[Any], bool] = lambda problem: True
     external: str = ""
+    timed: Callable[..., Any] | None = None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -205,6 +207,10 @@ class Implementation:
     def __call__(self, *args: Any, config: Config | None = None) -> tuple[torch.Tensor, ...]:
         outputs = self.function(*args) if self.space is None else self.function(*args, config=config)
         return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def to_time(self, *args: Any, config: Config | None = None) -> Any:
+        """The call whose time counts."""
+        return self(*args, config=config) if self.timed is None else self.timed(*args)
 
     def can_run(self, problem: Problem, device: Device) -> bool:
         repeatable = self.deterministic or not getattr(problem, "deterministic", False)
@@ -258,11 +264,14 @@ class Op(Generic[P]):
         deterministic: bool = True,
         proven: Callable[[P], bool] = lambda problem: True,
         external: str = "",
+        timed: Callable[..., Any] | None = None,
     ) -> Callable[[Callable[..., Any]], Implementation]:
         """Registers a function with the op's signature as one way to compute it."""
 
         def register(function: Callable[..., Any]) -> Implementation:
-            made = Implementation(self, name, function, space, available, supports, deterministic, proven, external)
+            made = Implementation(
+                self, name, function, space, available, supports, deterministic, proven, external, timed
+            )
             self.implementations[name] = made
             return made
 

@@ -175,3 +175,28 @@ def test_gradients_are_right_whatever_graph_of_cudnn_served_such_tensors_before(
                 found = backward(laid(which, do), *given, laid(before, o), lse, kind, 0.125)
                 for got, wanted in zip(found, right, strict=True):
                     torch.testing.assert_close(got.double(), wanted, rtol=0.05, atol=0.03)
+
+
+@pytest.mark.parametrize("text", ["B2,H4,S256,D64,maskbk", "B2,H4,S256,D64,biashqk", "B2,H4,S256,D64,causal,biashqk"])
+def test_pytorchs_own_is_timed_as_a_program_calls_it(text):
+    def kernels(call):
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        return sorted(each.key for each in profile.key_averages() if each.device_time_total)
+
+    problem = FORWARD.problem.parse(text, "bf16")
+    q, k, v, its, scale, bias = problem.inputs("cuda", 0)
+    own, mask = FORWARD.implementations["torch"], bias
+    if its.causal:
+        mask = bias.masked_fill(torch.ones(256, 256, dtype=torch.bool, device="cuda").triu(1), -torch.inf)
+    o, _ = own(q, k, v, its, scale, bias)
+    torch.testing.assert_close(own.to_time(q, k, v, its, scale, bias)[0], o, rtol=0, atol=0)
+    with torch.no_grad():
+        theirs = kernels(lambda: SDPA(q, k, v, mask.expand(2, 4, 256, 256), scale=scale))
+    ours = kernels(lambda: own.to_time(q, k, v, its, scale, bias))
+    attention = [name for name in theirs if "sdpa" in name or "fmha" in name or "attention" in name]
+    assert set(attention) <= set(ours)
+    assert not any("reduce" in name for name in ours), "nobody looks for rows that see nothing"

@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cpu_worker import CpuServer
 from fakes import tune
 from injected import Pair, make_injected
+from toy import Scaling, make_op
 
 import tilebook
 from tilebook import op as ops
 from tilebook.registry import Failure
+from tilebook.tuner.judge.verify import trial_cases
 from tilebook.tuner.process.runner import GpuRunner, Limits
-from tilebook.tuner.process.worker import failure_of
+from tilebook.tuner.process.worker import Server, failure_of
 
 PROGRAM = """
 import os
@@ -43,6 +46,49 @@ def test_a_program_without_a_main_guard_can_tune(how, tmp_path):
         timeout=120,
     )
     assert ran.stdout.split() == ["started", "default"], ran.stderr
+
+
+def test_what_a_program_calls_is_timed_and_what_the_op_computes_is_verified():
+    calls = []
+
+    def whole(x):
+        calls.append("verified")
+        return x * 3
+
+    def less(x):
+        calls.append("timed")
+        return x * 3
+
+    class Running:
+        """A clock that runs what it is given."""
+
+        def estimate(self, call):
+            return call(x) is None or 1.0
+
+        def capture(self, call, estimate_ms):
+            call(x)
+            self.sample = lambda: estimate_ms
+            return self
+
+        def samples(self, n):
+            return [self.sample()] * n
+
+    op, problem = make_op(), Scaling(16, 16)
+    op.implementation("own", timed=less)(whole)
+    (x,) = problem.inputs("cpu", 0)
+    server = Server()
+    server._op, server._problem, server._gpu, server._bench = op, problem, torch.device("cpu"), Running()
+    server._cases = trial_cases(op, problem, "cpu")
+    candidate = {"implementation": "own", "config": {}}
+    assert server._attempt({**candidate, "most_ms": None})["failure"] is None
+    first = calls.index("timed")
+    assert set(calls[:first]) == {"verified"}
+    assert set(calls[first:]) == {"timed"}
+    calls.clear()
+    server._confirm({"candidates": [candidate], "seed": 0, "rounds": 1})
+    first = calls.index("timed")
+    assert set(calls[:first]) == {"verified"}
+    assert set(calls[first:]) == {"timed"}
 
 
 class CompilationError(Exception):

@@ -105,7 +105,7 @@ class Server:
         implementation, config = self._call(message)
 
         def run(*inputs: Any) -> Any:
-            return implementation(*inputs, config=config)
+            return implementation.to_time(*inputs, config=config)
 
         try:
             errors = verify(implementation, config, self._cases)
@@ -159,7 +159,7 @@ class Server:
             implementation, config = self._call(each)
 
             def run(*inputs: Any, _implementation: Any = implementation, _config: Any = config) -> Any:
-                return _implementation(*inputs, config=_config)
+                return _implementation.to_time(*inputs, config=_config)
 
             run(*self._cases[0].inputs)
             samplers.append(self._bench.capture(run, self._bench.estimate(run)))

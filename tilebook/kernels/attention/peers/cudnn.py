@@ -51,14 +51,27 @@ def _table(q: torch.Tensor, k: torch.Tensor, form: Form, extras: tuple[torch.Ten
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = aligned(q), aligned(k), aligned(v)
     table = _table(q, k, form, extras)
-    bias = None if table is None else table.expand(*q.shape[:3], k.shape[2])
-    o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, form.causal, False, scale=scale)
-    lse = lse.view(q.shape[:-1])
+    o, lse = _forward(q, k, v, form, scale, table)
     if table is not None:  # rows that see nothing are 0, but their log-sum-exp is not told
         lse = lse.masked_fill(table.amax(-1) == -torch.inf, -torch.inf)
     return o, lse
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, table: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    bias = None if table is None else table.expand(*q.shape[:3], k.shape[2])
+    o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, form.causal, False, scale=scale)
+    return o, lse.view(q.shape[:-1])
+
+
+def called(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What PyTorch's own function runs: it does not say of rows that see nothing that they do not."""
+    return _forward(q, k, v, form, scale, _table(q, k, form, extras))
 
 
 @functools.lru_cache(4096)
@@ -89,14 +102,30 @@ def backward(
     scale: float,
     *extras: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if form.bias:  # exp(-inf - inf) of their weights: no row that sees nothing has a part in a gradient
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    return called_backward(do, q, k, v, o, lse, form, scale, *extras)
+
+
+def called_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    form: Form,
+    scale: float,
+    *extras: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the gradient of PyTorch's own function runs, whose forward pass has no row that sees nothing."""
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # not read: there is no dropout
     lengths = q.shape[2], k.shape[2]
     q, k, v = aligned(q), aligned(k), aligned(v)
     do, o = _as_made(do, q), _as_made(o, q)
     table = _table(q, k, form, extras)
-    if table is not None:  # exp(-inf - inf) of their weights: no row that sees nothing has a part in a gradient
+    if table is not None:
         table = table.expand(*q.shape[:3], k.shape[2])
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     lse = lse.contiguous()[..., None]
     dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
         do,
@@ -118,5 +147,7 @@ def backward(
     return dq, dk, dv
 
 
-attention_fwd.implementation("cudnn", available=available, supports=supports)(forward)
-attention_bwd.implementation("cudnn", available=available, supports=supports, deterministic=False)(backward)
+attention_fwd.implementation("cudnn", available=available, supports=supports, timed=called)(forward)
+attention_bwd.implementation(
+    "cudnn", available=available, supports=supports, deterministic=False, timed=called_backward
+)(backward)

@@ -138,5 +138,32 @@ def backward(
     return dq, sum_heads(dk, heads_kv), sum_heads(dv, heads_kv)
 
 
-attention_fwd.implementation("torch")(forward)
-attention_bwd.implementation("torch", deterministic=False)(backward)
+def _called(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` as a program runs it: under a mask or bias cuDNN's kernel alone, where PyTorch has that."""
+    its, given = _folded(q, k, form, extras)
+    if _masked(q, k, v, its, scale, *given) is cudnn:
+        return cudnn.called(q, k, v, its, scale, *given)
+    return forward(q, k, v, form, scale, *extras)
+
+
+def _called_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    form: Form,
+    scale: float,
+    *extras: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    its, given = _folded(q, k, form, extras)
+    if _masked(q, k, v, its, scale, *given) is cudnn:
+        return cudnn.called_backward(do, q, k, v, o, lse, its, scale, *given)
+    return backward(do, q, k, v, o, lse, form, scale, *extras)
+
+
+attention_fwd.implementation("torch", timed=_called)(forward)
+attention_bwd.implementation("torch", deterministic=False, timed=_called_backward)(backward)
