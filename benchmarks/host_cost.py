@@ -85,6 +85,9 @@ def cases(device: str) -> list[Case]:
     seen = torch.arange(128, device=device) < torch.tensor([90, 128], device=device)[:, None, None, None]
     cu = torch.tensor([0, 100, 128], dtype=torch.int32, device=device)
 
+    def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return tilebook.attention(q, k, v, bias=bias)
+
     def padded(function: Function) -> Function:
         return lambda q, k, v, mask: function(q, k, v, mask)
 
@@ -128,6 +131,7 @@ def cases(device: str) -> list[Case]:
             heads(1, 8, 2, 128, 128),
         ),
         Case("scaled_dot_product_attention B8,H6,S196,D64", sdpa, drop_in, heads(8, 6, 6, 196, 64)),
+        Case("attention B2,H8,S128,D64,dbiashqk", sdpa, biased, [*heads(2, 8, 8, 128, 64), random(1, 8, 128, 128)]),
         Case(
             "scaled_dot_product_attention B1,H8,Hkv2,S128,D128,causal",
             grouped(sdpa),

@@ -173,3 +173,132 @@ def test_a_debugger_sees_the_function():
         sys.settrace(None)
     assert "rms_norm" in seen
     assert answered() == 0
+
+
+# A bias that learns
+
+LEARNT = {
+    "for each": ((2, 2, 64, 64), lambda bias: bias),
+    "for all of a batch": ((1, 2, 64, 64), lambda bias: bias),
+    "for all rows": ((2, 1, 1, 64), lambda bias: bias),
+    "expanded": ((1, 1, 64, 64), lambda bias: bias.expand(2, 2, 64, 64)),
+    "by heads": ((1, 64, 64, 2), lambda bias: bias.permute(0, 3, 1, 2)),
+    "in fp32": ((1, 2, 64, 64), lambda bias: bias),
+}
+"""Name → the shape in memory, and a bias of it."""
+
+
+def learning(name, dtype=torch.bfloat16):
+    """q, k, v and a bias, under which row 5 sees nothing where rows differ.
+
+    Kernels of the gradients do not cut 64 keys into pieces, whose sums would come in any order.
+    """
+    shape, made = LEARNT[name]
+    bias = drawn(*shape, seed=3, dtype=torch.float32 if name == "in fp32" else dtype)
+    if shape[-2 if name != "by heads" else 1] > 1:
+        bias[(slice(None), 5) if name == "by heads" else (..., 5, slice(None))] = -torch.inf
+    given = [drawn(2, 2, 64, 64, seed=seed, dtype=dtype) for seed in range(3)]
+    return [x.detach().requires_grad_() for x in (*given, made(bias))]
+
+
+def kernels(step):
+    """What a step gives, and the names of the kernels that it runs, in order."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        found = step()
+        torch.cuda.synchronize()
+    events = [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    return found, [each.name for each in sorted(events, key=lambda each: each.time_range.start)]
+
+
+@pytest.fixture
+def pythons():
+    """The same step with all gates shut."""
+
+    def shut(step):
+        extension = gates._gates._extension
+        extension.gates_ask(True)
+        try:
+            return kernels(step)
+        finally:
+            extension.gates_ask(False)
+
+    return shut
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", LEARNT)
+def test_a_bias_that_learns_has_pythons_bits_by_pythons_kernels(name, dtype, pythons):
+    leaves = learning(name, dtype)
+    do = drawn(2, 2, 64, 64, seed=9, dtype=dtype)
+
+    def step():
+        o = tilebook.attention(*leaves[:3], bias=leaves[3])
+        return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+    settled(step)
+    found, mine = kernels(step)
+    assert answered() == 1
+    expected, theirs = pythons(step)
+    assert answered() == 0
+    assert mine == theirs
+    assert [sum(kind in each for each in mine) for kind in ("fmha_cutlassF", "fmha_cutlassB")] == [1, 1], mine
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert [x.dtype for x in found[1:]] == [x.dtype for x in leaves]
+    assert all(x.isfinite().all() for x in found)
+    if leaves[3].shape[2] > 1:
+        assert not found[0][:, :, 5].any()
+        assert not found[1][:, :, 5].any()
+
+
+@pytest.mark.parametrize("asked", [(0,), (3,), (1, 2), (0, 1, 2, 3)], ids=str)
+def test_gradients_of_some_beside_a_bias_that_learns_are_those_of_all(asked, pythons):
+    leaves = learning("for all of a batch")
+
+    def step(asked=asked):
+        o = tilebook.attention(*leaves[:3], bias=leaves[3])
+        return torch.autograd.grad(o.float().square().sum(), [leaves[i] for i in asked])
+
+    settled(step)
+    found, _ = kernels(step)
+    assert answered() == 1
+    expected, _ = pythons(lambda: step(range(4)))
+    torch.testing.assert_close(found, tuple(expected[i] for i in asked), rtol=0, atol=0)
+
+
+def test_a_bias_that_learns_is_looked_at_where_other_kernels_are_asked_for():
+    leaves = learning("for all of a batch")
+
+    def step():
+        o = tilebook.attention(*leaves[:3], bias=leaves[3])
+        return [o.detach(), *torch.autograd.grad(o.float().square().sum(), leaves)]
+
+    settled(step)
+    expected = step()
+    assert answered() == 1
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        found = step()
+    assert answered() == 0
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+    step()
+    assert answered() == 1
+
+
+def test_gradients_of_gradients_beside_a_bias_that_learns_are_refused():
+    leaves = learning("for all of a batch")
+    settled(lambda: tilebook.attention(*leaves[:3], bias=leaves[3]))
+    o = tilebook.attention(*leaves[:3], bias=leaves[3])
+    assert answered() == 1
+    (first,) = torch.autograd.grad(o.sum(), leaves[3], create_graph=True)
+    with pytest.raises(RuntimeError, match="is not implemented"):
+        first.float().sum().backward()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+def test_a_bias_that_learns_nothing_now_is_pytorchs_own_call(context):
+    leaves = learning("for all of a batch")
+    with context():
+        settled(lambda: tilebook.attention(*leaves[:3], bias=leaves[3]))
+        found = tilebook.attention(*leaves[:3], bias=leaves[3])
+        assert answered() == 1
+        torch.testing.assert_close(found, F.scaled_dot_product_attention(*leaves), rtol=0, atol=0)

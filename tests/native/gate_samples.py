@@ -31,8 +31,8 @@ SEEN = torch.arange(8) < torch.tensor([3, 0])[:, None, None, None]
 MASK = torch.zeros(4, 8).masked_fill(torch.ones(4, 8).triu(1).bool(), -torch.inf)
 
 
-def biased(q, k, v, bias):
-    return operator.call(tilebook.attention, q, k, v, bias=bias)  # as Python calls it from 3.12 on
+def biased(q, k, v, bias, **options):
+    return operator.call(tilebook.attention, q, k, v, bias=bias, **options)  # as Python calls it from 3.12 on
 
 
 def masked(q, k, v, mask):

@@ -56,7 +56,7 @@ def test_gradients_are_pytorchs(gated, name, dtype):
 
 
 @pytest.mark.parametrize("name", BIASED)
-def test_gradients_beside_a_bias_are_pytorchs_and_one_that_learns_is_looked_at(gated, name):
+def test_gradients_beside_a_bias_are_pytorchs_and_one_that_learns_by_other_kernels_is_looked_at(gated, name):
     function, make, _ = CALLS[name]
     *given, bias = make()
     for _ in range(3):

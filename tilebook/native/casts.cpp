@@ -457,16 +457,11 @@ Tensor addmm(const Tensor& bias, const Tensor& x, const Tensor& weight, const at
   return at::addmm(offset, given, casted(dtype, weight, device), beta, alpha);
 }
 
-// PyTorch warns of whoever stands in the place of a kernel of its own.
-struct Silent : c10::WarningHandler {
-  void process(const c10::Warning&) override {}
-};
-
 template <c10::DeviceType device>
 void put() {
   static std::unique_ptr<torch::Library> questions, products;
   if (products) return;
-  Silent silent;
+  Silent silent;  // PyTorch warns of whoever stands in the place of a kernel of its own
   const c10::WarningUtils::WarningHandlerGuard guard(&silent);
   const auto library = [](DispatchKey key) {
     return std::make_unique<torch::Library>(torch::Library::IMPL, "aten", key, "tilebook/native", __LINE__);

@@ -10,6 +10,8 @@
 
 #include "mlp.cpp"
 
+#include "learned.cpp"
+
 #include "forms.cpp"
 
 #include "gates.cpp"

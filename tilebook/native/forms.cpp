@@ -3,6 +3,7 @@
 #include "autocast.h"
 #include "forms.h"
 
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
@@ -83,7 +84,7 @@ bool four_axes(const Call& call) {
   return call[0].dim() == 4 && call[1].dim() == 4 && call[2].dim() == 4;
 }
 
-constexpr int64_t kCausal = 1, kMasked = 2;
+constexpr int64_t kCausal = 1, kMasked = 2, kLearns = 4;
 constexpr int64_t kPiece = 8;  // bytes: of so many each row of a mask has some, as PyTorch's kernels load it
 
 // Does a mask or bias lie as they load it, but for being broadcast, with a column for each key? Of booleans that is what is
@@ -99,22 +100,24 @@ bool lies_whole(const Tensor& mask, const Tensor& q, int64_t columns) {
   return mask.stride(3) == 1;
 }
 
-// Is a mask or bias beside q, k and v one that does not learn, and that is loaded as it lies? No numbers in booleans' place.
-bool takes_mask(const Call& call, bool booleans) {
+// Is a mask or bias beside q, k and v one that is loaded as it lies, or that learns by kernels which have gradients of it?
+// No numbers in booleans' place.
+bool takes_mask(Call& call, bool booleans) {
   const auto &q = call[0], &mask = call[3];
   const auto device = q.device().type();
   const bool cast = at::autocast::is_autocast_enabled(device) && at::autocast::get_autocast_dtype(device) != q.scalar_type();
-  if (mask.requires_grad() || cast) return false;
+  if (cast) return false;
+  if (mask.requires_grad()) {
+    call.told |= kLearns;
+    if (at::GradMode::is_enabled()) return efficient(q, call[1], call[2], mask, call.scale);
+  }
   if (mask.scalar_type() != q.scalar_type() && !(booleans && mask.scalar_type() == at::kBool)) return false;
   return lies_whole(mask, q, call[1].size(2));
 }
 
 // What it adds to the scores, where all see the same as one. Of booleans cuDNN makes a mean where a row sees nothing.
 Tensor added(const Tensor& mask, const Tensor& q) {
-  Tensor seen = mask;
-  for (int64_t axis = 0; axis < 3; ++axis) {
-    if (!mask.stride(axis) && mask.size(axis) > 1) seen = seen.narrow(axis, 0, 1);
-  }
+  Tensor seen = differing(mask);
   if (mask.scalar_type() == at::kBool && !q.is_cpu()) {
     Tensor scores = at::empty(seen.sizes(), q.options());
     at::log_out(scores, seen);
@@ -139,6 +142,7 @@ bool takes_attention(Call& call) {
 }
 
 std::pair<Tensor, Tensor> attention(const Call& call) {
+  if (call.told & kLearns && call.recorded) return {learned(call[0], call[1], call[2], call[3], call.scale), {}};
   const auto mask = call.told & kMasked ? std::optional<Tensor>(added(call[3], call[0])) : std::nullopt;
   return {sdpa(call, mask, call.told & kCausal, call.scale, call[0].size(1) != call[1].size(1)), {}};
 }

@@ -37,6 +37,11 @@ struct Gil {
   }
 };
 
+// Has PyTorch's warnings, and says nothing.
+struct Silent : c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
 // Is it nothing but its memory, on a device of this kind: of no subclass, no transform, no lazy negation?
 bool ordinary(const at::Tensor& tensor, c10::DeviceType kind);
 
@@ -71,6 +76,16 @@ const at::Tensor& target(const at::Tensor& weight, const at::Tensor& cast);
 enum class Activation : int64_t { gelu, gelu_tanh, relu };
 at::Tensor mlp(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
                const at::Tensor& b2, Activation activation);
+
+// A mask or bias (B, H, Sq, Sk), with one row of the first three axes each where all along it are one in memory.
+at::Tensor differing(const at::Tensor& mask);
+
+// Attention of (B, H, S, D) under a bias that learns: would PyTorch's own call run its memory-efficient kernels here and now,
+// which then do so by one node of autograd? Rows that see nothing are 0, and so are their gradients.
+bool efficient(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& bias,
+               std::optional<double> scale);
+at::Tensor learned(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& bias,
+                   std::optional<double> scale);
 
 // Is there a note on what this mask shows, an object of Python's, and is a call with it large enough to look at it? Under
 // the GIL.

@@ -2,7 +2,7 @@
 
 Of such a row their forward pass makes 0, and of its log-sum-exp, which is -inf, their backward pass makes NaN, in the
 gradients of all columns. With +inf in its place all that the row has to do with anything is 0. To find such rows in the
-bias would be to read and write it once more, and its gradient.
+bias would be to read and write it once more, and its gradient. `native/learned.cpp` does the same without Python.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class _Learned(torch.autograd.Function):
         q, k, v, bias, o, lse, *seed = ctx.saved_tensors
         known = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)  # one kernel, which `where` is not
         wanted = list(ctx.needs_input_grad[:4])
-        found = _backward(aligned(do), q, k, v, bias, o, known, *seed, 0.0, wanted, False, scale=ctx.scale)
+        do = aligned(do) if torch._C._has_storage(do) else do.contiguous()  # a batch of gradients has no address
+        found = _backward(do, q, k, v, bias, o, known, *seed, 0.0, wanted, False, scale=ctx.scale)
         return *(each if wants else None for each, wants in zip(found, wanted, strict=True)), None
 
 
