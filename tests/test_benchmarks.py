@@ -48,6 +48,20 @@ def test_tables_of_speed_in_the_documentation_are_those_of_the_figures(monkeypat
         assert "\n".join(gains.rates_table(rows, direction)) in (root / "docs/kernels/attention.md").read_text()
 
 
+def test_packs_of_pytorchs_own_function_are_as_long_as_said(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    program = importlib.import_module("varlen_attn")
+    for total, longest in ((program.TOKENS, 2048), (program.TOKENS, 8192), (64, 40)):
+        found = program.lengths(total, longest)
+        assert sum(found) == total
+        assert max(found) <= longest
+        (q, *_), ends = program.packed(found, 2, 16, "cpu")
+        assert (ends[-1], q.shape) == (total, (total, 2, 16))
+    monkeypatch.setattr(sys, "argv", ["varlen_attn.py", "--device", "cpu", "--tiny", "--out", str(tmp_path / "out")])
+    program.main()
+    assert json.loads((tmp_path / "out").read_text())["rows"] == []
+
+
 @pytest.mark.long
 def test_what_a_call_costs_the_host_is_asked_of_every_public_function(tmp_path):
     document, _ = run("host_cost.py", tmp_path / "host.json")
