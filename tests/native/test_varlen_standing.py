@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from tilebook import dispatch
+from tilebook import op as ops
 from tilebook.kernels.varlen.standing import STANDINGS
 from tilebook.native import plans
 
 FORWARD, BACKWARD = STANDINGS
+OP = ops.get("attention_varlen_fwd")
 LENGTHS = 5, 0, 12, 7
 
 
@@ -146,7 +148,16 @@ def _choice(ours_ms, theirs_ms, native=False):
     if theirs_ms:
         finalists.append(SimpleNamespace(implementation="flash_attention_2", time_ms=theirs_ms, config={}))
     verdict = SimpleNamespace(measured=True, finalists=finalists) if ours_ms else None
-    return SimpleNamespace(native=native, verdict=verdict, implementation=SimpleNamespace(name="triton"))
+    ours = SimpleNamespace(name="triton", op=OP)
+    return SimpleNamespace(native=native, verdict=verdict, implementation=ours, source="exact")
+
+
+def _near(text, of="B32,H16,T16384,S2048,D64"):
+    """A choice for a problem by the verdict on another."""
+    found = _choice(1.0, 1.5)
+    found.source, found.problem = "nearest", OP.problem.parse(text, "bf16")
+    found.verdict.problem = OP.problem.parse(of, "bf16").key
+    return found
 
 
 FASTER, SLOWER, UNKNOWN = _choice(1.0, 1.5), _choice(1.0, 0.9), _choice(None, None)
@@ -161,6 +172,9 @@ FASTER, SLOWER, UNKNOWN = _choice(1.0, 1.5), _choice(1.0, 0.9), _choice(None, No
         (UNKNOWN, UNKNOWN, False),
         (_choice(1.0, None), FASTER, False),
         (_choice(1.0, 1.5, native=True), FASTER, False),
+        (_near("B16,H16,T12000,S2048,D64"), FASTER, True),
+        (_near("B64,H16,T65536,S4096,D64"), FASTER, True),
+        (_near("B4,H16,T1024,S512,D64"), FASTER, False),
     ],
 )
 def test_ours_serve_where_they_were_measured_as_faster_both_ways(monkeypatch, forward, backward, served):
