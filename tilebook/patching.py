@@ -156,10 +156,14 @@ def _scale(weight: torch.Tensor, offset: int) -> torch.Tensor:
     return weight.float() + offset if offset else weight
 
 
-def _norm_forward(module: Any, offset: int, eps: float, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    if args or kwargs or not served(x) or x.dtype != module.weight.dtype:  # which decides about the dtype of the result
-        return type(module).forward(module, x, *args, **kwargs)
-    return rms_norm(x, _scale(module.weight, offset), eps)
+# What is called takes whatever the class takes: who names an argument names it as the class does.
+
+
+def _norm_forward(module: Any, offset: int, eps: float, /, *args: Any, **kwargs: Any) -> Any:
+    # The weight's dtype decides about that of the result.
+    if kwargs or len(args) != 1 or not served(args[0]) or args[0].dtype != module.weight.dtype:
+        return type(module).forward(module, *args, **kwargs)
+    return rms_norm(args[0], _scale(module.weight, offset), eps)
 
 
 def _mlp(module: nn.Module) -> tuple[str, Function] | None:
@@ -213,11 +217,12 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return made
 
 
-def _mlp_forward(module: Any, up: str, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _mlp_forward(module: Any, up: str, down: str, activation: str, /, *args: Any, **kwargs: Any) -> Any:
     first, second = module._modules[up], module._modules[down]
-    if args or kwargs or not served(x) or not usual(first, second):  # somebody has put something else there, or listens
-        return type(module).forward(module, x, *args, **kwargs)
-    return mlp(x, first.weight, first.bias, second.weight, second.bias, activation=activation)
+    # Somebody may have put something else there, or listen.
+    if kwargs or len(args) != 1 or not served(args[0]) or not usual(first, second):
+        return type(module).forward(module, *args, **kwargs)
+    return mlp(args[0], first.weight, first.bias, second.weight, second.bias, activation=activation)
 
 
 def _gated(module: nn.Module) -> tuple[str, Function] | None:
@@ -275,16 +280,17 @@ def _tensors(layers: Mapping[str, Any], gate: str, up: str | None, down: str) ->
 
 
 def _gated_forward(
-    module: Any, gate: str, up: str | None, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any
+    module: Any, gate: str, up: str | None, down: str, activation: str, /, *args: Any, **kwargs: Any
 ) -> Any:
     layers = module._modules
-    used = layers[gate], layers[down], *([] if up is None else [layers[up]])
-    if args or kwargs or not served(x) or not usual(*used):
-        return type(module).forward(module, x, *args, **kwargs)
+    if kwargs or len(args) != 1 or not served(args[0]):
+        return type(module).forward(module, *args, **kwargs)
+    if not usual(layers[gate], layers[down], *([] if up is None else [layers[up]])):
+        return type(module).forward(module, *args, **kwargs)
     tensors = _tensors(layers, gate, up, down)
     if activation == "silu":
-        return swiglu(x, *tensors)
-    return geglu(x, *tensors, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return swiglu(args[0], *tensors)
+    return geglu(args[0], *tensors, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _check_layers(module: nn.Module, *layers: nn.Linear) -> None:

@@ -16,7 +16,7 @@ from tilebook.casting import autocast_dtype
 from tilebook.kernels.rope import apply_rope
 from tilebook.kernels.rope.pytorch import plain as plain_rope
 from tilebook.substitution import called, calls, rebuilt
-from tilebook.trial import Function, Left, alike, drawn, result, served
+from tilebook.trial import Function, Left, alike, drawn, result, served_with
 
 _ROTATES = "apply_rotary_pos_emb"
 _ROWS, _WIDTH = 5, 8
@@ -88,9 +88,9 @@ def _same_rotation(theirs: Function, width: int, interleaved: bool) -> bool:
     return both and all(map(alike, found, plain_rope(tensors, (interleaved,))))
 
 
-def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(module: Any, /, *args: Any, **kwargs: Any) -> Any:
     forward = type(module).forward
     # A compiler fuses the rotation with what is around it.
-    if not torch.compiler.is_compiling() and all(served(x) for x in args[:1]):
+    if not torch.compiler.is_compiling() and served_with(args, kwargs):
         forward = _with_ours(forward, _theirs(forward)) or forward
     return forward(module, *args, **kwargs)

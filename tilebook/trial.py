@@ -24,6 +24,14 @@ def served(x: Any) -> bool:
     return bool(x.is_cuda or forced())
 
 
+def served_with(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """The same of a call with these arguments: of the first tensor among them."""
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, torch.Tensor):
+            return served(each)
+    return False
+
+
 def undisturbed() -> bool:
     """Can a module be tried now? Not while a program is traced, transformed, watched by a mode, or captured."""
     state: Any = torch._C

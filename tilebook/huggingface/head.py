@@ -76,12 +76,12 @@ class Head:
         loss = getattr(self.model.__dict__.get("_loss_function"), "args", ())  # somebody may have set another since
         return bool(wanted and same and not hooked(self.linear) and loss and loss[0] is self)
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
+    def project(self, input: torch.Tensor) -> torch.Tensor:
         call = _here.calls.get(id(self))
         if call is None or not call.on:
-            return nn.Linear.forward(self.linear, x)
-        call.hidden = x
-        return x[..., :1]
+            return nn.Linear.forward(self.linear, input)
+        call.hidden = input
+        return input[..., :1]
 
     def loss(
         self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, num_items_in_batch: Any = None,

@@ -1,0 +1,80 @@
+"""Modules that are changed take what their classes take, and on a CPU they are what their classes are."""
+
+import copy
+
+import pytest
+import rotating
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tilebook
+from tilebook import dispatch, rotation
+
+
+class RMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(16)), 1e-6
+
+    def forward(self, hidden_states):
+        wide = hidden_states.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps))
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, hidden_states):
+        return self.fc2(F.gelu(self.fc1(hidden_states)))
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, hidden_states):
+        return self.down(F.silu(self.gate(hidden_states)) * self.up(hidden_states))
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, Mlp, Gated])
+def test_arguments_may_be_named_as_the_class_names_them(kind):
+    torch.manual_seed(0)
+    module, x = kind(), torch.randn(2, 3, 16)
+    right = module(x)
+    assert tilebook.patch(module).changed
+    assert torch.equal(module(hidden_states=x), right)
+    with dispatch.use("torch"):
+        torch.testing.assert_close(module(hidden_states=x), right)
+    for others in ({}, {"x": x}, {"eps": x}, {"activation": x}, {"module": x}):
+        with pytest.raises(TypeError, match="forward"):
+            module(**others)
+
+
+def test_a_language_models_last_layer_takes_what_a_linear_layer_takes():
+    pytest.importorskip("transformers")
+    from programs.hf_models import made
+
+    model, x = made("llama", "AutoModelForCausalLM", "sdpa"), torch.randn(3, 64)
+    right = model.lm_head(x)
+    assert "lm_head" not in tilebook.patch(model, loss_head=True).left
+    assert torch.equal(model.lm_head(input=x), right)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_on_a_cpu_heads_are_rotated_by_the_files_own_function(named, monkeypatch):
+    model, x, calls = rotating.Attention(16), torch.randn(2, 3, 16), []
+    theirs = rotation._with_ours(rotating.Attention.forward, rotating.apply_rotary_pos_emb)
+    monkeypatch.setitem(theirs.__globals__, "apply_rotary_pos_emb", lambda *args: calls.append(1) or args[:2])
+    tilebook.patch(model)
+    given = ((), {"x": x}) if named else ((x,), {})
+    right = copy.copy(model)
+    right.__dict__.pop("forward")
+    assert torch.equal(model(*given[0], **given[1]), right(x))
+    assert not calls
+    with dispatch.use("torch"):
+        model(*given[0], **given[1])
+    assert calls
