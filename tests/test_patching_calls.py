@@ -1,6 +1,8 @@
 """Modules that are changed take what their classes take, and on a CPU they are what their classes are."""
 
 import copy
+import inspect
+import pickle
 
 import pytest
 import rotating
@@ -52,6 +54,16 @@ def test_arguments_may_be_named_as_the_class_names_them(kind):
     for others in ({}, {"x": x}, {"eps": x}, {"activation": x}, {"module": x}):
         with pytest.raises(TypeError, match="forward"):
             module(**others)
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, Mlp, Gated, lambda: rotating.Attention(16)])
+def test_whoever_asks_what_a_module_takes_is_told_what_its_class_takes(kind):
+    module = kind()
+    right = inspect.signature(module.forward)
+    assert tilebook.patch(module).changed
+    for each in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert "forward" in each.__dict__
+        assert inspect.signature(each.forward) == right
 
 
 def test_a_language_models_last_layer_takes_what_a_linear_layer_takes():

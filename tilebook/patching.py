@@ -27,7 +27,7 @@ from tilebook.kernels.mlp.pytorch import plain
 from tilebook.kernels.norms import rms_norm
 from tilebook.recurrence import recurrent
 from tilebook.rotation import rotary
-from tilebook.trial import Function, Left, alike, called, drawn, result, served, standing
+from tilebook.trial import Forward, Function, Left, alike, called, drawn, result, served, standing
 
 _REPLICATE = "_replicate_for_data_parallel"
 _EPSILONS = "variance_epsilon", "eps", "epsilon"
@@ -148,7 +148,7 @@ def _norm(module: nn.Module) -> tuple[str, Function] | None:
         theirs.append(called(module, other, xs[-1]))
     for offset, what in ((0, "tilebook.rms_norm"), (1, "tilebook.rms_norm of 1 + weight")):
         if all(alike(found, rms_norm(x, _scale(trial, offset), eps)) for found, x in zip(theirs, xs, strict=True)):
-            return what, partial(_norm_forward, module, offset, eps)
+            return what, Forward(_norm_forward, module, offset, eps)
     raise Left("computes something else than RMSNorm")
 
 
@@ -185,7 +185,7 @@ def _mlp(module: nn.Module) -> tuple[str, Function] | None:
     forms = [each for each in ACTIVATIONS if all(alike(y, result(plain, (x, *tensors), (each,))) for x, y in tried)]
     if not forms:
         raise Left("computes something else than two layers and GELU or ReLU")
-    return f"tilebook.mlp with {forms[0]}", partial(_mlp_forward, module, up, down, forms[0])
+    return f"tilebook.mlp with {forms[0]}", Forward(_mlp_forward, module, up, down, forms[0])
 
 
 def _head(module: Any) -> tuple[str, Sequence[tuple[nn.Module, str, Function]]] | None:
@@ -260,7 +260,7 @@ def _gate(module: nn.Module, layers: Mapping[str, nn.Linear]) -> tuple[str, Func
         for activation in gated.ACTIVATIONS:
             if all(alike(y, result(plain_block, (x, *tensors), (activation,))) for x, y in tried):
                 what = {"silu": "swiglu", "gelu_tanh": "geglu with tanh", "gelu": "geglu"}[activation]
-                return f"tilebook.{what}", partial(_gated_forward, module, gate, up, down, activation)
+                return f"tilebook.{what}", Forward(_gated_forward, module, gate, up, down, activation)
     raise Left("computes something else than a gate of SiLU or GELU between layers")
 
 

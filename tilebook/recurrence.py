@@ -21,7 +21,7 @@ from tilebook.kernels.delta_rule import gated_delta_rule
 from tilebook.kernels.delta_rule.entry import registered
 from tilebook.kernels.delta_rule.problem import Problem
 from tilebook.substitution import called, calls, rebuilt
-from tilebook.trial import Function, Left, alike, drawn, result, served_with
+from tilebook.trial import Forward, Function, Left, alike, drawn, result, served_with
 
 _CHUNKED = "torch_chunk_gated_delta_rule"
 _ROWS, _WIDTH, _COLUMNS = 5, 8, 6
@@ -36,7 +36,7 @@ def recurrent(module: nn.Module) -> tuple[str, Function] | None:
         raise Left("its forward was changed already")
     if _with_ours(forward, called(forward, _CHUNKED)) is None:
         raise Left("has another delta rule than tilebook.gated_delta_rule")
-    return "attention with tilebook.gated_delta_rule", partial(_forward, module)
+    return "attention with tilebook.gated_delta_rule", Forward(_forward, module)
 
 
 @functools.cache

@@ -6,7 +6,6 @@ The code of a class's `forward` runs with other globals, among which the rotatio
 from __future__ import annotations
 
 import functools
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from tilebook.casting import autocast_dtype
 from tilebook.kernels.rope import apply_rope
 from tilebook.kernels.rope.pytorch import plain as plain_rope
 from tilebook.substitution import called, calls, rebuilt
-from tilebook.trial import Function, Left, alike, drawn, result, served_with
+from tilebook.trial import Forward, Function, Left, alike, drawn, result, served_with
 
 _ROTATES = "apply_rotary_pos_emb"
 _ROWS, _WIDTH = 5, 8
@@ -31,7 +30,7 @@ def rotary(module: nn.Module) -> tuple[str, Function] | None:
         raise Left("its forward was changed already")
     if _with_ours(forward, _theirs(forward)) is None:
         raise Left("rotates heads otherwise than tilebook.apply_rope")
-    return "attention with tilebook.apply_rope", partial(_forward, module)
+    return "attention with tilebook.apply_rope", Forward(_forward, module)
 
 
 def _rotates(forward: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +14,16 @@ from torch import nn
 from tilebook.dispatch import forced
 
 Function = Callable[..., Any]
+
+
+class Forward(partial[Any]):
+    """What a module calls instead of its class's `forward`: a function of the module and more, then of the call's
+    arguments. Programs that ask what it takes are told what its class's takes, and pass that."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        module = self.args[0]
+        return inspect.signature(type(module).forward.__get__(module))
 
 
 class Left(Exception):
