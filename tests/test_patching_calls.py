@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tilebook
-from tilebook import dispatch, rotation
+from tilebook import dispatch, patching, rotation
 
 
 class RMSNorm(nn.Module):
@@ -27,19 +27,21 @@ class RMSNorm(nn.Module):
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.fc1, self.fc2, self.act = nn.Linear(16, 32), nn.Linear(32, 16), F.gelu
+        self.drop = nn.Dropout(0.0)
 
     def forward(self, hidden_states):
-        return self.fc2(F.gelu(self.fc1(hidden_states)))
+        return self.fc2(self.drop(self.act(self.fc1(hidden_states))))
 
 
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
         self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.act, self.drop, self.factor = nn.SiLU(), nn.ModuleList([nn.Dropout(0.0)]), 1.0
 
     def forward(self, hidden_states):
-        return self.down(F.silu(self.gate(hidden_states)) * self.up(hidden_states))
+        return self.drop[0](self.down(self.act(self.gate(hidden_states)) * self.up(hidden_states)) * self.factor)
 
 
 @pytest.mark.parametrize("kind", [RMSNorm, Mlp, Gated])
@@ -54,6 +56,47 @@ def test_arguments_may_be_named_as_the_class_names_them(kind):
     for others in ({}, {"x": x}, {"eps": x}, {"activation": x}, {"module": x}):
         with pytest.raises(TypeError, match="forward"):
             module(**others)
+
+
+def drops(of):
+    of.p = 1.0
+
+
+LATER = {
+    "another epsilon": (RMSNorm, lambda module: setattr(module, "eps", 3.0)),
+    "another function": (Mlp, lambda module: setattr(module, "act", torch.relu)),
+    "another module": (Gated, lambda module: setattr(module, "act", nn.ReLU())),
+    "another number": (Gated, lambda module: setattr(module, "factor", 2.0)),
+    "a module instead of a function": (Mlp, lambda module: (delattr(module, "act"), setattr(module, "act", nn.ReLU()))),
+    "another forward": (Gated, lambda module: setattr(module.act, "forward", torch.relu)),
+    "a hook": (Gated, lambda module: module.act.register_forward_hook(lambda *_: torch.zeros(2, 3, 24))),
+    "dropout": (Mlp, lambda module: drops(module.drop)),
+    "dropout within": (Gated, lambda module: drops(module.drop[0])),
+    "another within": (Gated, lambda module: module.drop.__setitem__(0, nn.Tanh())),
+}
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "copied", "stored"])
+@pytest.mark.parametrize("what", LATER)
+def test_what_is_changed_beside_the_weights_later_is_computed(what, how):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    kind, change = LATER[what]
+    module, x = kind(), torch.randn(2, 3, 16)
+    assert tilebook.patch(module).changed
+    if how in ("copied", "stored"):
+        module = copy.deepcopy(module) if how == "copied" else pickle.loads(pickle.dumps(module))
+    calls = []
+    with pytest.MonkeyPatch.context() as patch, dispatch.use("torch"):
+        for name in ("rms_norm", "mlp", "swiglu"):
+            patch.setattr(patching, name, lambda *_, **__: calls.append(1) or x)
+        module(x)
+        assert len(calls) == 1, "until then it is ours"
+        change(module)
+        right = kind.forward(module, x)
+        called = torch.compile(module, backend="eager", fullgraph=what != "a hook") if how == "compiled" else module
+        assert torch.equal(called(x), right)
+        assert len(calls) == 1
 
 
 @pytest.mark.parametrize("kind", [RMSNorm, Mlp, Gated, lambda: rotating.Attention(16)])

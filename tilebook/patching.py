@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tilebook.beside import Beside
 from tilebook.hooks import hooked, usual
 from tilebook.kernels.glu import form as gated
 from tilebook.kernels.glu import geglu, swiglu
@@ -148,7 +149,7 @@ def _norm(module: nn.Module) -> tuple[str, Function] | None:
         theirs.append(called(module, other, xs[-1]))
     for offset, what in ((0, "tilebook.rms_norm"), (1, "tilebook.rms_norm of 1 + weight")):
         if all(alike(found, rms_norm(x, _scale(trial, offset), eps)) for found, x in zip(theirs, xs, strict=True)):
-            return what, Forward(_norm_forward, module, offset, eps)
+            return what, Forward(_norm_forward, module, Beside(module), offset, eps)
     raise Left("computes something else than RMSNorm")
 
 
@@ -159,9 +160,9 @@ def _scale(weight: torch.Tensor, offset: int) -> torch.Tensor:
 # What is called takes whatever the class takes: who names an argument names it as the class does.
 
 
-def _norm_forward(module: Any, offset: int, eps: float, /, *args: Any, **kwargs: Any) -> Any:
+def _norm_forward(module: Any, beside: Beside, offset: int, eps: float, /, *args: Any, **kwargs: Any) -> Any:
     # The weight's dtype decides about that of the result.
-    if kwargs or len(args) != 1 or not served(args[0]) or args[0].dtype != module.weight.dtype:
+    if kwargs or len(args) != 1 or not served(args[0]) or args[0].dtype != module.weight.dtype or not beside.same():
         return type(module).forward(module, *args, **kwargs)
     return rms_norm(args[0], _scale(module.weight, offset), eps)
 
@@ -185,7 +186,9 @@ def _mlp(module: nn.Module) -> tuple[str, Function] | None:
     forms = [each for each in ACTIVATIONS if all(alike(y, result(plain, (x, *tensors), (each,))) for x, y in tried)]
     if not forms:
         raise Left("computes something else than two layers and GELU or ReLU")
-    return f"tilebook.mlp with {forms[0]}", Forward(_mlp_forward, module, up, down, forms[0])
+    return f"tilebook.mlp with {forms[0]}", Forward(
+        _mlp_forward, module, Beside(module, frozenset(layers)), up, down, forms[0]
+    )
 
 
 def _head(module: Any) -> tuple[str, Sequence[tuple[nn.Module, str, Function]]] | None:
@@ -217,10 +220,10 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return made
 
 
-def _mlp_forward(module: Any, up: str, down: str, activation: str, /, *args: Any, **kwargs: Any) -> Any:
+def _mlp_forward(module: Any, beside: Beside, up: str, down: str, activation: str, /, *args: Any, **kwargs: Any) -> Any:
     first, second = module._modules[up], module._modules[down]
     # Somebody may have put something else there, or listen.
-    if kwargs or len(args) != 1 or not served(args[0]) or not usual(first, second):
+    if kwargs or len(args) != 1 or not served(args[0]) or not usual(first, second) or not beside.same():
         return type(module).forward(module, *args, **kwargs)
     return mlp(args[0], first.weight, first.bias, second.weight, second.bias, activation=activation)
 
@@ -260,7 +263,8 @@ def _gate(module: nn.Module, layers: Mapping[str, nn.Linear]) -> tuple[str, Func
         for activation in gated.ACTIVATIONS:
             if all(alike(y, result(plain_block, (x, *tensors), (activation,))) for x, y in tried):
                 what = {"silu": "swiglu", "gelu_tanh": "geglu with tanh", "gelu": "geglu"}[activation]
-                return f"tilebook.{what}", Forward(_gated_forward, module, gate, up, down, activation)
+                beside = Beside(module, frozenset(layers))
+                return f"tilebook.{what}", Forward(_gated_forward, module, beside, gate, up, down, activation)
     raise Left("computes something else than a gate of SiLU or GELU between layers")
 
 
@@ -280,10 +284,10 @@ def _tensors(layers: Mapping[str, Any], gate: str, up: str | None, down: str) ->
 
 
 def _gated_forward(
-    module: Any, gate: str, up: str | None, down: str, activation: str, /, *args: Any, **kwargs: Any
+    module: Any, beside: Beside, gate: str, up: str | None, down: str, activation: str, /, *args: Any, **kwargs: Any
 ) -> Any:
     layers = module._modules
-    if kwargs or len(args) != 1 or not served(args[0]):
+    if kwargs or len(args) != 1 or not served(args[0]) or not beside.same():
         return type(module).forward(module, *args, **kwargs)
     if not usual(layers[gate], layers[down], *([] if up is None else [layers[up]])):
         return type(module).forward(module, *args, **kwargs)
