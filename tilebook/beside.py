@@ -10,7 +10,7 @@ from torch import nn
 from tilebook.hooks import hooked
 
 _NUMBERS = int, float, bool, str, type(None)
-_EVERY_MODULES = frozenset(vars(nn.Module()))
+_NOT_ASKED = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}
 
 
 class _Part:
@@ -22,7 +22,7 @@ class _Part:
         self.values = tuple(
             (name, each)
             for name, each in vars(module).items()
-            if name not in _EVERY_MODULES and (type(each) in _NUMBERS or callable(each))
+            if name not in _NOT_ASKED and (type(each) in _NUMBERS or callable(each))
         )
 
     def __getstate__(self) -> dict[str, Any]:  # of a class's code not each has a name to be stored by

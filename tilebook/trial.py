@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilebook.dispatch import forced
+from tilebook.dispatch import here
 
 Function = Callable[..., Any]
 
@@ -32,7 +32,7 @@ class Left(Exception):
 
 def served(x: Any) -> bool:
     """May a call be other than plain PyTorch's? Where not, a module's own forward costs the host less."""
-    return bool(x.is_cuda or forced())
+    return bool(x.is_cuda or here.forced is not None)
 
 
 def served_with(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
