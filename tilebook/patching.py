@@ -54,6 +54,11 @@ class Report:
     left: Mapping[str, str]
     _ours: Sequence[tuple[nn.Module, str, Function]] = field(default=(), repr=False, compare=False)
 
+    @property
+    def forwards(self) -> list[Forward]:
+        """What modules call by now."""
+        return [ours for _, _, ours in self._ours if isinstance(ours, Forward)]
+
     def undo(self) -> None:
         """Changes back what this report says was changed, except where somebody has changed it again."""
         for module, name, ours in self._ours:

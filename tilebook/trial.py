@@ -18,12 +18,22 @@ Function = Callable[..., Any]
 
 class Forward(partial[Any]):
     """What a module calls instead of its class's `forward`: a function of the module and more, then of the call's
-    arguments. Programs that ask what it takes are told what its class's takes, and pass that."""
+    arguments. Programs that ask what it takes are told what its class's takes, and pass that.
+
+    told: who is told of copies, of which nobody has asked for the change; None where somebody has.
+    """
+
+    told: Callable[[Forward], None] | None = None
 
     @property
     def __signature__(self) -> inspect.Signature:
         module = self.args[0]
         return inspect.signature(type(module).forward.__get__(module))
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        if self.told is not None:
+            self.told(self)
 
 
 class Left(Exception):
