@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import rotating
@@ -56,6 +57,40 @@ def test_arguments_may_be_named_as_the_class_names_them(kind):
     for others in ({}, {"x": x}, {"eps": x}, {"activation": x}, {"module": x}):
         with pytest.raises(TypeError, match="forward"):
             module(**others)
+
+
+class WideAtTheEnd(Gated):
+    """As T5 has it, whose last layer transformers keeps in fp32 where a model is loaded in fp16."""
+
+    def forward(self, hidden_states):
+        inner = self.act(self.gate(hidden_states)) * self.up(hidden_states)
+        return self.down(inner.to(self.down.weight.dtype))
+
+
+class WideMlp(Mlp):
+    def forward(self, hidden_states):
+        return self.fc2(self.act(self.fc1(hidden_states)).to(self.fc2.weight.dtype))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(("kind", "last"), [(WideAtTheEnd, "down"), (WideMlp, "fc2")])
+def test_layers_of_two_dtypes_are_the_modules_own(kind, last, before, autocast):
+    torch.manual_seed(0)
+    module, x = kind(), torch.randn(2, 3, 16, dtype=torch.bfloat16)
+    if not before:
+        assert tilebook.patch(module).changed
+    module.bfloat16().get_submodule(last).float()
+    if before:
+        assert tilebook.patch(module).changed
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        right = kind.forward(module, x)
+        assert right.dtype == (torch.bfloat16 if autocast else torch.float32)
+        for forced in (nullcontext(), dispatch.use("torch")):
+            with forced:
+                found = module(x)
+            assert found.dtype == right.dtype
+            torch.testing.assert_close(found, right, rtol=0, atol=0.02 if autocast else 0)
 
 
 def drops(of):

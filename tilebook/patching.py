@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from tilebook.beside import Beside
+from tilebook.casting import autocast_on
 from tilebook.hooks import hooked, usual
 from tilebook.kernels.glu import form as gated
 from tilebook.kernels.glu import geglu, swiglu
@@ -227,8 +228,10 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 def _mlp_forward(module: Any, beside: Beside, up: str, down: str, activation: str, /, *args: Any, **kwargs: Any) -> Any:
     first, second = module._modules[up], module._modules[down]
+    if kwargs or len(args) != 1 or not served(args[0]) or not beside.same():
+        return type(module).forward(module, *args, **kwargs)
     # Somebody may have put something else there, or listen.
-    if kwargs or len(args) != 1 or not served(args[0]) or not usual(first, second) or not beside.same():
+    if not usual(first, second) or not _of_one_dtype(args[0], first, second):
         return type(module).forward(module, *args, **kwargs)
     return mlp(args[0], first.weight, first.bias, second.weight, second.bias, activation=activation)
 
@@ -294,12 +297,26 @@ def _gated_forward(
     layers = module._modules
     if kwargs or len(args) != 1 or not served(args[0]) or not beside.same():
         return type(module).forward(module, *args, **kwargs)
-    if not usual(layers[gate], layers[down], *([] if up is None else [layers[up]])):
+    used = (layers[gate], layers[down]) if up is None else (layers[gate], layers[up], layers[down])
+    if not usual(*used) or not _of_one_dtype(args[0], *used):
         return type(module).forward(module, *args, **kwargs)
     tensors = _tensors(layers, gate, up, down)
     if activation == "silu":
         return swiglu(args[0], *tensors)
     return geglu(args[0], *tensors, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _of_one_dtype(x: torch.Tensor, *layers: nn.Linear) -> bool:
+    """Are products of x and these layers of one dtype? Between layers of two, modules cast as they see fit.
+
+    T5's last layer stays in fp32 where a model is loaded in fp16.
+    """
+    dtype = x.dtype
+    for each in layers:
+        for weight in each._parameters.values():
+            if weight is not None and weight.dtype != dtype:
+                return autocast_on(x)  # which casts them all
+    return True
 
 
 def _check_layers(module: nn.Module, *layers: nn.Linear) -> None:

@@ -42,7 +42,7 @@ class Left(Exception):
 
 def served(x: Any) -> bool:
     """May a call be other than plain PyTorch's? Where not, a module's own forward costs the host less."""
-    return bool(x.is_cuda or here.forced is not None)
+    return bool(getattr(x, "is_cuda", False) or here.forced is not None)
 
 
 def served_with(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
