@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tilebook.patching import Report, patch
-from tilebook.trial import undisturbed
+from tilebook.trial import Forward, undisturbed
 
 _log = logging.getLogger("tilebook")
 
@@ -24,16 +24,22 @@ class EveryModel:
         self._on = False
         self._lock = threading.Lock()
         self._reports = weakref.WeakKeyDictionary[nn.Module, Report]()
+        self._copies = weakref.WeakSet[Forward]()
 
     def turn(self, on: bool) -> None:
         """On: from now on. Off: what was patched is as it was, and what waits for its first call stays so."""
         with self._lock:
             self._on = on
             reports = [] if on else list(self._reports.values())
+            copies = [] if on else list(self._copies)
             if not on:
                 self._reports.clear()
+                self._copies.clear()
         for report in reports:
             report.undo()
+        for each in copies:
+            if each.args[0].__dict__.get("forward") is each:
+                del each.args[0].forward
 
     @property
     def patched(self) -> int:
@@ -58,13 +64,24 @@ class EveryModel:
             text = f"tilebook: {type(model).__name__} is not patched: {type(broken).__name__}: {broken}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
             return
+        for forward in report.forwards:
+            forward.told = _copied
         with self._lock:
             self._reports[model] = report
         _log.info("%s: %s", type(model).__name__, report)
 
+    def copied(self, forward: Forward) -> None:
+        """Told of what a copy of a module that was patched calls, or one that was stored and loaded."""
+        with self._lock:
+            self._copies.add(forward)
+
 
 every_model = EveryModel()
 """The program's own."""
+
+
+def _copied(forward: Forward) -> None:
+    every_model.copied(forward)
 
 
 def _first_call(model: nn.Module, args: Any) -> None:

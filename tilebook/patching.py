@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tilebook.beside import Beside
+from tilebook.casting import autocast_on
 from tilebook.hooks import hooked, usual
 from tilebook.kernels.glu import form as gated
 from tilebook.kernels.glu import geglu, swiglu
@@ -27,7 +29,7 @@ from tilebook.kernels.mlp.pytorch import plain
 from tilebook.kernels.norms import rms_norm
 from tilebook.recurrence import recurrent
 from tilebook.rotation import rotary
-from tilebook.trial import Function, Left, alike, called, drawn, result, served, standing
+from tilebook.trial import Forward, Function, Left, alike, called, drawn, result, served, standing
 
 _REPLICATE = "_replicate_for_data_parallel"
 _EPSILONS = "variance_epsilon", "eps", "epsilon"
@@ -52,6 +54,11 @@ class Report:
     changed: Mapping[str, str]
     left: Mapping[str, str]
     _ours: Sequence[tuple[nn.Module, str, Function]] = field(default=(), repr=False, compare=False)
+
+    @property
+    def forwards(self) -> list[Forward]:
+        """What modules call by now."""
+        return [ours for _, _, ours in self._ours if isinstance(ours, Forward)]
 
     def undo(self) -> None:
         """Changes back what this report says was changed, except where somebody has changed it again."""
@@ -148,7 +155,7 @@ def _norm(module: nn.Module) -> tuple[str, Function] | None:
         theirs.append(called(module, other, xs[-1]))
     for offset, what in ((0, "tilebook.rms_norm"), (1, "tilebook.rms_norm of 1 + weight")):
         if all(alike(found, rms_norm(x, _scale(trial, offset), eps)) for found, x in zip(theirs, xs, strict=True)):
-            return what, partial(_norm_forward, module, offset, eps)
+            return what, Forward(_norm_forward, module, Beside(module), offset, eps)
     raise Left("computes something else than RMSNorm")
 
 
@@ -156,10 +163,14 @@ def _scale(weight: torch.Tensor, offset: int) -> torch.Tensor:
     return weight.float() + offset if offset else weight
 
 
-def _norm_forward(module: Any, offset: int, eps: float, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    if args or kwargs or not served(x) or x.dtype != module.weight.dtype:  # which decides about the dtype of the result
-        return type(module).forward(module, x, *args, **kwargs)
-    return rms_norm(x, _scale(module.weight, offset), eps)
+# What is called takes whatever the class takes: who names an argument names it as the class does.
+
+
+def _norm_forward(module: Any, beside: Beside, offset: int, eps: float, /, *args: Any, **kwargs: Any) -> Any:
+    # The weight's dtype decides about that of the result.
+    if kwargs or len(args) != 1 or not served(args[0]) or args[0].dtype != module.weight.dtype or not beside.same():
+        return type(module).forward(module, *args, **kwargs)
+    return rms_norm(args[0], _scale(module.weight, offset), eps)
 
 
 def _mlp(module: nn.Module) -> tuple[str, Function] | None:
@@ -181,7 +192,9 @@ def _mlp(module: nn.Module) -> tuple[str, Function] | None:
     forms = [each for each in ACTIVATIONS if all(alike(y, result(plain, (x, *tensors), (each,))) for x, y in tried)]
     if not forms:
         raise Left("computes something else than two layers and GELU or ReLU")
-    return f"tilebook.mlp with {forms[0]}", partial(_mlp_forward, module, up, down, forms[0])
+    return f"tilebook.mlp with {forms[0]}", Forward(
+        _mlp_forward, module, Beside(module, frozenset(layers)), up, down, forms[0]
+    )
 
 
 def _head(module: Any) -> tuple[str, Sequence[tuple[nn.Module, str, Function]]] | None:
@@ -213,11 +226,14 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return made
 
 
-def _mlp_forward(module: Any, up: str, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _mlp_forward(module: Any, beside: Beside, up: str, down: str, activation: str, /, *args: Any, **kwargs: Any) -> Any:
     first, second = module._modules[up], module._modules[down]
-    if args or kwargs or not served(x) or not usual(first, second):  # somebody has put something else there, or listens
-        return type(module).forward(module, x, *args, **kwargs)
-    return mlp(x, first.weight, first.bias, second.weight, second.bias, activation=activation)
+    if kwargs or len(args) != 1 or not served(args[0]) or not beside.same():
+        return type(module).forward(module, *args, **kwargs)
+    # Somebody may have put something else there, or listen.
+    if not usual(first, second) or not _of_one_dtype(args[0], first, second):
+        return type(module).forward(module, *args, **kwargs)
+    return mlp(args[0], first.weight, first.bias, second.weight, second.bias, activation=activation)
 
 
 def _gated(module: nn.Module) -> tuple[str, Function] | None:
@@ -255,7 +271,8 @@ def _gate(module: nn.Module, layers: Mapping[str, nn.Linear]) -> tuple[str, Func
         for activation in gated.ACTIVATIONS:
             if all(alike(y, result(plain_block, (x, *tensors), (activation,))) for x, y in tried):
                 what = {"silu": "swiglu", "gelu_tanh": "geglu with tanh", "gelu": "geglu"}[activation]
-                return f"tilebook.{what}", partial(_gated_forward, module, gate, up, down, activation)
+                beside = Beside(module, frozenset(layers))
+                return f"tilebook.{what}", Forward(_gated_forward, module, beside, gate, up, down, activation)
     raise Left("computes something else than a gate of SiLU or GELU between layers")
 
 
@@ -275,16 +292,31 @@ def _tensors(layers: Mapping[str, Any], gate: str, up: str | None, down: str) ->
 
 
 def _gated_forward(
-    module: Any, gate: str, up: str | None, down: str, activation: str, x: torch.Tensor, *args: Any, **kwargs: Any
+    module: Any, beside: Beside, gate: str, up: str | None, down: str, activation: str, /, *args: Any, **kwargs: Any
 ) -> Any:
     layers = module._modules
-    used = layers[gate], layers[down], *([] if up is None else [layers[up]])
-    if args or kwargs or not served(x) or not usual(*used):
-        return type(module).forward(module, x, *args, **kwargs)
+    if kwargs or len(args) != 1 or not served(args[0]) or not beside.same():
+        return type(module).forward(module, *args, **kwargs)
+    used = (layers[gate], layers[down]) if up is None else (layers[gate], layers[up], layers[down])
+    if not usual(*used) or not _of_one_dtype(args[0], *used):
+        return type(module).forward(module, *args, **kwargs)
     tensors = _tensors(layers, gate, up, down)
     if activation == "silu":
-        return swiglu(x, *tensors)
-    return geglu(x, *tensors, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return swiglu(args[0], *tensors)
+    return geglu(args[0], *tensors, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _of_one_dtype(x: torch.Tensor, *layers: nn.Linear) -> bool:
+    """Are products of x and these layers of one dtype? Between layers of two, modules cast as they see fit.
+
+    T5's last layer stays in fp32 where a model is loaded in fp16.
+    """
+    dtype = x.dtype
+    for each in layers:
+        for weight in each._parameters.values():
+            if weight is not None and weight.dtype != dtype:
+                return autocast_on(x)  # which casts them all
+    return True
 
 
 def _check_layers(module: nn.Module, *layers: nn.Linear) -> None:

@@ -21,7 +21,7 @@ from tilebook.kernels.delta_rule import gated_delta_rule
 from tilebook.kernels.delta_rule.entry import registered
 from tilebook.kernels.delta_rule.problem import Problem
 from tilebook.substitution import called, calls, rebuilt
-from tilebook.trial import Function, Left, alike, drawn, result, served
+from tilebook.trial import Forward, Function, Left, alike, drawn, result, served_with
 
 _CHUNKED = "torch_chunk_gated_delta_rule"
 _ROWS, _WIDTH, _COLUMNS = 5, 8, 6
@@ -36,7 +36,7 @@ def recurrent(module: nn.Module) -> tuple[str, Function] | None:
         raise Left("its forward was changed already")
     if _with_ours(forward, called(forward, _CHUNKED)) is None:
         raise Left("has another delta rule than tilebook.gated_delta_rule")
-    return "attention with tilebook.gated_delta_rule", partial(_forward, module)
+    return "attention with tilebook.gated_delta_rule", Forward(_forward, module)
 
 
 @functools.cache
@@ -123,8 +123,8 @@ def _agrees(theirs: Function, heads: int) -> bool | None:
     return True
 
 
-def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    forward, rows = type(module).forward, args[0] if args else kwargs.get("hidden_states")
-    if not torch.compiler.is_compiling() and isinstance(rows, torch.Tensor) and served(rows):
+def _forward(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+    forward = type(module).forward
+    if not torch.compiler.is_compiling() and served_with(args, kwargs):
         forward = _with_ours(forward, called(forward, _CHUNKED)) or forward
     return forward(module, *args, **kwargs)

@@ -6,7 +6,6 @@ The code of a class's `forward` runs with other globals, among which the rotatio
 from __future__ import annotations
 
 import functools
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from tilebook.casting import autocast_dtype
 from tilebook.kernels.rope import apply_rope
 from tilebook.kernels.rope.pytorch import plain as plain_rope
 from tilebook.substitution import called, calls, rebuilt
-from tilebook.trial import Function, Left, alike, drawn, result, served
+from tilebook.trial import Forward, Function, Left, alike, drawn, result, served_with
 
 _ROTATES = "apply_rotary_pos_emb"
 _ROWS, _WIDTH = 5, 8
@@ -31,7 +30,7 @@ def rotary(module: nn.Module) -> tuple[str, Function] | None:
         raise Left("its forward was changed already")
     if _with_ours(forward, _theirs(forward)) is None:
         raise Left("rotates heads otherwise than tilebook.apply_rope")
-    return "attention with tilebook.apply_rope", partial(_forward, module)
+    return "attention with tilebook.apply_rope", Forward(_forward, module)
 
 
 def _rotates(forward: Any) -> bool:
@@ -88,9 +87,9 @@ def _same_rotation(theirs: Function, width: int, interleaved: bool) -> bool:
     return both and all(map(alike, found, plain_rope(tensors, (interleaved,))))
 
 
-def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(module: Any, /, *args: Any, **kwargs: Any) -> Any:
     forward = type(module).forward
     # A compiler fuses the rotation with what is around it.
-    if not torch.compiler.is_compiling() and all(served(x) for x in args[:1]):
+    if not torch.compiler.is_compiling() and served_with(args, kwargs):
         forward = _with_ours(forward, _theirs(forward)) or forward
     return forward(module, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Mapping
@@ -17,7 +18,13 @@ def calls(function: Any, name: str) -> bool:
 
 def called(function: Any, name: str) -> Any:
     """What its code finds by this name now."""
-    return getattr(inspect.unwrap(function), "__globals__", {}).get(name)
+    return _globals(function).get(name)
+
+
+@functools.cache
+def _globals(function: Any) -> Mapping[str, Any]:
+    """Of the innermost function: which that is stays so, what it finds may change."""
+    return getattr(inspect.unwrap(function), "__globals__", {})
 
 
 class _Globals(dict[str, Any]):

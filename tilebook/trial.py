@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,9 +11,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilebook.dispatch import forced
+from tilebook.dispatch import here
 
 Function = Callable[..., Any]
+
+
+class Forward(partial[Any]):
+    """What a module calls instead of its class's `forward`: a function of the module and more, then of the call's
+    arguments. Programs that ask what it takes are told what its class's takes, and pass that.
+
+    told: who is told of copies, of which nobody has asked for the change; None where somebody has.
+    """
+
+    told: Callable[[Forward], None] | None = None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        module = self.args[0]
+        return inspect.signature(type(module).forward.__get__(module))
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        if self.told is not None:
+            self.told(self)
 
 
 class Left(Exception):
@@ -21,7 +42,15 @@ class Left(Exception):
 
 def served(x: Any) -> bool:
     """May a call be other than plain PyTorch's? Where not, a module's own forward costs the host less."""
-    return bool(x.is_cuda or forced())
+    return bool(getattr(x, "is_cuda", False) or here.forced is not None)
+
+
+def served_with(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """The same of a call with these arguments: of the first tensor among them."""
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, torch.Tensor):
+            return served(each)
+    return False
 
 
 def undisturbed() -> bool:

@@ -4,6 +4,7 @@ import copy
 import gc
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -80,6 +81,24 @@ def test_disable_makes_all_of_them_what_they_were():
     model = llama()
     step(model)
     assert changed(model) == 9
+
+
+def test_copies_of_what_was_patched_are_what_they_were_too():
+    tilebook.enable(patch=True)
+    model = llama()
+    step(model)
+    twin = copy.deepcopy(model)
+    stored = None if hasattr(model.model.layers[0].self_attn, "_kernel_funcs") else pickle.loads(pickle.dumps(model))
+    asked = llama()
+    report = tilebook.patch(asked)
+    copies = [each for each in (twin, stored) if each is not None]
+    assert [changed(each) for each in copies] == [9] * len(copies)
+    twin.model.norm.forward = later = lambda x: x
+    tilebook.disable()
+    assert [changed(each) for each in copies] == [1, 0][: len(copies)]
+    assert twin.model.norm.forward is later
+    assert changed(copy.deepcopy(asked)) == changed(asked) == 9, "who has asked for it undoes it"
+    report.undo()
 
 
 def test_models_made_before_and_blocks_are_left_alone():

@@ -162,6 +162,18 @@ def test_what_was_changed_before_is_left_and_what_is_changed_later_is_called(cha
     torch.testing.assert_close(found.logits, right.logits)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_another_soft_cap_that_is_set_later_is_computed(softcap):
+    model = made("gemma2, capped")
+    with tilebook.patched(model, loss_head=True) as report:
+        assert report.changed[""] == WHAT
+        model.config.final_logit_softcapping = softcap
+        found = model(**batch())
+    right = model(**batch())
+    assert torch.equal(found.loss, right.loss)
+    assert torch.equal(found.logits, right.logits)
+
+
 def test_what_lies_between_the_last_layer_and_the_loss_is_found_out():
     config = transformers.AutoConfig.for_model("granite", **SIZES, logits_scaling=3.0)
     model = transformers.AutoModelForCausalLM.from_config(config)

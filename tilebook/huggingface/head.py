@@ -44,6 +44,7 @@ class Head:
 
     def __init__(self, model: Any, linear: nn.Linear, softcap: float) -> None:
         self.model, self.linear, self.softcap = model, linear, softcap
+        self.configured = _softcap(model)
 
     def places(self) -> list[tuple[nn.Module, str, Any]]:
         """Whose attribute is to be what. No bound methods, which others bind to a model of theirs."""
@@ -74,14 +75,15 @@ class Head:
         wanted = labels is not None and logits_to_keep is None and self.model.training and torch.is_grad_enabled()
         same = self.model.get_output_embeddings() is self.linear and type(self.linear) is nn.Linear
         loss = getattr(self.model.__dict__.get("_loss_function"), "args", ())  # somebody may have set another since
+        same = same and _softcap(self.model) == self.configured
         return bool(wanted and same and not hooked(self.linear) and loss and loss[0] is self)
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
+    def project(self, input: torch.Tensor) -> torch.Tensor:
         call = _here.calls.get(id(self))
         if call is None or not call.on:
-            return nn.Linear.forward(self.linear, x)
-        call.hidden = x
-        return x[..., :1]
+            return nn.Linear.forward(self.linear, input)
+        call.hidden = input
+        return input[..., :1]
 
     def loss(
         self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, num_items_in_batch: Any = None,
@@ -123,6 +125,11 @@ def another_loss(model: Any) -> bool:
     )
 
 
+def _softcap(model: Any) -> float:
+    """What the configuration says of one, 0.0 for none."""
+    return float(getattr(model.config, "final_logit_softcapping", None) or 0.0)
+
+
 def tried(model: Any, linear: nn.Linear) -> float | None:
     """The soft-cap between the last layer and the loss, found by trying: 0.0 for none, None where it is not this loss.
 
@@ -153,7 +160,7 @@ def tried(model: Any, linear: nn.Linear) -> float | None:
     labels = ids.flip(1).masked_fill(ids == 2, IGNORED)
     with torch.no_grad():
         out = type(model).forward(other, input_ids=ids, labels=labels, return_dict=True)
-        for softcap in (0.0, getattr(model.config, "final_logit_softcapping", None) or 0.0):
+        for softcap in (0.0, _softcap(model)):
             logits = capped(F.linear(hidden, small.weight, small.bias), softcap)
             target = F.pad(labels, (0, 1), value=IGNORED)[0, 1:]
             loss = wide_loss(hidden[0], small.weight, target, small.bias, IGNORED, "mean", softcap)

@@ -89,8 +89,9 @@ class _Noting:
         def sdpa_attention_forward(
             module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
         ) -> Any:
-            # The trace's question first: whose id is asked breaks the graph, or is what it holds for.
-            if not torch.compiler.is_compiling() and self.on and not args and id(attention_mask) in notes.held:
+            # The trace's question before the note's: whose id is asked breaks the graph, or is what it holds for.
+            known = attention_mask is not None and not torch.compiler.is_compiling() and self.on and not args
+            if known and id(attention_mask) in notes.held:
                 found = _shared(query, key, value, attention_mask, **kwargs)
                 if found is not None:
                     return found.transpose(1, 2).contiguous(), None

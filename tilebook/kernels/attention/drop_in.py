@@ -84,6 +84,8 @@ def scaled_dot_product_attention(
         return handle_torch_function(scaled_dot_product_attention, given, *given, dropout_p, is_causal, **more)  # type: ignore[no-any-return]
     usual = type(query) is type(key) is type(value) is torch.Tensor and not dropout_p
     usual = usual and (scale is None or (type(scale) is float and scale > 0))
+    if usual and not overridden and not query.is_cuda and not forced():  # at once: every layer of a model may ask
+        return plain_sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
     loaded, of = attn_mask, None
     if attn_mask is not None:
         usual = usual and not torch.compiler.is_compiling()
@@ -100,7 +102,7 @@ def scaled_dot_product_attention(
     known_as: Any = None
     if usual and not (query.is_nested or key.is_nested or value.is_nested):
         near = query.shape, is_causal, of
-        if again(near, *tensors) or not (query.is_cuda or forced()):
+        if again(near, *tensors):
             return plain_sdpa(query, key, value, loaded, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
         if query.ndim == 4:
             known_as = (of, *kind(query, key, value, is_causal, loaded)), near, loaded
