@@ -1,5 +1,7 @@
 """PyTorch's attention served by recorded launches below its autograd, on a GPU."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,7 +153,7 @@ def test_of_tokens_that_are_generated_nobody_is_asked(below):
 
 def test_deterministic_programs_have_the_same_bits(below):
     leaves = _leaves((2, 8, 512, 64))
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         with tilebook.enabled():
             found = [_step(leaves) for _ in range(6)]
@@ -159,6 +161,25 @@ def test_deterministic_programs_have_the_same_bits(below):
         torch.use_deterministic_algorithms(False)
     for each in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(each, found[0], strict=True))
+
+
+def test_programs_that_are_only_to_be_warned_are_by_pytorchs_own_kernels(below):
+    leaves = _leaves((2, 8, 512, 64))
+
+    def told():
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            _step(leaves)
+        return {str(each.message) for each in found if "determin" in str(each.message)}
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        plain = told()
+        with tilebook.enabled():
+            assert [told() for _ in range(4)] == [plain] * 4
+            assert below.repeated() == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_masks_dropout_and_other_backends_are_pytorchs(below):
