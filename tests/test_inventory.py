@@ -1,5 +1,8 @@
 """What commands that only read records know of the kernel families without loading them, and of the machine."""
 
+import ast
+import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -10,7 +13,7 @@ import pytest
 
 import tilebook
 from tilebook import device as devices
-from tilebook import inventory, machine
+from tilebook import inventory, machine, stated
 from tilebook import op as ops
 
 ROOT = Path(tilebook.__file__).parents[1]
@@ -83,6 +86,24 @@ def test_a_program_takes_no_digest_that_the_package_states(monkeypatch):
         stated = [taken(each) for each in ours]
     monkeypatch.setattr(ops, "source", lambda op, implementation: None)  # as where somebody is at work on kernels
     assert stated == [taken(each) for each in ours]
+
+
+def test_what_kernels_take_from_elsewhere_is_among_what_is_compared():
+    """A constant counts by value; that of `launch` is about configs, which are no part of an entry."""
+    for path in Path(tilebook.__file__).parent.joinpath("kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("tilebook."):
+                continue
+            taken = [getattr(importlib.import_module(node.module), each.name, None) for each in node.names]
+            if any(isinstance(each, int | float | str) for each in taken):
+                file = node.module.removeprefix("tilebook.").split(".")[0]
+                assert file == "launch" or {file, f"{file}.py"} & set(stated._MADE_FROM), (path, node.module)
+
+
+def test_another_function_in_an_implementations_place_has_its_own_digest():
+    ours = ops.get("rms_norm_fwd").tunable
+    other = ops.get("layer_norm_fwd").tunable.function
+    assert dataclasses.replace(ours, function=other).digest != ours.digest
 
 
 COMMANDS = """

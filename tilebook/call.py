@@ -152,6 +152,7 @@ class Entry:
     check:    (tensors, options as the schema has them) → ValueError for what does not go together. Kernels believe the
               sizes they are told, and PyTorch's own checks would come too late.
     plain:    (tensors, options) → the result, or all results, in PyTorch's own functions.
+    twice:    the same where gradients are differentiated again, if that is to be by others of them.
     fake:     (tensors, options as the schema has them) → empty outputs, laid out as those of the op are.
     pack, unpack: options as the family has them ↔ as the schema has them.
     casts:    the tensors that are factors of products, which autocast casts.
@@ -184,6 +185,7 @@ class Entry:
     flops: Callable[[Tensors, Any, Sequence[bool] | None], int] | None = None
     shards: Callable[[dict[str, Any]], list[dict[str, int | None]]] | None = None
     last: Callable[..., Tensors] | None = None
+    twice: Callable[[Tensors, tuple[Any, ...]], Any] | None = None
 
     op: Any = field(init=False)
     op_backward: Any = field(init=False)
@@ -333,7 +335,7 @@ class Entry:
             apart = tuple(x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True))
             wanted = [x for x, need in zip(apart, needs, strict=True) if need and x is not None]
             zeros = [torch.zeros_like(x) for x in apart[:1] if x is not None] * (self.addends - 1)
-            made = self.plain((*apart[:1], *zeros, *apart[1:]), options)
+            made = (self.twice or self.plain)((*apart[:1], *zeros, *apart[1:]), options)
             results = made if self.results > 1 else (made,)
             given = [(y, dy) for y, dy in zip(results, dys, strict=True) if dy is not None]
             ys, gradients = zip(*given, strict=True)

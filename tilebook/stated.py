@@ -15,8 +15,9 @@ from typing import Any
 
 FILE = Path(__file__).with_name("inventory.json")
 
-# What an op's entry is made of; the rest of the package may change without changing one.
-_MADE_FROM = ("op.py", "problem.py", "source.py", "inventory.py", "stated.py", "kernels")
+# What an op's entry is made of, constants that kernels take from elsewhere among it; the rest of the package may change
+# without changing one.
+_MADE_FROM = ("op.py", "problem.py", "source.py", "inventory.py", "stated.py", "layout.py", "windows.py", "kernels")
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import tilebook
 from tilebook import device as devices
 from tilebook import dispatch
 from tilebook import op as ops
-from tilebook.kernels.attention import eager
+from tilebook.kernels.attention import eager, pytorch
 from tilebook.kernels.attention.form import form, simplest
 from tilebook.op import UsageError
 from tilebook.tuner.judge.verify import Case, verify
@@ -231,11 +231,7 @@ _FOLDED = list(itertools.product((1, 2), (1, 4), (False, True), (False, True), (
 
 
 @pytest.mark.parametrize(("n_q", "n_k"), [(9, 9), (7, 12), (12, 7)])
-def test_a_causal_mask_and_another_are_one_to_pytorch(n_q, n_k, monkeypatch):
-    def never(*given):
-        raise AssertionError("a matrix of all pairs is composed")
-
-    monkeypatch.setattr(eager, "composed", never)
+def test_a_causal_mask_and_another_are_one_to_pytorch(n_q, n_k):
     for batch, heads, rows, columns, kind in _FOLDED:
         shape = batch, heads, n_q if rows else 1, n_k if columns else 1
         q, k, v, do, bias = tensors((2, 4, n_q, 8), *[(2, 2, n_k, 8)] * 2, (2, 4, n_q, 8), shape, dtype=torch.float32)
@@ -243,7 +239,9 @@ def test_a_causal_mask_and_another_are_one_to_pytorch(n_q, n_k, monkeypatch):
         options = {"attn_mask": bias > 0} if kind == "mask" else {"bias": bias}
         for each in leaves:
             each.requires_grad_()
-        o = tilebook.attention(q, k, v, **options, causal=True)
+        one = pytorch.causally(bias > 0 if kind == "mask" else bias, n_q, n_k)
+        assert one.shape == (batch, heads, n_q, n_k)
+        o = pytorch.sdpa(q, k, v, False, None, one)
         truth, lse = formula(q, k, v, **options, causal=True)
         right = truth, *torch.autograd.grad(truth, leaves, do)
         for got, want in zip((o, *torch.autograd.grad(o, leaves, do)), right, strict=True):
@@ -254,6 +252,19 @@ def test_a_causal_mask_and_another_are_one_to_pytorch(n_q, n_k, monkeypatch):
             grads = BACKWARD.implementations["torch"](do, q, k, v, o, found, its, 8**-0.5, extra)
         for got, want in zip((o, found, *grads), (truth, lse, *right[1:]), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_under_a_causal_mask_and_a_bias_gradients_are_differentiated_again():
+    q, k, v, bias = tensors(*shapes(9, 9), (9, 9), dtype=torch.float64 if DEVICE == "cpu" else torch.float32)
+
+    def twice(attend):
+        x = q.detach().requires_grad_()
+        (first,) = torch.autograd.grad(attend(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    ours = twice(lambda x: tilebook.attention(x, k, v, causal=True, bias=bias))
+    right = twice(lambda x: formula(x, k, v, causal=True, bias=bias)[0])
+    torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("tf32", [False, True])

@@ -1,5 +1,7 @@
 """Calls of the drop-in under a mask or with dropout are PyTorch's own, of tensors that its kernels can load."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,18 @@ MASKS = {
     "of each head": lambda: _shown(2, 4, 32, 32),
     "added": lambda: torch.randn(32, 32).bfloat16(),
 }
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_a_mask_of_one_row_that_starts_within_a_vector_is_copied(pytorchs, monkeypatch, added):
+    answers = itertools.chain([True], itertools.repeat(False))  # as on a GPU, where nothing is forced
+    monkeypatch.setattr(drop_in, "forced", lambda: next(answers))
+    (q, *_), (_, k, v) = _qkv(2, 4, 1, 16), _qkv()
+    whole = torch.randn(2, 1, 1, 64).bfloat16()
+    mask = whole[..., 1:33] if added else (whole > -1)[..., 1:33]
+    found = drop_in.scaled_dot_product_attention(q, k, v, mask)
+    torch.testing.assert_close(found, SDPA(q, k, v, attn_mask=mask.contiguous()), rtol=1e-2, atol=1e-2)
+    assert not [x for x in pytorchs[-1][0] if isinstance(x, torch.Tensor) and x.data_ptr() % 16]
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -118,9 +118,10 @@ def scaled_dot_product_attention(
             if dropout_p and all(placed(x) for x in (query, key, value)):
                 query, key, value = aligned(query), aligned(key), aligned(value)
         return plain_sdpa(query, key, value, loaded, dropout_p, is_causal, scale=scale, **grouped)  # type: ignore[no-any-return]
-    if usual and query.shape[-2] == 1 and all(placed(x) for x in (query, key, value)) and not forced():
+    if usual and all(placed(x) for x in (query, key, value)) and _looked(lambda: query.shape[-2] == 1) and not forced():
         # Decoding: another length at every call is another problem, and to ask about it takes the host 0.2 ms.
         query, key, value = aligned(query), aligned(key), aligned(value)
+        loaded = _loadable(loaded, query, key)
         return plain_sdpa(query, key, value, loaded, 0.0, is_causal, scale=scale, **grouped)  # type: ignore[no-any-return]
     from tilebook.kernels.attention import attend  # the package imports this module
 

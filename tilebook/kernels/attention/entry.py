@@ -14,7 +14,7 @@ from tilebook.call import Entry, Tensors
 from tilebook.kernels.attention.check import check
 from tilebook.kernels.attention.form import Form, form, simplest
 from tilebook.kernels.attention.layout import like
-from tilebook.kernels.attention.pytorch import plain
+from tilebook.kernels.attention.pytorch import plain, twice
 from tilebook.layout import rows
 from tilebook.sharding import divides
 
@@ -150,6 +150,7 @@ ATTENTION = Entry(
     backward=_backward,
     check=_check,
     plain=plain,
+    twice=twice,
     fake=_fake,
     pack=_pack,
     unpack=_unpack,

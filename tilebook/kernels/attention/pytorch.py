@@ -164,17 +164,28 @@ def nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def plain(tensors: tuple[Any, ...], options: tuple[Form, float | None]) -> torch.Tensor:
     """The result for an entry's tensors (q, k, v, bias, slopes, seed) and options (form, scale)."""
     (q, k, v, *extras), (form, scale) = tensors, options
+    given = [x for x in extras if x is not None]
+    # On a CPU there is time for what can be differentiated twice, and is right beside the most negative numbers.
+    if form.folded and q.is_cuda and q.numel() and k.numel() and not _batched():
+        return sdpa(q, k, v, False, scale, causally(given[0], q.shape[2], k.shape[2]))
+    return twice(tensors, options)
+
+
+def twice(tensors: tuple[Any, ...], options: tuple[Form, float | None]) -> torch.Tensor:
+    """The same, of functions that autograd differentiates twice where PyTorch has to compose it."""
+    (q, k, v, *extras), (form, scale) = tensors, options
     if not (q.numel() and k.numel()):
         return nothing(q, k, v)
     given = [x for x in extras if x is not None]
     # PyTorch's rule for a batch of calls does not know masks that all share.
-    batched = len(given) > 0 and torch._C._functorch.peek_interpreter_stack() is not None
-    if form.folded and not batched:
-        return sdpa(q, k, v, False, scale, causally(given[0], q.shape[2], k.shape[2]))
-    if not form.composed and not batched:
+    if not form.composed and not (given and _batched()):
         return sdpa(q, k, v, form.causal, scale, *given)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     return eager.composed(q, k, v, form, factor, *given)[0]
+
+
+def _batched() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def log_sum_exp(tensors: tuple[Any, ...], options: tuple[Form, float]) -> torch.Tensor:
