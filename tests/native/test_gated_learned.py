@@ -9,6 +9,7 @@ import pytest
 import torch
 from gate_samples import biased, masked, numbers
 from learned_samples import BIASES, EFFICIENT, Kernels, heads, hidden, scores
+from torch.utils.checkpoint import checkpoint
 
 
 @pytest.fixture
@@ -318,6 +319,30 @@ def test_what_hooks_may_change_is_looked_at(gated, kernels):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         assert gated.looked_at(biased, *given)
     assert gated.answered(biased, *given)[0]
+
+
+@pytest.mark.parametrize("how", ["kept", "recomputed", "with anomalies looked for"])
+def test_a_layer_is_recomputed_and_looked_into(gated, kernels, how):
+    given, do = [*heads(), hidden(numbers(1, 2, 4, 16, seed=3))], numbers(3, 2, 4, 8, seed=9)
+
+    def attended(*leaves):
+        return 2 * biased(*leaves)
+
+    def step():
+        leaves = [leaf(x) for x in given]
+        with torch.autograd.set_detect_anomaly(how == "with anomalies looked for"):
+            again = how == "recomputed"
+            o = checkpoint(attended, *leaves, use_reentrant=True) if again else attended(*leaves)
+            o.backward(do)
+        return [o.detach(), *(x.grad for x in leaves)]
+
+    for _ in range(5):
+        found = step()
+    gated.extension.gates_ask(True)
+    expected = step()
+    gated.extension.gates_ask(False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(x.isfinite().all() for x in found)
 
 
 def test_a_batch_of_gradients_is_each_of_them(both):
