@@ -16,16 +16,18 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from compare import arguments, save
+from noted_masks import timed
 
 import tilebook
 from tilebook import device as devices
 
-TOKENS, CALLS, SMALL_CALLS = 16384, 10, 2000
+TOKENS, SMALL_CALLS = 16384, 2000
 HEADS = (32, 64), (16, 128)
 CASES = [(*each, causal, longest) for longest in (2048, 8192) for each in HEADS for causal in (True, False)]
 WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {
@@ -44,16 +46,6 @@ def packed(found: list[int], heads: int, width: int, device: str) -> tuple[list[
     """q, k and v (T, H, D), and where sequences end."""
     ends = torch.tensor([0, *itertools.accumulate(found)], dtype=torch.int32, device=device)
     return [torch.randn(sum(found), heads, width, device=device, dtype=torch.bfloat16) for _ in range(3)], ends
-
-
-def milliseconds(run: Callable[[], Any]) -> float:
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    for _ in range(CALLS):
-        run()
-    last.record()
-    last.synchronize()
-    return float(first.elapsed_time(last)) / CALLS
 
 
 def microseconds(run: Callable[[], Any]) -> float:
@@ -116,7 +108,7 @@ def measured(case: tuple[int, int, bool, int], total: int, rounds: int) -> dict[
         return o, *torch.autograd.grad(o, leaves, do)
 
     row = {"heads": heads, "width": width, "causal": causal, "longest": longest, "sequences": len(found)}
-    clock = milliseconds if total == TOKENS else microseconds
+    clock = partial(timed, device="cuda") if total == TOKENS else microseconds
     return {**row, "tokens": total, "forward": turns(forward, clock, rounds), "both": turns(both, clock, rounds)}
 
 

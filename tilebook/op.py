@@ -289,6 +289,11 @@ class Op(Generic[P]):
         ours = self.implementations.get("triton")
         return ours if ours is not None else next(each for each in self.tunables if not each.external)
 
+    @property
+    def pytorchs(self) -> tuple[str, ...]:
+        """The implementations that are kernels of PyTorch's own functions, in whose places a verdict may serve."""
+        return tuple(dict.fromkeys(("torch", self.captured)))
+
     def uncompiled(self, problem: P, device: Device | None) -> Implementation:
         """What needs no kernel of ours to be compiled first, and reads nothing on the host where it can."""
         found = self.implementations.get(self.captured)

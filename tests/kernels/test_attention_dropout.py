@@ -1,7 +1,7 @@
 """Dropout of attention's weights: the same in every implementation, and in the gradients."""
 
 import torch
-from test_attention_forms import DEVICE, FORWARD, H200, shapes, tensors
+from attention_formula import DEVICE, FORWARD, H200, shapes, tensors
 
 import tilebook
 from tilebook import dispatch

@@ -4,103 +4,22 @@ Kernels run in Triton's interpreter where there is no GPU. Verification against 
 bands, is that of the examples in test_every_family.py; here the public functions are held to a formula of their own.
 """
 
-import itertools
 import math
 import random
 
 import pytest
 import torch
+from attention_formula import BACKWARD, DEVICE, FORWARD, H200, agree, formula, shapes, tensors
 from drawing import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tilebook
-from tilebook import device as devices
 from tilebook import dispatch
-from tilebook import op as ops
-from tilebook.kernels.attention import eager, pytorch
+from tilebook.kernels.attention import eager
 from tilebook.kernels.attention.form import form, simplest
 from tilebook.op import UsageError
 from tilebook.tuner.judge.verify import Case, verify
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-H200 = devices.find("H200")
-FORWARD, BACKWARD = ops.get("attention_fwd"), ops.get("attention_bwd")
-
-
-def formula(q, k, v, scale=None, causal=False, window=None, softcap=0.0, alibi_slopes=None, bias=None, attn_mask=None):
-    """(o, lse), spelled out in the dtype of the inputs; rows that see nothing are 0 and -inf."""
-    group, n_q, n_k = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    i, j = torch.arange(n_q, device=q.device)[:, None], torch.arange(n_k, device=q.device)
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.expand(q.shape[:2])[..., None, None]
-        scores = scores - (slopes * (i + n_k - n_q - j).abs()).to(scores.dtype)
-    if bias is not None:
-        scores = scores + bias
-    seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device)
-    if attn_mask is not None:
-        seen = seen & attn_mask
-    diagonal = i if causal in (True, "top_left") else i + n_k - n_q
-    left, right = window or (None, None)
-    if causal:
-        seen = seen & (j <= diagonal)
-    if left is not None and left >= 0:
-        seen = seen & (j >= diagonal - left)
-    if right is not None and right >= 0:
-        seen = seen & (j <= diagonal + right)
-    scores = scores.masked_fill(~seen, -math.inf)
-    lse = scores.detach().logsumexp(-1)
-    dead = (lse == -math.inf)[..., None]
-    return scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0) @ v, lse
-
-
-def tensors(*shapes, dtype=torch.bfloat16, seed=0):
-    source = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=source).to(DEVICE, dtype) for shape in shapes]
-
-
-def agree(options, shapes, dtype=torch.float16, seed=0, tolerance=4e-3):
-    """Kernels and PyTorch's own path give o, lse and every gradient of the formula."""
-    q, k, v = tensors(*shapes, dtype=dtype, seed=seed)
-    (do,) = tensors(q.shape, dtype=dtype, seed=seed + 1)
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    bias = options.get("bias")
-    right = dict(options)
-    if bias is not None:
-        right["bias"] = bias.double().requires_grad_()
-        exact.append(right["bias"])
-    truth, lse = formula(*exact[:3], **right)
-    truths = truth, *torch.autograd.grad(truth, exact, do.double())
-    # What is summed over thousands of scores errs by more than its own rounding, in PyTorch as here.
-    same = [x.detach().to(dtype).requires_grad_() for x in exact]
-    plain, _ = formula(*same[:3], **(options if bias is None else options | {"bias": same[3]}))
-    theirs = plain, *torch.autograd.grad(plain, same, do)
-    for kernels in (True, False):
-        given_ = [x.clone().requires_grad_() for x in (q, k, v)]
-        ours = dict(options)
-        if bias is not None:
-            ours["bias"] = bias.clone().requires_grad_()
-        with dispatch.use("triton" if kernels else "torch"):
-            o, got = tilebook.attention(*given_, **ours, return_lse=True)
-            grads = torch.autograd.grad(o, [*given_, *([ours["bias"]] if bias is not None else [])], do)
-        assert not got.requires_grad
-        torch.testing.assert_close(got.double(), lse, rtol=1e-3, atol=3e-3)
-        for mine, other, usual in zip((o, *grads), truths, theirs, strict=True):
-            assert mine.isfinite().all()
-            floor = tolerance * max(1.0, other.abs().max().item())
-            if mine.ndim == 4 and mine.shape[-1] == 1:
-                # One number for whole rows: adding it changes nothing, so its gradient is 0 but for what the row sums
-                # of p · dp, taken from the rounded o, leave behind; that adds up like noise.
-                floor += 5e-4 * (o.numel() / o.shape[-1]) ** 0.5
-            assert (mine.double() - other).abs().max() <= floor + 2 * (usual.double() - other).abs().max(), options
-
-
-def shapes(n_q, n_k, heads=2, heads_kv=2, width=32, batch=1):
-    return (batch, heads, n_q, width), (batch, heads_kv, n_k, width), (batch, heads_kv, n_k, width)
 
 
 @pytest.mark.parametrize("width", [24, 72, 80, 96, 160])
@@ -146,47 +65,6 @@ def test_alibi_slopes_are_per_head_or_per_batch_and_head(batched):
     agree({"alibi_slopes": slopes.abs(), "causal": True}, shapes(30, 50, heads=4, batch=2))
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 40, 50), (1, 4, 40, 50), (2, 1, 1, 50), (40, 50), (1, 1, 40, 1)])
-def test_biases_broadcast_and_have_gradients(shape):
-    (bias,) = tensors(shape, dtype=torch.float16)
-    agree({"bias": bias}, shapes(40, 50, heads=4, heads_kv=2, batch=2), tolerance=8e-3)
-
-
-_CUTS = {
-    "whole": lambda whole: whole[..., :56],
-    "begun within a vector": lambda whole: whole[..., 4:60],
-    "by columns": lambda whole: whole[..., :40, :56].mT,
-    "every other": lambda whole: whole[..., ::2][..., :56],
-    "of one head": lambda whole: whole[:, :1, :, :56],
-    "of odd rows": lambda whole: whole.flatten(2)[..., : 40 * 127].unflatten(2, (40, 127))[..., :56],
-}
-
-
-@pytest.mark.parametrize("cut", _CUTS)
-def test_rows_of_whole_vectors_are_loaded_as_such_wherever_they_lie(cut):
-    (whole,) = tensors((2, 4, 56, 128), dtype=torch.float16)
-    table = _CUTS[cut](whole)[:, :, :40]
-    agree({"bias": table}, shapes(40, table.shape[-1], heads=4, heads_kv=2, batch=2), tolerance=8e-3)
-    agree({"attn_mask": table > -0.3}, shapes(40, table.shape[-1], heads=4, heads_kv=2, batch=2))
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 1, 50), (1, 4, 40, 50), (40, 50)])
-def test_boolean_masks_broadcast(shape):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
-    agree({"attn_mask": mask}, shapes(40, 50, heads=4, heads_kv=2, batch=2))
-
-
-def test_float_masks_and_masks_beside_biases():
-    q, k, v, bias = tensors(*shapes(30, 40), (30, 40), dtype=torch.float16)
-    mask = torch.rand(30, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
-    with dispatch.use("triton"):
-        both = tilebook.attention(q, k, v, bias=bias, attn_mask=mask)
-        added = tilebook.attention(q, k, v, attn_mask=bias.masked_fill(~mask, -math.inf))
-    assert torch.equal(both, added)
-    truth, _ = formula(q.double(), k.double(), v.double(), bias=bias.double(), attn_mask=mask)
-    torch.testing.assert_close(both.double(), truth, rtol=1e-2, atol=4e-3)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -225,46 +103,6 @@ def test_pytorchs_path_has_right_gradients_in_rows_of_the_most_negative_number()
     torch.testing.assert_close(o.double(), truth, rtol=1e-4, atol=1e-5)
     for mine, other in zip(found, right, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
-
-
-_FOLDED = list(itertools.product((1, 2), (1, 4), (False, True), (False, True), ("mask", "bias", "dbias")))
-
-
-@pytest.mark.parametrize(("n_q", "n_k"), [(9, 9), (7, 12), (12, 7)])
-def test_a_causal_mask_and_another_are_one_to_pytorch(n_q, n_k):
-    for batch, heads, rows, columns, kind in _FOLDED:
-        shape = batch, heads, n_q if rows else 1, n_k if columns else 1
-        q, k, v, do, bias = tensors((2, 4, n_q, 8), *[(2, 2, n_k, 8)] * 2, (2, 4, n_q, 8), shape, dtype=torch.float32)
-        leaves = [q, k, v] if kind != "dbias" else [q, k, v, bias]
-        options = {"attn_mask": bias > 0} if kind == "mask" else {"bias": bias}
-        for each in leaves:
-            each.requires_grad_()
-        one = pytorch.causally(bias > 0 if kind == "mask" else bias, n_q, n_k)
-        assert one.shape == (batch, heads, n_q, n_k)
-        o = pytorch.sdpa(q, k, v, False, None, one)
-        truth, lse = formula(q, k, v, **options, causal=True)
-        right = truth, *torch.autograd.grad(truth, leaves, do)
-        for got, want in zip((o, *torch.autograd.grad(o, leaves, do)), right, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        its, extra = form(right=0, bias=kind), (bias > 0 if kind == "mask" else bias)
-        with torch.no_grad():
-            o, found = FORWARD.implementations["torch"](q, k, v, its, 8**-0.5, extra)
-            grads = BACKWARD.implementations["torch"](do, q, k, v, o, found, its, 8**-0.5, extra)
-        for got, want in zip((o, found, *grads), (truth, lse, *right[1:]), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-def test_under_a_causal_mask_and_a_bias_gradients_are_differentiated_again():
-    q, k, v, bias = tensors(*shapes(9, 9), (9, 9), dtype=torch.float64 if DEVICE == "cpu" else torch.float32)
-
-    def twice(attend):
-        x = q.detach().requires_grad_()
-        (first,) = torch.autograd.grad(attend(x).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(first.square().sum(), x)[0]
-
-    ours = twice(lambda x: tilebook.attention(x, k, v, causal=True, bias=bias))
-    right = twice(lambda x: formula(x, k, v, causal=True, bias=bias)[0])
-    torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("tf32", [False, True])

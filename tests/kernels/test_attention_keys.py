@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention_forms import DEVICE, agree, shapes
+from attention_formula import DEVICE, agree, shapes
 
 import tilebook
 from tilebook import dispatch

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention_forms import DEVICE, tensors
+from attention_formula import DEVICE, tensors
 
 import tilebook
 from tilebook import dispatch

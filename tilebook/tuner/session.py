@@ -289,7 +289,7 @@ class Session:
         def order(candidate: Candidate) -> tuple[bool, bool, float]:
             budget, name = self._run.budget, candidate.implementation
             expected = budget.expected(op.name, f"measure {name}") if budget.limited else 0.0
-            return name != "torch", name != op.captured, expected
+            return name != "torch", name not in op.pytorchs, expected
 
         return sorted(running, key=order)
 
@@ -300,7 +300,7 @@ class Session:
         """
         for candidate in others:
             part = f"measure {candidate.implementation}"
-            own = candidate.implementation in ("torch", tuning.op.captured)
+            own = candidate.implementation in tuning.op.pytorchs
             if not own and not turn.affords(turn.expected(part) + turn.finish()):
                 tuning.unmeasured.append(candidate.implementation)
                 continue

@@ -81,9 +81,8 @@ class Tuning:
     def native(self, candidate: Candidate) -> bool:
         """Is it what a function of PyTorch's own runs for this problem, in whose place the verdict will serve?"""
         name = candidate.implementation
-        if name == self.op.captured != "torch":
-            return True
-        return self.op.fused(self.problem) and self.op.native(name, self.problem, self.gpu)
+        own = self.op.fused(self.problem) and self.op.native(name, self.problem, self.gpu)
+        return own or name in self.op.pytorchs[1:]
 
     @property
     def default(self) -> Candidate:

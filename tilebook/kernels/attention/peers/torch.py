@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,32 +138,23 @@ def backward(
     return dq, sum_heads(dk, heads_kv), sum_heads(dv, heads_kv)
 
 
-def _called(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, scale: float, *extras: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`forward` as a program runs it: under a mask or bias cuDNN's kernel alone, where PyTorch has that."""
-    its, given = _folded(q, k, form, extras)
-    if _masked(q, k, v, its, scale, *given) is cudnn:
-        return cudnn.called(q, k, v, its, scale, *given)
-    return forward(q, k, v, form, scale, *extras)
+def _alone(function: Callable[..., Any], cudnns: Callable[..., Any], first: int, tensors: int) -> Callable[..., Any]:
+    """The function as a program runs it: under a mask or bias cuDNN's kernel alone, where PyTorch has that.
+
+    first: the place of q, before k and v; tensors: how many come before the form.
+    """
+
+    def called(*args: Any) -> Any:
+        q, k, v = args[first : first + 3]
+        form, scale, *extras = args[tensors:]
+        form, given = _folded(q, k, form, tuple(extras))
+        alone = _masked(q, k, v, form, scale, *given) is cudnn
+        return cudnns(*args[:tensors], form, scale, *given) if alone else function(*args)
+
+    return called
 
 
-def _called_backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    form: Form,
-    scale: float,
-    *extras: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    its, given = _folded(q, k, form, extras)
-    if _masked(q, k, v, its, scale, *given) is cudnn:
-        return cudnn.called_backward(do, q, k, v, o, lse, its, scale, *given)
-    return backward(do, q, k, v, o, lse, form, scale, *extras)
-
-
-attention_fwd.implementation("torch", timed=_called)(forward)
-attention_bwd.implementation("torch", deterministic=False, timed=_called_backward)(backward)
+attention_fwd.implementation("torch", timed=_alone(forward, cudnn.called, 0, 3))(forward)
+attention_bwd.implementation("torch", deterministic=False, timed=_alone(backward, cudnn.called_backward, 1, 6))(
+    backward
+)

@@ -141,19 +141,9 @@ def attention_bwd_dq(
         else tl.load(scores.slopes + rows.batch * scores.slope_b + rows.head * scores.slope_h)
     )
     marks = Marks(
-        before,
-        after,
-        scores.mask,
-        scores.bias,
-        base,
-        scores.m,
-        scores.n,
-        scores.vectors,
-        slope,
-        scores.softcap,
-        seed,
+        before, after, scores.mask, scores.bias, base, scores.m, scores.n, scores.vectors, slope, scores.softcap, seed,
         scores.dropout,
-    )
+    )  # fmt: skip
     KEYS: tl.constexpr = scores.mask is not None and scores.m is None
     if KEYS:
         first, clear, whole, last = columns_of_keys(first, clear, whole, last, seen.n, marks, tile)
