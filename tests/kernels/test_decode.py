@@ -19,6 +19,7 @@ from tilebook import dispatch
 from tilebook.kernels.decode import eager
 from tilebook.kernels.decode.ops import decode
 from tilebook.kernels.decode.problem import BLOCK_SIZES, DecodeProblem
+from tilebook.kernels.decode.pytorch import seen
 from tilebook.kernels.decode.space import splits
 from tilebook.launch import intercepted
 from tilebook.op import Config, UsageError
@@ -285,6 +286,31 @@ def test_a_growing_cache_keeps_its_problem_until_a_power_of_two():
     assert problem(1025) == problem(2048) == problem(2048, window=5000)
     assert problem(2049) != problem(2048)
     assert problem(1500, window=1024).window == 1024
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("window", [1, 7, 45, 46, 48, 100])
+def test_full_caches_are_read_from_their_window_on(rows, window):
+    q, k, v = _tensors((2, 4, rows, 32), *[(2, 2, 48, 32)] * 2)
+    options = True, 0.2, 0.0, window
+    expected = eager.decode(q, k, v, None, None, *options)
+    keys, values, left = seen(q, k, v, window)
+    assert keys.shape == values.shape == (2, 2, min(48, window + rows - 1), 32)
+    assert left == (None if rows == 1 else window)
+    _same(eager.decode(q, keys, values, None, None, *options[:-1], left), expected)
+    _same(tilebook.attention_decode(q, k, v, scale=0.2, window=window, return_lse=True), expected)
+    _same((tilebook.attention_decode(q, k, v, scale=0.2, window=window),), expected[:1])
+
+
+def _same(found, expected):
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.float(), its.float(), rtol=2e-2, atol=4e-3)
+
+
+def test_one_row_in_a_window_of_a_full_cache_is_the_problem_of_a_short_cache():
+    q, k, v = (torch.empty(shape, device="meta") for shape in ((1, 4, 1, 64), *[(1, 2, 3000, 64)] * 2))
+    keys, values, window = seen(q, k, v, 1024)
+    assert DecodeProblem.of(q, keys, values, None, None, True, 0.1, 0.0, window).label == "B1,H4,Hkv2,S1,Sk1024,D64"
 
 
 def test_sizes_that_follow_from_others_do_not_count_twice_in_a_distance():

@@ -12,7 +12,8 @@ import tilebook
 
 every_call = pytest.mark.parametrize("name", CALLS)
 BIASED = [name for name in CALLS if name.startswith("attention, ") and "bias" in name]
-TRAINS = [name for name in CALLS if name != "decode" and name not in BIASED]
+TURNS = [name for name in CALLS if name.startswith("rotation")]  # Python leaves angles that learn to PyTorch at once
+TRAINS = [name for name in CALLS if name != "decode" and name not in (*BIASED, *TURNS)]
 
 
 def graded(run, tensors):
@@ -53,6 +54,19 @@ def test_gradients_are_pytorchs(gated, name, dtype):
     found = graded(run, make(dtype=dtype))
     assert sum(calls for _, calls in gated.extension.gates_counted()) == 1
     same(found, graded(PLAIN[name], make(dtype=dtype)))
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_gradients_of_rotated_heads_are_pytorchs_also_where_angles_learn(gated, name):
+    function, make, options = CALLS[name]
+    *given, cos, sin = make()
+    for _ in range(3):
+        graded(lambda q, k: gated(function, q, k, cos, sin, **options), given)
+    gated.here._tell("counted")
+    found = graded(lambda q, k: gated(function, q, k, cos, sin, **options), given)
+    assert sum(calls for _, calls in gated.extension.gates_counted()) == 1
+    same(found, graded(lambda q, k: PLAIN[name](q, k, cos, sin), given))
+    same(graded(partial(gated, function, **options), make()), graded(PLAIN[name], make()))
 
 
 @pytest.mark.parametrize("name", BIASED)

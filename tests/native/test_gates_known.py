@@ -72,7 +72,7 @@ def test_name_signature_and_text_are_those_of_the_function(gated, function):
     assert pickle.loads(pickle.dumps(function)) is function
     assert inspect.isfunction(function)
     assert function.__doc__
-    assert next(iter(inspect.signature(function).parameters)) in ("q", "query", "x", "input")
+    assert next(iter(inspect.signature(function).parameters)) in ("q", "query", "x", "input", "gate")
 
 
 def test_a_compiled_program_is_traced_through_it(gated):

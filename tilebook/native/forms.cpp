@@ -5,12 +5,19 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/layer_norm.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/log.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/neg.h>
 #include <ATen/ops/rms_norm.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/stack.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
@@ -227,6 +234,80 @@ std::pair<Tensor, Tensor> block(const Call& call) {
   return {mlp(call[0], call[1], call[2], call[3], call[4], static_cast<Activation>(call.told)), {}};
 }
 
+constexpr std::initializer_list<const char*> kGates = {"silu", "gelu", "gelu_tanh"};
+
+// act(gate) · up; both are in `gate` where up is undefined.
+Tensor gated(const Tensor& gate, const Tensor& up, int64_t activation) {
+  if (!up.defined()) {
+    const auto halves = gate.chunk(2, -1);
+    return gated(halves[0], halves[1], activation);
+  }
+  return at::mul(activation ? at::gelu(gate, activation > 1 ? "tanh" : "none") : at::silu(gate), up);
+}
+
+bool takes_glu(Call& call) {
+  call.told = word(call.given[2], kGates);
+  return call.told >= 0 && tensor(call, 0) && tensor_or_none(call, 1);
+}
+
+std::pair<Tensor, Tensor> glu(const Call& call) { return {gated(call[0], call[1], call.told), {}}; }
+
+// x, weights of gate, up and down, their biases; what may be None is up's weight and biases.
+bool takes_gated_block(Call& call) {
+  for (int i = 0; i < 7; ++i) {
+    const bool there = i < 4 && i != 2;
+    if (!(there ? tensor(call, i) : tensor_or_none(call, i))) return false;
+  }
+  return true;
+}
+
+bool takes_swiglu(Call& call) { return call.given[7] == Py_False && takes_gated_block(call); }
+
+bool takes_geglu(Call& call) {
+  const int which = word(call.given[7], {"none", "tanh"});
+  call.told = 1 + which;
+  return which >= 0 && call.given[8] == Py_False && takes_gated_block(call);
+}
+
+std::pair<Tensor, Tensor> gated_block(const Call& call) {
+  const auto product = [&](const Tensor& x, int weight, int bias) {
+    return at::linear(x, call[weight], call[bias].defined() ? std::optional<Tensor>(call[bias]) : std::nullopt);
+  };
+  const Tensor gate = product(call[0], 1, 4), up = call[2].defined() ? product(call[0], 2, 5) : Tensor();
+  return {product(gated(gate, up, call.told), 3, 6), {}};
+}
+
+bool takes_rope(Call& call) {
+  bool interleaved;
+  if (!flag(call.given[4], interleaved)) return false;
+  call.told = interleaved;
+  for (int i = 0; i < 4; ++i) {
+    if (!tensor(call, i)) return false;
+  }
+  return true;
+}
+
+// x · cos + turned(x) · sin of the first numbers of a head, as many as there are angles.
+Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  const int64_t width = cos.size(-1), half = width / 2;
+  const bool whole = width == x.size(-1);
+  const Tensor part = whole ? x : x.slice(-1, 0, width);
+  Tensor turned;
+  if (interleaved) {
+    turned = at::stack({part.slice(-1, 1, std::nullopt, 2).neg(), part.slice(-1, 0, std::nullopt, 2)}, -1).flatten(-2);
+  } else {
+    turned = at::cat({part.slice(-1, half).neg(), part.slice(-1, 0, half)}, -1);
+  }
+  Tensor made = at::add(at::mul(part, cos), at::mul(turned, sin));
+  if (made.scalar_type() != x.scalar_type()) made = made.to(x.scalar_type());
+  return whole ? made : at::cat({made, x.slice(-1, width)}, -1);
+}
+
+std::pair<Tensor, Tensor> rope(const Call& call) {
+  const Tensor cos = call[2].unsqueeze(-3), sin = call[3].unsqueeze(-3);
+  return {rotated(call[0], cos, sin, call.told), rotated(call[1], cos, sin, call.told)};
+}
+
 constexpr int64_t kReductions = 3;
 
 bool takes_loss(Call& call) {
@@ -244,6 +325,28 @@ std::pair<Tensor, Tensor> loss(const Call& call) {
   return {at::cross_entropy_loss(call[0], call[1], {}, call.told % kReductions, call.index, call.number), {}};
 }
 
+// input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options, softcap, z_loss
+bool takes_head(Call& call) {
+  const auto* given = call.given;
+  const int reduction = word(given[5], {"none", "mean", "sum"});
+  int beyond = 1;
+  call.index = -100;
+  if (PyLong_CheckExact(given[6])) call.index = PyLong_AsLongLongAndOverflow(given[6], &beyond);
+  if (given[6] != Py_None && beyond) return false;
+  if (given[4] != Py_None || reduction < 1 || given[8] != Py_None || !zero(given[9]) || !zero(given[10])) return false;
+  if (!real(given[7], call.number)) return false;
+  call.told = reduction + kReductions * (call.number != 0);
+  return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && tensor_or_none(call, 3);
+}
+
+std::pair<Tensor, Tensor> head(const Call& call) {
+  const Tensor& bias = call[3];
+  Tensor logits = at::linear(call[0], call[1], bias.defined() ? std::optional<Tensor>(bias) : std::nullopt);
+  if (logits.dim() > 2) logits = logits.flatten(0, -2);
+  const Tensor target = call[2].dim() > 1 ? call[2].flatten() : call[2];
+  return {at::cross_entropy_loss(logits, target, {}, call.told % kReductions, call.index, call.number), {}};
+}
+
 constexpr Form known_forms[] = {
     {"attention",
      "q k v causal scale window softcap alibi_slopes bias attn_mask dropout_p return_lse deterministic approx",
@@ -256,6 +359,14 @@ constexpr Form known_forms[] = {
     {"add_rms_norm", "x residual weight eps", takes_norm<2, 1>, norm<2, 1>},
     {"add_layer_norm", "x residual weight bias eps", takes_norm<2, 2>, norm<2, 2>},
     {"mlp", "x w1 b1 w2 b2 activation", takes_mlp, block},
+    {"glu", "gate up activation", takes_glu, glu},
+    {"swiglu", "x gate_weight up_weight down_weight gate_bias up_bias down_bias recompute", takes_swiglu, gated_block},
+    {"geglu", "x gate_weight up_weight down_weight gate_bias up_bias down_bias approximate recompute", takes_geglu,
+     gated_block},
+    {"apply_rope", "q k cos sin interleaved", takes_rope, rope},
+    {"linear_cross_entropy",
+     "input linear_weight target linear_bias weight reduction ignore_index label_smoothing options softcap z_loss",
+     takes_head, head},
     {"cross_entropy", "input target weight ignore_index reduction label_smoothing softcap z_loss", takes_loss, loss},
 };
 

@@ -11,7 +11,7 @@
 namespace gating {
 
 constexpr int kMostArguments = 16;
-constexpr int kMostTensors = 5;
+constexpr int kMostTensors = 7;
 
 // The arguments of a call as one of the forms takes them; tensors that are None are undefined. Each is held once
 // more while Python's lock is: who copies a tensor that an object of Python's alone holds, takes the lock for it.

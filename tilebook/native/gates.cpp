@@ -31,7 +31,7 @@ using at::Tensor;
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 
-constexpr size_t kMostGates = 16;
+constexpr size_t kMostGates = 24;
 constexpr size_t kMostKinds = 10000;
 constexpr int kMostAxes = 8;
 constexpr int kVector = 16;  // bytes: kernels of PyTorch's load whole vectors without looking
@@ -47,19 +47,8 @@ struct Key {
   }
 };
 
-// Four at a time, which do not wait for each other.
 struct Hash {
-  size_t operator()(const Key& key) const {
-    uint64_t lanes[4] = {1469598103934665603ull, 1099511628211ull, 14029467366897019727ull, 1609587929392839161ull};
-    for (size_t i = 0; i < key.size; ++i) {
-      uint64_t& lane = lanes[i & 3];
-      lane = (lane ^ static_cast<uint64_t>(key.parts[i])) * 11400714785074694791ull;
-      lane ^= lane >> 29;
-    }
-    uint64_t hash = 0;
-    for (const uint64_t lane : lanes) hash = (hash ^ lane) * 11400714785074694791ull;
-    return hash ^ hash >> 31;
-  }
+  size_t operator()(const Key& key) const { return hashed(key.parts.data(), key.size); }
 };
 
 // ---- What is known

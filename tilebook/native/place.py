@@ -15,7 +15,8 @@ import torch
 NAME = "tilebook_served"
 _FILES = (
     "extension.cpp", "served.cpp", "plans.cpp", "casts.cpp", "layouts.cpp", "mlp.cpp", "learned.cpp",
-    "forms.cpp", "gates.cpp", "keys.cpp", "notes.cpp", "autocast.h", "plans.h", "forms.h", "shared.h", "watched.h",
+    "forms.cpp", "gates.cpp", "keys.cpp", "notes.cpp", "autocast.h", "described.h", "forms.h", "plans.h", "shared.h",
+    "typed.h", "watched.h",
 )  # fmt: skip
 SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
 UNIT = SOURCES[0]

@@ -8,7 +8,6 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
@@ -20,7 +19,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -29,6 +27,7 @@
 #include <unordered_set>
 #include <vector>
 
+#include "described.h"
 #include "plans.h"
 
 namespace served {
@@ -50,19 +49,6 @@ struct Kind {
   std::atomic<int64_t> calls{0};
 };
 
-using Key = std::vector<int64_t>;
-
-struct Hash {
-  size_t operator()(const Key& key) const {
-    uint64_t hash = 1469598103934665603ull;
-    for (int64_t part : key) {
-      hash = (hash ^ static_cast<uint64_t>(part)) * 1099511628211ull;
-      hash ^= hash >> 29;
-    }
-    return hash;
-  }
-};
-
 std::shared_mutex kinds_lock;
 std::unordered_map<Key, std::shared_ptr<Kind>, Hash> kinds;
 uint64_t generation = 0;  // of what is known: another after `clear`; under the lock
@@ -77,61 +63,6 @@ std::vector<std::unique_ptr<torch::Library>> installed;
 
 thread_local bool asking = false;
 thread_local Key key;
-
-// Writes all that a launch depends on into `key`. False for a call that is not to be served.
-bool described(const void* op, const c10::IValue* args, size_t count) {
-  const auto kind = served_kind();
-  key.clear();
-  key.push_back(reinterpret_cast<int64_t>(op));
-  const auto& context = at::globalContext();
-  key.push_back(2 * context.deterministicAlgorithmsWarnOnly() + context.deterministicAlgorithms());
-  bool any = false;
-  int device = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const auto& arg = args[i];
-    if (arg.isTensor()) {
-      const at::Tensor& tensor = arg.toTensor();
-      if (!tensor.defined()) {
-        key.push_back(-1);
-        continue;
-      }
-      if (tensor.device().type() != kind || !ordinary(tensor, kind)) return false;
-      if (!any) {
-        any = true;
-        device = tensor.device().index();
-        key.push_back(device);
-      } else if (device != tensor.device().index()) {
-        return false;
-      }
-      key.push_back(static_cast<int64_t>(tensor.scalar_type()) << 8 | tensor.dim());
-      key.insert(key.end(), tensor.sizes().begin(), tensor.sizes().end());
-      key.insert(key.end(), tensor.strides().begin(), tensor.strides().end());
-      key.push_back(reinterpret_cast<int64_t>(tensor.const_data_ptr()) & 15);
-    } else if (arg.isNone()) {
-      key.push_back(-2);
-    } else if (arg.isDouble()) {
-      const double number = arg.toDouble();
-      int64_t bits;
-      memcpy(&bits, &number, sizeof(bits));
-      key.push_back(bits);
-    } else if (arg.isInt()) {
-      key.push_back(arg.toInt());
-    } else if (arg.isBool()) {
-      key.push_back(arg.toBool());
-    } else if (arg.isList()) {
-      const auto list = arg.toListRef();
-      key.push_back(static_cast<int64_t>(list.size()));
-      for (const auto& each : list) {
-        if (!each.isInt() && !each.isBool()) return false;
-        key.push_back(each.isInt() ? each.toInt() : each.toBool());
-      }
-    } else {
-      return false;
-    }
-  }
-  if (any) met.store(true, std::memory_order_relaxed);
-  return any;
-}
 
 std::shared_ptr<Kind> found() {
   std::shared_lock<std::shared_mutex> guard(kinds_lock);
@@ -264,46 +195,54 @@ bool asked(const c10::FunctionSchema& schema, Stack* stack, size_t count, bool k
   return true;
 }
 
-void serve(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
-  static const DispatchKeySet below(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
-  if (on.load(std::memory_order_relaxed) && !asking) {
-    const size_t count = op.schema().arguments().size();
-    if (described(&op.schema(), stack->data() + stack->size() - count, count)) {
-      const bool all = always_ask.load(std::memory_order_relaxed);
-      const auto kind = all ? nullptr : found();
-      if (!kind) {
-        if (asked(op.schema(), stack, count, !all)) return;
-      } else {
-        kind->calls.fetch_add(1, std::memory_order_relaxed);
-        if (kind->decision == Decision::planned) {
-          const auto outcome = repeated(op, ks & below, kind->plan, stack, count);
-          if (outcome == Outcome::done) return;
-          if (outcome == Outcome::never) {
-            auto broken = std::make_shared<Kind>();
-            broken->decision = Decision::left;
-            keep(std::move(broken), generation_now());
-          }
-        }
-      }
-    }
+DispatchKeySet below() {
+  static const DispatchKeySet keys(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
+  return keys;
+}
+
+// Has a call that `key` describes been computed? By what is known of its kind, or by Python where nothing is; its outputs
+// then replace the arguments on the stack.
+bool answered(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack, const std::shared_ptr<Kind>& kind, bool all) {
+  const size_t count = op.schema().arguments().size();
+  if (!kind) return asked(op.schema(), stack, count, !all);
+  kind->calls.fetch_add(1, std::memory_order_relaxed);
+  if (kind->decision != Decision::planned) return false;
+  const auto outcome = repeated(op, ks & below(), kind->plan, stack, count);
+  if (outcome == Outcome::never) {
+    auto broken = std::make_shared<Kind>();
+    broken->decision = Decision::left;
+    keep(std::move(broken), generation_now());
   }
-  op.redispatchBoxed(ks & below, stack);
+  return outcome == Outcome::done;
 }
 
 // Attention of one row each is decoding, whose keys are one more at every call: none is like another.
-void serve_of_rows(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
-  static const DispatchKeySet below(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
-  const auto& first = (*stack)[stack->size() - op.schema().arguments().size()];
-  const bool asked_of_all = always_ask.load(std::memory_order_relaxed);
-  if (!asked_of_all && first.isTensor() && first.toTensor().defined()) {
-    const at::Tensor& tensor = first.toTensor();
-    if (tensor.dim() == 4 && ordinary(tensor, served_kind()) && tensor.size(2) == 1) {
-      op.redispatchBoxed(ks & below, stack);
-      return;
+bool has_one_row(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.dim() == 4 && ordinary(tensor, served_kind()) && tensor.size(2) == 1;
+}
+
+// An op whose types nobody here knows.
+void serve(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
+  if (on.load(std::memory_order_relaxed) && !asking) {
+    const auto args = torch::jit::last(*stack, op.schema().arguments().size());
+    Description call(key, &op.schema());
+    const bool whole = std::all_of(args.begin(), args.end(), [&](const c10::IValue& each) { return call.add(each); });
+    if (whole && call.any()) {
+      met.store(true, std::memory_order_relaxed);
+      const bool all = always_ask.load(std::memory_order_relaxed);
+      if (answered(op, ks, stack, all ? nullptr : found(), all)) return;
     }
   }
-  serve(op, ks, stack);
+  op.redispatchBoxed(ks & below(), stack);
 }
+
+}  // namespace
+}  // namespace served
+
+#include "typed.h"
+
+namespace served {
+namespace {
 
 PyObject* install(PyObject*, PyObject* given) {
   const char* name;
@@ -313,8 +252,8 @@ PyObject* install(PyObject*, PyObject* given) {
     const std::string space(name, std::string(name).find("::"));
     auto library = std::make_unique<torch::Library>(torch::Library::IMPL, space, DispatchKey::BackendSelect,
                                                     "tilebook/native", __LINE__);
-    library->impl(name, of_rows ? torch::CppFunction::makeFromBoxedFunction<&serve_of_rows>()
-                                : torch::CppFunction::makeFromBoxedFunction<&serve>());
+    const Maker kernel = typed(name, of_rows);
+    library->impl(name, kernel ? kernel() : torch::CppFunction::makeFromBoxedFunction<&serve>());
     installed.push_back(std::move(library));
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());

@@ -15,7 +15,7 @@ from tilebook.kernels.attention.drop_in import kind
 from tilebook.kernels.decode import eager
 from tilebook.kernels.decode.check import check
 from tilebook.kernels.decode.entry import DECODE, registered
-from tilebook.kernels.decode.pytorch import plain
+from tilebook.kernels.decode.pytorch import plain, seen
 from tilebook.layout import aligned, rows
 from tilebook.left import Left, again, gated, keep, recall, unsettled
 
@@ -96,10 +96,13 @@ def attention_decode(
 
     The algorithm is Flash-Decoding (Dao, Haziza, Massa, Sizov 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
     """
+    full = seq_lens is None and block_table is None and type(q) is type(k) is type(v) is torch.Tensor
+    if full and type(window) is int and not (torch.compiler.is_compiling() or has_torch_function((q, k, v))):
+        k, v, window = seen(q, k, v, window)
     tensors = q, k, v, seq_lens, block_table
     own = None
-    usual = seq_lens is None and block_table is None and not softcap and window is None and not return_lse
-    if usual and type(q) is type(k) is type(v) is torch.Tensor and (causal is True or causal is False):
+    usual = full and not softcap and window is None and not return_lse
+    if usual and (causal is True or causal is False):
         positive, near = scale is None or (type(scale) is float and scale > 0), ("decode", q.shape, causal)
         if positive and (again(near, q, k, v) or recall(own := ("decode", *kind(q, k, v, causal)), near, q, k, v)):
             return plain(tensors, (causal, q.shape[-1] ** -0.5 if scale is None else scale, softcap, window))

@@ -11,7 +11,7 @@ from tilebook import dispatch
 from tilebook.call import Entry, Tensors
 from tilebook.kernels.attention.layout import like
 from tilebook.kernels.decode.check import check
-from tilebook.kernels.decode.pytorch import plain
+from tilebook.kernels.decode.pytorch import plain, seen
 from tilebook.layout import rows
 from tilebook.sharding import divides
 
@@ -31,6 +31,12 @@ def _check(tensors: Tensors, options: Any) -> None:
 def _forward(choice: Any, tensors: Tensors, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     if choice is None:
         q, k, v, *rest = tensors
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        if rest == [None, None] and options[-1] is not None:
+            k, v, window = seen(q, k, v, options[-1])
+            options = *options[:-1], window
         tensors = (*(rows(x) for x in (q, k, v) if x is not None), *rest)
         choice = dispatch.lookup(registered(), (*tensors, *options))
     return choice(*tensors, *options)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from tilebook.casting import autocast, autocast_dtype
 from tilebook.kernels.glu.check import check, check_block
 from tilebook.kernels.glu.entry import BLOCK, GLU, addressed, registered
 from tilebook.kernels.glu.pytorch import BOUNDS, HOST_BOUND, block, plain
-from tilebook.left import ORDINARY, again, recall
+from tilebook.left import ORDINARY, again, gated, recall
 from tilebook.traced import ahead, described
 
 __all__ = ["geglu", "glu", "swiglu"]
@@ -23,6 +23,7 @@ __all__ = ["geglu", "glu", "swiglu"]
 Optional = torch.Tensor | None
 
 
+@gated("glu")
 def glu(gate: torch.Tensor, up: torch.Tensor | None = None, activation: str = "silu") -> torch.Tensor:
     """h = act(gate) · up, elementwise (Shazeer, 2020, eq. 5), in fp32 inside.
 
@@ -70,6 +71,7 @@ def glu(gate: torch.Tensor, up: torch.Tensor | None = None, activation: str = "s
     return plain((gate, up), (activation,)) if outputs is None else _shaped(outputs[0], gate)
 
 
+@gated("swiglu")
 def swiglu(
     x: torch.Tensor, gate_weight: torch.Tensor, up_weight: torch.Tensor | None, down_weight: torch.Tensor,
     gate_bias: torch.Tensor | None = None, up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None,
@@ -108,6 +110,7 @@ def swiglu(
     return _block(given, "silu", recompute)
 
 
+@gated("geglu")
 def geglu(
     x: torch.Tensor, gate_weight: torch.Tensor, up_weight: torch.Tensor | None, down_weight: torch.Tensor,
     gate_bias: torch.Tensor | None = None, up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None,

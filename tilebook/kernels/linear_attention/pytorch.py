@@ -120,6 +120,8 @@ def step(
     if g is not None:
         kept = g.clamp(min=LEAST).exp()[..., None]
         state = state * (kept if g.ndim == 3 else kept[..., None])
-    state = state + k[..., :, None].to(state.dtype) * v[..., None, :].to(state.dtype)
-    o = (q[..., None, :].to(state.dtype) @ state).squeeze(-2) * scale
+    query, key, value = (x.to(state.dtype) for x in (q, k, v))
+    state = torch.addcmul(state, key[..., None], value[..., None, :])
+    heads = state.shape[0] * state.shape[1]
+    o = torch.bmm(query.reshape(heads, 1, q.shape[-1]), state.reshape(heads, *state.shape[2:])).view(v.shape) * scale
     return o.to(v.dtype), state

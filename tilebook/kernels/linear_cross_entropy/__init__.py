@@ -16,10 +16,11 @@ from tilebook import dispatch
 from tilebook.call import constant, recorded, way
 from tilebook.casting import autocast_dtype, autocast_on
 from tilebook.kernels.cross_entropy.problem import IGNORED
+from tilebook.kernels.cross_entropy.pytorch import HOST_BOUND as LOSS_BOUND
 from tilebook.kernels.linear_cross_entropy.check import check
 from tilebook.kernels.linear_cross_entropy.entry import LINEAR_CROSS_ENTROPY
 from tilebook.kernels.linear_cross_entropy.pytorch import composed
-from tilebook.left import ORDINARY
+from tilebook.left import ORDINARY, Left, again, gated, keep, recall
 
 __all__ = ["linear_cross_entropy"]
 
@@ -32,6 +33,7 @@ _LOSS = 350
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@gated("linear_cross_entropy")
 def linear_cross_entropy(
     input: torch.Tensor,
     linear_weight: torch.Tensor,
@@ -89,6 +91,22 @@ def linear_cross_entropy(
         if softcap or z_loss:
             raise ValueError("options are of PyTorch's function, which has no softcap and no z_loss")
         return torch.nn.functional.linear_cross_entropy(input, linear_weight, target, **more)  # type: ignore
+    own = ignored = None
+    if weight is None and not (softcap or z_loss) and reduction in ("mean", "sum") and _usual(given, label_smoothing):
+        ignored = IGNORED if ignore_index is None else ignore_index
+        near = (
+            "head",
+            input.shape,
+            linear_weight.shape,
+            target.shape,
+            reduction,
+            autocast_dtype(input),
+            label_smoothing > 0,
+        )
+        own = near, *[(x.stride(), x.dtype) for x in given]
+        if again(near, *given) or recall(own, near, *given):
+            rest = linear_bias, None, ignored, reduction, label_smoothing, 0.0, 0.0
+            return composed(input, linear_weight, target, *rest)
     numbers = label_smoothing, softcap, z_loss
     for name, number in zip(("label_smoothing", "softcap", "z_loss"), numbers, strict=True):
         constant(name, number)
@@ -101,7 +119,20 @@ def linear_cross_entropy(
     if route != "pytorch" and reduction in ("mean", "sum") and weight is None and takes(*tensors, ignored, *numbers):
         loss = chunked(route, tensors, ignored, reduction, *numbers)
         return loss if autocast_on(input) else loss.to(input.dtype)
-    return composed(*tensors, weight, ignored, reduction, *numbers)
+    loss = composed(*tensors, weight, ignored, reduction, *numbers)
+    if own is not None and route == "direct" and _is_small(*tensors[:3]) and dispatch.here.prober is None:
+        keep(own, Left(forward=True, training=True, bounded=True))
+    return loss
+
+
+def _usual(given: tuple[Any, ...], label_smoothing: Any) -> bool:
+    return all(type(x) in ORDINARY for x in given) and type(label_smoothing) is float
+
+
+def _is_small(input: torch.Tensor, linear_weight: torch.Tensor, target: torch.Tensor) -> bool:
+    """Is it a call with class indices whose loss is PyTorch's whoever is ahead, since the host bounds it?"""
+    indices = target.dtype == torch.int64 and target.shape == input.shape[:-1]
+    return indices and linear_weight.ndim == 2 and target.numel() * linear_weight.shape[0] <= LOSS_BOUND
 
 
 def takes(

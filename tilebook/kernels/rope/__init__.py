@@ -11,7 +11,7 @@ from tilebook.call import recorded, way
 from tilebook.kernels.rope.check import check
 from tilebook.kernels.rope.entry import ROPE, addressed, registered
 from tilebook.kernels.rope.pytorch import plain
-from tilebook.left import ORDINARY, again, recall
+from tilebook.left import ORDINARY, again, gated, recall
 from tilebook.traced import ahead, described
 
 __all__ = ["apply_rope"]
@@ -19,6 +19,7 @@ __all__ = ["apply_rope"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@gated("apply_rope")
 def apply_rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,7 +35,8 @@ def plain(tensors: tuple[Any, ...], options: tuple[bool]) -> tuple[torch.Tensor,
     cos, sin = over_heads(cos), over_heads(sin)
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
-        part = x[..., : cos.shape[-1]]
+        width = cos.shape[-1]
+        part = x if width == x.shape[-1] else x[..., :width]  # whose gradient would be copied once more
         return joined(x, (part * cos) + (turned(part, options[0]) * sin))
 
     return rotated(q), rotated(k)
