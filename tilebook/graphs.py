@@ -23,9 +23,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from tilebook.casting import factor_dtype
 from tilebook.constant_nodes import Constants, checkpointed, numbers, operands, pure, shape_of, written, written_to
-from tilebook.kernels.attention.drop_in import TRACED
 from tilebook.kernels.attention.layout import like
-from tilebook.kernels.attention.pytorch import scaled_dot_product_attention
+from tilebook.kernels.attention.pytorch import TRACED, scaled_dot_product_attention
 from tilebook.shown import ALL, CAUSAL, Shown, shown_by
 from tilebook.sizes import Unknown, alike, hinted, size, trials
 from tilebook.traced import left

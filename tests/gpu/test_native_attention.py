@@ -173,12 +173,15 @@ def test_programs_that_are_only_to_be_warned_are_by_pytorchs_own_kernels(below):
         return {str(each.message) for each in found if "determin" in str(each.message)}
 
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_warn_always(True)
     try:
         plain = told()
+        assert plain
         with tilebook.enabled():
             assert [told() for _ in range(4)] == [plain] * 4
             assert below.repeated() == 0
     finally:
+        torch.set_warn_always(False)
         torch.use_deterministic_algorithms(False)
 
 

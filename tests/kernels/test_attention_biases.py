@@ -9,7 +9,7 @@ from attention_formula import BACKWARD, DEVICE, FORWARD, agree, formula, shapes,
 
 import tilebook
 from tilebook import dispatch
-from tilebook.kernels.attention import pytorch
+from tilebook.kernels.attention import entry, pytorch
 from tilebook.kernels.attention.form import form
 from tilebook.kernels.attention.peers import cudnn
 from tilebook.kernels.attention.peers import torch as theirs
@@ -111,3 +111,29 @@ def test_where_cudnn_serves_a_mask_its_kernel_alone_is_timed(causal, monkeypatch
         assert all(a is b for a, b in zip(same, given, strict=True))
         assert (found.causal, found.bias, scale) == (False, "bias", 0.5)
         assert mask is bias if not causal else torch.equal(mask, pytorch.causally(bias, 8, 8))
+
+
+@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_small_gradients_beside_a_bias_are_our_kernels_whoever_is_ahead(monkeypatch, bound, native, biased):
+    """PyTorch's are launches behind launches that make its mask, which costs the host most."""
+    q, k, v, o, dy = (torch.randn(1, 2, 8, 16) for _ in range(5))
+    lse, bias = torch.zeros(1, 2, 8), torch.randn(1, 2, 8, 8)
+    ran = []
+
+    class Chosen:
+        def __init__(self, name):
+            self.name, self.native = name, native
+
+        def __call__(self, *args):
+            ran.append(self.name)
+            return q, k, v
+
+    monkeypatch.setattr(entry.dispatch, "lookup", lambda op, args: Chosen("ahead"))
+    monkeypatch.setattr(entry.dispatch, "own", lambda choice: Chosen("ours"))
+    monkeypatch.setattr(entry, "_host_bound", lambda q, k: bound)
+    told = form(right=0, bias="bias") if biased else form(right=0)
+    tensors = q, k, v, bias if biased else None, None, None
+    entry._backward(dy, tensors, (o, lse), (told, 0.25), (True, True, True, False, False, False))
+    assert ran == ["ours" if bound and native and biased else "ahead"]

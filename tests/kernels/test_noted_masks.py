@@ -309,7 +309,7 @@ def gpu(monkeypatch, called):
 
 
 def _bounds(monkeypatch, forward, training):
-    for module in (drop_in, package):
+    for module in (drop_in, package, structure):
         monkeypatch.setattr(module, "BOUNDS", (forward, training))
 
 

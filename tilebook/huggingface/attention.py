@@ -15,7 +15,7 @@ from tilebook.dispatch import forced
 from tilebook.huggingface.masks import Lengths, Structure, capturing, noted
 from tilebook.kernels.attention import attention, scaled_dot_product_attention
 from tilebook.kernels.attention.check import Causal
-from tilebook.kernels.attention.drop_in import BOUNDS
+from tilebook.kernels.attention.pytorch import BOUNDS
 from tilebook.kernels.varlen.packs import flattened
 from tilebook.notes import Notes
 

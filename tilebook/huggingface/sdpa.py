@@ -15,7 +15,7 @@ from torch import Tensor
 from tilebook.dispatch import forced
 from tilebook.huggingface import OLDEST
 from tilebook.huggingface.masks import capturing, note
-from tilebook.kernels.attention.drop_in import BOUNDS
+from tilebook.kernels.attention.pytorch import BOUNDS
 from tilebook.kernels.attention.structure import by_note, notes
 
 NAME = "sdpa"

@@ -292,11 +292,13 @@ Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inter
   const int64_t width = cos.size(-1), half = width / 2;
   const bool whole = width == x.size(-1);
   const Tensor part = whole ? x : x.slice(-1, 0, width);
-  Tensor turned;
+  Tensor turned;  // of parts whose gradients are put together by one kernel, as those of slices are not
   if (interleaved) {
-    turned = at::stack({part.slice(-1, 1, std::nullopt, 2).neg(), part.slice(-1, 0, std::nullopt, 2)}, -1).flatten(-2);
+    const auto pairs = part.unflatten(-1, {half, 2}).unbind(-1);
+    turned = at::stack({pairs[1].neg(), pairs[0]}, -1).flatten(-2);
   } else {
-    turned = at::cat({part.slice(-1, half).neg(), part.slice(-1, 0, half)}, -1);
+    const auto halves = part.chunk(2, -1);
+    turned = at::cat({halves[1].neg(), halves[0]}, -1);
   }
   Tensor made = at::add(at::mul(part, cos), at::mul(turned, sin));
   if (made.scalar_type() != x.scalar_type()) made = made.to(x.scalar_type());

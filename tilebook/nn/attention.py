@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tilebook.kernels.attention import scaled_dot_product_attention
-from tilebook.kernels.attention.drop_in import BOUNDS
+from tilebook.kernels.attention.pytorch import BOUNDS
 from tilebook.trial import served
 
 

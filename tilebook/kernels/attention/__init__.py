@@ -14,10 +14,10 @@ from tilebook import dispatch
 from tilebook.call import left_whole, recorded, tf32_allowed, way
 from tilebook.casting import autocast
 from tilebook.kernels.attention.check import Causal, check, checked_form, multiplier, numbers, together
-from tilebook.kernels.attention.drop_in import BOUNDS, TRACED, kind, scaled_dot_product_attention
+from tilebook.kernels.attention.drop_in import kind, scaled_dot_product_attention
 from tilebook.kernels.attention.entry import ATTENTION, arguments, posed, registered
 from tilebook.kernels.attention.form import CAUSAL, PLAIN
-from tilebook.kernels.attention.pytorch import log_sum_exp, plain, sdpa
+from tilebook.kernels.attention.pytorch import BOUNDS, TRACED, log_sum_exp, plain, sdpa
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.layout import aligned, rows
 from tilebook.left import ORDINARY, again, gated, keep, known, recall, unsettled

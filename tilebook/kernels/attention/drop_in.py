@@ -13,21 +13,11 @@ from tilebook.casting import autocast, factor_dtype
 from tilebook.determinism import only_warns
 from tilebook.dispatch import forced
 from tilebook.frames import as_it_is
-from tilebook.kernels.attention.pytorch import in_pieces, in_vectors, lies_whole, placed, positive
+from tilebook.kernels.attention.pytorch import BOUNDS, in_pieces, in_vectors, lies_whole, placed, positive
 from tilebook.kernels.attention.pytorch import scaled_dot_product_attention as plain_sdpa
 from tilebook.kernels.attention.structure import by_note, notes
 from tilebook.layout import VECTOR, aligned
 from tilebook.left import ORDINARY, again, gated, recall
-
-BOUNDS = float(1 << 32), float(1 << 31)
-"""Elements of q times keys up to which an eager call takes as long as the host takes: without gradients, with them.
-
-An H200 is done with so much in about 45 µs forward, and in about 100 µs forward and backward; starting kernels of ours
-from Python costs the host as much, and more with gradients (benchmarks/host_cost.py).
-"""
-
-TRACED = float(1 << 32), float(1 << 34)
-"""Likewise of compiled calls, whose op in Python costs the host 100 µs forward and more backward."""
 
 
 def kind(

@@ -14,7 +14,7 @@ from tilebook.call import Entry, Tensors
 from tilebook.kernels.attention.check import check
 from tilebook.kernels.attention.form import Form, form, simplest
 from tilebook.kernels.attention.layout import like
-from tilebook.kernels.attention.pytorch import plain, twice
+from tilebook.kernels.attention.pytorch import BOUNDS, plain, twice
 from tilebook.layout import rows
 from tilebook.sharding import divides
 
@@ -78,8 +78,21 @@ def _backward(dy: torch.Tensor, tensors: Tensors, kept: Tensors, options: Option
     if bias is not None and bias.dtype != torch.bool and (found.bias == "dbias") != needs[3]:
         found = form(**{**asdict(found), "bias": "dbias" if needs[3] else "bias"})
     extras = [x for x in (bias, *others) if x is not None]
-    grads = dispatch.run(registered()[1], dy, q, k, v, o, lse, found, scale, *extras)
+    args = dy, q, k, v, o, lse, found, scale, *extras
+    choice = dispatch.lookup(registered()[1], args)
+    if extras and choice.native and _host_bound(q, k):
+        choice = dispatch.own(choice)
+    grads = choice(*args)
     return (*grads[:3], grads[3] if needs[3] else None, None, None)
+
+
+def _host_bound(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Has the GPU done such a call before the host has made PyTorch's of a mask or bias, with all that comes before it?
+
+    Our kernel is one launch that is repeated. A graph that is being captured is replayed without the host.
+    """
+    small = q.is_cuda and q.numel() * k.shape[2] <= BOUNDS[1]
+    return small and not torch.cuda.is_current_stream_capturing()
 
 
 def _fake(tensors: Tensors, options: Any) -> tuple[torch.Tensor, ...]:

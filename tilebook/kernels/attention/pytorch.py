@@ -15,6 +15,16 @@ from tilebook.left import ORDINARY
 COLUMNS = 16
 """To which the rows of a mask are filled up that has to be copied, and which a bias that learns must have."""
 
+BOUNDS = float(1 << 32), float(1 << 31)
+"""Elements of q times keys up to which an eager call takes as long as the host takes: without gradients, with them.
+
+An H200 is done with so much in about 45 µs forward, and in about 100 µs forward and backward; starting kernels of ours
+from Python costs the host as much, and more with gradients (benchmarks/host_cost.py).
+"""
+
+TRACED = float(1 << 32), float(1 << 34)
+"""Likewise of compiled calls, whose op in Python costs the host 100 µs forward and more backward."""
+
 # Bound here once: a program may put our drop-in in the place of PyTorch's function.
 scaled_dot_product_attention: Any = torch._C._nn.scaled_dot_product_attention
 

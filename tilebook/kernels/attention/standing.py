@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from tilebook import device as devices
-from tilebook.kernels.attention.drop_in import BOUNDS
 from tilebook.kernels.attention.entry import registered
 from tilebook.kernels.attention.form import form
 from tilebook.kernels.attention.native import cudnn_first
+from tilebook.kernels.attention.pytorch import BOUNDS
 from tilebook.layout import rows
 from tilebook.native import Standing
 from tilebook.native.plans import Empty, Output, contiguous, like

@@ -18,13 +18,14 @@ from tilebook.call import recorded, way
 from tilebook.casting import factor_dtype
 from tilebook.dispatch import forced
 from tilebook.kernels.attention.check import Causal
+from tilebook.kernels.attention.pytorch import BOUNDS
 from tilebook.left import ORDINARY, again, recall
 from tilebook.notes import Notes, state
 
 __all__ = ["PACKED", "Lengths", "Note", "Structure", "by_note", "capturing", "notes"]
 
 PACKED = 4.0
-"""How many times `drop_in.BOUNDS` a call of packed sequences must be. The host waits for their lengths, once for all
+"""How many times `BOUNDS` a call of packed sequences must be. The host waits for their lengths, once for all
 layers, while the GPU has nothing to do: that is worth it where one call alone takes the GPU longer."""
 
 _ANY = -1
@@ -163,8 +164,6 @@ def by_note(
 
 def _large(q: Tensor, k: Tensor, v: Tensor, note: Note) -> bool:
     """Does the GPU take longer for such a call than the host?"""
-    from tilebook.kernels.attention.drop_in import BOUNDS  # which imports this module
-
     if q.is_nested or k.is_nested or v.is_nested or not (q.ndim == k.ndim == v.ndim == 4):
         return False
     bound = BOUNDS[recorded((q, k, v))]

@@ -12,10 +12,11 @@ import torch
 
 def turned(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Every pair (a, b) of the last axis as (−b, a): by halves, or one beside the other."""
-    if interleaved:
-        return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-    half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), -1)
+    if interleaved:  # whose gradients are put together by one kernel, as those of slices are not
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((-second, first), -1).flatten(-2)
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
 
 
 def joined(x: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:

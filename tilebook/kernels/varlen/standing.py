@@ -15,8 +15,8 @@ import torch
 
 from tilebook import dispatch
 from tilebook.dispatch.snapshot import ahead
-from tilebook.kernels.attention.drop_in import BOUNDS
 from tilebook.kernels.attention.form import form
+from tilebook.kernels.attention.pytorch import BOUNDS
 from tilebook.kernels.varlen.entry import registered
 from tilebook.kernels.varlen.limits import bucket, simplest
 from tilebook.layout import rows
