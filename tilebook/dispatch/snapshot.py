@@ -211,7 +211,10 @@ class Snapshot:
             yield pytorch(op, problem, self.gpu)
         for verdict in near:
             for candidate in self._feasible(op, problem, verdict):
-                yield Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
+                # What others have lost by there they may lose by here: our kernel as it is by default comes before.
+                its, winner = candidate[0], verdict.finalists[0].implementation
+                if its.name == winner or not (its.external or op.native(its.name, problem, self.gpu)):
+                    yield Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
         yield from self._defaults(op, problem)
 
     def _expected(self, op: Op[Any], problem: Problem) -> Iterator[Choice]:

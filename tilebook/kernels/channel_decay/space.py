@@ -12,7 +12,7 @@ import triton
 from tilebook.device import Device
 from tilebook.kernels.channel_decay.problem import BackwardProblem, ChannelDecay
 from tilebook.kernels.linear_attention.space import walks
-from tilebook.occupancy import asynchronous, crowded, too_large
+from tilebook.occupancy import asynchronous, crowded, idle, too_large
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 _MOST_WALKS = 1024
@@ -69,6 +69,9 @@ def _reject(problem: ChannelDecay, config: Config, device: Device) -> str | None
         return "walks that do not end where others begin"
     if walk and chunks > _MOST_WALKS * walk:
         return "a scan over too many walks"
+    programs = problem.batch * problem.heads * triton.cdiv(problem.value_dim, columns)
+    if not walk and (reason := idle(programs, chunks, device)):
+        return reason
     if device.backend == "hip" and config.number("num_stages") > 2:
         return "more than 2 stages do not pay on AMD GPUs"
     if chunk * min(chunk, columns, channels if _backward(problem) else wide) < 32 * warps:
@@ -121,7 +124,7 @@ def _default(problem: ChannelDecay, device: Device) -> Config:
         programs = problem.batch * problem.heads * triton.cdiv(problem.value_dim, columns)
         span, walk = _parts(_backward(problem), chunks, programs / device.sm_count)
         if exact and problem.wide > 128 and chunks > 1:  # a state and its products at once would spill
-            span, walk = 1, 0
+            span, walk = _parts(True, chunks, programs / device.sm_count)
         whole = not (_backward(problem) or span)
         state_v = 16 if exact or problem.wide > 128 else 32 if problem.wide > 64 else 64
         values = {

@@ -12,7 +12,7 @@ import triton
 from tilebook.arch import since_blackwell
 from tilebook.device import Device
 from tilebook.kernels.linear_attention.problem import BackwardProblem, LinearAttention
-from tilebook.occupancy import asynchronous, crowded, too_large
+from tilebook.occupancy import asynchronous, crowded, idle, too_large
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 _MOST_WALKS = 1024
@@ -77,6 +77,9 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
         return "walks that do not end where others begin"
     if walk and chunks > _MOST_WALKS * walk:
         return "a scan over too many walks"
+    programs = problem.batch * problem.heads * triton.cdiv(problem.value_dim, columns)
+    if not walk and (reason := idle(programs, chunks, device)):
+        return reason
     if device.backend == "hip" and config.number("num_stages") > 2:
         return "more than 2 stages do not pay on AMD GPUs"
     if chunk * min(chunk, columns, wide) < 32 * warps:
