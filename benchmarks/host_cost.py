@@ -241,9 +241,9 @@ def cases(device: str) -> list[Case]:
         ),
         Case(
             "linear_attention_step B16,H8,D64",
-            lambda q, k, v, h: ((q[..., None, :].float() @ (h + k[..., None] * v[..., None, :]))[..., 0, :]).to(
-                v.dtype
-            ),
+            lambda q, k, v, h: (
+                (q[..., None, :].float() * 0.125) @ (h + k[..., None].float() * v[..., None, :].float())
+            )[..., 0, :].to(v.dtype),
             lambda q, k, v, h: tilebook.linear_attention_step(q, k, v, h)[0],
             [random(16, 8, 64) for _ in range(3)],
             (random(16, 8, 64, 64, dtype=torch.float32),),

@@ -45,12 +45,16 @@ def check_step(
     if not expected or state.shape != (*q.shape, v.shape[-1]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, state))
         raise ValueError(f"expected q, k (B, H, D), v (B, H, V) and state (B, H, D, V), not {shapes}")
-    shapes_of_decays = [tuple(shape) for shape in (q.shape[:2], q.shape[1:2], *([q.shape] if channels else []))]
-    if log_decay is not None and tuple(log_decay.shape) not in shapes_of_decays:
-        raise ValueError(f"log_decay must have shape {' or '.join(map(str, shapes_of_decays))}")
-    if not all(x.is_floating_point() for x in (q, k, v, state)):
+    if log_decay is not None:
+        possible = [tuple(shape) for shape in (q.shape[:2], q.shape[1:2], *([q.shape] if channels else []))]
+        if tuple(log_decay.shape) not in possible:
+            raise ValueError(f"log_decay must have shape {' or '.join(map(str, possible))}")
+    if not (q.is_floating_point() and k.is_floating_point() and v.is_floating_point() and state.is_floating_point()):
         raise ValueError(
             f"q, k, v and state must be floating point; got {q.dtype}, {k.dtype}, {v.dtype}, {state.dtype}"
         )
-    if any(x is not None and x.device != q.device for x in (k, v, state, log_decay)):
+    device = q.device
+    if k.device != device or v.device != device or state.device != device:
+        raise ValueError("all tensors must be on one device")
+    if log_decay is not None and log_decay.device != device:
         raise ValueError("all tensors must be on one device")
