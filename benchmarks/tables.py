@@ -45,6 +45,7 @@ KINDS = {
     "norms": "RMSNorm",
     "layer_norm": "LayerNorm",
     "mlp": "MLP",
+    "decode": "decoding",
 }
 UNCHANGED = {("BERT-base", "patched"), ("BERT-base", "loss head"), ("GPT-2", "patched")}
 """Models in which `tilebook.patch` finds nothing to change, so that this way is `TILEBOOK=1` timed once more."""
@@ -265,13 +266,13 @@ def losses_told(documents: list[Row]) -> list[str]:
     """How far the first losses part: without dropout, with it, and of plain PyTorch, eager and compiled."""
     ways = [each for d in documents for each in timed(d) if each.apart is not None]
     without = max((w for w in ways if not w.model.startswith(DROPOUT)), key=lambda each: each.apart or 0)
-    told = [f"**Losses.** The first losses part from plain PyTorch's by at most {at_most(without)} of its first"]
-    told[0] += f" ({without.text}, {without.mode})."
+    told = [f"**Losses.** Without dropout the first losses part from plain PyTorch's by at most {at_most(without)}"]
+    told[0] += f" of its first ({without.text}, {without.mode})."
     parts = []
     for model in DROPOUT:
         worst = max((w for w in ways if w.model.startswith(model)), key=lambda each: each.apart or 0)
         parts.append(f"{at_most(worst)} ({worst.text}, {worst.mode})")
-    told.append(f"With dropout, of other elements in each compared copy, up to {' and '.join(parts)}.")
+    told.append(f"With dropout each copy drops other elements, and they part by up to {' and '.join(parts)}.")
     plain: dict[str, dict[str, list[float]]] = {}
     for row in (row for d in documents for row in d["results"] if row["model"].startswith(DROPOUT)):
         if "failed" not in row:
@@ -280,7 +281,7 @@ def losses_told(documents: list[Row]) -> list[str]:
     if far:
         model = max(far, key=lambda model: far[model])
         own = f"{at_most(far[model])} in {SHOWN.get(model, model).replace(' × ', '×')}"
-        told.append(f"Plain PyTorch's own, eager and compiled, part by {own}.")
+        told.append(f"So do plain PyTorch's own, eager and compiled, by {own}.")
     return [" ".join(told)]
 
 
