@@ -1,4 +1,4 @@
-"""The tables of speed in README.md and docs/kernels/attention.md, from the figures behind a suite's verdicts.
+"""The tables of speed in docs/speed.md and docs/kernels/attention.md, from the figures behind a suite's verdicts.
 
     python benchmarks/gains.py benchmarks/results/nvidia-h200/fa.json
 
