@@ -294,7 +294,9 @@ def named(group: str) -> str:
 def classes_table(document: Row, others: list[Row]) -> list[str]:
     """One line a class of calls, the one with the worst single call first. others: of whom readers know the card."""
     graph, eager = (document["classes"][mode] for mode in ("graph", "eager"))
-    groups = sorted({*graph, *eager}, key=lambda group: min(c[group]["worst"] for c in (graph, eager) if group in c))
+    groups = sorted(
+        {*graph, *eager}, key=lambda group: (min(c[group]["worst"] for c in (graph, eager) if group in c), group)
+    )
     lines = []
     for group in groups:
         cells = [named(group), str(max(c[group]["cells"] for c in (graph, eager) if group in c))]

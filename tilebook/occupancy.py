@@ -19,10 +19,6 @@ _WARPS_UNIT = 4  # warps are spread evenly over four register files
 _THREADS_A_SLOT = 64  # 32 programs on an SM that holds 2048 threads, 24 on one that holds 1536
 _ADDRESSES = 30  # registers a thread that a kernel takes at least beside its tiles
 
-_MOST_STEPS, _WORTH_WALKS = 64, 4
-"""Walks that are fewer than a fourth of the multiprocessors are cut, where they have more steps than that: what finds
-the states between the pieces reads keys and values once more."""
-
 
 def most_registers(device: Device) -> int:
     """Registers that a thread can have."""
@@ -125,9 +121,3 @@ def rows_and_tiles(
         last = n_columns if after is None else min(row + rows + after, n_columns)
         found.append((row, max(-(-last // columns) - first, 0)))
     return found
-
-
-def idle(walks: int, steps: int, device: Device) -> str | None:
-    """Why walks of so many steps, one after the other, leave most of the GPU without work; None where they do not."""
-    few = steps > _MOST_STEPS and walks * _WORTH_WALKS < device.sm_count
-    return "so few walks along all leave most multiprocessors idle" if few else None

@@ -86,6 +86,7 @@ class Space:
     work:    (problem, config) → what the config really does (see Cost); used to rank configs for an absent GPU.
     later:   axes that came after the first verdicts, with the value that does as before. A config leaves the axis out
              there, so that trials and verdicts from before it are of configs that the space still has.
+    carries: (problem, config, device) → may a config that won on a near problem serve this one, untried?
     """
 
     axes: Mapping[str, tuple[Value, ...]]
@@ -93,6 +94,7 @@ class Space:
     default: Callable[[Any, Device], Config]
     work: Callable[[Any, Config], Cost] | None = None
     later: Mapping[str, Value] = field(default_factory=dict)
+    carries: Callable[[Any, Config, Device], bool] = lambda problem, config, device: True
 
     def __len__(self) -> int:
         return math.prod(len(values) for values in self.axes.values())
@@ -117,14 +119,13 @@ class Space:
         default = self.default(problem, device)
         yield default
 
-        def steps(config: Config) -> int:
-            return sum(
-                abs(v.index(self.value(config, axis)) - v.index(self.value(default, axis)))
-                for axis, v in self.axes.items()
-            )
+        def places(config: Config) -> list[int]:
+            return [values.index(self.value(config, axis)) for axis, values in self.axes.items()]
 
-        others = [config for config in self.feasible(problem, device) if config != default]
-        yield from sorted(others, key=lambda config: (steps(config), config.key))
+        def order(config: Config) -> tuple[int, str]:
+            return sum(abs(a - b) for a, b in zip(places(config), places(default), strict=True)), config.key
+
+        yield from sorted((each for each in self.feasible(problem, device) if each != default), key=order)
 
     def neighbours(self, config: Config) -> Iterator[Config]:
         """Configs one step away on one axis."""

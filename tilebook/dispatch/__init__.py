@@ -26,7 +26,8 @@ from tilebook.dispatch.agreement import Agreement, Told
 from tilebook.dispatch.choice import Choice, Outputs, Source
 from tilebook.dispatch.memo import Memo, key
 from tilebook.dispatch.misses import misses_of, store_misses
-from tilebook.dispatch.snapshot import FARTHEST, Snapshot, ahead, pytorch
+from tilebook.dispatch.nearness import FARTHEST
+from tilebook.dispatch.snapshot import Snapshot, ahead, pytorch
 from tilebook.layout import fits
 from tilebook.op import Config, Op, Problem
 from tilebook.registry.served import Served

@@ -14,6 +14,7 @@ from tilebook import device as devices
 from tilebook.device import Device
 from tilebook.dispatch.agreement import Told
 from tilebook.dispatch.choice import Choice, Source
+from tilebook.dispatch.nearness import FARTHEST, away, by_distance, nearest, order, unlike
 from tilebook.op import Config, Implementation, Op, Problem
 from tilebook.registry import serving
 from tilebook.registry.current import may_run, stands
@@ -21,9 +22,6 @@ from tilebook.registry.layers import DenyList
 from tilebook.registry.records import Device as Known
 from tilebook.registry.records import Revocation
 from tilebook.registry.serving import Answer, Question, Served
-
-FARTHEST = 8.0
-"""A verdict serves problems up to this distance: a factor of 256 in one dimension, or less in several."""
 
 _SURE, _THIN = 1.02, 1.05
 """By what factor a finalist must have beaten what PyTorch runs to serve in its place: in the verdict's own environment,
@@ -108,7 +106,7 @@ class Snapshot:
         exact, near = self._around(op, problem, _MORE)
         if exact:
             return []
-        others = [(*_unlike(op, problem, each.problem), each.problem, each) for each in self._some(op)]
+        others = [(*unlike(op, problem, each.problem), each.problem, each) for each in self._some(op)]
         others = [each for each in others if each[0] <= _ALIKE and each[1] <= FARTHEST]
         far = (verdict for *_, verdict in sorted(others, key=lambda each: each[:3]))
         found: dict[tuple[Implementation, Config | None], None] = {}
@@ -172,7 +170,7 @@ class Snapshot:
         known = (
             Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
             for verdict in chain(exact, near)
-            for candidate in self._feasible(op, problem, verdict)
+            for candidate in (self._feasible if verdict in exact else self._carried)(op, problem, verdict)
         )
         found = chain(known, self._defaults(op, problem))
         return next((each for each in found if each.implementation is op.tunable and not self.revocation(each)), None)
@@ -210,11 +208,8 @@ class Snapshot:
             yield from self._expected(op, problem)
             yield pytorch(op, problem, self.gpu)
         for verdict in near:
-            for candidate in self._feasible(op, problem, verdict):
-                # What others have lost by there they may lose by here: our kernel as it is by default comes before.
-                its, winner = candidate[0], verdict.finalists[0].implementation
-                if its.name == winner or not (its.external or op.native(its.name, problem, self.gpu)):
-                    yield Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
+            for candidate in self._carried(op, problem, verdict):
+                yield Choice(*candidate, "nearest", problem, self.gpu, verdict.layer, verdict)
         yield from self._defaults(op, problem)
 
     def _expected(self, op: Op[Any], problem: Problem) -> Iterator[Choice]:
@@ -261,8 +256,8 @@ class Snapshot:
             return [observed], iter(())
         known = self._known(op).kin.get(problem.kin, [])
         if not self._table.large(op.name):
-            return [verdict for verdict, _ in known if verdict.problem == problem.key], _nearest(problem, known)
-        measure, kind = partial(_distance, op, problem), op.problem
+            return [verdict for verdict, _ in known if verdict.problem == problem.key], nearest(problem, known)
+        measure, kind = partial(away, op, problem), op.problem
         question = Question(op.name, op.digest, problem.key, most, measure, FARTHEST, kind.EXACT, kind.HALVED)
         answer = self._table.find(question)
         self._warn()
@@ -274,11 +269,11 @@ class Snapshot:
     ) -> Iterator[Served]:
         """The near ones of all layers; those of small ones give way to what a large one has on the same problem."""
         seen = {problem.key}
-        small = _by_distance(problem, known)
+        small = by_distance(problem, known)
         for more in (False, True):
             told = self._table.find(replace(question, most=_MORE, beside=True)) if more else answer
             large = [(distance, not each.measured, each) for distance, each in told.near]
-            for distance, _, verdict in sorted([*small, *large], key=_order):
+            for distance, _, verdict in sorted([*small, *large], key=order):
                 # Farther away there may be others in a large one, nearer than what is here of the rest.
                 if verdict.problem in seen or (distance > told.complete and not more):
                     continue
@@ -320,6 +315,20 @@ class Snapshot:
             config = Config(values) if values else space.default(problem, self.gpu)
             if space.contains(config) and space.reject(problem, config, self.gpu) is None:
                 yield implementation, config
+
+    def _carried(
+        self, op: Op[Any], problem: Problem, verdict: Served
+    ) -> Iterator[tuple[Implementation, Config | None]]:
+        """The candidates of a verdict on a near problem that may serve this one before our kernel as it is by default.
+
+        Not what others lost by there, who may lose by more here.
+        """
+        for its, config in self._feasible(op, problem, verdict):
+            lost = its.name != verdict.finalists[0].implementation
+            if lost and (its.external or op.native(its.name, problem, self.gpu)):
+                continue
+            if its.space is None or config is None or its.space.carries(problem, config, self.gpu):
+                yield its, config
 
     def _some(self, op: Op[Any]) -> list[Served]:
         """Verdicts that may be served, on whatever problems: all, but of large registries."""
@@ -366,36 +375,3 @@ def _times(verdict: Served) -> dict[str, float]:
         if each.time_ms is not None:
             found[each.implementation] = min(each.time_ms, found.get(each.implementation, math.inf))
     return found
-
-
-def _nearest(problem: Problem, known: Sequence[tuple[Served, Problem]]) -> Iterator[Served]:
-    """The verdicts of `_by_distance`, which are only looked for when the first is asked for."""
-    for _, _, verdict in _by_distance(problem, known):
-        yield verdict
-
-
-def _by_distance(problem: Problem, known: Sequence[tuple[Served, Problem]]) -> list[tuple[float, bool, Served]]:
-    """The verdicts on other problems that are near enough, nearest first, measurements first of two as near."""
-    found = [(problem.distance(p), not v.measured, v) for v, p in known if v.problem != problem.key]
-    return sorted((each for each in found if each[0] <= FARTHEST), key=_order)
-
-
-def _unlike(op: Op[Any], problem: Problem, key: str) -> tuple[float, float]:
-    """In how many flags and names another problem differs, and how far its sizes are apart."""
-    try:
-        other = op.problem.from_key(key)
-    except (TypeError, ValueError, RecursionError):
-        return math.inf, math.inf
-    named = [each.name for each in problem._fields() if "letter" not in each.metadata]
-    return sum(getattr(problem, name) != getattr(other, name) for name in named), problem.apart(other)
-
-
-def _order(near: tuple[float, bool, Served]) -> tuple[float, bool, str]:
-    return *near[:2], near[2].problem
-
-
-def _distance(op: Op[Any], problem: Problem, key: str) -> float:
-    try:
-        return problem.distance(op.problem.from_key(key))
-    except (TypeError, ValueError, RecursionError):
-        return math.inf

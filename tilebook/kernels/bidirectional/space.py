@@ -5,12 +5,15 @@ WALK: chunks that a program adds to its state, 0 for all; what several have foun
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 
 from tilebook.device import Device
 from tilebook.kernels.bidirectional.form import PERFORMER
 from tilebook.kernels.bidirectional.problem import BackwardProblem, Bidirectional
-from tilebook.occupancy import asynchronous, crowded, idle, too_large
+from tilebook.kernels.linear_attention.space import walks_alike
+from tilebook.occupancy import asynchronous, crowded, too_large
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 _BUSY = 2
@@ -48,9 +51,6 @@ def _reject(problem: Bidirectional, config: Config, device: Device) -> str | Non
         return "a chunk is longer than the sequence"
     if walk and walk * chunk >= longest:
         return "a walk along all is 0"
-    walks = problem.batch * problem.heads * triton.cdiv(problem.value_dim, columns)
-    if not walk and (reason := idle(walks, triton.cdiv(longest, chunk), device)):
-        return reason
     if device.backend == "hip" and config.number("num_stages") > 2:
         return "more than 2 stages do not pay on AMD GPUs"
     if chunk * min(columns, problem.wide_features) < 32 * warps:
@@ -109,4 +109,5 @@ SPACE = Space(
     _reject,
     _default,
     _work,
+    carries=partial(walks_alike, _default),
 )

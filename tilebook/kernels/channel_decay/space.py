@@ -7,12 +7,14 @@ num_stages: of the last kernel, which backward has SLICE channels of its gradien
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 
 from tilebook.device import Device
 from tilebook.kernels.channel_decay.problem import BackwardProblem, ChannelDecay
-from tilebook.kernels.linear_attention.space import walks
-from tilebook.occupancy import asynchronous, crowded, idle, too_large
+from tilebook.kernels.linear_attention.space import walks, walks_alike
+from tilebook.occupancy import asynchronous, crowded, too_large
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 _MOST_WALKS = 1024
@@ -69,9 +71,6 @@ def _reject(problem: ChannelDecay, config: Config, device: Device) -> str | None
         return "walks that do not end where others begin"
     if walk and chunks > _MOST_WALKS * walk:
         return "a scan over too many walks"
-    programs = problem.batch * problem.heads * triton.cdiv(problem.value_dim, columns)
-    if not walk and (reason := idle(programs, chunks, device)):
-        return reason
     if device.backend == "hip" and config.number("num_stages") > 2:
         return "more than 2 stages do not pay on AMD GPUs"
     if chunk * min(chunk, columns, channels if _backward(problem) else wide) < 32 * warps:
@@ -177,5 +176,6 @@ _AXES = {
     "SLICE": powers_of_two(16, 64),
 }
 
-SPACE = Space(_AXES, _reject, _default, _work)
-SPACE_BWD = Space({axis: values for axis, values in _AXES.items() if axis != "SPAN"}, _reject, _default, _work)
+SPACE = Space(_AXES, _reject, _default, _work, carries=partial(walks_alike, _default))
+_BACKWARD = {axis: values for axis, values in _AXES.items() if axis != "SPAN"}
+SPACE_BWD = Space(_BACKWARD, _reject, _default, _work, carries=partial(walks_alike, _default))

@@ -136,6 +136,11 @@ def _work(problem: DeltaRule, config: Config) -> Cost:
     return Cost(max(float(tokens * flops), floor.flops), max(float(tokens * moved), floor.bytes))
 
 
+def _apart_alike(problem: DeltaRule, config: Config, device: Device) -> bool:
+    """Does the walk leave the outputs to another kernel where the default does, and only there?"""
+    return config["APART"] == _default(problem, device)["APART"]
+
+
 _AXES = {
     "CHUNK": powers_of_two(16, 64),
     "BLOCK_V": powers_of_two(16, 128),
@@ -146,5 +151,5 @@ _AXES = {
     "num_stages": (1, 2, 3),
 }
 
-SPACE = Space({**_AXES, "APART": (0, 1)}, _reject, _default, _work)
+SPACE = Space({**_AXES, "APART": (0, 1)}, _reject, _default, _work, carries=_apart_alike)
 SPACE_BWD = Space({**_AXES, "CHUNK_STAGES": (1, 2)}, _reject, _default, _work)

@@ -7,12 +7,16 @@ all; several are joined by a scan.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import triton
 
 from tilebook.arch import since_blackwell
 from tilebook.device import Device
 from tilebook.kernels.linear_attention.problem import BackwardProblem, LinearAttention
-from tilebook.occupancy import asynchronous, crowded, idle, too_large
+from tilebook.occupancy import asynchronous, crowded, too_large
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 _MOST_WALKS = 1024
@@ -22,6 +26,12 @@ def walks(chunks: int, config: Config) -> tuple[int, int]:
     """Chunks of a program of the last kernel, and of a walk that finds states."""
     span, walk = int(config.get("SPAN", 1)), config.number("WALK")
     return min(span or chunks, chunks), min(walk or chunks, chunks)
+
+
+def walks_alike(default: Callable[[Any, Device], Config], problem: Any, config: Config, device: Device) -> bool:
+    """Is a sequence cut into pieces, and a walk along it, where the default cuts them, and only there?"""
+    usual = default(problem, device)
+    return all((usual.get(axis, 1) == 0) == (config.get(axis, 1) == 0) for axis in ("SPAN", "WALK"))
 
 
 def _backward(problem: LinearAttention) -> bool:
@@ -77,9 +87,6 @@ def _reject(problem: LinearAttention, config: Config, device: Device) -> str | N
         return "walks that do not end where others begin"
     if walk and chunks > _MOST_WALKS * walk:
         return "a scan over too many walks"
-    programs = problem.batch * problem.heads * triton.cdiv(problem.value_dim, columns)
-    if not walk and (reason := idle(programs, chunks, device)):
-        return reason
     if device.backend == "hip" and config.number("num_stages") > 2:
         return "more than 2 stages do not pay on AMD GPUs"
     if chunk * min(chunk, columns, wide) < 32 * warps:
@@ -180,5 +187,6 @@ _AXES = {
     "num_stages": (1, 2, 3),
 }
 
-SPACE = Space(_AXES, _reject, _default, _work)
-SPACE_BWD = Space({axis: values for axis, values in _AXES.items() if axis != "SPAN"}, _reject, _default, _work)
+SPACE = Space(_AXES, _reject, _default, _work, carries=partial(walks_alike, _default))
+_BACKWARD = {axis: values for axis, values in _AXES.items() if axis != "SPAN"}
+SPACE_BWD = Space(_BACKWARD, _reject, _default, _work, carries=partial(walks_alike, _default))

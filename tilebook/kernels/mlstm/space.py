@@ -7,6 +7,7 @@ are found before (SPAN 1), and tiles are smaller.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import triton
 
@@ -15,6 +16,7 @@ from tilebook.kernels.linear_attention.problem import BackwardProblem, LinearAtt
 from tilebook.kernels.linear_attention.space import SPACE as LINEAR
 from tilebook.kernels.linear_attention.space import SPACE_BWD as LINEAR_BWD
 from tilebook.kernels.linear_attention.space import _parts as parts
+from tilebook.kernels.linear_attention.space import walks_alike
 from tilebook.occupancy import asynchronous
 from tilebook.op import Config
 
@@ -51,5 +53,7 @@ def _default(problem: LinearAttention, device: Device) -> Config:
     return next((each for each in configs if space.reject(problem, each, device) is None), configs[-1])
 
 
-SPACE = dataclasses.replace(LINEAR, default=_default)
-SPACE_BWD = dataclasses.replace(LINEAR_BWD, default=_default)
+_CARRIES = partial(walks_alike, _default)
+
+SPACE = dataclasses.replace(LINEAR, default=_default, carries=_CARRIES)
+SPACE_BWD = dataclasses.replace(LINEAR_BWD, default=_default, carries=_CARRIES)
