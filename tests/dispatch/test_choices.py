@@ -23,7 +23,7 @@ from dispatch_samples import (
 
 from tilebook import device as devices
 from tilebook import op as ops
-from tilebook.dispatch import snapshot
+from tilebook.dispatch import nearness, snapshot
 from tilebook.kernels.attention.peers import flash4
 from tilebook.op import Config
 from tilebook.registry import Device, Environment
@@ -53,7 +53,7 @@ def test_where_pytorch_has_a_kernel_a_neighbours_verdict_is_no_evidence(choose):
 
 def test_where_pytorch_has_a_kernel_nobody_looks_for_neighbours(choose, monkeypatch):
     looked = []
-    monkeypatch.setattr(snapshot, "_by_distance", lambda *given: looked.append(given) or [])
+    monkeypatch.setattr(nearness, "by_distance", lambda *given: looked.append(given) or [])
     assert choose(verdict(), problem=OP.problem.parse("B4,H16,S2049,D64", "bf16")).source == "fallback"
     assert not looked
     choose(composed(), problem=NEAR)
