@@ -6,7 +6,8 @@ sizes and wavefront alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tilebook.device import Device
 
@@ -121,3 +122,14 @@ def rows_and_tiles(
         last = n_columns if after is None else min(row + rows + after, n_columns)
         found.append((row, max(-(-last // columns) - first, 0)))
     return found
+
+
+def walks_alike(
+    default: Callable[[Any, Device], Mapping[str, Any]], problem: Any, config: Mapping[str, Any], device: Device
+) -> bool:
+    """Is a sequence cut into pieces, and a walk along it, where the default cuts them, which knows how many SMs wait?
+
+    SPAN and WALK are steps of a piece and of a walk, 0 for all of them.
+    """
+    usual = default(problem, device)
+    return all((usual.get(axis, 1) == 0) == (config.get(axis, 1) == 0) for axis in ("SPAN", "WALK"))

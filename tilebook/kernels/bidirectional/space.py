@@ -12,8 +12,7 @@ import triton
 from tilebook.device import Device
 from tilebook.kernels.bidirectional.form import PERFORMER
 from tilebook.kernels.bidirectional.problem import BackwardProblem, Bidirectional
-from tilebook.kernels.linear_attention.space import walks_alike
-from tilebook.occupancy import asynchronous, crowded, too_large
+from tilebook.occupancy import asynchronous, crowded, too_large, walks_alike
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 _BUSY = 2

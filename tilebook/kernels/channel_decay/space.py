@@ -13,8 +13,8 @@ import triton
 
 from tilebook.device import Device
 from tilebook.kernels.channel_decay.problem import BackwardProblem, ChannelDecay
-from tilebook.kernels.linear_attention.space import walks, walks_alike
-from tilebook.occupancy import asynchronous, crowded, too_large
+from tilebook.kernels.linear_attention.space import walks
+from tilebook.occupancy import asynchronous, crowded, too_large, walks_alike
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 _MOST_WALKS = 1024

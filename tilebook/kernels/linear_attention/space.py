@@ -7,16 +7,14 @@ all; several are joined by a scan.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import triton
 
 from tilebook.arch import since_blackwell
 from tilebook.device import Device
 from tilebook.kernels.linear_attention.problem import BackwardProblem, LinearAttention
-from tilebook.occupancy import asynchronous, crowded, too_large
+from tilebook.occupancy import asynchronous, crowded, too_large, walks_alike
 from tilebook.op import Config, Cost, Space, powers_of_two
 
 _MOST_WALKS = 1024
@@ -26,12 +24,6 @@ def walks(chunks: int, config: Config) -> tuple[int, int]:
     """Chunks of a program of the last kernel, and of a walk that finds states."""
     span, walk = int(config.get("SPAN", 1)), config.number("WALK")
     return min(span or chunks, chunks), min(walk or chunks, chunks)
-
-
-def walks_alike(default: Callable[[Any, Device], Config], problem: Any, config: Config, device: Device) -> bool:
-    """Is a sequence cut into pieces, and a walk along it, where the default cuts them, and only there?"""
-    usual = default(problem, device)
-    return all((usual.get(axis, 1) == 0) == (config.get(axis, 1) == 0) for axis in ("SPAN", "WALK"))
 
 
 def _backward(problem: LinearAttention) -> bool:

@@ -16,8 +16,7 @@ from tilebook.kernels.linear_attention.problem import BackwardProblem, LinearAtt
 from tilebook.kernels.linear_attention.space import SPACE as LINEAR
 from tilebook.kernels.linear_attention.space import SPACE_BWD as LINEAR_BWD
 from tilebook.kernels.linear_attention.space import _parts as parts
-from tilebook.kernels.linear_attention.space import walks_alike
-from tilebook.occupancy import asynchronous
+from tilebook.occupancy import asynchronous, walks_alike
 from tilebook.op import Config
 
 _SMALL = [(16, columns, warps, 1) for columns in (32, 16) for warps in (8, 4, 2, 1)]
