@@ -265,7 +265,7 @@ def main() -> None:
 
     until = time.time() + given.seconds
     groups = [(kind, width) for kind in given.kinds for width in given.widths]
-    if given.device == "cuda":
+    if given.device == "cuda" and not given.prepared:
         preparing = [_run("prepare", *group, subprocess.DEVNULL) for group in groups]
         for each in preparing:
             _waited(each, until - 0.6 * given.seconds)
@@ -303,6 +303,7 @@ def _arguments() -> argparse.ArgumentParser:
     found.add_argument("--heads", type=int, default=HEADS)
     found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     found.add_argument("--tiny", action="store_true", help="short sequences of two heads")
+    found.add_argument("--prepared", action="store_true", help="all is compiled already")
     found.add_argument("--packed", type=int, default=PACKED, help="tokens of a pack")
     for hidden in ("--task", "--kind"):
         found.add_argument(hidden, help=argparse.SUPPRESS)
