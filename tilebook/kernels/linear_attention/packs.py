@@ -22,9 +22,10 @@ def forgetting(q: torch.Tensor, log_decay: torch.Tensor | None, ends: torch.Tens
         )
     n = q.shape[2]
     at = ends[:-1].long().clamp(0, n)
-    begins = torch.zeros(n + 1, dtype=torch.bool, device=q.device).index_fill(0, at, True)[:n]
-    if log_decay is None:
-        log_decay = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    if log_decay is None:  # the same for all heads
+        decays = q.new_zeros(n + 1, dtype=torch.promote_types(q.dtype, torch.float32))
+        return decays.index_fill_(0, at, -torch.inf)[:n].expand(q.shape[:3])
+    begins = torch.zeros(n + 1, dtype=torch.bool, device=q.device).index_fill_(0, at, True)[:n]
     return log_decay.masked_fill(begins if log_decay.ndim < 4 else begins[:, None], -torch.inf)
 
 

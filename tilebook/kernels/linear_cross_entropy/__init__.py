@@ -120,7 +120,8 @@ def linear_cross_entropy(
         loss = chunked(route, tensors, ignored, reduction, *numbers)
         return loss if autocast_on(input) else loss.to(input.dtype)
     loss = composed(*tensors, weight, ignored, reduction, *numbers)
-    if own is not None and route == "direct" and _is_small(*tensors[:3]) and dispatch.here.prober is None:
+    settled = own is not None and route == "direct" and not (dispatch.forced() or dispatch.here.prober)
+    if settled and _is_small(*tensors[:3]):
         keep(own, Left(forward=True, training=True, bounded=True))
     return loss
 
