@@ -157,3 +157,42 @@ def test_a_key_has_so_many_calls_of_other_shapes_and_no_more(tmp_path):
     (entry,) = record.read(tmp_path)
     (problem,) = entry.problems.values()
     assert [call.values["rows"] for call in problem.calls] == [40, 41, 42, 43]
+
+
+def test_what_is_no_file_of_a_folder_is_passed_over(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    assert len(record.read(tmp_path)) == 1
+    with pytest.raises(record.UsageError, match="no recorded kernels"):
+        record.read(tmp_path / "pipe.json")
+
+
+_FORKS = """
+import os, sys, torch, others
+x = torch.randn(40)
+others.scaled(others.scale_kernel, x)
+if not os.fork():
+    for _ in range(3):
+        others.scaled(others.scale_kernel, x)
+    others.scaled(others.scale_kernel, x[:20])
+    sys.exit()
+if not os.fork():
+    sys.exit()
+os.wait(), os.wait()
+others.scaled(others.scale_kernel, x)
+"""
+
+
+def test_processes_that_are_forked_off_have_records_of_their_own(tmp_path):
+    (tmp_path / "forks.py").write_text(_FORKS)
+    folders = os.pathsep.join(each for each in sys.path if each)
+    variables = {"PYTHONPATH": folders, "TRITON_INTERPRET": "1", "TILEBOOK_TRITON": f"record:{tmp_path / 'records'}"}
+    command = [sys.executable, "forks.py"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    (entry,) = record.read(tmp_path / "records")
+    counts = {json.loads(key)["key"]["n"]: problem.count for key, problem in entry.problems.items()}
+    assert counts == {40: 5, 20: 1}
+    assert len(list((tmp_path / "records").iterdir())) == 2

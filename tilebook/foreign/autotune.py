@@ -38,14 +38,15 @@ class Tuned(Autotuner):  # type: ignore[misc]
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self._arguments = kwargs
         try:
-            return super().run(*args, **kwargs)
-        except serving.FAILURES:
-            # What stands first may not fit here; the next that does serves from then on.
-            if not self.cache.next(self.best_config):
-                raise
+            while True:
+                try:
+                    return super().run(*args, **kwargs)
+                except serving.FAILURES:
+                    # What stands first may not fit here; the next that does serves from then on.
+                    if not isinstance(self.cache, _Memory) or not self.cache.next(getattr(self, "best_config", None)):
+                        raise
         finally:
             self._arguments = None  # or it would keep the call's tensors
-        return self.run(*args, **kwargs)
 
 
 class _Memory(serving.Served):
@@ -54,14 +55,14 @@ class _Memory(serving.Served):
     def __init__(self, tuner: Tuned, on_miss: OnMiss) -> None:
         super().__init__(tuner, {})
         self._on_miss = on_miss
-        self._waiting: dict[Any, list[Any]] = {}  # by key, what may run where no verdict says: the first serves
+        self._waiting: dict[Any, Sequence[Any]] = {}  # by key, what may run: the first serves
+        self._orders: dict[tuple[int, ...], Sequence[Any]] = {}  # what waits, once for all keys, by its configs' ids
         self._counted: dict[Any, list[float]] = {}
-        self._last: Any = None
 
     def __contains__(self, key: object) -> bool:
+        self._last = key
         if dict.__contains__(self, key):
             return True
-        self._last = key
         if key not in self._waiting and not self._decide(key):
             return False
         if key in self._counted:
@@ -76,7 +77,7 @@ class _Memory(serving.Served):
         waiting = self._waiting.get(self._last, [])
         if len(waiting) < 2 or waiting[0] is not failed:
             return False
-        del waiting[0]
+        self._waiting[self._last] = waiting = waiting[1:]
         if self._last in self._counted:
             self._counted[self._last][0] -= 1  # the same call comes again
         if dict.__contains__(self, self._last):
@@ -86,12 +87,13 @@ class _Memory(serving.Served):
     def forget(self) -> None:
         self.clear()
         self._waiting.clear()
+        self._orders.clear()
         self._counted.clear()
 
     def _decide(self, key: Any) -> bool:
         """False where the autotuner is to search. Raises Missing where that is asked for."""
         tuner, gpu, problem = self._tuner, None, ""
-        left = list(tuner.prune_configs(dict(tuner._arguments)))
+        left = searched = list(tuner.prune_configs(dict(tuner._arguments)))
         try:
             here = serving.book()
             problem, gpu = self.kernel.problem(key), here.gpu
@@ -106,13 +108,17 @@ class _Memory(serving.Served):
             raise Missing(f"no verdict covers {tuner.base_fn.__name__} with {key}: tune it, or ask for on_miss='serve'")
         if not found and self._on_miss == "tune":
             return False
-        self._waiting[key] = [*found, *(each for each in left if each not in found)]
+        self._waiting[key] = self._ordered([*found, *(each for each in left if each not in found)])
         if found:
             self[key] = found[0]
         elif gpu is not None:
             moved = sum(x.numel() * x.element_size() for x in tuner.nargs.values() if isinstance(x, torch.Tensor))
             self._counted[key] = serving.missed(self.kernel, problem, gpu, moved)
+        self._settle(self._waiting[key][0], searched)
         return True
+
+    def _ordered(self, configs: Sequence[Any]) -> Sequence[Any]:
+        return self._orders.setdefault(tuple(map(id, configs)), configs)
 
 
 def autotune(

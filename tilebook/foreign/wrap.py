@@ -69,9 +69,10 @@ def noted_by(recording: Recording, run: Any) -> Any:
 
     @functools.wraps(run)
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = getattr(self, "configs_timings", None)
         done = run(self, *args, **kwargs)
         if len(self.configs) > 1:
-            recording.note(self, args, kwargs)
+            recording.note(self, args, kwargs, getattr(self, "configs_timings", None) is not before)
         return done
 
     return noting
@@ -93,11 +94,14 @@ def _serve() -> None:
 
     @functools.wraps(run)
     def running(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._arguments = kwargs
         try:
             return run(self, *args, **kwargs)
         except FAILURES:
-            if type(self.cache) is not Served or not self.cache.withdraw(self.best_config):
+            if type(self.cache) is not Served or not self.cache.withdraw():
                 raise
+        finally:
+            self._arguments = None  # or it would keep the call's tensors
         return run(self, *args, **kwargs)
 
     Autotuner.__init__, Autotuner.run = serving, running
