@@ -48,6 +48,21 @@ def test_a_strangers_record_is_refused_with_a_word(change, why, content, tmp_pat
         record.read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("where", ["configs", "ran", "failed"])
+def test_a_strangers_config_is_refused_with_a_word(where, content, tmp_path):
+    made = json.loads(content)
+    (kernel,) = made["kernels"]
+    (listed, *_), (found,) = kernel["configs"], kernel["problems"]
+    wrong = {**listed, "BLOCK": [16]}
+    if where == "configs":
+        kernel["configs"][0] = wrong
+    else:
+        found[where] = wrong if where == "ran" else [wrong]
+    (tmp_path / "a.json").write_text(json.dumps(made))
+    with pytest.raises(record.UsageError, match=r"a\.json is no record of kernels: "):
+        record.read(tmp_path)
+
+
 def test_a_count_of_any_size_has_a_weight(content, tmp_path):
     made = json.loads(content)
     made["kernels"][0]["problems"][0]["count"] = 10**400

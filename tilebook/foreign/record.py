@@ -19,6 +19,7 @@ from tilebook.foreign.call import Call, Rule, check_rules, noted
 from tilebook.foreign.kernel import Kernel, Unfit, is_given, key_of
 from tilebook.foreign.names import Key
 from tilebook.op import Config
+from tilebook.registry.checks import config as checked
 from tilebook.registry.checks import problem
 from tilebook.registry.target import user_folder
 
@@ -78,9 +79,9 @@ class Recorded:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Recorded:
-        ran = None if content["ran"] is None else Config(content["ran"])
+        ran = None if content["ran"] is None else Config(checked(content["ran"]))
         key, count = Key.from_key(problem(content["key"])).key, min(int(content["count"]), 1 << 60)
-        made = cls(key, [], count, ran, {Config(each) for each in content["failed"]})
+        made = cls(key, [], count, ran, {Config(checked(each)) for each in content["failed"]})
         for each in content["calls"][: 2 * (MOST_CALLS + MOST_KINDS)]:
             made.add(Call.of(each))
         return made
@@ -295,7 +296,7 @@ def _entries(file: Path, left_out: dict[str, None]) -> Iterator[Entry]:
         left_out |= dict.fromkeys(content["left_out"])
         for each in content["kernels"]:
             problems = {made.key: made for made in map(Recorded.of, each["problems"])}
-            configs = tuple(map(Config, each["configs"]))
+            configs = tuple(Config(checked(listed)) for listed in each["configs"])
             if any(len(call.grids) != len(configs) for problem in problems.values() for call in problem.calls):
                 raise ValueError("a call has not a grid for each config")
             module, name, digest, path = (str(each[field]) for field in ("module", "name", "digest", "path"))
