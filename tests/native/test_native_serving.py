@@ -319,6 +319,36 @@ def test_what_is_no_library_is_done_without(tmp_path, monkeypatch):
     assert native._Serving().extension() is None
 
 
+@pytest.mark.parametrize("left", ["half of it", "a hole", "zeros at its end", "all but a byte"])
+def test_a_part_of_one_is_done_without_and_built_anew(library, tmp_path, monkeypatch, left):
+    """As a machine leaves it that goes off or whose disk is full: to load it would end the process."""
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path))
+    path, content = place.place(tmp_path), library.read_bytes()
+    path.parent.mkdir(mode=0o700)
+    half = len(content) // 2
+    parts = {
+        "half of it": content[:half],
+        "a hole": content[: half // 2] + bytes(half) + content[half // 2 + half :],
+        "zeros at its end": content[:half] + bytes(len(content) - half),
+        "all but a byte": content[:-1],
+    }
+    path.write_bytes(parts[left])
+    path.chmod(0o700)
+    code = "from tilebook import native; print(native.available(), native._serving._failed)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False True\n")
+
+    def compiled(compiler, folder):
+        (folder / "linked.so").write_bytes(content[:-32])
+        return folder / "linked.so"
+
+    monkeypatch.setattr(build, "_compiled", compiled)
+    assert build.build() == path
+    assert path.read_bytes() == content
+    monkeypatch.setattr(build, "_compiled", None)
+    assert build.build() == path
+
+
 @pytest.mark.parametrize(
     ("compiler", "said"), [("false", "false failed"), ("/nowhere/g++", "nowhere"), ("", "no C\\+\\+ compiler")]
 )
