@@ -185,7 +185,11 @@ def autotune(
 
 
 def combined(space: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination of a space's values, none where it has no axes. Raises UsageError for none and too many."""
+    """Every combination of a space's values, none where it has no axes.
+
+    Raises UsageError for none, for too many, and for what is no space."""
+    if not isinstance(space, Mapping) or any(isinstance(n, str) or not isinstance(n, Sequence) for n in space.values()):
+        raise UsageError(f"a space is axes and the values of each, not {space!r}"[:200])
     count = math.prod(len(values) for values in space.values())
     if not 0 < count <= _MOST_CONFIGS:
         raise UsageError(f"a space has from 1 to {_MOST_CONFIGS} configs, not {count}")
