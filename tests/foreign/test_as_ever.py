@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import threading
 
 import others
 import pytest
@@ -150,6 +151,30 @@ def test_what_a_search_would_have_set_anew_is_as_it_would_be(autotune, registry,
     assert torch.equal(added(kernel, X, y), X)
     assert torch.equal(added(kernel, X, y), 2 * X)
     assert kernel.best_config is BLOCKS[covered]
+
+
+def test_threads_are_asked_for_each_its_own(autotune, registry):
+    """As those of a program that has a thread for each GPU."""
+    waiting, going = threading.Event(), threading.Event()
+
+    def slow(configs, named, **arguments):
+        if "m" in arguments:
+            waiting.set()
+            assert going.wait(20)
+        return configs
+
+    kernel = autotune(reset_to_zero=["y"], prune_configs_by={"early_config_prune": slow})
+    stored(registry, verdict(kernel, (X, X, 100), BLOCKS[1]), verdict(kernel, (X, X, 50), BLOCKS[1]))
+    added(kernel, X[:50], torch.zeros(50))
+    y = torch.full((100,), 7.0)
+    grid = lambda meta: (triton.cdiv(100, meta["BLOCK"]),)  # noqa: E731
+    other = threading.Thread(target=lambda: kernel[grid](X, y, 100, m=0))
+    other.start()
+    assert waiting.wait(20)
+    added(kernel, X[:50], torch.zeros(50))
+    going.set()
+    other.join()
+    assert torch.equal(y, X)
 
 
 @pytest.mark.skipif(triton.__version__ < "3.7", reason="it then has one config searched, too")

@@ -14,6 +14,7 @@ from triton.runtime.autotuner import Autotuner
 from tilebook.errors import UsageError
 from tilebook.foreign import serving
 from tilebook.foreign.kernel import Unfit, descriptors
+from tilebook.foreign.serving import under_way
 
 OnMiss = Literal["serve", "tune", "error"]
 
@@ -33,20 +34,18 @@ class Tuned(Autotuner):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.reference = reference
         self.cache = _Memory(self, on_miss)
-        self._arguments: Mapping[str, Any] | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        self._arguments = kwargs
-        try:
-            while True:
-                try:
-                    return super().run(*args, **kwargs)
-                except serving.FAILURES:
-                    # What stands first may not fit here; the next that does serves from then on.
-                    if not isinstance(self.cache, _Memory) or not self.cache.next(getattr(self, "best_config", None)):
-                        raise
-        finally:
-            self._arguments = None  # or it would keep the call's tensors
+        while True:
+            under_way.call = self, args, kwargs
+            try:
+                return super().run(*args, **kwargs)
+            except serving.FAILURES:
+                # What stands first may not fit here; the next that does serves from then on.
+                if not isinstance(self.cache, _Memory) or not self.cache.next(getattr(self, "best_config", None)):
+                    raise
+            finally:
+                under_way.call = None  # or it would keep the call's tensors
 
 
 class _Memory(serving.Served):
@@ -92,8 +91,8 @@ class _Memory(serving.Served):
 
     def _decide(self, key: Any) -> bool:
         """False where the autotuner is to search. Raises Missing where that is asked for."""
-        tuner, gpu, problem = self._tuner, None, ""
-        left = searched = list(tuner.prune_configs(dict(tuner._arguments)))
+        tuner, gpu, problem, call = self._tuner, None, "", self._call()
+        left = searched = list(tuner.prune_configs({} if call is None else dict(call[1])))
         try:
             here = serving.book()
             problem, gpu = self.kernel.problem(key), here.gpu
@@ -112,9 +111,10 @@ class _Memory(serving.Served):
         if found:
             self[key] = found[0]
         elif gpu is not None:
-            moved = sum(x.numel() * x.element_size() for x in tuner.nargs.values() if isinstance(x, torch.Tensor))
+            args = () if call is None else (*call[0], *call[1].values())
+            moved = sum(x.numel() * x.element_size() for x in args if isinstance(x, torch.Tensor))
             self._counted[key] = serving.missed(self.kernel, problem, gpu, moved)
-        self._settle(self._waiting[key][0], searched)
+        self._settle(call, self._waiting[key][0], searched)
         return True
 
     def _ordered(self, configs: Sequence[Any]) -> Sequence[Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -107,11 +108,23 @@ def reload() -> None:
     _books.clear()
 
 
+_Called = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class _UnderWay(threading.local):
+    """The call of an autotuner that this thread has come to last, until it is done: its object, and what it is called
+    with. An autotuner's own `nargs` are those of whichever thread has come last."""
+
+    call: tuple[Any, tuple[Any, ...], Mapping[str, Any]] | None = None
+
+
+under_way = _UnderWay()
+
+
 class Served(dict[Any, Any]):
     """An autotuner's memory, which knows a verdict where it would be searched for.
 
-    Of what no verdict covers it knows nothing, and the autotuner does as ever. Who runs the autotuner says in its
-    `_arguments` what the call has beside its positional arguments, or None.
+    Of what no verdict covers it knows nothing, and the autotuner does as ever.
     """
 
     def __init__(self, tuner: Any, known: dict[Any, Any]) -> None:
@@ -149,11 +162,11 @@ class Served(dict[Any, Any]):
 
     def _found(self, key: Any) -> bool:
         self._told[key] = None
-        arguments = getattr(self._tuner, "_arguments", None)
+        call = self._call()
         try:
             ranked = book().chosen(self.kernel, self.kernel.problem(key), measured=True)
             offered = [self.kernel.configs[each] for each in ranked]
-            left = offered if arguments is None or not offered else list(self._tuner.prune_configs(arguments))
+            left = offered if call is None or not offered else list(self._tuner.prune_configs(dict(call[1])))
         except Exception as broken:  # the program does without
             say(self._tuner, broken)
             return False
@@ -161,16 +174,21 @@ class Served(dict[Any, Any]):
         if chosen is None:
             return False
         self[key] = self._told[key] = chosen
-        self._settle(chosen, left)
+        self._settle(call, chosen, left)
         return True
 
-    def _settle(self, config: Any, left: Sequence[Any]) -> None:
+    def _settle(self, call: _Called | None, config: Any, left: Sequence[Any]) -> None:
         """Has the call's tensors set anew as the autotuner does after a search among what its rules have left: it
         would have searched now."""
-        tuner = self._tuner
-        arguments = getattr(tuner, "_arguments", None)
-        if arguments is not None and len(left) > 1:
-            tuner.pre_hook({**tuner.nargs, **arguments, **config.all_kwargs()}, reset_only=True)
+        if call is not None and len(left) > 1:
+            args, kwargs = call
+            named = dict(zip(self._tuner.arg_names, args, strict=False))
+            self._tuner.pre_hook({**named, **kwargs, **config.all_kwargs()}, reset_only=True)
+
+    def _call(self) -> _Called | None:
+        """What the autotuner is called with in this thread, if that is known."""
+        call = under_way.call
+        return call[1:] if call is not None and call[0] is self._tuner else None
 
 
 _said: set[str] = set()

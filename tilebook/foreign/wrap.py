@@ -81,7 +81,7 @@ def noted_by(recording: Recording, run: Any) -> Any:
 def _serve() -> None:
     from triton.runtime.autotuner import Autotuner
 
-    from tilebook.foreign.serving import FAILURES, Served
+    from tilebook.foreign.serving import FAILURES, Served, under_way
 
     descriptors()
     init, run = Autotuner.__init__, Autotuner.run
@@ -94,14 +94,16 @@ def _serve() -> None:
 
     @functools.wraps(run)
     def running(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._arguments = kwargs
+        if type(self.cache) is not Served:
+            return run(self, *args, **kwargs)
+        under_way.call = self, args, kwargs
         try:
             return run(self, *args, **kwargs)
         except FAILURES:
-            if type(self.cache) is not Served or not self.cache.withdraw():
+            if not self.cache.withdraw():
                 raise
         finally:
-            self._arguments = None  # or it would keep the call's tensors
+            under_way.call = None  # or it would keep the call's tensors
         return run(self, *args, **kwargs)
 
     Autotuner.__init__, Autotuner.run = serving, running
