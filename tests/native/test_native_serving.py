@@ -310,6 +310,15 @@ def test_a_file_that_others_can_write_is_not_loaded(tmp_path, monkeypatch):
     assert place.built() is None
 
 
+def test_each_build_of_pytorch_and_python_has_its_own(tmp_path, monkeypatch):
+    own = place.place(tmp_path)
+    assert place.place(tmp_path) == own
+    for where, what in ((torch, "__version__"), (torch.version, "git_version"), (sys, "version")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, "another")
+            assert place.place(tmp_path) != own, what
+
+
 def test_what_is_no_library_is_done_without(tmp_path, monkeypatch):
     monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path))
     path = place.place(tmp_path)

@@ -34,8 +34,9 @@ def place(root: Path) -> Path:
     digest = hashlib.sha256()
     for source in SOURCES:
         digest.update(source.read_bytes())
-    for each in (torch.__version__, sys.version, sysconfig.get_platform(), str(torch.compiled_with_cxx11_abi())):
-        digest.update(each.encode())
+    abi, commit = torch.compiled_with_cxx11_abi(), torch.version.git_version  # of builds that share a version
+    for each in (torch.__version__, commit, sys.version, sysconfig.get_platform(), abi):
+        digest.update(str(each).encode())
     return root / digest.hexdigest()[:16] / f"{NAME}.so"
 
 
