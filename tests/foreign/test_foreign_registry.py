@@ -115,7 +115,7 @@ def test_a_key_keeps_what_json_can_say_and_is_refused_otherwise():
     kernel = Kernel(TUNER)
     assert kernel.problem((True, "torch.bfloat16", "torch.int64")) == '{"dtype":"bf16,int64","key":{"n":true}}'
     assert kernel.problem((torch.float16,)) == '{"dtype":"","key":{"n":"torch.float16"}}'
-    for wrong in (object(), "x" * 3000):
+    for wrong in (object(), "x" * 3000, torch.tensor(7)):
         with pytest.raises(Unfit):
             kernel.problem((wrong,))
 

@@ -48,6 +48,21 @@ def test_a_strangers_record_is_refused_with_a_word(change, why, content, tmp_pat
         record.read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("where", ["configs", "ran", "failed"])
+def test_a_strangers_config_is_refused_with_a_word(where, content, tmp_path):
+    made = json.loads(content)
+    (kernel,) = made["kernels"]
+    (listed, *_), (found,) = kernel["configs"], kernel["problems"]
+    wrong = {**listed, "BLOCK": [16]}
+    if where == "configs":
+        kernel["configs"][0] = wrong
+    else:
+        found[where] = wrong if where == "ran" else [wrong]
+    (tmp_path / "a.json").write_text(json.dumps(made))
+    with pytest.raises(record.UsageError, match=r"a\.json is no record of kernels: "):
+        record.read(tmp_path)
+
+
 def test_a_count_of_any_size_has_a_weight(content, tmp_path):
     made = json.loads(content)
     made["kernels"][0]["problems"][0]["count"] = 10**400
@@ -157,3 +172,42 @@ def test_a_key_has_so_many_calls_of_other_shapes_and_no_more(tmp_path):
     (entry,) = record.read(tmp_path)
     (problem,) = entry.problems.values()
     assert [call.values["rows"] for call in problem.calls] == [40, 41, 42, 43]
+
+
+def test_what_is_no_file_of_a_folder_is_passed_over(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    assert len(record.read(tmp_path)) == 1
+    with pytest.raises(record.UsageError, match="no recorded kernels"):
+        record.read(tmp_path / "pipe.json")
+
+
+_FORKS = """
+import os, sys, torch, others
+x = torch.randn(40)
+others.scaled(others.scale_kernel, x)
+if not os.fork():
+    for _ in range(3):
+        others.scaled(others.scale_kernel, x)
+    others.scaled(others.scale_kernel, x[:20])
+    sys.exit()
+if not os.fork():
+    sys.exit()
+os.wait(), os.wait()
+others.scaled(others.scale_kernel, x)
+"""
+
+
+def test_processes_that_are_forked_off_have_records_of_their_own(tmp_path):
+    (tmp_path / "forks.py").write_text(_FORKS)
+    folders = os.pathsep.join(each for each in sys.path if each)
+    variables = {"PYTHONPATH": folders, "TRITON_INTERPRET": "1", "TILEBOOK_TRITON": f"record:{tmp_path / 'records'}"}
+    command = [sys.executable, "forks.py"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    (entry,) = record.read(tmp_path / "records")
+    counts = {json.loads(key)["key"]["n"]: problem.count for key, problem in entry.problems.items()}
+    assert counts == {40: 5, 20: 1}
+    assert len(list((tmp_path / "records").iterdir())) == 2

@@ -205,6 +205,16 @@ def test_what_the_program_passes_has_to_be_in_the_space(tmp_path):
         (plain.shift_kernel, {"BLOCK": (16,)}, {"grid": ["cdiv(n, TILE)"]}, "grid: 'cdiv.n, TILE.' is no arithmetic"),
         (plain.shift_kernel, {"BLOCK": (16,)}, {"grid": ["n.__class__"]}, "is no arithmetic"),
         (plain.shift_kernel, {"BLOCK": (16,)}, {"grid": "cdiv(n, BLOCK)"}, "grid is 'same' or a list"),
+        (plain.shift_kernel, {"BLOCK": (16,)}, {"grid": 5}, "grid is 'same' or a list"),
+        (plain.shift_kernel, {"BLOCK": (16,)}, {"grid": ["n // 0"]}, "is no arithmetic"),
+        (plain.shift_kernel, {"BLOCK": (16,)}, {"grid": ["-" * 5000 + "1"]}, "is no arithmetic"),
+        (plain.shift_kernel, {"BLOCK": (16,)}, {"key": 5}, "a key is names of arguments, not 5"),
+        (plain.shift_kernel, {"BLOCK": 16}, {}, "a space is axes and the values of each, not {'BLOCK': 16}"),
+        (plain.shift_kernel, {"BLOCK": "16"}, {}, "a space is axes and the values of each"),
+        (plain.shift_kernel, [16], {}, "a space is axes and the values of each"),
+        (plain.shift_kernel, {"BLOCK": ([16],)}, {}, r"BLOCK=\[16\] is neither an integer, a flag nor a text"),
+        (plain.shift_kernel, {"BLOCK": (16, 1.5)}, {}, "BLOCK=1.5 is neither"),
+        (plain.shift_kernel, {"BLOCK": (16, None)}, {}, "BLOCK=None is neither"),
     ],
 )
 def test_what_cannot_be_right_is_refused_with_a_word(kernel, space, options, why):

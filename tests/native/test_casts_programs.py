@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from tests.native.test_casts import ROUNDED, drawn, nodes, numbers, region, stack
+from tests.native.test_casts import ROUNDED, drawn, forward, nodes, numbers, region, stack
 
 
 def test_a_weight_that_other_ops_use_too(both):
@@ -221,5 +222,148 @@ def test_layouts_of_other_kinds(both):
             except (RuntimeError, NotImplementedError) as broken:
                 found.append(str(broken))
         return [torch.tensor(list(map(ord, each))) for each in found]
+
+    both(program)
+
+
+def in_place(tensor):
+    tensor.data.mul_(2)
+
+
+def replaced(tensor):
+    tensor.data = tensor.data * 2
+
+
+def by_a_name(tensor):
+    there = tensor.data
+    there.mul_(2)
+
+
+@pytest.mark.parametrize("change", [in_place, replaced, by_a_name])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_weight_whose_data_changed_before_its_first_use_is_cast_as_it_is_then(both, change, grad):
+    """As layers do that keep their weights within bounds; a version tells nothing of it."""
+
+    def program():
+        model, x, found = stack(), numbers(2, 8), []
+        for _ in range(5):
+            with region(), torch.set_grad_enabled(grad):
+                y = model[0](x)
+                change(model[1].weight)
+                found.append(model[1](y).detach())
+                model[2:](y)
+        return found
+
+    both(program)
+
+
+def test_weights_whose_data_is_only_looked_at_are_cast_together_again(it):
+    model, x = stack(), numbers(2, 8)
+    for _ in range(2):
+        model[1].weight.data.sum()
+        casts = forward(model, x)[1]
+    assert casts == 2
+
+
+@pytest.mark.parametrize("change", [in_place, replaced, by_a_name])
+def test_an_x_whose_data_changed_is_cast_again(both, change):
+    def program():
+        model, found = stack(), []
+        for _ in range(3):
+            with region():
+                x = numbers(2, 8).clone()
+                found.append(model[0](x))
+                change(x)
+                found.append(model[1](x))
+        return [each.detach() for each in found]
+
+    both(program)
+
+
+def test_data_is_what_it_is(it):
+    x = numbers(2, 8).requires_grad_()
+    assert x.data.data_ptr() == x.data_ptr()
+    assert not x.data.requires_grad
+    x.data = torch.zeros(3)
+    assert torch.equal(x.detach(), torch.zeros(3))
+    for wrong in (None, 3, torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises((TypeError, RuntimeError)):
+            x.data = wrong
+    with pytest.raises(RuntimeError, match="Deleting"):
+        del x.data
+    assert torch.Tensor.data.__doc__ is None or isinstance(torch.Tensor.data.__doc__, str)
+    assert torch.nn.Parameter(x.detach()).data.shape == (3,)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen_later", [False, True])
+def test_a_layer_that_is_recomputed_after_its_weight_was_frozen_or_thawed_is_as_pytorchs(both, frozen_later, bias):
+    """Who recomputes compares what is kept one by one, until it has as much as there was."""
+
+    def program():
+        layer, x = stack(1, bias=bias)[0], numbers(3, 8).requires_grad_()
+        layer.weight.requires_grad_(frozen_later)
+        with region():
+            y = checkpoint(layer, x, use_reentrant=False)
+        layer.weight.requires_grad_(not frozen_later)
+        try:
+            (found,) = torch.autograd.grad(y.float().square().mean(), x)
+        except CheckpointError:
+            return None
+        return found
+
+    assert (both(program) is None) == (bias or frozen_later)
+
+
+class Inside(torch.autograd.Function):
+    """Computes its layer again in its backward pass, as reversible networks do; gradients of it all go to `found`."""
+
+    @staticmethod
+    def forward(ctx, x, layer, found):
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.found = layer, found
+        with torch.no_grad(), region():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad(), region():
+            y = ctx.layer(x)
+        dx, *others = torch.autograd.grad(y, [x, *ctx.layer.parameters()], dy)
+        ctx.found += others
+        return dx, None, None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_a_layer_that_runs_inside_of_a_backward_pass_has_its_gradients(both, all_of_it, bias):
+    """Whatever that pass is asked for."""
+
+    def program():
+        layer, x, found = stack(1, bias=bias)[0], numbers(3, 8).requires_grad_(), []
+        for _ in range(3):
+            loss = Inside.apply(x * 2, layer, found).float().square().sum()
+            if all_of_it:
+                x.grad = None
+                loss.backward()
+                found.append(x.grad)
+            else:
+                found += torch.autograd.grad(loss, x)
+        return found
+
+    both(program)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_is_recomputed_for_the_gradient_of_one_tensor(both, bias):
+    def program():
+        model, x, found = stack(3, bias=bias), numbers(3, 8).requires_grad_(), []
+        for wanted in (x, model[0].weight, model[1].weight, model[2].weight):
+            with region():
+                y = checkpoint(model[2], checkpoint(model[:2], x, use_reentrant=False), use_reentrant=False)
+            found += torch.autograd.grad(y.float().square().mean(), wanted)
+        return found
 
     both(program)

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import operator
 import weakref
 
 import pytest
@@ -217,3 +218,38 @@ def test_a_graph_that_is_freed_says_so(gated):
     y.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         y.sum().backward()
+
+
+class Inside(torch.autograd.Function):
+    """Computes a block again in its backward pass, as reversible networks do; gradients of it all go to `found`."""
+
+    @staticmethod
+    def forward(ctx, x, block, weights, found):
+        ctx.save_for_backward(x)
+        ctx.block, ctx.weights, ctx.found = block, weights, found
+        return block(x, *weights)
+
+    @staticmethod
+    def backward(ctx, dy):
+        given = [ctx.saved_tensors[0].detach().requires_grad_(), *ctx.weights]
+        with torch.enable_grad():
+            dx, *others = torch.autograd.grad(ctx.block(*given), given, dy)
+        ctx.found += others
+        return dx, None, None, None
+
+
+@every_activation
+def test_a_block_that_runs_inside_of_a_backward_pass_has_its_gradients(gated, activation):
+    """Whatever that pass is asked for."""
+    x, *weights = (each.requires_grad_() for each in layers())
+
+    def step(block):
+        found = []
+        y = Inside.apply(x * 2, block, weights, found)
+        gated.here._tell("counted")
+        return [*torch.autograd.grad(y.square().sum(), x), *found]
+
+    for _ in range(4):
+        found = step(lambda *given: operator.call(tilebook.mlp, *given, activation=activation))
+    assert sum(calls for _, calls in gated.extension.gates_counted()) == 1
+    same(found, step(lambda *given: plain(activation, *given)))

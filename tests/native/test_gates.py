@@ -7,6 +7,7 @@ import torch
 from gate_samples import CALLS, PLAIN, heads, layers, numbers, rows
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import tilebook
 
@@ -100,6 +101,23 @@ def test_masks_that_do_not_lie_as_pytorchs_kernels_load_them_are_pythons(gated, 
     mask = changed(mask > 0 if booleans else mask)
     for _ in range(4):
         assert gated.looked_at(tilebook.attention, q, k, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_what_is_recomputed_in_a_backward_pass_is_answered_and_is_pytorchs(gated, name):
+    function, make, options = CALLS[name]
+
+    def gradients(call):
+        leaves = [x.requires_grad_() if x.is_floating_point() else x for x in make()]
+        found = checkpoint(call, *leaves, use_reentrant=True)
+        gated.here._tell("counted")
+        torch.autograd.backward([y.sum() for y in (found if isinstance(found, tuple) else (found,))])
+        return [x.grad for x in leaves], sum(calls for _, calls in gated.extension.gates_counted())
+
+    for _ in range(4):
+        found, answered = gradients(partial(gated, function, **options))
+    assert answered == 1
+    same(found, gradients(PLAIN[name])[0])
 
 
 @every_call

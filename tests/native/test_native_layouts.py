@@ -199,6 +199,32 @@ def test_a_stack_outside_of_a_backward_pass_lies_as_ever(it):
         it.stop()
 
 
+class Stacks(torch.autograd.Function):
+    """Stacks what is laid out as heads are where a program does it: in a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, dy):
+        made = torch.stack([dy, 2 * dy, 3 * dy])
+        ctx.seen.append(made.stride())
+        return made.view(3, -1).sum(0).view(dy.shape), None
+
+
+def test_a_stack_that_a_program_makes_in_a_backward_pass_lies_as_ever(both):
+    def program():
+        seen, x = [], torch.randn(B, H, S, D, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        y = Stacks.apply(x, seen)
+        dy = torch.ones(B, S, H, D).transpose(1, 2)
+        return torch.autograd.grad(y, x, dy), seen
+
+    (dx,), _ = both(program)
+    assert torch.equal(dx, torch.full((B, H, S, D), 6.0))
+
+
 def test_gradients_of_gradients_are_the_same(both):
     x = torch.randn(B, S, 3 * H * D, dtype=torch.float64, requires_grad=True)
 

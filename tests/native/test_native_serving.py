@@ -310,6 +310,15 @@ def test_a_file_that_others_can_write_is_not_loaded(tmp_path, monkeypatch):
     assert place.built() is None
 
 
+def test_each_build_of_pytorch_and_python_has_its_own(tmp_path, monkeypatch):
+    own = place.place(tmp_path)
+    assert place.place(tmp_path) == own
+    for where, what in ((torch, "__version__"), (torch.version, "git_version"), (sys, "version")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, "another")
+            assert place.place(tmp_path) != own, what
+
+
 def test_what_is_no_library_is_done_without(tmp_path, monkeypatch):
     monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path))
     path = place.place(tmp_path)
@@ -317,6 +326,36 @@ def test_what_is_no_library_is_done_without(tmp_path, monkeypatch):
     path.write_bytes(b"no library")
     path.chmod(0o700)
     assert native._Serving().extension() is None
+
+
+@pytest.mark.parametrize("left", ["half of it", "a hole", "zeros at its end", "all but a byte"])
+def test_a_part_of_one_is_done_without_and_built_anew(library, tmp_path, monkeypatch, left):
+    """As a machine leaves it that goes off or whose disk is full: to load it would end the process."""
+    monkeypatch.setenv("TILEBOOK_NATIVE", str(tmp_path))
+    path, content = place.place(tmp_path), library.read_bytes()
+    path.parent.mkdir(mode=0o700)
+    half = len(content) // 2
+    parts = {
+        "half of it": content[:half],
+        "a hole": content[: half // 2] + bytes(half) + content[half // 2 + half :],
+        "zeros at its end": content[:half] + bytes(len(content) - half),
+        "all but a byte": content[:-1],
+    }
+    path.write_bytes(parts[left])
+    path.chmod(0o700)
+    code = "from tilebook import native; print(native.available(), native._serving._failed)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False True\n")
+
+    def compiled(compiler, folder):
+        (folder / "linked.so").write_bytes(content[:-32])
+        return folder / "linked.so"
+
+    monkeypatch.setattr(build, "_compiled", compiled)
+    assert build.build() == path
+    assert path.read_bytes() == content
+    monkeypatch.setattr(build, "_compiled", None)
+    assert build.build() == path
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from triton.runtime.autotuner import Autotuner
 from tilebook.errors import UsageError
 from tilebook.foreign import serving
 from tilebook.foreign.kernel import Unfit, descriptors
+from tilebook.foreign.serving import under_way
 
 OnMiss = Literal["serve", "tune", "error"]
 
@@ -33,19 +34,18 @@ class Tuned(Autotuner):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.reference = reference
         self.cache = _Memory(self, on_miss)
-        self._arguments: Mapping[str, Any] | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        self._arguments = kwargs
-        try:
-            return super().run(*args, **kwargs)
-        except serving.FAILURES:
-            # What stands first may not fit here; the next that does serves from then on.
-            if not self.cache.next(self.best_config):
-                raise
-        finally:
-            self._arguments = None  # or it would keep the call's tensors
-        return self.run(*args, **kwargs)
+        while True:
+            under_way.call = self, args, kwargs
+            try:
+                return super().run(*args, **kwargs)
+            except serving.FAILURES:
+                # What stands first may not fit here; the next that does serves from then on.
+                if not isinstance(self.cache, _Memory) or not self.cache.next(getattr(self, "best_config", None)):
+                    raise
+            finally:
+                under_way.call = None  # or it would keep the call's tensors
 
 
 class _Memory(serving.Served):
@@ -54,14 +54,14 @@ class _Memory(serving.Served):
     def __init__(self, tuner: Tuned, on_miss: OnMiss) -> None:
         super().__init__(tuner, {})
         self._on_miss = on_miss
-        self._waiting: dict[Any, list[Any]] = {}  # by key, what may run where no verdict says: the first serves
+        self._waiting: dict[Any, Sequence[Any]] = {}  # by key, what may run: the first serves
+        self._orders: dict[tuple[int, ...], Sequence[Any]] = {}  # what waits, once for all keys, by its configs' ids
         self._counted: dict[Any, list[float]] = {}
-        self._last: Any = None
 
     def __contains__(self, key: object) -> bool:
+        self._last = key
         if dict.__contains__(self, key):
             return True
-        self._last = key
         if key not in self._waiting and not self._decide(key):
             return False
         if key in self._counted:
@@ -76,7 +76,7 @@ class _Memory(serving.Served):
         waiting = self._waiting.get(self._last, [])
         if len(waiting) < 2 or waiting[0] is not failed:
             return False
-        del waiting[0]
+        self._waiting[self._last] = waiting = waiting[1:]
         if self._last in self._counted:
             self._counted[self._last][0] -= 1  # the same call comes again
         if dict.__contains__(self, self._last):
@@ -86,12 +86,13 @@ class _Memory(serving.Served):
     def forget(self) -> None:
         self.clear()
         self._waiting.clear()
+        self._orders.clear()
         self._counted.clear()
 
     def _decide(self, key: Any) -> bool:
         """False where the autotuner is to search. Raises Missing where that is asked for."""
-        tuner, gpu, problem = self._tuner, None, ""
-        left = list(tuner.prune_configs(dict(tuner._arguments)))
+        tuner, gpu, problem, call = self._tuner, None, "", self._call()
+        left = searched = list(tuner.prune_configs({} if call is None else dict(call[1])))
         try:
             here = serving.book()
             problem, gpu = self.kernel.problem(key), here.gpu
@@ -106,13 +107,18 @@ class _Memory(serving.Served):
             raise Missing(f"no verdict covers {tuner.base_fn.__name__} with {key}: tune it, or ask for on_miss='serve'")
         if not found and self._on_miss == "tune":
             return False
-        self._waiting[key] = [*found, *(each for each in left if each not in found)]
+        self._waiting[key] = self._ordered([*found, *(each for each in left if each not in found)])
         if found:
             self[key] = found[0]
         elif gpu is not None:
-            moved = sum(x.numel() * x.element_size() for x in tuner.nargs.values() if isinstance(x, torch.Tensor))
+            args = () if call is None else (*call[0], *call[1].values())
+            moved = sum(x.numel() * x.element_size() for x in args if isinstance(x, torch.Tensor))
             self._counted[key] = serving.missed(self.kernel, problem, gpu, moved)
+        self._settle(call, self._waiting[key][0], searched)
         return True
+
+    def _ordered(self, configs: Sequence[Any]) -> Sequence[Any]:
+        return self._orders.setdefault(tuple(map(id, configs)), configs)
 
 
 def autotune(
@@ -179,7 +185,11 @@ def autotune(
 
 
 def combined(space: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination of a space's values, none where it has no axes. Raises UsageError for none and too many."""
+    """Every combination of a space's values, none where it has no axes.
+
+    Raises UsageError for none, for too many, and for what is no space."""
+    if not isinstance(space, Mapping) or any(isinstance(n, str) or not isinstance(n, Sequence) for n in space.values()):
+        raise UsageError(f"a space is axes and the values of each, not {space!r}"[:200])
     count = math.prod(len(values) for values in space.values())
     if not 0 < count <= _MOST_CONFIGS:
         raise UsageError(f"a space has from 1 to {_MOST_CONFIGS} configs, not {count}")

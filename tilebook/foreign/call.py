@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
@@ -12,7 +13,7 @@ import torch
 from tilebook.errors import UsageError, one_line
 from tilebook.foreign.grids import Grid, plain
 from tilebook.foreign.kernel import Kernel, Unfit, descriptors, is_given
-from tilebook.op import generator
+from tilebook.op import Config, generator
 
 Rule = Mapping[str, Any]
 
@@ -256,15 +257,26 @@ def _grids(kernel: Kernel, given: Mapping[str, Any], kwargs: Mapping[str, Any], 
     finally:
         tuner.nargs = before
     wanted = set(left)
-    found: list[Grid | None] = []
-    for config, its in kernel.configs.items():
-        found.append(None)
-        if config in wanted and is_given(tuner):
-            found[-1] = tuner.grid(grid, given, its)
-        elif config in wanted:
-            meta = {**given, **its.all_kwargs()}
-            found[-1] = plain(grid, {**meta, **heuristic(kernel, meta)})
-    return found
+    try:
+        return [_grid(kernel, given, config, grid) if config in wanted else None for config in kernel.configs]
+    finally:  # a grid may tell the program what it was asked for: its last word is on what ran
+        with contextlib.suppress(Exception):
+            if callable(grid):
+                plain(grid, tuner.usual(given) if is_given(tuner) else _meta(kernel, given, tuner.best_config))
+
+
+def _grid(kernel: Kernel, given: Mapping[str, Any], config: Config, grid: Any) -> Grid | None:
+    its = kernel.configs[config]
+    if is_given(kernel.tuner):
+        found: Grid | None = kernel.tuner.grid(grid, given, its)
+        return found
+    return plain(grid, _meta(kernel, given, its))
+
+
+def _meta(kernel: Kernel, given: Mapping[str, Any], its: Any) -> dict[str, Any]:
+    """What a grid may ask for where this config runs."""
+    meta = {**given, **its.all_kwargs()}
+    return {**meta, **heuristic(kernel, meta)}
 
 
 def heuristic(kernel: Kernel, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,11 +68,11 @@ class Given(Autotuner):  # type: ignore[misc]
         chosen = None if warmup else self._chosen(args, kwargs, grid)
         if chosen is None:
             return self._plain(*args, grid=grid, warmup=warmup, **kwargs)
-        config, its, whole = chosen
+        its, whole = chosen
         try:
             return self._plain(grid=its, warmup=False, **whole)
         except FAILURES:
-            self.cache.withdraw(config)
+            self.cache.withdraw()
         return self._plain(*args, grid=grid, warmup=False, **kwargs)
 
     def key(self, given: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -88,8 +88,7 @@ class Given(Autotuner):  # type: ignore[misc]
         """The grid of a call that this config runs, None where nothing says it.
 
         Raises UsageError where the program's own is not what the space says."""
-        passed = {name: self._passed(given, name) for name in self.axes}
-        usual, its = self._meta({**given, **passed}), self._meta({**given, **config.kwargs})
+        usual, its = self.usual(given), self._meta({**given, **config.kwargs})
         changed = self._changed(given, config)
         if isinstance(self._grid, Written):
             own, written = plain(grid, usual), self._grid(usual)
@@ -102,6 +101,10 @@ class Given(Autotuner):  # type: ignore[misc]
             fixed = f"{', '.join(changed)} of {self.kernel.op} stays as the program passes it: the grid does not"
             once(f"tilebook: {fixed} follow it, and its space does not say how")
         return found
+
+    def usual(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a launch as the program passes them."""
+        return self._meta({**given, **{name: self._passed(given, name) for name in self.axes}})
 
     def prune_configs(self, kwargs: Mapping[str, Any]) -> list[Any]:
         del kwargs
@@ -121,7 +124,7 @@ class Given(Autotuner):  # type: ignore[misc]
         return {**whole, **heuristic(self.kernel, whole)}
 
     def _chosen(self, args: Sequence[Any], kwargs: Mapping[str, Any], grid: Any) -> Any:
-        """A verdict's config, its grid and the call's arguments with it; None where the program's own call stays."""
+        """The grid of a verdict's config and the call's arguments with it; None where the program's own call stays."""
         given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         try:
             if (key := self.key(given)) not in self.cache:
@@ -131,4 +134,4 @@ class Given(Autotuner):  # type: ignore[misc]
         except Exception as broken:  # the program does without
             say(self, broken)
             return None
-        return None if its is None else (config, its, {**given, **config.kwargs})
+        return None if its is None else (its, {**given, **config.kwargs})

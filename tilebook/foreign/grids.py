@@ -51,14 +51,14 @@ class Written:
     Raises UsageError where a text is anything else."""
 
     def __init__(self, texts: Sequence[str | int], names: Collection[str]) -> None:
-        if isinstance(texts, str):
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
             raise UsageError(f"grid is 'same' or a list of dimensions, not {texts!r}")
         self._trees = []
         for text in texts:
             try:
                 tree = ast.parse(str(text), mode="eval").body
                 _computed(tree, dict.fromkeys(names, 2))
-            except (SyntaxError, KeyError, ValueError):
+            except (SyntaxError, KeyError, ValueError, ArithmeticError, RecursionError, MemoryError):
                 raise UsageError(
                     f"grid: {text!r} is no arithmetic (+ - * // % cdiv) on the kernel's arguments"
                 ) from None

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from tilebook import source
 from tilebook.errors import UsageError
 from tilebook.op import Config
@@ -147,8 +149,8 @@ def _plain(value: Any) -> str | int | float | bool | None:
     """A key's value as JSON has it; of what JSON has not, a dtype for one, the text."""
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    text = str(value)
-    if len(text) > 64 or " at 0x" in text:
+    text = "" if isinstance(value, torch.Tensor) else str(value)  # whose numbers are nobody's
+    if not 0 < len(text) <= 64 or " at 0x" in text:
         raise Unfit(f"a key of type {type(value).__name__} cannot be written down")
     return text
 

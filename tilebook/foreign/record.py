@@ -19,6 +19,7 @@ from tilebook.foreign.call import Call, Rule, check_rules, noted
 from tilebook.foreign.kernel import Kernel, Unfit, is_given, key_of
 from tilebook.foreign.names import Key
 from tilebook.op import Config
+from tilebook.registry.checks import config as checked
 from tilebook.registry.checks import problem
 from tilebook.registry.target import user_folder
 
@@ -28,6 +29,7 @@ MOST_KERNELS, MOST_PROBLEMS, MOST_CALLS, MOST_KINDS = 512, 64, 4, 2
 whose numbers alone are of another kind."""
 
 _LOOKED_AT = 64  # calls of a key are compared with those before
+_MOST_REASONS = 16  # why calls are left out, each in its own words
 _MOST_BYTES = 64 << 20  # of a file
 _PAUSE_S = 30.0  # between two writings of a program that has not ended
 
@@ -77,9 +79,9 @@ class Recorded:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Recorded:
-        ran = None if content["ran"] is None else Config(content["ran"])
+        ran = None if content["ran"] is None else Config(checked(content["ran"]))
         key, count = Key.from_key(problem(content["key"])).key, min(int(content["count"]), 1 << 60)
-        made = cls(key, [], count, ran, {Config(each) for each in content["failed"]})
+        made = cls(key, [], count, ran, {Config(checked(each)) for each in content["failed"]})
         for each in content["calls"][: 2 * (MOST_CALLS + MOST_KINDS)]:
             made.add(Call.of(each))
         return made
@@ -109,35 +111,40 @@ class Recording:
     """A program's record, of this process. What cannot be written down is counted in `left_out`, by its reason."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / f"{os.uname().nodename}-{os.getpid()}-{int(time.time())}.json"
+        self._folder = folder
+        self._file = self._named()
         self._written = time.monotonic()
         self._kernels: dict[int, tuple[Kernel, Entry] | None] = {}
         self.tuners: list[Any] = []  # so that no two have the same id
-        self._found: dict[tuple[int, tuple[Any, ...]], Recorded | None] = {}
+        self._found: dict[tuple[int, tuple[Any, ...]], Recorded] = {}
         self.left_out: dict[str, int] = {}
 
-    def note(self, tuner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """A call that has been made. Never raises."""
+    def _named(self) -> Path:
+        return self._folder / f"{os.uname().nodename}-{os.getpid()}-{int(time.time())}.json"
+
+    def note(self, tuner: Any, args: Sequence[Any], kwargs: Mapping[str, Any], searched: bool = True) -> None:
+        """A call that has been made. Never raises. searched: did the autotuner try its configs for it?"""
         try:
             key = id(tuner), key_of(tuner, args, kwargs)
-            if key not in self._found:
-                self._found[key] = self._new(tuner, key[1])
-            found = self._found[key]
+            found = self._found.get(key) or self._new(tuner, key)
             if found is None:
                 return
             found.count += 1
             if found.count <= _LOOKED_AT and not found.full:
-                self._look(self._kernel(tuner)[0], found, args, kwargs)  # type: ignore[index]
+                self._look(self._kernel(tuner)[0], found, args, kwargs, searched)  # type: ignore[index]
         except Exception as broken:
-            reason = str(broken) if isinstance(broken, Unfit) else f"{type(broken).__name__}: {broken}"[:200]
+            reason = str(broken) if isinstance(broken, Unfit) else f"{type(broken).__name__}: {broken}"
+            reason = reason[:200]
+            if reason not in self.left_out and len(self.left_out) >= _MOST_REASONS:
+                reason = "other reasons"
             self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
     def _kernel(self, tuner: Any) -> tuple[Kernel, Entry] | None:
         if id(tuner) not in self._kernels:
+            if len(self._kernels) >= MOST_KERNELS:
+                raise Unfit(f"more than {MOST_KERNELS} kernels")
             self._kernels[id(tuner)] = None
             self.tuners.append(tuner)
-            if len(self._kernels) > MOST_KERNELS:
-                raise Unfit(f"more than {MOST_KERNELS} kernels")
             kernel = Kernel(tuner)
             if "<" in kernel.name or kernel.module == "__main__":
                 raise Unfit(f"{kernel.module}:{kernel.name} is in no module that can be imported")
@@ -147,24 +154,27 @@ class Recording:
             self._kernels[id(tuner)] = kernel, entry
         return self._kernels[id(tuner)]
 
-    def _new(self, tuner: Any, key: tuple[Any, ...]) -> Recorded | None:
-        self._found[id(tuner), key] = None  # what raises is not tried again
+    def _new(self, tuner: Any, key: tuple[int, tuple[Any, ...]]) -> Recorded | None:
+        """Nothing is kept of what is left out: a program may have any number of keys, and kernels."""
         if (known := self._kernel(tuner)) is None:
             return None
         kernel, entry = known
         if len(entry.problems) >= MOST_PROBLEMS:
             raise Unfit(f"more than {MOST_PROBLEMS} keys of a kernel")
-        text = kernel.problem(key)
-        return entry.problems.setdefault(text, Recorded(text))
+        text = kernel.problem(key[1])
+        found = self._found[key] = entry.problems.setdefault(text, Recorded(text))
+        return found
 
-    def _look(self, kernel: Kernel, found: Recorded, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _look(
+        self, kernel: Kernel, found: Recorded, args: Sequence[Any], kwargs: Mapping[str, Any], searched: bool
+    ) -> None:
         call = noted(kernel, args, kwargs)
         if not found.add(call):
             return
         best = getattr(kernel.tuner, "best_config", None)
         with contextlib.suppress(Unfit):
             found.ran = None if best is None else kernel.config(best)
-        timings = getattr(kernel.tuner, "configs_timings", None) or {}
+        timings = (searched and getattr(kernel.tuner, "configs_timings", None)) or {}
         for config, times in timings.items():
             if min(times if isinstance(times, Iterable) else [times]) == float("inf"):
                 found.failed.add(kernel.config(config))
@@ -189,9 +199,12 @@ class Recording:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def forked(self) -> None:
-        """Told in a process that was forked off: the calls until now are its parent's to count."""
-        for found in filter(None, self._found.values()):
-            found.count = 0
+        """Told in a process that was forked off: it has a file of its own, and the calls until now are its parent's."""
+        self._file = self._named()
+        self._found.clear()
+        self.left_out.clear()
+        for _, entry in filter(None, self._kernels.values()):
+            entry.problems.clear()
 
 
 def start(folder: Path) -> Recording:
@@ -240,8 +253,7 @@ def read(place: Path) -> list[Entry]:
     Of a kernel whose source or configs have changed the last one counts."""
     merged: dict[tuple[str, str], Entry] = {}
     left_out: dict[str, None] = {}
-    files = [place] if place.is_file() else sorted(place.glob("*.json"), key=lambda file: (file.stat().st_mtime, file))
-    for entry in (entry for file in files for entry in _entries(file, left_out)):
+    for entry in (entry for file in _files(place) for entry in _entries(file, left_out)):
         known = merged.setdefault((entry.module, entry.name), entry)
         if (known.digest, known.configs, known.given) != (entry.digest, entry.configs, entry.given):
             merged[entry.module, entry.name] = entry  # what was recorded before is of another kernel
@@ -252,6 +264,18 @@ def read(place: Path) -> list[Entry]:
         why = "; ".join(left_out) or "run your program with TILEBOOK_TRITON=record first"
         raise UsageError(f"no recorded kernels in {place}: {why}")
     return list(merged.values())
+
+
+def _files(place: Path) -> list[Path]:
+    """A record, or all of a folder, oldest first; what is no file, or no longer there, is passed over."""
+    if place.is_file():
+        return [place]
+    found = []
+    for file in place.glob("*.json"):
+        with contextlib.suppress(OSError):
+            if file.is_file():
+                found.append((file.stat().st_mtime, file))
+    return [file for _, file in sorted(found)]
 
 
 def _add(known: Recorded, other: Recorded) -> None:
@@ -272,7 +296,7 @@ def _entries(file: Path, left_out: dict[str, None]) -> Iterator[Entry]:
         left_out |= dict.fromkeys(content["left_out"])
         for each in content["kernels"]:
             problems = {made.key: made for made in map(Recorded.of, each["problems"])}
-            configs = tuple(map(Config, each["configs"]))
+            configs = tuple(Config(checked(listed)) for listed in each["configs"])
             if any(len(call.grids) != len(configs) for problem in problems.values() for call in problem.calls):
                 raise ValueError("a call has not a grid for each config")
             module, name, digest, path = (str(each[field]) for field in ("module", "name", "digest", "path"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -106,6 +108,19 @@ def reload() -> None:
     _books.clear()
 
 
+_Called = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class _UnderWay(threading.local):
+    """The call of an autotuner that this thread has come to last, until it is done: its object, and what it is called
+    with. An autotuner's own `nargs` are those of whichever thread has come last."""
+
+    call: tuple[Any, tuple[Any, ...], Mapping[str, Any]] | None = None
+
+
+under_way = _UnderWay()
+
+
 class Served(dict[Any, Any]):
     """An autotuner's memory, which knows a verdict where it would be searched for.
 
@@ -117,16 +132,21 @@ class Served(dict[Any, Any]):
         self._tuner = tuner
         self._kernel: Kernel | None = None
         self._told: dict[Any, Any] = {}  # by key, what a verdict has said; None where there is none
+        self._last: Any = None  # the key that was asked about last
 
     def __contains__(self, key: object) -> bool:
+        self._last = key
         return dict.__contains__(self, key) or (key not in self._told and self._found(key))
 
-    def withdraw(self, config: Any) -> bool:
-        """A config has failed: where a verdict has said so of it, its keys are searched for as ever."""
-        keys = [key for key, told in self._told.items() if told is config and self.get(key) is config]
-        for key in keys:
+    def withdraw(self) -> bool:
+        """The call that was asked about last has failed. Where a verdict had its config, that config's keys are
+        searched for as ever; false where nobody but the program has chosen it, or nothing yet."""
+        config = self._told.get(self._last)
+        if config is None or self.get(self._last) is not config:
+            return False
+        for key in [key for key, told in self._told.items() if told is config and self.get(key) is config]:
             del self[key]
-        return bool(keys)
+        return True
 
     def forget(self) -> None:
         """What has been looked up: there may be other verdicts now."""
@@ -142,14 +162,33 @@ class Served(dict[Any, Any]):
 
     def _found(self, key: Any) -> bool:
         self._told[key] = None
+        call = self._call()
         try:
             ranked = book().chosen(self.kernel, self.kernel.problem(key), measured=True)
+            offered = [self.kernel.configs[each] for each in ranked]
+            left = offered if call is None or not offered else list(self._tuner.prune_configs(dict(call[1])))
         except Exception as broken:  # the program does without
             say(self._tuner, broken)
             return False
-        if ranked:
-            self[key] = self._told[key] = self.kernel.configs[ranked[0]]
-        return bool(ranked)
+        chosen = next((each for each in offered if each in left), None)
+        if chosen is None:
+            return False
+        self[key] = self._told[key] = chosen
+        self._settle(call, chosen, left)
+        return True
+
+    def _settle(self, call: _Called | None, config: Any, left: Sequence[Any]) -> None:
+        """Has the call's tensors set anew as the autotuner does after a search among what its rules have left: it
+        would have searched now."""
+        if call is not None and len(left) > 1:
+            args, kwargs = call
+            named = dict(zip(self._tuner.arg_names, args, strict=False))
+            self._tuner.pre_hook({**named, **kwargs, **config.all_kwargs()}, reset_only=True)
+
+    def _call(self) -> _Called | None:
+        """What the autotuner is called with in this thread, if that is known."""
+        call = under_way.call
+        return call[1:] if call is not None and call[0] is self._tuner else None
 
 
 _said: set[str] = set()
@@ -170,12 +209,16 @@ def once(text: str) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
+_MOST_MISSED = 10_000
 _missed: dict[tuple[str, str, Model], list[float]] = {}
 
 
 def missed(kernel: Kernel, problem: str, gpu: Device, moved: int) -> list[float]:
-    """The counter of a problem's calls that no verdict covers, to be raised with each. moved: bytes of a call."""
+    """The counter of a problem's calls that no verdict covers, to be raised with each; of so many problems as anybody
+    would tune. moved: bytes of a call."""
     time_ms = 1e3 * moved / gpu.bandwidth / _EFFICIENCY
+    if len(_missed) >= _MOST_MISSED:
+        return [0, time_ms]
     return _missed.setdefault((kernel.op, problem, Model(*gpu.identity)), [0, time_ms])
 
 
@@ -183,6 +226,16 @@ def misses() -> list[Miss]:
     """What this process asked for and no verdict covers."""
     found = ((key, int(calls), time_ms) for key, (calls, time_ms) in _missed.items())
     return [Miss(*key, calls, time_ms) for key, calls, time_ms in found if calls]
+
+
+def _forked() -> None:
+    """Told in a process that was forked off: the calls until now are its parent's to count."""
+    for counter in _missed.values():
+        counter[0] = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 @atexit.register

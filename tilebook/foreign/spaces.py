@@ -73,8 +73,14 @@ def _give(kernel: Any, space: Mapping[str, Sequence[Any]], key: Sequence[str], g
         raise UsageError(f"{kernel!r} has an autotuner of its own")
     if not space:
         raise UsageError("a space has one axis or more")
+    configs = combined(space)
+    for axis, value in ((axis, value) for axis, values in space.items() for value in values):
+        if not isinstance(value, bool | int | str):
+            raise UsageError(f"{axis}={value!r} is neither an integer, a flag nor a text")
+    if not isinstance(key, Sequence):
+        raise UsageError(f"a key is names of arguments, not {key!r}")
     if RECORDED not in os.environ:  # a process of a tune runs what it is told to
-        kernel.run = Given(kernel, combined(space), key, grid).called
+        kernel.run = Given(kernel, configs, key, grid).called
 
 
 def give_spaces(file: Path) -> None:

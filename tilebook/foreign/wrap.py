@@ -69,9 +69,10 @@ def noted_by(recording: Recording, run: Any) -> Any:
 
     @functools.wraps(run)
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = getattr(self, "configs_timings", None)
         done = run(self, *args, **kwargs)
         if len(self.configs) > 1:
-            recording.note(self, args, kwargs)
+            recording.note(self, args, kwargs, getattr(self, "configs_timings", None) is not before)
         return done
 
     return noting
@@ -80,7 +81,7 @@ def noted_by(recording: Recording, run: Any) -> Any:
 def _serve() -> None:
     from triton.runtime.autotuner import Autotuner
 
-    from tilebook.foreign.serving import FAILURES, Served
+    from tilebook.foreign.serving import FAILURES, Served, under_way
 
     descriptors()
     init, run = Autotuner.__init__, Autotuner.run
@@ -93,11 +94,16 @@ def _serve() -> None:
 
     @functools.wraps(run)
     def running(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(self.cache) is not Served:
+            return run(self, *args, **kwargs)
+        under_way.call = self, args, kwargs
         try:
             return run(self, *args, **kwargs)
         except FAILURES:
-            if type(self.cache) is not Served or not self.cache.withdraw(self.best_config):
+            if not self.cache.withdraw():
                 raise
+        finally:
+            under_way.call = None  # or it would keep the call's tensors
         return run(self, *args, **kwargs)
 
     Autotuner.__init__, Autotuner.run = serving, running

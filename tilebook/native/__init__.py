@@ -26,7 +26,7 @@ from tilebook.dispatch import memo
 from tilebook.frames import as_it_is
 from tilebook.native import plans
 from tilebook.native.build import begin
-from tilebook.native.place import NAME, built
+from tilebook.native.place import NAME, built, whole
 from tilebook.op import Op
 
 __all__ = ["Standing", "available", "begin", "serve", "stop"]
@@ -219,7 +219,7 @@ def _placed(output: plans.Output, computed: Iterator[torch.Tensor], theirs: Sequ
 
 def _loaded() -> Any:
     path = built()
-    if path is None:
+    if path is None or not whole(path):
         return None
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
     spec = importlib.util.spec_from_file_location(NAME, path, loader=loader)

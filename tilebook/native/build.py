@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tilebook.native.place import UNIT, built, folder, place
+from tilebook.native.place import UNIT, built, folder, place, sealed, whole
 
 _MOST_SECONDS = 600.0
 _AGAIN_S = 3600.0
@@ -26,13 +26,13 @@ class BuildError(Exception):
 
 
 def build() -> Path:
-    """Compiles it, unless it is there, in about a minute; takes its place at once, whoever else builds it.
+    """Compiles it, unless it is there and whole, in about a minute; takes its place at once, whoever else builds it.
 
     Raises:
         BuildError: there is no compiler, it failed, or $TILEBOOK_NATIVE is 0.
     """
     root, there = folder(), built()
-    if there is not None:
+    if there is not None and whole(there):
         return there
     if root is None:
         raise BuildError("TILEBOOK_NATIVE=0 asks to do without")
@@ -43,7 +43,11 @@ def build() -> Path:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            half = _compiled(compiler, Path(scratch))
+            library, half = _compiled(compiler, Path(scratch)), Path(scratch) / "whole.so"
+            with half.open("wb") as file:
+                file.write(sealed(library.read_bytes()))
+                file.flush()
+                os.fsync(file.fileno())
             os.chmod(half, 0o700)
             os.replace(half, path)
     except OSError as broken:

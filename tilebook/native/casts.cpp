@@ -34,6 +34,7 @@
 #include <atomic>
 #include <memory>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "autocast.h"
@@ -365,10 +366,14 @@ struct Product : torch::autograd::Function<Product> {
     ctx->set_materialize_grads(false);
     const Tensor& factor = casts.weight;
     const Tensor given = cast_input(x, factor.scalar_type());
-    ctx->save_for_backward({ctx->needs_input_grad(1) ? given : Tensor(), ctx->needs_input_grad(0) ? factor : Tensor()});
+    // Not `needs_input_grad`, which tells what a backward pass is asked for, if this runs inside of one.
+    const Tensor right = x.requires_grad() ? factor : Tensor(), left = weight.requires_grad() ? given : Tensor();
+    // In the order of PyTorch's addmm, or mm, by which they are compared where they are recomputed.
+    ctx->save_for_backward(bias ? Tensors{left, right} : Tensors{right, left});
     const auto dtype = [](const Tensor& each) { return static_cast<int64_t>(each.scalar_type()); };
     ctx->saved_data["dtypes"] = std::vector<int64_t>{dtype(x), dtype(weight), bias ? dtype(*bias) : 0};
-    ctx->saved_data["bias"] = bias && ctx->needs_input_grad(2);
+    ctx->saved_data["bias"] = bias && bias->requires_grad();
+    ctx->saved_data["addmm"] = bias.has_value();
     const Tensor rows = x.dim() == 2 ? given : given.view({-1, x.size(-1)});
     const Tensor y = bias ? at::addmm(*casts.bias, rows, factor.t()) : at::mm(rows, factor.t());
     return x.dim() == 2 ? y : y.view(with_last(x.sizes(), factor.size(0)));
@@ -379,18 +384,19 @@ struct Product : torch::autograd::Function<Product> {
     Tensors found(4);
     if (!dy.defined()) return found;
     auto saved = ctx->get_saved_variables();
+    if (!ctx->saved_data["addmm"].toBool()) std::swap(saved[0], saved[1]);
+    auto &given = saved[0], &factor = saved[1];
     const bool twice = at::GradMode::is_enabled(), recorded = twice || !plain(dy);
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
     if (!recorded) below.emplace();
     const auto dtypes = ctx->saved_data["dtypes"].toIntVector();
     const auto dtype = [&](size_t index) { return static_cast<at::ScalarType>(dtypes[index]); };
     const Tensor rows = dy.dim() == 2 ? dy : dy.reshape({-1, dy.size(-1)});
-    if (saved[1].defined() && ctx->needs_input_grad(0)) {
-      const Tensor dx = product(rows, saved[1], dtype(0), recorded);
+    if (factor.defined() && ctx->needs_input_grad(0)) {
+      const Tensor dx = product(rows, factor, dtype(0), recorded);
       found[0] = dy.dim() == 2 ? dx : dx.view(with_last(dy.sizes(), dx.size(1)));
     }
-    if (saved[0].defined() && ctx->needs_input_grad(1)) {
-      auto& given = saved[0];
+    if (given.defined() && ctx->needs_input_grad(1)) {
       const auto node = torch::autograd::get_current_node();
       if (twice && given.scalar_type() != dtype(0) && node->next_edge(0).is_valid()) {
         given = given.detach();  // the cast of x was no node: its gradient goes where that of x does
@@ -512,10 +518,19 @@ Tensor casted(at::ScalarType dtype, const Tensor& weight, c10::DeviceType device
   return at::autocast::cached_cast(dtype, weight, device);
 }
 
+void touched(const Tensor& tensor) {
+  if (!known) return;
+  auto* const impl = tensor.unsafeGetTensorImpl();
+  if (const Tensor input(known->input.lock()); input.unsafeGetTensorImpl() == impl) known->input.reset();
+  const auto region = known->region.lock();
+  if (!region) return;
+  if (const auto there = region->casts.find(impl); there != region->casts.end()) there->second.tensor.reset();
+}
+
 void casts_on(bool on, bool cpu) {
-  casting = on;
+  casting = on && aliases_met();
   try {
-    if (on) cpu ? put<c10::kCPU>() : put<c10::kCUDA>();
+    if (casting) cpu ? put<c10::kCPU>() : put<c10::kCUDA>();
   } catch (const std::exception&) {
     casting = false;  // a PyTorch that takes no kernels there
   }

@@ -6,6 +6,8 @@
 
 #include "casts.cpp"
 
+#include "aliases.cpp"
+
 #include "layouts.cpp"
 
 #include "mlp.cpp"

@@ -7,7 +7,8 @@
 // whose result is 0.
 //
 // Gradients of q, k and v that were cut from one tensor are put together by a copy, and copied once more by the linear
-// layer that gave the tensor, if they were put one behind the other. They are put side by side, as they came.
+// layer that gave the tensor, if they were put one behind the other. They are put side by side, as they came. Stacks
+// that a program makes, in a backward pass too, lie as PyTorch's do.
 //
 // A sum of two large tensors that differ in dtype or in their order in memory takes PyTorch two to three times as long as
 // its bytes: it may be a kernel of ours.
@@ -20,6 +21,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
@@ -97,6 +99,12 @@ bool heads_inside(const Tensor& tensor) {
          strides[0] == sizes[2] * strides[2];
 }
 
+// Does autograd put together what `unbind` took apart?
+bool unbound() {
+  const auto node = torch::autograd::get_current_node();
+  return node && node->name() == "UnbindBackward0";
+}
+
 Tensor stack(DispatchKeySet keys, at::TensorList tensors, int64_t dim) {
   static const auto theirs = c10::Dispatcher::singleton().findSchemaOrThrow("aten::stack", "").typed<decltype(at::stack)>();
   const auto kind = served_kind();
@@ -106,7 +114,8 @@ Tensor stack(DispatchKeySet keys, at::TensorList tensors, int64_t dim) {
   };
   const bool gradients = laying.load(std::memory_order_relaxed) && dim == 0 && tensors.size() > 1 &&
                          !c10::GradMode::is_enabled() && torch::autograd::get_current_graph_task_id() >= 0;
-  if (!gradients || !std::all_of(tensors.begin(), tensors.end(), alike) || tensors[0].is_contiguous()) {
+  const bool laid = gradients && std::all_of(tensors.begin(), tensors.end(), alike) && !tensors[0].is_contiguous();
+  if (!laid || !unbound()) {
     return theirs.redispatch(keys & kBelow, tensors, dim);
   }
   std::vector<Tensor> dense;

@@ -74,10 +74,11 @@ struct Block : torch::autograd::Function<Block> {
     ctx->saved_data["activation"] = activation;
     const Tensor z = at::addmm(b1, rows_of(x), w1.t());
     const Tensor h = activated(z, which);
-    const bool first = ctx->needs_input_grad(kX) || ctx->needs_input_grad(kW1) || ctx->needs_input_grad(kB1);
-    const bool relu = which == Activation::relu, last = ctx->needs_input_grad(kW2);
+    // Not `needs_input_grad`, which tells what a backward pass is asked for, if this runs inside of one.
+    const bool first = x.requires_grad() || to_w1.requires_grad() || to_b1.requires_grad();
+    const bool relu = which == Activation::relu, last = to_w2.requires_grad();
     const Tensor none;
-    ctx->save_for_backward({ctx->needs_input_grad(kW1) ? x : none, ctx->needs_input_grad(kX) ? w1 : none,
+    ctx->save_for_backward({to_w1.requires_grad() ? x : none, x.requires_grad() ? w1 : none,
                             first && !relu ? z : none, last || (first && relu) ? h : none, first ? w2 : none});
     return shaped(at::addmm(b2, h, w2.t()), x);
   }

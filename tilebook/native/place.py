@@ -14,9 +14,9 @@ import torch
 
 NAME = "tilebook_served"
 _FILES = (
-    "extension.cpp", "served.cpp", "plans.cpp", "casts.cpp", "layouts.cpp", "mlp.cpp", "learned.cpp",
-    "forms.cpp", "gates.cpp", "keys.cpp", "notes.cpp", "autocast.h", "described.h", "forms.h", "plans.h", "shared.h",
-    "typed.h", "watched.h",
+    "extension.cpp", "served.cpp", "plans.cpp", "casts.cpp", "aliases.cpp", "layouts.cpp", "mlp.cpp",
+    "learned.cpp", "forms.cpp", "gates.cpp", "keys.cpp", "notes.cpp", "autocast.h", "described.h", "forms.h",
+    "plans.h", "shared.h", "typed.h", "watched.h",
 )  # fmt: skip
 SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
 UNIT = SOURCES[0]
@@ -34,8 +34,9 @@ def place(root: Path) -> Path:
     digest = hashlib.sha256()
     for source in SOURCES:
         digest.update(source.read_bytes())
-    for each in (torch.__version__, sys.version, sysconfig.get_platform(), str(torch.compiled_with_cxx11_abi())):
-        digest.update(each.encode())
+    abi, commit = torch.compiled_with_cxx11_abi(), torch.version.git_version  # of builds that share a version
+    for each in (torch.__version__, commit, sys.version, sysconfig.get_platform(), abi):
+        digest.update(str(each).encode())
     return root / digest.hexdigest()[:16] / f"{NAME}.so"
 
 
@@ -49,6 +50,20 @@ def built() -> Path | None:
         if all(_private(each) for each in (path, path.parent)):
             return path
     return None
+
+
+def sealed(library: bytes) -> bytes:
+    """A library with its digest behind it, which no loader looks at."""
+    return library + hashlib.sha256(library).digest()
+
+
+def whole(path: Path) -> bool:
+    """Is it what was built, to the last byte? To load a part of one, as a full disk leaves it, ends the process."""
+    with suppress(OSError):
+        content = path.read_bytes()
+        size = hashlib.sha256().digest_size
+        return len(content) > size and sealed(content[:-size]) == content
+    return False
 
 
 def _private(path: Path) -> bool:

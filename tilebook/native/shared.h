@@ -78,6 +78,12 @@ void layouts_on(bool on, bool cpu);
 // A weight in autocast's dtype: its cast of this region, which all that use it share.
 at::Tensor casted(at::ScalarType dtype, const at::Tensor& weight, c10::DeviceType device);
 
+// Somebody has a tensor's memory by a way that its version does not tell of: nothing that was made of it is of use.
+void touched(const at::Tensor& tensor);
+
+// Has `touched` told of all who ask a tensor for its `data`. False where that cannot be met. Under the GIL.
+bool aliases_met();
+
 // Gradients of fp32 weights whose casts were used. a b in this dtype: where the GPU's products can, sums that are rounded to
 // it and to nothing else. The sums of columns, which a kernel of ours may serve. What a gradient goes to: the weight itself
 // where autograd knows its cast, else the cast.

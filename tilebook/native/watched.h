@@ -64,7 +64,9 @@ bool skips_next() {
 // Is a mode, a transform, a trace or a profile under way, which is to see the function itself or each of its calls?
 bool unusual(const c10::impl::LocalDispatchKeySet& here) {
   static const DispatchKeySet included({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView});
-  static const DispatchKeySet excluded = c10::default_excluded_set | c10::autograd_dispatch_keyset;
+  // A backward pass has no names of axes.
+  static const DispatchKeySet excluded =
+      c10::default_excluded_set | c10::autograd_dispatch_keyset | DispatchKeySet(DispatchKey::Named);
   if (here.included_.raw_repr() & ~included.raw_repr() || here.excluded_.raw_repr() & ~excluded.raw_repr()) return true;
   if (at::impl::torch_function_mode_enabled() || skips_next<at::impl::PythonTorchFunctionTLS>()) return true;
   if (at::globalContext().deterministicAlgorithms()) return true;
