@@ -61,12 +61,18 @@ bool skips_next() {
   return false;
 }
 
+// What a backward pass goes without: names of axes, which only older PyTorchs have.
+template <class Keys>
+DispatchKeySet without_names() {
+  if constexpr (requires { Keys::Named; }) return DispatchKeySet(Keys::Named);
+  return {};
+}
+
 // Is a mode, a transform, a trace or a profile under way, which is to see the function itself or each of its calls?
 bool unusual(const c10::impl::LocalDispatchKeySet& here) {
   static const DispatchKeySet included({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView});
-  // A backward pass has no names of axes.
   static const DispatchKeySet excluded =
-      c10::default_excluded_set | c10::autograd_dispatch_keyset | DispatchKeySet(DispatchKey::Named);
+      c10::default_excluded_set | c10::autograd_dispatch_keyset | without_names<DispatchKey>();
   if (here.included_.raw_repr() & ~included.raw_repr() || here.excluded_.raw_repr() & ~excluded.raw_repr()) return true;
   if (at::impl::torch_function_mode_enabled() || skips_next<at::impl::PythonTorchFunctionTLS>()) return true;
   if (at::globalContext().deterministicAlgorithms()) return true;
