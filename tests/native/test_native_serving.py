@@ -1,6 +1,7 @@
 """What is answered of PyTorch's calls: whose they are, and the launches that repeat them."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -383,6 +384,12 @@ def test_all_sources_are_compiled_and_known():
     there = {each.name for pattern in ("*.cpp", "*.h") for each in place.UNIT.parent.glob(pattern)}
     assert {each.name for each in place.SOURCES} == there
     assert {*included, place.UNIT.name} == {name for name in there if name.endswith(".cpp")}
+
+
+def test_every_op_of_pytorchs_is_served_by_its_types():
+    source = place.UNIT.with_name("typed.h").read_text()
+    served = {each.name for each in enabling._STANDINGS if each.name.startswith("aten::")}
+    assert {f"aten::{name}" for name in re.findall(r"TILEBOOK_TYPED\((\w+)\)\n", source)} == served
 
 
 def test_what_is_built_is_the_users_own(library):
