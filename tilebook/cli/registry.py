@@ -84,7 +84,7 @@ def show(
     print_rows([row(verdict, layer, denied.winner(verdict)) for layer, verdict in wanted], format_, nothing=nothing)
 
 
-@main.command(epilog=example("tilebook explain attention_fwd --shape B8,H16,S3000,D128,causal --gpu H200"))
+@main.command(epilog=example("tilebook explain attention_fwd --shape B8,H16,S2048,D128,causal --gpu H200"))
 @click.argument("op")
 @click.option("--shape", required=True, metavar="SHAPE", help="The problem, such as B8,H6,S196,D64,causal.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
