@@ -208,12 +208,13 @@ COMMANDS = {
     "bench": ("bench",),
     "compare": ("diff", "merge"),
     "doctor": ("doctor",),
+    "exchange": ("export", "import"),
     "keys": ("keys",),
     "maintain": ("check", "prune", "remove", "repair"),
     "profile": ("profile",),
     "recheck": ("recheck",),
     "record": ("record",),
-    "registry": ("explain", "export", "import", "revoke", "show", "status"),
+    "registry": ("explain", "revoke", "show", "status"),
     "tuning": ("sweep", "tune"),
 }
 """The modules of `tilebook.cli` and the commands that each has. To load all takes as long as most commands."""

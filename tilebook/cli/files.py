@@ -32,14 +32,14 @@ def written(name: str) -> Iterator[TextIO]:
         return
     place = Path(os.path.realpath(name))  # a link stays one; what it leads to is written
     if place.exists() and not stat.S_ISREG(place.stat().st_mode):
-        with _named(name), open(name, "w", encoding="utf-8") as stream:
+        with named(name), open(name, "w", encoding="utf-8") as stream:
             yield stream
         return
     if place.exists() and not _is_export(place):
         raise RegistryError(f"{name} is there and is no export: it is left as it is")
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
-        with _named(name):
+        with named(name):
             with partial.open("w", encoding="utf-8") as stream:
                 yield stream
             partial.replace(place)
@@ -49,7 +49,7 @@ def written(name: str) -> Iterator[TextIO]:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """Has errors of writing, which do not say where that was, name the file that the user has named."""
     try:
         yield
