@@ -179,7 +179,7 @@ def test_what_dispatch_would_not_serve_is_called_retired(run: Run, home: Path) -
         ("M64,N256 bf16", False),
         ("M8,N256 bf16", True),
     ]
-    assert "measured, user, retired" in " ".join(run("show").stdout.split())
+    assert "measured, user, retired" in " ".join(run("show", "--all").stdout.split())
     data = json.loads(run("status", "--gpu", "H200", "--format", "json").stdout)
     assert (data["verdicts"], data["layers"], data["retired"]) == ({"measured": 1}, {"shipped": 1}, 4)
     assert "4 more retired" in run("status", "--gpu", "H200").stdout

@@ -38,7 +38,12 @@ def bench() -> None:
 @click.option("--heads", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--window", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of the window.")
 @click.option("--rounds", type=click.IntRange(min=2), default=7, show_default=True)
-@click.option("--seconds", type=Seconds(), metavar="TIME", help="Begin no further length after so long (60s, 5m).")
+@click.option(
+    "--seconds",
+    type=Seconds(),
+    metavar="TIME",
+    help="Begin no further length after so long (60s, 5m; a bare number is of seconds).",
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write figures there; a plot beside them.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 def crossover(

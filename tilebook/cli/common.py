@@ -319,8 +319,10 @@ def print_json(rows: Sequence[dict[str, Any]]) -> None:
     click.echo("[" + ",".join(f"\n{as_json(row)}" for row in rows) + ("\n]" if rows else "]"))
 
 
-def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False, nothing: str = "") -> None:
-    """nothing: what is said where there are no rows."""
+def print_rows(
+    rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False, nothing: str = "", brief: bool = False
+) -> None:
+    """nothing: what is said where there are no rows. tuned, brief: see `rows.table`."""
     if format_ == "json":
         print_json(rows)
         return
@@ -329,7 +331,7 @@ def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False
         return
     from tilebook.report.rows import table
 
-    table(rows, sys.stdout, tuned=tuned)
+    table(rows, sys.stdout, tuned=tuned, brief=brief)
 
 
 def unheard() -> str:

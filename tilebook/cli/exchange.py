@@ -220,7 +220,14 @@ class _Source(click.Path):
     " (default: if it is signed by a key that you trust, see `tilebook keys`).",
 )
 @click.option("--max-size", type=_Megabytes(), default=256, show_default=True, help="Of a URL, MB.")
-@click.option("--timeout", type=Seconds(), metavar="TIME", default="60s", show_default=True, help="For a URL.")
+@click.option(
+    "--timeout",
+    type=Seconds(),
+    metavar="TIME",
+    default="60s",
+    show_default=True,
+    help="For a URL (30s, 2m; a bare number is of seconds).",
+)
 @REGISTRY
 def import_(file: str, trust: bool | None, max_size: float, timeout: float, registry: str | None) -> None:
     """Merges FILE into the registry; - is stdin, and a file, http or https URL will do as well.

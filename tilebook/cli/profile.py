@@ -29,12 +29,20 @@ if TYPE_CHECKING:
 )
 @click.argument("command", nargs=-1, required=True, metavar="-- COMMAND [ARGUMENT]...")
 @click.option(
-    "--seconds", type=Seconds(), metavar="TIME", help="End the program so long (60s, 5m) after its first call."
+    "--seconds",
+    type=Seconds(),
+    metavar="TIME",
+    help="End the program so long (60s, 5m; a bare number is of seconds) after its first call.",
 )
 @click.option("--calls", type=click.IntRange(min=1), help="End the program after so many calls.")
 @click.option("--json", "file", type=click.File("w", "utf-8", lazy=False), help="Write all of it there, too.")
 @click.option("--tune", is_flag=True, help="Tune what is heaviest, then run the program once more.")
-@click.option("--budget", type=Seconds(), metavar="TIME", help="With --tune: end the tune after about this time.")
+@click.option(
+    "--budget",
+    type=Seconds(),
+    metavar="TIME",
+    help="With --tune: end the tune after about this time (180s, 5m; a bare number is of seconds).",
+)
 @REGISTRY
 def profile(
     command: tuple[str, ...],

@@ -26,7 +26,9 @@ NOTHING = "no verdicts: run `tilebook tune` first"
 
 
 @main.command(
-    epilog=example("tilebook show --op attention_fwd --gpu H200", "tilebook show --since 7d --measured --format json")
+    epilog=example(
+        "tilebook show --op attention_fwd --gpu H200 --all", "tilebook show --since 7d --measured --format json"
+    )
 )
 @OP
 @GPU
@@ -36,6 +38,7 @@ NOTHING = "no verdicts: run `tilebook tune` first"
 @click.option(
     "--trials", is_flag=True, help="Show trials instead: every candidate that was tried, and what came of it."
 )
+@click.option("--all", "all_", is_flag=True, help="With configs, intervals and what lost, several lines a problem.")
 @REGISTRY
 @FORMAT
 def show(
@@ -45,10 +48,15 @@ def show(
     since: datetime | None,
     measured: bool,
     trials: bool,
+    all_: bool,
     registry: str | None,
     format_: str,
 ) -> None:
-    """Prints the verdicts of all layers: what dispatch would serve, from where, and how sure it is."""
+    """Prints the verdicts of all layers: what dispatch would serve, from where, and how sure it is.
+
+    A table has a line for each problem: the winner, its time, and how many times as long our default config and
+    PyTorch's fastest own kernel take.
+    """
     from tilebook.registry.layers import Layers
     from tilebook.registry.selection import Selection
     from tilebook.report.rows import deny_list, row
@@ -70,7 +78,8 @@ def show(
         return
     wanted = [(layer, verdict) for layer, verdict in found if selection.verdict(verdict)]
     nothing = NOTHING if selection.everything else "no verdict fits"
-    print_rows([row(verdict, layer, denied.winner(verdict)) for layer, verdict in wanted], format_, nothing=nothing)
+    rows = [row(verdict, layer, denied.winner(verdict)) for layer, verdict in wanted]
+    print_rows(rows, format_, nothing=nothing, brief=not all_)
 
 
 @main.command(epilog=example("tilebook explain attention_fwd --shape B8,H16,S2048,D128,causal --gpu H200"))
