@@ -48,7 +48,8 @@ def cli(tmp_path, monkeypatch):
         registry.record(verdict=MEASURED)
 
     def start(*arguments, status=0):
-        result = CliRunner().invoke(main, [str(each) for each in arguments])
+        yes = ["--yes"] if arguments[0] == "revoke" and "--reason" in arguments else []
+        result = CliRunner().invoke(main, [*(str(each) for each in arguments), *yes])
         assert result.exit_code == status, result.stderr
         return result.stdout if status == 0 else result.stderr
 

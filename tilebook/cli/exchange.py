@@ -262,7 +262,7 @@ def _signed(signature: Signature) -> str:
     from tilebook.errors import RegistryError
 
     if not signature.checked:
-        return f"signed by {signature.key}, it says: to look at that, pip install 'tilebook[sign]'"
+        return f"signed by {signature.key}, it says: to look at that, pip install cryptography"
     try:
         known = signature.trusted
     except RegistryError as error:  # said after an import that did not ask for it

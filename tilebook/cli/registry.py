@@ -14,6 +14,7 @@ from tilebook.cli.common import (
     OP,
     REGISTRY,
     SINCE,
+    YES,
     as_json,
     example,
     known_op,
@@ -138,6 +139,7 @@ def status(gpu: str | None, registry: str | None, format_: str) -> None:
 @click.option("--reason", metavar="TEXT", help="What proved wrong; required.")
 @click.option("--list", "list_", is_flag=True, help="Print the revocations of all layers.")
 @click.option("--undo", metavar="ID", help="Remove a revocation from the registry that is written to, and no other.")
+@YES
 @REGISTRY
 @FORMAT
 def revoke(
@@ -150,6 +152,7 @@ def revoke(
     reason: str | None,
     list_: bool,
     undo: str | None,
+    yes: bool,
     registry: str | None,
     format_: str,
 ) -> None:
@@ -170,6 +173,8 @@ def revoke(
         click.echo(f"revocation {undo} removed", err=True)
     elif op is not None:
         made = revoking.make(op, implementation, config, arch, triton, kernel, reason)
+        if not yes:
+            click.confirm(f"Revoke {revoking.line(revoking.row('', made))}?", abort=True, err=True)
         new, rows = revoking.revoke(layers, made)
         click.echo(as_json(rows, indent=2) if format_ == "json" else revoking.told(made, new, rows))
     else:

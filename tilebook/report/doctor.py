@@ -107,7 +107,7 @@ def _flash() -> Iterator[Finding]:
     if version != "unknown":
         yield Finding("ok", "flash-attn-4", version)
     elif devices.present() and 90 <= devices.current().capability < 120:
-        advice = "pip install --pre 'tilebook[flash-attn]'"
+        advice = "pip install --pre flash-attn-4"
         yield Finding("note", "flash-attn-4", "not installed; verdicts that it won fall to the next best", advice)
 
 

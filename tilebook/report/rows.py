@@ -180,8 +180,8 @@ def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False, b
         stream.write(
             "~ predicted by a performance model from the compiled code; nothing was measured. The default is kept where"
             f" the model promises no more than {DOUBT} times its speed, about as far as it errs. What was measured, in"
-            " any layer, is served before what is predicted, and where PyTorch has a kernel of its own no prediction is:"
-            " see `tilebook show`.\n"
+            " any layer, is served before what is predicted, and where PyTorch has a kernel of its own no prediction"
+            " is: see `tilebook show`.\n"
         )
 
 
