@@ -88,7 +88,7 @@ def test_half_a_packed_file_is_refused_and_changes_nothing(run: Run, packed: Pat
 @pytest.mark.parametrize("content", [b"", gzip.compress(b"")], ids=["plain", "packed"])
 def test_an_empty_file_is_called_empty(run: Run, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "empty").write_bytes(content)
-    assert run("import", tmp_path / "empty", status=1).stderr.startswith("tilebook: the import is empty")
+    assert run("import", tmp_path / "empty", status=1).stderr == "tilebook: line 1 of the import: the file is empty\n"
 
 
 @pytest.mark.parametrize("command", [["check", "--repair"], ["repair"]], ids=" ".join)

@@ -278,7 +278,8 @@ def test_without_the_extra_a_command_names_it_in_one_line(tmp_path: Path, packag
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "pip install click alembic optuna rich" in done.stderr
+    assert "pip install" in done.stderr
+    assert "alembic optuna rich" in done.stderr
 
 
 def test_without_what_the_package_needs_a_command_names_it_and_others_run(tmp_path: Path) -> None:

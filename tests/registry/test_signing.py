@@ -72,6 +72,33 @@ def test_trusted_keys_are_one_file_that_people_may_edit(run: Run, settings: Path
     assert signing.trusted() == []
 
 
+def test_a_key_that_says_no_name_of_its_own_is_called_after_its_file(run: Run, settings: Path, tmp_path: Path):
+    bare = LINE.rpartition(" Ada")[0]
+    for text in (bare, f"{bare} mine"):
+        (tmp_path / "colleague.pub").write_text(f"{text}\n")
+        assert "colleague" in run("keys", "trust", tmp_path / "colleague.pub", "--yes").output
+        assert run("keys", "show").output == f"trusted  {FINGERPRINT} colleague\n"
+        run("keys", "forget", "colleague")
+        assert signing.trusted() == []
+    (tmp_path / "colleague.pub").write_text(f"{LINE}\n")
+    run("keys", "trust", tmp_path / "colleague.pub", "--yes")
+    assert run("keys", "show").output == f"trusted  {FINGERPRINT} Ada, at home\n"
+    run("keys", "forget", tmp_path / "colleague.pub")
+    assert signing.trusted() == []
+
+
+def test_a_key_that_is_trusted_already_keeps_its_name_and_that_is_said(run: Run, settings: Path):
+    run("keys", "trust", LINE, "--yes")
+    told = run("keys", "trust", LINE, "--yes", "--name", "another").output
+    assert "Ada, at home" in told.splitlines()[0]
+    assert told.splitlines()[1] == "it stays Ada, at home: to call it another, forget it first"
+
+
+def test_a_file_of_a_key_that_is_not_there_is_named(run: Run, settings: Path):
+    told = run("keys", "trust", "missing.pub", "--yes", status=2).output
+    assert told == "tilebook: missing.pub is no key, and no file that can be read: No such file or directory\n"
+
+
 @pytest.mark.parametrize("how", ["file", "folder", "target", "owner", "pipe", "size"])
 def test_where_others_can_write_nobody_is_trusted(how: str, run: Run, settings: Path, tmp_path: Path):
     run("keys", "trust", LINE, "--yes")

@@ -299,7 +299,7 @@ def _malformed(number: int, why: str) -> RegistryError:
 
 def _head(line: str) -> dict[str, Any]:
     if not line:
-        raise RegistryError("the import is empty: an export has a header at least")
+        raise _malformed(1, "the file is empty")
     head = _parse(1, line)
     if head.get("format") != FORMAT:
         raise _malformed(1, "this is not a tilebook export")
