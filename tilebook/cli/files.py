@@ -96,7 +96,7 @@ def text(file: BinaryIO, name: str, most_bytes: int | None = None) -> TextIO:
 
     most_bytes: that it may have when it is unpacked.
     """
-    peeking = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)  # type: ignore[arg-type]
+    peeking = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)  # type: ignore[type-var, unused-ignore]
     if peeking.peek(2)[:2] == _GZIP:
         return io.TextIOWrapper(io.BufferedReader(_Unpacked(peeking, name, most_bytes)), "utf-8", newline="\n")
     return io.TextIOWrapper(peeking, encoding="utf-8", newline="\n")
