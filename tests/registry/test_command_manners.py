@@ -142,3 +142,27 @@ def test_no_hint_names_an_extra_of_a_package_that_no_index_has() -> None:
     for file in Path(tilebook.__file__).parent.rglob("*.py"):
         assert "'tilebook[" not in file.read_text(encoding="utf-8"), file
     assert "tilebook[" not in CliRunner().invoke(main, ["--help"]).output
+
+
+def test_a_gpu_that_nobody_knows_is_told_from_one_without_verdicts(run: Run, export: Path) -> None:
+    run("import", export)
+    told = run("show", "--gpu", "H2000").stdout
+    assert told.startswith("no verdict fits: no GPU of the catalogue or of a registry is called H2000; there are AMD ")
+    assert run("show", "--gpu", "L4").stdout == "no verdict fits\n"
+
+
+@pytest.mark.parametrize("how", ["text", "read-only"])
+def test_where_figures_cannot_go_nothing_is_measured(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    def measured(*_: object) -> object:
+        raise AssertionError("it has begun to measure")
+
+    monkeypatch.setattr("tilebook.report.crossover.measured", measured)
+    out = tmp_path / "figures.json" if how == "text" else Path("/proc/no/figures.json")
+    if how == "text":
+        out.write_text("a letter")
+    said = run("bench", "crossover", "--device", "cpu", "--out", out, status=2 if how == "text" else 1).stderr
+    assert str(out) in said
+    assert ("is left as it is" if how == "text" else "cannot be written") in said
+    assert how != "text" or out.read_text() == "a letter"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,6 +23,9 @@ from tilebook.cli.common import (
     print_json,
     print_rows,
 )
+
+if TYPE_CHECKING:
+    from tilebook.registry.layers import Layers
 
 NOTHING = "no verdicts: run `tilebook tune` first"
 
@@ -78,9 +82,20 @@ def show(
         print_json(tried) if format_ == "json" else click.echo(trial_table(tried))
         return
     wanted = [(layer, verdict) for layer, verdict in found if selection.verdict(verdict)]
-    nothing = NOTHING if selection.everything else "no verdict fits"
+    nothing = NOTHING if selection.everything else f"no verdict fits{_unknown_gpu(gpu, layers) if gpu else ''}"
     rows = [row(verdict, layer, denied.winner(verdict)) for layer, verdict in wanted]
     print_rows(rows, format_, nothing=nothing, brief=not all_)
+
+
+def _unknown_gpu(gpu: str, layers: Layers) -> str:
+    """Says which GPUs there are, where none is called so."""
+    from tilebook import device as devices
+    from tilebook.registry.checks import called
+
+    known = {*devices.CATALOGUE, *(verdict.device.name for _, verdict in layers.overviews()[0])}
+    if any(called(gpu, name) for name in known):
+        return ""
+    return f": no GPU of the catalogue or of a registry is called {gpu}; there are {', '.join(sorted(known))}"
 
 
 @main.command(epilog=example("tilebook explain attention_fwd --shape B8,H16,S2048,D128,causal --gpu H200"))
