@@ -123,9 +123,10 @@ def tune(
     On a machine with a GPU every candidate is verified, then timed. With --gpu NAME, and no such GPU here, candidates
     are compiled for that model and ranked by a performance model; their verdicts are marked predicted.
 
-    The same command resumes a run that was interrupted. A problem that has a verdict is skipped; where the space has
-    grown since, only what is new is tried. A GPU model keeps one verdict a problem, so that tuning in the other mode
-    replaces it.
+    The same command resumes a run that was interrupted. A problem that has a verdict is skipped, to predict also one
+    that has a measured one in any layer; where the space has grown since, only what is new is tried. A GPU model keeps
+    one verdict a problem, so that tuning in the other mode replaces it. A FAMILY, a --suite or a --gpu that there is
+    not is answered with those that there are.
     """
     from tilebook.op import UsageError
     from tilebook.report.live import view

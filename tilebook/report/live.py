@@ -105,7 +105,9 @@ class _View:
         if not self.console.is_terminal and run.now and now - self._last > _HEARTBEAT_S:
             self._last = now
             for state in run.now:
-                best = "" if state.best_ms is None else f", best {state.best_ms:.4g} ms"
+                mark = "" if run.measured else "~"
+                best = "" if state.best_ms is None else f", best {mark}{state.best_ms:.4g} ms"
+                best += f" (default {mark}{state.default_ms:.4g})" if best and state.default_ms else ""
                 text = f"  … {state.op} {state.label}: {state.phase}, {_counts(state)}{best}, {_time(state.elapsed_s)}"
                 self.console.print(text, soft_wrap=True)
 
