@@ -114,6 +114,8 @@ def test_what_a_tune_has_not_searched_took_nothing_now() -> None:
     assert its["layer"] == "shipped"
     table([its], stream, tuned=True)
     assert "what it took" not in stream.getvalue()
+    assert stream.getvalue().startswith("verdicts for ")
+    assert "nothing was searched: all of these have verdicts; --force searches" in stream.getvalue()
 
 
 def test_a_tune_that_made_nothing_does_not_say_to_tune_first() -> None:

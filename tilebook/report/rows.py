@@ -162,7 +162,8 @@ def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False, b
     for each in rows:
         by_device.setdefault(each["device"], []).append(each)
     for device, its in sorted(by_device.items()):
-        title = f"{'tuned for' if tuned else 'verdicts for'} {device}"
+        now = [each for each in its if not each.get("skipped")]
+        title = f"{'tuned for' if tuned and now else 'verdicts for'} {device}"
         if brief:
             columns = ["winner", "ms", "over default", "over PyTorch", "layer"]
             grid.draw(stream, title, "problem", columns, [_brief(each) for each in its], apart=False)
@@ -171,9 +172,10 @@ def table(rows: Sequence[dict[str, Any]], stream: TextIO, tuned: bool = False, b
         grid.draw(stream, title, "problem, winner", columns, [_outcome(each) for each in its])
         if tuned:
             spent = ["tried", "compile s", "measure s", "wait s", "GPU busy", "all s"]
-            now = [each for each in its if not each.get("skipped")]
             if now:
                 grid.draw(stream, "what it took", "problem, rejected", spent, [_effort(each) for each in now])
+    if tuned and rows and all(each.get("skipped") for each in rows):
+        stream.write("nothing was searched: all of these have verdicts; --force searches them all the same\n")
     if brief and rows:
         stream.write(BRIEF)
     if any(each["status"] == "predicted" for each in rows):
