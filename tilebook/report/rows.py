@@ -198,7 +198,7 @@ def _ratio(value: float | None) -> str:
 def _brief(each: dict[str, Any]) -> tuple[str, list[str]]:
     predicted = each["status"] == "predicted"
     time = _ms(each["predicted_ms"], "~") if predicted else _ms(each["time_ms"])
-    over = "default wins" if each["status"] == "default" else _ratio(each["speedup"])
+    over = "default wins" if each["status"] == "default" else _ratio(None if each["observed"] else each["speedup"])
     flags = _flags(each)
     flags = [*flags[1:], "predicted"] if predicted else flags[1:]
     cells = [each["implementation"], time, over, _ratio(over_pytorch(each)), ", ".join(flags)]
@@ -235,6 +235,8 @@ def _outcome(each: dict[str, Any]) -> tuple[str, list[str]]:
     what = (
         f"{each['op']} {each['problem']}\n{each['implementation']} {config}".strip() + f"\n({', '.join(_flags(each))})"
     )
+    if each["observed"] and each["status"] == "measured":  # what it is over is PyTorch's own call
+        return what, ["\n".join(f"{name} {time}" for name, time in {**times, **others}.items()), "–", ratio]
     return what, [
         "\n".join(f"{name} {time}" for name, time in {**times, **others}.items()),
         ratio,
