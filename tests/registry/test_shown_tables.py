@@ -122,3 +122,22 @@ def test_a_tune_that_made_nothing_does_not_say_to_tune_first() -> None:
     stream = io.StringIO()
     table([], stream, tuned=True)
     assert stream.getvalue() == ""
+
+
+def test_doctor_says_why_verdicts_do_not_serve(run: Run, tmp_path: Path) -> None:
+    with Registry.open(tmp_path / "data" / "tilebook" / "registry.db", write=True) as registry:
+        registry.merge(
+            verdicts=[
+                today("M1,N256"),
+                today("M2,N256", trusted=False),
+                today("M4,N256", kernel="ab" * 32),
+                *(predicted(problem=key(f"M{rows},N256"), kernel=OP.digest, op=OP.name) for rows in (8, 16)),
+            ]
+        )
+    told = json.loads(run("doctor", "--no-run", "--format", "json", status=None).stdout)
+    (its,) = [each["text"] for each in told if each["about"] == "registry, user"]
+    assert its.startswith(
+        "1 verdicts serve, of 5 (2 predicted: they serve only where PyTorch has no kernel of its own; "
+    )
+    assert "1 not trusted: tilebook verify measures them here" in its
+    assert "1 of kernels as they were" in its
