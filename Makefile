@@ -29,6 +29,8 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib || true
 	touch $@
 
+# Of an H200 the suite has verdicts that were measured, which are shown; `make tune GPU="NVIDIA A100"` compiles and predicts
+# for a model that nothing ships for.
 tune: setup
 	$(BIN)/tilebook tune --suite quick --gpu "$(GPU)" --budget $(BUDGET)
 

@@ -40,9 +40,19 @@ def save(out: Path, benchmark: str, device: str, **figures: Any) -> None:
     out.write_text(json.dumps(document, indent=1) + "\n")
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line where a GPU is asked for and there is none, before anything is loaded for it."""
+
+    def parse_args(self, *args: Any, **more: Any) -> Any:
+        given = super().parse_args(*args, **more)
+        if given.device == "cuda" and not torch.cuda.is_available():
+            self.exit(2, f"{self.prog}: there is no GPU here: --device cpu --tiny tries whether the program runs\n")
+        return given
+
+
 def arguments(description: str | None, rounds: int = 7) -> argparse.ArgumentParser:
     """What every program takes that times models in turns."""
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument(
         "--out", type=Path, required=True, help="figures as JSON; a plot, if there is one, as PNG beside"
     )

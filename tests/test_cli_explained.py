@@ -1,5 +1,6 @@
 """`tilebook explain` and `revoke` in this process, on a registry with one measured verdict."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from tilebook import device as devices
 from tilebook import op as ops
 from tilebook.cli import main
 from tilebook.op import Config, Space
-from tilebook.registry import Device, Environment, Registry, Revocation, VerdictStatus
+from tilebook.registry import Device, Environment, Finalist, Registry, Revocation, Speedup, VerdictStatus
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine without a GPU")
 
@@ -47,7 +48,8 @@ def cli(tmp_path, monkeypatch):
         registry.record(verdict=MEASURED)
 
     def start(*arguments, status=0):
-        result = CliRunner().invoke(main, [str(each) for each in arguments])
+        yes = ["--yes"] if arguments[0] == "revoke" and "--reason" in arguments else []
+        result = CliRunner().invoke(main, [*(str(each) for each in arguments), *yes])
         assert result.exit_code == status, result.stderr
         return result.stdout if status == 0 else result.stderr
 
@@ -64,7 +66,7 @@ def test_revoke_show_explain_list_and_undo_from_end_to_end(cli):
     assert f"{SHAPE} bf16 on NVIDIA H200 (layer explicit)" in said
 
     assert json.loads(cli("show", "--format", "json"))[0]["revoked"] == "a race"
-    assert "measured, explicit, revoked: 'a race'" in " ".join(cli("show").split())
+    assert "measured, explicit, revoked: 'a race'" in " ".join(cli("show", "--all").split())
     why = json.loads(cli(*EXPLAIN, "--format", "json"))
     assert (why["source"], why["revoked"][0]["config"], why["revoked"][0]["reason"]) == ("default", WINNER, "a race")
     text = cli(*EXPLAIN)
@@ -150,3 +152,82 @@ def test_explain_answers_for_the_bucket_that_a_call_asks_for(cli):
     assert "rms_norm_fwd M4099,N5120 (asks for M8192,N5120)" in cli(
         "explain", "rms_norm_fwd", "--shape", "M4099,N5120", "--gpu", "H200"
     )
+
+
+NEVER = "an-attention-that-nobody-has"
+
+
+def _contest(*finalists):
+    """A measured verdict on SHAPE: of each finalist its implementation, config, milliseconds and speed-up."""
+    found = [
+        Finalist(name, config, ms, ratio and Speedup(ratio, ratio - 0.01, ratio + 0.01), default=ratio == 1.0)
+        for name, config, ms, ratio in finalists
+    ]
+    return dataclasses.replace(
+        MEASURED, finalists=tuple(found), default_time_ms=2.0, interval=Speedup(4.0, 3.9, 4.1), environment=_NOW
+    )
+
+
+_NOW = Environment(dict(devices.environment()))
+_OTHER = {**WINNER, "num_stages": 3}
+_DEFAULT = {**WINNER, "num_warps": 4}
+
+
+@pytest.fixture
+def contest(cli, tmp_path, monkeypatch):
+    """Explains SHAPE by a verdict of these finalists, of which `bought` is of a package that is not here."""
+    monkeypatch.setattr(ATTENTION, "implementations", dict(ATTENTION.implementations))
+    space = Space({"TILE": (1, 2)}, lambda *_: None, lambda *_: Config(TILE=1))
+    ATTENTION.implementation("bought", space=space, external=NEVER, available=lambda device: False)(_second)
+
+    def explained(*finalists, **changed):
+        with Registry.open(tmp_path / "registry.db", write=True) as registry:
+            registry.record(verdict=dataclasses.replace(_contest(*finalists), **changed))
+        return cli(*EXPLAIN), json.loads(cli(*EXPLAIN, "--format", "json"))
+
+    return explained
+
+
+def test_explain_prints_the_numbers_of_what_runs_and_why_the_winner_does_not(contest):
+    text, data = contest(
+        ("bought", {"TILE": 1}, 0.5, 4.0),
+        ("bought", {"TILE": 2}, 0.4, 5.0),
+        ("triton", WINNER, 1.25, 1.6),
+        ("triton", _OTHER, 1.3, 1.5),
+        ("cudnn", {}, 1.75, 1.1),
+        ("triton", _DEFAULT, 2.0, 1.0),
+    )
+    (runs,) = [line for line in text.splitlines() if line.startswith("  runs ")]
+    assert runs.split()[1] == "triton"
+    assert data["config"] == WINNER
+    (measured,) = [line for line in text.splitlines() if line.startswith("  measured ")]
+    assert measured == (
+        "  measured 1.25 ms, 1.600x [1.590, 1.610] the default config (2 ms); bought 0.5 ms; cudnn 1.75 ms"
+    )
+    assert f"  not      bought TILE=1 (0.5 ms): {NEVER} is not installed here" in text.splitlines()
+    assert [each["config"] for each in data["passed_over"]] == [{"TILE": 1}, {"TILE": 2}]
+    assert data["measured"] == {
+        "time_ms": 1.25, "predicted_ms": None, "others": {"bought": 0.5, "cudnn": 1.75}, "speedup": 1.6
+    }  # fmt: skip
+    assert data["verdict"]["implementation"] == "bought", "the verdict's row is the verdict's"
+
+
+def test_explain_says_that_the_default_of_a_verdict_runs_where_its_winner_is_revoked(contest, cli):
+    cli("revoke", ATTENTION.name, "--config", "num_stages=3", "--reason", "a race")
+    text, data = contest(("triton", _OTHER, 1.0, 4.0), ("triton", _DEFAULT, 2.0, 1.0))
+    assert data["config"] == _DEFAULT
+    assert "  measured 2 ms, the default config\n" in text
+    assert data["passed_over"] == [], "what is revoked is said in a line of its own"
+
+
+def test_explain_says_why_nothing_of_an_exact_verdict_runs(contest):
+    text, data = contest(("bought", {"TILE": 1}, 0.5, 4.0), ("flex_attention", {}, 1.0, 2.0))
+    assert data["verdict"] is None
+    assert "of the measured verdict for exactly this problem, layer explicit, nothing may run here" in text
+    assert f"bought TILE=1 (0.5 ms): {NEVER} is not installed here" in text
+    assert "flex_attention (1 ms): it compiles for seconds" in text
+
+
+def test_explain_says_that_what_took_less_time_than_the_winner_was_its_equal(contest):
+    text, _ = contest(("triton", WINNER, 1.25, 1.6), ("cudnn", {}, 1.24, 1.61), ("triton", _DEFAULT, 2.0, 1.0))
+    assert "cudnn 1.24 ms (what took less time was its equal within the noise, or was not confirmed)" in text

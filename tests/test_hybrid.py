@@ -234,3 +234,15 @@ def test_a_converted_layer_compiles_to_one_graph(cls):
         torch.testing.assert_close(compiled(x, **options), layer(x, **options), rtol=1e-4, atol=1e-4)
     compiled(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("wrong", ["perf", "", 3])
+def test_a_feature_map_that_is_none_is_refused_when_a_module_is_made_and_changes_nothing(wrong):
+    with pytest.raises(ValueError, match=r"feature_map must be 'elu.1', 'relu', 'softmax', 'performer', None or a fun"):
+        ours.LinearAttention(32, 2, feature_map=wrong)
+    model = nn.TransformerEncoderLayer(32, 2, 64)
+    with pytest.raises(ValueError, match="feature_map must be"):
+        ours.hybrid(model, feature_map=wrong)
+    assert type(model.self_attn) is nn.MultiheadAttention
+    for right in ("elu+1", "performer", None, torch.relu):
+        assert ours.LinearAttention(32, 2, feature_map=right).feature_map is right

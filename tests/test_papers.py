@@ -213,3 +213,22 @@ def test_attention_is_timed_in_every_direction_and_seen_by_the_profiler(tmp_path
         assert set(row["ms"]) == set(row["profile"]) == {"written out", "sdpa", "tilebook"}
         assert all(each["cpu_ms"] > 0 for each in row["profile"].values())
     assert "backward level" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine without a GPU")
+@pytest.mark.parametrize(
+    "name", ["cct", "distilbert", "distilbert_linear", "flash_grid", "flash_triton", "hybrid_language"]
+)
+def test_without_a_gpu_a_program_says_so_in_one_line(tmp_path, name):
+    command = [sys.executable, str(PAPERS / f"{name}.py"), "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == f"{name}.py: there is no GPU here: --device cpu --tiny tries whether the program runs\n"
+    assert not any(tmp_path.iterdir())
+
+
+def test_commands_of_the_page_about_papers_can_be_pasted():
+    page = (PAPERS.parents[1] / "docs" / "papers.md").read_text(encoding="utf-8")
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    ")]
+    assert len(commands) >= 6
+    assert not [line for line in commands if set(line) & set("[]<>…")]

@@ -38,6 +38,8 @@ def test_the_package_offers_what_its_families_export():
     for name, module in exported.items():
         assert getattr(tilebook, name) is getattr(importlib.import_module(f"tilebook.{module}"), name)
     assert set(exported) <= set(dir(tilebook))
+    assert "nn" in dir(tilebook)
+    assert not {"Any", "TYPE_CHECKING", "annotations", "importlib"} & set(dir(tilebook))
 
 
 def test_a_name_that_is_not_offered_is_an_attribute_error():

@@ -124,4 +124,5 @@ if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    shown = {name for name in globals() if name not in ("Any", "TYPE_CHECKING", "annotations", "importlib")}
+    return sorted({*shown, *__all__, "nn"})

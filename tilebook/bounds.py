@@ -27,8 +27,14 @@ def decode(problem: Any) -> None:
         raise UsageError("paged sequences have lengths of their own anyway: leave out ragged")
 
 
+MOST_SEQUENCES = 1 << 16
+"""Of a packed batch: what each costs is counted one by one."""
+
+
 def varlen(problem: Any) -> None:
     attention(problem)
+    if problem.batch > MOST_SEQUENCES:
+        raise UsageError(f"{problem.batch} packed sequences are more than {MOST_SEQUENCES}")
     for total, longest in ((problem.total_q, problem.max_q), (problem.total_k, problem.max_k)):
         if not longest <= total <= problem.batch * longest:
             raise UsageError(f"{problem.batch} sequences of up to {longest} tokens cannot have {total} together")

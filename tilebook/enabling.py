@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import _jit_internal
 from torch.overrides import handle_torch_function, has_torch_function
 
+from tilebook import device as devices
 from tilebook import native
 from tilebook.call import disabled
 from tilebook.dispatch import forced
@@ -368,7 +369,8 @@ def enable(*, patch: bool = False) -> None:
     _state.change(whole=True, patch=patch)
     here = status()
     if here.enabled:
-        log.debug("on, in the places of %s, for tensors on a GPU", ", ".join((*here.replaced, *here.served)))
+        none = "" if devices.present() else "; there is none here, so that all stays PyTorch's"
+        log.debug("on, in the places of %s, for tensors on a GPU%s", ", ".join((*here.replaced, *here.served)), none)
 
 
 def disable() -> None:

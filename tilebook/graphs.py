@@ -335,7 +335,8 @@ def _told(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
             except Exception as broken:  # the graph is compiled as it is
                 _log.debug("a graph was not looked through: %s: %s", type(broken).__name__, broken)
             else:
-                _log.debug("calls of attention that do not read their masks: %d", found)
+                if found:
+                    _log.debug("calls of attention that do not read their masks: %d", found)
         return compile_fx(model_, *args, **kwargs)
 
     told._tilebook = compile_fx  # type: ignore[attr-defined]

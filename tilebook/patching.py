@@ -37,6 +37,8 @@ _WIDTH, _INNER, _OUT = 8, 12, 6
 _NONE = "as nothing here is written out; PyTorch's own norms, attention and losses are tilebook.enable()'s"
 _SIZES = 1.0, 1e4
 """Of the numbers that an MLP is tried on: some clamp what is large."""
+_NO_HEAD = "no head of a language model of transformers, whose logits a loss is made of, is in it for loss_head"
+
 _SCALES = 3.0, 1e-3
 """Of the numbers that a norm is tried on: of the smaller ones its epsilon decides."""
 _TRIALS = (True, (5,), 0), (True, (2, 5), 1), (False, (2, 5), 0), (False, (5,), 1)
@@ -48,7 +50,8 @@ class Report:
     """What was changed in a model, and what was not.
 
     changed: by a module's name, what it calls by now.
-    left:    by the name of a norm, an MLP or an attention that rotates its heads, why it was left as it is.
+    left:    by the name of a norm, an MLP or an attention that rotates its heads, why it was left as it is; by "", the
+             model's own, why its loss was, where that was asked for.
     """
 
     changed: Mapping[str, str]
@@ -100,19 +103,25 @@ def patch(model: nn.Module, *, loss_head: bool = False) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a model, a torch.nn.Module, not {model!r}")
     changed, left, ours = dict[str, str](), dict[str, str](), list[tuple[nn.Module, str, Function]]()
+    headed = not loss_head
     for name, module in model.named_modules():
+        looked = False
         try:
             alone = _norm(module) or rotary(module) or recurrent(module) or _mlp(module) or _gated(module)
-            found = alone or (_head(module) if loss_head else None)
+            looked = loss_head and not alone
+            head = _head(module) if looked else None
         except Left as why:
-            left[name] = str(why)
+            left[name], headed = str(why), headed or looked
             continue
+        found, headed = alone or head, headed or head is not None
         if found is not None:
             changed[name], places = found
             for place in [(module, "forward", places)] if callable(places) else places:
                 for each in (place, (place[0], _REPLICATE, partial(_replica, place[0]))):
                     setattr(*each)
                     ours.append(each)
+    if not headed:
+        left.setdefault("", _NO_HEAD)
     return Report(changed, left, ours)
 
 

@@ -262,7 +262,30 @@ class Problem:
             raise UsageError(f"shape {text!r}: tf32 is a way to multiply fp32 tensors, not {dtype}")
         problem = cls(**values)
         problem.check()
+        problem.demand_room()
         return problem
+
+    def room(self) -> float:
+        """Bytes that the tensors of one call have at least: what it reads and writes, each once."""
+        return self._least.bytes
+
+    def demand_room(self) -> None:
+        """Raises UsageError where one call's tensors are more than any GPU of the catalogue has memory for."""
+        from tilebook.device import CATALOGUE
+
+        most = max(CATALOGUE.values(), key=lambda device: device.memory)
+        held = f"{most.name}, the largest of the catalogue, has {most.memory / 1e9:.0f} GB"
+        for field in self._fields():
+            if "letter" in field.metadata and getattr(self, field.name) > most.memory:  # before anything is counted
+                letter = field.metadata["letter"]
+                raise UsageError(f"{letter}{getattr(self, field.name)} is more than there is memory for: {held}")
+        try:
+            least = self.room()
+        except NotImplementedError:  # what commands know of a family without loading it
+            return
+        if least > most.memory:
+            needs = f"{least / 1e9:,.0f} GB" if least < 1e15 else f"{least / 1e9:.3g} GB"
+            raise UsageError(f"one call of {self.label} needs {needs} at least, and {held}")
 
     def check(self) -> None:
         """Raises UsageError where the fields contradict each other."""

@@ -5,7 +5,8 @@ import logging
 import pytest
 from dispatch_samples import COMPOSED, FUSED, OP, OTHER, RANKED, composed, verdict
 
-from tilebook import logs
+import tilebook
+from tilebook import enabling, logs
 
 
 @pytest.fixture
@@ -49,3 +50,16 @@ def test_otherwise_it_is_quiet(choose, log, monkeypatch, capfd, asked):
     said = "tilebook: TILEBOOK_LOG=louder is no level such as debug or info\n" if asked == "louder" else ""
     assert capfd.readouterr().err == said
     assert len(log.handlers) == bool(asked)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_where_there_is_no_gpu_it_is_said_that_all_stays_pytorch_s(log, monkeypatch, capfd, here):
+    monkeypatch.setenv(logs.ASKED, "debug")
+    monkeypatch.setattr(enabling, "log", log)
+    monkeypatch.setattr("tilebook.device.present", lambda: here)
+    logs.begin()
+    tilebook.enable()
+    tilebook.disable()
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "on, in the places of" in line]
+    assert said.endswith("for tensors on a GPU") is here
+    assert ("there is none here, so that all stays PyTorch's" in said) is not here

@@ -99,3 +99,10 @@ def test_the_environment_may_ask_for_it(told, on):
     environment = {**os.environ, "TILEBOOK_PROBE": told}
     done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(on)
+
+
+def test_what_probe_returns_says_whether_it_is_on_and_can_do_anything():
+    with tilebook.probe() as probing:
+        assert repr(probing).startswith("<tilebook probing, on")
+        assert ("there is no GPU here" in repr(probing)) is not torch.cuda.is_available()
+    assert repr(probing).startswith("<tilebook probing, ended")

@@ -65,9 +65,11 @@ def test_show_and_explain_tell_them_as_they_tell_ours(registry):
 
 def test_a_revoked_winner_gives_way_to_the_next_finalist_and_comes_back_when_it_is_undone(registry):
     assert ranked() == [64, 32]
-    tilebook("revoke", OP, "--config", "BLOCK=64", "--reason", "wrong at n=7")
+    tilebook("revoke", OP, "--yes", "--config", "BLOCK=64", "--reason", "wrong at n=7")
     assert ranked() == [32]
-    assert "runs     BLOCK=32" in tilebook("explain", OP, "--shape", "n=100", "--gpu", "H200")
+    told = tilebook("explain", OP, "--shape", "n=100", "--gpu", "H200")
+    assert "runs     BLOCK=32" in told
+    assert "measured 2 ms" in told, "the numbers of what runs, not the winner's"
     (revoked,) = [row for row in json.loads(tilebook("revoke", "--list", "--format", "json")) if row["op"] == OP]
     tilebook("revoke", "--undo", revoked["id"])
     assert ranked() == [64, 32]

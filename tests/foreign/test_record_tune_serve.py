@@ -60,7 +60,8 @@ def test_a_kernel_without_an_autotuner_is_tuned_in_the_space_of_a_file_and_serve
     spaces, registry, program = tmp_path / "spaces.json", tmp_path / "registry.db", HERE / "plain_program.py"
     spaces.write_text('{"plain:shift_kernel": {"space": {"BLOCK": [16, 32, 64], "num_warps": [2, 4]}, "key": ["n"]}}')
     command = ("-m", "tilebook.cli", "record", "--to", tmp_path / "records", "--spaces", spaces)
-    run(*command, "--", sys.executable, program)
+    told = run(*command, "--", sys.executable, program).stderr
+    assert "1 kernel and 1 problem recorded in " in told
     run(HERE / "tune_on_cpu.py", "tune", "--recorded", tmp_path / "records", "--registry", registry)
     variables = {"TILEBOOK_REGISTRY": str(registry), "TILEBOOK_TEST_GPU": "H200", "TILEBOOK_SPACES": str(spaces)}
     served = run(program, TILEBOOK_TRITON="serve", **variables)

@@ -19,7 +19,7 @@ SHAPES = ("M512,N1024", "M1024,N1024", "M2048,N1024", "M4096,N1024")
 
 @pytest.fixture(scope="module")
 def nodes():
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'tilebook[ray]'")
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[client]'")
     from ray_nodes import ray_nodes
 
     with ray_nodes() as nodes:

@@ -181,7 +181,8 @@ def test_what_lies_between_the_last_layer_and_the_loss_is_found_out():
     others = transformers.AutoModelForSequenceClassification.from_config(made().config), nn.Linear(3, 4)
     for other in others:
         report = tilebook.patch(other, loss_head=True)
-        assert "" not in {**report.changed, **report.left}
+        assert "" not in report.changed
+        assert "no head of a language model" in report.left[""]
 
 
 @pytest.mark.long
@@ -237,3 +238,11 @@ def test_a_call_that_fails_leaves_no_trace():
         model(input_ids=torch.tensor([[999]]), labels=torch.tensor([[1]]))
     assert model.lm_head(torch.zeros(2, 64)).shape == (2, 99)
     assert model(**batch(labels=False)).logits.shape == (2, 12, 99)
+
+
+def test_a_model_that_has_no_head_is_told_so_where_a_head_is_asked_for():
+    bare = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    report = tilebook.patch(bare, loss_head=True)
+    assert "no head of a language model" in report.left[""]
+    assert "no head of a language model" in str(report)
+    assert dict(tilebook.patch(bare).left) == {}

@@ -132,24 +132,44 @@ def test_differences_of_every_kind_are_told(run: Run, tmp_path: Path) -> None:
         "M1": "only in A",
         "M4": "other winner",
         "M8": "other time",
-        "M16": "other evidence",
+        "M16": "other trust",
         "M32": "only in B",
     }
     slower = next(each for each in rows if each["kind"] == "other time")
     assert (slower["ratio"], slower["a"]["time_ms"], slower["b"]["time_ms"]) == (2.0, 0.1, 0.2)
     text = run("diff", a, b).stdout
     assert "B takes 2.000 times as long" in text
-    assert text.endswith("1 only in A, 1 only in B, 1 other winner, 1 other time, 1 other evidence\n")
+    assert text.endswith("1 only in A, 1 only in B, 1 other winner, 1 other time, 1 other trust\n")
     assert run("diff", a, a).stdout.endswith("no verdict differs\n")
     run("diff", a, b, "--exit-code", status=1)
     run("diff", a, a, "--exit-code")
     run("diff", a, b, "--exit-code", "--gpu", "A100")
     run("export", tmp_path / "a.jsonl", "--registry", a)
-    assert run("diff", a, tmp_path / "a.jsonl", "--exit-code", status=1).stdout.count("other evidence") == 6, (
-        "untrusted"
-    )
     assert "there is no registry" in run("diff", a, tmp_path / "none.db", status=1).stderr
     assert "there is no registry" in run("diff", a, "user", status=1).stderr
+
+
+def test_of_verdicts_that_one_side_does_not_trust_a_line_tells_each_op_and_no_time(run: Run, tmp_path: Path) -> None:
+    a = tmp_path / "a.db"
+    with Registry.open(a, write=True) as registry:
+        registry.merge(verdicts=[today(f"M{rows},N256") for rows in (1, 2, 4, 8, 16)])
+    run("export", tmp_path / "a.jsonl", "--registry", a)
+    text = run("diff", a, tmp_path / "a.jsonl", "--exit-code", status=1).stdout
+    assert text.splitlines()[2:] == [
+        f"other trust: {OP.name} on NVIDIA H200: 5 verdicts that only A trusts, with the same winners and times",
+        "5 other trust",
+    ]
+    told = json.loads(run("diff", tmp_path / "a.jsonl", a, "--format", "json").stdout)
+    assert [(each["kind"], each["a"]["trusted"], each["ratio"]) for each in told] == [("other trust", False, 1.0)] * 5
+
+
+def test_other_evidence_of_the_same_time_has_no_ratio(run: Run, tmp_path: Path) -> None:
+    for name, tried in (("a", 7), ("b", 8)):
+        with Registry.open(tmp_path / f"{name}.db", write=True) as registry:
+            registry.merge(verdicts=[today(notes={"tried": tried})])
+    told = run("diff", tmp_path / "a.db", tmp_path / "b.db").stdout
+    assert "other evidence: " in told
+    assert "times as long" not in told
 
 
 def test_registries_and_exports_are_merged_into_a_new_one(run: Run, mine: Path, tmp_path: Path) -> None:

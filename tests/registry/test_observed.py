@@ -79,4 +79,11 @@ def test_people_are_told():
     assert json.dumps(shown["observed"]) == "true"
     table([shown], text)
     assert "observed" in text.getvalue()
-    assert "default" not in text.getvalue()
+    assert "1.230" in text.getvalue()
+    (line,) = [each for each in text.getvalue().splitlines() if "1.230" in each]
+    assert line.split()[-2:] == ["–", "1.230"], "it is over PyTorch's own call, and over no default"
+    assert text.getvalue().count("default") == 1, "in the head alone"
+    text = io.StringIO()
+    table([shown], text, brief=True)
+    (line,) = [each for each in text.getvalue().splitlines() if "1.230" in each]
+    assert line.split()[4:6] == ["–", "1.230"]

@@ -69,7 +69,7 @@ def test_who_made_it_travels_with_every_record(settings, tmp_path):
     mine, theirs, file = tmp_path / "mine.db", tmp_path / "theirs.db", tmp_path / "all.jsonl"
     shape = ("--shape", "M64,H32,I64", "--workers", "1")
     run("tune", "mlp", *shape, "--direction", "fwd", "--gpu", "H200", "--trials", "2", "--registry", mine)
-    run("revoke", "mlp_up_fwd", "--reason", "a test", "--triton", "<3", "--registry", mine)
+    run("revoke", "mlp_up_fwd", "--yes", "--reason", "a test", "--triton", "<3", "--registry", mine)
     settings.write_text('name = "Eve"\n')
     run("export", file, "--registry", mine)
     run("import", file, "--trust", "--registry", theirs)

@@ -179,7 +179,7 @@ def test_what_dispatch_would_not_serve_is_called_retired(run: Run, home: Path) -
         ("M64,N256 bf16", False),
         ("M8,N256 bf16", True),
     ]
-    assert "measured, user, retired" in " ".join(run("show").stdout.split())
+    assert "measured, user, retired" in " ".join(run("show", "--all").stdout.split())
     data = json.loads(run("status", "--gpu", "H200", "--format", "json").stdout)
     assert (data["verdicts"], data["layers"], data["retired"]) == ({"measured": 1}, {"shipped": 1}, 4)
     assert "4 more retired" in run("status", "--gpu", "H200").stdout
@@ -278,7 +278,8 @@ def test_without_the_extra_a_command_names_it_in_one_line(tmp_path: Path, packag
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "pip install 'tilebook[tune]'" in done.stderr
+    assert "pip install" in done.stderr
+    assert "alembic optuna rich" in done.stderr
 
 
 def test_without_what_the_package_needs_a_command_names_it_and_others_run(tmp_path: Path) -> None:

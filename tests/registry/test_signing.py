@@ -72,6 +72,33 @@ def test_trusted_keys_are_one_file_that_people_may_edit(run: Run, settings: Path
     assert signing.trusted() == []
 
 
+def test_a_key_that_says_no_name_of_its_own_is_called_after_its_file(run: Run, settings: Path, tmp_path: Path):
+    bare = LINE.rpartition(" Ada")[0]
+    for text in (bare, f"{bare} mine"):
+        (tmp_path / "colleague.pub").write_text(f"{text}\n")
+        assert "colleague" in run("keys", "trust", tmp_path / "colleague.pub", "--yes").output
+        assert run("keys", "show").output == f"trusted  {FINGERPRINT} colleague\n"
+        run("keys", "forget", "colleague")
+        assert signing.trusted() == []
+    (tmp_path / "colleague.pub").write_text(f"{LINE}\n")
+    run("keys", "trust", tmp_path / "colleague.pub", "--yes")
+    assert run("keys", "show").output == f"trusted  {FINGERPRINT} Ada, at home\n"
+    run("keys", "forget", tmp_path / "colleague.pub")
+    assert signing.trusted() == []
+
+
+def test_a_key_that_is_trusted_already_keeps_its_name_and_that_is_said(run: Run, settings: Path):
+    run("keys", "trust", LINE, "--yes")
+    told = run("keys", "trust", LINE, "--yes", "--name", "another").output
+    assert "Ada, at home" in told.splitlines()[0]
+    assert told.splitlines()[1] == "it stays Ada, at home: to call it another, forget it first"
+
+
+def test_a_file_of_a_key_that_is_not_there_is_named(run: Run, settings: Path):
+    told = run("keys", "trust", "missing.pub", "--yes", status=2).output
+    assert told == "tilebook: missing.pub is no key, and no file that can be read: No such file or directory\n"
+
+
 @pytest.mark.parametrize("how", ["file", "folder", "target", "owner", "pipe", "size"])
 def test_where_others_can_write_nobody_is_trusted(how: str, run: Run, settings: Path, tmp_path: Path):
     run("keys", "trust", LINE, "--yes")
@@ -213,9 +240,9 @@ def test_a_signature_changes_the_first_line_alone(signed: Path, tmp_path: Path):
 def test_what_a_stranger_said_is_not_signed(run: Run, signed: Path, tmp_path: Path):
     run("import", signed, "--no-trust")
     for more in ([], ["--measured"]):
-        told = run("export", tmp_path / "again.jsonl", "--sign", "theirs", *more).output
-        assert told.startswith("0 records written")
-        assert "those that are trusted here" in told
+        told = run("export", tmp_path / "again.jsonl", "--sign", "theirs", *more, status=1).output
+        assert "no record of your own registry that fits is trusted here" in told
+        assert not (tmp_path / "again.jsonl").exists()
     run("import", signed, "--trust")
     assert "2 records written" in run("export", tmp_path / "again.jsonl", "--sign", "theirs").output
     run("import", tmp_path / "again.jsonl", "--trust", "--registry", tmp_path / "other.db")
@@ -240,11 +267,11 @@ def test_without_cryptography_a_signature_is_a_claim(run: Run, signed: Path, tmp
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     told = run("import", signed, "--registry", tmp_path / "new.db").output
-    assert "it says: to look at that, pip install 'tilebook[sign]'" in told
+    assert "it says: to look at that, pip install cryptography" in told
     assert served(tmp_path / "new.db") == [False, False]
     run("keys", "trust", signed, "--yes")
     for arguments in (["import", signed], ["export", "-", "--sign", "theirs"], ["keys", "make", "new"]):
-        assert "needs cryptography: pip install 'tilebook[sign]'" in run(*arguments, status=1).output
+        assert "needs cryptography: pip install cryptography" in run(*arguments, status=1).output
     run("import", signed, "--trust", "--registry", tmp_path / "new.db")
     assert served(tmp_path / "new.db") == [True, True]
 

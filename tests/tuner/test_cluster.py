@@ -40,7 +40,7 @@ TOYS = [Scaling(64 << n, 64) for n in range(6)]
 
 @pytest.fixture(scope="module")
 def _cluster():
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'tilebook[ray]'")
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[client]'")
     if torch.cuda.is_available():
         pytest.skip("hosts would tune on the GPU of this machine")
     with ray_nodes() as nodes:
@@ -239,7 +239,7 @@ def test_ray_is_imported_by_nobody_who_does_not_ask_for_it():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--ray", "auto"], "tilebook: --ray needs ray: pip install 'tilebook[ray]'\n"),
+        (["--ray", "auto"], "tilebook: --ray needs ray: pip install 'ray[client]'\n"),
         (["--ray", "auto", "--gpus", "all"], "tilebook: give --ray or --gpus, not both"),
     ],
 )

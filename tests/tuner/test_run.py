@@ -147,7 +147,9 @@ def test_a_prediction_says_whether_the_default_stays_and_what_is_served_before_i
     run = Run(1, False)
     with view(run):
         _, registry = tune(tmp_path / "registry.db", None, run=run)
-    assert ("predicted: the default stays: " in capsys.readouterr().err) is stays
+    assert (
+        "predicted: the default stays, since the best is predicted to be 1.10x as fast" in capsys.readouterr().err
+    ) is stays
     out = io.StringIO()
     table([row(registry.verdicts()[0], "user")], out, tuned=True)
     assert ("default stays" in out.getvalue()) is stays

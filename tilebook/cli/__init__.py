@@ -16,7 +16,10 @@ except ModuleNotFoundError as missing:
 
     def main(*_: Any, **__: Any) -> None:  # type: ignore[misc]
         """Says what is not installed."""
-        print("tilebook: the command line needs click: pip install 'tilebook[tune]'", file=sys.stderr)
+        print(
+            "tilebook: the command line needs click, and to tune more: pip install click alembic optuna rich",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
 
 

@@ -26,7 +26,8 @@ _OPTIONS = (
         "--budget",
         type=Seconds(),
         metavar="TIME",
-        help="End after about this time (180s, 5m); what is not reached stays as it is, and is said.",
+        help="End after about this time (180s, 5m; a bare number is of seconds);"
+        " what is not reached stays as it is, and is said.",
     ),
     click.option(
         "--dry-run", is_flag=True, help="Say what would be looked at, in which order; measure and write nothing."

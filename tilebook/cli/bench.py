@@ -27,6 +27,25 @@ class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         return tuple(map(int, parts))
 
 
+def _demand_place(out: Path) -> None:
+    """Raises RegistryError where figures cannot be written, and UsageError where something else is: before hours of
+    measuring."""
+    from tilebook.cli.files import named
+    from tilebook.errors import UsageError
+
+    with named(str(out)):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            try:
+                ours = "crossover" in json.loads(out.read_text(encoding="utf-8"))
+            except (ValueError, TypeError):
+                ours = False
+            if not ours:
+                raise UsageError(f"{out} is there and has no figures of this command: it is left as it is")
+        with out.open("a", encoding="utf-8"):
+            pass
+
+
 @main.group(epilog=example("tilebook bench crossover --head-dim 128"))
 def bench() -> None:
     """Measures on this GPU how ways to compute compare that are not the same function."""
@@ -38,8 +57,17 @@ def bench() -> None:
 @click.option("--heads", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--window", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of the window.")
 @click.option("--rounds", type=click.IntRange(min=2), default=7, show_default=True)
-@click.option("--seconds", type=Seconds(), metavar="TIME", help="Begin no further length after so long (60s, 5m).")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write figures there; a plot beside them.")
+@click.option(
+    "--seconds",
+    type=Seconds(),
+    metavar="TIME",
+    help="Begin no further length after so long (60s, 5m; a bare number is of seconds).",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write figures there, in the place of earlier ones; a plot beside them.",
+)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 def crossover(
     lengths: tuple[int, ...],
@@ -64,6 +92,8 @@ def crossover(
 
     if device == "cuda" and not devices.present():
         raise UsageError("there is no GPU here; --device cpu tries the command")
+    if out is not None:
+        _demand_place(out)
     begun, rows = time.monotonic(), list[dict[str, Any]]()
     for row in report.measured(lengths, head_dim, heads, window, device, rounds):
         rows.append(row)
@@ -72,7 +102,6 @@ def crossover(
             where = devices.current().name if device == "cuda" else "cpu"
             document = {"device": where, "environment": dict(devices.environment()), "heads": heads, "rounds": rounds}
             document |= {"crossover": report.crossovers(rows), "results": rows}
-            out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         if time.monotonic() - begun > (math.inf if seconds is None else seconds):
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import importlib
 import io
 import json
@@ -96,6 +97,7 @@ SINCE = click.option(
 BEFORE = click.option(
     "--before", type=Moment(), metavar="TIME", help="Only what was made before: 2026-11-01, or 90d ago."
 )
+YES = click.option("--yes", "-y", is_flag=True, help="Do not ask first.")
 MEASURED = click.option("--measured", is_flag=True, help="Only what was measured, no predictions.")
 
 
@@ -191,8 +193,8 @@ def _printable(stream: Any) -> Any:
     return _Ascii(stream.detach(), encoding="ascii", errors="tilebook.plain", line_buffering=lines, write_through=True)
 
 
-_EXTRA = {"alembic": "tune", "optuna": "tune", "rich": "tune", "cryptography": "sign"}
-"""Packages without which models run but some commands do not, and the extras that bring them."""
+_EXTRA = {**dict.fromkeys(("alembic", "optuna", "rich"), "alembic optuna rich"), "cryptography": "cryptography"}
+"""Packages without which models run but some commands do not, and what to install then: tilebook is in no index."""
 
 
 _SENTENCE = 1000
@@ -208,15 +210,19 @@ COMMANDS = {
     "bench": ("bench",),
     "compare": ("diff", "merge"),
     "doctor": ("doctor",),
+    "exchange": ("export", "import"),
     "keys": ("keys",),
     "maintain": ("check", "prune", "remove", "repair"),
     "profile": ("profile",),
     "recheck": ("recheck",),
     "record": ("record",),
-    "registry": ("explain", "export", "import", "revoke", "show", "status"),
+    "registry": ("explain", "revoke", "show", "status"),
     "tuning": ("sweep", "tune"),
 }
 """The modules of `tilebook.cli` and the commands that each has. To load all takes as long as most commands."""
+
+_READING = frozenset({"check", "diff", "doctor", "explain", "export", "keys", "revoke", "show", "status", "tune"})
+"""Commands that are done, or lose nothing, when nobody reads on what they print; tune prints at its end."""
 
 _HOME = {command: module for module, commands in COMMANDS.items() for command in commands}
 
@@ -265,21 +271,31 @@ class _Tidy(_Told):
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = told
-                return super().invoke(ctx)
+                found = super().invoke(ctx)
+                sys.stdout.flush()
+                return found
         except UsageError as wrong:
             _fail(str(wrong), 2)
         except BrokenPipeError:
-            raise  # who reads has read enough: click ends without a word
+            if ctx.invoked_subcommand not in _READING:
+                raise  # click ends without a word
+            _hush()  # who reads has read enough
+            raise SystemExit(0) from None
         except (TilebookError, OSError) as broken:
             _fail(str(broken), 1)
         except ModuleNotFoundError as missing:
             package = (missing.name or "").partition(".")[0]
             if package not in (*_EXTRA, *_NEEDED):
                 raise
-            install = package if package in _NEEDED else f"'tilebook[{_EXTRA[package]}]'"
-            _fail(f"this command needs {package}: pip install {install}", 1)
+            _fail(f"this command needs {package}: pip install {_EXTRA.get(package, package)}", 1)
         except KeyboardInterrupt:
             _fail("interrupted; what was done is kept, and the same command goes on from there", 130)
+
+
+def _hush() -> None:
+    """Nobody reads stdout any more: what is still to be written there is not an error when the program ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(text: str, status: int) -> NoReturn:
@@ -318,8 +334,10 @@ def print_json(rows: Sequence[dict[str, Any]]) -> None:
     click.echo("[" + ",".join(f"\n{as_json(row)}" for row in rows) + ("\n]" if rows else "]"))
 
 
-def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False, nothing: str = "") -> None:
-    """nothing: what is said where there are no rows."""
+def print_rows(
+    rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False, nothing: str = "", brief: bool = False
+) -> None:
+    """nothing: what is said where there are no rows. tuned, brief: see `rows.table`."""
     if format_ == "json":
         print_json(rows)
         return
@@ -328,7 +346,7 @@ def print_rows(rows: Sequence[dict[str, Any]], format_: str, tuned: bool = False
         return
     from tilebook.report.rows import table
 
-    table(rows, sys.stdout, tuned=tuned)
+    table(rows, sys.stdout, tuned=tuned, brief=brief)
 
 
 def unheard() -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 from urllib.parse import unquote_to_bytes, urlsplit
 
+from tilebook.cli.files import text
 from tilebook.errors import RegistryError, UsageError
 from tilebook.registry.checks import quoted
 
@@ -39,7 +40,7 @@ def fetched(url: str, most_bytes: int, most_s: float) -> Iterator[TextIO]:
         else:
             raise UsageError(f"{url}: only file, http and https URLs can be imported")
         file.seek(0)
-        with open(file.fileno(), encoding="utf-8", newline="\n", closefd=False) as stream:
+        with open(file.fileno(), "rb", closefd=False) as again, text(again, url, most_bytes) as stream:
             yield stream
 
 

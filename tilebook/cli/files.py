@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import stat
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO, TextIO
 
 from tilebook.errors import RegistryError
 
@@ -32,14 +34,14 @@ def written(name: str) -> Iterator[TextIO]:
         return
     place = Path(os.path.realpath(name))  # a link stays one; what it leads to is written
     if place.exists() and not stat.S_ISREG(place.stat().st_mode):
-        with _named(name), open(name, "w", encoding="utf-8") as stream:
+        with named(name), open(name, "w", encoding="utf-8") as stream:
             yield stream
         return
     if place.exists() and not _is_export(place):
         raise RegistryError(f"{name} is there and is no export: it is left as it is")
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
-        with _named(name):
+        with named(name):
             with partial.open("w", encoding="utf-8") as stream:
                 yield stream
             partial.replace(place)
@@ -49,7 +51,7 @@ def written(name: str) -> Iterator[TextIO]:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """Has errors of writing, which do not say where that was, name the file that the user has named."""
     try:
         yield
@@ -83,7 +85,45 @@ def opened(name: str, most_bytes: int, most_s: float) -> Iterator[TextIO]:
     if name in _STDIN:
         if sys.stdin is None:
             raise RegistryError("stdin is closed: there is nothing to read")
-        yield io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="\n")
+        yield text(sys.stdin.buffer, name)
         return
-    with open(name, encoding="utf-8", newline="\n") as stream:
+    with open(name, "rb") as file, text(file, name) as stream:
         yield stream
+
+
+def text(file: BinaryIO, name: str, most_bytes: int | None = None) -> TextIO:
+    """The lines of an export, unpacked where its first bytes say that it is packed by gzip.
+
+    most_bytes: that it may have when it is unpacked.
+    """
+    peeking = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)  # type: ignore[type-var, unused-ignore]
+    if peeking.peek(2)[:2] == _GZIP:
+        return io.TextIOWrapper(io.BufferedReader(_Unpacked(peeking, name, most_bytes)), "utf-8", newline="\n")
+    return io.TextIOWrapper(peeking, encoding="utf-8", newline="\n")
+
+
+_GZIP = b"\x1f\x8b"
+
+
+class _Unpacked(io.RawIOBase):
+    """What a gzip file has in it, read as it is asked for: a little file may be a very long one."""
+
+    def __init__(self, file: BinaryIO, name: str, most_bytes: int | None) -> None:
+        import gzip
+
+        self._file, self._name, self._most = gzip.GzipFile(fileobj=file, mode="rb"), name, most_bytes
+        self._left = math.inf if most_bytes is None else most_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            part = self._file.read(len(buffer))
+        except (EOFError, OSError, zlib.error) as error:
+            raise RegistryError(f"{self._name} is no whole gzip file: {error}") from error
+        self._left -= len(part)
+        if self._left < 0:
+            raise RegistryError(f"{self._name} has more than {(self._most or 0) / 1e6:.0f} MB unpacked: see --max-size")
+        buffer[: len(part)] = part
+        return len(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -65,7 +66,11 @@ def _row(key: Key) -> dict[str, str]:
     "trust", epilog=example("tilebook keys trust colleague.pub", "tilebook keys trust verdicts.jsonl --name 'the team'")
 )
 @click.argument("key")
-@click.option("--name", metavar="NAME", help="What it is called here (default: what its line says).")
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="What it is called here (default: what its line says, or the file's name where that is nothing or `mine`).",
+)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask first.")
 def trust(key: str, name: str | None, yes: bool) -> None:
     """Trusts KEY from now on: what it has signed is served when it is imported, as with --trust.
@@ -77,22 +82,29 @@ def trust(key: str, name: str | None, yes: bool) -> None:
     from tilebook.registry import signing
 
     found = signing.read_key(key)
-    if name is not None:
+    if name is None and found.name in ("", "mine"):  # as everybody's own is called
+        name = signing.name_of(key) or found.name
+    if name:
         found = signing.read_key(f"ssh-ed25519 {found.text} {name}")
     if not yes:
         click.confirm(f"Trust all that is signed by {found}?", abort=True, err=True)
     new = signing.trust(found)
-    click.echo(f"{found} is trusted{'' if new else ' already'}: see {signing.trusted_place()}", err=True)
+    known = next((each for each in signing.trusted() if each.text == found.text), found)
+    click.echo(f"{known} is trusted{'' if new else ' already'}: see {signing.trusted_place()}", err=True)
+    if not new and known.name != found.name:
+        click.echo(f"it stays {known.name or 'without a name'}: to call it {found.name}, forget it first", err=True)
 
 
 @keys.command("forget", epilog=example("tilebook keys forget 'the team'"))
 @click.argument("key")
 def forget(key: str) -> None:
-    """Trusts KEY, a name or a fingerprint, no longer. What has been imported stays: see `tilebook remove`."""
+    """Trusts KEY no longer, a name, a fingerprint or a file. What has been imported stays: see `tilebook remove`."""
     from tilebook.errors import UsageError
     from tilebook.registry import signing
 
     gone = signing.forget(key)
+    if not gone and Path(key).is_file():
+        gone = signing.forget(signing.read_key(key).text)
     if not gone:
         raise UsageError(f"no key that is trusted is called {key}: see `tilebook keys show`")
     for each in gone:

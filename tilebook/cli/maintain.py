@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from tilebook.cli.common import BEFORE, DTYPE, GPU, OP, REGISTRY, example, main
+from tilebook.cli.common import BEFORE, DTYPE, GPU, OP, REGISTRY, YES, example, main
 
 if TYPE_CHECKING:
     from tilebook.registry.maintenance import Chosen, Retired, Wanted
@@ -21,7 +21,6 @@ ORIGIN = click.option(
     help="Only what was made here (local), or came from elsewhere.",
 )
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be removed, and change nothing.")
-YES = click.option("--yes", "-y", is_flag=True, help="Do not ask first.")
 
 
 @main.command(epilog=example("tilebook check", "tilebook check --registry team.db --repair"))
@@ -61,11 +60,19 @@ def repair(registry: str | None) -> None:
 
 
 def _repair(registry: str | None) -> None:
+    from tilebook.errors import RegistryError
     from tilebook.registry import Layers
     from tilebook.registry.maintenance import repair as mend
     from tilebook.registry.target import Target
 
-    with Layers.default(registry).sink() as target:
+    layers = Layers.default(registry)
+    first, where = layers.layers[0]
+    if first in ("explicit", "user") and "://" not in where and not Path(where).expanduser().exists():
+        if first == "explicit":
+            raise RegistryError(f"there is no registry at {where}")
+        click.echo(f"nothing to repair: there is no registry at {where}", err=True)
+        return
+    with layers.sink() as target:
         path = Target.parse(target.target).path or Path("tilebook-registry").absolute()
         aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S}.jsonl")
         removed = mend(target, aside)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +27,20 @@ if TYPE_CHECKING:
 )
 @click.argument("command", nargs=-1, required=True, metavar="-- COMMAND [ARGUMENT]...")
 @click.option(
-    "--seconds", type=Seconds(), metavar="TIME", help="End the program so long (60s, 5m) after its first call."
+    "--seconds",
+    type=Seconds(),
+    metavar="TIME",
+    help="End the program so long (60s, 5m; a bare number is of seconds) after its first call.",
 )
 @click.option("--calls", type=click.IntRange(min=1), help="End the program after so many calls.")
 @click.option("--json", "file", type=click.File("w", "utf-8", lazy=False), help="Write all of it there, too.")
 @click.option("--tune", is_flag=True, help="Tune what is heaviest, then run the program once more.")
-@click.option("--budget", type=Seconds(), metavar="TIME", help="With --tune: end the tune after about this time.")
+@click.option(
+    "--budget",
+    type=Seconds(),
+    metavar="TIME",
+    help="With --tune: end the tune after about this time (180s, 5m; a bare number is of seconds).",
+)
 @REGISTRY
 def profile(
     command: tuple[str, ...],
@@ -81,12 +87,14 @@ def _run(
     command: Sequence[str], seconds: float | None, calls: int | None, registry: str | None
 ) -> tuple[int, Profile | None]:
     """The program's exit status, and what it has noted, which is shown."""
+    from tilebook.cli.child import run
+
     with tempfile.TemporaryDirectory(prefix="tilebook-profile-") as folder:
         Path(folder, "options.json").write_text(json.dumps({"seconds": seconds, "calls": calls}), encoding="utf-8")
         environment = {ASKED: "1", **os.environ, PROFILED: folder}
         if registry is not None:
             environment["TILEBOOK_REGISTRY"] = registry
-        status = _wait(command, environment)
+        status = run(command, environment)
         written = [json.loads(each.read_text(encoding="utf-8")) for each in Path(folder).glob("[0-9]*.json")]
     if not any(each.get("problems") for each in written):
         click.echo(f"tilebook: {_nothing(written)}", err=True)
@@ -109,26 +117,3 @@ def _nothing(written: Sequence[dict[str, Any]]) -> str:
         return f"no call was noted: {silent} of {len(written)} processes were killed, or left by os._exit or exec"
     none = "" if machine.present() else ", and PyTorch sees no GPU here"
     return f"the program called nothing on a GPU that tilebook has kernels for{none}"
-
-
-def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Runs it in our place: Ctrl-C is for the program, and so is what we are told to end by."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def told(number: int, _: Any) -> None:
-        if number == signal.SIGTERM:  # a terminal sends Ctrl-C to both
-            for each in started:
-                each.send_signal(number)
-
-    # What is handled here is not inherited; what is ignored would be.
-    before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        started.append(subprocess.Popen(command, env=environment))
-        status = started[0].wait()
-    except OSError as wrong:
-        click.echo(f"tilebook: {command[0]} cannot be run: {wrong.strerror}", err=True)
-        raise SystemExit(127 if isinstance(wrong, FileNotFoundError) else 126) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return status if status >= 0 else 128 - status

@@ -66,7 +66,8 @@ if TYPE_CHECKING:
     "--budget",
     type=Seconds(),
     metavar="TIME",
-    help="End after about this time (180s, 5m): what is worth most of the GPU's time comes first and has most of it,"
+    help="End after about this time (180s, 5m; a bare number is of seconds):"
+    " what is worth most of the GPU's time comes first and has most of it,"
     " what is not reached is said (default: none, until each has converged).",
 )
 @click.option(
@@ -122,9 +123,10 @@ def tune(
     On a machine with a GPU every candidate is verified, then timed. With --gpu NAME, and no such GPU here, candidates
     are compiled for that model and ranked by a performance model; their verdicts are marked predicted.
 
-    The same command resumes a run that was interrupted. A problem that has a verdict is skipped; where the space has
-    grown since, only what is new is tried. A GPU model keeps one verdict a problem, so that tuning in the other mode
-    replaces it.
+    The same command resumes a run that was interrupted. A problem that has a verdict is skipped, to predict also one
+    that has a measured one in any layer; where the space has grown since, only what is new is tried. A GPU model keeps
+    one verdict a problem, so that tuning in the other mode replaces it. A FAMILY, a --suite or a --gpu that there is
+    not is answered with those that there are.
     """
     from tilebook.op import UsageError
     from tilebook.report.live import view
@@ -171,7 +173,7 @@ def tune(
         weights=weights,
         watch=view,
     )
-    _print(outcomes if isinstance(outcomes, list) else [outcomes], format_)
+    _print(outcomes if isinstance(outcomes, list) else [outcomes], format_, budget)
 
 
 def _hints(place: Path | None) -> Hints | None:
@@ -202,20 +204,24 @@ def _recorded(place: str, rules: Path | None) -> tuple[list[tuple[Op[Any], Probl
     return offer.problems, offer.weights
 
 
-def _print(outcomes: Sequence[Outcome], format_: str) -> None:
+def _print(outcomes: Sequence[Outcome], format_: str, budget_s: float | None) -> None:
     """A table for each GPU model, or all rows as JSON, and what failed; ends as the run did."""
     from tilebook.report.rows import tuned
 
     found = [tuned(each.states, each.layer, each.gpu.name) for each in outcomes]
     for rows in [list(itertools.chain(*found))] if format_ == "json" else found:
         print_rows(rows, format_, tuned=True)
-    failed = [(each.gpu.name, state) for each in outcomes for state in each.states if state.error]
-    for name, state in failed:
-        where = f" on {name}" if len(outcomes) > 1 else ""
-        click.echo(f"tilebook: {state.op} {state.label}{where}: {state.error}", err=True)
+    states = [state for each in outcomes for state in each.states]
     if any(each.interrupted for each in outcomes):
         raise KeyboardInterrupt
-    if failed:
+    failed = sum(bool(state.error) for state in states)
+    if failed:  # which and why has been said as it happened
+        click.echo(f"tilebook: {failed} of {len(states)} problems failed", err=True)
+        raise SystemExit(1)
+    if states and all(state.unreached and state.verdict is None for state in states):
+        why = "; ".join(sorted({state.unreached for state in states}))
+        advice = ": give it more time" if budget_s is not None else ""
+        click.echo(f"tilebook: none of {len(states)} problems was reached ({why}){advice}", err=True)
         raise SystemExit(1)
 
 

@@ -320,6 +320,10 @@ class Probing:
         if self._mine:
             here.begin_probing(Prober())
 
+    def __repr__(self) -> str:
+        state = "on" if here.prober is not None else "ended"
+        return f"<tilebook probing, {state}{'' if torch.cuda.is_available() else '; there is no GPU here to probe'}>"
+
     def __enter__(self) -> Probing:
         return self
 

@@ -30,7 +30,6 @@ where two processes, or two cards of one model, may see what is equal so far apa
 _DECISIVE = ("torch", "cudnn", "cuda")
 """Packages whose versions decide how fast PyTorch's own call is."""
 
-
 COMPILED = frozenset({"inductor", "flex_attention"})
 """Implementations that compile for seconds when they are first called: a program must not wait for that."""
 
@@ -172,14 +171,18 @@ class Snapshot:
             for verdict in chain(exact, near)
             for candidate in (self._feasible if verdict in exact else self._carried)(op, problem, verdict)
         )
-        found = chain(known, self._defaults(op, problem))
-        return next((each for each in found if each.implementation is op.tunable and not self.revocation(each)), None)
+        found = (each for each in chain(known, self._defaults(op, problem)) if each.implementation is op.tunable)
+        return next((each for each in found if not self.revocation(each)), None)
 
     def lead(self, op: Op[Any], verdict: Served) -> float | None:
         """How many times as fast as PyTorch's own call its winner was measured to be; None where that was not."""
         its = verdict.finalists[0].time_ms if verdict.measured else None
         theirs = min(self._native_ms(op, verdict, op.problem.from_key(verdict.problem)), default=None)
         return theirs / its if theirs and its else None
+
+    def exact(self, op: Op[Any], problem: Problem) -> Served | None:
+        """The verdict on just this problem, whether or not anything of it may run here."""
+        return next(iter(self._around(op, problem, 0)[0]), None)
 
     def near(self, op: Op[Any], problem: Problem) -> Served | None:
         """The nearest verdict of the same kind, on another problem, that was measured beside PyTorch's own call."""
@@ -201,7 +204,7 @@ class Snapshot:
         exact, near = self._around(op, problem, 0 if fused else _FIRST)
         for verdict in exact:
             for candidate in self._feasible(op, problem, verdict):
-                if self._counts(candidate[0], problem, verdict):
+                if self.counts(candidate[0], problem, verdict):
                     yield Choice(*candidate, "exact", problem, self.gpu, verdict.layer, verdict)
         if fused:
             # Faster than PyTorch's own kernel only where that was measured, or follows from what was.
@@ -238,9 +241,8 @@ class Snapshot:
 
     def _theirs(self, op: Op[Any], verdict: Served, measured: Problem) -> float | None:
         """How long PyTorch's own kernel took beside ours, None where no tune has measured it in this environment."""
-        native = self._native_ms(op, verdict, measured)
         counts = verdict.measured and verdict.origin != "observed" and _here(verdict)
-        return min(native, default=None) if counts else None
+        return min(self._native_ms(op, verdict, measured), default=None) if counts else None
 
     def _native_ms(self, op: Op[Any], verdict: Served, problem: Problem) -> list[float]:
         """What a verdict on the problem says of the implementations that PyTorch's own function runs for it."""
@@ -281,7 +283,7 @@ class Snapshot:
                 best = self._table.find(question.about(verdict.problem)).exact
                 yield best if best is not None and best.trusted else verdict
 
-    def _counts(self, candidate: Implementation, problem: Problem, verdict: Served) -> bool:
+    def counts(self, candidate: Implementation, problem: Problem, verdict: Served) -> bool:
         """Does an exact verdict say of this finalist how it compares here with what PyTorch's own call would do?
 
         A prediction compares our configs with each other only. A lead that another card may not see does not count; in
@@ -332,8 +334,9 @@ class Snapshot:
 
     def _some(self, op: Op[Any]) -> list[Served]:
         """Verdicts that may be served, on whatever problems: all, but of large registries."""
-        large = self._table.large(op.name)
-        return self._table.some(op.name, op.digest) if large else [verdict for verdict, _ in self.verdicts(op)]
+        if self._table.large(op.name):
+            return self._table.some(op.name, op.digest)
+        return [verdict for verdict, _ in self.verdicts(op)]
 
     def _defaults(self, op: Op[Any], problem: Problem) -> Iterator[Choice]:
         """Our kernel with its default config; in its place configs verified on other problems, then its neighbours."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,8 @@ from tilebook.foreign.autotune import combined
 from tilebook.foreign.given import Given
 from tilebook.foreign.kernel import autotuner, found
 from tilebook.foreign.ops import RECORDED
+from tilebook.foreign.spacefile import read
 from tilebook.imported import after_import, importing
-
-_PARTS = {"space", "key", "grid"}
 
 
 def give_space(
@@ -85,12 +83,5 @@ def _give(kernel: Any, space: Mapping[str, Sequence[Any]], key: Sequence[str], g
 
 def give_spaces(file: Path) -> None:
     """Those of a JSON file: kernel → space, key, grid. Raises UsageError."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        wanted = [(kernel, dict(each)) for kernel, each in content.items()]
-        if any("space" not in each or not each.keys() <= _PARTS for _, each in wanted):
-            raise ValueError("each kernel has a space, and perhaps a key and a grid")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as wrong:
-        raise UsageError(f"{file} has no spaces: {wrong}") from None
-    for kernel, each in wanted:
+    for kernel, each in read(file).items():
         give_space(kernel, each["space"], key=each.get("key", ()), grid=each.get("grid"))

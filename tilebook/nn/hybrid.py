@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tilebook.call import watched
+from tilebook.kernels.bidirectional import features
 from tilebook.nn.attention import MultiheadAttention, of_one_width
 from tilebook.nn.linear import LinearAttention, attend
 from tilebook.patching import Report
@@ -66,9 +67,10 @@ def hybrid(
     ones, for PyTorch's classes), raise ValueError.
 
     Raises:
-        ValueError: no layer of a known class, numbers of none, both layers and exact_every, or a layer that has what
-            linear attention does not. Nothing is changed then.
+        ValueError: a feature_map that is none, no layer of a known class, numbers of none, both layers and
+            exact_every, or a layer that has what linear attention does not. Nothing is changed then.
     """
+    features.check_map(feature_map)
     found = {name: module for name, module in model.named_modules() if _theirs(module) or _pytorchs(module)}
     if not found:
         raise ValueError(f"no layer of {type(model).__name__} has attention that is known here")

@@ -29,12 +29,13 @@ class LinearAttention(MultiheadAttention):
         eps: what is added to the sum of the weights. A row all of whose keys are hidden is 0.
 
     Raises:
-        ValueError: kdim or vdim of other widths, add_bias_kv, add_zero_attn.
+        ValueError: kdim or vdim of other widths, add_bias_kv, add_zero_attn; a feature_map that is none.
     """
 
     def __init__(
         self, *args: Any, feature_map: Any = "elu+1", causal: bool = False, eps: float = 1e-6, **kwargs: Any
     ) -> None:
+        features.check_map(feature_map)
         super().__init__(*args, **kwargs)
         if not of_one_width(self):
             raise ValueError("linear attention takes no kdim or vdim of other widths, add_bias_kv or add_zero_attn")

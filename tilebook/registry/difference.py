@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from tilebook.registry.overview import Shown
     from tilebook.registry.texts import Written
 
-Kind = Literal["only in A", "only in B", "other winner", "other time", "other evidence"]
-KINDS: tuple[Kind, ...] = ("only in A", "only in B", "other winner", "other time", "other evidence")
+Kind = Literal["only in A", "only in B", "other winner", "other time", "other evidence", "other trust"]
+KINDS: tuple[Kind, ...] = ("only in A", "only in B", "other winner", "other time", "other evidence", "other trust")
 
 Key = tuple[str, str, str, str, int, str]
 
@@ -34,8 +34,8 @@ class Told(NamedTuple):
 class Difference:
     """A problem, device and kernel of which two registries say different things; a side that says nothing is None.
 
-    "other time": the same winner took another time. "other evidence": all that is served is the same, but not whether
-    it may be served, or what it was found with.
+    "other time": the same winner took another time. "other evidence": all that is served is the same, but not what it
+    was found with. "other trust": they say the same, and only one side serves it.
     """
 
     kind: Kind
@@ -80,4 +80,6 @@ def _kind(one: Told | None, other: Told | None) -> Kind | None:
         return "other winner"
     if (a.time_ms, a.winner.predicted_ms) != (b.time_ms, b.winner.predicted_ms):
         return "other time"
-    return "other evidence" if one.said != other.said or a.trusted != b.trusted else None
+    if one.said != other.said:
+        return "other evidence"
+    return "other trust" if a.trusted != b.trusted else None

@@ -298,6 +298,8 @@ def _malformed(number: int, why: str) -> RegistryError:
 
 
 def _head(line: str) -> dict[str, Any]:
+    if not line:
+        raise _malformed(1, "the file is empty")
     head = _parse(1, line)
     if head.get("format") != FORMAT:
         raise _malformed(1, "this is not a tilebook export")

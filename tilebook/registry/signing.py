@@ -220,11 +220,20 @@ def read_key(source: str) -> Key:
     try:
         if source.startswith(f"{_KIND} "):
             return Key.of(source)
-        text = _text(Path(source))
+        try:
+            text = _text(Path(source))
+        except OSError as error:
+            raise UsageError(f"{source} is no key, and no file that can be read: {error.strerror or error}") from error
         signature = signature_of(text)
         return Key.of(text.strip()) if signature is None else signature.key
     except ValueError as wrong:
         raise UsageError(str(wrong)) from wrong
+
+
+def name_of(source: str) -> str:
+    """What a key is called after the file that it is read from; "" where it is given as text."""
+    name = "" if source.startswith(f"{_KIND} ") else Path(source).name.partition(".")[0]
+    return name if _is_name(name) else ""
 
 
 def _trusted_lines(file: Path) -> list[str]:

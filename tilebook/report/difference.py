@@ -54,14 +54,30 @@ def _lines(rows: Sequence[dict[str, Any]], a: str, b: str, of_a: int, of_b: int)
     yield f"A {a}: {of_a:,} verdicts"
     yield f"B {b}: {of_b:,} verdicts"
     for each in rows:
-        ratio = f", B takes {each['ratio']:.3f} times as long" if each["ratio"] else ""
+        if each["kind"] == "other trust":
+            continue
+        told = each["ratio"] if each["kind"] in ("other winner", "other time") else None
+        ratio = f", B takes {told:.3f} times as long" if told else ""
         yield f"{each['kind']}: {each['op']} {each['problem']} on {each['device']}{ratio}"
         for name in ("a", "b"):
             if each[name] is not None:
                 yield f"  {name.upper()} {_winner(each[name])}"
+    yield from _trust(rows)
     counts = Counter(each["kind"] for each in rows)
     told = ", ".join(f"{counts[kind]:,} {kind}" for kind in KINDS if counts[kind])
     yield told or "no verdict differs"
+
+
+def _trust(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line for each op and GPU: of what both sides say alike, how much only one trusts."""
+    counts = Counter(
+        (each["op"], each["device"], "A" if each["a"]["trusted"] else "B")
+        for each in rows
+        if each["kind"] == "other trust"
+    )
+    for (op, device, side), count in sorted(counts.items()):
+        some = f"{count:,} verdict{'' if count == 1 else 's'}"
+        yield f"other trust: {op} on {device}: {some} that only {side} trusts, with the same winners and times"
 
 
 def _winner(side: dict[str, Any]) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from tilebook.registry.overview import Shown
 
 Level = Literal["ok", "note", "fault"]
 
@@ -103,7 +107,7 @@ def _flash() -> Iterator[Finding]:
     if version != "unknown":
         yield Finding("ok", "flash-attn-4", version)
     elif devices.present() and 90 <= devices.current().capability < 120:
-        advice = "pip install --pre 'tilebook[flash-attn]'"
+        advice = "pip install --pre flash-attn-4"
         yield Finding("note", "flash-attn-4", "not installed; verdicts that it won fall to the next best", advice)
 
 
@@ -161,10 +165,29 @@ def _registry(explicit: str | None) -> Iterator[Finding]:
         served = [v for v in found if v.op in known and v.trusted and v.measured and stands(v, known[v.op].digest)]
         of = "" if gpu is None else f" for {gpu.name}"
         if name not in layers.unread and (found or name == "shipped"):
-            yield Finding("ok", f"registry, {name}", f"{len(served)} verdicts{of} serve, of {len(found)}: {target}")
+            why = _unserved(found, known)
+            told = f"{len(served)} verdicts{of} serve, of {len(found)}{f' ({why})' if why else ''}: {target}"
+            yield Finding("ok", f"registry, {name}", told)
     if gpu is not None and not any(layer for layer, _ in shown):
         text = f"no verdict for {gpu.name}: PyTorch's own calls run where it has them"
         yield Finding("note", "registry", text, "tilebook tune --suite seeds, or --misses after a program has run")
+
+
+def _unserved(verdicts: Iterable[Shown], known: Mapping[str, Any]) -> str:
+    """Why some do not serve: how many for which reason, "" where all do."""
+    from tilebook.registry.current import stands
+
+    def why(each: Shown) -> str:
+        if each.op not in known:
+            return "kernels of others, or ops of another version"
+        if not each.trusted:
+            return "not trusted: tilebook verify measures them here"
+        if not stands(each, known[each.op].digest):
+            return "of kernels as they were"
+        return "" if each.measured else "predicted: they serve only where PyTorch has no kernel of its own"
+
+    counts = Counter(filter(None, map(why, verdicts)))
+    return "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
 _KNOWN_ANSWERS = """

@@ -13,6 +13,7 @@ from tilebook.op import Op, Problem, UsageError
 from tilebook.registry import Layers, Verdict
 from tilebook.registry.serving import Served
 from tilebook.report.asked import target
+from tilebook.report.finalists import evidence, passed_over, running, written
 from tilebook.report.rows import label, row, stale
 
 
@@ -26,10 +27,12 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
     snapshot = Snapshot(device, registry)
     choice = snapshot.choose(op, problem)
     passed = list(_passed(snapshot, op, problem))
+    before = list(passed_over(snapshot, choice))
     cost = problem.cost()
     floor_ms = 1e3 * problem.floor_s(device)
     verdict = None if choice.verdict is None else _whole(choice.verdict, device, registry)
     changed = stale(verdict) if verdict is not None else []
+    told, measured = ("", None) if verdict is None else evidence(verdict, running(verdict, choice))
     data: dict[str, Any] = {
         "op": op.name,
         "problem": problem.label,
@@ -44,16 +47,24 @@ def explain(op: Op[Any], problem: Problem, gpu: str | None, registry: str | None
         "environment": dict(verdict.environment.versions) if verdict is not None else None,
         "changed": changed,
         "revoked": passed,
+        "passed_over": before,
+        "measured": measured,
     }
+    unused = snapshot.exact(op, problem) if choice.verdict is None and before else None
+    if unused is not None:
+        because = f"of the {unused.status} verdict for exactly this problem, layer {unused.layer}, nothing may run here"
+    else:
+        because = _reason(choice.source, data["verdict"], [each["source"] for each in passed], op.fused(problem))
     lines = [
         f"{op.name} {asked}{f' (asks for {problem.label})' if asked != problem.label else ''} on {device.name}",
         f"  runs     {choice.implementation.name} {choice.config or ''}".rstrip(),
-        *(f"  revoked  {each['implementation']} {_written(each['config'])}: {each['reason']}" for each in passed),
-        f"  because  {_reason(choice.source, data['verdict'], [each['source'] for each in passed], op.fused(problem))}",
+        *(f"  revoked  {each['implementation']} {written(each['config'])}: {each['reason']}" for each in passed),
+        *(f"  not      {_of(each)}: {each['reason']}" for each in _once(before)),
+        f"  because  {because}",
         f"  floor    {floor_ms:.4g} ms ({cost.flops / 1e9:.3g} GFLOP, {cost.bytes / 1e6:.3g} MB)",
     ]
     if verdict is not None:
-        lines.append(f"  measured {_evidence(data['verdict'])}")
+        lines.append(f"  measured {told}")
         lines.append(f"  made     {made(data['verdict'])}")
         lines.append(f"  with     {', '.join(f'{k} {v}' for k, v in sorted(verdict.environment.versions.items()))}")
         lines.append(f"  stale    {'yes: ' + ', '.join(changed) if changed else 'no'}")
@@ -96,10 +107,12 @@ def explain_foreign(name: str, shape: str, gpu: str | None, registry: str | None
         "verdict": row(verdict, layer),
         "changed": changed,
     }
+    numbers, measured = evidence(verdict, winner)
     data |= {"config": None if runs is None else dict(runs.config), "reason": because if runs else nothing}
+    data["measured"] = measured
     lines = [f"{name} {wanted[0]} on {device.name}"]
-    lines += [f"  runs     {'nothing of ours' if runs is None else _written(dict(runs.config))}"]
-    lines += [f"  because  {data['reason']}", f"  measured {_evidence(data['verdict'])}"]
+    lines += [f"  runs     {'nothing of ours' if runs is None else written(dict(runs.config))}"]
+    lines += [f"  because  {data['reason']}", f"  measured {numbers}"]
     lines += [f"  made     {made(data['verdict'])}"]
     lines += [f"  with     {', '.join(f'{k} {v}' for k, v in sorted(verdict.environment.versions.items()))}"]
     lines += [f"  stale    {'yes: ' + ', '.join(changed) if changed else 'no'}"]
@@ -144,8 +157,18 @@ def _passed(snapshot: Snapshot, op: Op[Any], problem: Problem) -> Iterator[dict[
             return
 
 
-def _written(config: dict[str, Any]) -> str:
-    return " ".join(f"{axis}={value}" for axis, value in config.items())
+def _once(passed: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The first of each implementation of which the same is to be said."""
+    seen = set()
+    for each in passed:
+        if (what := (each["implementation"], each["reason"])) not in seen:
+            seen.add(what)
+            yield each
+
+
+def _of(finalist: dict[str, Any]) -> str:
+    named = f"{finalist['implementation']} {written(finalist['config'])}".rstrip()
+    return named if finalist["time_ms"] is None else f"{named} ({finalist['time_ms']:.4g} ms)"
 
 
 def _reason(source: str, verdict: dict[str, Any] | None, revoked: Sequence[str], fused: bool) -> str:
@@ -168,14 +191,3 @@ def made(verdict: dict[str, Any]) -> str:
     told = verdict["made"] or {}
     names = (("by", "by {}"), ("machine", "on machine {}"), ("run", "in run {}"))
     return " ".join([verdict["measured_at"], *(text.format(told[name]) for name, text in names if name in told)])
-
-
-def _evidence(verdict: dict[str, Any]) -> str:
-    if verdict["status"] == "predicted":
-        default_ms = verdict["predicted_default_ms"] or 0.0
-        return f"never; predicted ~{verdict['predicted_ms']:.4g} ms, default ~{default_ms:.4g} ms"
-    ratio = (
-        f"{verdict['speedup']:.3f}x [{verdict['speedup_low']:.3f}, {verdict['speedup_high']:.3f}] the default config"
-    )
-    others = "".join(f"; {name} {ms:.4g} ms" for name, ms in verdict["others"].items())
-    return f"{verdict['time_ms']:.4g} ms, {ratio} ({verdict['default_time_ms']:.4g} ms){others}"

@@ -16,17 +16,27 @@ _GAP = "  "
 
 
 def draw(
-    stream: TextIO, title: str, left: str, right: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
+    stream: TextIO,
+    title: str,
+    left: str,
+    right: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[str]]],
+    apart: bool = True,
 ) -> None:
-    """Prints a table. left, right: the heads of the first column and of the others; rows: their cells."""
+    """Prints a table. left, right: the heads of the first column and of the others; rows: their cells.
+
+    apart: with an empty line after each row, else after the last.
+    """
     terminal = stream.isatty()
     width = shutil.get_terminal_size((_WIDTH, 0)).columns if terminal else _WIDTH
     bold = terminal and os.environ.get("TERM") != "dumb"
     stream.write(f"\x1b[1m{title}\x1b[0m\n" if bold else f"{title}\n")
-    stream.writelines(f"{line.rstrip()}\n" for line in _lines(left, right, rows, width))
+    stream.writelines(f"{line.rstrip()}\n" for line in _lines(left, right, rows, width, apart))
 
 
-def _lines(left: str, right: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], width: int) -> Iterator[str]:
+def _lines(
+    left: str, right: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], width: int, apart: bool
+) -> Iterator[str]:
     widths = [len(head) for head in right]
     for _, cells in rows:
         widths = [max(known, *map(len, cell.split("\n"))) for known, cell in zip(widths, cells, strict=True)]
@@ -42,6 +52,9 @@ def _lines(left: str, right: Sequence[str], rows: Sequence[tuple[str, Sequence[s
     for lines, columns in folded:
         for at in range(max(len(lines), *map(len, columns))):
             yield put(_at(lines, at), [_at(column, at) for column in columns])
+        if apart:
+            yield ""
+    if not apart:
         yield ""
 
 

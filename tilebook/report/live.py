@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tilebook.registry import VerdictStatus
 from tilebook.registry.searched import cut_short
+from tilebook.report.rows import default_stays
 from tilebook.report.rows import seconds as _time
 from tilebook.tuner.progress import ProblemState, Run
 
@@ -27,7 +28,8 @@ def line(state: ProblemState) -> str:
     if state.error:
         return f"{name}: failed: {state.error}"
     if state.skipped:
-        return f"{name}: has a verdict already"
+        measured = state.verdict is not None and state.verdict.measured
+        return f"{name}: has a {'measured ' if measured else ''}verdict already"
     if state.unreached:
         stands = "" if state.verdict is None else "; the verdict from before stands"
         return f"{name}: not reached: {state.unreached}{stands}; {_counts(state)}, {_time(state.elapsed_s)}"
@@ -40,7 +42,8 @@ def line(state: ProblemState) -> str:
         elif verdict.status is VerdictStatus.DEFAULT:
             outcome = f"the default wins: {chosen}"
         else:
-            outcome = f"predicted: {'the default stays: ' if verdict.winner.default else ''}{chosen}"
+            stays = f"the default stays, {why}: " if (why := default_stays(verdict)) else ""
+            outcome = f"predicted: {stays}{chosen}"
     cut = "; cut short by the budget, another run goes on" if verdict is not None and cut_short(verdict) else ""
     return f"{name}: {outcome}{cut}; {_counts(state)}, {_time(state.elapsed_s)}{_busy(state)}"
 
@@ -95,21 +98,29 @@ class _View:
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
         self._last = time.monotonic()
+        self._failure = ""
 
     def changed(self, run: Run) -> None:
         now = time.monotonic()
         if not self.console.is_terminal and run.now and now - self._last > _HEARTBEAT_S:
             self._last = now
             for state in run.now:
-                best = "" if state.best_ms is None else f", best {state.best_ms:.4g} ms"
+                mark = "" if run.measured else "~"
+                best = "" if state.best_ms is None else f", best {mark}{state.best_ms:.4g} ms"
+                best += f" (default {mark}{state.default_ms:.4g})" if best and state.default_ms else ""
                 text = f"  … {state.op} {state.label}: {state.phase}, {_counts(state)}{best}, {_time(state.elapsed_s)}"
                 self.console.print(text, soft_wrap=True)
 
     def ended(self, run: Run, state: ProblemState, again: bool) -> None:
+        if state.unreached and not state.tried and not again:
+            return  # which the table says that the run ends with
         count = f"{len(run.done)}/{run.total}{f', {state.where}' if state.where else ''}"
         if again:
             count = f"{_gpu(state)}, to be tried on another"
-        self.console.print(f"[{count}] {line(state)}", soft_wrap=True)
+        alike = bool(state.error) and state.error == self._failure
+        self._failure = state.error
+        told = f"{state.op} {state.label}: failed as the one before did" if alike else line(state)
+        self.console.print(f"[{count}] {told}", soft_wrap=True)
 
     def told(self, run: Run, text: str) -> None:
         self.console.print(text, soft_wrap=True)

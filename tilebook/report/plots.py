@@ -26,7 +26,7 @@ def draw(out: Path, panels: Sequence[Panel]) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no plot: it needs matplotlib: pip install 'tilebook[report]'", file=sys.stderr)
+        print("no plot: it needs matplotlib: pip install matplotlib", file=sys.stderr)
         return
     if not panels:
         return

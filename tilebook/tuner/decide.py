@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tilebook.errors import OutOfTime, TuningError
 from tilebook.registry import Again, Finalist, Json, Speedup, Verdict, VerdictStatus
+from tilebook.registry.searched import DOUBT
 from tilebook.tuner.budget import Turn
 from tilebook.tuner.judge.measure import SAMPLE_MS
 from tilebook.tuner.judge.stats import PROMOTION, Ratio, median, speedup
@@ -25,10 +26,6 @@ ALIKE = 1.02
 
 NEAR = 1.15
 """Slower than our fastest by more than this after the second rung, and a candidate is no finalist."""
-
-DOUBT = 1.2
-"""A prediction replaces the default where the model promises more than this. Over 78 problems measured on an H200 that
-took 1.18–1.20 times as long as the best for attention; the model's first choice 1.19–1.37, the default 1.20–1.43."""
 
 _FASTEST, _LIGHTEST = 5, 5  # finalists of each implementation that has a space
 _TRIES = 3  # finalists that get the fresh process

@@ -106,6 +106,14 @@ class Known:
                     return verdict
             elif verdict.measured and same and verdict.mode == self.mode:
                 return verdict
+        return self._measured(op, problem) if self.mode == PREDICTED else None
+
+    def _measured(self, op: Op[Any], problem: Problem) -> Verdict | None:
+        """What any layer has measured of the problem, as what ships may: no prediction is served beside it."""
+        for _, verdict in self._layers.verdicts(op=op.name, problem=problem.key, device=self.device):
+            told = verdict.measured and verdict.trusted and verdict.kernel == op.digest and not observed(verdict)
+            if told and self._denied.winner(verdict) is None:
+                return verdict
         return None
 
     def seeds(self, op: Op[Any], problem: Problem, field: Field) -> list[Config]:

@@ -105,7 +105,8 @@ class Session:
         standing = None if self._options.force else self._known.standing(op, problem)
         if standing is None:
             return Outlook.NEW
-        return Outlook.CUT if cut_short(standing) else Outlook.SETTLED
+        settled = not cut_short(standing) or (self._runner is None and standing.measured)
+        return Outlook.SETTLED if settled else Outlook.CUT
 
     def tune(self, op: Op[Any], problem: Problem, until: float = float("inf")) -> ProblemState:
         """Tunes one problem until about then, by the run's clock, and stores its trials and its verdict.
@@ -157,6 +158,8 @@ class Session:
 
     def _settled(self, standing: Verdict, fields: Sequence[Field]) -> bool:
         """Is there nothing that a run with these options would try beyond what the verdict was chosen from?"""
+        if self._runner is None and standing.measured:
+            return True  # a prediction would not be served
         if cut_short(standing):
             return False
         return not any(unfinished(standing, f.name, self._limit(f)) or unsearched(standing, f) for f in fields)

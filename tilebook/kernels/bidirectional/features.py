@@ -29,18 +29,27 @@ NAMED: dict[str, FeatureMap] = {
 def mapped(q: torch.Tensor, k: torch.Tensor, feature_map: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """φ(q) and φ(k). Raises ValueError for a name that is none."""
     check_rows(q, k)
+    check_map(feature_map)
     if feature_map is None:
         return q, k
     if feature_map == "performer":
         return performer(q, k)
-    found = NAMED.get(feature_map) if isinstance(feature_map, str) else feature_map
-    if not callable(found):
-        names = ", ".join(map(repr, (*NAMED, "performer")))
-        raise ValueError(f"feature_map must be {names}, None or a function, not {feature_map!r}")
+    found = NAMED[feature_map] if isinstance(feature_map, str) else feature_map
     made = found(q), found(k)
     if not all(isinstance(x, torch.Tensor) for x in made):
         raise ValueError(f"feature_map must return tensors, not {', '.join(type(x).__name__ for x in made)}")
     return made
+
+
+def check_map(feature_map: Any) -> None:
+    """Raises ValueError for what is no feature map."""
+    if isinstance(feature_map, str):
+        known = feature_map in NAMED or feature_map == "performer"
+    else:
+        known = feature_map is None or callable(feature_map)
+    if not known:
+        names = ", ".join(map(repr, (*NAMED, "performer")))
+        raise ValueError(f"feature_map must be {names}, None or a function, not {feature_map!r}")
 
 
 def check_rows(q: torch.Tensor, k: torch.Tensor) -> None:

@@ -120,6 +120,11 @@ class DecodeProblem(Problem):
             float(cached + 2 * queries * self.head_dim * itemsize + 4 * queries),
         )
 
+    def room(self) -> float:
+        """With all of the cache, of which a window reads a part."""
+        whole = 2.0 * self.batch * self.heads_kv * self.seq_k * self.head_dim * self.torch_dtype.itemsize
+        return max(whole, super().room())
+
     def check(self) -> None:
         bounds.decode(self)
 

@@ -140,6 +140,7 @@ def _subject(
     try:
         problem: Problem = known.problem.from_key(verdict.problem)
         problem.check()
+        problem.demand_room()
         cost_s = problem.floor_s(gpu)
         winner = candidate_of(known, problem, gpu, verdict.implementation, verdict.config)
     except (ArithmeticError, TypeError, ValueError):

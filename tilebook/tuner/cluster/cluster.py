@@ -350,7 +350,7 @@ def _connected(address: str) -> Iterator[Any]:
     except ModuleNotFoundError as missing:
         if missing.name != "ray":
             raise
-        raise TuningError("--ray needs ray: pip install 'tilebook[ray]'") from None
+        raise TuningError("--ray needs ray: pip install 'ray[client]'") from None
     if ray.is_initialized():
         yield ray
         return
