@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 TRITON ?=
 BUDGET ?= 240s
-GPU ?= NVIDIA H200
+# This machine's GPU; without one a model that nothing ships for, which is compiled for and predicted.
+GPU ?= $(if $(wildcard /dev/nvidiactl),,NVIDIA H100)
 
 # What ships was measured with this Triton, and machine code belongs to a version.
 SHIPPED_TRITON = 3.6.0
@@ -29,10 +30,8 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib || true
 	touch $@
 
-# Of an H200 the suite has verdicts that were measured, which are shown; `make tune GPU="NVIDIA A100"` compiles and predicts
-# for a model that nothing ships for.
 tune: setup
-	$(BIN)/tilebook tune --suite quick --gpu "$(GPU)" --budget $(BUDGET)
+	$(BIN)/tilebook tune --suite quick $(if $(GPU),--gpu "$(GPU)") --budget $(BUDGET)
 
 # Hundreds of processes load the package: what one has compiled of its modules, others read, whatever is set outside.
 test test-whole: export PYTHONDONTWRITEBYTECODE =
