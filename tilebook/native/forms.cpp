@@ -50,6 +50,19 @@ bool tensor_or_none(Call& call, int index) {
   return true;
 }
 
+// The first of the arguments, all of them tensors.
+bool tensors(Call& call, int count) {
+  for (int i = 0; i < count; ++i) {
+    if (!tensor(call, i)) return false;
+  }
+  return true;
+}
+
+// A tensor as PyTorch's functions take one that may be None.
+std::optional<Tensor> there(const Tensor& given) {
+  return given.defined() ? std::optional<Tensor>(given) : std::nullopt;
+}
+
 bool flag(PyObject* given, bool& into) {
   into = given == Py_True;
   return into || given == Py_False;
@@ -139,7 +152,7 @@ bool takes_attention(Call& call) {
   if (!flag(given[3], causal) || !positive_or_none(given[4], call.scale)) return false;
   if (given[5] != Py_None || !zero(given[6]) || given[7] != Py_None) return false;
   if (!zero(given[10]) || given[11] != Py_False || given[12] != Py_False || given[13] != Py_None) return false;
-  if (!tensor(call, 0) || !tensor(call, 1) || !tensor(call, 2) || !four_axes(call)) return false;
+  if (!tensors(call, 3) || !four_axes(call)) return false;
   call.told = causal ? kCausal : 0;
   const bool biased = given[8] != Py_None, masked = given[9] != Py_None;
   if (!biased && !masked) return true;
@@ -160,14 +173,12 @@ bool takes_drop_in(Call& call) {
   if (!flag(given[5], causal) || !flag(given[7], grouped) || !zero(given[4])) return false;
   call.told = causal | grouped << 1;
   if (!positive_or_none(given[6], call.scale)) return false;
-  if (!tensor(call, 0) || !tensor(call, 1) || !tensor(call, 2) || !tensor_or_none(call, 3)) return false;
+  if (!tensors(call, 3) || !tensor_or_none(call, 3)) return false;
   return four_axes(call) && !(call.objects[3] && noted(call.objects[3], call[0], call[1]));
 }
 
 std::pair<Tensor, Tensor> drop_in(const Call& call) {
-  const auto& mask = call[3];
-  const auto there = mask.defined() ? std::optional<Tensor>(mask) : std::nullopt;
-  return {sdpa(call, there, call.told & 1, call.scale, call.told & 2), {}};
+  return {sdpa(call, there(call[3]), call.told & 1, call.scale, call.told & 2), {}};
 }
 
 bool takes_decode(Call& call) {
@@ -176,7 +187,7 @@ bool takes_decode(Call& call) {
   if (given[3] != Py_None || given[4] != Py_None || !flag(given[5], causal) || !zero(given[7])) return false;
   if (given[8] != Py_None || given[9] != Py_False || !positive_or_none(given[6], call.scale)) return false;
   call.told = causal;
-  return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && four_axes(call) && call[0].size(2) == 1;
+  return tensors(call, 3) && four_axes(call) && call[0].size(2) == 1;
 }
 
 std::pair<Tensor, Tensor> decode(const Call& call) {
@@ -188,9 +199,7 @@ std::pair<Tensor, Tensor> decode(const Call& call) {
 // x, perhaps what is added to it, then vectors of its dtype or None; the last argument is eps.
 template <int addends, int vectors>
 bool takes_norm(Call& call) {
-  for (int i = 0; i < addends; ++i) {
-    if (!tensor(call, i)) return false;
-  }
+  if (!tensors(call, addends)) return false;
   for (int i = addends; i < addends + vectors; ++i) {
     if (!tensor_or_none(call, i)) return false;
   }
@@ -205,10 +214,7 @@ template <int addends, int vectors>
 std::pair<Tensor, Tensor> norm(const Call& call) {
   const Tensor sum = addends > 1 ? at::add(call[0], call[1]) : Tensor();
   const auto& x = addends > 1 ? sum : call[0];
-  const auto vector = [&](int index) {
-    const auto& there = call[addends + index];
-    return there.defined() ? std::optional<Tensor>(there) : std::nullopt;
-  };
+  const auto vector = [&](int index) { return there(call[addends + index]); };
   const int64_t shape[] = {x.size(-1)};
   Tensor y;
   if constexpr (vectors == 1) {
@@ -223,11 +229,7 @@ std::pair<Tensor, Tensor> norm(const Call& call) {
 bool takes_mlp(Call& call) {
   const int which = word(call.given[5], {"gelu", "gelu_tanh", "relu"});
   call.told = which;
-  if (which < 0) return false;
-  for (int i = 0; i < 5; ++i) {
-    if (!tensor(call, i)) return false;
-  }
-  return true;
+  return which >= 0 && tensors(call, 5);
 }
 
 std::pair<Tensor, Tensor> block(const Call& call) {
@@ -271,7 +273,7 @@ bool takes_geglu(Call& call) {
 
 std::pair<Tensor, Tensor> gated_block(const Call& call) {
   const auto product = [&](const Tensor& x, int weight, int bias) {
-    return at::linear(x, call[weight], call[bias].defined() ? std::optional<Tensor>(call[bias]) : std::nullopt);
+    return at::linear(x, call[weight], there(call[bias]));
   };
   const Tensor gate = product(call[0], 1, 4), up = call[2].defined() ? product(call[0], 2, 5) : Tensor();
   return {product(gated(gate, up, call.told), 3, 6), {}};
@@ -281,10 +283,7 @@ bool takes_rope(Call& call) {
   bool interleaved;
   if (!flag(call.given[4], interleaved)) return false;
   call.told = interleaved;
-  for (int i = 0; i < 4; ++i) {
-    if (!tensor(call, i)) return false;
-  }
-  return true;
+  return tensors(call, 4);
 }
 
 // x · cos + turned(x) · sin of the first numbers of a head, as many as there are angles.
@@ -338,12 +337,11 @@ bool takes_head(Call& call) {
   if (given[4] != Py_None || reduction < 1 || given[8] != Py_None || !zero(given[9]) || !zero(given[10])) return false;
   if (!real(given[7], call.number)) return false;
   call.told = reduction + kReductions * (call.number != 0);
-  return tensor(call, 0) && tensor(call, 1) && tensor(call, 2) && tensor_or_none(call, 3);
+  return tensors(call, 3) && tensor_or_none(call, 3);
 }
 
 std::pair<Tensor, Tensor> head(const Call& call) {
-  const Tensor& bias = call[3];
-  Tensor logits = at::linear(call[0], call[1], bias.defined() ? std::optional<Tensor>(bias) : std::nullopt);
+  Tensor logits = at::linear(call[0], call[1], there(call[3]));
   if (logits.dim() > 2) logits = logits.flatten(0, -2);
   const Tensor target = call[2].dim() > 1 ? call[2].flatten() : call[2];
   return {at::cross_entropy_loss(logits, target, {}, call.told % kReductions, call.index, call.number), {}};
