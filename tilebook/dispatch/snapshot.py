@@ -33,6 +33,9 @@ _DECISIVE = ("torch", "cudnn", "cuda")
 COMPILED = frozenset({"inductor", "flex_attention"})
 """Implementations that compile for seconds when they are first called: a program must not wait for that."""
 
+CANNOT = "it cannot run this problem here"
+"""What is said of an implementation that is not there, or does not take a problem."""
+
 _ALIKE = 1
 """In so many flags and names a problem may differ whose winner is tried (see `Snapshot.contenders`)."""
 
@@ -303,20 +306,33 @@ class Snapshot:
     ) -> Iterator[tuple[Implementation, Config | None]]:
         """The candidates of a verdict that can run this problem here, best first, but those whose source changed."""
         for finalist in verdict.finalists:
-            name, values = finalist.implementation, finalist.config
-            implementation = op.implementations.get(name)
-            if implementation is None or name in COMPILED or not implementation.can_run(problem, self.gpu):
-                continue
-            if not may_run(verdict, name, implementation.digest):
-                continue
-            space = implementation.space
-            if space is None:
-                yield implementation, None
-                continue
-            # One that won before it had a space ran as it does by default now.
-            config = Config(values) if values else space.default(problem, self.gpu)
-            if space.contains(config) and space.reject(problem, config, self.gpu) is None:
-                yield implementation, config
+            found = self.judged(op, problem, verdict, finalist)
+            if not isinstance(found, str):
+                yield found
+
+    def judged(
+        self, op: Op[Any], problem: Problem, verdict: Served, finalist: Any
+    ) -> tuple[Implementation, Config | None] | str:
+        """A finalist of a verdict as it can run this problem here, or why it cannot."""
+        name, values = finalist.implementation, finalist.config
+        implementation = op.implementations.get(name)
+        if implementation is None:
+            return "this version of tilebook has no such implementation"
+        if name in COMPILED:
+            return "it compiles for seconds when it is first called, and is never served"
+        if not implementation.can_run(problem, self.gpu):
+            return CANNOT
+        if not may_run(verdict, name, implementation.digest):
+            return "its source is another now"
+        space = implementation.space
+        if space is None:
+            return implementation, None
+        # One that won before it had a space ran as it does by default now.
+        config = Config(values) if values else space.default(problem, self.gpu)
+        if not space.contains(config):
+            return "its config is none of the space any more"
+        refused = space.reject(problem, config, self.gpu)
+        return (implementation, config) if refused is None else f"its config cannot run this problem here: {refused}"
 
     def _carried(
         self, op: Op[Any], problem: Problem, verdict: Served

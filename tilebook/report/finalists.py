@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tilebook.device import Device, package_version
-from tilebook.dispatch.snapshot import COMPILED
+from tilebook.dispatch.snapshot import CANNOT
 from tilebook.op import Config, Implementation, Problem
-from tilebook.registry.current import may_run
 from tilebook.registry.searched import observed
 from tilebook.registry.served import Served
 from tilebook.registry.verdict import Finalist, Verdict
@@ -61,22 +60,11 @@ def passed_over(snapshot: Snapshot, choice: Choice) -> Iterator[dict[str, Any]]:
 
 def _why_not(snapshot: Snapshot, choice: Choice, verdict: Served, finalist: Any) -> str:
     """Why dispatch passes a finalist over, in the order in which it asks; "" where it is revoked."""
-    op, problem, gpu, name = choice.implementation.op, choice.problem, snapshot.gpu, finalist.implementation
-    implementation = op.implementations.get(name)
-    if implementation is None:
-        return "this version of tilebook has no such implementation"
-    if name in COMPILED:
-        return "it compiles for seconds when it is first called, and is never served"
-    if not implementation.can_run(problem, gpu):
-        return _cannot(implementation, problem, gpu)
-    if not may_run(verdict, name, implementation.digest):
-        return "its source is another now"
-    space, config = implementation.space, Config(finalist.config)
-    if space is not None and finalist.config:
-        if not space.contains(config):
-            return "its config is none of the space any more"
-        if refused := space.reject(problem, config, gpu):
-            return f"its config cannot run this problem here: {refused}"
+    op, problem = choice.implementation.op, choice.problem
+    found = snapshot.judged(op, problem, verdict, finalist)
+    if isinstance(found, str):
+        return _cannot(op.implementations[finalist.implementation], problem, snapshot.gpu) if found == CANNOT else found
+    implementation = found[0]
     if choice.source != "nearest" and not snapshot.counts(implementation, problem, verdict):
         return "its lead over PyTorch's own call is too thin to count here"
     return ""
