@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import save
+from compare import rms_off, save
 from race import Clock, quartiles, ratios
 
 Given = dict[str, torch.Tensor]
@@ -143,7 +143,7 @@ def _error(call: Call, kind: str, given: Given) -> float:
     with torch.no_grad():
         truth = right(kind, given)
         found = call(given)[:1, : truth.shape[1], :2].float()
-        return ((found - truth).square().mean().sqrt() / truth.square().mean().sqrt()).item()
+        return rms_off(found, truth)
 
 
 def _untimed() -> None:

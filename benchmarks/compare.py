@@ -26,6 +26,11 @@ from tilebook.tuner.judge.measure import Bench, interleave
 from tilebook.tuner.judge.stats import median, speedup
 
 
+def rms_off(found: torch.Tensor, right: torch.Tensor) -> float:
+    """The RMS of the difference, relative to the RMS of what is right."""
+    return ((found - right).square().mean().sqrt() / right.square().mean().sqrt()).item()
+
+
 def save(out: Path, benchmark: str, device: str, **figures: Any) -> None:
     """Writes a benchmark's figures as JSON, with where, on what and when they were taken."""
     document = {

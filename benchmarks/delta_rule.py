@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import save
+from compare import rms_off, save
 
 import tilebook
 from tilebook import device as devices
@@ -86,7 +86,7 @@ def off_by(function: Function, tensors: list[torch.Tensor]) -> float:
     with torch.no_grad():
         found = function(*tensors)[:1, :2].float()
         right = plain(*(x[:1, :2].float() for x in tensors))
-    return ((found - right).square().mean().sqrt() / right.square().mean().sqrt()).item()
+    return rms_off(found, right)
 
 
 def measure(

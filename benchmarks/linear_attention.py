@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import save
+from compare import rms_off, save
 
 import tilebook
 from tilebook import device as devices
@@ -133,7 +133,7 @@ def off_by(function: Function, plain: Function, tensors: list[torch.Tensor | Non
     with torch.no_grad():
         found = function(*tensors)[:1, :2].float()
         right = plain(*(None if x is None else x[:1, :2].float() for x in tensors))  # type: ignore[arg-type]
-    return ((found - right).square().mean().sqrt() / right.square().mean().sqrt()).item()
+    return rms_off(found, right)
 
 
 def measure(
