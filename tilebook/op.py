@@ -80,9 +80,9 @@ def powers_of_two(low: int, high: int) -> tuple[int, ...]:
 class Space:
     """The configs of one implementation that are worth trying.
 
-    axes:    ordered values of each axis; neighbours on an axis are neighbours in the search.
+    axes:    ordered values of each axis, neighbours on which are neighbours in the search.
     reject:  (problem, config, device) → why this config cannot run or is not worth trying, or None.
-    default: (problem, device) → the config that always runs there. It must be a point that `reject` accepts.
+    default: (problem, device) → the config that always runs there, which `reject` accepts.
     work:    (problem, config) → what the config really does (see Cost); used to rank configs for an absent GPU.
     later:   axes that came after the first verdicts, with the value that does as before. A config leaves the axis out
              there, so that trials and verdicts from before it are of configs that the space still has.
@@ -119,11 +119,9 @@ class Space:
         default = self.default(problem, device)
         yield default
 
-        def places(config: Config) -> list[int]:
-            return [values.index(self.value(config, axis)) for axis, values in self.axes.items()]
-
         def order(config: Config) -> tuple[int, str]:
-            return sum(abs(a - b) for a, b in zip(places(config), places(default), strict=True)), config.key
+            pairs = ((v.index(self.value(each, axis)) for each in (config, default)) for axis, v in self.axes.items())
+            return sum(abs(a - b) for a, b in pairs), config.key
 
         yield from sorted((each for each in self.feasible(problem, device) if each != default), key=order)
 

@@ -54,7 +54,6 @@ def check_step(
             f"q, k, v and state must be floating point; got {q.dtype}, {k.dtype}, {v.dtype}, {state.dtype}"
         )
     device = q.device
-    if k.device != device or v.device != device or state.device != device:
-        raise ValueError("all tensors must be on one device")
-    if log_decay is not None and log_decay.device != device:
+    alike = k.device == device and v.device == device and state.device == device
+    if not alike or (log_decay is not None and log_decay.device != device):
         raise ValueError("all tensors must be on one device")

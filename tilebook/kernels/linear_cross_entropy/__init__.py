@@ -91,18 +91,10 @@ def linear_cross_entropy(
         if softcap or z_loss:
             raise ValueError("options are of PyTorch's function, which has no softcap and no z_loss")
         return torch.nn.functional.linear_cross_entropy(input, linear_weight, target, **more)  # type: ignore
-    own = ignored = None
+    own, ignored = None, IGNORED if ignore_index is None else ignore_index
     if weight is None and not (softcap or z_loss) and reduction in ("mean", "sum") and _usual(given, label_smoothing):
-        ignored = IGNORED if ignore_index is None else ignore_index
-        near = (
-            "head",
-            input.shape,
-            linear_weight.shape,
-            target.shape,
-            reduction,
-            autocast_dtype(input),
-            label_smoothing > 0,
-        )
+        told = reduction, autocast_dtype(input), label_smoothing > 0
+        near = "head", input.shape, linear_weight.shape, target.shape, told
         own = near, *[(x.stride(), x.dtype) for x in given]
         if again(near, *given) or recall(own, near, *given):
             rest = linear_bias, None, ignored, reduction, label_smoothing, 0.0, 0.0
@@ -114,7 +106,6 @@ def linear_cross_entropy(
     check(input, linear_weight, target, linear_bias)
     if target.is_floating_point() and ignore_index is not None:
         raise ValueError("ignore_index is of class indices, not of probabilities")
-    ignored = IGNORED if ignore_index is None else ignore_index
     tensors = input, linear_weight, target, linear_bias
     if route != "pytorch" and reduction in ("mean", "sum") and weight is None and takes(*tensors, ignored, *numbers):
         loss = chunked(route, tensors, ignored, reduction, *numbers)
